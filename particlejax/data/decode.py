@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact frames of a video file by presentation time: seek where it saves work, decode forward, convert what is kept.
+
+Frames are uint8 [T, H, W, 3] (RGB), times are seconds from the presentation of the first frame.
+"""
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from functools import cached_property
+from itertools import dropwhile
+from typing import NamedTuple, Self
+
+import av
+import numpy as np
+from av.stream import Disposition
+from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
+
+# Checked against decoding from the start. AVI stores no presentation times and MPEG program streams not all: after a
+# seek their frames carry guessed ones, one frame off, so these and whatever else is not listed is read forwards.
+_SEEKABLE = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts"})
+_SEEK_GAIN = 0.5  # seconds of decoding that a seek must save: it throws away the decoder's state
+_BLIND_GAIN = 4.0  # the same where the index does not say where keyframes are: longer than most GOPs
+_RETRIES = (0.0, 2.0, 8.0)  # seconds before the wanted time to seek to; MPEG-TS lands after it as often as before
+_TAIL = 10.0  # seconds before the end in which the last packet is looked for
+_IO = {"protocol_whitelist": "file"}  # a playlist under a video's name must not reach into the network
+_NO_RATE = 25.0  # frames per second, for pictures and streams that name none
+
+
+class Unreadable(Exception):
+    """A clip that cannot be decoded. `reason` names why: missing, empty file, no video stream, damaged: ..."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class _Timed(NamedTuple):
+    time: float  # seconds on the container's clock
+    frame: av.VideoFrame
+
+
+class Video:
+    """An opened video: `with Video(path_or_bytes) as video: frames, times = video.frames_at([0.0, 1.5], 224)`.
+
+    fps: nominal frames per second. width, height: of the picture as shown, turned upright and with square pixels.
+    Raises Unreadable when no frame of it can be decoded.
+    """
+
+    def __init__(self, source: str | bytes) -> None:
+        self._source = source
+        self._container: av.container.InputContainer | None = None
+        self._damage = ""
+        self._scaler = VideoReformatter()
+        self._rewind()
+        first = self._shown
+        self._start = first.time
+        self._turn = _display_matrix(first.frame)
+        aspect = float(self._stream.sample_aspect_ratio or 1) or 1.0
+        self._size = _square(first.frame.width, first.frame.height, aspect)
+        self.fps = _rate(self._stream)
+        turned = abs(self._turn[0, 1]) > abs(self._turn[0, 0])
+        self.width, self.height = self._size[::-1] if turned else self._size
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file; the object is of no further use."""
+        if self._container is not None:
+            self._container.close()
+            self._container = None
+
+    @cached_property
+    def duration(self) -> float:
+        """Seconds from the start of the first frame to the end of the last (of those the container announces)."""
+        stream = self._stream
+        # A length that was written by a muxer, not estimated from the bit rate, and of this stream, not of its sound.
+        if stream.duration and self._container.format.name in ("mov,mp4,m4a,3gp,3g2,mj2", "avi", "gif"):
+            return max(stream.duration * float(stream.time_base), _index_length(stream) + 1 / self.fps)
+        end = _last_end(self._source, stream.index, self.fps)
+        return max(end - self._start, 1 / self.fps)
+
+    def frames_at(self, times: Sequence[float], short_side: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The frames on display at `times` (seconds, any order): uint8 [T, H, W, 3] and their own times, float32 [T].
+
+        A frame is on display from its presentation time until the next one's; before the first it is the first, past
+        the end the last. `short_side`: length in pixels of the shorter side, the longer one keeps the aspect and is
+        even; None keeps the native size. A time asked for may lie half a tick of the container's clock (at most half a
+        millisecond) before the frame's: so k / fps finds frame k where Matroska rounded its stamps.
+        """
+        times = np.asarray(times, np.float64)
+        pictures: list[np.ndarray | None] = [None] * len(times)
+        stamps = np.zeros(len(times), np.float32)
+        size = _resized(self._size, short_side)
+        before = picture = None
+        for i in np.argsort(times, kind="stable"):
+            self._show(max(times[i], 0.0))
+            if self._shown is not before:
+                before, picture = self._shown, self._convert(self._shown.frame, size)
+            pictures[i], stamps[i] = picture, before.time - self._start
+        return self._stack(pictures, size), stamps
+
+    def read_all(self, short_side: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Every frame from the first to the last: uint8 [T, H, W, 3] and times in seconds, float32 [T]."""
+        self._rewind()
+        size = _resized(self._size, short_side)
+        pictures, stamps = [], []
+        while True:
+            pictures.append(self._convert(self._shown.frame, size))
+            stamps.append(self._shown.time - self._start)
+            if not self._advance():
+                return self._stack(pictures, size), np.asarray(stamps, np.float32)
+
+    def _rewind(self) -> None:
+        # Opening again is the one way back to the first frame that works in every container.
+        self.close()
+        self._container = _open(self._source)
+        self._stream = _video_stream(self._container)
+        self._frames = self._decode()
+        first = next(self._frames, None)
+        if first is None:
+            raise Unreadable(f"damaged: {self._damage}" if self._damage else "no frames")
+        self._shown, self._next = first, next(self._frames, None)
+
+    def _advance(self) -> bool:
+        if self._next is None:
+            return False
+        self._shown, self._next = self._next, next(self._frames, None)
+        return True
+
+    def _decode(self) -> Iterator[_Timed]:
+        """Frames in the order they are shown in; a packet that does not decode gives none."""
+        tick, step = float(self._stream.time_base), 1 / _rate(self._stream)
+        last = None
+        for packet in self._packets():
+            try:
+                frames = self._stream.decode(packet)
+            except av.FFmpegError as error:
+                self._damage = self._damage or str(error.strerror)
+                continue
+            for frame in frames:
+                stamp = frame.pts if frame.pts is not None else frame.dts
+                if stamp is not None:
+                    time = stamp * tick
+                else:
+                    time = 0.0 if last is None else last + step
+                last = time if last is None else max(time, last)  # a clock that jumps back would hide what follows
+                yield _Timed(last, frame)
+
+    def _packets(self) -> Iterator[av.Packet | None]:
+        try:
+            yield from self._container.demux(self._stream)
+        except av.FFmpegError as error:  # the file breaks off: what came before it counts
+            self._damage = self._damage or str(error.strerror)
+            yield None  # the decoder gives what it still holds
+
+    def _show(self, time: float) -> None:
+        wanted = self._start + time + min(float(self._stream.time_base) / 2, 5e-4)
+        if self._start < self._shown.time > wanted:
+            self._rewind()
+        if self._seek_saves(wanted) and not any(self._land(wanted, back) for back in _RETRIES):
+            self._rewind()
+        while self._next is not None and self._next.time <= wanted:
+            self._advance()
+
+    def _seek_saves(self, wanted: float) -> bool:
+        ahead = wanted - self._shown.time
+        if ahead < _SEEK_GAIN or self._container.format.name not in _SEEKABLE:
+            return False
+        index, goal = self._stream.index_entries, int(wanted / float(self._stream.time_base))
+        if len(index) == 0 or index[len(index) - 1].timestamp < goal:
+            return ahead > _BLIND_GAIN
+        key = index.search_timestamp(goal)
+        saved = index[key].timestamp * float(self._stream.time_base) - self._shown.time if key >= 0 else 0.0
+        return saved > _SEEK_GAIN
+
+    def _land(self, wanted: float, back: float) -> bool:
+        """Seeks to `back` seconds before `wanted`; whether a whole frame shown no later than `wanted` came of it."""
+        goal = int((wanted - back) / float(self._stream.time_base))
+        try:
+            self._container.seek(goal, stream=self._stream)
+        except av.FFmpegError:
+            return False
+        # Frames before the first keyframe lean on ones that were never decoded.
+        frames = dropwhile(lambda timed: not timed.frame.key_frame or timed.frame.is_corrupt, self._decode())
+        first = next(frames, None)
+        if first is None or first.frame.pts is None or first.time > wanted:
+            return False
+        self._frames, self._shown, self._next = frames, first, next(frames, None)
+        return True
+
+    def _convert(self, frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
+        width, height = size
+        how = Interpolation.AREA if width < frame.width else Interpolation.BILINEAR
+        small = self._scaler.reformat(frame, width, height, "rgb24", interpolation=how,
+                                      dst_color_range=ColorRange.JPEG, threads=1)
+        return _upright(small.to_ndarray(), self._turn)
+
+    def _stack(self, pictures: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+        if pictures:
+            return np.stack(pictures)
+        return np.zeros((0, *_upright(np.zeros((size[1], size[0], 3), np.uint8), self._turn).shape), np.uint8)
+
+
+def raw_file(frames: np.ndarray, fps: float = _NO_RATE) -> bytes:
+    """Frames, uint8 [T, H, W, 3], as an uncompressed file that `Video` gives back bit for bit; `fps` per second."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="nut") as container:
+        stream = container.add_stream("rawvideo", rate=Fraction(fps).limit_denominator(1001))
+        (stream.height, stream.width), stream.pix_fmt = frames.shape[1:3], "rgb24"
+        for image in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
+        container.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def _open(source: str | bytes) -> av.container.InputContainer:
+    try:
+        if not (len(source) if isinstance(source, bytes) else os.stat(source).st_size):
+            raise Unreadable("empty file")
+        # An absolute path, because FFmpeg takes what stands before a colon for a protocol.
+        return av.open(io.BytesIO(source) if isinstance(source, bytes) else os.path.abspath(source), options=_IO)
+    except FileNotFoundError:
+        raise Unreadable("missing") from None
+    except PermissionError:
+        raise Unreadable("no permission to read it") from None
+    except IsADirectoryError:
+        raise Unreadable("a folder, not a file") from None
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise Unreadable(f"damaged: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _video_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream:
+    streams = container.streams.video
+    films = [s for s in streams if not s.disposition & Disposition.attached_pic] or list(streams)  # cover art
+    if not films:
+        raise Unreadable("no video stream")
+    best = container.streams.best("video")
+    stream = best if best in films else films[0]
+    if stream.codec_context is None:
+        raise Unreadable("no decoder for its codec")
+    stream.thread_count, stream.thread_type = 1, "NONE"  # the pipeline runs a decoder per core already
+    return stream
+
+
+def _rate(stream: av.video.stream.VideoStream) -> float:
+    return float(stream.average_rate or stream.guessed_rate or stream.base_rate or _NO_RATE)
+
+
+def _index_length(stream: av.video.stream.VideoStream) -> float:
+    """Seconds from the first to the last entry of the index: some muxers leave out how long the last frame stands."""
+    stamps = [entry.timestamp for entry in stream.index_entries if not entry.is_discard]
+    return (max(stamps) - min(stamps)) * float(stream.time_base) if stamps else 0.0
+
+
+def _last_end(source: str | bytes, index: int, fps: float) -> float:
+    """When the last frame ends on the container's clock, in seconds, from its packets alone."""
+    with _open(source) as container:
+        stream = container.streams[index]
+        length = (container.duration or 0) / av.time_base
+        if length > 2 * _TAIL:
+            container.seek(int((length - _TAIL) * av.time_base) + (container.start_time or 0))
+        end = _packets_end(container, stream, fps)
+    if end is not None or length <= 2 * _TAIL:
+        return end or 0.0
+    with _open(source) as container:  # nothing of this stream near the end
+        return _packets_end(container, container.streams[index], fps) or 0.0
+
+
+def _packets_end(container: av.container.InputContainer, stream: av.stream.Stream, fps: float) -> float | None:
+    end, tick = None, float(stream.time_base)
+    try:
+        for packet in container.demux(stream):
+            stamp = packet.pts if packet.pts is not None else packet.dts
+            if stamp is not None:
+                end = max(end or 0.0, stamp * tick + (packet.duration * tick if packet.duration else 1 / fps))
+    except av.FFmpegError:
+        pass  # the file breaks off here
+    return end
+
+
+def _display_matrix(frame: av.VideoFrame) -> np.ndarray:
+    """How stored (column, row) becomes shown (column, row): [2, 2], rows are the images of the stored axes."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return np.eye(2)
+    return np.frombuffer(bytes(data), np.int32).reshape(3, 3)[:2, :2] / 65536.0  # 16.16 fixed point
+
+
+def _upright(image_HWC: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    # Quarter turns and mirrors, which is what cameras write; any other angle goes to the nearest.
+    if abs(matrix[0, 1]) > abs(matrix[0, 0]):
+        image_HWC, matrix = image_HWC.transpose(1, 0, 2), matrix[::-1]
+    columns, rows = (-1 if matrix[0, 0] < 0 else 1), (-1 if matrix[1, 1] < 0 else 1)
+    return image_HWC[::rows, ::columns]
+
+
+def _square(width: int, height: int, aspect: float) -> tuple[int, int]:
+    """The size with square pixels, `aspect` being a stored pixel's width over its height; widened, never narrowed."""
+    if abs(aspect - 1) < 1e-3:
+        return width, height
+    return (_even(width * aspect), height) if aspect > 1 else (width, _even(height / aspect))
+
+
+def _resized(size: tuple[int, int], short_side: int | None) -> tuple[int, int]:
+    if short_side is None:
+        return size
+    short = min(size)
+    return tuple(short_side if side == short else _even(side * short_side / short) for side in size)
+
+
+def _even(side: float) -> int:
+    return max(2, 2 * round(side / 2))

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frames by presentation time: exact in every container, upright, square, and a named reason where there are none."""
+
+import csv
+import io
+import pickle
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from particlejax.data.decode import Unreadable, Video, raw_file
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+BITS, TALL, WIDE = 8, 32, 64  # a frame's number stands in its columns: 8 bars, white or black
+RATE, TICK = 25, Fraction(1, 100)
+CONTAINERS = [("mp4", "libx264"), ("mkv", "libx264"), ("webm", "libvpx"), ("ts", "libx264"), ("ts", "mpeg2video"),
+              ("avi", "mpeg4"), ("avi", "libx264"), ("mpg", "mpeg1video"), ("mov", "mpeg4")]
+
+
+def numbered(i: int) -> np.ndarray:
+    bars = [(i >> bit & 1) * 255 for bit in range(BITS)]
+    return np.broadcast_to(np.repeat(np.uint8(bars), WIDE // BITS)[None, :, None], (TALL, WIDE, 3))
+
+
+def numbers(frames_THWC: np.ndarray) -> list[int]:
+    bits = frames_THWC.mean(axis=(1, 3)).reshape(len(frames_THWC), BITS, -1).mean(axis=-1) > 127
+    return [int(row @ (1 << np.arange(BITS))) for row in bits]
+
+
+def write(path: Path | io.BytesIO, codec: str = "libx264", count: int = 200, *, ticks: list[int] | None = None,
+          kind: str | None = None, aspect: str = "1", turn: int = 0, mirror: bool = False) -> Path | io.BytesIO:
+    """Writes frames 0 .. count - 1, frame i at `ticks[i]` hundredths of a second, by default 25 a second."""
+    with av.open(str(path) if isinstance(path, Path) else path, "w", format=kind) as container:
+        stream = container.add_stream(codec, rate=RATE)
+        stream.width, stream.height, stream.pix_fmt = WIDE, TALL, "yuv420p"
+        stream.bit_rate, stream.gop_size = 4_000_000, 30
+        stream.codec_context.sample_aspect_ratio = Fraction(aspect)
+        stream.codec_context.time_base = TICK if ticks else Fraction(1, RATE)
+        if turn or mirror:
+            stream.set_display_rotation(turn, hflip=mirror)
+        for i, at in enumerate(ticks or range(0, 4 * count, 4)):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(numbered(i)), format="rgb24")
+            frame.pts, frame.time_base = at, TICK
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize(("suffix", "codec"), CONTAINERS)
+def test_random_times_give_exact_frames(tmp_path: Path, suffix: str, codec: str) -> None:
+    path = str(write(tmp_path / f"a.{suffix}", codec))
+    with Video(path) as video:
+        frames, times = video.read_all()
+        assert numbers(frames) == list(range(200))
+        np.testing.assert_allclose(times, np.arange(200) / RATE, atol=1e-3)
+        assert video.duration == pytest.approx(8.0, abs=1.5 / RATE)
+        assert video.fps == pytest.approx(RATE) and (video.width, video.height) == (WIDE, TALL)
+    rng = np.random.default_rng(0)
+    for trial in range(8):
+        wanted = rng.integers(0, 200, 3)
+        with Video(path) as video:
+            for k in (wanted, wanted[::-1] // 2):  # a second request, earlier in the file
+                frames, times = video.frames_at((k + 0.4) / RATE)
+                assert numbers(frames) == k.tolist(), (trial, k)
+                np.testing.assert_allclose(times, k / RATE, atol=1e-3)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_variable_rate(tmp_path: Path, suffix: str) -> None:
+    rng = np.random.default_rng(1)
+    ticks = np.cumsum(rng.choice([1, 2, 3, 4, 10, 60], 150)) + 50  # hundredths of a second; starts late
+    path = str(write(tmp_path / f"a.{suffix}", ticks=ticks.tolist()))
+    starts = (ticks - ticks[0]) / 100
+    with Video(path) as video:
+        np.testing.assert_allclose(video.read_all()[1], starts, atol=1e-3)
+        assert video.duration >= starts[-1]
+    for _ in range(10):
+        shown = rng.integers(0, 150, 4)
+        wanted = starts[shown] + 0.6 * np.append(np.diff(starts), 1.0)[shown]
+        with Video(path) as video:
+            frames, times = video.frames_at(wanted)
+        assert numbers(frames) == shown.tolist()
+        np.testing.assert_allclose(times, starts[shown], atol=1e-3)
+
+
+def test_edges_and_order(tmp_path: Path) -> None:
+    with Video(str(write(tmp_path / "a.mp4", count=20))) as video:
+        frames, times = video.frames_at([99.0, -1.0, 0.4, 0.4, 0.0])
+        assert numbers(frames) == [19, 0, 10, 10, 0]
+        assert frames.dtype == np.uint8 and times.dtype == np.float32 and frames.shape == (5, TALL, WIDE, 3)
+        assert video.frames_at([])[0].shape == (0, TALL, WIDE, 3)
+
+
+def test_seeks_only_where_it_saves_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded, plain = [], Video._decode
+
+    def counted(self: Video) -> object:
+        for timed in plain(self):
+            decoded.append(timed.time)
+            yield timed
+
+    monkeypatch.setattr(Video, "_decode", counted)
+    path = str(write(tmp_path / "a.mp4"))
+    for wanted, most in ((7.6, 40), (0.2, 8)):  # keyframes are 1.2 s apart
+        decoded.clear()
+        with Video(path) as video:
+            video.frames_at([wanted])
+        assert len(decoded) <= most
+
+
+def test_bytes_equal_path(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mp4", count=60)
+    with Video(str(path)) as one, Video(path.read_bytes()) as other:
+        for a, b in zip(one.frames_at([0.3, 2.0], 16), other.frames_at([0.3, 2.0], 16), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("turn", [0, 90, 180, -90])
+@pytest.mark.parametrize("mirror", [False, True])
+def test_display_matrix(tmp_path: Path, turn: int, mirror: bool) -> None:
+    with Video(str(write(tmp_path / "a.mp4", count=4, turn=turn, mirror=mirror))) as video:
+        frames, _ = video.read_all()
+        assert frames.shape[1:3] == (video.height, video.width)
+        stored = np.flip(frames, axis=2) if mirror else frames
+        assert numbers(np.rot90(stored, -turn // 90, axes=(1, 2))) == [0, 1, 2, 3]
+        if not mirror:
+            with av.open(str(tmp_path / "a.mp4")) as container:
+                assert next(container.decode(video=0)).rotation % 360 == turn % 360
+
+
+def test_sizes(tmp_path: Path) -> None:
+    with Video(str(write(tmp_path / "a.mp4", count=4))) as video:
+        assert video.frames_at([0.1], 18)[0].shape == (1, 18, 36, 3)
+        assert video.frames_at([0.1], 48)[0].shape == (1, 48, 96, 3)
+        assert numbers(video.read_all(16)[0]) == [0, 1, 2, 3]
+    with Video(str(write(tmp_path / "b.mp4", count=4, turn=90))) as video:
+        assert video.frames_at([0.1], 16)[0].shape == (1, 32, 16, 3)
+    with Video(str(write(tmp_path / "c.mkv", count=4, aspect="12/11"))) as video:
+        assert (video.width, video.height) == (70, TALL) and video.frames_at([0.1], 16)[0].shape == (1, 16, 36, 3)
+    with Video(str(write(tmp_path / "d.mkv", count=4, aspect="1/2"))) as video:
+        assert (video.width, video.height) == (WIDE, 64) and video.read_all()[0].shape == (4, 64, WIDE, 3)
+
+
+@pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuvj420p"])
+def test_black_and_white_keep_their_range(tmp_path: Path, pix_fmt: str) -> None:
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=RATE)
+        stream.width, stream.height, stream.pix_fmt = WIDE, TALL, pix_fmt
+        for i in (0, 255):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(numbered(i)), format="rgb24")))
+        container.mux(stream.encode(None))
+    with Video(str(tmp_path / "a.mp4")) as video:
+        for side in (None, 16):
+            frames, _ = video.read_all(side)
+            assert frames[0].max() <= 3 and frames[1].min() >= 252
+
+
+def test_raw_file_is_lossless() -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (5, 7, 9, 3), np.uint8)
+    with Video(raw_file(frames, 10.0)) as video:
+        again, times = video.read_all()
+    np.testing.assert_array_equal(again, frames)
+    np.testing.assert_allclose(times, np.arange(5) / 10, atol=1e-6)
+
+
+def test_pictures_are_one_frame(tmp_path: Path) -> None:
+    from PIL import Image
+
+    images = [Image.fromarray(numbered(i)) for i in (5, 6, 7)]
+    images[0].save(tmp_path / "a.png")
+    images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=[100, 300, 100])
+    with Video(str(tmp_path / "a.png")) as video:
+        assert numbers(video.frames_at([0.0, 9.0])[0]) == [5, 5] and 0 < video.duration < 1
+    with Video(str(tmp_path / "a.gif")) as video:
+        assert numbers(video.frames_at([0.05, 0.35, 0.45])[0]) == [5, 6, 7]
+
+
+def sound(path: Path) -> Path:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = 16000, 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def test_reasons(tmp_path: Path) -> None:
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("not a video\n" * 100)
+    whole = write(tmp_path / "whole.mp4").read_bytes()
+    (tmp_path / "headless.mp4").write_bytes(whole[: len(whole) // 2])  # the index stands at the end of an mp4
+    sound(tmp_path / "sound.mp4")
+    reasons = {"empty.mp4": "empty file", "text.mp4": "damaged: Invalid data", "headless.mp4": "damaged: ",
+               "": "a folder", "sound.mp4": "no video stream", "none.mp4": "missing"}
+    for name, reason in reasons.items():
+        with pytest.raises(Unreadable, match=f"^{reason}") as caught:
+            Video(str(tmp_path / name))
+        assert pickle.loads(pickle.dumps(caught.value)).reason == caught.value.reason  # from a worker to the loop
+    with pytest.raises(Unreadable, match="empty file"):
+        Video(b"")
+    with pytest.raises(Unreadable, match="damaged"):
+        Video(bytes(1000))
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "ts"])
+def test_a_file_that_breaks_off_gives_what_it_has(tmp_path: Path, suffix: str) -> None:
+    whole = write(tmp_path / f"a.{suffix}").read_bytes()
+    with Video(whole[: int(len(whole) * 0.6)]) as video:
+        got = numbers(video.read_all()[0])
+        assert 60 < len(got) < 180 and got[:50] == list(range(50))
+        assert numbers(video.frames_at([1.0, 1e6])[0]) == [25, got[-1]]
+
+
+def test_damage_in_the_middle_is_passed_over(tmp_path: Path) -> None:
+    whole = bytearray(write(tmp_path / "a.mkv").read_bytes())
+    middle = slice(len(whole) // 2, len(whole) // 2 + 200)
+    whole[middle] = np.random.default_rng(0).integers(0, 256, 200, np.uint8).tobytes()
+    with Video(bytes(whole)) as video:
+        got = numbers(video.read_all()[0])
+    assert got[0] == 0 and got[-1] == 199 and len(got) > 100
+
+
+def test_cover_art_is_not_the_video(tmp_path: Path) -> None:
+    picture = av.VideoFrame.from_ndarray(np.full((16, 16, 3), 9, np.uint8), format="rgb24")
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        cover = container.add_stream("png", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 16, 16, "rgb24"
+        cover.disposition = av.stream.Disposition.attached_pic
+        film = container.add_stream("libx264", rate=RATE)
+        film.width, film.height, film.pix_fmt = WIDE, TALL, "yuv420p"
+        container.mux(cover.encode(picture))
+        for i in range(5):
+            container.mux(film.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(numbered(i)), format="rgb24")))
+        container.mux(film.encode(None))
+    with Video(str(tmp_path / "a.mp4")) as video:
+        assert numbers(video.read_all()[0]) == [0, 1, 2, 3, 4]
+
+
+def test_a_colon_in_a_name_is_no_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "b.mp4", count=3).rename(tmp_path / "http:b.mp4")
+    monkeypatch.chdir(tmp_path)
+    with Video("http:b.mp4") as video:
+        assert numbers(video.read_all()[0]) == [0, 1, 2]
+
+
+def odd_files() -> list[dict[str, str]]:
+    index = SHARED / "odd-files" / "index.csv"
+    return list(csv.DictReader(index.read_text().splitlines())) if index.exists() else []
+
+
+@pytest.mark.skipif(not odd_files(), reason="shared/data/odd-files is absent")
+def test_odd_files() -> None:
+    wrong = []
+    for row in odd_files():
+        path = SHARED / "odd-files" / row["file"]
+        try:
+            with Video(str(path)) as video:
+                assert video.duration > 0 and video.width > 0 and video.fps > 0
+                assert len(video.frames_at([0.0, min(video.duration / 2, 1.0)], 32)[0]) == 2
+        except Unreadable:
+            if row["ffmpeg_decode"] == "ok" and row["n_video_streams"] != "0" and row["vcodec"]:
+                wrong.append(row["file"])
+    assert not wrong
+
+
+@pytest.mark.skipif(not (SHARED / "jhmdb21").exists(), reason="shared/data/jhmdb21 is absent")
+def test_counts_of_real_clips() -> None:
+    with open(SHARED / "jhmdb21" / "clips.csv") as file:
+        rows = list(csv.DictReader(file))[::250]
+    for row in rows:
+        with Video(str(SHARED / "jhmdb21" / row["path"])) as video:
+            frames, _ = video.read_all(64)
+            assert len(frames) == int(row["mask_frames"]) == round(video.duration * video.fps)
