@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints that are either whole or absent: Orbax writes them, a manifest of checksums says that they are whole.
+
+Orbax restores flipped bits without a word, so every file's SHA-256 is written beside it once Orbax has finished, and is
+compared before anything is read. What has no manifest, or not its content, is named, moved to `damaged/` and passed over.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_utils
+
+from particlejax import tree
+from particlejax.typing import UserError
+
+_MANIFEST = "manifest.json"
+_STATE, _DATA = "state", "data"
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
+
+
+class Checkpoints:
+    """The checkpoints of one stage in one folder, named by step; saving goes on in the background.
+
+    state: a pytree of arrays. data: what JSON can hold (where the data stands). Only process 0 touches manifests.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], keep: int, say: Callable[[str], None] = _say) -> None:
+        self.folder = Path(folder).absolute()
+        self._say = say
+        self._main = jax.process_index() == 0
+        if self._main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._set_aside_damaged()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
+        """Starts writing `step`, unless it is there; the state may be changed or donated as soon as this returns."""
+        self.finish()
+        if step in self._manager.all_steps():
+            return
+        items = {_STATE: ocp.args.PyTreeSave(state), _DATA: ocp.args.JsonSave(data)}
+        if not self._manager.save(step, args=ocp.args.Composite(**items)):
+            raise RuntimeError(f"Orbax refused to save step {step} in {self.folder}: it holds {self.steps()}")
+
+    def finish(self) -> None:
+        """Waits until what was started is on disk, and marks it whole."""
+        self._manager.wait_until_finished()
+        if self._main:
+            for step in self._manager.all_steps():
+                folder = self.folder / str(step)
+                if not (folder / _MANIFEST).exists():
+                    write_json(folder / _MANIFEST, _checksums(folder))
+
+    def steps(self) -> list[int]:
+        """Steps of the whole checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def restore(self, abstract: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
+        """(step, state, data) of the newest or the named checkpoint, None when there is none.
+
+        abstract: ShapeDtypeStructs with shardings, of any mesh.
+        """
+        step = max(self.steps(), default=None) if step is None else step
+        if step is None:
+            return None
+        args = checkpoint_utils.construct_restore_args(abstract)
+        items = {_STATE: ocp.args.PyTreeRestore(item=abstract, restore_args=args), _DATA: ocp.args.JsonRestore()}
+        found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        return step, found[_STATE], found[_DATA]
+
+    def forget_after(self, step: int) -> None:
+        """Removes checkpoints newer than `step`: the run continues from before them and will write them again."""
+        for each in self.steps():
+            if each > step:
+                self._manager.delete(each)
+
+    def close(self) -> None:
+        """Finishes and releases what Orbax holds."""
+        self.finish()
+        self._manager.close()
+
+    def _set_aside_damaged(self) -> None:
+        for folder in sorted(p for p in self.folder.iterdir() if p.name.isdigit()):
+            fault = _fault(folder)
+            if fault:
+                aside = self.folder / "damaged" / folder.name
+                aside.parent.mkdir(exist_ok=True)
+                while aside.exists():
+                    aside = aside.with_name(aside.name + "x")
+                shutil.move(folder, aside)
+                self._say(f"checkpoint {folder} is not whole ({fault}): it was moved to {aside} and is passed over.")
+
+
+def load_subtree(folder: str | os.PathLike[str], want: Any, branches: tuple[str, ...]) -> tuple[Any, dict[str, tuple]]:
+    """The newest whole checkpoint's arrays that `want` names, and the shapes of all it holds.
+
+    want: {path name: ShapeDtypeStruct with sharding}; branches: top-level names of the saved state to look in, the
+    first that is there counts. Paths that are absent or of another shape are left out of the result: the caller
+    compares. Raises UserError when the folder holds no whole checkpoint.
+    """
+    folder = Path(folder).absolute()
+    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    whole = [step for step in steps if not _fault(folder / str(step))]
+    if not whole:
+        raise UserError(f"{folder} holds no whole checkpoint: name a run that has saved one.")
+    item = folder / str(whole[-1]) / _STATE
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        saved = reader.metadata(item).item_metadata.tree
+        branch = next(b for b in branches if saved.get(b))
+        shapes = {name: tuple(leaf.shape) for name, leaf in tree.flatten(saved[branch]).items()}
+        wanted = {name: leaf for name, leaf in want.items() if shapes.get(name) == tuple(leaf.shape)}
+        nested = {branch: _nested(wanted)}
+        args = checkpoint_utils.construct_restore_args(nested)
+        found = reader.restore(item, args=ocp.args.PyTreeRestore(item=nested, restore_args=args, partial_restore=True))
+    return tree.flatten(found[branch]), shapes
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file that is either the old one or the new one, whatever happens."""
+    fresh = path.with_name(path.name + ".tmp")
+    with open(fresh, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
+
+
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    root: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *above, last = name.split("/")
+        node = root
+        for part in above:
+            node = node.setdefault(part, {})
+        node[last] = leaf
+    return root
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(_MANIFEST))
+    return {p.relative_to(folder).as_posix(): _digest(p) for p in files}
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fault(folder: Path) -> str:
+    """Why a checkpoint is not whole, '' when it is."""
+    try:
+        expected = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "its writing was cut off"
+    except (OSError, ValueError) as error:
+        return f"its manifest cannot be read: {error}"
+    found = _checksums(folder)
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    return f"{wrong[0]} is missing or not what was written" if wrong else ""

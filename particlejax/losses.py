@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses and the means they are taken in: over particles within a clip, then over clips, never over rows.
+
+Legend: B rows, L slots, S clips of a row, P numbers of a payload, C classes.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+
+def membership(segment: Int[Array, "B L"], clips: int) -> Float[Array, "B L S"]:
+    """1 where slot l belongs to clip s of its row."""
+    return jax.nn.one_hot(segment - 1, clips)  # -1, an empty slot, is a row of zeros
+
+
+def clip_mean(values: Float[Array, "B L *D"], segment: Int[Array, "B L"], clips: int) -> Float[Array, "B S *D"]:
+    """Mean over each clip's particles; zeros for a clip that has none."""
+    member = membership(segment, clips)
+    total = jnp.einsum("bls,bl...->bs...", member, values)
+    number = jnp.maximum(member.sum(axis=1), 1.0)
+    return total / number.reshape(*number.shape, *(1,) * (values.ndim - 2))
+
+
+def mean(values: Float[Array, "..."], where: Bool[Array, "..."]) -> Float[Array, ""]:
+    """Mean of the values where it holds; 0 where it holds nowhere."""
+    return jnp.sum(values * where) / jnp.maximum(jnp.sum(where), 1)
+
+
+def normalise_payload(payload: Float[Array, "... P"]) -> Float[Array, "... P"]:
+    """Each payload with mean 0 and variance 1, so that contrast counts and brightness does not."""
+    centred = payload - payload.mean(axis=-1, keepdims=True)
+    return centred / jnp.sqrt(jnp.var(payload, axis=-1, keepdims=True) + 1e-6)
+
+
+def squared_error(predicted: Float[Array, "B L P"], target: Float[Array, "B L P"]) -> Float[Array, "B L"]:
+    """Mean squared error of each payload."""
+    return jnp.square(predicted - target).mean(axis=-1)
+
+
+def cross_entropy(logits: Float[Array, "... C"], label: Int[Array, "..."], smoothing: float = 0.0) -> Float[Array, "..."]:
+    """Softmax cross-entropy; `smoothing` is the share of the target spread over all classes (arXiv:1512.00567)."""
+    target = optax.smooth_labels(jax.nn.one_hot(label, logits.shape[-1]), smoothing)
+    return optax.softmax_cross_entropy(logits, target)

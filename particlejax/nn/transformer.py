@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pre-norm Transformer blocks over packed rows: attention stays within a segment.
+
+Legend: B rows, L queries, M keys, D width, H heads, K width of a head.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+_FAR = -1e9  # added to a logit that must not count; finite, so that an empty slot's softmax stays finite
+
+
+def same_segment(query_BL: Array, key_BM: Array) -> Array:
+    """What each query may read, bool [B, L, M]: keys of its own clip; a query in an empty slot reads nothing."""
+    return (query_BL[:, :, None] == key_BM[:, None, :]) & (key_BM[:, None, :] > 0)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of queries [B, L, D] to keys [B, M, D] where `may` [B, L, M] allows."""
+
+    heads: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BLD: Array, y_BMD: Array, may_BLM: Array) -> Array:
+        width = x_BLD.shape[-1]
+        split = (self.heads, width // self.heads)
+        query, key, value = (nn.DenseGeneral(split, dtype=self.dtype, name=name)(of).swapaxes(1, 2)  # [B, H, L, K]
+                             for name, of in (("query", x_BLD), ("key", y_BMD), ("value", y_BMD)))
+        # Heads before slots: XLA's CPU runs this batched product several times faster than [B, L, H, K].
+        logits = jnp.einsum("bhlk,bhmk->bhlm", query * split[1] ** -0.5, key, preferred_element_type=jnp.float32)
+        logits = logits + jnp.where(may_BLM, 0.0, _FAR)[:, None]
+        weights = jax.nn.softmax(logits).astype(self.dtype)
+        mixed = jnp.einsum("bhlm,bhmk->bhlk", weights, value).swapaxes(1, 2)
+        return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="out")(mixed)
+
+
+class Mlp(nn.Module):
+    """Two Dense layers with GELU between them."""
+
+    hidden: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BLD: Array) -> Array:
+        hidden = nn.gelu(nn.Dense(self.hidden, dtype=self.dtype, name="up")(x_BLD))
+        return nn.Dense(x_BLD.shape[-1], dtype=self.dtype, name="down")(hidden)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); with `context`, the attention is to that instead of to x itself."""
+
+    heads: int
+    mlp: int
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BLD: Array, may_BLM: Array, context: Array | None = None, drop_path: Array | float = 0.0
+                 ) -> Array:
+        norm = nn.LayerNorm(dtype=self.dtype, name="attention_norm")(x_BLD)
+        read = norm if context is None else context
+        x_BLD += self._drop(Attention(self.heads, self.dtype, name="attention")(norm, read, may_BLM), drop_path)
+        norm = nn.LayerNorm(dtype=self.dtype, name="mlp_norm")(x_BLD)
+        return x_BLD + self._drop(Mlp(self.mlp, self.dtype, name="mlp")(norm), drop_path)
+
+    def _drop(self, x_BLD: Array, drop_path: Array | float) -> Array:
+        if not self.has_rng("dropout"):  # a key for dropout is what makes it training
+            return x_BLD
+        x_BLD = nn.Dropout(self.dropout, deterministic=False)(x_BLD)
+        keep = 1.0 - jnp.asarray(drop_path, jnp.float32)
+        alive = jax.random.bernoulli(self.make_rng("dropout"), keep, (x_BLD.shape[0], 1, 1))
+        return jnp.where(alive, x_BLD / keep, 0.0).astype(x_BLD.dtype)
+
+
+class Transformer(nn.Module):
+    """`depth` blocks with stacked parameters [depth, ...] under one scan, and a final norm.
+
+    Returns the normed output [B, L, D] and every block's output [depth, B, L, D].
+    """
+
+    depth: int
+    heads: int
+    mlp: int
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    unroll: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BLD: Array, may_BLM: Array, context: Array | None = None) -> tuple[Array, Array]:
+        def step(block: Block, x: Array, drop_path: Array) -> tuple[Array, Array]:
+            x = block(x, may_BLM, context, drop_path)
+            return x, x
+
+        scan = nn.scan(step, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
+                       length=self.depth, unroll=self.depth if self.unroll else 1)
+        block = Block(self.heads, self.mlp, self.dropout, self.dtype, name="blocks")
+        drop_path = jnp.linspace(0.0, self.drop_path, self.depth)
+        x_BLD, each = scan(block, x_BLD, drop_path)
+        return nn.LayerNorm(dtype=self.dtype, name="norm")(x_BLD), each

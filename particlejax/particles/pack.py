@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packing: several clips share a row of fixed length; `segment` says whose particle is whose.
+
+Legend: B rows, S clips of a row, L slots of a row. Everything here is numpy: it runs in the data workers.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from particlejax.particles.types import Batch, Particles
+
+
+class Clip(NamedTuple):
+    """One clip before packing: its particles by modality ([n, ...], none where the modality lacks) and its labels."""
+
+    particles: Mapping[str, Particles]
+    label: int
+    number: int  # in its source
+
+
+class Full(ValueError):
+    """The clips do not fit into the rows."""
+
+
+def assign(sizes: Sequence[Mapping[str, int]], lengths: Mapping[str, int], rows: int, clips: int) -> list[int]:
+    """The row of each clip, first fit in the order given: a row has `lengths` slots a modality and `clips` clips.
+
+    Raises Full when a clip finds no row.
+    """
+    free = [dict(lengths) for _ in range(rows)]
+    places = [clips] * rows
+    chosen = []
+    for size in sizes:
+        fits = (r for r in range(rows) if places[r] and all(free[r][m] >= n for m, n in size.items()))
+        row = next(fits, None)
+        if row is None:
+            raise Full(f"a clip of {dict(size)} particles does not fit into {rows} rows of {dict(lengths)} slots and "
+                       f"{clips} clips")
+        places[row] -= 1
+        for modality, n in size.items():
+            free[row][modality] -= n
+        chosen.append(row)
+    return chosen
+
+
+def pack(clips: Sequence[Clip], shapes: Mapping[str, tuple[int, int]], rows: int, clips_per_row: int) -> Batch:
+    """Rows filled with clips, first fit in the order given; what stays free is segment 0, clip -1 and label -1.
+
+    shapes: per modality (slots of a row, numbers of a payload). Raises Full when the clips do not fit.
+    """
+    sizes = [{m: len(p.segment) for m, p in clip.particles.items()} for clip in clips]
+    chosen = assign(sizes, {m: length for m, (length, _) in shapes.items()}, rows, clips_per_row)
+    label = np.full((rows, clips_per_row), -1, np.int32)
+    number = label.copy()
+    packed = {m: _blank(rows, shape, m, clips) for m, shape in shapes.items()}
+    used = {m: [0] * rows for m in shapes}
+    held = [0] * rows
+    for clip, row in zip(clips, chosen, strict=True):
+        label[row, held[row]], number[row, held[row]] = clip.label, clip.number
+        held[row] += 1
+        for modality, particles in clip.particles.items():
+            start = used[modality][row]
+            used[modality][row] = stop = start + len(particles.segment)
+            _write(packed[modality], (row, slice(start, stop)), particles, held[row])
+    return Batch({m: Particles(**fields) for m, fields in packed.items()}, label, number)
+
+
+def _blank(rows: int, shape: tuple[int, int], modality: str, clips: Sequence[Clip]) -> dict[str, np.ndarray]:
+    length, payload = shape
+    like = next((c.particles[modality].payload for c in clips if modality in c.particles), np.zeros(0, np.float32))
+    return dict(payload=np.zeros((rows, length, payload), like.dtype), place=np.zeros((rows, length, 3), np.float32),
+                extent=np.zeros((rows, length, 3), np.float32), segment=np.zeros((rows, length), np.int32))
+
+
+def _write(fields: dict[str, np.ndarray], where: tuple, particles: Particles, segment: int) -> None:
+    for name in ("payload", "place", "extent"):
+        fields[name][where] = getattr(particles, name)
+    fields["segment"][where] = segment

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which particles a clip becomes: the policies. Each is a pure function of one clip, numpy and jax arrays alike.
+
+A policy is `(video [T, H, W, C], times [T], ParticleSpec) -> Particles` with leading axis N, a number that depends on
+the shapes alone; `thin` then keeps a random part where the spec has a budget.
+"""
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+
+from particlejax.particles.cut import Tube, cut, lattice
+from particlejax.particles.types import Particles, numpy_of
+from particlejax.spec import ParticleSpec
+from particlejax.typing import Array
+
+Shape = tuple[int, int, int]
+
+
+def grid(spec: ParticleSpec, size: Shape) -> tuple[Tube, ...]:
+    """One granularity, every cuboid (ViViT, arXiv:2103.15691; VideoMAE, arXiv:2203.12602)."""
+    del size
+    return (Tube(spec.base, spec.base),)
+
+
+def tubes(spec: ParticleSpec, size: Shape) -> tuple[Tube, ...]:
+    """Several shapes and strides, overlapping or sparse (TubeViT, arXiv:2212.03229); given as spec.tubes."""
+    del size
+    return tuple(Tube(*map(tuple, tube)) for tube in spec.tubes)
+
+
+def pyramid(spec: ParticleSpec, size: Shape) -> tuple[Tube, ...]:
+    """The base cuboid on every level of the clip averaged down: level k is spec.factor ** k coarser on every axis."""
+    del size
+    scales = [tuple(f**level for f in spec.factor) for level in range(spec.levels)]
+    shapes = [tuple(b * s for b, s in zip(spec.base, scale, strict=True)) for scale in scales]
+    return tuple(Tube(shape, shape) for shape in shapes)
+
+
+LATTICES: dict[str, Callable[[ParticleSpec, Shape], tuple[Tube, ...]]] = {
+    "grid": grid, "tubes": tubes, "pyramid": pyramid,
+}
+
+
+def cut_clip(video_THWC: Array, times_T: Array, spec: ParticleSpec) -> Particles:
+    """All particles that the policy makes of one clip; their number is `particle_count` without a budget."""
+    size = video_THWC.shape[:3]
+    parts = [cut(video_THWC, times_T, tube, spec.base) for tube in LATTICES[spec.policy](spec, size)]
+    xp = numpy_of(video_THWC)
+    fields = ("payload", "place", "extent", "segment")
+    return Particles(**{name: xp.concatenate([getattr(p, name) for p in parts]) for name in fields})
+
+
+def thin(particles: Particles, scores: Array, budget: int) -> Particles:
+    """The `budget` particles [L] of smallest score, in their order: `random` when the scores are random numbers."""
+    xp = numpy_of(scores)
+    return particles.take(xp.sort(xp.argsort(scores)[:budget]))
+
+
+def particle_count(size: Shape, spec: ParticleSpec) -> int:
+    """How many particles a clip of `size` (frames, rows, columns) becomes."""
+    whole = sum(len(lattice(size, tube)) for tube in LATTICES[spec.policy](spec, size))
+    return min(whole, spec.budget) if spec.budget else whole
+
+
+def check(size: Shape, spec: ParticleSpec) -> None:
+    """Raises ValueError when the policy leaves a part of the clip out, or does not exist."""
+    if spec.policy not in LATTICES:
+        raise ValueError(f"particles.policy is {spec.policy!r}: choose one of {', '.join(LATTICES)}.")
+    for tube, axis in itertools.product(LATTICES[spec.policy](spec, size), range(3)):
+        if tube.shape[axis] > size[axis]:
+            raise ValueError(f"particles of {tube.shape} do not fit into clips of {tuple(size)}: use smaller ones or "
+                             "larger clips.")
+        if spec.policy != "tubes" and size[axis] % tube.shape[axis]:
+            name = ("frames", "rows", "columns")[axis]
+            raise ValueError(f"clips of {size[axis]} {name} are not a multiple of particles of {tube.shape[axis]}: "
+                             "change data.frames, data.size or particles.base.")
+
+
+def empty(length: int, payload: int) -> Particles:
+    """A row of empty slots (numpy)."""
+    place = np.zeros((length, 3), np.float32)
+    return Particles(np.zeros((length, payload), np.float32), place, place, np.zeros(length, np.int32))

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mesh, and which part of it holds which part of an array: rules by parameter path."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from particlejax import tree
+from particlejax.spec import MeshSpec
+from particlejax.typing import UserError
+
+AXES = ("data", "fsdp", "tensor", "sequence")
+ROWS = ("data", "fsdp")  # axes over which a batch's rows are divided
+
+# Last axes of a parameter (and of its moments in the optimiser, whose paths end alike) -> axes of the mesh; stacked
+# layers come before these and stay whole.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"(query|key|value)/kernel$", ("fsdp", "tensor", None)),
+    (r"attention/out/kernel$", ("tensor", None, "fsdp")),
+    (r"mlp/up/kernel$", ("fsdp", "tensor")),
+    (r"mlp/down/kernel$", ("tensor", "fsdp")),
+    (r"kernel$|table/embedding$", (None, "fsdp")),
+    (r"", ()),
+)
+
+
+def make_mesh(spec: MeshSpec) -> Mesh:
+    """All devices in a mesh of the four named axes. Raises UserError when their number does not fit."""
+    sizes, devices = [getattr(spec, axis) for axis in AXES], jax.device_count()
+    if sizes.count(-1) > 1:
+        raise UserError(f"config.mesh gives -1 to {sizes.count(-1)} axes: only one can be the rest.")
+    rest, over = divmod(devices, math.prod(size for size in sizes if size != -1))
+    sizes = [rest if size == -1 else size for size in sizes]
+    if over or math.prod(sizes) != devices:
+        raise UserError(f"config.mesh wants {dict(zip(AXES, sizes, strict=True))} but there are {devices} devices: make "
+                        "their product that number, or one of them -1.")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def param_shardings(shapes: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for each leaf of a tree of shapes (parameters, or a state that holds them)."""
+    return tree.map_named(lambda name, leaf: NamedSharding(mesh, _spec(name, leaf.shape, mesh)), shapes)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows divided over data and fsdp, everything else whole."""
+    return NamedSharding(mesh, P(ROWS))
+
+
+def check_rows(rows: int, mesh: Mesh, key: str) -> None:
+    """Raises UserError when `rows` cannot be divided over the mesh."""
+    parts = math.prod(mesh.shape[axis] for axis in ROWS)
+    if rows % parts:
+        raise UserError(f"{key}={rows} cannot be divided over {parts} devices (mesh data x fsdp): use a multiple.")
+
+
+def put(batch: Any, mesh: Mesh) -> Any:
+    """A batch on the mesh; each process brings its own rows, numpy [B / processes, ...]."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    axes = tree.match(RULES, name)
+    if not axes or len(shape) < len(axes):
+        return P()
+    whole = (None,) * (len(shape) - len(axes))
+    fits = (a if a and size % mesh.shape[a] == 0 else None for a, size in zip(axes, shape[len(whole):], strict=True))
+    return P(*whole, *fits)

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an experiment may say: one frozen dataclass a section, the only place where a default stands.
+
+An experiment file fills a ConfigDict made of these (`section`), `Experiment.of` turns it back into them in one hop, and
+an unknown key is an error that names the nearest known one. Nothing here imports anything of ours but the error.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from particlejax.typing import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpec:
+    """Which clips, and how frames are taken from them."""
+
+    source: str = "toybox"  # toybox | folder:PATH | tfds:NAME
+    split: str = "train"
+    fraction: float = 1.0  # of the split's clips, drawn once with `seed`-independent order: few labels, quick trials
+    cache_dir: str = "~/.cache/particlejax"  # where toybox is rendered and TFDS looks
+    frames: int = 16
+    size: int = 64  # pixels, height and width
+    seconds: float = 0.0  # span of the frames; 0: the whole clip
+    decode_side: int = 0  # pixels of the short side that frames are decoded at; 0: `size`
+    crop: tuple[float, float] = (1.0, 1.0)  # share of the area that a random resized crop keeps, when training
+    flip: bool = False  # mirrored at random, when training
+    mean: float = 0.45  # of pixels in [0, 1]
+    std: float = 0.225
+    clips_per_row: int = 1
+    max_bad: int = 100  # unreadable clips after which the run stops
+    threads: int = 2  # that decode, in each worker
+    workers: int = 0  # processes that decode; 0: threads of this process
+
+
+@dataclasses.dataclass(frozen=True)
+class ParticleSpec:
+    """How a clip is cut into particles."""
+
+    policy: str = "grid"  # grid | tubes | pyramid
+    base: tuple[int, int, int] = (2, 16, 16)  # frames, rows, columns of the cuboid that a payload holds
+    factor: tuple[int, int, int] = (2, 2, 2)  # of coarseness from one pyramid level to the next
+    levels: int = 3  # of the pyramid, the finest included
+    tubes: tuple = ()  # of (shape, stride) or (shape, stride, offset), each three numbers
+    budget: int = 0  # particles kept at random; 0: all
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """The encoder and, where an objective needs it, the decoder."""
+
+    width: int = 192
+    depth: int = 6
+    heads: int = 3
+    mlp: int = 4  # hidden width of the MLP, in widths
+    dropout: float = 0.0
+    drop_path: float = 0.0  # stochastic depth of the last block, linear from 0 (arXiv:1603.09382)
+    decoder_width: int = 128
+    decoder_depth: int = 2
+    decoder_heads: int = 2
+    unroll: bool = True  # layers unrolled in the program: faster on CPU, slower to compile
+    dtype: str = "float32"  # of the computation; parameters and reductions stay float32
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedSpec:
+    """Masked particle prediction: an encoder on the visible, a decoder that is asked for the hidden."""
+
+    weight: float = 1.0
+    modality: str = "vision"
+    mask: str = "tube"  # tube | random
+    keep: float = 0.25  # share of the particles that the encoder sees
+    predict: float = 0.5  # share of the particles that the decoder is asked for
+    normalise: bool = True  # targets normalised per particle (arXiv:2111.06377, section 4.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifySpec:
+    """One label a clip."""
+
+    weight: float = 1.0
+    label_smoothing: float = 0.0
+
+
+OBJECTIVES = {"masked": MaskedSpec, "classify": ClassifySpec}
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimSpec:
+    """The optimiser and its schedule."""
+
+    name: str = "adamw"  # adamw | sgd
+    rate: float = 1e-3  # peak learning rate
+    warmup: float = 0.1  # share of the steps
+    final: float = 0.01  # learning rate at the end, in peaks
+    weight_decay: float = 0.05  # decoupled; spares norms, biases and single vectors
+    b1: float = 0.9
+    b2: float = 0.95  # as MAE pretraining has it
+    momentum: float = 0.9  # of sgd
+    clip_norm: float = 1.0  # largest gradient norm; 0: any
+
+
+@dataclasses.dataclass(frozen=True)
+class StageSpec:
+    """One training run. `steps` or `epochs`, the other 0."""
+
+    steps: int = 0
+    epochs: float = 0.0
+    rows: int = 32  # of a batch, over all devices
+    accumulate: int = 1  # micro-batches that a step's gradient is summed over
+    init: str = ""  # where parameters start: an earlier stage's name, or RUN_DIR or RUN_DIR:STAGE of another run
+    objectives: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    optim: OptimSpec = OptimSpec()
+    model: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what differs from the experiment's
+    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what differs from the experiment's
+    val: str = "val"  # split that is measured while training; '': none
+    val_every: int = 0  # steps; 0: at the end only
+    ema: float = 0.0  # decay of the averaged parameters, which are then the ones evaluated; 0: none
+    select: str = ""  # val metric whose best checkpoint is the stage's result; '': the last
+    select_mode: str = "max"
+    patience: int = 0  # measurements without a better `select` after which the stage ends; 0: never
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateSpec:
+    """The measurement at the end of a stage that classifies."""
+
+    splits: tuple[str, ...] = ("val",)
+    views: tuple[int, int] = (1, 1)  # temporal clips x spatial crops per video, probabilities averaged
+    rows: int = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSpec:
+    """Devices per axis of the mesh; -1 (at most once): the rest."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    sequence: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSpec:
+    """When the state is saved."""
+
+    every: int = 200  # steps
+    keep: int = 2  # newest ones; at least 2, so that a whole one remains while the next is written
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSpec:
+    """Where figures go, besides metrics.jsonl and TensorBoard."""
+
+    every: int = 20  # steps
+    wandb: str = ""  # project of Weights & Biases; '': none
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything a run depends on, so that config.json is enough to run it again."""
+
+    job: str = "train"  # train | evaluate
+    seed: int = 0
+    run: str = ""  # job evaluate: the run that is evaluated
+    init: str = ""  # RUN_DIR or RUN_DIR:STAGE that the first stage starts from, where that stage names none itself
+    data: DataSpec = DataSpec()
+    particles: ParticleSpec = ParticleSpec()
+    model: ModelSpec = ModelSpec()
+    stages: Mapping[str, StageSpec] = dataclasses.field(default_factory=dict)
+    evaluate: EvaluateSpec = EvaluateSpec()
+    mesh: MeshSpec = MeshSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    log: LogSpec = LogSpec()
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "Experiment":
+        """The experiment that a config describes. Raises UserError for a key or a value that it cannot have."""
+        return check(make(cls, config, "config"))
+
+    def data_of(self, stage: StageSpec) -> DataSpec:
+        """The data section with what the stage says differently."""
+        return _replaced(self.data, stage.data, "data")
+
+    def model_of(self, stage: StageSpec) -> ModelSpec:
+        """The model section with what the stage says differently."""
+        return _replaced(self.model, stage.model, "model")
+
+
+def section(spec: type, **values: Any) -> dict[str, Any]:
+    """A config section: every key of `spec` with its default, `values` put in; so every key can be overridden."""
+    return as_dict(make(spec, values, spec.__name__))
+
+
+def as_dict(spec: Any) -> dict[str, Any]:
+    """A spec as nested dicts, for a ConfigDict or for JSON."""
+    return dataclasses.asdict(spec)
+
+
+def make(spec: type, values: Mapping[str, Any], where: str) -> Any:
+    """`spec(**values)`, nested sections included. Raises UserError for a key that the spec does not have."""
+    fields = {field.name: field for field in dataclasses.fields(spec)}
+    for key in values:
+        if key not in fields:
+            raise UserError(unknown_key(key, where, fields))
+    return spec(**{key: _value(fields[key], value, f"{where}.{key}") for key, value in values.items()})
+
+
+def unknown_key(key: str, where: str, known: Any) -> str:
+    """The sentence for a misspelt key."""
+    near = difflib.get_close_matches(key, list(known), 1, 0.5)
+    remedy = f"did you mean {where}.{near[0]}?" if near else f"it knows {', '.join(known)}."
+    return f"{where} has no key {key!r}: {remedy}"
+
+
+def check(experiment: Experiment) -> Experiment:
+    """The experiment, when its stages can be run. Raises UserError otherwise."""
+    for name, stage in experiment.stages.items():
+        where = f"config.stages.{name}"
+        if bool(stage.steps) == bool(stage.epochs):
+            raise UserError(f"{where} gives steps={stage.steps} and epochs={stage.epochs:g}: set one of them, the "
+                            "other to 0.")
+        if not stage.objectives:
+            raise UserError(f"{where} has no objective: add one of {', '.join(OBJECTIVES)}.")
+        if stage.rows % stage.accumulate:
+            raise UserError(f"{where}.rows={stage.rows} is not a multiple of accumulate={stage.accumulate}: change one.")
+        experiment.data_of(stage)
+        experiment.model_of(stage)
+    if experiment.checkpoint.keep < 2:
+        raise UserError(f"config.checkpoint.keep={experiment.checkpoint.keep} would leave no whole checkpoint while the "
+                        "next is written: use 2 or more.")
+    return experiment
+
+
+def _value(field: dataclasses.Field, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(field.type) and isinstance(value, Mapping):
+        return make(field.type, value, where)
+    if field.name == "stages":
+        return {name: make(StageSpec, stage, f"{where}.{name}") for name, stage in value.items()}
+    if field.name == "objectives":
+        return {name: _objective(name, each, where) for name, each in value.items()}
+    return _tuples(value)
+
+
+def _objective(name: str, value: Any, where: str) -> Any:
+    if name not in OBJECTIVES:
+        raise UserError(unknown_key(name, where, OBJECTIVES))
+    return make(OBJECTIVES[name], value, f"{where}.{name}") if isinstance(value, Mapping) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def _replaced(spec: Any, changes: Mapping[str, Any], name: str) -> Any:
+    known = [field.name for field in dataclasses.fields(spec)]
+    for key in changes:
+        if key not in known:
+            raise UserError(unknown_key(key, f"config.stages.*.{name}", known))
+    return dataclasses.replace(spec, **{key: _tuples(value) for key, value in changes.items()})
