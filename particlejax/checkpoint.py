@@ -110,12 +110,7 @@ def load_subtree(folder: str | os.PathLike[str], want: Any, branches: tuple[str,
     first that is there counts. Paths that are absent or of another shape are left out of the result: the caller
     compares. Raises UserError when the folder holds no whole checkpoint.
     """
-    folder = Path(folder).absolute()
-    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
-    whole = [step for step in steps if not _fault(folder / str(step))]
-    if not whole:
-        raise UserError(f"{folder} holds no whole checkpoint: name a run that has saved one.")
-    item = folder / str(whole[-1]) / _STATE
+    item = _newest_whole(folder) / _STATE
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         saved = reader.metadata(item).item_metadata.tree
         branch = next(b for b in branches if saved.get(b))
@@ -127,6 +122,12 @@ def load_subtree(folder: str | os.PathLike[str], want: Any, branches: tuple[str,
     return tree.flatten(found[branch]), shapes
 
 
+def load_data(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What was saved beside the arrays of the newest whole checkpoint. Raises UserError when there is none."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return reader.restore(_newest_whole(folder) / _DATA)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file that is either the old one or the new one, whatever happens."""
     fresh = path.with_name(path.name + ".tmp")
@@ -135,6 +136,15 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(fresh, path)
+
+
+def _newest_whole(folder: str | os.PathLike[str]) -> Path:
+    folder = Path(folder).absolute()
+    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    for step in reversed(steps):
+        if not _fault(folder / str(step)):
+            return folder / str(step)
+    raise UserError(f"{folder} holds no whole checkpoint: name a run that has saved one.")
 
 
 def _nested(flat: dict[str, Any]) -> dict[str, Any]:

@@ -170,6 +170,7 @@ class Experiment:
     particles: ParticleSpec = ParticleSpec()
     model: ModelSpec = ModelSpec()
     stages: Mapping[str, StageSpec] = dataclasses.field(default_factory=dict)
+    order: tuple[str, ...] = ()  # in which stages run, those not named are left out; () where there is but one
     evaluate: EvaluateSpec = EvaluateSpec()
     mesh: MeshSpec = MeshSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
@@ -194,6 +195,15 @@ def section(spec: type, **values: Any) -> dict[str, Any]:
     return as_dict(make(spec, values, spec.__name__))
 
 
+def arguments(text: str, *known: str) -> dict[str, bool]:
+    """The words after an experiment file's colon, as in ':tiny,scratch': which of the known ones were given."""
+    given = [word for word in text.split(",") if word]
+    for word in given:
+        if word not in known:
+            raise UserError(f"the experiment file has no argument {word!r}: it knows {', '.join(known)}.")
+    return {word: word in given for word in known}
+
+
 def as_dict(spec: Any) -> dict[str, Any]:
     """A spec as nested dicts, for a ConfigDict or for JSON."""
     return dataclasses.asdict(spec)
@@ -216,7 +226,14 @@ def unknown_key(key: str, where: str, known: Any) -> str:
 
 
 def check(experiment: Experiment) -> Experiment:
-    """The experiment, when its stages can be run. Raises UserError otherwise."""
+    """The experiment with its stages in order, when they can be run. Raises UserError otherwise."""
+    stages, order = experiment.stages, experiment.order or tuple(experiment.stages)
+    if len(stages) > 1 and not experiment.order:
+        raise UserError(f"config.order is empty: name the stages to run in their order ({', '.join(stages)}).")
+    for name in order:
+        if name not in stages:
+            raise UserError(unknown_key(name, "config.stages", stages))
+    experiment = dataclasses.replace(experiment, stages={name: stages[name] for name in order})
     for name, stage in experiment.stages.items():
         where = f"config.stages.{name}"
         if bool(stage.steps) == bool(stage.epochs):

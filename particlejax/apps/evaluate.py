@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluates a trained run on any source with the same label names: results.json, predictions.csv, report.md."""
+
+from pathlib import Path
+
+from particlejax import sharding
+from particlejax.apps import report
+from particlejax.data import sources
+from particlejax.spec import Experiment, as_dict
+from particlejax.train import loop, run
+from particlejax.train.log import MetricLog, say
+from particlejax.typing import UserError
+
+_OURS = ("split", "fraction", "cache_dir", "max_bad", "threads", "workers")  # the rest is as the run was trained
+
+
+def evaluate(experiment: Experiment, workdir: Path, name: str) -> None:
+    """Job 'evaluate': `config.run` on `config.data.source` and `.split`; frames and particles are the run's own."""
+    if not experiment.run:
+        raise UserError("config.run is empty: name the run to evaluate with --config.run=RUN_DIR.")
+    mesh = sharding.make_mesh(experiment.mesh)
+    said = {key: getattr(experiment.data, key) for key in _OURS}
+    if experiment.data.source:
+        said["source"] = experiment.data.source
+    stage, params = run.load_trained(experiment.run, mesh, said)
+    if not stage.classes or "classify" not in stage.spec.objectives:
+        raise UserError(f"stage {stage.name} of {experiment.run} does not classify: name one that does as RUN_DIR:STAGE.")
+    source = sources.open_source(stage.data.source, stage.data.split, stage.data.cache_dir, stage.classes)
+    bad = run.BadClips(stage.data.max_bad)
+    context = loop.Context(experiment, workdir, mesh, MetricLog(workdir, experiment.log, name, as_dict(experiment)))
+    figures = loop.classify(stage, params, source, context, "", bad.note)
+    context.log.close()
+    run.add_results(workdir, stage.name, {stage.data.split: figures}, bad.reasons)
+    say(f"{stage.name} on {len(source)} clips of {stage.data.source} ({stage.data.split}): top-1 "
+        f"{figures.get('top1', float('nan')):.3f}")
+    say(f"report: {report.write(workdir)}")

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of what a stage does: the particles that were kept, and what was made of the rest."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from particlejax.apps import pictures
+from particlejax.data import clips, sources
+from particlejax.data.decode import Unreadable
+from particlejax.objectives import objectives
+from particlejax.particles import pack
+from particlejax.particles.types import Particles
+from particlejax.spec import DataSpec
+from particlejax.train import run
+
+_CLIP = 1  # of the measured split, the first to try
+
+
+def draw_masked(workdir: Path, name: str, mesh: Mesh) -> None:
+    """report/NAME_kept.png and NAME_reconstruction.png of a stage trained on masked particles."""
+    stage, params = run.load_trained(f"{workdir}:{name}", mesh, {})
+    spec = stage.spec.objectives["masked"]
+    split = stage.spec.val or stage.data.split
+    source = sources.open_source(stage.data.source, split, stage.data.cache_dir)
+    found = _first_readable(source, stage.data)
+    if found is None:
+        return
+    frames, times = found
+    rng = np.random.default_rng(0)
+    particles = clips.particles_of(frames, times, stage.data, stage.experiment.particles, rng)
+    batch = pack.pack([pack.Clip({spec.modality: particles}, -1, 0)], {spec.modality: particles.payload.shape}, 1, 1)
+    shape = type(spec)(**{**vars(spec), "predict": 1 - spec.keep})  # ask for everything that is hidden
+    predict = jax.jit(lambda p, b: objectives.predict_masked(shape, p, stage.model, b, jax.random.key(0), False))
+    answer = jax.tree.map(lambda x: np.asarray(x[0]), predict(params, jax.tree.map(np.asarray, batch)))
+    folder = Path(workdir) / "report"
+    folder.mkdir(exist_ok=True)
+    seen = answer.visible
+    pictures.kept_strip(frames, times, seen.place, seen.extent, folder / f"{name}_kept.png")
+    rows = _rows(frames, times, answer, stage.data, stage.experiment.particles.base, spec.normalise)
+    pictures.reconstruction(rows, times, folder / f"{name}_reconstruction.png")
+
+
+def _first_readable(source: sources.Source, data: DataSpec) -> tuple[np.ndarray, np.ndarray] | None:
+    for i in list(range(_CLIP, len(source))) + list(range(min(_CLIP, len(source)))):
+        try:
+            return clips.load(source[i], data, clips.View(0, 1, 0, 1))
+        except Unreadable:
+            continue
+    return None
+
+
+def _rows(frames: np.ndarray, times: np.ndarray, answer: objectives.Prediction, data: DataSpec,
+          base: tuple[int, int, int], normalised: bool) -> dict[str, np.ndarray]:
+    video = (frames.astype(np.float32) / 255 - data.mean) / data.std
+    grey = np.zeros_like(video)
+    payload = answer.predicted
+    if normalised:  # the model knows each particle's contrast only up to these two numbers, which are lent to it here
+        true = answer.query.payload
+        payload = payload * true.std(-1, keepdims=True) + true.mean(-1, keepdims=True)
+
+    def paint(particles: Particles, payload: np.ndarray, canvas: np.ndarray) -> np.ndarray:
+        real = particles.segment > 0
+        return pictures.paint(payload[real], particles.place[real], particles.extent[real], times, video.shape[1:3],
+                              base, canvas)
+
+    seen = paint(answer.visible, answer.visible.payload, grey)
+    made = paint(answer.query, payload, seen)
+    pixels = {"original": video, "what the encoder saw": seen, "reconstruction": made}
+    return {name: np.clip((v * data.std + data.mean) * 255, 0, 255).astype(np.uint8) for name, v in pixels.items()}
+
+

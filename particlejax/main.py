@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m particlejax.main --config experiments/NAME.py[:tiny] [--config.some.key=value] [--workdir DIR]`."""
+
+import difflib
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from absl import flags, logging
+from ml_collections import config_flags
+
+from particlejax import checkpoint, sharding
+from particlejax.apps import evaluate as evaluate_app
+from particlejax.apps import explain, report
+from particlejax.spec import Experiment, as_dict, unknown_key
+from particlejax.train import loop, run
+from particlejax.train.log import MetricLog, say
+from particlejax.typing import UserError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, with :tiny for a smoke run.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; by default runs/ and the experiment's name.")
+
+
+def train(experiment: Experiment, workdir: Path, name: str) -> None:
+    """Job 'train': every stage, then the report."""
+    mesh = sharding.make_mesh(experiment.mesh)
+    log = MetricLog(workdir, experiment.log, name, as_dict(experiment))
+    try:
+        loop.train(loop.Context(experiment, workdir, mesh, log))
+    finally:
+        log.close()
+    for stage, spec in experiment.stages.items():
+        if "masked" in spec.objectives:
+            explain.draw_masked(workdir, stage, mesh)
+    say(f"report: {report.write(workdir)}")
+
+
+JOBS = {"train": train, "evaluate": evaluate_app.evaluate}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs what the flags say. Returns the exit code: 0 also after a SIGTERM that was heeded, 2 for a user's mistake."""
+    logging.set_verbosity(logging.ERROR)  # Orbax and TFDS report their inner workings as warnings
+    try:
+        config = _parse(argv)
+        experiment = Experiment.of(config.to_dict())
+        if experiment.job not in JOBS:
+            raise UserError(f"config.job is {experiment.job!r}: choose one of {', '.join(JOBS)}.")
+        workdir = _enter(_workdir(argv), experiment)
+        JOBS[experiment.job](experiment, workdir, workdir.name)
+    except UserError as error:
+        print(f"particlejax: {error}", file=sys.stderr)
+        return 2
+    except loop.Stopped as stop:
+        say(str(stop))
+        return 130 if str(stop).startswith("SIGINT") else 0
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> ml_collections.ConfigDict:
+    flags.FLAGS.unparse_flags()
+    try:
+        flags.FLAGS(list(argv))
+    except (AttributeError, KeyError) as error:  # ml_collections names the last part of an unknown key, and no more
+        raise UserError(_unknown_override(argv)) from error
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    except OSError as error:
+        raise UserError(f"the experiment file cannot be read: {error}.") from error
+    if _CONFIG.value is None:
+        raise UserError("no experiment: add --config experiments/quickstart.py or another file of experiments/.")
+    return _CONFIG.value
+
+
+def _unknown_override(argv: Sequence[str]) -> str:
+    """The sentence for the first --config.KEY that the experiment file does not have."""
+    file = next((_value(argv, i) for i, a in enumerate(argv) if re.match(r"--?config(=|$)", a)), "")
+    config = _load(file)
+    for text in argv:
+        found = re.match(r"--?(?:no)?config\.([\w.\[\]]+)", text)
+        node, where = config, "config"
+        for part in (found[1] if found else "").split("."):
+            part = part.split("[")[0]
+            if not part:
+                continue
+            if not isinstance(node, ml_collections.ConfigDict) or part not in node:
+                known = list(node) if isinstance(node, ml_collections.ConfigDict) else []
+                return unknown_key(part, where, known)
+            node, where = node[part], f"{where}.{part}"
+    near = difflib.get_close_matches(file, [str(p) for p in Path("experiments").rglob("*.py")], 1)
+    return f"the experiment file {file!r} cannot be loaded: " + (f"did you mean {near[0]}?" if near else "check its path.")
+
+
+def _value(argv: Sequence[str], i: int) -> str:
+    return argv[i].split("=", 1)[1] if "=" in argv[i] else "".join(argv[i + 1 : i + 2])
+
+
+def _load(file: str) -> Any:
+    path, _, arg = file.partition(":")
+    scope: dict[str, Any] = {"__name__": "experiment", "__file__": path}
+    try:
+        exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), scope)  # noqa: S102  a file the user named
+        return scope["get_config"](arg) if arg else scope["get_config"]()
+    except OSError:
+        return None
+
+
+def _workdir(argv: Sequence[str]) -> Path:
+    """The folder that was named; else runs/NAME, with a mark of the overrides so that other settings live elsewhere."""
+    if _WORKDIR.value:
+        return Path(os.path.expanduser(_WORKDIR.value))
+    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    path, _, arg = file.partition(":")
+    overrides = sorted(a for a in argv if re.match(r"--?(no)?config\.", a))
+    mark = hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:8] if overrides else ""
+    return Path("runs") / "-".join(part for part in (Path(path).stem, re.sub(r"\W+", "_", arg), mark) if part)
+
+
+def _enter(workdir: Path, experiment: Experiment) -> Path:
+    """Makes the folder and writes config.json, or checks that it holds this very experiment."""
+    path = workdir / run.CONFIG
+    new = json.loads(json.dumps(as_dict(experiment)))
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        changed = _differences(old, new)
+        if changed:
+            raise UserError(f"{workdir} holds a run with other settings ({'; '.join(changed[:3])}): give another --workdir, "
+                            "or the same settings to continue it.")
+        return workdir
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(path, new)
+    except OSError as error:
+        raise UserError(f"workdir {workdir} cannot be written ({error.strerror}): give another --workdir.") from error
+    say(f"workdir: {workdir}")
+    return workdir
+
+
+def _differences(old: Any, new: Any, where: str = "config") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [text for key in keys for text in _differences(old.get(key), new.get(key), f"{where}.{key}")]
+    return [] if old == new else [f"{where} was {old!r}, is {new!r}"]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

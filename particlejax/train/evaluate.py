@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measuring without learning: an objective's metrics over a split, and each clip's class probabilities."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from particlejax import sharding
+from particlejax.data import pipeline
+from particlejax.models.model import Model
+from particlejax.objectives.objectives import Objective
+from particlejax.particles.types import Batch
+from particlejax.train.log import Progress
+from particlejax.typing import Metrics, Params
+
+_KEY = 17  # of the masks in evaluation, the same at every step so that curves compare
+Watch = Callable[[pipeline.Loaded], None]  # told of every batch: notes unreadable clips, ends the run when asked to
+
+
+def jit_measure(objective: Objective, model: Model, mesh: Mesh) -> Callable[[Params, Batch, int], tuple[Metrics, Any]]:
+    """(params, batch, number) -> (metrics, clips in the batch), on every process alike."""
+
+    def measure(params: Params, batch: Batch, number: int) -> tuple[Metrics, Any]:
+        key = jax.random.fold_in(jax.random.key(_KEY), number)
+        _, metrics = objective(params, model, batch, key, False)
+        return metrics, jnp.sum(batch.clip >= 0)
+
+    return jax.jit(measure, out_shardings=NamedSharding(mesh, P()))
+
+
+def metrics_of(measure: Callable, params: Params, views: pipeline.Views, mesh: Mesh, watch: Watch) -> dict[str, float]:
+    """Means of all metrics over the clips of a split, with masks that are the same each time."""
+    totals: dict[str, float] = {}
+    clips = 0.0
+    for k, loaded in enumerate(pipeline.read(views, 0, len(views), views.data)):
+        watch(loaded)
+        metrics, count = measure(params, sharding.put(loaded.batch, mesh), k)
+        clips += float(count)
+        for name, value in metrics.items():
+            totals[name] = totals.get(name, 0.0) + float(value) * float(count)
+    return {name: value / max(clips, 1.0) for name, value in totals.items()}
+
+
+def jit_predict(model: Model, mesh: Mesh) -> Callable[[Params, Batch], Any]:
+    """(params, batch) -> class probabilities [B, S, C], on every process alike."""
+
+    def predict(params: Params, batch: Batch) -> tuple[Any, Any]:
+        tokens, _ = model.apply(params, "encode", batch.particles)
+        return jax.nn.softmax(model.apply(params, "classify", tokens, batch.clip.shape[1])), batch.clip
+
+    return jax.jit(predict, out_shardings=NamedSharding(mesh, P()))
+
+
+def probabilities(model: Model, params: Params, views: pipeline.Views, mesh: Mesh, watch: Watch, name: str
+                  ) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the clips that could be read, [N], and their probabilities averaged over all views, [N, C]."""
+    predict = jit_predict(model, mesh)
+    sums: dict[int, np.ndarray] = {}
+    counts: dict[int, int] = {}
+    progress = Progress(name, len(views), unit="batch")
+    for loaded in pipeline.read(views, 0, len(views), views.data):
+        watch(loaded)
+        found, clips = (np.asarray(x) for x in predict(params, sharding.put(loaded.batch, mesh)))
+        for clip, each in zip(clips.reshape(-1), found.reshape(-1, found.shape[-1]), strict=True):
+            if clip >= 0:
+                sums[int(clip)] = sums.get(int(clip), 0.0) + each.astype(np.float64)
+                counts[int(clip)] = counts.get(int(clip), 0) + 1
+        progress.update()
+    progress.close()
+    numbers = sorted(sums)
+    if not numbers:
+        return np.zeros(0, int), np.zeros((0, 0))
+    return np.array(numbers), np.stack([sums[n] / counts[n] for n in numbers])

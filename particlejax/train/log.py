@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a run's figures go: metrics.jsonl (what must repeat bit for bit), timing.jsonl, TensorBoard, W&B, the screen."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import tensorboardX
+import tqdm
+
+from particlejax.spec import LogSpec
+from particlejax.typing import UserError
+
+_PLAIN_EVERY = 15.0  # seconds between lines where there is no terminal to draw a bar on
+
+
+class MetricLog:
+    """Writes figures of one run; `cut` forgets what a resumed run will write again.
+
+    metrics.jsonl holds only what the seed determines, so that two runs can be compared byte by byte; rates and waits
+    are in timing.jsonl.
+    """
+
+    def __init__(self, workdir: Path, spec: LogSpec, name: str, config: Mapping[str, Any]) -> None:
+        self._metrics, self._timing = workdir / "metrics.jsonl", workdir / "timing.jsonl"
+        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), flush_secs=10)
+        self._wandb = _wandb_run(spec, name, config, workdir) if spec.wandb else None
+
+    def write(self, stage: str, step: int, split: str, values: Mapping[str, float]) -> None:
+        """One line of metrics; NaN and infinities become strings, which JSON can hold."""
+        self._append(self._metrics, {"stage": stage, "step": step, "split": split, **_json_ready(values)})
+        self._show(f"{stage}/{split}", step, values)
+
+    def time(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """One line of timings."""
+        self._append(self._timing, {"stage": stage, "step": step, **_json_ready(values)})
+        self._show(f"{stage}/timing", step, values)
+
+    def lines(self, stage: str, split: str) -> list[dict[str, Any]]:
+        """What was written of one stage and split so far, in order."""
+        return [line for line in _lines(self._metrics) if line["stage"] == stage and line["split"] == split]
+
+    def cut(self, stage: str, step: int, later_stages: tuple[str, ...]) -> None:
+        """Forgets lines of `stage` after `step`, all of `later_stages`, and a line that a kill left unfinished."""
+        for path in (self._metrics, self._timing):
+            kept = [line for line in _lines(path) if line["stage"] not in later_stages
+                    and (line["stage"] != stage or line["step"] <= step)]
+            fresh = path.with_name(path.name + ".tmp")
+            fresh.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            os.replace(fresh, path)
+
+    def close(self) -> None:
+        """Flushes everything."""
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _append(self, path: Path, line: dict[str, Any]) -> None:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _show(self, prefix: str, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._board.add_scalar(f"{prefix}/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.log({f"{prefix}/{name}": value for name, value in values.items()} | {"stage_step": step})
+
+
+class Progress:
+    """A bar with rate and time left on a terminal, plain lines now and then elsewhere."""
+
+    def __init__(self, name: str, total: int, done: int = 0, unit: str = "step") -> None:
+        self._bar = tqdm.tqdm(total=total, initial=done, desc=name, unit=unit, disable=None, dynamic_ncols=True)
+        self._name, self._total, self._unit = name, total, unit
+        self._first, self._done, self._begun = done, done, time.monotonic()
+        self._said = self._begun
+        self._note = ""
+
+    def update(self, note: str = "") -> None:
+        """One more is done; `note` stands behind the bar."""
+        self._done += 1
+        self._note = note or self._note
+        self._bar.update()
+        if not self._bar.disable:
+            self._bar.set_postfix_str(self._note, refresh=False)
+        elif time.monotonic() - self._said > _PLAIN_EVERY or self._done == self._total:
+            self._said = time.monotonic()
+            rate = (self._done - self._first) / max(self._said - self._begun, 1e-6)
+            left = (self._total - self._done) / max(rate, 1e-6)
+            say(f"{self._name}: {self._unit} {self._done}/{self._total}, {rate:.2f}/s, {_clock(left)} left  {self._note}")
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        self._bar.close()
+
+
+def say(sentence: str) -> None:
+    """A line for the person at the screen, above any bar."""
+    tqdm.tqdm.write(sentence, file=sys.stderr)
+    sys.stderr.flush()
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if path.exists():
+        for text in path.read_text(encoding="utf-8").split("\n"):
+            try:
+                yield json.loads(text)
+            except ValueError:
+                continue  # the last line of a killed run may be cut off
+
+
+def _json_ready(values: Mapping[str, float]) -> dict[str, float | str]:
+    return {name: float(v) if math.isfinite(v) else str(float(v)) for name, v in values.items()}
+
+
+def _wandb_run(spec: LogSpec, name: str, config: Mapping[str, Any], workdir: Path) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(f"config.log.wandb={spec.wandb!r} needs Weights & Biases: pip install particlejax[wandb], or "
+                        "leave it empty.") from error
+    return wandb.init(project=spec.wandb, name=name, config=dict(config), dir=str(workdir), resume="allow",
+                      id=f"{name}-{abs(hash(str(workdir))) % 10**8}")

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one training loop: a stage from its start, or from where it stopped, to its figures in results.json."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from particlejax import optim, sharding, tree
+from particlejax.adapt import load
+from particlejax.checkpoint import Checkpoints
+from particlejax.data import pipeline, sources
+from particlejax.objectives import objectives
+from particlejax.spec import Experiment
+from particlejax.train import evaluate, run, scores
+from particlejax.train.log import MetricLog, Progress, say
+from particlejax.train.state import TrainState, abstract, initialise, jit_step, make_step
+from particlejax.typing import UserError
+
+
+class Stopped(Exception):
+    """Somebody asked the run to stop; everything is saved."""
+
+
+@dataclass
+class Context:
+    """What all stages of a run share. `asked` names the signal that asked the run to stop, '' while none did."""
+
+    experiment: Experiment
+    workdir: Path
+    mesh: Mesh
+    log: MetricLog
+    asked: str = ""
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C ask for a stop; a second Ctrl-C does not wait for it."""
+
+        def ask(number: int, frame: Any) -> None:
+            del frame
+            if self.asked and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.asked = signal.Signals(number).name
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def train(context: Context) -> None:
+    """All stages that results.json does not hold yet, in their order. Raises Stopped after saving."""
+    for name in context.experiment.stages:
+        if "train" in run.read_results(context.workdir).get(name, {}):
+            say(f"{name}: done before, see {context.workdir / run.RESULTS}")
+            continue
+        _Trainer(context, name).run()
+
+
+@dataclass
+class _Trainer:
+    """One stage under way. What it must remember beyond the state is derived from metrics.jsonl."""
+
+    context: Context
+    name: str
+    bad: run.BadClips = field(init=False)
+    waited: float = 0.0  # seconds for data since the last timing line
+    pending: tuple[int, Any] | None = None  # step and metrics not read yet: one step late, the device never waits
+
+    def run(self) -> None:
+        """Trains, measures, writes the figures."""
+        self._prepare()
+        begun = time.monotonic()
+        with self.context.signals():
+            try:
+                self._steps()
+                self._finish(time.monotonic() - begun)
+            finally:
+                self.latest.close()
+                self.best.close()
+
+    # -- before the first step
+
+    def _prepare(self) -> None:
+        experiment, mesh = self.context.experiment, self.context.mesh
+        spec = experiment.stages[self.name]
+        data = experiment.data_of(spec)
+        sharding.check_rows(spec.rows // spec.accumulate, mesh, f"config.stages.{self.name}.rows / accumulate")
+        self.source = sources.open_source(data.source, data.split, data.cache_dir)
+        self.stage = run.build(experiment, self.name, self.source.classes)
+        self.val = self._open(spec.val) if spec.val else None
+        clips = len(pipeline.chosen_clips(len(self.source), data.fraction))
+        per_step = spec.rows * data.clips_per_row
+        self.steps = spec.steps or max(1, math.ceil(clips * spec.epochs / per_step))
+        self.bad = run.BadClips(data.max_bad)
+        objective = objectives.combine(spec.objectives)
+        optimizer = optim.build(spec.optim, self.steps)
+        model, seed = self.stage.model, experiment.seed
+        state = initialise(model, optimizer, self.stage.example, seed, spec.ema, mesh)
+        step = make_step(model, objective, optimizer, seed=seed, ema=spec.ema, accumulate=spec.accumulate)
+        self.step = jit_step(step, state, mesh)
+        self.measure = evaluate.jit_measure(objective, model, mesh)
+        self._restore(state)
+        say(f"{self.name}: {tree.count(state.params) / 1e6:.2f} M parameters, {clips} clips, {self.steps} steps of "
+            f"{per_step} clips" + (f", continuing at step {self.done}" if self.done else ""))
+
+    def _open(self, split: str) -> sources.Source:
+        data = self.stage.data
+        return sources.open_source(data.source, split, data.cache_dir, self.stage.classes)
+
+    def _restore(self, state: TrainState) -> None:
+        keep = self.context.experiment.checkpoint.keep
+        folder = run.checkpoint_folder(self.context.workdir, self.name)
+        self.latest = Checkpoints(folder, keep)
+        self.best = Checkpoints(folder.with_name("best"), 2)
+        found = self.latest.restore(abstract(state))
+        if found:
+            self.done, self.state, data = found
+            self.bad.reasons.update(data["bad"])
+        else:
+            self.done, self.state = 0, self._start(state)
+        self.best.forget_after(self.done)
+        stages = list(self.context.experiment.stages)
+        self.context.log.cut(self.name, self.done, tuple(stages[stages.index(self.name) + 1:]))
+
+    def _start(self, state: TrainState) -> TrainState:
+        folder = run.find_init(self.context.experiment, self.name, self.context.workdir)
+        if folder is None:
+            return state
+        params, sentence = load.from_checkpoint(state.params, folder)
+        say(f"{self.name}: starts from {sentence}")
+        average = jax.tree.map(lambda x: x.copy(), params) if self.stage.spec.ema else ()
+        return TrainState(state.step, params, state.opt_state, average)
+
+    # -- the steps
+
+    def _steps(self) -> None:
+        if self._due_measure(self.done) and not self._measured(self.done):
+            self._measure()  # it was stopped while measuring
+        if self._over():
+            return
+        stream = pipeline.read(self.stage.batches(self.source), self.done, self.steps, self.stage.data)
+        progress = Progress(self.name, self.steps, self.done)
+        self.clock = time.monotonic()
+        try:
+            while self.done < self.steps and not self._over():
+                self._one(stream, progress)
+        finally:
+            stream.close()
+            progress.close()
+
+    def _one(self, stream: Iterator[pipeline.Loaded], progress: Progress) -> None:
+        begun = time.monotonic()
+        loaded = next(stream)
+        self.waited += time.monotonic() - begun
+        self.bad.note(loaded)
+        self.state, metrics = self.step(self.state, sharding.put(loaded.batch, self.context.mesh))
+        self.done += 1
+        note = self._flush()
+        every = self.context.experiment
+        if self.done % every.log.every == 0 or self.done == self.steps:
+            self.pending = (self.done, metrics)
+        progress.update(note)
+        if self._due_measure(self.done):
+            self._flush()
+            self._measure()
+        if self.done % every.checkpoint.every == 0 or self.done == self.steps:
+            self._save()
+        self._heed()
+
+    def _heed(self) -> None:
+        """Saves and leaves when somebody asked for it."""
+        if self.context.asked:
+            self._save()
+            self.latest.finish()
+            raise Stopped(f"{self.context.asked}: {self.name} is saved at step {self.done} of {self.steps}, the same "
+                          "command continues there.")
+
+    def _flush(self) -> str:
+        """Writes the metrics that are still on the device; a note for the progress bar."""
+        if self.pending is None:
+            return ""
+        (step, metrics), self.pending = self.pending, None
+        values = {name: float(value) for name, value in metrics.items()}
+        values["rate"] = float(optim.schedule(self.stage.spec.optim, self.steps)(step - 1))
+        if not math.isfinite(values["loss"]):
+            raise UserError(f"{self.name}: the loss is {values['loss']} at step {step}: lower config.stages.{self.name}."
+                            "optim.rate or set optim.clip_norm, and start again in a new --workdir.")
+        self.context.log.write(self.name, step, "train", values)
+        self._time(step)
+        return f"loss {values['loss']:.4f}"
+
+    def _time(self, step: int) -> None:
+        elapsed, self.clock = time.monotonic() - self.clock, time.monotonic()
+        share, self.waited = self.waited / max(elapsed, 1e-9), 0.0
+        steps = self.context.experiment.log.every
+        clips = steps * self.stage.spec.rows * self.stage.data.clips_per_row
+        self.context.log.time(self.name, step, {"seconds_per_step": elapsed / steps, "clips_per_second": clips / elapsed,
+                                                "data_wait_share": share})
+
+    def _save(self) -> None:
+        self._flush()
+        self.latest.save(self.done, self.state, self._data())
+
+    def _data(self) -> dict[str, Any]:
+        return {"next_batch": self.done, "seed": self.context.experiment.seed, "bad": self.bad.reasons,
+                "classes": list(self.stage.classes)}
+
+    # -- measuring while training
+
+    def _due_measure(self, step: int) -> bool:
+        every = self.stage.spec.val_every
+        return self.val is not None and step > 0 and (step == self.steps or (every > 0 and step % every == 0))
+
+    def _measured(self, step: int) -> bool:
+        return any(line["step"] == step for line in self.context.log.lines(self.name, "val"))
+
+    def _measure(self) -> None:
+        begun = time.monotonic()
+        views = self.stage.views(self.val, self.stage.spec.rows)
+        values = evaluate.metrics_of(self.measure, self.state.best_params, views, self.context.mesh, self._watch)
+        self.context.log.write(self.name, self.done, "val", values)
+        if self._selected() and self._best_step() == self.done:
+            self.best.save(self.done, self.state, self._data())
+        self.clock = getattr(self, "clock", begun) + time.monotonic() - begun  # measuring is not training time
+
+    def _watch(self, loaded: pipeline.Loaded) -> None:
+        self.bad.note(loaded)
+        self._heed()
+
+    def _selected(self) -> list[tuple[float, int]]:
+        """(value, step) of every measurement of the selected metric, larger is better."""
+        spec = self.stage.spec
+        lines = self.context.log.lines(self.name, "val") if spec.select else []
+        if lines and spec.select not in lines[-1]:
+            known = ", ".join(k for k in lines[-1] if k not in ("stage", "step", "split"))
+            raise UserError(f"config.stages.{self.name}.select={spec.select!r} is not measured: choose one of {known}.")
+        sign = 1.0 if spec.select_mode == "max" else -1.0
+        return [(sign * float(line[spec.select]), line["step"]) for line in lines]
+
+    def _best_step(self) -> int:
+        return max(self._selected(), key=lambda each: (each[0], -each[1]))[1]
+
+    def _over(self) -> bool:
+        """Whether patience has run out."""
+        values = self._selected()
+        patience = self.stage.spec.patience
+        if not (patience and values) or sum(step > self._best_step() for _, step in values) < patience:
+            return False
+        say(f"{self.name}: no better {self.stage.spec.select} in {patience} measurements, stopping at step {self.done}")
+        return True
+
+    # -- after the last step
+
+    def _finish(self, seconds: float) -> None:
+        self._save()
+        self.best.finish()
+        self.latest.finish()
+        log, stage = self.context.log, self.stage
+        last = {split: log.lines(self.name, split)[-1:] for split in ("train", "val")}
+        figures: dict[str, Any] = {split: _figures(lines[0]) for split, lines in last.items() if lines}
+        figures["train"] = figures.get("train", {}) | {
+            "steps": self.done, "seconds_since_start": round(seconds, 1), "clips": len(self.source),
+            "clips_seen": self.done * stage.spec.rows * stage.data.clips_per_row,
+            "parameters": tree.count(self.state.params), "compilations": self.step._cache_size()}
+        if "classify" in stage.spec.objectives:
+            for split in self.context.experiment.evaluate.splits:
+                figures[split] = figures.get(split, {}) | self._classify(split)
+        run.add_results(self.context.workdir, self.name, figures, self.bad.reasons)
+
+    def _classify(self, split: str) -> dict[str, Any]:
+        params = self.state.best_params
+        if self._selected():
+            found = self.best.restore(abstract(self.state))
+            params = found[1].best_params if found else params
+        return classify(self.stage, params, self._open(split), self.context, f"{self.name}_{split}", self._watch)
+
+
+def classify(stage: run.Stage, params: Any, source: sources.Source, context: Context, name: str, watch: evaluate.Watch
+             ) -> dict[str, Any]:
+    """Scores over all views of a source; each clip's probabilities go to predictions_NAME.csv."""
+    spec = context.experiment.evaluate
+    sharding.check_rows(spec.rows, context.mesh, "config.evaluate.rows")
+    views = stage.views(source, spec.rows, spec.views)
+    numbers, found = evaluate.probabilities(stage.model, params, views, context.mesh, watch, f"evaluate {name}")
+    records = [source[int(n)] for n in numbers]
+    label = np.array([record.label for record in records], int)
+    path = context.workdir / (f"predictions_{name}.csv" if name else "predictions.csv")
+    scores.write_predictions(path, [record.name for record in records], label, found, stage.classes)
+    return scores.scores(found, label, stage.classes)
+
+
+def _figures(line: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in line.items() if key not in ("stage", "split", "step")}

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a stage is made of, built from an experiment: sources, model, folders; and a trained stage read back."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from particlejax import checkpoint, sharding
+from particlejax.adapt import load
+from particlejax.data import pipeline, sources
+from particlejax.models import model as models
+from particlejax.objectives import objectives
+from particlejax.particles.types import Batch
+from particlejax.spec import DataSpec, Experiment, StageSpec
+from particlejax.train.log import say
+from particlejax.typing import Params, UserError
+
+CONFIG, RESULTS = "config.json", "results.json"
+
+
+@dataclass
+class BadClips:
+    """Unreadable clips met so far; more than `limit` of them end the run."""
+
+    limit: int
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def note(self, loaded: pipeline.Loaded) -> None:
+        """Names each new one once. Raises UserError past the limit."""
+        for bad in loaded.bad:
+            if bad.name not in self.reasons:
+                self.reasons[bad.name] = bad.reason
+                say(f"clip {bad.name} cannot be read ({bad.reason}): it is left out.")
+        if len(self.reasons) > self.limit:
+            some = ", ".join(f"{name} ({reason})" for name, reason in list(self.reasons.items())[:3])
+            raise UserError(f"{len(self.reasons)} clips cannot be read ({some}, ...), more than config.data.max_bad="
+                            f"{self.limit}: mend the data or raise the limit.")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage, ready to be trained or measured."""
+
+    name: str
+    spec: StageSpec
+    experiment: Experiment
+    data: DataSpec
+    classes: tuple[str, ...]
+    model: models.Model
+    example: Batch  # zeros with the shapes of a batch
+
+    def views(self, source: sources.Source, rows: int, views: tuple[int, int] = (1, 1)) -> pipeline.Views:
+        """All clips of a source once, for measuring."""
+        return pipeline.Views(source, self.data, self.experiment.particles, self.experiment.seed, rows, views,
+                              jax.process_index(), jax.process_count())
+
+    def batches(self, source: sources.Source) -> pipeline.Batches:
+        """Training batches of a source."""
+        return pipeline.Batches(source, self.data, self.experiment.particles, self.experiment.seed, self.spec.rows,
+                                jax.process_index(), jax.process_count())
+
+
+def build(experiment: Experiment, name: str, classes: tuple[str, ...]) -> Stage:
+    """The stage and its model. Raises UserError where it wants labels and there are none."""
+    spec = experiment.stages[name]
+    data = experiment.data_of(spec)
+    shapes = pipeline.row_shape(data, experiment.particles)
+    parts = objectives.parts(spec.objectives)
+    if parts["head"] and not classes:
+        raise UserError(f"stage {name} classifies but {data.source} has no labels: give clips.csv a column 'label', or "
+                        "put the clips into one folder a class.")
+    payloads = {modality: models.Payload(size) for modality, (_, size) in shapes.items()}
+    model = models.build(experiment.model_of(spec), payloads, classes=len(classes) if parts["head"] else 0,
+                         decoder=parts["decoder"])
+    return Stage(name, spec, experiment, data, classes, model, pipeline.example(data, experiment.particles, 1))
+
+
+def checkpoint_folder(workdir: Path, stage: str, kind: str = "latest") -> Path:
+    """Where a stage's checkpoints are: kind 'latest' or 'best'."""
+    return Path(workdir) / "checkpoints" / stage / kind
+
+
+def result_folder(workdir: Path, stage: str) -> Path:
+    """The checkpoints that hold a stage's result: the best where one was selected, else the latest."""
+    best = checkpoint_folder(workdir, stage, "best")
+    return best if best.is_dir() and any(p.name.isdigit() for p in best.iterdir()) else checkpoint_folder(workdir, stage)
+
+
+def find_init(experiment: Experiment, name: str, workdir: Path) -> Path | None:
+    """The checkpoints that a stage starts from, None for a fresh start. Raises UserError when they are not there."""
+    wanted = experiment.stages[name].init
+    if wanted in experiment.stages:
+        return result_folder(workdir, wanted)
+    if not wanted and name == next(iter(experiment.stages)):
+        wanted = experiment.init
+    if not wanted:
+        return None
+    run, name = split_run(wanted)
+    return result_folder(run, name)
+
+
+def split_run(text: str) -> tuple[Path, str]:
+    """RUN_DIR or RUN_DIR:STAGE as a folder and the stage, the last one trained where none is named."""
+    run, _, name = (text, "", "") if Path(text).is_dir() else text.rpartition(":")
+    run = Path(run or text)
+    if not (run / CONFIG).exists():
+        raise UserError(f"{run} is not a run (it has no {CONFIG}): give the --workdir of one, or RUN_DIR:STAGE.")
+    stages = list(read_experiment(run).stages)
+    trained = [stage for stage in stages if checkpoint_folder(run, stage).is_dir()]
+    if not trained or (name and name not in trained):
+        raise UserError(f"run {run} has trained {', '.join(trained) or 'no stage'} and not {name or 'one yet'}: name a "
+                        "stage it has, or run it first.")
+    return run, name or trained[-1]
+
+
+def read_experiment(run: Path) -> Experiment:
+    """The experiment of a run."""
+    return Experiment.of(json.loads((run / CONFIG).read_text(encoding="utf-8")))
+
+
+def read_results(workdir: Path) -> dict[str, Any]:
+    """results.json, {} where there is none yet."""
+    path = Path(workdir) / RESULTS
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def add_results(workdir: Path, stage: str, figures: Mapping[str, Any], bad: Mapping[str, str]) -> None:
+    """Puts a stage's figures into results.json, and the clips that could not be read."""
+    results = read_results(workdir)
+    known = {each["path"]: each["reason"] for each in results.pop("bad", [])} | dict(bad)
+    results[stage] = results.get(stage, {}) | dict(figures)
+    results["bad"] = [{"path": path, "reason": reason} for path, reason in known.items()]
+    checkpoint.write_json(Path(workdir) / RESULTS, results)
+
+
+def load_trained(text: str, mesh: Mesh, source: Mapping[str, Any]) -> tuple[Stage, Params]:
+    """A trained stage of RUN_DIR[:STAGE] and its result's parameters; `source` is put into its data section."""
+    run, name = split_run(text)
+    folder = result_folder(run, name)
+    experiment = read_experiment(run)
+    classes = tuple(checkpoint.load_data(folder)["classes"])
+    stage = build(experiment, name, classes)
+    stage = replace(stage, data=replace(stage.data, **source))
+    shapes = models.parameter_shapes(stage.model, stage.example)
+    shardings = sharding.param_shardings(shapes, mesh)
+    params = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
+    params, _ = load.from_checkpoint(params, folder)
+    return stage, params

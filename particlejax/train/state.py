@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of a stage and the one step that changes it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh
+
+from particlejax import sharding
+from particlejax.models.model import Model
+from particlejax.objectives.objectives import Objective
+from particlejax.particles.types import Batch
+from particlejax.typing import Metrics, Params
+
+Step = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """step: int32, steps done. average: the parameters' moving average, () where the stage keeps none."""
+
+    step: Array
+    params: Params
+    opt_state: Any
+    average: Params | tuple[()]
+
+    @property
+    def best_params(self) -> Params:
+        """The ones to evaluate: the average where there is one."""
+        return self.average or self.params
+
+
+def initialise(model: Model, optimizer: optax.GradientTransformation, batch: Batch, seed: int, ema: float, mesh: Mesh
+               ) -> TrainState:
+    """A state born sharded: no device ever holds more than its part."""
+
+    def init() -> TrainState:
+        params = model.init(jax.random.key(seed), batch)
+        average = jax.tree.map(jnp.copy, params) if ema else ()
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
+
+    shardings = sharding.param_shardings(jax.eval_shape(init), mesh)
+    with jax.set_mesh(mesh):
+        return jax.jit(init, out_shardings=shardings)()
+
+
+def abstract(state: TrainState) -> TrainState:
+    """Shapes, types and shardings of a state, for restoring one like it."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def make_step(model: Model, objective: Objective, optimizer: optax.GradientTransformation, *, seed: int, ema: float,
+              accumulate: int) -> Step:
+    """(state, batch) -> (state, metrics), pure; its randomness is fold_in(seed, step).
+
+    With `accumulate` > 1 the rows are cut into that many micro-batches under a scan, each weighted by its clips.
+    """
+
+    def gradient(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
+        (_, metrics), grads = jax.value_and_grad(lambda p: objective(p, model, batch, key, True), has_aux=True)(params)
+        return grads, metrics
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        grads, metrics = accumulated(gradient, accumulate)(state.params, batch, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = state.average
+        if ema:
+            decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))  # young averages forget their random start
+            average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
+        metrics |= {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
+        return TrainState(state.step + 1, params, opt_state, average), metrics
+
+    return step
+
+
+def accumulated(gradient: Callable, parts: int) -> Callable:
+    """`gradient` over `parts` micro-batches of the rows, averaged with each part's clips as its weight."""
+    if parts == 1:
+        return gradient
+
+    def total(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
+        # Row r goes to part r mod parts, so that rows stay on the devices that hold them.
+        split = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+        clips = jnp.sum(split.clip >= 0, axis=(1, 2)).astype(jnp.float32)
+        weights = clips / jnp.maximum(clips.sum(), 1.0)
+
+        def add(total: Any, part: tuple[Batch, Array, Array]) -> tuple[Any, None]:
+            rows, weight, i = part
+            new = gradient(params, rows, jax.random.fold_in(key, i))
+            return jax.tree.map(lambda t, x: t + weight * x, total, new), None
+
+        shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], split), key)
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.lax.scan(add, zero, (split, weights, jnp.arange(parts)))[0]
+
+    return total
+
+
+def jit_step(step: Step, state: TrainState, mesh: Mesh) -> Step:
+    """The step compiled for the mesh, its state donated."""
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step, in_shardings=(shardings, sharding.batch_sharding(mesh)), out_shardings=(shardings, None),
+                   donate_argnums=0)
