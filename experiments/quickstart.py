@@ -41,7 +41,7 @@ def get_config(arg: str = "") -> ConfigDict:
         del stages["pretrain"]
     return ConfigDict(section(
         Experiment,
-        data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", frames=16, size=64),
+        data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", frames=16, size=64, memory_gib=1.0),
         particles=section(ParticleSpec, policy="grid", base=(2, 16, 16)),
         model=section(ModelSpec, width=32, depth=2, heads=2, decoder_width=32) if tiny else section(ModelSpec),
         evaluate=section(EvaluateSpec, splits=("test",), views=(1, 1)),

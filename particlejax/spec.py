@@ -31,6 +31,7 @@ class DataSpec:
     std: float = 0.225
     clips_per_row: int = 1
     max_bad: int = 100  # unreadable clips after which the run stops
+    memory_gib: float = 0.0  # of memory in each worker for clips decoded before; 0: decode anew each time
     threads: int = 2  # that decode, in each worker
     workers: int = 0  # processes that decode; 0: threads of this process
 

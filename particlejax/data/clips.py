@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from particlejax.data.decode import Video
+from particlejax.data import memory
 from particlejax.data.sources import Record
 from particlejax.particles import policies
 from particlejax.particles.types import Particles
@@ -34,10 +34,10 @@ def load(record: Record, spec: DataSpec, look: View | np.random.Generator) -> tu
     look: a generator draws a start, a crop and a flip (training); a View names them (evaluation). A clip shorter than
     `spec.seconds` shows its last frame until the span is over. Raises decode.Unreadable.
     """
-    with Video(record.video) as video:
+    with memory.opened(record.video, spec.decode_side or spec.size, spec.memory_gib) as video:
         end = min(video.duration, record.end) if record.end is not None else video.duration
         times = _moments(max(end - record.start, 1 / video.fps), spec, look)
-        frames, _ = video.frames_at(record.start + times, spec.decode_side or spec.size)
+        frames = video.frames_at(record.start + times)
     box = _crop(frames.shape[1:3], spec, look)
     frames = np.stack([_resize(frame, box, spec.size) for frame in frames])
     if isinstance(look, np.random.Generator) and spec.flip and look.random() < 0.5:

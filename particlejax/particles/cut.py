@@ -70,6 +70,8 @@ def _gather(video_THWC: Array, corners: np.ndarray, tube: Tube) -> Array:
 
 
 def _resample(cuboids: Array, base: Shape) -> Array:
+    if cuboids.shape[1:4] == base:
+        return rearrange(cuboids, "n t h w c -> n (t h w c)")
     a, b, d = (max(s // n, 1) for s, n in zip(cuboids.shape[1:4], base, strict=True))
     cuboids = reduce(cuboids, "n (t a) (h b) (w d) c -> n t h w c", "mean", a=a, b=b, d=d)
     a, b, d = (n // s for s, n in zip(cuboids.shape[1:4], base, strict=True))

@@ -6,13 +6,15 @@ Legend: B rows, L slots of a row, P numbers of a payload, S clips of a row.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from particlejax.typing import Array
+
+Leaf = Any  # an array of numpy or jax, or whatever jax.tree puts in its place (shapes, shardings)
 
 
 @jax.tree_util.register_dataclass
@@ -26,12 +28,12 @@ class Particles:
     segment: [..., L] int32, 0 for an empty slot, else 1.. for the clip of this row that the particle belongs to.
     """
 
-    payload: Array
-    place: Array
-    extent: Array
-    segment: Array
+    payload: Leaf
+    place: Leaf
+    extent: Leaf
+    segment: Leaf
 
-    def take(self, index: Array) -> Self:
+    def take(self, index: Array) -> "Particles":
         """The particles at `index` [..., K] of each row."""
         xp = numpy_of(index)
         rows = {name: xp.take_along_axis(getattr(self, name), index[..., None], axis=-2)
@@ -48,8 +50,8 @@ class Batch:
     """
 
     particles: Mapping[str, Particles]
-    label: Array
-    clip: Array
+    label: Leaf
+    clip: Leaf
 
 
 def numpy_of(x: Array) -> object:

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoded clips kept in memory: for data sets of short clips that many epochs read again."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from particlejax.data.decode import Video
+
+_GIB = 2**30
+
+
+class Frames(Protocol):
+    """A clip that gives the frames on display at any times (seconds), uint8 [T, H, W, 3]."""
+
+    duration: float
+    fps: float
+
+    def frames_at(self, times: np.ndarray) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class _Decoding:
+    video: Video
+    side: int
+
+    @property
+    def duration(self) -> float:
+        return self.video.duration
+
+    @property
+    def fps(self) -> float:
+        return self.video.fps
+
+    def frames_at(self, times: np.ndarray) -> np.ndarray:
+        return self.video.frames_at(times, self.side)[0]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    frames: np.ndarray
+    times: np.ndarray
+    duration: float
+    fps: float
+
+    def frames_at(self, times: np.ndarray) -> np.ndarray:
+        shown = np.searchsorted(self.times, np.asarray(times) + 5e-4, side="right") - 1  # as Video tolerates rounding
+        return self.frames[np.clip(shown, 0, len(self.times) - 1)]
+
+
+_kept: dict[tuple[str | bytes, int], _Kept] = {}  # of this process; never more than the first that fit
+_used = 0
+
+
+@contextmanager
+def opened(source: str | bytes, side: int, gib: float) -> Iterator[Frames]:
+    """The clip, its short side `side` pixels; whole and from memory where `gib` leaves room for it.
+
+    Raises decode.Unreadable.
+    """
+    if (source, side) in _kept:
+        yield _kept[source, side]
+        return
+    with Video(source) as video:
+        if _room(video, side, gib):
+            yield _keep(source, side, video)
+        else:
+            yield _Decoding(video, side)
+
+
+def _room(video: Video, side: int, gib: float) -> bool:
+    aspect = max(video.width, video.height) / max(min(video.width, video.height), 1)
+    return _used + video.duration * video.fps * side * side * aspect * 3 < gib * _GIB
+
+
+def _keep(source: str | bytes, side: int, video: Video) -> _Kept:
+    global _used
+    frames, times = video.read_all(side)
+    kept = _kept[source, side] = _Kept(frames, times, video.duration, video.fps)
+    _used += frames.nbytes
+    return kept

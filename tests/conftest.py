@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Strict settings for every test: eight CPU devices, no silent rank promotion, one toybox for all."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import absl.flags
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+absl.flags.FLAGS.mark_as_parsed()  # Grain's worker processes read a flag
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Where the session's toybox is rendered once."""
+    return str(tmp_path_factory.mktemp("cache"))
