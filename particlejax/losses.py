@@ -7,7 +7,7 @@ Legend: B rows, L slots, S clips of a row, P numbers of a payload, C classes.
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
 def membership(segment: Int[Array, "B L"], clips: int) -> Float[Array, "B L S"]:
@@ -23,7 +23,7 @@ def clip_mean(values: Float[Array, "B L *D"], segment: Int[Array, "B L"], clips:
     return total / number.reshape(*number.shape, *(1,) * (values.ndim - 2))
 
 
-def mean(values: Float[Array, "..."], where: Bool[Array, "..."]) -> Float[Array, ""]:
+def mean(values: Shaped[Array, "..."], where: Bool[Array, "..."]) -> Float[Array, ""]:
     """Mean of the values where it holds; 0 where it holds nowhere."""
     return jnp.sum(values * where) / jnp.maximum(jnp.sum(where), 1)
 

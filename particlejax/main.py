@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 import re
+import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 from absl import flags, logging
@@ -23,8 +24,14 @@ from particlejax.train import loop, run
 from particlejax.train.log import MetricLog, say
 from particlejax.typing import UserError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, with :tiny for a smoke run.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; by default runs/ and the experiment's name.")
+
+class Asked(NamedTuple):
+    """What the command line says: the experiment file with its argument, the config, the folder ('' for the default)."""
+
+    file: str
+    config: ml_collections.ConfigDict
+    overrides: tuple[str, ...]
+    workdir: str
 
 
 def train(experiment: Experiment, workdir: Path, name: str) -> None:
@@ -48,11 +55,11 @@ def main(argv: Sequence[str]) -> int:
     """Runs what the flags say. Returns the exit code: 0 also after a SIGTERM that was heeded, 2 for a user's mistake."""
     logging.set_verbosity(logging.ERROR)  # Orbax and TFDS report their inner workings as warnings
     try:
-        config = _parse(argv)
-        experiment = Experiment.of(config.to_dict())
+        asked = _parse(argv)
+        experiment = Experiment.of(asked.config.to_dict())
         if experiment.job not in JOBS:
             raise UserError(f"config.job is {experiment.job!r}: choose one of {', '.join(JOBS)}.")
-        workdir = _enter(_workdir(argv), experiment)
+        workdir = _enter(_workdir(asked), experiment)
         JOBS[experiment.job](experiment, workdir, workdir.name)
     except UserError as error:
         print(f"particlejax: {error}", file=sys.stderr)
@@ -63,62 +70,62 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> ml_collections.ConfigDict:
-    flags.FLAGS.unparse_flags()
+def _parse(argv: Sequence[str]) -> Asked:
+    values = flags.FlagValues()  # not the global ones, so that one process can run several experiments
+    config_flags.DEFINE_config_file("config", None, "Experiment file.", lock_config=True, flag_values=values)
+    flags.DEFINE_string("workdir", "", "Where the run lives; by default runs/ and the experiment's name.",
+                        flag_values=values)
     try:
-        flags.FLAGS(list(argv))
+        rest = values(list(argv))[1:]
     except (AttributeError, KeyError) as error:  # ml_collections names the last part of an unknown key, and no more
         raise UserError(_unknown_override(argv)) from error
     except (flags.Error, TypeError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise error if isinstance(error, UserError) else UserError(" ".join(str(error).split())) from error
     except OSError as error:
-        raise UserError(f"the experiment file cannot be read: {error}.") from error
-    if _CONFIG.value is None:
+        raise UserError(_no_file(_file(argv))) from error
+    if values.config is None:
         raise UserError("no experiment: add --config experiments/quickstart.py or another file of experiments/.")
-    return _CONFIG.value
+    if rest:
+        raise UserError(f"{rest[0]!r} is not understood: settings are written --config.key=value.")
+    overrides = tuple(sorted(a for a in argv if re.match(r"--?(no)?config\.", a)))
+    return Asked(_file(argv), values.config, overrides, values.workdir)
+
+
+def _file(argv: Sequence[str]) -> str:
+    """The experiment file as it was written, with its argument."""
+    at = next((i for i, a in enumerate(argv) if re.match(r"--?config(=|$)", a)), None)
+    if at is None:
+        return ""
+    return argv[at].split("=", 1)[1] if "=" in argv[at] else "".join(argv[at + 1 : at + 2])
+
+
+def _no_file(file: str) -> str:
+    path = file.partition(":")[0]
+    near = difflib.get_close_matches(path, [str(p) for p in Path("experiments").rglob("*.py")], 1)
+    return f"the experiment file {path!r} is not there: " + (f"did you mean {near[0]}?" if near else "check its path.")
 
 
 def _unknown_override(argv: Sequence[str]) -> str:
     """The sentence for the first --config.KEY that the experiment file does not have."""
-    file = next((_value(argv, i) for i, a in enumerate(argv) if re.match(r"--?config(=|$)", a)), "")
-    config = _load(file)
+    path, _, arg = _file(argv).partition(":")
+    scope = runpy.run_path(path)
+    config = scope["get_config"](arg) if arg else scope["get_config"]()
     for text in argv:
-        found = re.match(r"--?(?:no)?config\.([\w.\[\]]+)", text)
+        found = re.match(r"--?(?:no)?config\.([\w.]+)", text)
         node, where = config, "config"
-        for part in (found[1] if found else "").split("."):
-            part = part.split("[")[0]
-            if not part:
-                continue
-            if not isinstance(node, ml_collections.ConfigDict) or part not in node:
-                known = list(node) if isinstance(node, ml_collections.ConfigDict) else []
-                return unknown_key(part, where, known)
+        for part in found[1].split(".") if found else ():
+            if not isinstance(node, Mapping | ml_collections.ConfigDict) or part not in node:
+                return unknown_key(part, where, list(node) if isinstance(node, ml_collections.ConfigDict) else ())
             node, where = node[part], f"{where}.{part}"
-    near = difflib.get_close_matches(file, [str(p) for p in Path("experiments").rglob("*.py")], 1)
-    return f"the experiment file {file!r} cannot be loaded: " + (f"did you mean {near[0]}?" if near else "check its path.")
+    return f"{path} and the settings given to it do not fit: {' '.join(argv[1:])}."
 
 
-def _value(argv: Sequence[str], i: int) -> str:
-    return argv[i].split("=", 1)[1] if "=" in argv[i] else "".join(argv[i + 1 : i + 2])
-
-
-def _load(file: str) -> Any:
-    path, _, arg = file.partition(":")
-    scope: dict[str, Any] = {"__name__": "experiment", "__file__": path}
-    try:
-        exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), scope)  # noqa: S102  a file the user named
-        return scope["get_config"](arg) if arg else scope["get_config"]()
-    except OSError:
-        return None
-
-
-def _workdir(argv: Sequence[str]) -> Path:
+def _workdir(asked: Asked) -> Path:
     """The folder that was named; else runs/NAME, with a mark of the overrides so that other settings live elsewhere."""
-    if _WORKDIR.value:
-        return Path(os.path.expanduser(_WORKDIR.value))
-    file = config_flags.get_config_filename(flags.FLAGS["config"])
-    path, _, arg = file.partition(":")
-    overrides = sorted(a for a in argv if re.match(r"--?(no)?config\.", a))
-    mark = hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:8] if overrides else ""
+    if asked.workdir:
+        return Path(os.path.expanduser(asked.workdir))
+    path, _, arg = asked.file.partition(":")
+    mark = hashlib.sha256("\n".join(asked.overrides).encode()).hexdigest()[:8] if asked.overrides else ""
     return Path("runs") / "-".join(part for part in (Path(path).stem, re.sub(r"\W+", "_", arg), mark) if part)
 
 

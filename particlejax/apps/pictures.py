@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of a report, PNG: curves, confusion, particles that were kept, reconstructions.
+
+Legend: T frames, H rows, W columns, N particles, P numbers of a payload.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+_FRAMES = 8  # of a strip
+_DPI = 100
+_MOST_CLASSES = 25  # whose counts are still legible in a confusion matrix
+_DIMMED = 0.25  # brightness of what no particle covers
+_TICK = 1e-4  # seconds by which a frame may miss the start of its cuboid
+
+
+def paint(payload: np.ndarray, place: np.ndarray, extent: np.ndarray, times: np.ndarray, size: tuple[int, int],
+          base: tuple[int, int, int], canvas: np.ndarray) -> np.ndarray:
+    """A copy of canvas [T, H, W, 3] with each payload [N, P] in its cuboid, nearest pixels where that is larger."""
+    canvas = canvas.copy()
+    for pixels, here, wide in zip(payload, place, extent, strict=True):
+        block = pixels.reshape(*base, 3)
+        frames = _inside(times, here[0], wide[0], _TICK)
+        rows, columns = (_inside((np.arange(n) + 0.5) / n, here[i], wide[i], 0.0) for i, n in ((1, size[0]), (2, size[1])))
+        pick = [(np.arange(len(at)) * n // max(len(at), 1)) for at, n in zip((frames, rows, columns), base, strict=True)]
+        canvas[np.ix_(frames, rows, columns)] = block[np.ix_(*pick)]
+    return canvas
+
+
+def kept_strip(frames: np.ndarray, times: np.ndarray, place: np.ndarray, extent: np.ndarray, path: Path) -> None:
+    """Up to eight of frames uint8 [T, H, W, 3] side by side; particles place, extent [K, 3] outlined, the rest dimmed."""
+    height, width = frames.shape[1:3]
+    shown = _pick(len(frames))
+    figure, axes = _row_of_axes(1, len(shown))
+    for ax, t in zip(axes[0], shown, strict=True):
+        covering = [(p, e) for p, e in zip(place, extent, strict=True) if len(_inside(times[t : t + 1], p[0], e[0], _TICK))]
+        bright = np.full((height, width, 1), _DIMMED)
+        for p, e in covering:
+            top, left = (p[1] - e[1] / 2) * height, (p[2] - e[2] / 2) * width
+            high, wide = e[1] * height, e[2] * width
+            bright[round(top) : round(top + high), round(left) : round(left + wide)] = 1
+            ax.add_patch(Rectangle((left - 0.5, top - 0.5), wide, high, fill=False, edgecolor="yellow", linewidth=0.8))
+        ax.imshow((frames[t] * bright).astype(np.uint8), interpolation="nearest")
+        ax.set_xlabel(f"{times[t]:.2f} s", fontsize=8)
+    _save(figure, path)
+
+
+def reconstruction(rows: Mapping[str, np.ndarray], times: np.ndarray, path: Path) -> None:
+    """One labelled row of up to eight frames for each video uint8 [T, H, W, 3]."""
+    shown = _pick(len(times))
+    figure, axes = _row_of_axes(len(rows), len(shown))
+    for line, (name, video) in zip(axes, rows.items(), strict=True):
+        line[0].set_ylabel(name.replace(" the", "\nthe"), fontsize=8)
+        for ax, t in zip(line, shown, strict=True):
+            ax.imshow(video[t], interpolation="nearest")
+    for ax, t in zip(axes[-1], shown, strict=True):
+        ax.set_xlabel(f"{times[t]:.2f} s", fontsize=8)
+    _save(figure, path)
+
+
+def loss_curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path, title: str) -> None:
+    """Each series of (steps, values) as a line."""
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    ax = figure.subplots()
+    for name, (steps, values) in series.items():
+        ax.plot(steps, values, marker="o" if len(steps) < 15 else None, markersize=3, label=name)
+    values = [v for _, each in series.values() for v in each]
+    if values and min(values) > 0 and max(values) > 10 * min(values):
+        ax.set_yscale("log")
+    ax.set(title=title, xlabel="step", ylabel="loss")
+    ax.grid(alpha=0.3)
+    ax.legend()
+    _save(figure, path)
+
+
+def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], path: Path) -> None:
+    """Counts [C, C], rows true, coloured by share of the row."""
+    counts = np.asarray(matrix, float)
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    side = 2.0 + 0.32 * len(classes)
+    figure = Figure(figsize=(side + 0.6, side), layout="constrained")
+    ax = figure.subplots()
+    ax.imshow(share, vmin=0, vmax=1, cmap="Blues")
+    ax.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
+    ax.set_yticks(range(len(classes)), classes, fontsize=7)
+    ax.set(xlabel="predicted", ylabel="true")
+    for (i, j), count in np.ndenumerate(counts if len(classes) <= _MOST_CLASSES else np.zeros((0, 0))):
+        if count:
+            ax.text(j, i, f"{count:.0f}", ha="center", va="center", fontsize=7, color="white" if share[i, j] > 0.5 else "k")
+    _save(figure, path)
+
+
+def _inside(at: np.ndarray, centre: float, width: float, slack: float) -> np.ndarray:
+    return np.flatnonzero((at >= centre - width / 2 - slack) & (at < centre + width / 2 - slack))
+
+
+def _pick(count: int) -> np.ndarray:
+    return np.unique(np.linspace(0, count - 1, min(count, _FRAMES)).round().astype(int))
+
+
+def _row_of_axes(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
+    figure = Figure(figsize=(1.35 * columns + 0.4, 1.5 * rows + 0.1), layout="constrained")
+    axes: np.ndarray = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        _bare(ax)
+    return figure, axes
+
+
+def _bare(ax: Axes) -> None:
+    ax.set_xticks([])
+    ax.set_yticks([])
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=_DPI)

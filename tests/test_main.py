@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command as a person uses it: every experiment file runs shrunk, and each mistake gets one sentence."""
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from particlejax import main as entry
+from particlejax.data.toybox import builder
+
+ROOT = Path(__file__).parents[1]
+TOP_KEYS = {"top1", "top5", "mean_class_accuracy", "ece", "confusion", "per_class"}
+
+
+@pytest.fixture(scope="module")
+def clips_folder(tmp_path_factory: pytest.TempPathFactory, cache_dir: str) -> Path:
+    """Toybox clips as a researcher's folder: split/class/clip.mp4, one of the files damaged."""
+    folder = tmp_path_factory.mktemp("clips")
+    made = builder.prepare("tiny", Path(cache_dir) / "tfds")
+    for split in ("train", "val"):
+        for i, example in enumerate(made.as_data_source(split=split)):
+            if i < 24 and example["label"] < 4:
+                path = folder / split / builder.ACTIONS[example["label"]] / f"{i}.mp4"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(example["video"])
+    (folder / "val" / "bounce" / "broken.mp4").write_bytes(b"not a video at all")
+    return folder
+
+
+def run(capfd: pytest.CaptureFixture, *args: str) -> tuple[int, str]:
+    code = entry.main(["main", *args])
+    return code, capfd.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory, cache_dir: str) -> Path:
+    """The quickstart, shrunk, run once."""
+    workdir = tmp_path_factory.mktemp("runs") / "quickstart"
+    assert entry.main(["main", "--config", "experiments/quickstart.py:tiny", f"--config.data.cache_dir={cache_dir}",
+                       "--workdir", str(workdir)]) == 0
+    return workdir
+
+
+def test_quickstart_leaves_what_the_design_says(quickstart: Path) -> None:
+    results = json.loads((quickstart / "results.json").read_text())
+    assert set(results) == {"pretrain", "finetune", "bad"}
+    assert TOP_KEYS <= set(results["finetune"]["test"])
+    assert results["pretrain"]["train"]["compilations"] == results["finetune"]["train"]["compilations"] == 1
+    lines = [json.loads(line) for line in (quickstart / "metrics.jsonl").read_text().splitlines()]
+    assert {(line["stage"], line["split"]) for line in lines} == {(s, p) for s in results if s != "bad"
+                                                                  for p in ("train", "val")}
+    assert all("step" in line and np.isfinite(line["loss"]) for line in lines)
+    report = (quickstart / "report.md").read_text()
+    links = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", report)
+    assert len(links) >= 5 and all((quickstart / link).stat().st_size > 1000 for link in links)
+    assert list((quickstart / "tensorboard").iterdir()) and (quickstart / "checkpoints" / "finetune").is_dir()
+    rows = list(csv.DictReader(open(quickstart / "predictions_finetune_test.csv")))
+    assert len(rows) == 24 and abs(sum(float(v) for k, v in rows[0].items() if k.startswith("p:")) - 1) < 1e-4
+
+
+def test_the_same_command_again_does_nothing_anew(quickstart: Path, cache_dir: str, capfd: pytest.CaptureFixture) -> None:
+    before = (quickstart / "metrics.jsonl").read_bytes()
+    code, said = run(capfd, "--config", "experiments/quickstart.py:tiny", f"--config.data.cache_dir={cache_dir}",
+                     "--workdir", str(quickstart))
+    assert code == 0 and "done before" in said
+    assert (quickstart / "metrics.jsonl").read_bytes() == before
+
+
+def test_other_settings_in_the_same_folder_are_refused(quickstart: Path, cache_dir: str, capfd: pytest.CaptureFixture
+                                                       ) -> None:
+    code, said = run(capfd, "--config", "experiments/quickstart.py:tiny", f"--config.data.cache_dir={cache_dir}",
+                     "--config.seed=1", "--workdir", str(quickstart))
+    assert code == 2 and "config.seed was 0, is 1" in said and "give another --workdir" in said
+
+
+def test_finetune_on_a_folder_from_a_run_then_evaluate(quickstart: Path, clips_folder: Path, tmp_path: Path,
+                                                       capfd: pytest.CaptureFixture) -> None:
+    model = ["--config.model.width=32", "--config.particles.base=(2,16,16)", "--config.data.size=64"]
+    code, said = run(capfd, "--config=experiments/finetune.py:tiny", f"--config.data.source=folder:{clips_folder}",
+                     f"--config.init={quickstart}:pretrain", "--workdir", str(tmp_path / "f"), *model)
+    assert code == 0, said
+    assert "starts from" in said and "new here: head" in said
+    results = json.loads((tmp_path / "f" / "results.json").read_text())
+    assert results["finetune"]["val"]["clips"] == 8
+    assert [bad["path"] for bad in results["bad"]] == ["val/bounce/broken.mp4"] and results["bad"][0]["reason"]
+    code, said = run(capfd, "--config=experiments/evaluate.py", f"--config.run={tmp_path / 'f'}",
+                     f"--config.data.source=folder:{clips_folder}", "--config.data.split=train", "--workdir",
+                     str(tmp_path / "e"))
+    assert code == 0, said
+    results = json.loads((tmp_path / "e" / "results.json").read_text())
+    assert TOP_KEYS <= set(results["finetune"]["train"])
+    rows = list(csv.DictReader(open(tmp_path / "e" / "predictions.csv")))
+    right = np.mean([row["label"] == row["predicted"] for row in rows])
+    assert len(rows) == 8 and np.isclose(results["finetune"]["train"]["top1"], right)
+    assert list(rows[0]) == ["path", "label", "predicted", "p:bounce", "p:grow", "p:slide", "p:spin"]
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "experiments").rglob("*.py")))
+def test_every_experiment_file_runs_shrunk(name: str, quickstart: Path, cache_dir: str, tmp_path: Path,
+                                           capfd: pytest.CaptureFixture) -> None:
+    if name == "quickstart.py":
+        return  # the fixture ran it
+    more = [f"--config.run={quickstart}"] if name == "evaluate.py" else []
+    code, said = run(capfd, "--config", f"experiments/{name}:tiny", f"--config.data.cache_dir={cache_dir}", "--workdir",
+                     str(tmp_path / "run"), *more)
+    assert code == 0, said
+    assert (tmp_path / "run" / "report.md").exists()
+
+
+def mistakes(clips: Path, run_dir: Path, tmp: Path) -> dict[str, tuple[list[str], str]]:
+    quick, evaluate = ["--config=experiments/quickstart.py:tiny"], ["--config=experiments/evaluate.py:tiny"]
+    table = tmp / "table"
+    table.mkdir()
+    (table / "clips.csv").write_text("file,label\na.mp4,x\n")
+    other = tmp / "other"
+    shutil.copytree(clips / "val" / "bounce", other / "val" / "bouncing")
+    return {
+        "misspelt section": ([*quick, "--config.dat.source=toybox"], "config has no key 'dat': did you mean config.data?"),
+        "misspelt key": ([*quick, "--config.data.sorce=x"], "config.data has no key 'sorce': did you mean config.data.source?"),
+        "misspelt deep key": ([*quick, "--config.stages.finetune.optim.ratee=1"],
+                              "config.stages.finetune.optim has no key 'ratee': did you mean config.stages.finetune.optim.rate?"),
+        "wrong type": ([*quick, "--config.seed=zero"], "seed"),
+        "no experiment": ([], "no experiment: add --config experiments/quickstart.py"),
+        "missing experiment": (["--config=experiments/quikstart.py"], "did you mean experiments/quickstart.py?"),
+        "unknown argument": (["--config=experiments/quickstart.py:tinny"], "no argument 'tinny': it knows tiny, scratch"),
+        "missing folder": ([*quick, "--config.data.source=folder:/no/such"], "folder:/no/such does not exist: check the path"),
+        "missing column": ([*quick, f"--config.data.source=folder:{table}"], "has no column 'path' .it has file, label.: name"),
+        "unknown source": ([*quick, "--config.data.source=web:x"], "is none of 'toybox'"),
+        "unknown split": ([*quick, "--config.stages.pretrain.val=dev"], "has no split 'dev': name one of train, val, test"),
+        "unknown label": ([*evaluate, f"--config.run={run_dir}", f"--config.data.source=folder:{other}"],
+                          "label 'bouncing' of .* is not a class of the trained run .nearest: bounce.: rename it"),
+        "no run": (evaluate, "config.run is empty: name the run"),
+        "not a run": ([*evaluate, "--config.run=/tmp"], "/tmp is not a run"),
+        "another shape": ([*quick, f"--config.init={run_dir}:pretrain", "--config.model.width=64"],
+                          r"has shape .* where this model has .*: give config.model"),
+        "bad sizes": ([*quick, "--config.data.size=70"], "clips of 70 rows are not a multiple of particles of 16"),
+        "too many bad": ([*quick, f"--config.data.source=folder:{clips}", "--config.data.max_bad=0",
+                          "--config.order=('finetune',)", "--config.stages.finetune.init="],
+                         "more than config.data.max_bad=0: mend the data or raise the limit"),
+        "steps and epochs": ([*quick, "--config.stages.pretrain.epochs=2"], "set one of them"),
+        "mesh": ([*quick, "--config.mesh.data=3"], "there are 8 devices"),
+        "no labels": (["--config=experiments/finetune.py:tiny", f"--config.data.source=folder:{flat(clips, tmp)}"],
+                      "classifies but .* has no labels: give clips.csv"),
+    }
+
+
+def flat(clips: Path, tmp: Path) -> Path:
+    (tmp / "flat").mkdir()
+    for path in (clips / "train").rglob("*.mp4"):
+        shutil.copy(path, tmp / "flat" / f"{path.parent.name}{path.name}")
+    return tmp / "flat"
+
+
+def test_each_mistake_gets_one_sentence_with_the_remedy(clips_folder: Path, quickstart: Path, cache_dir: str, tmp_path: Path,
+                                                        capfd: pytest.CaptureFixture) -> None:
+    for name, (args, sentence) in mistakes(clips_folder, quickstart, tmp_path).items():
+        cache = [f"--config.data.cache_dir={cache_dir}"] if args else []
+        code, said = run(capfd, *args, *cache, "--workdir", str(tmp_path / name.replace(" ", "_")))
+        last = said.strip().splitlines()[-1]
+        assert code == 2 and last.startswith("particlejax: "), (name, said)
+        assert re.search(sentence, last), (name, last)
+        assert "Traceback" not in said
+
+
+def test_the_toybox_video_is_real(clips_folder: Path) -> None:
+    path = next((clips_folder / "train").rglob("*.mp4"))
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].codec_context.name == "h264"
+        assert container.streams.audio[0].codec_context.name == "aac"

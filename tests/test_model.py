@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model: packed rows equal clips alone, empty slots change nothing, clips never see each other, scan equals unroll."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from particlejax import tree
+from particlejax.models import model as models
+from particlejax.nn.embed import place_features
+from particlejax.particles import pack, policies
+from particlejax.particles.types import Batch, Particles
+from particlejax.spec import ModelSpec, ParticleSpec
+
+SPEC = ModelSpec(width=32, depth=2, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=1)
+CUT = ParticleSpec("grid", (2, 4, 4))
+SIZES = ((4, 8, 8), (8, 8, 12), (2, 16, 8))  # frames, rows, columns: clips of different lengths and shapes
+
+
+def clip(number: int) -> pack.Clip:
+    size = SIZES[number]
+    rng = np.random.default_rng(number)
+    video = rng.normal(size=(*size, 3)).astype(np.float32)
+    times = (np.arange(size[0]) / (5 + number)).astype(np.float32)
+    return pack.Clip({"vision": policies.cut_clip(video, times, CUT)}, number, number)
+
+
+CLIPS = [clip(i) for i in range(3)]
+PAYLOAD = CLIPS[0].particles["vision"].payload.shape[1]
+
+
+def rows_of(clips: list[pack.Clip], rows: int, length: int, per_row: int) -> Batch:
+    return jax.tree.map(jnp.asarray, pack.pack(clips, {"vision": (length, PAYLOAD)}, rows, per_row))
+
+
+@pytest.fixture(scope="module")
+def built() -> tuple[models.Model, dict]:
+    model = models.build(SPEC, {"vision": models.Payload(PAYLOAD)}, classes=5, decoder=True)
+    return model, model.init(jax.random.key(0), rows_of(CLIPS, 1, 40, 3))
+
+
+def logits(model: models.Model, params: dict, batch: Batch) -> jax.Array:
+    tokens, _ = model.apply(params, "encode", batch.particles)
+    return model.apply(params, "classify", tokens, batch.clip.shape[1])
+
+
+def test_packed_equals_unpacked(built: tuple) -> None:
+    model, params = built
+    packed = logits(model, params, rows_of(CLIPS, 1, 48, 4))[0]
+    for i, each in enumerate(CLIPS):
+        alone = logits(model, params, rows_of([each], 1, len(each.particles["vision"].segment), 1))[0, 0]
+        np.testing.assert_allclose(packed[i], alone, atol=2e-5)
+
+
+def test_what_stands_in_an_empty_slot_changes_nothing(built: tuple) -> None:
+    model, params = built
+    batch = rows_of(CLIPS[:1], 1, 20, 2)
+    vision = batch.particles["vision"]
+    empty = vision.segment == 0
+    assert empty.any()
+    noise = dataclasses.replace(vision, payload=jnp.where(empty[..., None], 7.0, vision.payload),
+                                place=jnp.where(empty[..., None], 3.0, vision.place))
+    np.testing.assert_array_equal(logits(model, params, batch)[0, 0],
+                                  logits(model, params, dataclasses.replace(batch, particles={"vision": noise}))[0, 0])
+
+
+def test_no_clip_sees_another(built: tuple) -> None:
+    model, params = built
+    batch = rows_of(CLIPS, 1, 48, 3)
+    vision = batch.particles["vision"]
+
+    def first_clip(payload: jax.Array) -> jax.Array:
+        particles = {"vision": dataclasses.replace(vision, payload=payload)}
+        return logits(model, params, dataclasses.replace(batch, particles=particles))[0, 0].sum()
+
+    seen = jnp.abs(jax.grad(first_clip)(vision.payload)).sum(-1)
+    assert (seen[vision.segment == 1] > 0).all()
+    assert (seen[vision.segment != 1] == 0).all(), "exactly zero"
+
+
+def test_order_of_particles_is_of_no_account(built: tuple) -> None:
+    model, params = built
+    batch = rows_of(CLIPS[:1], 1, 8, 1)
+    shuffled = batch.particles["vision"].take(jnp.array([[3, 1, 7, 0, 2, 6, 5, 4]]))
+    moved = dataclasses.replace(batch, particles={"vision": shuffled})
+    np.testing.assert_allclose(logits(model, params, batch), logits(model, params, moved), atol=1e-5)
+
+
+def test_the_decoder_is_asked_by_place_and_never_reads_the_payload(built: tuple) -> None:
+    model, params = built
+    batch = rows_of(CLIPS[:1], 1, 8, 1)
+    tokens, _ = model.apply(params, "encode", batch.particles)
+    query = batch.particles["vision"]
+
+    def decoded(query: Particles) -> jax.Array:
+        return model.apply(params, "decode", tokens, query, "vision")
+
+    grads = jax.grad(lambda payload: decoded(dataclasses.replace(query, payload=payload)).sum())(query.payload)
+    assert (grads == 0).all()
+    moved = dataclasses.replace(query, extent=query.extent * 2)
+    assert (jnp.abs(decoded(query) - decoded(moved)).max(axis=(0, 2)) > 1e-4).all()
+
+
+def test_scan_equals_unroll(built: tuple) -> None:
+    model, params = built
+    looped = models.build(dataclasses.replace(SPEC, unroll=False), {"vision": models.Payload(PAYLOAD)}, classes=5,
+                          decoder=True)
+    batch = rows_of(CLIPS, 1, 40, 3)
+    np.testing.assert_allclose(logits(model, params, batch), logits(looped, params, batch), atol=1e-5)
+
+
+def test_a_key_switches_dropout_on(built: tuple) -> None:
+    _, params = built
+    model = models.build(dataclasses.replace(SPEC, dropout=0.5, drop_path=0.3), {"vision": models.Payload(PAYLOAD)},
+                         classes=5, decoder=True)
+    batch = rows_of(CLIPS[:1], 1, 8, 1)
+    still, _ = model.apply(params, "encode", batch.particles)
+    again, _ = model.apply(params, "encode", batch.particles)
+    one, _ = model.apply(params, "encode", batch.particles, key=jax.random.key(1))
+    other, _ = model.apply(params, "encode", batch.particles, key=jax.random.key(2))
+    assert (still.x == again.x).all() and not (still.x == one.x).all() and not (one.x == other.x).all()
+
+
+def test_two_modalities_and_one_missing() -> None:
+    payloads = {"vision": models.Payload(PAYLOAD), "text": models.Payload(1, vocabulary=50)}
+    model = models.build(SPEC, payloads, classes=3)
+    words = Particles(np.arange(5, dtype=np.int32)[:, None], np.zeros((5, 3), np.float32), np.ones((5, 3), np.float32),
+                      np.ones(5, np.int32))
+    shapes = {"vision": (48, PAYLOAD), "text": (6, 1)}
+    both = pack.Clip({**CLIPS[0].particles, "text": words}, 0, 0)
+    batch = jax.tree.map(jnp.asarray, pack.pack([both, CLIPS[1]], shapes, 1, 2))
+    params = model.init(jax.random.key(0), batch)
+    together = logits(model, params, batch)[0]
+    alone = jax.tree.map(jnp.asarray, pack.pack([CLIPS[1]], shapes, 1, 2))
+    np.testing.assert_allclose(together[1], logits(model, params, alone)[0, 0], atol=2e-5)
+    only = dataclasses.replace(alone, particles={"vision": alone.particles["vision"]})
+    np.testing.assert_allclose(together[1], logits(model, params, only)[0, 0], atol=2e-5)
+    names = tree.flatten(params)
+    assert "encoder/payload_text/table/embedding" in names
+
+
+def test_places_are_continuous() -> None:
+    place = jnp.asarray(np.random.default_rng(0).random((1, 9, 3)), jnp.float32)
+    extent = jnp.full((1, 9, 3), 0.25)
+    near = place_features(place + 1e-4, extent) - place_features(place, extent)
+    assert jnp.abs(near).max() < 0.05
+    assert jnp.abs(place_features(place, 2 * extent) - place_features(place, extent)).max() > 0.2

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data: every clip once an epoch, the same batches whoever reads them from wherever, bad clips left out and named."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from particlejax.data import clips, memory, pipeline, sources
+from particlejax.data.decode import Video
+from particlejax.spec import DataSpec, ParticleSpec
+
+CUT = ParticleSpec("grid", (4, 16, 16))
+DATA = DataSpec(frames=8, size=32, crop=(0.5, 1.0), flip=True, threads=1)
+
+
+@pytest.fixture(scope="module")
+def source(cache_dir: str) -> sources.Source:
+    return sources.open_source("toybox:tiny", "train", cache_dir)
+
+
+def batches(source: sources.Source, **changes: object) -> pipeline.Batches:
+    return dataclasses.replace(pipeline.Batches(source, DATA, CUT, seed=3, rows=12), **changes)
+
+
+def same(a: pipeline.Loaded, b: pipeline.Loaded) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a.batch, b.batch)
+
+
+def test_every_clip_once_an_epoch_in_another_order_each_time(source: sources.Source) -> None:
+    made = batches(source)
+    epochs = [sum((made.clips(k) for k in range(4 * e, 4 * e + 4)), []) for e in range(3)]
+    assert all(sorted(epoch) == list(range(48)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    np.testing.assert_array_equal(made[1].batch.clip.reshape(-1), made.clips(1))
+
+
+def test_threads_processes_and_resuming_change_nothing(source: sources.Source) -> None:
+    made = batches(source)
+    expected = [made[k] for k in range(5)]
+    for data in (DATA, dataclasses.replace(DATA, threads=3), dataclasses.replace(DATA, workers=2)):
+        for a, b in zip(pipeline.read(made, 2, 5, data), expected[2:], strict=True):
+            same(a, b)
+
+
+def test_processes_of_a_pod_share_one_global_batch(source: sources.Source) -> None:
+    whole = batches(source)[2]
+    parts = [batches(source, process=p, processes=4)[2] for p in range(4)]
+    joined = jax.tree.map(lambda *x: np.concatenate(x), *(part.batch for part in parts))
+    jax.tree.map(np.testing.assert_array_equal, joined, whole.batch)
+
+
+def test_several_clips_share_a_row(source: sources.Source) -> None:
+    data = dataclasses.replace(DATA, clips_per_row=3)
+    rows = batches(source, data=data, rows=4)[0].batch
+    alone = batches(source)[0].batch
+    assert rows.clip.shape == (4, 3) and sorted(rows.clip.reshape(-1)) == sorted(alone.clip.reshape(-1))
+    vision = rows.particles["vision"]
+    np.testing.assert_array_equal(vision.payload.reshape(alone.particles["vision"].payload.shape),
+                                  alone.particles["vision"].payload)
+    assert [int((vision.segment[0] == s).sum()) for s in (0, 1, 2, 3)] == [0, 8, 8, 8]
+
+
+def test_views_show_every_clip_once_a_view_and_pad_the_last_batch(source: sources.Source) -> None:
+    views = pipeline.Views(source, DATA, CUT, 0, rows=20, views=(2, 3))
+    seen = np.concatenate([views[k].batch.clip.reshape(-1) for k in range(len(views))])
+    assert sorted(seen[seen >= 0]) == sorted(list(range(48)) * 6)
+    assert (seen == -1).sum() == -48 * 6 % 20
+
+
+def test_an_unreadable_clip_leaves_its_place_empty(source: sources.Source) -> None:
+    class Partly(sources.Listed):
+        pass
+
+    records = [source[i] for i in range(12)]
+    records[5] = dataclasses.replace(records[5], video=b"nonsense")
+    made = batches(Partly(source.classes, tuple(records)))
+    loaded = made[0]
+    assert [bad.name for bad in loaded.bad] == [records[5].name] and "damaged" in loaded.bad[0].reason
+    assert sorted(loaded.batch.clip.reshape(-1)) == [-1] + [i for i in range(12) if i != 5], "left out, never replaced"
+
+
+def test_clips_from_memory_are_the_decoded_ones(source: sources.Source) -> None:
+    record = source[7]
+    for seed in range(4):
+        fresh = clips.load(record, DATA, np.random.default_rng(seed))
+        kept = clips.load(record, dataclasses.replace(DATA, memory_gib=0.1), np.random.default_rng(seed))
+        np.testing.assert_array_equal(fresh[0], kept[0])
+        np.testing.assert_array_equal(fresh[1], kept[1])
+    assert (record.video, 32) in memory._kept
+
+
+def test_start_and_end_bound_what_is_seen(source: sources.Source) -> None:
+    whole = source[0]
+    part = dataclasses.replace(whole, start=0.5, end=1.0)
+    data = DataSpec(frames=6, size=64)
+    frames, times = clips.load(part, data, clips.View(0, 1, 0, 1))
+    with Video(whole.video) as video:
+        expected, _ = video.frames_at(0.5 + (np.arange(6) + 0.5) / 12, 64)
+    np.testing.assert_array_equal(frames, expected)
+    np.testing.assert_allclose(np.diff(times), 1 / 12, rtol=1e-5)
+
+
+def test_a_short_clip_holds_its_last_frame(source: sources.Source) -> None:
+    frames, _ = clips.load(source[0], DataSpec(frames=8, size=64, seconds=4.0), clips.View(0, 1, 0, 1))
+    np.testing.assert_array_equal(frames[4], frames[7])
+
+
+def test_fraction_takes_the_same_clips_every_time() -> None:
+    quarter = pipeline.chosen_clips(960, 0.25)
+    assert len(set(quarter.tolist())) == 240 and (np.diff(quarter) > 0).all()
+    np.testing.assert_array_equal(quarter, pipeline.chosen_clips(960, 0.25))
+
+
+def test_payloads_are_normalised(source: sources.Source) -> None:
+    frames, times = clips.load(source[0], DATA, clips.View(0, 1, 0, 1))
+    made = clips.particles_of(frames, times, DATA, CUT, np.random.default_rng(0))
+    back = made.payload * DATA.std + DATA.mean
+    np.testing.assert_allclose(back.reshape(-1, 4, 16, 16, 3)[0], frames[:4, :16, :16] / 255, atol=1e-6)
+    budget = clips.particles_of(frames, times, DATA, dataclasses.replace(CUT, budget=3), np.random.default_rng(0))
+    assert len(budget.segment) == 3

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Killed at any moment, a run continues and ends with the figures of one that was left alone, bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STEPS = 24
+OVERRIDES = [f"--config.stages.finetune.steps={STEPS}", "--config.stages.finetune.val_every=8", "--config.log.every=1",
+             "--config.stages.finetune.accumulate=2", "--config.checkpoint.every=5", "--config.model.dropout=0.2",
+             "--config.stages.finetune.select=classify/top1", "--config.data.workers=0"]
+
+
+def start(workdir: Path, cache_dir: str) -> subprocess.Popen:
+    """The command in a process of its own, its output in a file beside the folder."""
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    with open(f"{workdir}.log", "a") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "particlejax.main", "--config", "experiments/finetune.py:tiny", "--workdir", str(workdir),
+             f"--config.data.cache_dir={cache_dir}", *OVERRIDES], cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+
+def steps_done(workdir: Path) -> int:
+    path = workdir / "metrics.jsonl"
+    return sum('"split": "train"' in line for line in path.read_text().splitlines()) if path.exists() else 0
+
+
+def interrupt(workdir: Path, cache_dir: str, step: int, number: int) -> int:
+    """Starts the run and sends it a signal when it has written that many steps; returns its exit code."""
+    process = start(workdir, cache_dir)
+    until = time.monotonic() + 120
+    while steps_done(workdir) < step and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)  # there is nothing to wait on but the file
+    process.send_signal(number)
+    return process.wait(timeout=120)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache_dir: str) -> Path:
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    assert start(workdir, cache_dir).wait(timeout=200) == 0, Path(f"{workdir}.log").read_text()
+    return workdir
+
+
+def test_killed_and_stopped_run_equals_an_undisturbed_one(undisturbed: Path, cache_dir: str, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    first = random.Random(0).randint(6, 12)
+    assert interrupt(workdir, cache_dir, first, signal.SIGKILL) == -signal.SIGKILL
+    assert interrupt(workdir, cache_dir, 14, signal.SIGTERM) == 0
+    stopped = steps_done(workdir)
+    said = Path(f"{workdir}.log").read_text()
+    assert "SIGTERM: finetune is saved at step" in said and "continuing at step" in said
+    assert stopped < STEPS, "it stopped before the end"
+    process = start(workdir, cache_dir)
+    assert process.wait(timeout=200) == 0
+    assert f"continuing at step {stopped}" in Path(f"{workdir}.log").read_text(), "nothing is repeated after SIGTERM"
+    assert (workdir / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+    mine, theirs = (json.loads((each / "results.json").read_text())["finetune"] for each in (workdir, undisturbed))
+    assert mine["val"] == theirs["val"]
+    assert (workdir / "predictions_finetune_val.csv").read_bytes() == (
+        undisturbed / "predictions_finetune_val.csv").read_bytes()

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Eight forced host devices give one device's losses; accumulation gives the whole batch's; errors name the key."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from particlejax import optim, sharding, tree
+from particlejax.models import model as models
+from particlejax.objectives import objectives
+from particlejax.particles import pack, policies
+from particlejax.particles.types import Batch
+from particlejax.spec import ClassifySpec, MaskedSpec, MeshSpec, ModelSpec, OptimSpec, ParticleSpec
+from particlejax.train.state import TrainState, initialise, jit_step, make_step
+from particlejax.typing import UserError
+
+MODEL = ModelSpec(width=32, depth=2, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2)
+BOTH = {"masked": MaskedSpec(keep=0.5, weight=0.5), "classify": ClassifySpec()}
+MESHES = {"data": MeshSpec(data=8), "fsdp": MeshSpec(data=2, fsdp=4), "tensor": MeshSpec(data=2, fsdp=2, tensor=2)}
+
+
+def batch(missing: tuple[int, ...] = ()) -> Batch:
+    rng, clips = np.random.default_rng(0), []
+    for i in range(16):
+        video = rng.normal(size=(4, 8, 8, 3)).astype(np.float32)
+        cut = policies.cut_clip(video, np.arange(4, dtype=np.float32), ParticleSpec("grid", (2, 4, 4)))
+        clips.append(pack.Clip({"vision": cut}, i % 3, i))
+    whole = pack.pack(clips, {"vision": (8, 96)}, 16, 1)
+    vision = whole.particles["vision"]
+    for row in missing:
+        vision.segment[row], whole.clip[row], whole.label[row] = 0, -1, -1
+    return whole
+
+
+def one_device() -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), sharding.AXES)
+
+
+def losses(mesh: jax.sharding.Mesh, accumulate: int = 1, specs: dict = BOTH, missing: tuple[int, ...] = ()
+           ) -> tuple[list[float], TrainState]:
+    model = models.build(MODEL, {"vision": models.Payload(96)}, classes=3, decoder=True)
+    optimizer = optim.build(OptimSpec(rate=1e-2, warmup=0), 10)
+    state = initialise(model, optimizer, jax.tree.map(lambda x: x[:1], batch()), 0, 0.9, mesh)
+    step = make_step(model, objectives.combine(specs), optimizer, seed=0, ema=0.9, accumulate=accumulate)
+    found = []
+    with jax.set_mesh(mesh):
+        jitted = jit_step(step, state, mesh)
+        for _ in range(3):
+            state, metrics = jitted(state, sharding.put(batch(missing), mesh))
+            found.append(float(metrics["loss"]))
+    assert jitted._cache_size() == 1
+    return found, state
+
+
+@pytest.fixture(scope="module")
+def alone() -> tuple[list[float], TrainState]:
+    return losses(one_device())
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_eight_devices_equal_one(name: str, alone: tuple) -> None:
+    assert jax.device_count() == 8
+    found, state = losses(sharding.make_mesh(MESHES[name]))
+    np.testing.assert_allclose(found, alone[0], rtol=2e-5)
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(alone[1].params), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+    split = [x for x in jax.tree.leaves(state.opt_state) if not x.sharding.is_fully_replicated]
+    assert bool(split) == (name != "data"), "moments are divided like their parameters"
+
+
+def test_accumulation_equals_the_whole_batch_also_with_clips_missing() -> None:
+    only = {"classify": ClassifySpec()}
+    whole, _ = losses(one_device(), 1, only, missing=(1, 5, 9, 10))
+    parts, _ = losses(one_device(), 4, only, missing=(1, 5, 9, 10))
+    np.testing.assert_allclose(parts, whole, rtol=1e-5)
+
+
+def test_weight_decay_spares_norms_biases_and_tokens() -> None:
+    model = models.build(MODEL, {"vision": models.Payload(96)}, classes=3)
+    mask = tree.flatten(optim.decay_mask(models.parameter_shapes(model, batch())))
+    spared = {name.split("/")[-1] for name, decayed in mask.items() if not decayed}
+    assert spared == {"bias", "scale", "token"}
+    assert {name.split("/")[-1] for name, decayed in mask.items() if decayed} == {"kernel"}
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_optimisers_follow_their_schedule(name: str) -> None:
+    spec = OptimSpec(name=name, rate=0.1, warmup=0.2, final=0.1, weight_decay=0.5, clip_norm=0.0)
+    rate = optim.schedule(spec, 100)
+    assert float(rate(0)) == 0 and np.isclose(float(rate(20)), 0.1) and np.isclose(float(rate(100)), 0.01)
+    optimizer = optim.build(spec, 100)
+    params = {"kernel": np.full(3, 2.0, np.float32), "bias": np.full(3, 2.0, np.float32)}
+    state = optimizer.init(params)
+    zero = jax.tree.map(np.zeros_like, params)
+    for _ in range(10):
+        updates, state = optimizer.update(zero, state, params)
+    assert (np.asarray(updates["bias"]) == 0).all() and (np.asarray(updates["kernel"]) < 0).all()
+
+
+@pytest.mark.parametrize("spec, match", [
+    (MeshSpec(data=3), "there are 8 devices"),
+    (MeshSpec(data=-1, fsdp=-1), "only one can be the rest"),
+])
+def test_a_mesh_that_does_not_fit_is_refused(spec: MeshSpec, match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        sharding.make_mesh(spec)
+
+
+def test_an_unknown_optimiser_is_refused() -> None:
+    with pytest.raises(UserError, match="choose adamw or sgd"):
+        optim.build(dataclasses.replace(OptimSpec(), name="adam"), 1)
