@@ -4,7 +4,7 @@
     python -m particlejax.main --config experiments/evaluate.py --config.run=RUN_DIR \
         --config.data.source=folder:PATH --config.data.split=test
 
-Frames, sizes and particles are the run's own; of config.data only the source, split, fraction, cache_dir, max_bad,
+Frames, sizes and particles are the run's own; of config.data only the source, split, cache_dir, max_bad,
 threads and workers count. An empty source is the run's. Takes seconds for a hundred short clips.
 """
 
@@ -14,12 +14,12 @@ from particlejax.spec import DataSpec, EvaluateSpec, Experiment, arguments, sect
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The experiment; arg: '' or 'tiny' (a fraction of the clips)."""
+    """The experiment; arg: '' or 'tiny' (one view a clip)."""
     tiny = arguments(arg, "tiny")["tiny"]
     return ConfigDict(section(
         Experiment,
         job="evaluate",
         run="",
-        data=section(DataSpec, source="", split="val", fraction=0.25 if tiny else 1.0),
+        data=section(DataSpec, source="", split="val"),
         evaluate=section(EvaluateSpec, views=(1, 1) if tiny else (2, 3)),
     ))

@@ -19,7 +19,7 @@ class DataSpec:
 
     source: str = "toybox"  # toybox | folder:PATH | tfds:NAME
     split: str = "train"
-    fraction: float = 1.0  # of the split's clips, drawn once with `seed`-independent order: few labels, quick trials
+    fraction: float = 1.0  # of the clips to train on, the same ones whatever the seed: few labels, quick trials
     cache_dir: str = "~/.cache/particlejax"  # where toybox is rendered and TFDS looks
     frames: int = 16
     size: int = 64  # pixels, height and width
@@ -29,6 +29,7 @@ class DataSpec:
     flip: bool = False  # mirrored at random, when training
     mean: float = 0.45  # of pixels in [0, 1]
     std: float = 0.225
+    still: float = 1.0  # share of a particle's mean over time that stays in its payload: below 1 change counts for more
     clips_per_row: int = 1
     max_bad: int = 100  # unreadable clips after which the run stops
     memory_gib: float = 0.0  # of memory in each worker for clips decoded before; 0: decode anew each time

@@ -118,5 +118,11 @@ def test_payloads_are_normalised(source: sources.Source) -> None:
     made = clips.particles_of(frames, times, DATA, CUT, np.random.default_rng(0))
     back = made.payload * DATA.std + DATA.mean
     np.testing.assert_allclose(back.reshape(-1, 4, 16, 16, 3)[0], frames[:4, :16, :16] / 255, atol=1e-6)
+    data = dataclasses.replace(DATA, still=0.25)
+    quiet = clips.particles_of(frames, times, data, CUT, np.random.default_rng(0)).payload.reshape(-1, 4, 768)
+    loud = made.payload.reshape(-1, 4, 768)
+    np.testing.assert_allclose(quiet.mean(1), 0.25 * loud.mean(1), atol=1e-5)
+    np.testing.assert_allclose(quiet - quiet.mean(1, keepdims=True), loud - loud.mean(1, keepdims=True), atol=1e-5)
+    np.testing.assert_allclose(clips.pixels_of(quiet.reshape(-1, 3072), data, CUT), back, atol=1e-5)
     budget = clips.particles_of(frames, times, DATA, dataclasses.replace(CUT, budget=3), np.random.default_rng(0))
     assert len(budget.segment) == 3

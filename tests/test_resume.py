@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STEPS = 24
+STEPS, KILLS = 24, 5
 OVERRIDES = [f"--config.stages.finetune.steps={STEPS}", "--config.stages.finetune.val_every=8", "--config.log.every=1",
              "--config.stages.finetune.accumulate=2", "--config.checkpoint.every=5", "--config.model.dropout=0.2",
              "--config.stages.finetune.select=classify/top1", "--config.data.workers=0"]
@@ -34,7 +34,7 @@ def steps_done(workdir: Path) -> int:
 
 
 def interrupt(workdir: Path, cache_dir: str, step: int, number: int) -> int:
-    """Starts the run and sends it a signal when it has written that many steps; returns its exit code."""
+    """Starts the run and sends it a signal once it has written that many steps; returns its exit code."""
     process = start(workdir, cache_dir)
     until = time.monotonic() + 120
     while steps_done(workdir) < step and process.poll() is None and time.monotonic() < until:
@@ -52,9 +52,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache_dir: str) -> Pat
 
 def test_killed_and_stopped_run_equals_an_undisturbed_one(undisturbed: Path, cache_dir: str, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
-    first = random.Random(0).randint(6, 12)
-    assert interrupt(workdir, cache_dir, first, signal.SIGKILL) == -signal.SIGKILL
-    assert interrupt(workdir, cache_dir, 14, signal.SIGTERM) == 0
+    for moment in sorted(random.Random(0).sample(range(1, STEPS - 4), KILLS)):
+        assert interrupt(workdir, cache_dir, moment, signal.SIGKILL) == -signal.SIGKILL
+    assert interrupt(workdir, cache_dir, steps_done(workdir) + 1, signal.SIGTERM) == 0
     stopped = steps_done(workdir)
     said = Path(f"{workdir}.log").read_text()
     assert "SIGTERM: finetune is saved at step" in said and "continuing at step" in said

@@ -11,7 +11,7 @@ from particlejax.train import loop, run
 from particlejax.train.log import MetricLog, say
 from particlejax.typing import UserError
 
-_OURS = ("split", "fraction", "cache_dir", "max_bad", "threads", "workers")  # the rest is as the run was trained
+_OURS = ("split", "cache_dir", "max_bad", "threads", "workers")  # the rest is as the run was trained
 
 
 def evaluate(experiment: Experiment, workdir: Path, name: str) -> None:

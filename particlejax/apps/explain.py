@@ -39,7 +39,7 @@ def draw_masked(workdir: Path, name: str, mesh: Mesh) -> None:
     folder.mkdir(exist_ok=True)
     seen = answer.visible
     pictures.kept_strip(frames, times, seen.place, seen.extent, folder / f"{name}_kept.png")
-    rows = _rows(frames, times, answer, stage.data, stage.experiment.particles.base, spec.normalise)
+    rows = _rows(frames, times, answer, stage, spec.normalise)
     pictures.reconstruction(rows, times, folder / f"{name}_reconstruction.png")
 
 
@@ -52,10 +52,9 @@ def _first_readable(source: sources.Source, data: DataSpec) -> tuple[np.ndarray,
     return None
 
 
-def _rows(frames: np.ndarray, times: np.ndarray, answer: objectives.Prediction, data: DataSpec,
-          base: tuple[int, int, int], normalised: bool) -> dict[str, np.ndarray]:
-    video = (frames.astype(np.float32) / 255 - data.mean) / data.std
-    grey = np.zeros_like(video)
+def _rows(frames: np.ndarray, times: np.ndarray, answer: objectives.Prediction, stage: run.Stage, normalised: bool
+          ) -> dict[str, np.ndarray]:
+    spec = stage.experiment.particles
     payload = answer.predicted
     if normalised:  # the model knows each particle's contrast only up to these two numbers, which are lent to it here
         true = answer.query.payload
@@ -63,12 +62,11 @@ def _rows(frames: np.ndarray, times: np.ndarray, answer: objectives.Prediction, 
 
     def paint(particles: Particles, payload: np.ndarray, canvas: np.ndarray) -> np.ndarray:
         real = particles.segment > 0
-        return pictures.paint(payload[real], particles.place[real], particles.extent[real], times, video.shape[1:3],
-                              base, canvas)
+        pixels = clips.pixels_of(payload[real], stage.data, spec)
+        return pictures.paint(pixels, particles.place[real], particles.extent[real], times, frames.shape[1:3], spec.base,
+                              canvas)
 
-    seen = paint(answer.visible, answer.visible.payload, grey)
+    seen = paint(answer.visible, answer.visible.payload, np.full(frames.shape, 0.5))
     made = paint(answer.query, payload, seen)
-    pixels = {"original": video, "what the encoder saw": seen, "reconstruction": made}
-    return {name: np.clip((v * data.std + data.mean) * 255, 0, 255).astype(np.uint8) for name, v in pixels.items()}
-
-
+    pixels = {"original": frames / 255, "what the encoder saw": seen, "reconstruction": made}
+    return {name: np.clip(video * 255, 0, 255).round().astype(np.uint8) for name, video in pixels.items()}

@@ -4,6 +4,7 @@
 Legend: T frames, H rows, W columns.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -47,12 +48,25 @@ def load(record: Record, spec: DataSpec, look: View | np.random.Generator) -> tu
 
 def particles_of(frames: np.ndarray, times: np.ndarray, data: DataSpec, spec: ParticleSpec, rng: np.random.Generator
                  ) -> Particles:
-    """The clip's particles with normalised payloads; a budget keeps a random part of them."""
+    """The clip's particles with payloads as the model reads them; a budget keeps a random part of them."""
     video = (frames.astype(np.float32) / 255 - data.mean) / data.std
     particles = policies.cut_clip(video, times, spec)
-    if not spec.budget:
-        return particles
-    return policies.thin(particles, rng.random(len(particles.segment)), spec.budget)
+    if spec.budget:
+        particles = policies.thin(particles, rng.random(len(particles.segment)), spec.budget)
+    return replace(particles, payload=_scale_still(particles.payload, data.still, spec.base[0]))
+
+
+def pixels_of(payload: np.ndarray, data: DataSpec, spec: ParticleSpec) -> np.ndarray:
+    """Payloads [N, P] of `particles_of` as pixels again, float32 in [0, 1] where they were."""
+    return _scale_still(payload, 1 / data.still, spec.base[0]) * data.std + data.mean
+
+
+def _scale_still(payload: np.ndarray, still: float, frames: int) -> np.ndarray:
+    """Each payload [N, frames * rest] with its mean over the cuboid's frames multiplied by `still`."""
+    if still == 1:
+        return payload
+    cuboid = payload.reshape(len(payload), frames, -1)
+    return (cuboid + (still - 1) * cuboid.mean(axis=1, keepdims=True)).reshape(payload.shape)
 
 
 def _moments(duration: float, spec: DataSpec, look: View | np.random.Generator) -> np.ndarray:

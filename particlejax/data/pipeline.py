@@ -79,7 +79,10 @@ class Batches:
 
 @dataclass(frozen=True)
 class Views:
-    """Every look at every clip once, for evaluation: `views` = temporal clips x spatial crops; the last batch is padded."""
+    """Every look at every clip once, for measuring: `views` = temporal clips x spatial crops; the last batch is padded.
+
+    `data.fraction` is for training: what is measured is always the whole split.
+    """
 
     source: Source
     data: DataSpec
@@ -100,14 +103,12 @@ class Views:
         return _load(self.source, self.data, self.particles, [self._look(p) for p in places], rows)
 
     def _count(self) -> int:
-        chosen = chosen_clips(len(self.source), self.data.fraction)
-        return len(chosen) * self.views[0] * self.views[1]
+        return len(self.source) * self.views[0] * self.views[1]
 
     def _look(self, place: int) -> tuple[int, clips.View]:
         times, crops = self.views
-        chosen = chosen_clips(len(self.source), self.data.fraction)
         clip, view = divmod(place, times * crops)
-        return int(chosen[clip]), clips.View(view // crops, times, view % crops, crops)
+        return clip, clips.View(view // crops, times, view % crops, crops)
 
 
 def chosen_clips(count: int, fraction: float) -> np.ndarray:

@@ -270,7 +270,7 @@ class _Trainer:
         last = {split: log.lines(self.name, split)[-1:] for split in ("train", "val")}
         figures: dict[str, Any] = {split: _figures(lines[0]) for split, lines in last.items() if lines}
         figures["train"] = figures.get("train", {}) | {
-            "steps": self.done, "seconds_since_start": round(seconds, 1), "clips": len(self.source),
+            "steps": self.done, "seconds_since_start": round(seconds, 1), "clips": len(pipeline.chosen_clips(len(self.source), stage.data.fraction)),
             "clips_seen": self.done * stage.spec.rows * stage.data.clips_per_row,
             "parameters": tree.count(self.state.params), "compilations": self.step._cache_size()}
         if "classify" in stage.spec.objectives:
