@@ -75,16 +75,16 @@ def _parse(argv: Sequence[str]) -> Asked:
     config_flags.DEFINE_config_file("config", None, "Experiment file.", lock_config=True, flag_values=values)
     flags.DEFINE_string("workdir", "", "Where the run lives; by default runs/ and the experiment's name.",
                         flag_values=values)
+    _load(_file(argv))  # first by ourselves: ml_collections buries what goes wrong in the file
+    before, sys.argv = sys.argv, list(argv)  # where ml_collections looks for the settings
     try:
         rest = values(list(argv))[1:]
     except (AttributeError, KeyError) as error:  # ml_collections names the last part of an unknown key, and no more
         raise UserError(_unknown_override(argv)) from error
     except (flags.Error, TypeError, ValueError) as error:
-        raise error if isinstance(error, UserError) else UserError(" ".join(str(error).split())) from error
-    except OSError as error:
-        raise UserError(_no_file(_file(argv))) from error
-    if values.config is None:
-        raise UserError("no experiment: add --config experiments/quickstart.py or another file of experiments/.")
+        raise UserError(" ".join(str(error).split())) from error
+    finally:
+        sys.argv = before
     if rest:
         raise UserError(f"{rest[0]!r} is not understood: settings are written --config.key=value.")
     overrides = tuple(sorted(a for a in argv if re.match(r"--?(no)?config\.", a)))
@@ -99,17 +99,22 @@ def _file(argv: Sequence[str]) -> str:
     return argv[at].split("=", 1)[1] if "=" in argv[at] else "".join(argv[at + 1 : at + 2])
 
 
-def _no_file(file: str) -> str:
-    path = file.partition(":")[0]
-    near = difflib.get_close_matches(path, [str(p) for p in Path("experiments").rglob("*.py")], 1)
-    return f"the experiment file {path!r} is not there: " + (f"did you mean {near[0]}?" if near else "check its path.")
+def _load(file: str) -> ml_collections.ConfigDict:
+    """The config of an experiment file before any setting is changed."""
+    path, _, arg = file.partition(":")
+    if not path:
+        raise UserError("no experiment: add --config experiments/quickstart.py or another file of experiments/.")
+    if not Path(path).is_file():
+        near = difflib.get_close_matches(path, [str(p) for p in Path("experiments").rglob("*.py")], 1)
+        remedy = f"did you mean {near[0]}?" if near else "check its path."
+        raise UserError(f"the experiment file {path!r} is not there: {remedy}")
+    make = runpy.run_path(path)["get_config"]
+    return make(arg) if arg else make()
 
 
 def _unknown_override(argv: Sequence[str]) -> str:
     """The sentence for the first --config.KEY that the experiment file does not have."""
-    path, _, arg = _file(argv).partition(":")
-    scope = runpy.run_path(path)
-    config = scope["get_config"](arg) if arg else scope["get_config"]()
+    config = _load(_file(argv))
     for text in argv:
         found = re.match(r"--?(?:no)?config\.([\w.]+)", text)
         node, where = config, "config"
@@ -117,7 +122,7 @@ def _unknown_override(argv: Sequence[str]) -> str:
             if not isinstance(node, Mapping | ml_collections.ConfigDict) or part not in node:
                 return unknown_key(part, where, list(node) if isinstance(node, ml_collections.ConfigDict) else ())
             node, where = node[part], f"{where}.{part}"
-    return f"{path} and the settings given to it do not fit: {' '.join(argv[1:])}."
+    return f"the experiment file and the settings given to it do not fit: {' '.join(argv[1:])}."
 
 
 def _workdir(asked: Asked) -> Path:

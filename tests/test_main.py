@@ -33,6 +33,10 @@ def clips_folder(tmp_path_factory: pytest.TempPathFactory, cache_dir: str) -> Pa
     return folder
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
 def run(capfd: pytest.CaptureFixture, *args: str) -> tuple[int, str]:
     code = entry.main(["main", *args])
     return code, capfd.readouterr().err
@@ -60,7 +64,7 @@ def test_quickstart_leaves_what_the_design_says(quickstart: Path) -> None:
     links = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", report)
     assert len(links) >= 5 and all((quickstart / link).stat().st_size > 1000 for link in links)
     assert list((quickstart / "tensorboard").iterdir()) and (quickstart / "checkpoints" / "finetune").is_dir()
-    rows = list(csv.DictReader(open(quickstart / "predictions_finetune_test.csv")))
+    rows = read_csv(quickstart / "predictions_finetune_test.csv")
     assert len(rows) == 24 and abs(sum(float(v) for k, v in rows[0].items() if k.startswith("p:")) - 1) < 1e-4
 
 
@@ -95,7 +99,7 @@ def test_finetune_on_a_folder_from_a_run_then_evaluate(quickstart: Path, clips_f
     assert code == 0, said
     results = json.loads((tmp_path / "e" / "results.json").read_text())
     assert TOP_KEYS <= set(results["finetune"]["train"])
-    rows = list(csv.DictReader(open(tmp_path / "e" / "predictions.csv")))
+    rows = read_csv(tmp_path / "e" / "predictions.csv")
     right = np.mean([row["label"] == row["predicted"] for row in rows])
     assert len(rows) == 8 and np.isclose(results["finetune"]["train"]["top1"], right)
     assert list(rows[0]) == ["path", "label", "predicted", "p:bounce", "p:grow", "p:slide", "p:spin"]
