@@ -33,7 +33,7 @@ PAYLOAD = CLIPS[0].particles["vision"].payload.shape[1]
 
 
 def rows_of(clips: list[pack.Clip], rows: int, length: int, per_row: int) -> Batch:
-    return jax.tree.map(jnp.asarray, pack.pack(clips, {"vision": (length, PAYLOAD)}, rows, per_row))
+    return jax.tree.map(jnp.asarray, pack.pack(clips, {"vision": pack.Slots(length, PAYLOAD)}, rows, per_row))
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_two_modalities_and_one_missing() -> None:
     model = models.build(SPEC, payloads, classes=3)
     words = Particles(np.arange(5, dtype=np.int32)[:, None], np.zeros((5, 3), np.float32), np.ones((5, 3), np.float32),
                       np.ones(5, np.int32))
-    shapes = {"vision": (48, PAYLOAD), "text": (6, 1)}
+    shapes = {"vision": pack.Slots(48, PAYLOAD), "text": pack.Slots(6, 1, "int32")}
     both = pack.Clip({**CLIPS[0].particles, "text": words}, 0, 0)
     batch = jax.tree.map(jnp.asarray, pack.pack([both, CLIPS[1]], shapes, 1, 2))
     params = model.init(jax.random.key(0), batch)

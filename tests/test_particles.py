@@ -96,7 +96,7 @@ def test_packing_loses_nothing_and_mixes_nothing() -> None:
     sizes = [5, 3, 8, 4, 1, 6]
     clips = [pack.Clip({"vision": some(n, n), "audio": some(2, 9)} if n != 4 else {"vision": some(n, n)}, n, i)
              for i, n in enumerate(sizes)]
-    batch = pack.pack(clips, {"vision": (10, 6), "audio": (4, 6)}, rows=4, clips_per_row=3)
+    batch = pack.pack(clips, {"vision": pack.Slots(10, 6), "audio": pack.Slots(4, 6)}, rows=4, clips_per_row=3)
     for row in range(4):
         for slot in range(3):
             number = batch.clip[row, slot]
@@ -114,7 +114,7 @@ def test_packing_loses_nothing_and_mixes_nothing() -> None:
 
 def test_a_clip_that_does_not_fit_is_not_dropped() -> None:
     with pytest.raises(pack.Full, match="does not fit into 1 rows"):
-        pack.pack([pack.Clip({"vision": some(5, 0)}, 0, 0)] * 3, {"vision": (10, 6)}, 1, 3)
+        pack.pack([pack.Clip({"vision": some(5, 0)}, 0, 0)] * 3, {"vision": pack.Slots(10, 6)}, 1, 3)
 
 
 def test_masks_give_every_clip_its_share() -> None:

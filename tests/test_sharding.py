@@ -27,7 +27,7 @@ def batch(missing: tuple[int, ...] = ()) -> Batch:
         video = rng.normal(size=(4, 8, 8, 3)).astype(np.float32)
         cut = policies.cut_clip(video, np.arange(4, dtype=np.float32), ParticleSpec("grid", (2, 4, 4)))
         clips.append(pack.Clip({"vision": cut}, i % 3, i))
-    whole = pack.pack(clips, {"vision": (8, 96)}, 16, 1)
+    whole = pack.pack(clips, {"vision": pack.Slots(8, 96)}, 16, 1)
     vision = whole.particles["vision"]
     for row in missing:
         vision.segment[row], whole.clip[row], whole.label[row] = 0, -1, -1
@@ -62,10 +62,12 @@ def alone() -> tuple[list[float], TrainState]:
 @pytest.mark.parametrize("name", MESHES)
 def test_eight_devices_equal_one(name: str, alone: tuple) -> None:
     assert jax.device_count() == 8
-    found, state = losses(sharding.make_mesh(MESHES[name]))
-    np.testing.assert_allclose(found, alone[0], rtol=2e-5)
-    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(alone[1].params), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-4)
+    seen, state = losses(sharding.make_mesh(MESHES[name]))
+    np.testing.assert_allclose(seen, alone[0], rtol=2e-5)
+    expected = tree.flatten(alone[1].params)
+    for path, found in tree.flatten(state.params).items():
+        if not path.endswith("key/bias"):  # its gradient is rounding noise, which Adam makes large
+            np.testing.assert_allclose(found, expected[path], atol=2e-4, err_msg=path)
     split = [x for x in jax.tree.leaves(state.opt_state) if not x.sharding.is_fully_replicated]
     assert bool(split) == (name != "data"), "moments are divided like their parameters"
 

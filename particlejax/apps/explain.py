@@ -31,7 +31,7 @@ def draw_masked(workdir: Path, name: str, mesh: Mesh) -> None:
     frames, times = found
     rng = np.random.default_rng(0)
     particles = clips.particles_of(frames, times, stage.data, stage.experiment.particles, rng)
-    batch = pack.pack([pack.Clip({spec.modality: particles}, -1, 0)], {spec.modality: particles.payload.shape}, 1, 1)
+    batch = pack.pack([pack.Clip({spec.modality: particles}, -1, 0)], {spec.modality: pack.Slots(*particles.payload.shape)}, 1, 1)
     shape = type(spec)(**{**vars(spec), "predict": 1 - spec.keep})  # ask for everything that is hidden
     predict = jax.jit(lambda p, b: objectives.predict_masked(shape, p, stage.model, b, jax.random.key(0), False))
     answer = jax.tree.map(lambda x: np.asarray(x[0]), predict(params, jax.tree.map(np.asarray, batch)))

@@ -119,20 +119,20 @@ def chosen_clips(count: int, fraction: float) -> np.ndarray:
     return np.sort(drawn)
 
 
-def row_shape(data: DataSpec, spec: ParticleSpec) -> dict[str, tuple[int, int]]:
-    """Per modality the slots of a row and the numbers of a payload. Raises UserError for sizes that do not fit."""
+def row_slots(data: DataSpec, spec: ParticleSpec) -> dict[str, pack.Slots]:
+    """What a row has for each modality. Raises UserError for sizes that do not fit."""
     size = (data.frames, data.size, data.size)
     try:
         policies.check(size, spec)
     except ValueError as error:
         raise UserError(str(error)) from error
     length = policies.particle_count(size, spec) * data.clips_per_row
-    return {VISION: (length, int(np.prod(spec.base)) * _CHANNELS)}
+    return {VISION: pack.Slots(length, int(np.prod(spec.base)) * _CHANNELS)}
 
 
 def example(data: DataSpec, spec: ParticleSpec, rows: int) -> Batch:
     """A batch of zeros with the shapes and types of every batch."""
-    return pack.pack([], row_shape(data, spec), rows, data.clips_per_row)
+    return pack.pack([], row_slots(data, spec), rows, data.clips_per_row)
 
 
 def read(batches: Batches | Views, start: int, stop: int, data: DataSpec) -> Iterator[Loaded]:
@@ -176,4 +176,4 @@ def _load(source: Source, data: DataSpec, spec: ParticleSpec, wanted: list, rows
         rng = look if isinstance(look, np.random.Generator) else np.random.default_rng((_CUT_SEED, number))
         particles: dict[str, Particles] = {VISION: clips.particles_of(frames, times, data, spec, rng)}
         packed.append(pack.Clip(particles, record.label, number))
-    return Loaded(pack.pack(packed, row_shape(data, spec), rows, data.clips_per_row), tuple(bad))
+    return Loaded(pack.pack(packed, row_slots(data, spec), rows, data.clips_per_row), tuple(bad))

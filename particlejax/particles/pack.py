@@ -20,6 +20,14 @@ class Clip(NamedTuple):
     number: int  # in its source
 
 
+class Slots(NamedTuple):
+    """What a row has for one modality: how many slots, of how many numbers each, of which type."""
+
+    length: int
+    size: int
+    dtype: str = "float32"
+
+
 class Full(ValueError):
     """The clips do not fit into the rows."""
 
@@ -45,17 +53,17 @@ def assign(sizes: Sequence[Mapping[str, int]], lengths: Mapping[str, int], rows:
     return chosen
 
 
-def pack(clips: Sequence[Clip], shapes: Mapping[str, tuple[int, int]], rows: int, clips_per_row: int) -> Batch:
+def pack(clips: Sequence[Clip], slots: Mapping[str, Slots], rows: int, clips_per_row: int) -> Batch:
     """Rows filled with clips, first fit in the order given; what stays free is segment 0, clip -1 and label -1.
 
-    shapes: per modality (slots of a row, numbers of a payload). Raises Full when the clips do not fit.
+    Raises Full when the clips do not fit.
     """
     sizes = [{m: len(p.segment) for m, p in clip.particles.items()} for clip in clips]
-    chosen = assign(sizes, {m: length for m, (length, _) in shapes.items()}, rows, clips_per_row)
+    chosen = assign(sizes, {m: each.length for m, each in slots.items()}, rows, clips_per_row)
     label = np.full((rows, clips_per_row), -1, np.int32)
     number = label.copy()
-    packed = {m: _blank(rows, shape, m, clips) for m, shape in shapes.items()}
-    used = {m: [0] * rows for m in shapes}
+    packed = {m: _blank(rows, each) for m, each in slots.items()}
+    used = {m: [0] * rows for m in slots}
     held = [0] * rows
     for clip, row in zip(clips, chosen, strict=True):
         label[row, held[row]], number[row, held[row]] = clip.label, clip.number
@@ -67,11 +75,10 @@ def pack(clips: Sequence[Clip], shapes: Mapping[str, tuple[int, int]], rows: int
     return Batch({m: Particles(**fields) for m, fields in packed.items()}, label, number)
 
 
-def _blank(rows: int, shape: tuple[int, int], modality: str, clips: Sequence[Clip]) -> dict[str, np.ndarray]:
-    length, payload = shape
-    like = next((c.particles[modality].payload for c in clips if modality in c.particles), np.zeros(0, np.float32))
-    return dict(payload=np.zeros((rows, length, payload), like.dtype), place=np.zeros((rows, length, 3), np.float32),
-                extent=np.zeros((rows, length, 3), np.float32), segment=np.zeros((rows, length), np.int32))
+def _blank(rows: int, slots: Slots) -> dict[str, np.ndarray]:
+    shape = (rows, slots.length)
+    return dict(payload=np.zeros((*shape, slots.size), slots.dtype), place=np.zeros((*shape, 3), np.float32),
+                extent=np.zeros((*shape, 3), np.float32), segment=np.zeros(shape, np.int32))
 
 
 def _write(fields: dict[str, np.ndarray], where: tuple, particles: Particles, segment: int) -> None:

@@ -210,6 +210,7 @@ class _Trainer:
 
     def _save(self) -> None:
         self._flush()
+        self.best.finish()  # first: who resumes from this step will not measure what came before it again
         self.latest.save(self.done, self.state, self._data())
 
     def _data(self) -> dict[str, Any]:

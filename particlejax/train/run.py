@@ -69,12 +69,12 @@ def build(experiment: Experiment, name: str, classes: tuple[str, ...]) -> Stage:
     """The stage and its model. Raises UserError where it wants labels and there are none."""
     spec = experiment.stages[name]
     data = experiment.data_of(spec)
-    shapes = pipeline.row_shape(data, experiment.particles)
+    slots = pipeline.row_slots(data, experiment.particles)
     parts = objectives.parts(spec.objectives)
     if parts["head"] and not classes:
         raise UserError(f"stage {name} classifies but {data.source} has no labels: give clips.csv a column 'label', or "
                         "put the clips into one folder a class.")
-    payloads = {modality: models.Payload(size) for modality, (_, size) in shapes.items()}
+    payloads = {modality: models.Payload(each.size) for modality, each in slots.items()}
     model = models.build(experiment.model_of(spec), payloads, classes=len(classes) if parts["head"] else 0,
                          decoder=parts["decoder"])
     return Stage(name, spec, experiment, data, classes, model, pipeline.example(data, experiment.particles, 1))
