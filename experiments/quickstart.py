@@ -27,23 +27,23 @@ def get_config(arg: str = "") -> ConfigDict:
     tiny = args["tiny"]
     stages = {
         "pretrain": section(
-            StageSpec, steps=4 if tiny else 600, rows=8 if tiny else 32, val_every=4 if tiny else 150,
-            objectives={"masked": {"keep": 0.25, "predict": 0.375, "mask": "tube"}},
+            StageSpec, steps=4 if tiny else 700, rows=8 if tiny else 16, val_every=4 if tiny else 100,
+            objectives={"masked": {"keep": 0.4, "predict": 0.3, "mask": "random", "normalise": False}},
             optim=section(OptimSpec, rate=1e-3)),
         "finetune": section(
-            StageSpec, steps=4 if tiny else 300, rows=8 if tiny else 16, val_every=4 if tiny else 100,
-            init="" if args["scratch"] else "pretrain", data={"fraction": 0.25},
+            StageSpec, steps=4 if tiny else 900, rows=8 if tiny else 16, val_every=4 if tiny else 150,
+            init="" if args["scratch"] else "pretrain",
             objectives={"classify": {"label_smoothing": 0.1}},
-            model={"dropout": 0.1, "drop_path": 0.1},
-            optim=section(OptimSpec, rate=5e-4, weight_decay=0.05, b2=0.999)),
+            optim=section(OptimSpec, rate=1e-3, weight_decay=0.05, b2=0.999)),
     }
     if args["scratch"]:
         del stages["pretrain"]
     return ConfigDict(section(
         Experiment,
-        data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", frames=16, size=64, memory_gib=1.0),
-        particles=section(ParticleSpec, policy="grid", base=(2, 16, 16)),
-        model=section(ModelSpec, width=32, depth=2, heads=2, decoder_width=32) if tiny else section(ModelSpec),
+        data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", frames=16, size=32, still=0.2, crop=(0.5, 1.0), flip=True,
+                     memory_gib=1.0),
+        particles=section(ParticleSpec, policy="grid", base=(16, 4, 4)),
+        model=section(ModelSpec, width=32, depth=2, heads=2, decoder_width=32) if tiny else section(ModelSpec, width=128, depth=4, heads=2, decoder_width=96),
         evaluate=section(EvaluateSpec, splits=("test",), views=(1, 1)),
         stages=stages,
         order=tuple(stages),

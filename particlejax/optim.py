@@ -10,7 +10,7 @@ from particlejax.spec import OptimSpec
 from particlejax.typing import Params, UserError
 
 # Norms, biases and lone vectors are not decayed: their size says nothing about complexity (arXiv:1706.05350).
-_SPARED = re.compile(r"(^|/)(bias|scale|token)$")
+_SPARED = re.compile(r"(^|/)(bias|scale|token|log_sharpness)$")
 
 
 def decay_mask(params: Params) -> Params:

@@ -56,6 +56,7 @@ class ModelSpec:
     width: int = 192
     depth: int = 6
     heads: int = 3
+    near: bool = True  # attention falls with distance in time and space, learned per head
     mlp: int = 4  # hidden width of the MLP, in widths
     dropout: float = 0.0
     drop_path: float = 0.0  # stochastic depth of the last block, linear from 0 (arXiv:1603.09382)

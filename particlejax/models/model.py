@@ -27,9 +27,10 @@ class Payload(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """The encoder's output [B, L, D] with each token's segment [B, L]; modalities stand one after the other."""
+    """The encoder's output [B, L, D], each token's place [B, L, 3] and segment; modalities stand one after the other."""
 
     x: Array
+    place: Array
     segment: Array
 
 
@@ -114,12 +115,14 @@ class Encoder(nn.Module):
                 p = particles[name]
                 content = embed.Payload(spec.width, payload.vocabulary, dtype, name=f"payload_{name}")(p.payload)
                 parts.append(content + place(p.place, p.extent) + modality(name).astype(dtype))
-        segment = jnp.concatenate([particles[name].segment for name, _ in self.payloads if name in particles], axis=1)
-        may = transformer.same_segment(segment, segment)
-        body = transformer.Transformer(spec.depth, spec.heads, spec.mlp * spec.width, spec.dropout, spec.drop_path,
-                                       spec.unroll, dtype, name="transformer")
-        x, blocks = body(jnp.concatenate(parts, axis=1), may)
-        return Tokens(x, segment), {"blocks": blocks}
+        known = [particles[name] for name, _ in self.payloads if name in particles]
+        places = jnp.concatenate([p.place for p in known], axis=1)
+        segment = jnp.concatenate([p.segment for p in known], axis=1)
+        where = transformer.between(places, segment, places, segment)
+        body = transformer.Transformer(spec.depth, spec.heads, spec.mlp * spec.width, spec.near, spec.dropout,
+                                       spec.drop_path, spec.unroll, dtype, name="transformer")
+        x, blocks = body(jnp.concatenate(parts, axis=1), where)
+        return Tokens(x, places, segment), {"blocks": blocks}
 
 
 class Decoder(nn.Module):
@@ -136,10 +139,10 @@ class Decoder(nn.Module):
         context = nn.Dense(width, dtype=dtype, name="context")(tokens.x)
         x = embed.Place(width, dtype, name="place")(query.place, query.extent)
         x += embed.Modality(width, names, name="modality")(modality).astype(dtype)
-        may = transformer.same_segment(query.segment, tokens.segment)
-        body = transformer.Transformer(spec.decoder_depth, spec.decoder_heads, spec.mlp * width, unroll=spec.unroll,
-                                       dtype=dtype, name="transformer")
-        x, _ = body(x, may, context)
+        where = transformer.between(query.place, query.segment, tokens.place, tokens.segment)
+        body = transformer.Transformer(spec.decoder_depth, spec.decoder_heads, spec.mlp * width, spec.near,
+                                       unroll=spec.unroll, dtype=dtype, name="transformer")
+        x, _ = body(x, where, context)
         payload = dict(self.payloads)[modality]
         out = nn.Dense(payload.vocabulary or payload.size, dtype=jnp.float32, name=f"payload_{modality}")
         return out(x.astype(jnp.float32))
