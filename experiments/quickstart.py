@@ -32,7 +32,7 @@ def get_config(arg: str = "") -> ConfigDict:
             optim=section(OptimSpec, rate=1e-3)),
         "finetune": section(
             StageSpec, steps=4 if tiny else 900, rows=8 if tiny else 16, val_every=4 if tiny else 150,
-            init="" if args["scratch"] else "pretrain",
+            init="" if args["scratch"] else "pretrain", data={"fraction": 0.25},
             objectives={"classify": {"label_smoothing": 0.1}},
             optim=section(OptimSpec, rate=1e-3, weight_decay=0.05, b2=0.999)),
     }
