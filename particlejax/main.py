@@ -57,8 +57,6 @@ def main(argv: Sequence[str]) -> int:
     try:
         asked = _parse(argv)
         experiment = Experiment.of(asked.config.to_dict())
-        if experiment.job not in JOBS:
-            raise UserError(f"config.job is {experiment.job!r}: choose one of {', '.join(JOBS)}.")
         workdir = _enter(_workdir(asked), experiment)
         JOBS[experiment.job](experiment, workdir, workdir.name)
     except UserError as error:

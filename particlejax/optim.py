@@ -7,7 +7,7 @@ import optax
 
 from particlejax import tree
 from particlejax.spec import OptimSpec
-from particlejax.typing import Params, UserError
+from particlejax.typing import Params
 
 # Norms, biases and lone vectors are not decayed: their size says nothing about complexity (arXiv:1706.05350).
 _SPARED = re.compile(r"(^|/)(bias|scale|token|log_sharpness)$")
@@ -26,12 +26,9 @@ def schedule(spec: OptimSpec, steps: int) -> optax.Schedule:
 
 
 def build(spec: OptimSpec, steps: int) -> optax.GradientTransformation:
-    """Clipping, then AdamW or SGD with decoupled weight decay, over `steps` steps. Raises UserError for other names."""
+    """Clipping, then AdamW or SGD with decoupled weight decay, over `steps` steps."""
     rate = schedule(spec, steps)
     clip = optax.clip_by_global_norm(spec.clip_norm) if spec.clip_norm else optax.identity()
     decay = optax.add_decayed_weights(spec.weight_decay, decay_mask)
-    if spec.name == "adamw":
-        return optax.chain(clip, optax.scale_by_adam(spec.b1, spec.b2), decay, optax.scale_by_learning_rate(rate))
-    if spec.name == "sgd":
-        return optax.chain(clip, optax.trace(spec.momentum), decay, optax.scale_by_learning_rate(rate))
-    raise UserError(f"config optim.name is {spec.name!r}: choose adamw or sgd.")
+    direction = optax.trace(spec.momentum) if spec.name == "sgd" else optax.scale_by_adam(spec.b1, spec.b2)
+    return optax.chain(clip, direction, decay, optax.scale_by_learning_rate(rate))

@@ -13,6 +13,11 @@ from typing import Any
 from particlejax.typing import UserError
 
 
+def one_of(default: str, *others: str) -> Any:
+    """A field that may only be one of these names; `make` refuses others."""
+    return dataclasses.field(default=default, metadata={"names": (default, *others)})
+
+
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
     """Which clips, and how frames are taken from them."""
@@ -41,7 +46,7 @@ class DataSpec:
 class ParticleSpec:
     """How a clip is cut into particles."""
 
-    policy: str = "grid"  # grid | tubes | pyramid
+    policy: str = one_of("grid", "tubes", "pyramid")
     base: tuple[int, int, int] = (2, 16, 16)  # frames, rows, columns of the cuboid that a payload holds
     factor: tuple[int, int, int] = (2, 2, 2)  # of coarseness from one pyramid level to the next
     levels: int = 3  # of the pyramid, the finest included
@@ -60,6 +65,8 @@ class ModelSpec:
     mlp: int = 4  # hidden width of the MLP, in widths
     dropout: float = 0.0
     drop_path: float = 0.0  # stochastic depth of the last block, linear from 0 (arXiv:1603.09382)
+    pool: str = one_of("mean", "attention")  # how a clip's tokens become the vector that is classified
+    pool_heads: int = 8  # of attention pooling
     decoder_width: int = 128
     decoder_depth: int = 2
     decoder_heads: int = 2
@@ -73,7 +80,7 @@ class MaskedSpec:
 
     weight: float = 1.0
     modality: str = "vision"
-    mask: str = "tube"  # tube | random
+    mask: str = one_of("tube", "random")
     keep: float = 0.25  # share of the particles that the encoder sees
     predict: float = 0.5  # share of the particles that the decoder is asked for
     normalise: bool = True  # targets normalised per particle (arXiv:2111.06377, section 4.1)
@@ -94,7 +101,7 @@ OBJECTIVES = {"masked": MaskedSpec, "classify": ClassifySpec}
 class OptimSpec:
     """The optimiser and its schedule."""
 
-    name: str = "adamw"  # adamw | sgd
+    name: str = one_of("adamw", "sgd")
     rate: float = 1e-3  # peak learning rate
     warmup: float = 0.1  # share of the steps
     final: float = 0.01  # learning rate at the end, in peaks
@@ -122,7 +129,7 @@ class StageSpec:
     val_every: int = 0  # steps; 0: at the end only
     ema: float = 0.0  # decay of the averaged parameters, which are then the ones evaluated; 0: none
     select: str = ""  # val metric whose best checkpoint is the stage's result; '': the last
-    select_mode: str = "max"
+    select_mode: str = one_of("max", "min")
     patience: int = 0  # measurements without a better `select` after which the stage ends; 0: never
 
 
@@ -165,7 +172,7 @@ class LogSpec:
 class Experiment:
     """Everything a run depends on, so that config.json is enough to run it again."""
 
-    job: str = "train"  # train | evaluate
+    job: str = one_of("train", "evaluate")
     seed: int = 0
     run: str = ""  # job evaluate: the run that is evaluated
     init: str = ""  # RUN_DIR or RUN_DIR:STAGE that the first stage starts from, where that stage names none itself
@@ -218,6 +225,9 @@ def make(spec: type, values: Mapping[str, Any], where: str) -> Any:
     for key in values:
         if key not in fields:
             raise UserError(unknown_key(key, where, fields))
+        known = fields[key].metadata.get("names")
+        if known and values[key] not in known:
+            raise UserError(f"{where}.{key} is {values[key]!r}: choose one of {', '.join(known)}.")
     return spec(**{key: _value(fields[key], value, f"{where}.{key}") for key, value in values.items()})
 
 
@@ -275,8 +285,5 @@ def _tuples(value: Any) -> Any:
 
 
 def _replaced(spec: Any, changes: Mapping[str, Any], name: str) -> Any:
-    known = [field.name for field in dataclasses.fields(spec)]
-    for key in changes:
-        if key not in known:
-            raise UserError(unknown_key(key, f"config.stages.*.{name}", known))
-    return dataclasses.replace(spec, **{key: _tuples(value) for key, value in changes.items()})
+    changed = make(type(spec), changes, f"config.stages.*.{name}")
+    return dataclasses.replace(spec, **{key: getattr(changed, key) for key in changes})

@@ -2,7 +2,11 @@
 """Strict settings for every test: eight CPU devices, no silent rank promotion, one toybox for all."""
 
 import os
+import tempfile
 
+_compiled = tempfile.TemporaryDirectory()  # what one test compiled serves the others and the processes that tests start
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 

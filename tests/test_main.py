@@ -85,7 +85,7 @@ def test_other_settings_in_the_same_folder_are_refused(quickstart: Path, cache_d
 
 def test_finetune_on_a_folder_from_a_run_then_evaluate(quickstart: Path, clips_folder: Path, tmp_path: Path,
                                                        capfd: pytest.CaptureFixture) -> None:
-    model = ["--config.model.width=32", "--config.particles.base=(2,16,16)", "--config.data.size=64"]
+    model = ["--config.model.width=32", "--config.particles.base=(16,4,4)", "--config.data.size=32"]
     code, said = run(capfd, "--config=experiments/finetune.py:tiny", f"--config.data.source=folder:{clips_folder}",
                      f"--config.init={quickstart}:pretrain", "--workdir", str(tmp_path / "f"), *model)
     assert code == 0, said
@@ -129,6 +129,8 @@ def mistakes(clips: Path, run_dir: Path, tmp: Path) -> dict[str, tuple[list[str]
         "misspelt key": ([*quick, "--config.data.sorce=x"], "config.data has no key 'sorce': did you mean config.data.source?"),
         "misspelt deep key": ([*quick, "--config.stages.finetune.optim.ratee=1"],
                               "config.stages.finetune.optim has no key 'ratee': did you mean config.stages.finetune.optim.rate?"),
+        "unknown name": ([*quick, "--config.stages.pretrain.objectives.masked.mask=tubes"],
+                         "objectives.masked.mask is 'tubes': choose one of tube, random"),
         "wrong type": ([*quick, "--config.seed=zero"], "seed"),
         "no experiment": ([], "no experiment: add --config experiments/quickstart.py"),
         "missing experiment": (["--config=experiments/quikstart.py"], "did you mean experiments/quickstart.py?"),
@@ -143,7 +145,7 @@ def mistakes(clips: Path, run_dir: Path, tmp: Path) -> dict[str, tuple[list[str]
         "not a run": ([*evaluate, "--config.run=/tmp"], "/tmp is not a run"),
         "another shape": ([*quick, f"--config.init={run_dir}:pretrain", "--config.model.width=64"],
                           r"has shape .* where this model has .*: give config.model"),
-        "bad sizes": ([*quick, "--config.data.size=70"], "clips of 70 rows are not a multiple of particles of 16"),
+        "bad sizes": ([*quick, "--config.data.size=70"], "clips of 70 rows are not a multiple of particles of 4"),
         "too many bad": ([*quick, f"--config.data.source=folder:{clips}", "--config.data.max_bad=0",
                           "--config.order=('finetune',)", "--config.stages.finetune.init="],
                          "more than config.data.max_bad=0: mend the data or raise the limit"),

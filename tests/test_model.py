@@ -39,12 +39,16 @@ def rows_of(clips: list[pack.Clip], rows: int, length: int, per_row: int) -> Bat
 @pytest.fixture(scope="module")
 def built() -> tuple[models.Model, dict]:
     model = models.build(SPEC, {"vision": models.Payload(PAYLOAD)}, classes=5, decoder=True)
-    return model, model.init(jax.random.key(0), rows_of(CLIPS, 1, 40, 3))
+    return model, jax.jit(model.init)(jax.random.key(0), rows_of(CLIPS, 1, 40, 3))
 
 
 def logits(model: models.Model, params: dict, batch: Batch) -> jax.Array:
-    tokens, _ = model.apply(params, "encode", batch.particles)
-    return model.apply(params, "classify", tokens, batch.clip.shape[1])
+    @jax.jit
+    def found(params: dict, batch: Batch) -> jax.Array:
+        tokens, _ = model.apply(params, "encode", batch.particles)
+        return model.apply(params, "classify", tokens, batch.clip.shape[1])
+
+    return found(params, batch)
 
 
 def test_packed_equals_unpacked(built: tuple) -> None:
@@ -76,7 +80,7 @@ def test_no_clip_sees_another(built: tuple) -> None:
         particles = {"vision": dataclasses.replace(vision, payload=payload)}
         return logits(model, params, dataclasses.replace(batch, particles=particles))[0, 0].sum()
 
-    seen = jnp.abs(jax.grad(first_clip)(vision.payload)).sum(-1)
+    seen = jnp.abs(jax.jit(jax.grad(first_clip))(vision.payload)).sum(-1)
     assert (seen[vision.segment == 1] > 0).all()
     assert (seen[vision.segment != 1] == 0).all(), "exactly zero"
 
@@ -92,9 +96,10 @@ def test_order_of_particles_is_of_no_account(built: tuple) -> None:
 def test_the_decoder_is_asked_by_place_and_never_reads_the_payload(built: tuple) -> None:
     model, params = built
     batch = rows_of(CLIPS[:1], 1, 8, 1)
-    tokens, _ = model.apply(params, "encode", batch.particles)
+    tokens, _ = jax.jit(lambda p: model.apply(params, "encode", p))(batch.particles)
     query = batch.particles["vision"]
 
+    @jax.jit
     def decoded(query: Particles) -> jax.Array:
         return model.apply(params, "decode", tokens, query, "vision")
 
@@ -117,11 +122,9 @@ def test_a_key_switches_dropout_on(built: tuple) -> None:
     model = models.build(dataclasses.replace(SPEC, dropout=0.5, drop_path=0.3), {"vision": models.Payload(PAYLOAD)},
                          classes=5, decoder=True)
     batch = rows_of(CLIPS[:1], 1, 8, 1)
-    still, _ = model.apply(params, "encode", batch.particles)
-    again, _ = model.apply(params, "encode", batch.particles)
-    one, _ = model.apply(params, "encode", batch.particles, key=jax.random.key(1))
-    other, _ = model.apply(params, "encode", batch.particles, key=jax.random.key(2))
-    assert (still.x == again.x).all() and not (still.x == one.x).all() and not (one.x == other.x).all()
+    encode = jax.jit(lambda key: model.apply(params, "encode", batch.particles, key=key)[0].x)
+    still, again, one, other = (encode(key) for key in (None, None, jax.random.key(1), jax.random.key(2)))
+    assert (still == again).all() and not (still == one).all() and not (one == other).all()
 
 
 def test_two_modalities_and_one_missing() -> None:
@@ -132,7 +135,7 @@ def test_two_modalities_and_one_missing() -> None:
     shapes = {"vision": pack.Slots(48, PAYLOAD), "text": pack.Slots(6, 1, "int32")}
     both = pack.Clip({**CLIPS[0].particles, "text": words}, 0, 0)
     batch = jax.tree.map(jnp.asarray, pack.pack([both, CLIPS[1]], shapes, 1, 2))
-    params = model.init(jax.random.key(0), batch)
+    params = jax.jit(model.init)(jax.random.key(0), batch)
     together = logits(model, params, batch)[0]
     alone = jax.tree.map(jnp.asarray, pack.pack([CLIPS[1]], shapes, 1, 2))
     np.testing.assert_allclose(together[1], logits(model, params, alone)[0, 0], atol=2e-5)

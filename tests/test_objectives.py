@@ -16,7 +16,8 @@ from particlejax.particles import pack, policies
 from particlejax.particles.types import Batch
 from particlejax.spec import ClassifySpec, MaskedSpec, ModelSpec, ParticleSpec
 
-MODEL = ModelSpec(width=32, depth=2, heads=2, decoder_width=32, decoder_depth=1, decoder_heads=1)
+MODEL = ModelSpec(width=32, depth=2, heads=2, decoder_width=32, decoder_depth=1, decoder_heads=1,
+                  unroll=False)  # compiles sooner
 SPECS = {"masked": MaskedSpec(keep=0.5, predict=0.5, mask="random"), "classify": ClassifySpec(label_smoothing=0.1)}
 CLASSES = 4
 
@@ -38,7 +39,7 @@ def setup(name: str) -> tuple[objectives.Objective, models.Model, dict]:
     parts = objectives.parts({name: None})
     model = models.build(MODEL, {"vision": models.Payload(96)}, classes=CLASSES if parts["head"] else 0,
                          decoder=parts["decoder"])
-    return objectives.combine({name: SPECS[name]}), model, model.init(jax.random.key(0), make_batch(0))
+    return objectives.combine({name: SPECS[name]}), model, jax.jit(model.init)(jax.random.key(0), make_batch(0))
 
 
 def test_the_battery_knows_every_objective() -> None:
@@ -48,8 +49,9 @@ def test_the_battery_knows_every_objective() -> None:
 @pytest.mark.parametrize("name", SPECS)
 def test_finite_and_gradients_reach_every_parameter(name: str) -> None:
     objective, model, params = setup(name)
-    (loss, metrics), grads = jax.value_and_grad(
-        lambda p: objective(p, model, make_batch(0), jax.random.key(1), True), has_aux=True)(params)
+    batch = make_batch(0)
+    gradient = jax.value_and_grad(lambda p: objective(p, model, batch, jax.random.key(1), True), has_aux=True)
+    (loss, metrics), grads = jax.jit(gradient)(params)
     assert np.isfinite(float(loss)) and all(np.isfinite(float(v)) for v in metrics.values())
     dead = [path for path, g in tree.flatten(grads).items() if not jnp.abs(g).max() > 0]
     # A bias of the keys shifts all of a query's logits alike, so softmax takes no notice of it.
@@ -98,7 +100,7 @@ def test_masked_never_sees_what_it_is_asked_for() -> None:
         found = objectives.predict_masked(spec, params, model, new, jax.random.key(3), False)
         return found.predicted.sum(), found.visible.place
 
-    grads, places = jax.grad(predicted, has_aux=True)(vision.payload)
+    grads, places = jax.jit(jax.grad(predicted, has_aux=True))(vision.payload)
     seen = jnp.abs(grads).sum(-1) > 0
     for row in range(8):
         shown = {tuple(p) for p in places[row].tolist()}

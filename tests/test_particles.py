@@ -77,7 +77,6 @@ def test_thin_keeps_the_lowest_scores_in_order(xp: object) -> None:
 
 
 @pytest.mark.parametrize("spec, match", [
-    (ParticleSpec("gird", BASE), "choose one of grid"),
     (ParticleSpec("grid", (3, 4, 8)), "8 frames are not a multiple of particles of 3"),
     (ParticleSpec("grid", (16, 4, 8)), "do not fit"),
 ])

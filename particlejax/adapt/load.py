@@ -9,7 +9,7 @@ import jax
 from particlejax import checkpoint, tree
 from particlejax.typing import Params, UserError
 
-_NEW_PER_TASK = ("head", "head_norm", "decoder")  # parts that a stage may have to itself; the encoder must match
+_NEW_PER_TASK = ("head", "head_norm", "pool", "decoder")  # parts that a stage may have to itself; the encoder must match
 
 
 def from_checkpoint(params: Params, folder: Path) -> tuple[Params, str]:

@@ -76,7 +76,7 @@ def _stage(workdir: Path, stage: str, figures: dict[str, Any], lines: list[dict[
         yield from (f"![loss of {stage}](report/{stage}_loss.png)", "")
     for kind, caption in _CAPTIONS.items():
         if (workdir / "report" / f"{stage}_{kind}.png").exists():
-            yield from (f"![{kind} particles of {stage}](report/{stage}_{kind}.png)", "", caption, "")
+            yield from (f"![{stage}, {kind}](report/{stage}_{kind}.png)", "", caption, "")
     for split, each in _evaluated(figures).items():
         yield from _evaluation(workdir, f"{stage}_{split}", split, each)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from particlejax import losses
-from particlejax.nn import embed, transformer
+from particlejax.nn import embed, heads, transformer
 from particlejax.particles.types import Batch, Particles
 from particlejax.spec import ModelSpec
 from particlejax.typing import Params
@@ -72,6 +72,8 @@ class ParticleModel(nn.Module):
         if self.with_decoder:
             self.decoder = Decoder(spec, self.payloads)
         if self.classes:
+            if spec.pool == "attention":
+                self.pool = heads.AttentivePool(spec.pool_heads, dtype)
             self.head_norm = nn.LayerNorm(dtype=dtype)
             self.head = nn.Dense(self.classes, kernel_init=nn.initializers.normal(0.02))
 
@@ -93,8 +95,11 @@ class ParticleModel(nn.Module):
         return self.decoder(tokens, query, modality)
 
     def classify(self, tokens: Tokens, clips: int) -> Array:
-        """Logits of each clip, float32 [B, S, C], from the mean of its tokens."""
-        pooled = losses.clip_mean(tokens.x.astype(jnp.float32), tokens.segment, clips)
+        """Logits of each clip, float32 [B, S, C], from its tokens pooled as the spec says."""
+        if self.spec.pool == "attention":
+            pooled = self.pool(tokens.x, tokens.segment, clips)
+        else:
+            pooled = losses.clip_mean(tokens.x.astype(jnp.float32), tokens.segment, clips)
         return self.head(self.head_norm(pooled)).astype(jnp.float32)
 
 

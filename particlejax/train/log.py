@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a run's figures go: metrics.jsonl (what must repeat bit for bit), timing.jsonl, TensorBoard, W&B, the screen."""
 
+import hashlib
 import json
 import math
 import os
@@ -129,4 +130,4 @@ def _wandb_run(spec: LogSpec, name: str, config: Mapping[str, Any], workdir: Pat
         raise UserError(f"config.log.wandb={spec.wandb!r} needs Weights & Biases: pip install particlejax[wandb], or "
                         "leave it empty.") from error
     return wandb.init(project=spec.wandb, name=name, config=dict(config), dir=str(workdir), resume="allow",
-                      id=f"{name}-{abs(hash(str(workdir))) % 10**8}")
+                      id=f"{name}-{hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:8]}")
