@@ -27,15 +27,15 @@ def get_config(arg: str = "") -> ConfigDict:
     finetune = section(
         StageSpec, steps=4 if tiny else 0, epochs=0 if tiny else 60, rows=8 if tiny else 16, val_every=4 if tiny else 200,
         objectives={"classify": {"label_smoothing": 0.1}}, ema=0.99 if tiny else 0.999,
-        optim=section(OptimSpec, rate=5e-4, weight_decay=0.05, b2=0.999))
+        optim=section(OptimSpec, rate=1e-3, weight_decay=0.05, b2=0.999))
     small = section(ModelSpec, width=32, depth=2, heads=2)
     return ConfigDict(section(
         Experiment,
         data=section(DataSpec, source="toybox:tiny" if tiny else "folder:../shared/data/jhmdb21", frames=16,
-                     size=32 if tiny else 96, decode_side=0 if tiny else 112, crop=(0.5, 1.0), flip=True,
-                     memory_gib=0.0 if tiny else 4.0),
-        particles=section(ParticleSpec, policy="grid", base=(2, 16, 16)),
-        model=small if tiny else section(ModelSpec, dropout=0.1, drop_path=0.1),
+                     size=32 if tiny else 64, decode_side=0 if tiny else 80, still=0.4,
+                     augment={"crop": (0.3, 1.0), "flip": 0.5}, memory_gib=0.0 if tiny else 4.0),
+        particles=section(ParticleSpec, policy="grid", base=(16, 8, 8)),
+        model=small if tiny else section(ModelSpec, width=128, depth=4, heads=2),
         evaluate=section(EvaluateSpec, splits=("val",), views=(1, 1) if tiny else (2, 3)),
         stages={"finetune": finetune},
     ))

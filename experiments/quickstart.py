@@ -38,12 +38,13 @@ def get_config(arg: str = "") -> ConfigDict:
     }
     if args["scratch"]:
         del stages["pretrain"]
+    small = section(ModelSpec, width=32, depth=2, heads=2, decoder_width=32)
     return ConfigDict(section(
         Experiment,
-        data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", frames=16, size=32, still=0.2, crop=(0.5, 1.0), flip=True,
-                     memory_gib=1.0),
+        data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", frames=16, size=32, still=0.2, memory_gib=1.0,
+                     augment={"crop": (0.5, 1.0), "flip": 0.5}),
         particles=section(ParticleSpec, policy="grid", base=(16, 4, 4)),
-        model=section(ModelSpec, width=32, depth=2, heads=2, decoder_width=32) if tiny else section(ModelSpec, width=128, depth=4, heads=2, decoder_width=96),
+        model=small if tiny else section(ModelSpec, width=128, depth=4, heads=2, decoder_width=96),
         evaluate=section(EvaluateSpec, splits=("test",), views=(1, 1)),
         stages=stages,
         order=tuple(stages),

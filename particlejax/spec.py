@@ -19,25 +19,88 @@ def one_of(default: str, *others: str) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataSpec:
-    """Which clips, and how frames are taken from them."""
+class AugmentSpec:
+    """What training does to a clip at random, alike in all its frames; evaluation does none of it."""
 
-    source: str = "toybox"  # toybox | folder:PATH | tfds:NAME
+    crop: tuple[float, float] = (1.0, 1.0)  # share of the area that a random resized crop keeps
+    flip: float = 0.0  # probability of mirroring left and right
+    directed: tuple[str, ...] = ()  # classes that mirroring would make another: these are never flipped
+    speed: tuple[float, float] = (1.0, 1.0)  # factors that the span of the frames is stretched by, log-uniform
+    jitter: float = 0.0  # of brightness, contrast, saturation (as factors 1 +- this) and, a quarter as much, hue
+    operations: int = 0  # of RandAugment (arXiv:1909.13719)
+    magnitude: float = 0.5  # of RandAugment, in [0, 1]
+    erase: float = 0.0  # probability that a box of 2 to 33 % of the picture is grey (arXiv:1708.04896)
+    mixup: float = 0.0  # alpha of MixUp (arXiv:1710.09412); 0: none
+    cutmix: float = 0.0  # alpha of CutMix (arXiv:1905.04899); where both are set each clip draws one
+    gain: float = 0.0  # dB that sound is made louder or softer by, at most
+    shift: float = 0.0  # seconds that sound is moved against sight, at most
+    bands: int = 0  # of time, and as many of frequency, that SpecAugment empties (arXiv:1904.08779)
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioSpec:
+    """Sound as a log-mel spectrogram, cut into patches."""
+
+    rate: int = 16000  # samples per second; any track is mixed to one channel of it
+    window: float = 0.025  # seconds of a spectrum
+    hop: float = 0.010  # seconds from one spectrum to the next
+    mels: int = 64
+    low: float = 60.0  # Hz
+    high: float = 7800.0  # Hz
+    patch: tuple[int, int] = (16, 16)  # spectra, mels
+    mean: float = -7.0  # of log(mel power + 1e-6)
+    std: float = 4.0
+    seconds: float = 0.0  # longest sound; 0: data.seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSpec:
+    """Captions as token ids."""
+
+    tokenizer: str = "bytes"  # or the path of a tokenizer.json of the package `tokenizers`
+    length: int = 64  # most tokens of a clip
+
+
+@dataclasses.dataclass(frozen=True)
+class SeriesSpec:
+    """Numeric channels from a CSV beside the clip (clip.mp4, clip.csv) with a column `time` in seconds."""
+
+    channels: tuple[str, ...] = ()  # columns
+    rate: float = 30.0  # values per second that the channels are interpolated to
+    window: int = 15  # values of a particle
+    seconds: float = 0.0  # longest series; 0: data.seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpec:
+    """Which clips, and how frames are taken from them.
+
+    A clip shorter than what is asked of it shows its last frame until the span is over, in every way of sampling; its
+    sound and series end where they end.
+    """
+
+    source: str = "toybox"  # toybox | folder:PATH | tfds:NAME | mix:WEIGHT*SOURCE,WEIGHT*SOURCE
     split: str = "train"
+    modalities: tuple[str, ...] = ("vision",)  # of vision, audio, text, series
+    sample: str = one_of("span", "dense", "segments")  # frames: even over `seconds`; every `stride`-th; one a segment
+    stride: tuple[int, int] = (2, 2)  # frames of the file from one to the next where `sample` is dense, drawn between
     fraction: float = 1.0  # of the clips to train on, the same ones whatever the seed: few labels, quick trials
     cache_dir: str = "~/.cache/particlejax"  # where toybox is rendered and TFDS looks
     frames: int = 16
     size: int = 64  # pixels, height and width
     seconds: float = 0.0  # span of the frames; 0: the whole clip
     decode_side: int = 0  # pixels of the short side that frames are decoded at; 0: `size`
-    crop: tuple[float, float] = (1.0, 1.0)  # share of the area that a random resized crop keeps, when training
-    flip: bool = False  # mirrored at random, when training
+    augment: AugmentSpec = AugmentSpec()
+    audio: AudioSpec = AudioSpec()
+    text: TextSpec = TextSpec()
+    series: SeriesSpec = SeriesSpec()
     mean: float = 0.45  # of pixels in [0, 1]
     std: float = 0.225
     still: float = 1.0  # share of a particle's mean over time that stays in its payload: below 1 change counts for more
     clips_per_row: int = 1
     max_bad: int = 100  # unreadable clips after which the run stops
     memory_gib: float = 0.0  # of memory in each worker for clips decoded before; 0: decode anew each time
+    time_limit: float = 60.0  # seconds that a clip may take to decode before it counts as unreadable; 0: any
     threads: int = 2  # that decode, in each worker
     workers: int = 0  # processes that decode; 0: threads of this process
 
@@ -285,5 +348,8 @@ def _tuples(value: Any) -> Any:
 
 
 def _replaced(spec: Any, changes: Mapping[str, Any], name: str) -> Any:
+    """`spec` with the changes; a section within it keeps what it had of the keys that are not changed."""
     changed = make(type(spec), changes, f"config.stages.*.{name}")
-    return dataclasses.replace(spec, **{key: getattr(changed, key) for key in changes})
+    inner = {key: value for key, value in changes.items() if isinstance(value, Mapping)}
+    deeper = {key: _replaced(getattr(spec, key), value, f"{name}.{key}") for key, value in inner.items()}
+    return dataclasses.replace(spec, **{key: getattr(changed, key) for key in changes} | deeper)

@@ -9,10 +9,11 @@ import pytest
 
 from particlejax.data import clips, memory, pipeline, sources
 from particlejax.data.decode import Video
-from particlejax.spec import DataSpec, ParticleSpec
+from particlejax.particles.types import Particles
+from particlejax.spec import AugmentSpec, DataSpec, ParticleSpec
 
 CUT = ParticleSpec("grid", (4, 16, 16))
-DATA = DataSpec(frames=8, size=32, crop=(0.5, 1.0), flip=True, threads=1)
+DATA = DataSpec(frames=8, size=32, threads=1, augment=AugmentSpec(crop=(0.5, 1.0), flip=0.5))
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +87,8 @@ def test_clips_from_memory_are_the_decoded_ones(source: sources.Source) -> None:
     for seed in range(4):
         fresh = clips.load(record, DATA, np.random.default_rng(seed))
         kept = clips.load(record, dataclasses.replace(DATA, memory_gib=0.1), np.random.default_rng(seed))
-        np.testing.assert_array_equal(fresh[0], kept[0])
-        np.testing.assert_array_equal(fresh[1], kept[1])
+        np.testing.assert_array_equal(fresh.frames, kept.frames)
+        np.testing.assert_array_equal(fresh.times, kept.times)
     assert (record.video, 32) in memory._kept
 
 
@@ -95,15 +96,15 @@ def test_start_and_end_bound_what_is_seen(source: sources.Source) -> None:
     whole = source[0]
     part = dataclasses.replace(whole, start=0.5, end=1.0)
     data = DataSpec(frames=6, size=64)
-    frames, times = clips.load(part, data, clips.View(0, 1, 0, 1))
+    seen = clips.load(part, data, clips.CENTRE)
     with Video(whole.video) as video:
         expected, _ = video.frames_at(0.5 + (np.arange(6) + 0.5) / 12, 64)
-    np.testing.assert_array_equal(frames, expected)
-    np.testing.assert_allclose(np.diff(times), 1 / 12, rtol=1e-5)
+    np.testing.assert_array_equal(seen.frames, expected)
+    np.testing.assert_allclose(np.diff(seen.times), 1 / 12, rtol=1e-5)
 
 
 def test_a_short_clip_holds_its_last_frame(source: sources.Source) -> None:
-    frames, _ = clips.load(source[0], DataSpec(frames=8, size=64, seconds=4.0), clips.View(0, 1, 0, 1))
+    frames = clips.load(source[0], DataSpec(frames=8, size=64, seconds=4.0), clips.CENTRE).frames
     np.testing.assert_array_equal(frames[4], frames[7])
 
 
@@ -114,15 +115,19 @@ def test_fraction_takes_the_same_clips_every_time() -> None:
 
 
 def test_payloads_are_normalised(source: sources.Source) -> None:
-    frames, times = clips.load(source[0], DATA, clips.View(0, 1, 0, 1))
-    made = clips.particles_of(frames, times, DATA, CUT, np.random.default_rng(0))
+    seen = clips.load(source[0], DATA, clips.CENTRE)
+
+    def cut(data: DataSpec, spec: ParticleSpec) -> Particles:
+        return clips.particles_of(seen, data, spec, np.random.default_rng(0))["vision"]
+
+    made = cut(DATA, CUT)
     back = made.payload * DATA.std + DATA.mean
-    np.testing.assert_allclose(back.reshape(-1, 4, 16, 16, 3)[0], frames[:4, :16, :16] / 255, atol=1e-6)
+    np.testing.assert_allclose(back.reshape(-1, 4, 16, 16, 3)[0], seen.frames[:4, :16, :16] / 255, atol=1e-6)
     data = dataclasses.replace(DATA, still=0.25)
-    quiet = clips.particles_of(frames, times, data, CUT, np.random.default_rng(0)).payload.reshape(-1, 4, 768)
+    quiet = cut(data, CUT).payload.reshape(-1, 4, 768)
     loud = made.payload.reshape(-1, 4, 768)
     np.testing.assert_allclose(quiet.mean(1), 0.25 * loud.mean(1), atol=1e-5)
     np.testing.assert_allclose(quiet - quiet.mean(1, keepdims=True), loud - loud.mean(1, keepdims=True), atol=1e-5)
     np.testing.assert_allclose(clips.pixels_of(quiet.reshape(-1, 3072), data, CUT), back, atol=1e-5)
-    budget = clips.particles_of(frames, times, DATA, dataclasses.replace(CUT, budget=3), np.random.default_rng(0))
+    budget = cut(DATA, dataclasses.replace(CUT, budget=3))
     assert len(budget.segment) == 3

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from particlejax.apps import pictures
-from particlejax.data import clips, sources
+from particlejax.data import clips, pipeline, sources
 from particlejax.data.decode import Unreadable
 from particlejax.objectives import objectives
 from particlejax.particles import pack
@@ -28,10 +28,10 @@ def draw_masked(workdir: Path, name: str, mesh: Mesh) -> None:
     found = _first_readable(source, stage.data)
     if found is None:
         return
-    frames, times = found
-    rng = np.random.default_rng(0)
-    particles = clips.particles_of(frames, times, stage.data, stage.experiment.particles, rng)
-    batch = pack.pack([pack.Clip({spec.modality: particles}, -1, 0)], {spec.modality: pack.Slots(*particles.payload.shape)}, 1, 1)
+    frames, times = found.frames, found.times
+    particles = clips.particles_of(found, stage.data, stage.experiment.particles, np.random.default_rng(0))
+    slots = pipeline.row_slots(stage.data, stage.experiment.particles)
+    batch = pack.pack([pack.Clip(particles, -1, 0)], slots, 1, stage.data.clips_per_row)
     shape = type(spec)(**{**vars(spec), "predict": 1 - spec.keep})  # ask for everything that is hidden
     predict = jax.jit(lambda p, b: objectives.predict_masked(shape, p, stage.model, b, jax.random.key(0), False))
     answer = jax.tree.map(lambda x: np.asarray(x[0]), predict(params, jax.tree.map(np.asarray, batch)))
@@ -43,10 +43,10 @@ def draw_masked(workdir: Path, name: str, mesh: Mesh) -> None:
     pictures.reconstruction(rows, times, folder / f"{name}_reconstruction.png")
 
 
-def _first_readable(source: sources.Source, data: DataSpec) -> tuple[np.ndarray, np.ndarray] | None:
+def _first_readable(source: sources.Source, data: DataSpec) -> clips.Clip | None:
     for i in list(range(_CLIP, len(source))) + list(range(min(_CLIP, len(source)))):
         try:
-            return clips.load(source[i], data, clips.View(0, 1, 0, 1))
+            return clips.load(source[i], data, clips.CENTRE)
         except Unreadable:
             continue
     return None

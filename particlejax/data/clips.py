@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a record to frames: which moments, which part of the picture, and the particles of it. Pure in the generator.
+"""From a record to what is seen, heard and read of it, and to its particles. Pure in the generator.
 
-Legend: T frames, H rows, W columns.
+Legend: T frames, H rows, W columns, N samples, F spectra, M mels, C channels.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from particlejax.data import memory
+from particlejax.data import audio, augment, memory, patience, series, words
 from particlejax.data.sources import Record
-from particlejax.particles import policies
+from particlejax.particles import cut, policies
 from particlejax.particles.types import Particles
 from particlejax.spec import DataSpec, ParticleSpec
 
+VISION, AUDIO, TEXT, SERIES = "vision", "audio", "text", "series"
+MODALITIES = (VISION, AUDIO, TEXT, SERIES)
 _ASPECT = 4 / 3  # a random crop's sides differ by at most this factor
 _TRIES = 10  # random crops that may fall outside the picture before its largest square is taken
 
@@ -29,35 +32,133 @@ class View(NamedTuple):
     crops: int
 
 
-def load(record: Record, spec: DataSpec, look: View | np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Frames uint8 [T, size, size, 3] and their times in seconds from the first, float32 [T].
+CENTRE = View(0, 1, 0, 1)
+Look = View | np.random.Generator  # training draws, evaluation names
 
-    look: a generator draws a start, a crop and a flip (training); a View names them (evaluation). A clip shorter than
-    `spec.seconds` shows its last frame until the span is over. Raises decode.Unreadable.
+
+@dataclass(frozen=True)
+class Clip:
+    """What was read of a record: frames uint8 [T, size, size, 3] and their times in seconds, float32 [T].
+
+    All times count from the clip's start, where the sampled span begins; each frame stands somewhere in its own T-th of
+    it. sound: samples float32 [N] from the start on, None where there is none. words: ids int32 [n]. channels: float32
+    [n, C] from the start on, or None. seconds: the span.
     """
+
+    frames: np.ndarray
+    times: np.ndarray
+    seconds: float
+    sound: np.ndarray | None = None
+    words: np.ndarray | None = None
+    channels: np.ndarray | None = None
+
+
+def load(record: Record, spec: DataSpec, look: Look, may_flip: bool = True) -> Clip:
+    """Decodes what the spec's modalities ask for. Raises decode.Unreadable, also when it takes too long."""
+    return patience.within(spec.time_limit, partial(_load, record, spec, look, may_flip))
+
+
+def _load(record: Record, spec: DataSpec, look: Look, may_flip: bool) -> Clip:
     with memory.opened(record.video, spec.decode_side or spec.size, spec.memory_gib) as video:
         end = min(video.duration, record.end) if record.end is not None else video.duration
-        times = _moments(max(end - record.start, 1 / video.fps), spec, look)
-        frames = video.frames_at(record.start + times)
+        length = max(end - record.start, 1 / video.fps)
+        offset, times, span = _moments(length, 1 / video.fps, spec, look)
+        held = np.minimum(offset + times, length - 0.5 / video.fps)  # past its end a clip shows its last frame
+        frames = video.frames_at(record.start + held)
+        origin, whole = video.origin, video.duration
+    frames = _look(frames, spec, look, may_flip)
+    start, left = record.start + offset, min(span, length - offset)
+    clip = Clip(frames, times.astype(np.float32), span)
+    if AUDIO in spec.modalities:
+        clip = replace(clip, sound=_hear(record, spec, look, (origin, start, left, whole)))
+    if TEXT in spec.modalities and record.caption:
+        clip = replace(clip, words=words.encode(record.caption, spec.text))
+    if SERIES in spec.modalities and record.series:
+        clip = replace(clip, channels=series.read(record.series, start, left, spec.series))
+    return clip
+
+
+def _look(frames: np.ndarray, spec: DataSpec, look: Look, may_flip: bool) -> np.ndarray:
     box = _crop(frames.shape[1:3], spec, look)
     frames = np.stack([_resize(frame, box, spec.size) for frame in frames])
-    if isinstance(look, np.random.Generator) and spec.flip and look.random() < 0.5:
-        frames = frames[:, :, ::-1]
-    return frames, (times - times[0]).astype(np.float32)
+    if isinstance(look, np.random.Generator):
+        if spec.augment.flip and look.random() < spec.augment.flip and may_flip:
+            frames = frames[:, :, ::-1]
+        frames = augment.pictures(frames, spec.augment, look)
+    return frames
 
 
-def particles_of(frames: np.ndarray, times: np.ndarray, data: DataSpec, spec: ParticleSpec, rng: np.random.Generator
-                 ) -> Particles:
-    """The clip's particles with payloads as the model reads them; a budget keeps a random part of them."""
-    video = (frames.astype(np.float32) / 255 - data.mean) / data.std
-    particles = policies.cut_clip(video, times, spec)
+def _hear(record: Record, spec: DataSpec, look: Look, when: tuple[float, float, float, float]) -> np.ndarray | None:
+    origin, start, seconds, whole = when
+    drawn = isinstance(look, np.random.Generator)
+    if drawn and spec.augment.shift:
+        start = max(0.0, start + look.uniform(-1, 1) * spec.augment.shift)
+    seconds = min(seconds, longest(spec, spec.audio.seconds))
+    sound = memory.sound(record.video, origin, start, seconds, spec.audio.rate, spec.memory_gib, whole)
+    if sound is not None and drawn and spec.augment.gain:
+        sound = augment.loudness(sound, spec.augment, look)
+    return sound
+
+
+def longest(spec: DataSpec, own: float) -> float:
+    """Seconds of sound or series that a row has room for: the modality's own setting, else the span of the frames."""
+    return own or spec.seconds
+
+
+def particles_of(clip: Clip, data: DataSpec, spec: ParticleSpec, rng: np.random.Generator) -> dict[str, Particles]:
+    """The clip's particles by modality with payloads as the model reads them; what a clip lacks has no entry.
+
+    Sound, words and series stand on the clock of the frames. A budget keeps a random part of the vision.
+    """
+    made = {VISION: _vision(clip, data, spec, rng)} if VISION in data.modalities else {}
+    if clip.sound is not None:
+        made[AUDIO] = _audio(clip.sound, data, rng)
+    if clip.words is not None and len(clip.words):
+        made[TEXT] = _text(clip.words, clip.seconds)
+    if clip.channels is not None and len(clip.channels) >= data.series.window:
+        made[SERIES] = _series(clip.channels, data)
+    return {name: particles for name, particles in made.items() if len(particles.segment)}
+
+
+def _vision(clip: Clip, data: DataSpec, spec: ParticleSpec, rng: np.random.Generator) -> Particles:
+    video = (clip.frames.astype(np.float32) / 255 - data.mean) / data.std
+    particles = policies.cut_clip(video, clip.times, spec)
     if spec.budget:
         particles = policies.thin(particles, rng.random(len(particles.segment)), spec.budget)
     return replace(particles, payload=_scale_still(particles.payload, data.still, spec.base[0]))
 
 
+def _audio(sound: np.ndarray, data: DataSpec, rng: np.random.Generator) -> Particles:
+    spec = data.audio
+    mel = (audio.log_mel(sound, spec) - spec.mean) / spec.std
+    if data.augment.bands:
+        mel = augment.empty_bands(mel, data.augment, rng, 0.0)
+    times = (np.arange(len(mel)) * spec.hop).astype(np.float32)
+    base = (spec.patch[0], spec.patch[1], 1)
+    if len(mel) < base[0]:  # shorter than a patch: silence follows
+        quiet = (np.log(1e-6) - spec.mean) / spec.std
+        mel = np.pad(mel, ((0, base[0] - len(mel)), (0, 0)), constant_values=quiet).astype(np.float32)
+        times = (np.arange(len(mel)) * spec.hop).astype(np.float32)
+    return cut.cut(mel[:, :, None, None], times, cut.Tube(base, base), base)
+
+
+def _series(channels: np.ndarray, data: DataSpec) -> Particles:
+    base = (data.series.window, 1, 1)
+    times = (np.arange(len(channels)) / data.series.rate).astype(np.float32)
+    return cut.cut(channels[:, None, None, :], times, cut.Tube(base, base), base)
+
+
+def _text(ids: np.ndarray, seconds: float) -> Particles:
+    """Words over the whole clip, their index as the row axis."""
+    n = len(ids)
+    row = (np.arange(n) + 0.5) / n
+    place = np.stack([np.full(n, seconds / 2), row, np.full(n, 0.5)], axis=-1).astype(np.float32)
+    extent = np.broadcast_to(np.array([seconds, 1 / n, 1.0], np.float32), (n, 3))
+    return Particles(ids[:, None].astype(np.int32), place, extent, np.ones(n, np.int32))
+
+
 def pixels_of(payload: np.ndarray, data: DataSpec, spec: ParticleSpec) -> np.ndarray:
-    """Payloads [N, P] of `particles_of` as pixels again, float32 in [0, 1] where they were."""
+    """Vision payloads [N, P] of `particles_of` as pixels again, float32 in [0, 1] where they were."""
     return _scale_still(payload, 1 / data.still, spec.base[0]) * data.std + data.mean
 
 
@@ -69,32 +170,41 @@ def _scale_still(payload: np.ndarray, still: float, frames: int) -> np.ndarray:
     return (cuboid + (still - 1) * cuboid.mean(axis=1, keepdims=True)).reshape(payload.shape)
 
 
-def _moments(duration: float, spec: DataSpec, look: View | np.random.Generator) -> np.ndarray:
-    span = spec.seconds or duration
-    slack = max(duration - span, 0.0)
-    step = span / spec.frames
-    if isinstance(look, np.random.Generator):
-        start, phase = look.uniform(0, slack), look.uniform(0.1, 0.9)
+def _moments(length: float, frame: float, spec: DataSpec, look: Look) -> tuple[float, np.ndarray, float]:
+    """Where the span begins, the frames' times from there on, and how long it is; `frame` is one frame of the file."""
+    drawn = isinstance(look, np.random.Generator)
+    if spec.sample == "dense":
+        low, high = spec.stride
+        stride = int(look.integers(low, high + 1)) if drawn else round((low * high) ** 0.5)
+        span = spec.frames * stride * frame
     else:
-        start, phase = slack * (look.time + 0.5) / look.times, 0.5
-    return start + (np.arange(spec.frames) + phase) * step
+        span = spec.seconds or length
+    if drawn and spec.augment.speed != (1.0, 1.0):
+        span *= float(np.exp(look.uniform(*np.log(spec.augment.speed))))
+    slack = max(length - span, 0.0)
+    start = look.uniform(0, slack) if drawn else slack * (look.time + 0.5) / look.times
+    phase: float | np.ndarray = 0.5
+    if drawn and spec.sample != "dense":
+        phase = look.uniform(0.1, 0.9, spec.frames if spec.sample == "segments" else None)
+    return start, (np.arange(spec.frames) + phase) * (span / spec.frames), span
 
 
-def _crop(size: tuple[int, int], spec: DataSpec, look: View | np.random.Generator) -> tuple[float, ...]:
+def _crop(size: tuple[int, int], spec: DataSpec, look: Look) -> tuple[float, ...]:
     """The part that is looked at: left, top, right, bottom in pixels."""
     height, width = size
     if isinstance(look, View):
         side, place = min(size), look.crop / (look.crops - 1) if look.crops > 1 else 0.5
         left, top = (width - side) * place, (height - side) * place
         return left, top, left + side, top + side
+    share = spec.augment.crop
     for _ in range(_TRIES):
-        area = look.uniform(*spec.crop) * min(size) ** 2
-        aspect = np.exp(look.uniform(-1, 1) * np.log(_ASPECT)) if spec.crop[0] < 1 else 1.0
+        area = look.uniform(*share) * min(size) ** 2
+        aspect = np.exp(look.uniform(-1, 1) * np.log(_ASPECT)) if share[0] < 1 else 1.0
         w, h = (area * aspect) ** 0.5, (area / aspect) ** 0.5
         left, top = look.uniform(0, max(width - w, 0)), look.uniform(0, max(height - h, 0))
         if w <= width and h <= height:
             return left, top, left + w, top + h
-    return _crop(size, spec, View(0, 1, 0, 1))
+    return _crop(size, spec, CENTRE)
 
 
 def _resize(frame: np.ndarray, box: tuple[float, ...], size: int) -> np.ndarray:

@@ -75,6 +75,11 @@ class Video:
             self._container.close()
             self._container = None
 
+    @property
+    def origin(self) -> float:
+        """When the first frame is shown on the container's clock, in seconds: other tracks share that clock."""
+        return self._start
+
     @cached_property
     def duration(self) -> float:
         """Seconds from the start of the first frame to the end of the last (of those the container announces)."""
@@ -119,7 +124,7 @@ class Video:
     def _rewind(self) -> None:
         # Opening again is the one way back to the first frame that works in every container.
         self.close()
-        self._container = _open(self._source)
+        self._container = open_file(self._source)
         self._stream = _video_stream(self._container)
         self._frames = self._decode()
         first = next(self._frames, None)
@@ -219,7 +224,8 @@ def raw_file(frames: np.ndarray, fps: float = _NO_RATE) -> bytes:
     return file.getvalue()
 
 
-def _open(source: str | bytes) -> av.container.InputContainer:
+def open_file(source: str | bytes) -> av.container.InputContainer:
+    """The container of a path or of a file's bytes. Raises Unreadable with the reason."""
     try:
         if not (len(source) if isinstance(source, bytes) else os.stat(source).st_size):
             raise Unreadable("empty file")
@@ -260,7 +266,7 @@ def _index_length(stream: av.video.stream.VideoStream) -> float:
 
 def _last_end(source: str | bytes, index: int, fps: float) -> float:
     """When the last frame ends on the container's clock, in seconds, from its packets alone."""
-    with _open(source) as container:
+    with open_file(source) as container:
         stream = container.streams[index]
         length = (container.duration or 0) / av.time_base
         if length > 2 * _TAIL:
@@ -268,7 +274,7 @@ def _last_end(source: str | bytes, index: int, fps: float) -> float:
         end = _packets_end(container, stream, fps)
     if end is not None or length <= 2 * _TAIL:
         return end or 0.0
-    with _open(source) as container:  # nothing of this stream near the end
+    with open_file(source) as container:  # nothing of this stream near the end
         return _packets_end(container, container.streams[index], fps) or 0.0
 
 

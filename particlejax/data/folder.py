@@ -77,9 +77,15 @@ def _table_row(folder: str, fields: dict[str, str | None], line: str) -> _Row:
     if end is not None and end <= (start or 0.0):
         raise UserError(f"{line}: the end {end:g} is not after the start {start or 0:g}, so correct one of them.")
     record = Record(path, os.path.join(folder, path), caption=fields.get("caption", ""), start=start or 0.0, end=end,
-                    group=fields.get("group", ""))
+                    series=_series(folder, path), group=fields.get("group", ""))
     split = fields.get("split", "")
     return _Row(record, fields.get("label", ""), SPLIT_NAMES.get(split, split))
+
+
+def _series(folder: str, path: str) -> str:
+    """The CSV beside a clip, '' where there is none."""
+    table = os.path.join(folder, os.path.splitext(path)[0] + ".csv")
+    return table if os.path.isfile(table) else ""
 
 
 def _seconds(fields: dict[str, str], column: str, line: str) -> float | None:
@@ -111,7 +117,7 @@ def _tree_row(folder: str, path: str, has_splits: bool) -> _Row:
     above = path.split("/")[:-1]
     split = SPLIT_NAMES.get(above[0], above[0]) if has_splits else ""
     label = above[int(has_splits)] if len(above) > int(has_splits) else ""
-    return _Row(Record(path, os.path.join(folder, path)), label, split)
+    return _Row(Record(path, os.path.join(folder, path), series=_series(folder, path)), label, split)
 
 
 def _video_paths(folder: str) -> Iterator[str]:

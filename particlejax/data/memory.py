@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from particlejax.data import audio
 from particlejax.data.decode import Video
 
 _GIB = 2**30
@@ -18,6 +19,7 @@ class Frames(Protocol):
 
     duration: float
     fps: float
+    origin: float
 
     def frames_at(self, times: np.ndarray) -> np.ndarray: ...
 
@@ -35,6 +37,10 @@ class _Decoding:
     def fps(self) -> float:
         return self.video.fps
 
+    @property
+    def origin(self) -> float:
+        return self.video.origin
+
     def frames_at(self, times: np.ndarray) -> np.ndarray:
         return self.video.frames_at(times, self.side)[0]
 
@@ -45,6 +51,7 @@ class _Kept:
     times: np.ndarray
     duration: float
     fps: float
+    origin: float
 
     def frames_at(self, times: np.ndarray) -> np.ndarray:
         shown = np.searchsorted(self.times, np.asarray(times) + 5e-4, side="right") - 1  # as Video tolerates rounding
@@ -52,6 +59,7 @@ class _Kept:
 
 
 _kept: dict[tuple[str | bytes, int], _Kept] = {}  # of this process; never more than the first that fit
+_heard: dict[tuple[str | bytes, int], np.ndarray | None] = {}  # whole tracks, kept alike
 _used = 0
 
 
@@ -79,6 +87,24 @@ def _room(video: Video, side: int, gib: float) -> bool:
 def _keep(source: str | bytes, side: int, video: Video) -> _Kept:
     global _used
     frames, times = video.read_all(side)
-    kept = _kept[source, side] = _Kept(frames, times, video.duration, video.fps)
+    kept = _kept[source, side] = _Kept(frames, times, video.duration, video.fps, video.origin)
     _used += frames.nbytes
     return kept
+
+
+def sound(source: str | bytes, origin: float, start: float, seconds: float, rate: int, gib: float, whole: float
+          ) -> np.ndarray | None:
+    """`audio.read`, from memory where `gib` leaves room for the whole track of `whole` seconds."""
+    global _used
+    key = (source, rate)
+    if key not in _heard:
+        if _used + whole * rate * 4 >= gib * _GIB:
+            return audio.read(source, origin, start, seconds, rate)
+        track = _heard[key] = audio.read(source, origin, 0.0, whole, rate)
+        _used += 0 if track is None else track.nbytes
+    track = _heard[key]
+    if track is None:
+        return None
+    first = max(0, round(start * rate))
+    part = track[first : first + round(seconds * rate)]
+    return part if len(part) else None

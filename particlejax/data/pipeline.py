@@ -6,22 +6,21 @@ Legend: B rows, S clips of a row.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import absl.flags
 import grain
 import numpy as np
 
-from particlejax.data import clips
+from particlejax.data import augment, clips, words
 from particlejax.data.decode import Unreadable
 from particlejax.data.sources import Source
 from particlejax.particles import pack, policies
-from particlejax.particles.types import Batch, Particles
+from particlejax.particles.types import Batch
 from particlejax.spec import DataSpec, ParticleSpec
 from particlejax.typing import UserError
 
-VISION = "vision"
 _CHANNELS = 3
 _CUT_SEED = 0x5EED  # the order in which `fraction` draws, the same for every run so that runs compare
 
@@ -121,13 +120,59 @@ def chosen_clips(count: int, fraction: float) -> np.ndarray:
 
 def row_slots(data: DataSpec, spec: ParticleSpec) -> dict[str, pack.Slots]:
     """What a row has for each modality. Raises UserError for sizes that do not fit."""
+    for name in data.modalities:
+        if name not in clips.MODALITIES:
+            raise UserError(f"config.data.modalities names {name!r}: choose of {', '.join(clips.MODALITIES)}.")
+    return {name: _SLOTS[name](data, spec) for name in data.modalities}
+
+
+def vocabularies(data: DataSpec) -> dict[str, int]:
+    """Of the modalities whose payloads are ids, how many there are."""
+    return {clips.TEXT: words.vocabulary(data.text)} if clips.TEXT in data.modalities else {}
+
+
+def _vision_slots(data: DataSpec, spec: ParticleSpec) -> pack.Slots:
     size = (data.frames, data.size, data.size)
     try:
         policies.check(size, spec)
     except ValueError as error:
         raise UserError(str(error)) from error
-    length = policies.particle_count(size, spec) * data.clips_per_row
-    return {VISION: pack.Slots(length, int(np.prod(spec.base)) * _CHANNELS)}
+    return pack.Slots(policies.particle_count(size, spec) * data.clips_per_row, int(np.prod(spec.base)) * _CHANNELS)
+
+
+def _audio_slots(data: DataSpec, spec: ParticleSpec) -> pack.Slots:
+    del spec
+    audio = data.audio
+    spectra, bands = audio.patch
+    if audio.mels % bands:
+        raise UserError(f"config.data.audio.mels={audio.mels} is not a multiple of the {bands} bands of its patch: change "
+                        "one of them.")
+    number = (_seconds(data, "audio") - audio.window) / audio.hop + 1
+    return pack.Slots(max(1, int(number // spectra)) * (audio.mels // bands) * data.clips_per_row, spectra * bands)
+
+
+def _series_slots(data: DataSpec, spec: ParticleSpec) -> pack.Slots:
+    del spec
+    if not data.series.channels:
+        raise UserError("config.data.series.channels is empty: name the columns of the CSV files that are read.")
+    number = round(_seconds(data, "series") * data.series.rate) // data.series.window
+    return pack.Slots(max(1, number) * data.clips_per_row, data.series.window * len(data.series.channels))
+
+
+def _text_slots(data: DataSpec, spec: ParticleSpec) -> pack.Slots:
+    del spec
+    return pack.Slots(data.text.length * data.clips_per_row, 1, "int32")
+
+
+def _seconds(data: DataSpec, modality: str) -> float:
+    seconds = clips.longest(data, getattr(data, modality).seconds)
+    if not seconds:
+        raise UserError(f"config.data.{modality}.seconds and config.data.seconds are 0, so nobody knows how much {modality} "
+                        "a row must hold: set one of them.")
+    return seconds
+
+
+_SLOTS = {clips.VISION: _vision_slots, clips.AUDIO: _audio_slots, clips.TEXT: _text_slots, clips.SERIES: _series_slots}
 
 
 def example(data: DataSpec, spec: ParticleSpec, rows: int) -> Batch:
@@ -165,15 +210,25 @@ class _Slice:
 
 
 def _load(source: Source, data: DataSpec, spec: ParticleSpec, wanted: list, rows: int) -> Loaded:
-    packed, bad = [], []
+    read, bad = [], []
     for number, look in wanted:
         record = source[number]
+        may_flip = record.label < 0 or source.classes[record.label] not in data.augment.directed
         try:
-            frames, times = clips.load(record, data, look)
+            read.append((clips.load(record, data, look, may_flip), record.label, number, look))
         except Unreadable as error:
             bad.append(Bad(number, record.name, error.reason))
-            continue
-        rng = look if isinstance(look, np.random.Generator) else np.random.default_rng((_CUT_SEED, number))
-        particles: dict[str, Particles] = {VISION: clips.particles_of(frames, times, data, spec, rng)}
-        packed.append(pack.Clip(particles, record.label, number))
+    packed = [_packed(read, i, data, spec) for i in range(len(read))]
     return Loaded(pack.pack(packed, row_slots(data, spec), rows, data.clips_per_row), tuple(bad))
+
+
+def _packed(read: list, i: int, data: DataSpec, spec: ParticleSpec) -> pack.Clip:
+    """Clip i with its particles, the next one mixed into its frames where the spec says so."""
+    clip, label, number, look = read[i]
+    rng = look if isinstance(look, np.random.Generator) else np.random.default_rng((_CUT_SEED, number))
+    share, other = 1.0, -1
+    if isinstance(look, np.random.Generator) and (data.augment.mixup or data.augment.cutmix):
+        partner = read[(i + 1) % len(read)]
+        frames, share = augment.mix(clip.frames, partner[0].frames, data.augment, rng)
+        clip, other = replace(clip, frames=frames), partner[1]
+    return pack.Clip(clips.particles_of(clip, data, spec, rng), label, number, share, other)

@@ -30,6 +30,7 @@ class Record:
     caption: str = ""
     start: float = 0.0  # seconds
     end: float | None = None  # seconds; None: to the end of the file
+    series: str | bytes = ""  # a CSV of numeric channels, as a path or as it is; '': none
     group: str = ""  # clips of one group (one source video, one person) never stand in two splits
 
 

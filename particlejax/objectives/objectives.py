@@ -73,7 +73,8 @@ def classify(spec: ClassifySpec) -> Objective:
         tokens, _ = model.apply(params, "encode", batch.particles, key=key if train else None)
         logits = model.apply(params, "classify", tokens, batch.label.shape[1])
         labelled = batch.label >= 0
-        loss = losses.mean(losses.cross_entropy(logits, batch.label, spec.label_smoothing), labelled)
+        first, second = (losses.cross_entropy(logits, each, spec.label_smoothing) for each in (batch.label, batch.other))
+        loss = losses.mean(batch.share * first + (1 - batch.share) * second, labelled)
         rank = jnp.sum(logits > jnp.take_along_axis(logits, jnp.maximum(batch.label, 0)[..., None], -1), axis=-1)
         return loss, {"loss": loss, "top1": losses.mean(rank < 1, labelled), "top5": losses.mean(rank < 5, labelled)}
 

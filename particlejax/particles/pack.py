@@ -18,6 +18,8 @@ class Clip(NamedTuple):
     particles: Mapping[str, Particles]
     label: int
     number: int  # in its source
+    share: float = 1.0  # of its label, where another clip was mixed into it
+    other: int = -1  # that clip's label
 
 
 class Slots(NamedTuple):
@@ -61,18 +63,20 @@ def pack(clips: Sequence[Clip], slots: Mapping[str, Slots], rows: int, clips_per
     sizes = [{m: len(p.segment) for m, p in clip.particles.items()} for clip in clips]
     chosen = assign(sizes, {m: each.length for m, each in slots.items()}, rows, clips_per_row)
     label = np.full((rows, clips_per_row), -1, np.int32)
-    number = label.copy()
+    number, other = label.copy(), label.copy()
+    share = np.ones((rows, clips_per_row), np.float32)
     packed = {m: _blank(rows, each) for m, each in slots.items()}
     used = {m: [0] * rows for m in slots}
     held = [0] * rows
     for clip, row in zip(clips, chosen, strict=True):
-        label[row, held[row]], number[row, held[row]] = clip.label, clip.number
+        at = row, held[row]
+        label[at], number[at], share[at], other[at] = clip.label, clip.number, clip.share, clip.other
         held[row] += 1
         for modality, particles in clip.particles.items():
             start = used[modality][row]
             used[modality][row] = stop = start + len(particles.segment)
             _write(packed[modality], (row, slice(start, stop)), particles, held[row])
-    return Batch({m: Particles(**fields) for m, fields in packed.items()}, label, number)
+    return Batch({m: Particles(**fields) for m, fields in packed.items()}, label, number, share, other)
 
 
 def _blank(rows: int, slots: Slots) -> dict[str, np.ndarray]:

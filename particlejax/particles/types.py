@@ -47,11 +47,15 @@ class Batch:
     """What one step reads: `particles` by modality, and per clip [B, S] what is known of it.
 
     label: int32, -1 where there is none. clip: int32, the clip's number in its source, -1 where the row holds no clip.
+    share, other: float32 and int32, the label counts `share` and `other` the rest, where two clips were mixed; else 1
+    and -1.
     """
 
     particles: Mapping[str, Particles]
     label: Leaf
     clip: Leaf
+    share: Leaf
+    other: Leaf
 
 
 def numpy_of(x: Array) -> object:

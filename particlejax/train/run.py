@@ -74,7 +74,8 @@ def build(experiment: Experiment, name: str, classes: tuple[str, ...]) -> Stage:
     if parts["head"] and not classes:
         raise UserError(f"stage {name} classifies but {data.source} has no labels: give clips.csv a column 'label', or "
                         "put the clips into one folder a class.")
-    payloads = {modality: models.Payload(each.size) for modality, each in slots.items()}
+    ids = pipeline.vocabularies(data)
+    payloads = {modality: models.Payload(each.size, ids.get(modality, 0)) for modality, each in slots.items()}
     model = models.build(experiment.model_of(spec), payloads, classes=len(classes) if parts["head"] else 0,
                          decoder=parts["decoder"])
     return Stage(name, spec, experiment, data, classes, model, pipeline.example(data, experiment.particles, 1))

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random changes of a clip that leave what happens in it alone: the same for all its frames, pure in the generator.
+
+Legend: T frames, H rows, W columns; frames are uint8 [T, H, W, 3].
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from particlejax.spec import AugmentSpec
+
+_GREY = 115  # what is brought in from outside the picture, and what erasing leaves
+_ERASED = (0.02, 0.33)  # share of the picture
+_ASPECT = 0.3  # narrowest erased box: height over width, or the other way round
+_HUE = 0.25  # of the other jitters, as a share of the colour circle times a half
+
+Picture = Callable[[Image.Image], Image.Image]
+
+
+def pictures(frames: np.ndarray, spec: AugmentSpec, rng: np.random.Generator) -> np.ndarray:
+    """Colour jitter, RandAugment and erasing, in this order."""
+    steps = [*_jitter(spec.jitter, rng)] if spec.jitter else []
+    steps += [_operation(name, spec.magnitude, rng) for name in rng.choice(sorted(_OPERATIONS), spec.operations)]
+    if steps:
+        frames = np.stack([np.asarray(_apply(steps, frame)) for frame in frames])
+    if spec.erase and rng.random() < spec.erase:
+        frames = _erase(frames, rng)
+    return frames
+
+
+def _apply(steps: list[Picture], frame: np.ndarray) -> Image.Image:
+    image = Image.fromarray(np.ascontiguousarray(frame))
+    for step in steps:
+        image = step(image)
+    return image
+
+
+def _jitter(strength: float, rng: np.random.Generator) -> list[Picture]:
+    kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    factors = rng.uniform(max(0.0, 1 - strength), 1 + strength, len(kinds))
+    steps: list[Picture] = [lambda image, k=kind, f=factor: k(image).enhance(f)
+                            for kind, factor in zip(kinds, factors, strict=True)]
+    turn = rng.uniform(-1, 1) * strength * _HUE * 128
+    steps.append(lambda image: _turn_hue(image, int(turn)))
+    return [steps[i] for i in rng.permutation(len(steps))]
+
+
+def _turn_hue(image: Image.Image, turn: int) -> Image.Image:
+    hue, saturation, value = image.convert("HSV").split()
+    hue = hue.point(lambda x: (x + turn) % 256)
+    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+
+
+def _operation(name: str, magnitude: float, rng: np.random.Generator) -> Picture:
+    sign = 1 if rng.random() < 0.5 else -1
+    return lambda image: _OPERATIONS[name](image, magnitude, sign)
+
+
+def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=(_GREY,) * 3)
+
+
+# Ranges as in RandAugment: magnitude 1 is the strongest of its ten steps.
+_OPERATIONS: dict[str, Callable[[Image.Image, float, int], Image.Image]] = {
+    "identity": lambda image, m, s: image,
+    "autocontrast": lambda image, m, s: ImageOps.autocontrast(image),
+    "equalize": lambda image, m, s: ImageOps.equalize(image),
+    "posterize": lambda image, m, s: ImageOps.posterize(image, 8 - round(4 * m)),
+    "solarize": lambda image, m, s: ImageOps.solarize(image, 255 - round(255 * m)),
+    "brightness": lambda image, m, s: ImageEnhance.Brightness(image).enhance(1 + 0.9 * s * m),
+    "contrast": lambda image, m, s: ImageEnhance.Contrast(image).enhance(1 + 0.9 * s * m),
+    "colour": lambda image, m, s: ImageEnhance.Color(image).enhance(1 + 0.9 * s * m),
+    "sharpness": lambda image, m, s: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * s * m),
+    "rotate": lambda image, m, s: image.rotate(30 * s * m, Image.Resampling.BILINEAR, fillcolor=(_GREY,) * 3),
+    "shear_x": lambda image, m, s: _affine(image, (1, 0.3 * s * m, 0, 0, 1, 0)),
+    "shear_y": lambda image, m, s: _affine(image, (1, 0, 0, 0.3 * s * m, 1, 0)),
+    "translate_x": lambda image, m, s: _affine(image, (1, 0, 0.45 * s * m * image.width, 0, 1, 0)),
+    "translate_y": lambda image, m, s: _affine(image, (1, 0, 0, 0, 1, 0.45 * s * m * image.height)),
+}
+
+
+def _erase(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    height, width = frames.shape[1:3]
+    area = rng.uniform(*_ERASED)
+    aspect = np.exp(rng.uniform(np.log(_ASPECT), -np.log(_ASPECT)))
+    frames = frames.copy()
+    rows, columns = _box((height, width), area, aspect, rng)
+    frames[:, rows, columns] = _GREY
+    return frames
+
+
+def _box(size: tuple[int, int], area: float, aspect: float, rng: np.random.Generator) -> tuple[slice, slice]:
+    """Rows and columns of a box of this share of the picture, as far as it fits."""
+    sides = (np.sqrt(area * aspect), np.sqrt(area / aspect))
+    spans = []
+    for n, share in zip(size, sides, strict=True):
+        side = min(n, max(1, round(n * share)))
+        start = int(rng.integers(0, n - side + 1))
+        spans.append(slice(start, start + side))
+    return spans[0], spans[1]
+
+
+def mix(frames: np.ndarray, others: np.ndarray, spec: AugmentSpec, rng: np.random.Generator) -> tuple[np.ndarray, float]:
+    """MixUp or CutMix of two clips of one shape, and the share of the first in the result."""
+    kinds = [kind for kind in ("mixup", "cutmix") if getattr(spec, kind)]
+    kind = kinds[int(rng.integers(len(kinds)))]
+    alpha = getattr(spec, kind)
+    share = rng.beta(alpha, alpha)
+    if kind == "mixup":
+        mixed = frames.astype(np.float32) * share + others.astype(np.float32) * (1 - share)
+        return mixed.round().astype(np.uint8), float(share)
+    rows, columns = _box(frames.shape[1:3], 1 - share, 1.0, rng)
+    frames = frames.copy()
+    frames[:, rows, columns] = others[:, rows, columns]
+    covered = (rows.stop - rows.start) * (columns.stop - columns.start)
+    return frames, 1 - covered / (frames.shape[1] * frames.shape[2])
+
+
+def loudness(sound: np.ndarray, spec: AugmentSpec, rng: np.random.Generator) -> np.ndarray:
+    """Sound float32 [N] by up to `spec.gain` dB louder or softer."""
+    return sound * np.float32(10 ** (rng.uniform(-spec.gain, spec.gain) / 20))
+
+
+def empty_bands(mel: np.ndarray, spec: AugmentSpec, rng: np.random.Generator, fill: float) -> np.ndarray:
+    """SpecAugment of log-mel spectra [F, M]: bands of up to a fifth of time and of frequency are set to `fill`."""
+    mel = mel.copy()
+    for axis, n in enumerate(mel.shape):
+        for _ in range(spec.bands):
+            wide = int(rng.integers(0, max(1, n // 5) + 1))
+            start = int(rng.integers(0, n - wide + 1))
+            mel[(slice(None),) * axis + (slice(start, start + wide),)] = fill
+    return mel

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sound, words and series on the clock of the frames; augmentation that leaves what happens alone; sampling in time."""
+
+import dataclasses
+import io
+import json
+import threading
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from particlejax.data import audio, augment, clips, patience, pipeline, sources, words
+from particlejax.data.decode import Unreadable, Video
+from particlejax.particles import pack
+from particlejax.spec import AudioSpec, AugmentSpec, DataSpec, ParticleSpec, SeriesSpec, TextSpec
+from particlejax.typing import UserError
+
+RATE, FPS, SECONDS = 16000, 10, 8
+BEEPS = (1.0, 3.5, 6.25)  # seconds at which a tenth of a second of a 1 kHz tone begins, and the frame flashes
+CUT = ParticleSpec("grid", (4, 16, 16))
+
+
+def film(container: str = "mp4", sound: bool = True) -> bytes:
+    """Eight seconds whose frames flash and whose track beeps at the same moments."""
+    file = io.BytesIO()
+    clock = np.arange(SECONDS * RATE) / RATE
+    wave = np.zeros(len(clock), np.float32)
+    for beep in BEEPS:
+        during = (clock >= beep) & (clock < beep + 0.1)
+        wave[during] = 0.5 * np.sin(2 * np.pi * 1000 * clock[during])
+    with av.open(file, "w", format=container) as out:
+        video = out.add_stream("libx264", rate=FPS)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        track = out.add_stream("aac", rate=RATE, layout="mono") if sound else None
+        for i in range(SECONDS * FPS):
+            level = 255 if any(abs(i / FPS - beep) < 0.06 for beep in BEEPS) else 20
+            out.mux(video.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), level, np.uint8), format="rgb24")))
+        out.mux(video.encode(None))
+        if track is not None:
+            frame = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
+            frame.sample_rate, frame.time_base, frame.pts = RATE, Fraction(1, RATE), 0
+            out.mux(track.encode(frame))
+            out.mux(track.encode(None))
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def beeping() -> bytes:
+    return film()
+
+
+def onset(sound: np.ndarray) -> float:
+    """Seconds to where it first becomes loud."""
+    return float(np.flatnonzero(np.abs(sound) > 0.2)[0]) / RATE
+
+
+@pytest.mark.parametrize("container", ["mp4", "matroska", "mpegts"])
+def test_sound_stands_where_the_frames_stand(container: str) -> None:
+    file = film(container)
+    with Video(file) as video:
+        origin = video.origin
+    for start, beep in ((0.0, 1.0), (0.5, 1.0), (3.0, 3.5), (6.0, 6.25)):  # the later ones are reached by a seek
+        sound = audio.read(file, origin, start, 1.5, RATE)
+        assert abs(start + onset(sound) - beep) < 0.015, (container, start)
+    assert abs(len(audio.read(file, origin, 7.5, 3.0, RATE)) / RATE - 0.5) < 0.1, "it ends where the track ends"
+    assert audio.read(file, origin, 60.0, 1.0, RATE) is None
+    half = audio.read(file, origin, 0.5, 1.5, RATE // 2)
+    assert abs(np.flatnonzero(np.abs(half) > 0.2)[0] / (RATE // 2) - 0.5) < 0.015, "any rate"
+
+
+def test_a_tone_lies_in_its_band() -> None:
+    spec = AudioSpec()
+    clock = np.arange(RATE) / RATE
+    centres = (mel_filters := audio.mel_filters(spec)).argmax(0) * spec.rate / 512
+    for hertz in (200.0, 1000.0, 4000.0):
+        mel = audio.log_mel(np.sin(2 * np.pi * hertz * clock).astype(np.float32), spec)
+        assert mel.shape == (98, 64) and mel_filters.shape == (257, 64)
+        assert abs(centres[mel.mean(0).argmax()] / hertz - 1) < 0.1
+    silence = audio.log_mel(np.zeros(100, np.float32), spec)
+    assert silence.shape == (1, 64) and np.allclose(silence, np.log(1e-6))
+
+
+DATA = DataSpec(frames=8, size=32, seconds=2.0, modalities=("vision", "audio", "text", "series"),
+                series=SeriesSpec(channels=("x", "y"), rate=10, window=5))
+TABLE = b"time,x,y\n" + b"".join(b"%.2f,%.2f,%.2f\n" % (t, 2 * t, -t) for t in np.arange(0, 6.01, 0.25))
+
+
+def test_modalities_share_a_clock_and_what_is_missing_has_no_particle(beeping: bytes) -> None:
+    whole = sources.Record("a", beeping, 0, "a beep", start=3.0, end=5.0, series=TABLE)
+    made = clips.particles_of(clips.load(whole, DATA, clips.CENTRE), DATA, CUT, np.random.default_rng(0))
+    assert set(made) == {"vision", "audio", "text", "series"}
+    slots = pipeline.row_slots(DATA, CUT)
+    assert {m: (p.payload.shape, p.payload.dtype.name) for m, p in made.items() if m != "text"} == {
+        m: ((s.length, s.size), s.dtype) for m, s in slots.items() if m != "text"}
+    # the flash and the beep at 3.5 s stand 0.5 s after the clip's start
+    for name in ("audio", "vision"):
+        loudest = made[name].payload.max(1).argmax()
+        place, extent = made[name].place[loudest, 0], made[name].extent[loudest, 0]
+        assert abs(place - 0.55) <= extent / 2 + 0.06, name
+    first = clips.load(whole, DATA, clips.CENTRE)
+    np.testing.assert_allclose(first.channels[:, 0], 2 * (3.0 + np.arange(20) / 10), atol=1e-5)
+    np.testing.assert_allclose(made["series"].place[:, 0], [0.25, 0.75, 1.25, 1.75], atol=1e-5)
+    assert (made["text"].payload[:, 0] - 2).astype(np.uint8).tobytes() == b"a beep" and (made["text"].place[:, 0] == 1).all()
+    bare = sources.Record("b", film(sound=False), 0)
+    lacks = clips.particles_of(clips.load(bare, DATA, clips.CENTRE), DATA, CUT, np.random.default_rng(0))
+    assert set(lacks) == {"vision"}
+    batch = pack.pack([pack.Clip(made, 0, 0), pack.Clip(lacks, 0, 1)], slots, 2, 1)
+    assert (batch.particles["audio"].segment[1] == 0).all() and (batch.particles["audio"].segment[0] == 1).all()
+
+
+def test_sound_from_memory_is_the_decoded_one(beeping: bytes) -> None:
+    data = dataclasses.replace(DATA, modalities=("audio",))
+    record = sources.Record("a", beeping, start=2.9, end=4.9)
+    decoded, kept = (clips.load(record, dataclasses.replace(data, memory_gib=gib), clips.CENTRE).sound for gib in (0.0, 0.1))
+    assert abs(onset(decoded) - onset(kept)) < 2 / RATE and abs(len(decoded) - len(kept)) <= 1
+    np.testing.assert_allclose(decoded[:20000], kept[:20000], atol=0.02)
+
+
+def test_a_series_that_is_wrong_is_named(beeping: bytes) -> None:
+    for table, reason in ((b"time,x\n0,1\n", "no column 'y'"), (b"time,x,y\n0,a,1\n", "not a number")):
+        with pytest.raises(Unreadable, match=reason):
+            clips.load(sources.Record("a", beeping, series=table), DATA, clips.CENTRE)
+
+
+def test_rows_need_to_know_how_long_sound_is() -> None:
+    with pytest.raises(UserError, match="set one of them"):
+        pipeline.row_slots(DataSpec(modalities=("audio",)), CUT)
+    with pytest.raises(UserError, match="names 'smell'"):
+        pipeline.row_slots(DataSpec(modalities=("smell",)), CUT)
+
+
+def test_a_tokenizer_file_is_read(tmp_path: Path) -> None:
+    vocabulary = {"[UNK]": 0, "the": 1, "ball": 2, "falls": 3}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": {"type": "Lowercase"},
+        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"}}))
+    spec = TextSpec(str(tmp_path / "tokenizer.json"), length=3)
+    try:
+        import tokenizers  # noqa: F401
+    except ImportError:
+        with pytest.raises(UserError, match=r"pip install particlejax\[text\]"):
+            words.vocabulary(spec)
+        return
+    assert words.vocabulary(spec) == 4
+    np.testing.assert_array_equal(words.encode("The ball falls down", spec), [1, 2, 3])
+    with pytest.raises(UserError, match="give the path of a tokenizer.json"):
+        words.encode("x", TextSpec(str(tmp_path / "none.json")))
+
+
+def test_bytes_are_cut_at_the_length() -> None:
+    np.testing.assert_array_equal(words.encode("é!", TextSpec(length=2)), np.frombuffer("é".encode(), np.uint8) + 2)
+
+
+EVERYTHING = AugmentSpec(jitter=0.5, operations=2, magnitude=0.7, erase=1.0)
+
+
+def test_augmentation_is_the_same_for_every_frame_and_pure() -> None:
+    picture = np.random.default_rng(0).integers(0, 255, (32, 40, 3), np.uint8)
+    still = np.repeat(picture[None], 5, axis=0)
+    seen = [augment.pictures(still, EVERYTHING, np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    assert all((each == each[0]).all() and each.shape == still.shape for each in seen)
+    np.testing.assert_array_equal(seen[0], seen[1])
+    assert (seen[0] != seen[2]).any() and (seen[0] != still).any()
+    for name in augment._OPERATIONS:
+        step = augment._operation(name, 1.0, np.random.default_rng(0))
+        assert augment._apply([step], picture).size == (40, 32)
+
+
+def test_erasing_leaves_the_rest_alone() -> None:
+    frames = np.full((3, 50, 50, 3), 200, np.uint8)
+    for seed in range(20):
+        changed = (augment.pictures(frames, AugmentSpec(erase=1.0), np.random.default_rng(seed)) != 200).all(-1)
+        assert 0.01 < changed.mean() < 0.4 and (changed == changed[0]).all()
+
+
+def test_mixing_says_how_much_is_whose() -> None:
+    a, b = (np.full((2, 40, 40, 3), level, np.uint8) for level in (0, 200))
+    for seed in range(10):
+        mixed, share = augment.mix(a, b, AugmentSpec(mixup=1.0), np.random.default_rng(seed))
+        assert abs(mixed.mean() / 200 - (1 - share)) < 0.01 and np.ptp(mixed) == 0
+        mixed, share = augment.mix(a, b, AugmentSpec(cutmix=1.0), np.random.default_rng(seed))
+        assert np.isclose((mixed == 200).mean(), 1 - share) and set(np.unique(mixed)) <= {0, 200}
+
+
+def test_bands_and_loudness() -> None:
+    mel = np.ones((50, 40), np.float32)
+    emptied = augment.empty_bands(mel, AugmentSpec(bands=2), np.random.default_rng(1), 0.0)
+    gone = emptied == 0
+    assert 0 < gone.mean() < 0.65 and (gone.all(0) | gone.all(1)[:, None])[gone].all() and (mel == 1).all()
+    sound = np.ones(10, np.float32)
+    decibels = [20 * np.log10(augment.loudness(sound, AugmentSpec(gain=6.0), np.random.default_rng(s))[0]) for s in range(50)]
+    assert -6 <= min(decibels) < -4 and 4 < max(decibels) <= 6
+
+
+def ramp() -> sources.Record:
+    """Two seconds at 30 frames a second whose brightness tells the frame."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="nut") as out:
+        stream = out.add_stream("rawvideo", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "rgb24"
+        for i in range(60):
+            picture = np.full((64, 64, 3), 4 * i, np.uint8)
+            picture[:, 32:] = 0 if i % 2 else 255
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        out.mux(stream.encode(None))
+    return sources.Record("ramp", file.getvalue(), 1)
+
+
+def frames_of(clip: clips.Clip) -> np.ndarray:
+    return (clip.frames[:, 5, 5, 0] / 4).round().astype(int)
+
+
+def test_sampling_in_time() -> None:
+    record, dense = ramp(), DataSpec(frames=8, size=64, sample="dense", stride=(3, 3))
+    np.testing.assert_array_equal(np.diff(frames_of(clips.load(record, dense, clips.CENTRE))), 3)
+    assert frames_of(clips.load(record, dense, clips.CENTRE))[[0, -1]].mean() == pytest.approx(28.5, abs=1), "the centre"
+    speeds = {int(np.diff(frames_of(clips.load(record, dataclasses.replace(dense, stride=(1, 4)), np.random.default_rng(s))))[0])
+              for s in range(30)}
+    assert speeds == {1, 2, 3, 4}
+    segments = DataSpec(frames=6, size=64, sample="segments")
+    for seed in range(5):
+        found = frames_of(clips.load(record, segments, np.random.default_rng(seed)))
+        assert (found // 10 == np.arange(6)).all() and len(set(np.diff(found))) > 1
+    span = DataSpec(frames=4, size=64, seconds=0.8, augment=AugmentSpec(speed=(0.5, 2.0)))
+    spans = [clips.load(record, span, np.random.default_rng(s)).seconds for s in range(40)]
+    assert 0.4 <= min(spans) < 0.5 and 1.3 < max(spans) <= 1.6
+    over = dataclasses.replace(dense, frames=30)  # 90 frames out of 60
+    found = frames_of(clips.load(record, over, clips.CENTRE))
+    assert found[0] <= 1 and (found[-10:] == 59).all(), "it holds its last frame"
+    within = dataclasses.replace(record, start=0.5, end=1.0)
+    assert frames_of(clips.load(within, over, clips.CENTRE)).max() == 29, "and never looks past its end"
+
+
+def test_directed_classes_are_never_mirrored() -> None:
+    data = DataSpec(frames=4, size=64, augment=AugmentSpec(flip=1.0, directed=("left",)))
+    record = ramp()
+    for classes, mirrored in ((("right", "left"), False), (("left", "right"), True)):
+        made = pipeline.Batches(sources.Listed(classes, (record,)), data, ParticleSpec("grid", (4, 64, 64)), 0, rows=1)
+        payload = made[0].batch.particles["vision"].payload.reshape(4, 64, 64, 3)
+        halves = payload[:, :, :32].std() > payload[:, :, 32:].std()
+        assert halves == mirrored
+
+
+def test_mixed_clips_carry_both_labels() -> None:
+    data = DataSpec(frames=4, size=64, augment=AugmentSpec(mixup=0.8, cutmix=0.8))
+    records = tuple(dataclasses.replace(ramp(), name=str(i), label=i) for i in range(4))
+    made = pipeline.Batches(sources.Listed(tuple("abcd"), records), data, ParticleSpec("grid", (4, 64, 64)), 0, rows=4)
+    batch = made[0].batch
+    assert sorted(batch.other.reshape(-1)) == [0, 1, 2, 3] and (batch.other != batch.label).all()
+    assert ((batch.share > 0) & (batch.share < 1)).all()
+    views = pipeline.Views(made.source, data, made.particles, 0, rows=4)[0].batch
+    assert (views.share == 1).all() and (views.other == -1).all(), "what is measured is never mixed"
+
+
+def test_a_decoder_that_hangs_is_left_behind() -> None:
+    never = threading.Event()
+    with pytest.raises(Unreadable, match="not decoded after 0.05 s"):
+        patience.within(0.05, never.wait)
+    never.set()
+    assert patience.within(5.0, lambda: 7) == 7
+    with pytest.raises(KeyError):
+        patience.within(5.0, lambda: {}["a"])
