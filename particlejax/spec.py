@@ -232,10 +232,21 @@ class LogSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class PrepareSpec:
+    """Job prepare: where the data set goes and who writes it."""
+
+    out: str = ""  # folder that the data set NAME/1.0.0 is made in; '': the workdir
+    name: str = "mine"
+    per_shard: int = 256  # clips
+    workers: int = 2  # processes
+    beam: bool = False  # by Apache Beam, on its local runner or on whatever its options name
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
     """Everything a run depends on, so that config.json is enough to run it again."""
 
-    job: str = one_of("train", "evaluate")
+    job: str = one_of("train", "evaluate", "prepare", "check_data")
     seed: int = 0
     run: str = ""  # job evaluate: the run that is evaluated
     init: str = ""  # RUN_DIR or RUN_DIR:STAGE that the first stage starts from, where that stage names none itself
@@ -248,6 +259,7 @@ class Experiment:
     mesh: MeshSpec = MeshSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
     log: LogSpec = LogSpec()
+    prepare: PrepareSpec = PrepareSpec()
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Experiment":

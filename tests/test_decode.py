@@ -206,6 +206,19 @@ def test_reasons(tmp_path: Path) -> None:
         Video(bytes(1000))
 
 
+def test_an_encrypted_file_is_called_so(tmp_path: Path) -> None:
+    lock = {"encryption_scheme": "cenc-aes-ctr", "encryption_key": "00112233445566778899aabbccddeeff",
+            "encryption_kid": "ffeeddccbbaa99887766554433221100"}
+    with av.open(str(tmp_path / "a.mp4"), "w", options=lock) as container:
+        stream = container.add_stream("libx264", rate=RATE)
+        stream.width, stream.height, stream.pix_fmt = WIDE, TALL, "yuv420p"
+        for i in range(20):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(numbered(i)), format="rgb24")))
+        container.mux(stream.encode(None))
+    with pytest.raises(Unreadable, match="^encrypted$"):
+        Video(str(tmp_path / "a.mp4"))
+
+
 @pytest.mark.parametrize("suffix", ["mkv", "ts"])
 def test_a_file_that_breaks_off_gives_what_it_has(tmp_path: Path, suffix: str) -> None:
     whole = write(tmp_path / f"a.{suffix}").read_bytes()

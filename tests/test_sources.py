@@ -126,7 +126,7 @@ def test_table_mistakes(tmp_path: Path, text: str, sentence: str) -> None:
 
 
 def test_other_mistakes(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="'video.mp4' is none of 'toybox' .*, 'folder:PATH' and 'tfds:NAME'"):
+    with pytest.raises(UserError, match="'video.mp4' is none of 'toybox' .*, 'folder:PATH', 'tfds:NAME'"):
         open_source("video.mp4", "train", "")
     with pytest.raises(UserError, match="folder:.*/no does not exist: check the path"):
         open_source(f"folder:{tmp_path}/no", "train", "")

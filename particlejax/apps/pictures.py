@@ -96,6 +96,35 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], path: Pat
     _save(figure, path)
 
 
+def histograms(series: Mapping[str, Sequence[float]], path: Path, title: str, unit: str) -> None:
+    """How often each value occurs, one outline for each series."""
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    ax = figure.subplots()
+    every = np.concatenate([np.asarray(values, float) for values in series.values()])
+    edges = np.histogram_bin_edges(every, bins=30)
+    for name, values in series.items():
+        ax.hist(values, edges, histtype="step", label=f"{name} ({len(values)})")
+    ax.set(title=title, xlabel=unit, ylabel="clips")
+    ax.grid(alpha=0.3)
+    ax.legend()
+    _save(figure, path)
+
+
+def bars(series: Mapping[str, Sequence[int]], names: Sequence[str], path: Path, title: str) -> None:
+    """A stacked bar of counts for each name."""
+    figure = Figure(figsize=(6, 1.0 + 0.22 * len(names)), layout="constrained")
+    ax = figure.subplots()
+    before = np.zeros(len(names))
+    for name, counts in series.items():
+        ax.barh(range(len(names)), counts, left=before, label=name)
+        before += np.asarray(counts)
+    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.invert_yaxis()
+    ax.set(title=title, xlabel="clips")
+    ax.legend()
+    _save(figure, path)
+
+
 def _inside(at: np.ndarray, centre: float, width: float, slack: float) -> np.ndarray:
     return np.flatnonzero((at >= centre - width / 2 - slack) & (at < centre + width / 2 - slack))
 

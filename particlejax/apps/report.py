@@ -61,7 +61,7 @@ def _summary(results: dict[str, Any]) -> str:
 def _stage_table(results: dict[str, Any]) -> Iterator[str]:
     rows = {stage: figures["train"] for stage, figures in results.items() if "steps" in figures.get("train", {})}
     if rows:
-        yield from _table(["stage", "steps", "clips seen", "parameters", "seconds", "train loss", "val loss"], [
+        yield from table(["stage", "steps", "clips seen", "parameters", "seconds", "train loss", "val loss"], [
             [stage, train["steps"], train["clips_seen"], f"{train['parameters'] / 1e6:.2f} M", train["seconds_since_start"],
              _number(train.get("loss")), _number(results[stage].get("val", {}).get("loss"))]
             for stage, train in rows.items()])
@@ -84,13 +84,13 @@ def _stage(workdir: Path, stage: str, figures: dict[str, Any], lines: list[dict[
 def _evaluation(workdir: Path, name: str, split: str, figures: dict[str, Any]) -> Iterator[str]:
     classes = list(figures["per_class"])
     yield from (f"### Measured on `{split}`", "")
-    yield from _table(["clips", "top-1", "top-5", "mean class accuracy", "calibration error", "chance"],
+    yield from table(["clips", "top-1", "top-5", "mean class accuracy", "calibration error", "chance"],
                       [[figures["clips"], *(_number(figures[key]) for key in
                                             ("top1", "top5", "mean_class_accuracy", "ece", "chance"))]])
     pictures.confusion(figures["confusion"], classes, workdir / "report" / f"{name}_confusion.png")
     yield from ("", f"![confusion on {split}](report/{name}_confusion.png)", "", "Classes, the worst first:", "")
     order = sorted(classes, key=lambda each: figures["per_class"][each]["f1"])
-    yield from _table(["class", "precision", "recall", "F1", "clips"], [
+    yield from table(["class", "precision", "recall", "F1", "clips"], [
         [each, *(_number(figures["per_class"][each][key]) for key in ("precision", "recall", "f1")),
          figures["per_class"][each]["support"]] for each in order])
     pairs = _confused(np.asarray(figures["confusion"]), classes)
@@ -108,11 +108,12 @@ def _confused(counts: np.ndarray, classes: list[str]) -> list[str]:
 def _bad(bad: list[dict[str, str]]) -> Iterator[str]:
     if bad:
         yield from (f"## {len(bad)} clips could not be read and were left out", "")
-        yield from _table(["clip", "reason"], [[each["path"], each["reason"]] for each in bad[:_MOST_BAD]])
+        yield from table(["clip", "reason"], [[each["path"], each["reason"]] for each in bad[:_MOST_BAD]])
         yield ""
 
 
-def _table(head: list[str], rows: list[list[Any]]) -> Iterator[str]:
+def table(head: list[str], rows: list[list[Any]]) -> Iterator[str]:
+    """Lines of a Markdown table."""
     for row in (head, ["---"] * len(head), *rows):
         yield "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |"
 

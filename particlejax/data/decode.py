@@ -129,7 +129,7 @@ class Video:
         self._frames = self._decode()
         first = next(self._frames, None)
         if first is None:
-            raise Unreadable(f"damaged: {self._damage}" if self._damage else "no frames")
+            raise Unreadable(self._damage or "no frames")
         self._shown, self._next = first, next(self._frames, None)
 
     def _advance(self) -> bool:
@@ -146,7 +146,8 @@ class Video:
             try:
                 frames = self._stream.decode(packet)
             except av.FFmpegError as error:
-                self._damage = self._damage or str(error.strerror)
+                locked = packet is not None and packet.has_sidedata("encryption_info")
+                self._damage = self._damage or ("encrypted" if locked else f"damaged: {error.strerror}")
                 continue
             for frame in frames:
                 stamp = frame.pts if frame.pts is not None else frame.dts
@@ -161,7 +162,7 @@ class Video:
         try:
             yield from self._container.demux(self._stream)
         except av.FFmpegError as error:  # the file breaks off: what came before it counts
-            self._damage = self._damage or str(error.strerror)
+            self._damage = self._damage or f"damaged: {error.strerror}"
             yield None  # the decoder gives what it still holds
 
     def _show(self, time: float) -> None:

@@ -34,10 +34,7 @@ def open_folder(path: str, split: str, classes: tuple[str, ...] | None = None) -
     'val', by a hash of their name. Raises UserError when the folder, a column, a number or the split is not right.
     """
     path = os.path.expanduser(path)
-    if not os.path.isdir(path):
-        raise UserError(f"folder:{path} does not exist: check the path.")
-    table = os.path.join(path, "clips.csv")
-    rows = _with_splits(_read_table(path, table) if os.path.exists(table) else _read_tree(path))
+    rows = _rows(path)
     names = tuple(sorted({row.label for row in rows} - {""}))
     chosen = _choose(rows, split, path)
     if classes is None:
@@ -45,6 +42,18 @@ def open_folder(path: str, split: str, classes: tuple[str, ...] | None = None) -
     labels = sorted({row.label for row in chosen} - {""})
     index = dict(zip(labels, match_classes(labels, classes, f"folder:{path}"), strict=True))
     return Listed(classes, tuple(replace(row.record, label=index.get(row.label, -1)) for row in chosen))
+
+
+def folder_splits(path: str) -> tuple[str, ...]:
+    """The splits of a folder, in alphabetical order. Raises UserError as `open_folder` does."""
+    return tuple(sorted({row.split for row in _rows(os.path.expanduser(path))}))
+
+
+def _rows(path: str) -> list[_Row]:
+    if not os.path.isdir(path):
+        raise UserError(f"folder:{path} does not exist: check the path.")
+    table = os.path.join(path, "clips.csv")
+    return _with_splits(_read_table(path, table) if os.path.exists(table) else _read_tree(path))
 
 
 def _read_table(folder: str, table: str) -> list[_Row]:

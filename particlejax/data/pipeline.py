@@ -15,7 +15,7 @@ import numpy as np
 
 from particlejax.data import augment, clips, words
 from particlejax.data.decode import Unreadable
-from particlejax.data.sources import Source
+from particlejax.data.sources import Source, parts_of
 from particlejax.particles import pack, policies
 from particlejax.particles.types import Batch
 from particlejax.spec import DataSpec, ParticleSpec
@@ -44,7 +44,7 @@ class Loaded(NamedTuple):
 class Batches:
     """Training batches without end: every epoch holds each clip once, in another order, across all processes.
 
-    An unreadable clip leaves its place in the row empty; it is never replaced.
+    Of a mixture each part goes round its own epochs, drawn by weight. An unreadable clip leaves its place in the row empty; it is never replaced.
     """
 
     source: Source
@@ -72,8 +72,10 @@ class Batches:
         return [int(order[p]) for p in range(k * n, (k + 1) * n)]
 
     def _order(self) -> grain.MapDataset:
-        chosen = chosen_clips(len(self.source), self.data.fraction)
-        return grain.MapDataset.source(chosen).seed(self.seed % 2**32).shuffle().repeat(None)
+        parts, seed = parts_of(self.source), self.seed % 2**32
+        orders = [grain.MapDataset.source(first + chosen_clips(count, self.data.fraction)).seed(seed).shuffle().repeat(None)
+                  for first, count, _ in parts]
+        return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, [weight for *_, weight in parts])
 
 
 @dataclass(frozen=True)

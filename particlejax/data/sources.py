@@ -3,6 +3,7 @@
 
 import difflib
 import importlib
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -77,14 +78,37 @@ class TfdsSource:
         except ImportError as error:
             raise _needs_tensorflow(self.split, error) from error
         words = {k: _text(example[self.fields[k]]) for k in ("caption", "name", "group") if k in self.fields}
+        if "series" in self.fields:
+            words["series"] = example[self.fields["series"]]
+        if "start" in self.fields and "end" in self.fields:
+            start, end = (float(example[self.fields[k]]) for k in ("start", "end"))
+            words |= {"start": start, "end": end if end >= 0 else None}
         label = int(example[self.fields["label"]]) if "label" in self.fields else -1
         words["name"] = words.get("name") or f"{self.split}/{i:05d}"
         label = self.labels[label] if label >= 0 else -1
         return Record(video=_file(example[self.fields["video"]]), label=label, **words)
 
 
+@dataclass(frozen=True)
+class Mixed:
+    """Several sources one after the other; training draws from each by its weight. Their classes are joined by name."""
+
+    classes: tuple[str, ...]
+    parts: tuple[Source, ...]
+    spans: tuple[tuple[int, int, float], ...]  # (first clip, clips, weight) of each
+
+    def __len__(self) -> int:
+        return sum(count for _, count, _ in self.spans)
+
+    def __getitem__(self, i: int) -> Record:
+        for part, (first, count, _) in zip(self.parts, self.spans, strict=True):
+            if first <= i < first + count:
+                return part[i - first]
+        raise IndexError(i)
+
+
 def open_source(source: str, split: str, cache_dir: str, classes: tuple[str, ...] | None = None) -> Source:
-    """Opens one split of 'toybox', 'toybox:CONFIG', 'folder:PATH' or 'tfds:NAME_OR_PATH'.
+    """Opens one split of 'toybox', 'toybox:CONFIG', 'folder:PATH', 'tfds:NAME_OR_PATH' or 'mix:WEIGHT*SOURCE,...'.
 
     split: a name, or part of one as in TFDS: 'train[:90%]', 'val[10:20]'; in a folder a part is taken in an order that
     shuffles groups but keeps them together, so that parts are like the whole and share at most one group.
@@ -104,8 +128,63 @@ def open_source(source: str, split: str, cache_dir: str, classes: tuple[str, ...
             return _open_builder(_find_builder(rest, data_dir), source, split, classes)
         except ImportError as error:
             raise _needs_tensorflow(source, error) from error
-    raise UserError(f"data source {source!r} is none of 'toybox' (or 'toybox:CONFIG'), 'folder:PATH' and 'tfds:NAME' "
-                    "(or 'tfds:PATH' of a prepared data set): write it as one of these.")
+    if kind == "mix" and rest:
+        return _open_mix(source, split, cache_dir, classes)
+    raise _unknown(source)
+
+
+def splits(source: str, cache_dir: str) -> tuple[str, ...]:
+    """Names of the splits that a source has. Raises UserError as `open_source` does."""
+    kind, _, rest = source.partition(":")
+    data_dir = os.path.join(os.path.expanduser(cache_dir), "tfds")
+    if kind == "folder" and rest:
+        from particlejax.data.folder import folder_splits
+
+        return folder_splits(rest)
+    if kind == "mix" and rest:
+        each = [set(splits(part, cache_dir)) for _, part in _mixture(source)]
+        return tuple(sorted(set.intersection(*each)))
+    if kind in ("toybox", "tfds"):
+        builder = _toybox(rest or "default", data_dir) if kind == "toybox" else _find_builder(rest, data_dir)
+        return tuple(SPLIT_NAMES.get(name, name) for name in builder.info.splits)
+    raise _unknown(source)
+
+
+def parts_of(source: "Source") -> tuple[tuple[int, int, float], ...]:
+    """(first clip, clips, weight) of each part of a mixture; a source that is none is one part."""
+    return source.spans if isinstance(source, Mixed) else ((0, len(source), 1.0),)
+
+
+def _mixture(source: str) -> list[tuple[float, str]]:
+    """(weight, source) of 'mix:0.7*folder:A,0.3*toybox'."""
+    found = []
+    for part in source.partition(":")[2].split(","):
+        weight, star, name = part.strip().rpartition("*")
+        try:
+            value = float(weight) if star else 1.0
+        except ValueError:
+            value = 0.0
+        if not 0 < value < math.inf or not name:
+            raise UserError(f"data source {source!r}: {part!r} is not WEIGHT*SOURCE with a weight above 0, so write it like "
+                            "'mix:0.7*folder:A,0.3*folder:B'.")
+        found.append((value, name))
+    return found
+
+
+def _open_mix(source: str, split: str, cache_dir: str, classes: tuple[str, ...] | None) -> "Mixed":
+    mixture = _mixture(source)
+    if classes is None:
+        each = [open_source(name, split, cache_dir).classes for _, name in mixture]
+        classes = each[0] if all(names == each[0] for names in each) else tuple(sorted({n for names in each for n in names}))
+    parts = tuple(open_source(name, split, cache_dir, classes) for _, name in mixture)
+    firsts = np.cumsum([0, *(len(part) for part in parts)])
+    spans = tuple((int(first), len(part), weight) for first, part, (weight, _) in zip(firsts, parts, mixture, strict=False))
+    return Mixed(classes, parts, spans)
+
+
+def _unknown(source: str) -> UserError:
+    return UserError(f"data source {source!r} is none of 'toybox' (or 'toybox:CONFIG'), 'folder:PATH', 'tfds:NAME' (or "
+                     "'tfds:PATH' of a prepared data set) and 'mix:WEIGHT*SOURCE,...': write it as one of these.")
 
 
 def match_classes(labels: Sequence[str], classes: tuple[str, ...], source: str) -> tuple[int, ...]:
@@ -209,7 +288,8 @@ def _fields(features: Mapping[str, Any], source: str) -> dict[str, str]:
     texts = {name for name, feature in features.items() if type(feature).__name__ == "Text"} - {videos[0]}
     caption = [name for name in _CAPTION_NAMES if name in texts]
     fields |= {"caption": name for name in caption[:1]}
-    return fields | {name: name for name in ("name", "group") if name in texts}
+    ours = {"start", "end"} if {"start", "end", "series"} <= set(features) else set()  # a data set made by `prepare`
+    return fields | {name: name for name in ("name", "group", "series", "start", "end") if name in texts | ours}
 
 
 def _may_be_video(name: str, feature: Any) -> bool:

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prepared data sets hold what their source holds, whatever interrupts them; mixtures keep weights; checks find faults."""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from particlejax import main as entry
+from particlejax.data import pipeline, prepare, sources
+from particlejax.data.toybox import builder
+from particlejax.spec import DataSpec, ParticleSpec
+from particlejax.typing import UserError
+
+LINES = 10
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, cache_dir: str) -> Path:
+    """Ten toybox clips with everything that clips.csv can say, one of them damaged."""
+    folder = tmp_path_factory.mktemp("folder")
+    examples = builder.prepare("tiny", Path(cache_dir) / "tfds").as_data_source(split="train")
+    lines = ["path,split,label,caption,start,end,group"]
+    for i in range(LINES):
+        (folder / f"{i}.mp4").write_bytes(examples[i]["video"])
+        split, when = ("train", ",") if i < 7 else ("val", "0.5,1.5")
+        lines.append(f"{i}.mp4,{split},{'ab'[i % 2]},clip {i},{when},g{i // 2}")
+    (folder / "3.mp4").write_bytes(b"not a video")
+    (folder / "1.csv").write_text("time,x\n0,1\n")
+    (folder / "clips.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def command(folder: Path, out: Path, workdir: Path, *more: str) -> int:
+    return entry.main(["main", "--config=experiments/prepare.py", f"--config.data.source=folder:{folder}",
+                       f"--config.prepare.out={out}", "--config.prepare.per_shard=3", "--config.prepare.workers=1",
+                       f"--workdir={workdir}", *more])
+
+
+def planned(folder: Path, out: Path) -> prepare.Plan:
+    return prepare.plan(f"folder:{folder}", str(out), "mine", "unused", 3, 60.0)
+
+
+def as_bytes(record: sources.Record) -> sources.Record:
+    read = {key: Path(value).read_bytes() if isinstance(value := getattr(record, key), str) and value else value or b""
+            for key in ("video", "series")}
+    return dataclasses.replace(record, **read)
+
+
+def test_a_prepared_folder_is_the_folder_also_when_it_was_interrupted(folder: Path, tmp_path: Path) -> None:
+    plan = planned(folder, tmp_path)
+    assert len(plan.shards) == 4
+    first = plan.shards[0]
+    prepare.write(first)
+    (plan.folder / "mine-train.array_record-00001-of-00003.99.tmp").write_bytes(b"half a shard")  # what a kill leaves
+    written = os.stat(first.path).st_mtime_ns
+    with pytest.raises(UserError, match="no dataset_info.json"):
+        sources.open_source(f"tfds:{plan.folder}", "train", "unused")  # nobody takes it for whole
+    assert command(folder, tmp_path, tmp_path / "run") == 0
+    assert os.stat(first.path).st_mtime_ns == written, "what was written is left alone"
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["prepare"]["clips"] == {"train": 6, "val": 3}
+    assert [bad["path"] for bad in results["bad"]] == ["train: 3.mp4"]
+    for split in ("train", "val"):
+        made = sources.open_source(f"tfds:{tmp_path}/mine", split, "unused")
+        plain = sources.open_source(f"folder:{folder}", split, "unused")
+        assert made.classes == plain.classes == ("a", "b")
+        wanted = [as_bytes(plain[i]) for i in range(len(plain)) if plain[i].name != "3.mp4"]
+        assert [made[i] for i in range(len(made))] == wanted
+
+
+def test_another_source_in_the_same_place_is_refused(folder: Path, tmp_path: Path) -> None:
+    planned(folder, tmp_path)
+    with pytest.raises(UserError, match="begun for another source"):
+        prepare.plan("toybox:tiny", str(tmp_path), "mine", str(tmp_path), 3, 60.0)
+
+
+def test_a_full_disk_loses_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned(folder, tmp_path)
+    prepare.write(plan.shards[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "statvfs", lambda path: os.statvfs_result((4096, 4096, 9, 0, 0, 9, 9, 9, 0, 255)))
+        with pytest.raises(UserError, match="the disk is full.: make room there"):
+            prepare.write(plan.shards[1])
+    assert planned(folder, tmp_path).left == plan.shards[1:]
+    for shard in plan.left:
+        prepare.write(shard)
+    assert prepare.finish(plan)["clips"] == {"train": 6, "val": 3}
+
+
+def test_beam_writes_the_same_files(folder: Path, tmp_path: Path) -> None:
+    try:
+        import apache_beam  # noqa: F401
+    except ImportError:
+        assert command(folder, tmp_path, tmp_path / "run", "--config.prepare.beam=True") == 2
+        return
+    assert command(folder, tmp_path / "beam", tmp_path / "run", "--config.prepare.beam=True") == 0
+    assert command(folder, tmp_path / "pool", tmp_path / "run2") == 0
+    files = sorted(p.name for p in (tmp_path / "pool" / "mine" / "1.0.0").iterdir())
+    assert files == sorted(p.name for p in (tmp_path / "beam" / "mine" / "1.0.0").iterdir())
+    for name in files:
+        if "array_record" in name:
+            assert (tmp_path / "pool/mine/1.0.0" / name).read_bytes() == (tmp_path / "beam/mine/1.0.0" / name).read_bytes()
+
+
+def test_a_mixture_draws_by_weight_and_each_part_once_an_epoch(folder: Path, cache_dir: str) -> None:
+    mixed = sources.open_source(f"mix:1*folder:{folder},3*toybox:tiny", "train", cache_dir)
+    assert len(mixed) == 7 + 48 and mixed.classes == tuple(sorted({"a", "b", *builder.ACTIONS}))
+    assert mixed.classes[mixed[0].label] == "a" and mixed.classes[mixed[7].label] in builder.ACTIONS
+    order = pipeline.Batches(mixed, DataSpec(), ParticleSpec(), seed=0, rows=1)._order()
+    drawn = [int(order[i]) for i in range(7 * 4 * 8)]
+    mine = [i for i in drawn if i < 7]
+    assert len(mine) == len(drawn) / 4
+    assert all(sorted(mine[e : e + 7]) == list(range(7)) for e in range(0, len(mine), 7))
+    theirs = [i for i in drawn if i >= 7][: 48 * 3]
+    assert set(Counter(theirs).values()) == {3}
+    for text in ("mix:0*toybox", "mix:x*toybox", "mix:1*"):
+        with pytest.raises(UserError, match="WEIGHT.SOURCE"):
+            sources.open_source(text, "train", cache_dir)
+
+
+def test_a_check_finds_damage_and_what_stands_on_both_sides(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "data"
+    shutil.copytree(folder, copy)
+    shutil.copy(copy / "0.mp4", copy / "9.mp4")  # a train clip as a val clip, cut otherwise
+    table = (copy / "clips.csv").read_text().replace("9.mp4,val,b,clip 9,0.5,1.5", "9.mp4,val,b,clip 9,,")
+    (copy / "clips.csv").write_text(table + "none.mp4,val,a,,,,\n")
+    assert entry.main(["main", "--config=experiments/check_data.py", f"--config.data.source=folder:{copy}",
+                       f"--workdir={tmp_path / 'run'}"]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {bad["path"]: bad["reason"] for bad in results["bad"]} == {
+        "3.mp4": "damaged: Invalid data found when processing input", "none.mp4": "missing"}
+    assert results["check"]["near_duplicates"] == [["train: 0.mp4", "val: 9.mp4"]]
+    train = results["check"]["train"]
+    assert train["clips"] == 6 and train["labels"] == {"a": 4, "b": 2} and train["audio"] == 6 and train["sizes"] == {"64x64": 6}
+    assert np.isclose(train["seconds"]["median"], 2.0, atol=0.1) and results["check"]["val"]["seconds"]["least"] == 1.0
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "1 pairs look alike" in report and (tmp_path / "run" / "report" / "classes.png").exists()
