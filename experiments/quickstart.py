@@ -27,24 +27,24 @@ def get_config(arg: str = "") -> ConfigDict:
     tiny = args["tiny"]
     stages = {
         "pretrain": section(
-            StageSpec, steps=4 if tiny else 700, rows=8 if tiny else 16, val_every=4 if tiny else 100,
+            StageSpec, steps=4 if tiny else 2400, rows=8 if tiny else 16, val_every=4 if tiny else 400,
             objectives={"masked": {"keep": 0.4, "predict": 0.3, "mask": "random", "normalise": False}},
             optim=section(OptimSpec, rate=1e-3)),
         "finetune": section(
-            StageSpec, steps=4 if tiny else 900, rows=8 if tiny else 16, val_every=4 if tiny else 150,
+            StageSpec, steps=4 if tiny else 400, rows=8 if tiny else 16, val_every=4 if tiny else 100,
             init="" if args["scratch"] else "pretrain", data={"fraction": 0.25},
             objectives={"classify": {"label_smoothing": 0.1}},
             optim=section(OptimSpec, rate=1e-3, weight_decay=0.05, b2=0.999)),
     }
     if args["scratch"]:
         del stages["pretrain"]
-    small = section(ModelSpec, width=32, depth=2, heads=2, decoder_width=32)
+    small = section(ModelSpec, width=32, depth=2, heads=2, decoder_width=32, pool="attention")
     return ConfigDict(section(
         Experiment,
-        data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", frames=16, size=32, still=0.2, memory_gib=1.0,
+        data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", frames=16, size=32, still=0.05, memory_gib=1.0,
                      augment={"crop": (0.5, 1.0), "flip": 0.5}),
         particles=section(ParticleSpec, policy="grid", base=(16, 4, 4)),
-        model=small if tiny else section(ModelSpec, width=128, depth=4, heads=2, decoder_width=96),
+        model=small if tiny else section(ModelSpec, width=128, depth=4, heads=2, decoder_width=96, pool="attention"),
         evaluate=section(EvaluateSpec, splits=("test",), views=(1, 1)),
         stages=stages,
         order=tuple(stages),

@@ -17,8 +17,9 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from particlejax import checkpoint, sharding
-from particlejax.apps import evaluate as evaluate_app
 from particlejax.apps import check, explain, prepare, report
+from particlejax.apps import evaluate as evaluate_app
+from particlejax.apps.bench import data as bench_data
 from particlejax.spec import Experiment, as_dict, unknown_key
 from particlejax.train import loop, run
 from particlejax.train.log import MetricLog, say
@@ -48,7 +49,8 @@ def train(experiment: Experiment, workdir: Path, name: str) -> None:
     say(f"report: {report.write(workdir)}")
 
 
-JOBS = {"train": train, "evaluate": evaluate_app.evaluate, "prepare": prepare.prepare, "check_data": check.check_data}
+JOBS = {"train": train, "evaluate": evaluate_app.evaluate, "prepare": prepare.prepare, "check_data": check.check_data,
+        "bench_data": bench_data.bench}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -243,10 +243,20 @@ class PrepareSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchSpec:
+    """Benchmarks: interleaved repetitions, of which medians are taken."""
+
+    repetitions: int = 7
+    clips: int = 320  # of a repetition
+    rows: int = 16
+    memory_clips: int = 10000
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
     """Everything a run depends on, so that config.json is enough to run it again."""
 
-    job: str = one_of("train", "evaluate", "prepare", "check_data")
+    job: str = one_of("train", "evaluate", "prepare", "check_data", "bench_data")
     seed: int = 0
     run: str = ""  # job evaluate: the run that is evaluated
     init: str = ""  # RUN_DIR or RUN_DIR:STAGE that the first stage starts from, where that stage names none itself
@@ -260,6 +270,7 @@ class Experiment:
     checkpoint: CheckpointSpec = CheckpointSpec()
     log: LogSpec = LogSpec()
     prepare: PrepareSpec = PrepareSpec()
+    bench: BenchSpec = BenchSpec()
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Experiment":

@@ -85,7 +85,7 @@ def test_other_settings_in_the_same_folder_are_refused(quickstart: Path, cache_d
 
 def test_finetune_on_a_folder_from_a_run_then_evaluate(quickstart: Path, clips_folder: Path, tmp_path: Path,
                                                        capfd: pytest.CaptureFixture) -> None:
-    model = ["--config.model.width=32", "--config.particles.base=(16,4,4)", "--config.data.still=0.2"]
+    model = ["--config.model.width=32", "--config.particles.base=(16,4,4)", "--config.data.still=0.05"]
     code, said = run(capfd, "--config=experiments/finetune.py:tiny", f"--config.data.source=folder:{clips_folder}",
                      f"--config.init={quickstart}:pretrain", "--workdir", str(tmp_path / "f"), *model)
     assert code == 0, said
@@ -105,7 +105,7 @@ def test_finetune_on_a_folder_from_a_run_then_evaluate(quickstart: Path, clips_f
     assert list(rows[0]) == ["path", "label", "predicted", "p:bounce", "p:grow", "p:slide", "p:spin"]
 
 
-@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "experiments").rglob("*.py")))
+@pytest.mark.parametrize("name", sorted(str(p.relative_to(ROOT / "experiments")) for p in (ROOT / "experiments").rglob("*.py")))
 def test_every_experiment_file_runs_shrunk(name: str, quickstart: Path, cache_dir: str, tmp_path: Path,
                                            capfd: pytest.CaptureFixture) -> None:
     if name == "quickstart.py":

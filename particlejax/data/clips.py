@@ -62,7 +62,7 @@ def _load(record: Record, spec: DataSpec, look: Look, may_flip: bool) -> Clip:
     with memory.opened(record.video, spec.decode_side or spec.size, spec.memory_gib) as video:
         end = min(video.duration, record.end) if record.end is not None else video.duration
         length = max(end - record.start, 1 / video.fps)
-        offset, times, span = _moments(length, 1 / video.fps, spec, look)
+        offset, times, span = moments(length, 1 / video.fps, spec, look)
         held = np.minimum(offset + times, length - 0.5 / video.fps)  # past its end a clip shows its last frame
         frames = video.frames_at(record.start + held)
         origin, whole = video.origin, video.duration
@@ -170,7 +170,7 @@ def _scale_still(payload: np.ndarray, still: float, frames: int) -> np.ndarray:
     return (cuboid + (still - 1) * cuboid.mean(axis=1, keepdims=True)).reshape(payload.shape)
 
 
-def _moments(length: float, frame: float, spec: DataSpec, look: Look) -> tuple[float, np.ndarray, float]:
+def moments(length: float, frame: float, spec: DataSpec, look: Look) -> tuple[float, np.ndarray, float]:
     """Where the span begins, the frames' times from there on, and how long it is; `frame` is one frame of the file."""
     drawn = isinstance(look, np.random.Generator)
     if spec.sample == "dense":
