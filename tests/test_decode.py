@@ -111,6 +111,33 @@ def test_seeks_only_where_it_saves_work(tmp_path: Path, monkeypatch: pytest.Monk
         assert len(decoded) <= most
 
 
+def test_frames_that_nobody_wants_are_dropped_and_the_others_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded, plain = [], Video._decode
+
+    def counted(self: Video) -> object:
+        for timed in plain(self):
+            decoded.append(timed.time)
+            yield timed
+
+    path = str(tmp_path / "a.mp4")
+    with av.open(path, "w") as container:
+        stream = container.add_stream("libx264", rate=RATE, options={"x264-params": "bframes=3:b-adapt=0:scenecut=0"})
+        stream.width, stream.height, stream.pix_fmt = WIDE, TALL, "yuv420p"
+        for i in range(120):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(numbered(i)), format="rgb24")))
+        container.mux(stream.encode(None))
+    with Video(path) as video:
+        whole, _ = video.read_all()
+    monkeypatch.setattr(Video, "_decode", counted)
+    wanted = np.arange(4, 100, 8)
+    with Video(path) as video:
+        frames, _ = video.frames_at((wanted + 0.5) / RATE)
+        assert len(decoded) < 75, "of 101 to the last one wanted"
+        np.testing.assert_array_equal(frames, whole[wanted])
+        frames, _ = video.frames_at((wanted + 1.5) / RATE)  # others of the same file, some of them dropped before
+        np.testing.assert_array_equal(frames, whole[wanted + 1])
+
+
 def test_bytes_equal_path(tmp_path: Path) -> None:
     path = write(tmp_path / "a.mp4", count=60)
     with Video(str(path)) as one, Video(path.read_bytes()) as other:

@@ -92,6 +92,16 @@ def test_clips_from_memory_are_the_decoded_ones(source: sources.Source) -> None:
     assert (record.video, 32) in memory._kept
 
 
+def test_resizing_together_is_resizing_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    for height, width, box, size in ((48, 40, (3.3, 5.1, 33.0, 44.7), 32), (20, 90, (0, 0, 20, 20), 33), (64, 64, (9, 1, 50, 63), 8)):
+        frames = rng.integers(0, 256, (5, height, width, 3), np.uint8)
+        together = clips.crop_resize(frames, box, size)
+        with monkeypatch.context() as patch:
+            patch.setattr(clips, "_SMALL", 0)
+            np.testing.assert_array_equal(together, clips.crop_resize(frames, box, size))
+
+
 def test_start_and_end_bound_what_is_seen(source: sources.Source) -> None:
     whole = source[0]
     part = dataclasses.replace(whole, start=0.5, end=1.0)
@@ -118,7 +128,9 @@ def test_payloads_are_normalised(source: sources.Source) -> None:
     seen = clips.load(source[0], DATA, clips.CENTRE)
 
     def cut(data: DataSpec, spec: ParticleSpec) -> Particles:
-        return clips.particles_of(seen, data, spec, np.random.default_rng(0))["vision"]
+        made = clips.particles_of(seen, data, spec, np.random.default_rng(0))["vision"]
+        assert made.payload.dtype == np.uint8
+        return dataclasses.replace(made, payload=clips.pixel_scale(data, spec).to_payload(made.payload))
 
     made = cut(DATA, CUT)
     back = made.payload * DATA.std + DATA.mean
@@ -128,6 +140,10 @@ def test_payloads_are_normalised(source: sources.Source) -> None:
     loud = made.payload.reshape(-1, 4, 768)
     np.testing.assert_allclose(quiet.mean(1), 0.25 * loud.mean(1), atol=1e-5)
     np.testing.assert_allclose(quiet - quiet.mean(1, keepdims=True), loud - loud.mean(1, keepdims=True), atol=1e-5)
-    np.testing.assert_allclose(clips.pixels_of(quiet.reshape(-1, 3072), data, CUT), back, atol=1e-5)
+    np.testing.assert_allclose(clips.pixel_scale(data, CUT).to_pixels(quiet.reshape(-1, 3072)), back, atol=1e-5)
+    pyramid = ParticleSpec("pyramid", (2, 8, 8), levels=2)
+    coarse = cut(DATA, pyramid).payload[-1].reshape(2, 8, 8, 3)
+    average = seen.frames[-4:, -16:, -16:].astype(float).reshape(2, 2, 8, 2, 8, 2, 3).mean((1, 3, 5))
+    np.testing.assert_allclose(coarse * DATA.std + DATA.mean, average / 255, atol=0.51 / 255)
     budget = cut(DATA, dataclasses.replace(CUT, budget=3))
     assert len(budget.segment) == 3

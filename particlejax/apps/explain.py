@@ -31,7 +31,7 @@ def draw_masked(workdir: Path, name: str, mesh: Mesh) -> None:
     frames, times = found.frames, found.times
     particles = clips.particles_of(found, stage.data, stage.experiment.particles, np.random.default_rng(0))
     slots = pipeline.row_slots(stage.data, stage.experiment.particles)
-    batch = pack.pack([pack.Clip(particles, -1, 0)], slots, 1, stage.data.clips_per_row)
+    batch = stage.ready(pack.pack([pack.Clip(particles, -1, 0)], slots, 1, stage.data.clips_per_row))
     shape = type(spec)(**{**vars(spec), "predict": 1 - spec.keep})  # ask for everything that is hidden
     predict = jax.jit(lambda p, b: objectives.predict_masked(shape, p, stage.model, b, jax.random.key(0), False))
     answer = jax.tree.map(lambda x: np.asarray(x[0]), predict(params, jax.tree.map(np.asarray, batch)))
@@ -55,6 +55,7 @@ def _first_readable(source: sources.Source, data: DataSpec) -> clips.Clip | None
 def _rows(frames: np.ndarray, times: np.ndarray, answer: objectives.Prediction, stage: run.Stage, normalised: bool
           ) -> dict[str, np.ndarray]:
     spec = stage.experiment.particles
+    scale = clips.pixel_scale(stage.data, spec)
     payload = answer.predicted
     if normalised:  # the model knows each particle's contrast only up to these two numbers, which are lent to it here
         true = answer.query.payload
@@ -62,7 +63,7 @@ def _rows(frames: np.ndarray, times: np.ndarray, answer: objectives.Prediction, 
 
     def paint(particles: Particles, payload: np.ndarray, canvas: np.ndarray) -> np.ndarray:
         real = particles.segment > 0
-        pixels = clips.pixels_of(payload[real], stage.data, spec)
+        pixels = scale.to_pixels(payload[real])
         return pictures.paint(pixels, particles.place[real], particles.extent[real], times, frames.shape[1:3], spec.base,
                               canvas)
 

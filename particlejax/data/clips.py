@@ -14,12 +14,15 @@ from PIL import Image
 from particlejax.data import audio, augment, memory, patience, series, words
 from particlejax.data.sources import Record
 from particlejax.particles import cut, policies
+from particlejax.particles.pixels import PixelScale
 from particlejax.particles.types import Particles
 from particlejax.spec import DataSpec, ParticleSpec
 
 VISION, AUDIO, TEXT, SERIES = "vision", "audio", "text", "series"
 MODALITIES = (VISION, AUDIO, TEXT, SERIES)
 _ASPECT = 4 / 3  # a random crop's sides differ by at most this factor
+_BILINEAR = Image.Resampling.BILINEAR
+_SMALL = 64  # pixels of the side up to which frames are resized together
 _TRIES = 10  # random crops that may fall outside the picture before its largest square is taken
 
 
@@ -80,7 +83,7 @@ def _load(record: Record, spec: DataSpec, look: Look, may_flip: bool) -> Clip:
 
 def _look(frames: np.ndarray, spec: DataSpec, look: Look, may_flip: bool) -> np.ndarray:
     box = _crop(frames.shape[1:3], spec, look)
-    frames = np.stack([_resize(frame, box, spec.size) for frame in frames])
+    frames = crop_resize(frames, box, spec.size)
     if isinstance(look, np.random.Generator):
         if spec.augment.flip and look.random() < spec.augment.flip and may_flip:
             frames = frames[:, :, ::-1]
@@ -106,7 +109,7 @@ def longest(spec: DataSpec, own: float) -> float:
 
 
 def particles_of(clip: Clip, data: DataSpec, spec: ParticleSpec, rng: np.random.Generator) -> dict[str, Particles]:
-    """The clip's particles by modality with payloads as the model reads them; what a clip lacks has no entry.
+    """The clip's particles by modality; what a clip lacks has no entry. Vision is uint8: `pixel_scale` reads it.
 
     Sound, words and series stand on the clock of the frames. A budget keeps a random part of the vision.
     """
@@ -121,11 +124,16 @@ def particles_of(clip: Clip, data: DataSpec, spec: ParticleSpec, rng: np.random.
 
 
 def _vision(clip: Clip, data: DataSpec, spec: ParticleSpec, rng: np.random.Generator) -> Particles:
-    video = (clip.frames.astype(np.float32) / 255 - data.mean) / data.std
-    particles = policies.cut_clip(video, clip.times, spec)
+    averages = policies.averages(spec, clip.frames.shape[:3])
+    particles = policies.cut_clip(clip.frames.astype(np.float32) if averages else clip.frames, clip.times, spec)
     if spec.budget:
         particles = policies.thin(particles, rng.random(len(particles.segment)), spec.budget)
-    return replace(particles, payload=_scale_still(particles.payload, data.still, spec.base[0]))
+    return replace(particles, payload=particles.payload.round().astype(np.uint8)) if averages else particles
+
+
+def pixel_scale(data: DataSpec, spec: ParticleSpec) -> PixelScale:
+    """How vision payloads become what the model reads."""
+    return PixelScale(data.mean, data.std, data.still, spec.base[0])
 
 
 def _audio(sound: np.ndarray, data: DataSpec, rng: np.random.Generator) -> Particles:
@@ -155,19 +163,6 @@ def _text(ids: np.ndarray, seconds: float) -> Particles:
     place = np.stack([np.full(n, seconds / 2), row, np.full(n, 0.5)], axis=-1).astype(np.float32)
     extent = np.broadcast_to(np.array([seconds, 1 / n, 1.0], np.float32), (n, 3))
     return Particles(ids[:, None].astype(np.int32), place, extent, np.ones(n, np.int32))
-
-
-def pixels_of(payload: np.ndarray, data: DataSpec, spec: ParticleSpec) -> np.ndarray:
-    """Vision payloads [N, P] of `particles_of` as pixels again, float32 in [0, 1] where they were."""
-    return _scale_still(payload, 1 / data.still, spec.base[0]) * data.std + data.mean
-
-
-def _scale_still(payload: np.ndarray, still: float, frames: int) -> np.ndarray:
-    """Each payload [N, frames * rest] with its mean over the cuboid's frames multiplied by `still`."""
-    if still == 1:
-        return payload
-    cuboid = payload.reshape(len(payload), frames, -1)
-    return (cuboid + (still - 1) * cuboid.mean(axis=1, keepdims=True)).reshape(payload.shape)
 
 
 def moments(length: float, frame: float, spec: DataSpec, look: Look) -> tuple[float, np.ndarray, float]:
@@ -207,8 +202,24 @@ def _crop(size: tuple[int, int], spec: DataSpec, look: Look) -> tuple[float, ...
     return _crop(size, spec, CENTRE)
 
 
-def _resize(frame: np.ndarray, box: tuple[float, ...], size: int) -> np.ndarray:
-    if box == (0, 0, size, size) and frame.shape[:2] == (size, size):
-        return frame
-    image = Image.fromarray(np.ascontiguousarray(frame))
-    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
+def crop_resize(frames: np.ndarray, box: tuple[float, ...], size: int) -> np.ndarray:
+    """The part `box` (left, top, right, bottom in pixels) of frames uint8 [T, H, W, 3] as [T, size, size, 3].
+
+    Antialiased bilinear as Pillow's, bit for bit; small pictures go through it together, one axis after the other,
+    because there its cost is in the calls.
+    """
+    if box == (0, 0, size, size) and frames.shape[1:3] == (size, size):
+        return frames
+    if size > _SMALL:
+        return np.stack([np.asarray(Image.fromarray(np.ascontiguousarray(frame)).resize((size, size), _BILINEAR, box=box))
+                         for frame in frames])
+    left, top, right, bottom = box
+    return _stretch(_stretch(frames, left, right, size).swapaxes(1, 2), top, bottom, size).swapaxes(1, 2)
+
+
+def _stretch(frames: np.ndarray, start: float, stop: float, size: int) -> np.ndarray:
+    """Columns start..stop of frames [T, H, W, 3] as `size` columns."""
+    count, height, width, _ = frames.shape
+    tall = Image.fromarray(np.ascontiguousarray(frames).reshape(count * height, width, 3))
+    found = tall.resize((size, count * height), _BILINEAR, box=(start, 0, stop, count * height))
+    return np.asarray(found).reshape(count, height, size, 3)

@@ -6,6 +6,7 @@ Frames are uint8 [T, H, W, 3] (RGB), times are seconds from the presentation of 
 
 import io
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import cached_property
@@ -23,8 +24,12 @@ _SEEKABLE = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts"})
 _SEEK_GAIN = 0.5  # seconds of decoding that a seek must save: it throws away the decoder's state
 _BLIND_GAIN = 4.0  # the same where the index does not say where keyframes are: longer than most GOPs
 _RETRIES = (0.0, 2.0, 8.0)  # seconds before the wanted time to seek to; MPEG-TS lands after it as often as before
+_HAIR = 1e-6  # seconds by which a wanted time may miss a frame's
 _TAIL = 10.0  # seconds before the end in which the last packet is looked for
 _IO = {"protocol_whitelist": "file"}  # a playlist under a video's name must not reach into the network
+# Codecs whose decoders drop a frame that no other needs without looking at it, exactly; the rest decode every frame.
+_DROPPING = frozenset({"h264", "hevc"})
+_REORDER = 32  # packets within which the next one to be shown is found; H.264 and HEVC reorder by 16 at most
 _NO_RATE = 25.0  # frames per second, for pictures and streams that name none
 
 
@@ -52,6 +57,7 @@ class Video:
         self._source = source
         self._container: av.container.InputContainer | None = None
         self._damage = ""
+        self._wanted: np.ndarray | None = None  # ascending, on the container's clock: other frames may be dropped
         self._scaler = VideoReformatter()
         self._rewind()
         first = self._shown
@@ -103,8 +109,13 @@ class Video:
         stamps = np.zeros(len(times), np.float32)
         size = _resized(self._size, short_side)
         before = picture = None
+        if self._wanted is not None:  # frames that this call may want were dropped
+            self._wanted = None
+            self._rewind()
+        clock = self._clock(times)
+        self._wanted = np.sort(clock)
         for i in np.argsort(times, kind="stable"):
-            self._show(max(times[i], 0.0))
+            self._show(float(clock[i]))
             if self._shown is not before:
                 before, picture = self._shown, self._convert(self._shown.frame, size)
             pictures[i], stamps[i] = picture, before.time - self._start
@@ -112,6 +123,7 @@ class Video:
 
     def read_all(self, short_side: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Every frame from the first to the last: uint8 [T, H, W, 3] and times in seconds, float32 [T]."""
+        self._wanted = None
         self._rewind()
         size = _resized(self._size, short_side)
         pictures, stamps = [], []
@@ -126,6 +138,7 @@ class Video:
         self.close()
         self._container = open_file(self._source)
         self._stream = _video_stream(self._container)
+        self._drops = self._container.format.name in _SEEKABLE and self._stream.codec_context.name in _DROPPING
         self._frames = self._decode()
         first = next(self._frames, None)
         if first is None:
@@ -142,8 +155,10 @@ class Video:
         """Frames in the order they are shown in; a packet that does not decode gives none."""
         tick, step = float(self._stream.time_base), 1 / _rate(self._stream)
         last = None
-        for packet in self._packets():
+        for packet, shown in self._ahead():
             try:
+                if self._wanted is not None and self._drops:
+                    self._stream.codec_context.skip_frame = "DEFAULT" if shown else "NONREF"
                 frames = self._stream.decode(packet)
             except av.FFmpegError as error:
                 locked = packet is not None and packet.has_sidedata("encryption_info")
@@ -158,6 +173,32 @@ class Video:
                 last = time if last is None else max(time, last)  # a clock that jumps back would hide what follows
                 yield _Timed(last, frame)
 
+    def _ahead(self) -> Iterator[tuple[av.Packet | None, bool]]:
+        """Packets, and whether a frame of theirs is on display at a wanted time."""
+        waiting: deque[av.Packet | None] = deque()
+        stamps: deque[int | None] = deque()
+        for packet in self._packets():
+            waiting.append(packet)
+            stamps.append(None if packet is None else packet.pts)
+            if len(waiting) > _REORDER:
+                yield waiting.popleft(), self._is_shown(stamps)
+                stamps.popleft()
+        while waiting:
+            yield waiting.popleft(), self._is_shown(stamps)
+            stamps.popleft()
+
+    def _is_shown(self, stamps: deque[int | None]) -> bool:
+        stamp, tick = stamps[0], float(self._stream.time_base)
+        if self._wanted is None or not self._drops or stamp is None:
+            return True
+        later = min((other for other in stamps if other is not None and other > stamp), default=None)
+        first = np.searchsorted(self._wanted, stamp * tick - _HAIR)
+        return first < len(self._wanted) and (later is None or self._wanted[first] < later * tick + _HAIR)
+
+    def _clock(self, times: np.ndarray) -> np.ndarray:
+        """Times from the first frame as times on the container's clock, with the tolerance of `frames_at`."""
+        return self._start + np.maximum(times, 0.0) + min(float(self._stream.time_base) / 2, 5e-4)
+
     def _packets(self) -> Iterator[av.Packet | None]:
         try:
             yield from self._container.demux(self._stream)
@@ -165,8 +206,7 @@ class Video:
             self._damage = self._damage or f"damaged: {error.strerror}"
             yield None  # the decoder gives what it still holds
 
-    def _show(self, time: float) -> None:
-        wanted = self._start + time + min(float(self._stream.time_base) / 2, 5e-4)
+    def _show(self, wanted: float) -> None:
         if self._start < self._shown.time > wanted:
             self._rewind()
         if self._seek_saves(wanted) and not any(self._land(wanted, back) for back in _RETRIES):

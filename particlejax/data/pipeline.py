@@ -139,7 +139,8 @@ def _vision_slots(data: DataSpec, spec: ParticleSpec) -> pack.Slots:
         policies.check(size, spec)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return pack.Slots(policies.particle_count(size, spec) * data.clips_per_row, int(np.prod(spec.base)) * _CHANNELS)
+    return pack.Slots(policies.particle_count(size, spec) * data.clips_per_row, int(np.prod(spec.base)) * _CHANNELS,
+                      "uint8")
 
 
 def _audio_slots(data: DataSpec, spec: ParticleSpec) -> pack.Slots:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from einops import rearrange, reduce, repeat
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 
 from particlejax.particles.types import Particles, numpy_of
 from particlejax.typing import Array
@@ -30,11 +30,11 @@ def lattice(size: Shape, tube: Tube) -> Int[np.ndarray, "N 3"]:
     return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
 
 
-def cut(video_THWC: Float[Array, "T H W C"], times_T: Float[Array, "T"], tube: Tube, base: Shape) -> Particles:
+def cut(video_THWC: Num[Array, "T H W C"], times_T: Float[Array, "T"], tube: Tube, base: Shape) -> Particles:
     """All cuboids of one tube, each resampled to `base`: longer axes are averaged down, shorter ones repeated.
 
     times_T: seconds of the frames from the clip's start; a frame lasts until the next, the last as long as the one
-    before it. Raises ValueError when an axis of tube.shape and base is not a multiple of the other. Segment is 1.
+    before it. Pixels may be uint8 where nothing is averaged. Raises ValueError when an axis of tube.shape and base is not a multiple of the other. Segment is 1.
     """
     _check(tube.shape, base)
     xp = numpy_of(video_THWC)
@@ -46,7 +46,7 @@ def cut(video_THWC: Float[Array, "T H W C"], times_T: Float[Array, "T"], tube: T
     return Particles(_resample(cuboids, base), place, extent, segment)
 
 
-def uncut(payload_NP: Float[Array, "N P"], size: Shape, base: Shape) -> Float[Array, "T H W C"]:
+def uncut(payload_NP: Num[Array, "N P"], size: Shape, base: Shape) -> Num[Array, "T H W C"]:
     """The video of a whole grid of `base` cuboids: the inverse of `cut` with shape = stride = base."""
     t, h, w = (n // b for n, b in zip(size, base, strict=True))
     return rearrange(payload_NP, "(t h w) (a b d c) -> (t a) (h b) (w d) c", t=t, h=h, w=w, a=base[0], b=base[1],

@@ -47,9 +47,16 @@ def cut_clip(video_THWC: Array, times_T: Array, spec: ParticleSpec) -> Particles
     """All particles that the policy makes of one clip; their number is `particle_count` without a budget."""
     size = video_THWC.shape[:3]
     parts = [cut(video_THWC, times_T, tube, spec.base) for tube in LATTICES[spec.policy](spec, size)]
+    if len(parts) == 1:
+        return parts[0]
     xp = numpy_of(video_THWC)
     fields = ("payload", "place", "extent", "segment")
     return Particles(**{name: xp.concatenate([getattr(p, name) for p in parts]) for name in fields})
+
+
+def averages(spec: ParticleSpec, size: Shape) -> bool:
+    """Whether some particle's payload is an average of pixels, and not pixels of the clip."""
+    return any(tube.shape != spec.base for tube in LATTICES[spec.policy](spec, size))
 
 
 def thin(particles: Particles, scores: Array, budget: int) -> Particles:

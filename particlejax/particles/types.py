@@ -22,7 +22,8 @@ Leaf = Any  # an array of numpy or jax, or whatever jax.tree puts in its place (
 class Particles:
     """Pieces of clips, each with where it is, how large it is and whose it is (design: one type for every modality).
 
-    payload: [..., L, P] float32 (pixels of the cuboid, mel patch, features) or int32 (token ids, P = 1).
+    payload: [..., L, P] float32 (mel patch, features, pixels as the model reads them), uint8 (pixels on their way there)
+    or int32 (token ids, P = 1).
     place: [..., L, 3] float32, the centre: seconds from the clip's start, row and column as fractions of the frame.
     extent: [..., L, 3] float32, the size along the same axes.
     segment: [..., L] int32, 0 for an empty slot, else 1.. for the clip of this row that the particle belongs to.

@@ -46,20 +46,22 @@ def metrics_of(measure: Callable, params: Params, views: pipeline.Views, mesh: M
     return {name: value / max(clips, 1.0) for name, value in totals.items()}
 
 
-def jit_predict(model: Model, mesh: Mesh) -> Callable[[Params, Batch], Any]:
-    """(params, batch) -> class probabilities [B, S, C], on every process alike."""
+def jit_predict(model: Model, ready: Callable[[Batch], Batch], mesh: Mesh) -> Callable[[Params, Batch], Any]:
+    """(params, batch) -> class probabilities [B, S, C] and clips [B, S], on every process alike."""
 
     def predict(params: Params, batch: Batch) -> tuple[Any, Any]:
-        tokens, _ = model.apply(params, "encode", batch.particles)
+        tokens, _ = model.apply(params, "encode", ready(batch).particles)
         return jax.nn.softmax(model.apply(params, "classify", tokens, batch.clip.shape[1])), batch.clip
 
     return jax.jit(predict, out_shardings=NamedSharding(mesh, P()))
 
 
-def probabilities(model: Model, params: Params, views: pipeline.Views, mesh: Mesh, watch: Watch, name: str
+def probabilities(predict: Callable, params: Params, views: pipeline.Views, mesh: Mesh, watch: Watch, name: str
                   ) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the clips that could be read, [N], and their probabilities averaged over all views, [N, C]."""
-    predict = jit_predict(model, mesh)
+    """Numbers of the clips that could be read, [N], and their probabilities averaged over all views, [N, C].
+
+    predict: of `jit_predict`.
+    """
     sums: dict[int, np.ndarray] = {}
     counts: dict[int, int] = {}
     progress = Progress(name, len(views), unit="batch")

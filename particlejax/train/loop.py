@@ -74,7 +74,8 @@ class _Trainer:
     context: Context
     name: str
     bad: run.BadClips = field(init=False)
-    waited: float = 0.0  # seconds for data since the last timing line
+    waited: float = 0.0  # seconds since the last timing line in which the device may have stood idle for want of data
+    running: Any = None  # a result of the step that was started last
     pending: tuple[int, Any] | None = None  # step and metrics not read yet: one step late, the device never waits
 
     def run(self) -> None:
@@ -103,7 +104,7 @@ class _Trainer:
         per_step = spec.rows * data.clips_per_row
         self.steps = spec.steps or max(1, math.ceil(clips * spec.epochs / per_step))
         self.bad = run.BadClips(data.max_bad)
-        objective = objectives.combine(spec.objectives)
+        objective = run.on_ready(self.stage, objectives.combine(spec.objectives))
         optimizer = optim.build(spec.optim, self.steps)
         model, seed = self.stage.model, experiment.seed
         state = initialise(model, optimizer, self.stage.example, seed, spec.ema, mesh)
@@ -162,10 +163,12 @@ class _Trainer:
     def _one(self, stream: Iterator[pipeline.Loaded], progress: Progress) -> None:
         begun = time.monotonic()
         loaded = next(stream)
-        self.waited += time.monotonic() - begun
+        if self.running is None or self.running.is_ready():  # else the device had work all the while
+            self.waited += time.monotonic() - begun
         self.bad.note(loaded)
         self.state, metrics = self.step(self.state, sharding.put(loaded.batch, self.context.mesh))
         self.done += 1
+        self.running = metrics["loss"]
         note = self._flush()
         every = self.context.experiment
         if self.done % every.log.every == 0 or self.done == self.steps:
@@ -293,7 +296,8 @@ def classify(stage: run.Stage, params: Any, source: sources.Source, context: Con
     spec = context.experiment.evaluate
     sharding.check_rows(spec.rows, context.mesh, "config.evaluate.rows")
     views = stage.views(source, spec.rows, spec.views)
-    numbers, found = evaluate.probabilities(stage.model, params, views, context.mesh, watch, f"evaluate {name}")
+    predict = evaluate.jit_predict(stage.model, stage.ready, context.mesh)
+    numbers, found = evaluate.probabilities(predict, params, views, context.mesh, watch, f"evaluate {name}")
     records = [source[int(n)] for n in numbers]
     label = np.array([record.label for record in records], int)
     path = context.workdir / (f"predictions_{name}.csv" if name else "predictions.csv")

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from particlejax import checkpoint, sharding
 from particlejax.adapt import load
-from particlejax.data import pipeline, sources
+from particlejax.data import clips, pipeline, sources
 from particlejax.models import model as models
 from particlejax.objectives import objectives
 from particlejax.particles.types import Batch
@@ -52,7 +52,16 @@ class Stage:
     data: DataSpec
     classes: tuple[str, ...]
     model: models.Model
-    example: Batch  # zeros with the shapes of a batch
+    example: Batch  # zeros with the shapes of a batch of one row, as the model reads it
+
+    def ready(self, batch: Batch) -> Batch:
+        """The batch as the model reads it; the first thing a step does, so that pixels travel as bytes."""
+        vision = batch.particles.get(clips.VISION)
+        if vision is None:
+            return batch
+        scale = clips.pixel_scale(self.data, self.experiment.particles)
+        read = replace(vision, payload=scale.to_payload(vision.payload))
+        return replace(batch, particles={**batch.particles, clips.VISION: read})
 
     def views(self, source: sources.Source, rows: int, views: tuple[int, int] = (1, 1)) -> pipeline.Views:
         """All clips of a source once, for measuring."""
@@ -78,7 +87,13 @@ def build(experiment: Experiment, name: str, classes: tuple[str, ...]) -> Stage:
     payloads = {modality: models.Payload(each.size, ids.get(modality, 0)) for modality, each in slots.items()}
     model = models.build(experiment.model_of(spec), payloads, classes=len(classes) if parts["head"] else 0,
                          decoder=parts["decoder"])
-    return Stage(name, spec, experiment, data, classes, model, pipeline.example(data, experiment.particles, 1))
+    stage = Stage(name, spec, experiment, data, classes, model, pipeline.example(data, experiment.particles, 1))
+    return replace(stage, example=stage.ready(stage.example))
+
+
+def on_ready(stage: Stage, objective: objectives.Objective) -> objectives.Objective:
+    """The objective of batches as they come from the data."""
+    return lambda params, model, batch, key, train: objective(params, model, stage.ready(batch), key, train)
 
 
 def checkpoint_folder(workdir: Path, stage: str, kind: str = "latest") -> Path:
