@@ -2,6 +2,7 @@
 """Data: every clip once an epoch, the same batches whoever reads them from wherever, bad clips left out and named."""
 
 import dataclasses
+import multiprocessing
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from particlejax.data import clips, memory, pipeline, sources
 from particlejax.data.decode import Video
 from particlejax.particles.types import Particles
 from particlejax.spec import AugmentSpec, DataSpec, ParticleSpec
+from particlejax.typing import UserError
 
 CUT = ParticleSpec("grid", (4, 16, 16))
 DATA = DataSpec(frames=8, size=32, threads=1, augment=AugmentSpec(crop=(0.5, 1.0), flip=0.5))
@@ -43,6 +45,16 @@ def test_threads_processes_and_resuming_change_nothing(source: sources.Source) -
     for data in (DATA, dataclasses.replace(DATA, threads=3), dataclasses.replace(DATA, workers=2)):
         for a, b in zip(pipeline.read(made, 2, 5, data), expected[2:], strict=True):
             same(a, b)
+
+
+def test_a_worker_that_is_killed_ends_in_a_sentence(source: sources.Source) -> None:
+    stream = pipeline.read(batches(source), 0, 10**6, dataclasses.replace(DATA, workers=1))
+    next(stream)
+    for child in multiprocessing.active_children():
+        child.kill()
+    with pytest.raises(UserError, match="killed, by the system .* fewer config.data.workers"):
+        for _ in range(10**3):
+            next(stream)
 
 
 def test_processes_of_a_pod_share_one_global_batch(source: sources.Source) -> None:

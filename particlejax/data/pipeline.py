@@ -195,6 +195,11 @@ def read(batches: Batches | Views, start: int, stop: int, data: DataSpec) -> Ite
     iterator = iter(stream)
     try:
         yield from iterator
+    except RuntimeError as error:
+        if "terminated unexpectedly" not in str(error):
+            raise
+        raise UserError("a process that decodes was killed, by the system where memory was short: give the same command "
+                        "again, it continues from the last checkpoint, with fewer config.data.workers.") from error
     finally:
         iterator.close()  # else Grain's workers and shared memory outlive it
 

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop's promises beyond resuming: early stopping, the best checkpoint, the moving average, W&B without a network."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from particlejax import main as entry
+from particlejax import optim, sharding, tree
+from particlejax.particles.types import Batch
+from particlejax.spec import MeshSpec, OptimSpec
+from particlejax.train.state import TrainState, make_step
+
+TINY = "--config=experiments/finetune.py:tiny"
+
+
+def test_no_progress_ends_a_stage_and_the_best_is_measured(cache_dir: str, tmp_path: Path, capfd: pytest.CaptureFixture
+                                                           ) -> None:
+    stage = "--config.stages.finetune"
+    code = entry.main(["main", TINY, f"--config.data.cache_dir={cache_dir}", f"{stage}.steps=40", f"{stage}.val_every=2",
+                       f"{stage}.select=classify/loss", f"{stage}.select_mode=min", f"{stage}.patience=2", f"{stage}.ema=0.0",
+                       f"{stage}.optim.rate=5.0", f"{stage}.optim.warmup=0.05", f"{stage}.optim.clip_norm=0.0",
+                       "--workdir", str(tmp_path)])  # a rate at which it can only get worse
+    assert code == 0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    measured = [(line["step"], line["classify/loss"]) for line in lines if line["split"] == "val"]
+    best = min(measured, key=lambda each: each[1])
+    assert measured[-1][0] == best[0] + 4 < 40, "two measurements without a better one"
+    assert f"no better classify/loss in 2 measurements, stopping at step {measured[-1][0]}" in capfd.readouterr().err
+    kept = [int(p.name) for p in (tmp_path / "checkpoints/finetune/best").iterdir() if p.name.isdigit()]
+    assert max(kept) == best[0]
+    results = json.loads((tmp_path / "results.json").read_text())["finetune"]
+    assert results["train"]["steps"] == measured[-1][0]
+    top1 = next(line["classify/top1"] for line in lines if line["split"] == "val" and line["step"] == best[0])
+    assert np.isclose(results["val"]["top1"], top1), "what is measured at the end is the best, not the last"
+
+
+def test_the_average_follows_the_parameters() -> None:
+    mesh = sharding.make_mesh(MeshSpec())
+
+    def objective(params: dict, model: object, batch: Batch, key: jax.Array, train: bool) -> tuple:
+        loss = jnp.sum(params["w"] ** 2)
+        return loss, {"loss": loss}
+
+    optimizer = optim.build(OptimSpec("sgd", rate=0.1, warmup=0, weight_decay=0, clip_norm=0, momentum=0.0), 1000)
+    params = {"w": jnp.array([1.0, -2.0])}
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
+    step = jax.jit(make_step(None, objective, optimizer, seed=0, ema=0.5, accumulate=1))
+    average = np.asarray(params["w"])
+    with jax.set_mesh(mesh):
+        for i in range(20):
+            state, _ = step(state, None)
+            decay = min(0.5, (1 + i) / (10 + i))
+            average = decay * average + (1 - decay) * np.asarray(state.params["w"])
+    np.testing.assert_allclose(state.average["w"], average, rtol=1e-5)
+    assert state.best_params is state.average and tree.count(state.params) == 2
+
+
+def test_weights_and_biases_without_a_network(cache_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                              capfd: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    code = entry.main(["main", TINY, f"--config.data.cache_dir={cache_dir}", "--config.log.wandb=trial", "--workdir",
+                       str(tmp_path / "run")])
+    if importlib.util.find_spec("wandb") is None:
+        assert code == 2 and "pip install particlejax[wandb]" in capfd.readouterr().err
+        return
+    assert code == 0 and list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
