@@ -69,5 +69,7 @@ def _rows(frames: np.ndarray, times: np.ndarray, answer: objectives.Prediction, 
 
     seen = paint(answer.visible, answer.visible.payload, np.full(frames.shape, 0.5))
     made = paint(answer.query, payload, seen)
-    pixels = {"original": frames / 255, "what the encoder saw": seen, "reconstruction": made}
+    pixels = {"original": frames / 255, "seen by the\nencoder": seen, "reconstruction": made}
+    if stage.data.still < 1:  # what stands still was hardly asked for: show what moves by itself
+        pixels |= {f"{name},\nwhat moves": 0.5 + pixels[name] - pixels[name].mean(axis=0) for name in ("original", "reconstruction")}
     return {name: np.clip(video * 255, 0, 255).round().astype(np.uint8) for name, video in pixels.items()}

@@ -56,7 +56,7 @@ def reconstruction(rows: Mapping[str, np.ndarray], times: np.ndarray, path: Path
     shown = _pick(len(times))
     figure, axes = _row_of_axes(len(rows), len(shown))
     for line, (name, video) in zip(axes, rows.items(), strict=True):
-        line[0].set_ylabel(name.replace(" the", "\nthe"), fontsize=8)
+        line[0].set_ylabel(name, fontsize=8)
         for ax, t in zip(line, shown, strict=True):
             ax.imshow(video[t], interpolation="nearest")
     for ax, t in zip(axes[-1], shown, strict=True):

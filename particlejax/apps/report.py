@@ -15,7 +15,8 @@ _MOST_BAD, _PAIRS = 20, 5  # lines of the lists
 _CAPTIONS = {
     "kept": "What the encoder saw: the outlined particles, the dimmed rest was hidden from it.",
     "reconstruction": "Hidden particles as the decoder draws them. Look for objects where they should be and moving as they "
-                      "should; where targets are normalised, each particle's own mean and contrast are lent to the picture.",
+                      "should. Where targets are normalised, each particle's own mean and contrast are lent to the picture; "
+                      "where data.still is below 1, what does not move was hardly asked for.",
 }
 
 
