@@ -109,12 +109,15 @@ class DataSpec:
 class ParticleSpec:
     """How a clip is cut into particles."""
 
-    policy: str = one_of("grid", "tubes", "pyramid")
+    policy: str = one_of("grid", "tubes", "pyramid", "adaptive", "runs")
     base: tuple[int, int, int] = (2, 16, 16)  # frames, rows, columns of the cuboid that a payload holds
     factor: tuple[int, int, int] = (2, 2, 2)  # of coarseness from one pyramid level to the next
-    levels: int = 3  # of the pyramid, the finest included
+    levels: int = 3  # of the pyramid, the finest included; of adaptive particles on each axis that splits
+    splits: tuple[str, ...] = ("time", "space")  # how an adaptive particle may be split: of both (at once), time, space
+    measure: str = one_of("squared", "absolute", "motion")  # what an adaptive split is worth (particles/adaptive.py)
+    threshold: float = 0.0  # mean absolute difference, of 255, above which a run ends where there is no budget
     tubes: tuple = ()  # of (shape, stride) or (shape, stride, offset), each three numbers
-    budget: int = 0  # particles kept at random; 0: all
+    budget: int = 0  # most particles of a clip: spent by adaptive and runs, else kept at random; 0: all
 
 
 @dataclasses.dataclass(frozen=True)

@@ -111,9 +111,10 @@ def longest(spec: DataSpec, own: float) -> float:
 def particles_of(clip: Clip, data: DataSpec, spec: ParticleSpec, rng: np.random.Generator) -> dict[str, Particles]:
     """The clip's particles by modality; what a clip lacks has no entry. Vision is uint8: `pixel_scale` reads it.
 
-    Sound, words and series stand on the clock of the frames. A budget keeps a random part of the vision.
+    Sound, words and series stand on the clock of the frames. Where the policy does not spend the budget itself, a random part
+    of the vision is kept.
     """
-    made = {VISION: _vision(clip, data, spec, rng)} if VISION in data.modalities else {}
+    made = {VISION: _vision(clip, spec, rng)} if VISION in data.modalities else {}
     if clip.sound is not None:
         made[AUDIO] = _audio(clip.sound, data, rng)
     if clip.words is not None and len(clip.words):
@@ -123,12 +124,11 @@ def particles_of(clip: Clip, data: DataSpec, spec: ParticleSpec, rng: np.random.
     return {name: particles for name, particles in made.items() if len(particles.segment)}
 
 
-def _vision(clip: Clip, data: DataSpec, spec: ParticleSpec, rng: np.random.Generator) -> Particles:
-    averages = policies.averages(spec, clip.frames.shape[:3])
-    particles = policies.cut_clip(clip.frames.astype(np.float32) if averages else clip.frames, clip.times, spec)
-    if spec.budget:
-        particles = policies.thin(particles, rng.random(len(particles.segment)), spec.budget)
-    return replace(particles, payload=particles.payload.round().astype(np.uint8)) if averages else particles
+def _vision(clip: Clip, spec: ParticleSpec, rng: np.random.Generator) -> Particles:
+    particles = policies.cut_clip(clip.frames, clip.times, spec)
+    if spec.budget and spec.policy not in policies.ADAPTING:
+        return policies.thin(particles, rng.random(len(particles.segment)), spec.budget)
+    return particles
 
 
 def pixel_scale(data: DataSpec, spec: ParticleSpec) -> PixelScale:

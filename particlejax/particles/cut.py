@@ -4,6 +4,7 @@
 Legend: T frames, H rows, W columns, C channels; N particles of P = prod(base) * C numbers in the order (t, h, w, c).
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -24,24 +25,28 @@ class Tube(NamedTuple):
     offset: Shape = (0, 0, 0)
 
 
+@functools.cache
 def lattice(size: Shape, tube: Tube) -> Int[np.ndarray, "N 3"]:
     """First corner of each cuboid that lies wholly in a clip of `size`, in the order (t, h, w)."""
     axes = [np.arange(o, n - s + 1, d) for n, s, d, o in zip(size, tube.shape, tube.stride, tube.offset, strict=True)]
-    return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+    corners = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+    corners.flags.writeable = False  # it is shared
+    return corners
 
 
 def cut(video_THWC: Num[Array, "T H W C"], times_T: Float[Array, "T"], tube: Tube, base: Shape) -> Particles:
     """All cuboids of one tube, each resampled to `base`: longer axes are averaged down, shorter ones repeated.
 
     times_T: seconds of the frames from the clip's start; a frame lasts until the next, the last as long as the one
-    before it. Pixels may be uint8 where nothing is averaged. Raises ValueError when an axis of tube.shape and base is not a multiple of the other. Segment is 1.
+    before it. Payloads have the type of the pixels: averages of whole numbers are rounded. Raises ValueError when an axis
+    of tube.shape and base is not a multiple of the other. Segment is 1.
     """
     _check(tube.shape, base)
     xp = numpy_of(video_THWC)
     size = video_THWC.shape[:3]
     corners = lattice(size, tube)
     cuboids = _gather(video_THWC, corners, tube)
-    place, extent = _where(times_T, corners, tube, size)
+    place, extent = where(times_T, corners, tube, size)
     segment = xp.ones(len(corners), np.int32)
     return Particles(_resample(cuboids, base), place, extent, segment)
 
@@ -51,6 +56,14 @@ def uncut(payload_NP: Num[Array, "N P"], size: Shape, base: Shape) -> Num[Array,
     t, h, w = (n // b for n, b in zip(size, base, strict=True))
     return rearrange(payload_NP, "(t h w) (a b d c) -> (t a) (h b) (w d) c", t=t, h=h, w=w, a=base[0], b=base[1],
                      d=base[2])
+
+
+def tiles(video_THWC: Num[np.ndarray, "T H W C"], tube: Tube, base: Shape, chosen: Int[np.ndarray, "N"]
+          ) -> Num[np.ndarray, "N P"]:
+    """Payloads of the chosen cuboids of a tiling (numpy), as `cut` would give them, without cutting the others."""
+    s = tube.shape
+    view = rearrange(video_THWC, "(t a) (h b) (w d) c -> t h w a b d c", a=s[0], b=s[1], d=s[2])
+    return _resample(view[np.unravel_index(chosen, view.shape[:3])], base)
 
 
 def _check(shape: Shape, base: Shape) -> None:
@@ -73,12 +86,16 @@ def _resample(cuboids: Array, base: Shape) -> Array:
     if cuboids.shape[1:4] == base:
         return rearrange(cuboids, "n t h w c -> n (t h w c)")
     a, b, d = (max(s // n, 1) for s, n in zip(cuboids.shape[1:4], base, strict=True))
-    cuboids = reduce(cuboids, "n (t a) (h b) (w d) c -> n t h w c", "mean", a=a, b=b, d=d)
+    if a * b * d > 1:
+        mean = reduce(cuboids.astype(np.float32), "n (t a) (h b) (w d) c -> n t h w c", "mean", a=a, b=b, d=d)
+        whole = np.issubdtype(cuboids.dtype, np.integer)
+        cuboids = numpy_of(mean).round(mean).astype(cuboids.dtype) if whole else mean
     a, b, d = (n // s for s, n in zip(cuboids.shape[1:4], base, strict=True))
     return repeat(cuboids, "n t h w c -> n (t a h b w d c)", a=a, b=b, d=d)
 
 
-def _where(times_T: Array, corners: np.ndarray, tube: Tube, size: Shape) -> tuple[Array, Array]:
+def where(times_T: Array, corners: np.ndarray, tube: Tube, size: Shape) -> tuple[Array, Array]:
+    """Place and extent, float32 [N, 3], of a tube's cuboids at `corners` of a clip of `size`."""
     xp = numpy_of(times_T)
     last = times_T[-1:] - times_T[-2:-1] if len(times_T) > 1 else xp.zeros(1, np.float32)
     edges = xp.concatenate([times_T, times_T[-1:] + last])

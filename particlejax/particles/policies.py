@@ -5,11 +5,13 @@ A policy is `(video [T, H, W, C], times [T], ParticleSpec) -> Particles` with le
 the shapes alone; `thin` then keeps a random part where the spec has a budget.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 
 import numpy as np
 
+from particlejax.particles import adaptive, runs
 from particlejax.particles.cut import Tube, cut, lattice
 from particlejax.particles.types import Particles, numpy_of
 from particlejax.spec import ParticleSpec
@@ -41,10 +43,18 @@ def pyramid(spec: ParticleSpec, size: Shape) -> tuple[Tube, ...]:
 LATTICES: dict[str, Callable[[ParticleSpec, Shape], tuple[Tube, ...]]] = {
     "grid": grid, "tubes": tubes, "pyramid": pyramid,
 }
+ADAPTING: dict[str, Callable[[Array, Array, ParticleSpec], Particles]] = {
+    "adaptive": adaptive.adaptive, "runs": runs.runs,
+}
 
 
 def cut_clip(video_THWC: Array, times_T: Array, spec: ParticleSpec) -> Particles:
-    """All particles that the policy makes of one clip; their number is `particle_count` without a budget."""
+    """All particles that the policy makes of one clip: `particle_count` of them, or at most so many where it adapts.
+
+    `adaptive` and `runs` spend spec.budget themselves; of the others `thin` keeps it.
+    """
+    if spec.policy in ADAPTING:
+        return ADAPTING[spec.policy](video_THWC, times_T, spec)
     size = video_THWC.shape[:3]
     parts = [cut(video_THWC, times_T, tube, spec.base) for tube in LATTICES[spec.policy](spec, size)]
     if len(parts) == 1:
@@ -52,11 +62,6 @@ def cut_clip(video_THWC: Array, times_T: Array, spec: ParticleSpec) -> Particles
     xp = numpy_of(video_THWC)
     fields = ("payload", "place", "extent", "segment")
     return Particles(**{name: xp.concatenate([getattr(p, name) for p in parts]) for name in fields})
-
-
-def averages(spec: ParticleSpec, size: Shape) -> bool:
-    """Whether some particle's payload is an average of pixels, and not pixels of the clip."""
-    return any(tube.shape != spec.base for tube in LATTICES[spec.policy](spec, size))
 
 
 def thin(particles: Particles, scores: Array, budget: int) -> Particles:
@@ -67,12 +72,16 @@ def thin(particles: Particles, scores: Array, budget: int) -> Particles:
 
 def particle_count(size: Shape, spec: ParticleSpec) -> int:
     """How many particles a clip of `size` (frames, rows, columns) becomes."""
-    whole = sum(len(lattice(size, tube)) for tube in LATTICES[spec.policy](spec, size))
+    tubes = (Tube(spec.base, spec.base),) if spec.policy in ADAPTING else LATTICES[spec.policy](spec, size)
+    whole = sum(len(lattice(size, tube)) for tube in tubes)
     return min(whole, spec.budget) if spec.budget else whole
 
 
 def check(size: Shape, spec: ParticleSpec) -> None:
     """Raises ValueError when the policy leaves a part of the clip out."""
+    if spec.policy in ADAPTING:
+        _check_adapting(size, spec)
+        return
     for tube, axis in itertools.product(LATTICES[spec.policy](spec, size), range(3)):
         if tube.shape[axis] > size[axis]:
             raise ValueError(f"particles of {tube.shape} do not fit into clips of {tuple(size)}: use smaller ones or "
@@ -81,6 +90,21 @@ def check(size: Shape, spec: ParticleSpec) -> None:
             name = ("frames", "rows", "columns")[axis]
             raise ValueError(f"clips of {size[axis]} {name} are not a multiple of particles of {tube.shape[axis]}: "
                              "change data.frames, data.size or particles.base.")
+
+
+def _check_adapting(size: Shape, spec: ParticleSpec) -> None:
+    check(size, dataclasses.replace(spec, policy="grid"))
+    if spec.policy == "adaptive":
+        least = int(np.prod(adaptive.tree(size, spec).counts[0]))
+        if spec.budget < least:
+            raise ValueError(f"particles.budget={spec.budget} is less than the {least} coarsest particles of a clip: raise it, "
+                             "or particles.levels.")
+        return
+    least = (size[1] // spec.base[1]) * (size[2] // spec.base[2])
+    if not (spec.budget or spec.threshold):
+        raise ValueError("particles.policy is 'runs' but budget and threshold are 0: set one of them.")
+    if 0 < spec.budget < least:
+        raise ValueError(f"particles.budget={spec.budget} is less than the {least} runs that begin with a clip: raise it.")
 
 
 def empty(length: int, payload: int) -> Particles:
