@@ -131,6 +131,9 @@ class ModelSpec:
     mlp: int = 4  # hidden width of the MLP, in widths
     dropout: float = 0.0
     drop_path: float = 0.0  # stochastic depth of the last block, linear from 0 (arXiv:1603.09382)
+    reduce: str = one_of("drop", "merge")  # what becomes of tokens after the blocks `reduce_after` (nn/reduce.py)
+    reduce_after: tuple[int, ...] = ()  # numbers of blocks, ascending; (): all tokens go through all blocks
+    reduce_keep: float = 0.5  # share of a clip's tokens that stays each time
     pool: str = one_of("mean", "attention")  # how a clip's tokens become the vector that is classified
     pool_heads: int = 8  # of attention pooling
     decoder_width: int = 128
@@ -346,11 +349,22 @@ def check(experiment: Experiment) -> Experiment:
         if stage.rows % stage.accumulate:
             raise UserError(f"{where}.rows={stage.rows} is not a multiple of accumulate={stage.accumulate}: change one.")
         experiment.data_of(stage)
-        experiment.model_of(stage)
+        _check_model(experiment.model_of(stage))
     if experiment.checkpoint.keep < 2:
         raise UserError(f"config.checkpoint.keep={experiment.checkpoint.keep} would leave no whole checkpoint while the "
                         "next is written: use 2 or more.")
     return experiment
+
+
+def _check_model(model: ModelSpec) -> None:
+    edges = (0, *model.reduce_after, model.depth)
+    if any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
+        raise UserError(f"config.model.reduce_after={model.reduce_after} must name blocks between 1 and {model.depth - 1}, "
+                        "ascending: correct it, or leave it empty.")
+    least = 0.5 if model.reduce == "merge" else 0.0
+    if not least <= model.reduce_keep < 1 or not model.reduce_keep:
+        raise UserError(f"config.model.reduce_keep={model.reduce_keep:g} must be below 1 and "
+                        + ("at least 0.5, as tokens merge in pairs." if least else "above 0."))
 
 
 def _value(field: dataclasses.Field, value: Any, where: str) -> Any:
