@@ -92,7 +92,7 @@ def test_modalities_share_a_clock_and_what_is_missing_has_no_particle(beeping: b
     whole = sources.Record("a", beeping, 0, "a beep", start=3.0, end=5.0, series=TABLE)
     made = clips.particles_of(clips.load(whole, DATA, clips.CENTRE), DATA, CUT, np.random.default_rng(0))
     assert set(made) == {"vision", "audio", "text", "series"}
-    slots = pipeline.row_slots(DATA, CUT)
+    slots = pipeline.row_of(DATA, CUT).slots
     assert {m: (p.payload.shape, p.payload.dtype.name) for m, p in made.items() if m != "text"} == {
         m: ((s.length, s.size), s.dtype) for m, s in slots.items() if m != "text"}
     # the flash and the beep at 3.5 s stand 0.5 s after the clip's start
@@ -107,7 +107,7 @@ def test_modalities_share_a_clock_and_what_is_missing_has_no_particle(beeping: b
     bare = sources.Record("b", film(sound=False), 0)
     lacks = clips.particles_of(clips.load(bare, DATA, clips.CENTRE), DATA, CUT, np.random.default_rng(0))
     assert set(lacks) == {"vision"}
-    batch = pack.pack([pack.Clip(made, 0, 0), pack.Clip(lacks, 0, 1)], slots, 2, 1)
+    batch = pack.pack([pack.Clip(made, 0, 0), pack.Clip(lacks, 0, 1)], [0, 1], slots, 2, 1)
     assert (batch.particles["audio"].segment[1] == 0).all() and (batch.particles["audio"].segment[0] == 1).all()
 
 
@@ -127,9 +127,9 @@ def test_a_series_that_is_wrong_is_named(beeping: bytes) -> None:
 
 def test_rows_need_to_know_how_long_sound_is() -> None:
     with pytest.raises(UserError, match="set one of them"):
-        pipeline.row_slots(DataSpec(modalities=("audio",)), CUT)
+        pipeline.row_of(DataSpec(modalities=("audio",)), CUT)
     with pytest.raises(UserError, match="names 'smell'"):
-        pipeline.row_slots(DataSpec(modalities=("smell",)), CUT)
+        pipeline.row_of(DataSpec(modalities=("smell",)), CUT)
 
 
 def test_a_tokenizer_file_is_read(tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ PAYLOAD = CLIPS[0].particles["vision"].payload.shape[1]
 
 
 def rows_of(clips: list[pack.Clip], rows: int, length: int, per_row: int) -> Batch:
-    return jax.tree.map(jnp.asarray, pack.pack(clips, {"vision": pack.Slots(length, PAYLOAD)}, rows, per_row))
+    chosen = [i // per_row for i in range(len(clips))]
+    return jax.tree.map(jnp.asarray, pack.pack(clips, chosen, {"vision": pack.Slots(length, PAYLOAD)}, rows, per_row))
 
 
 @pytest.fixture(scope="module")
@@ -164,10 +165,10 @@ def test_two_modalities_and_one_missing() -> None:
                       np.ones(5, np.int32))
     shapes = {"vision": pack.Slots(48, PAYLOAD), "text": pack.Slots(6, 1, "int32")}
     both = pack.Clip({**CLIPS[0].particles, "text": words}, 0, 0)
-    batch = jax.tree.map(jnp.asarray, pack.pack([both, CLIPS[1]], shapes, 1, 2))
+    batch = jax.tree.map(jnp.asarray, pack.pack([both, CLIPS[1]], [0, 0], shapes, 1, 2))
     params = jax.jit(model.init)(jax.random.key(0), batch)
     together = logits(model, params, batch)[0]
-    alone = jax.tree.map(jnp.asarray, pack.pack([CLIPS[1]], shapes, 1, 2))
+    alone = jax.tree.map(jnp.asarray, pack.pack([CLIPS[1]], [0], shapes, 1, 2))
     np.testing.assert_allclose(together[1], logits(model, params, alone)[0, 0], atol=2e-5)
     only = dataclasses.replace(alone, particles={"vision": alone.particles["vision"]})
     np.testing.assert_allclose(together[1], logits(model, params, only)[0, 0], atol=2e-5)
