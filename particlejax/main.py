@@ -3,7 +3,6 @@
 
 import difflib
 import hashlib
-import json
 import os
 import re
 import runpy
@@ -12,17 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
-from particlejax import checkpoint, sharding
-from particlejax.apps import check, explain, prepare, report
-from particlejax.apps import evaluate as evaluate_app
+from particlejax.apps import check, evaluate, prepare, sweep, train
 from particlejax.apps.bench import data as bench_data
-from particlejax.spec import Experiment, as_dict, unknown_key
-from particlejax.train import loop, run
-from particlejax.train.log import MetricLog, say
+from particlejax.spec import Experiment, unknown_key
+from particlejax.train import loop, workdir
+from particlejax.train.log import say
 from particlejax.typing import UserError
 
 
@@ -35,22 +33,8 @@ class Asked(NamedTuple):
     workdir: str
 
 
-def train(experiment: Experiment, workdir: Path, name: str) -> None:
-    """Job 'train': every stage, then the report."""
-    mesh = sharding.make_mesh(experiment.mesh)
-    log = MetricLog(workdir, experiment.log, name, as_dict(experiment))
-    try:
-        loop.train(loop.Context(experiment, workdir, mesh, log))
-    finally:
-        log.close()
-    for stage, spec in experiment.stages.items():
-        if "masked" in spec.objectives:
-            explain.draw_masked(workdir, stage, mesh)
-    say(f"report: {report.write(workdir)}")
-
-
-JOBS = {"train": train, "evaluate": evaluate_app.evaluate, "prepare": prepare.prepare, "check_data": check.check_data,
-        "bench_data": bench_data.bench}
+JOBS = {"train": train.train, "sweep": sweep.sweep, "evaluate": evaluate.evaluate, "prepare": prepare.prepare,
+        "check_data": check.check_data, "bench_data": bench_data.bench}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,8 +43,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         asked = _parse(argv)
         experiment = Experiment.of(asked.config.to_dict())
-        workdir = _enter(_workdir(asked), experiment)
-        JOBS[experiment.job](experiment, workdir, workdir.name)
+        _cache_programs(experiment)
+        folder = workdir.enter(_workdir(asked), experiment)
+        JOBS[experiment.job](experiment, folder, folder.name)
     except UserError as error:
         print(f"particlejax: {error}", file=sys.stderr)
         return 2
@@ -68,6 +53,12 @@ def main(argv: Sequence[str]) -> int:
         say(str(stop))
         return 130 if str(stop).startswith("SIGINT") else 0
     return 0
+
+
+def _cache_programs(experiment: Experiment) -> None:
+    """What was compiled once is not compiled again by a run that goes on, or by one of another seed."""
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.expanduser(experiment.data.cache_dir), "programs"))
 
 
 def _parse(argv: Sequence[str]) -> Asked:
@@ -132,33 +123,6 @@ def _workdir(asked: Asked) -> Path:
     path, _, arg = asked.file.partition(":")
     mark = hashlib.sha256("\n".join(asked.overrides).encode()).hexdigest()[:8] if asked.overrides else ""
     return Path("runs") / "-".join(part for part in (Path(path).stem, re.sub(r"\W+", "_", arg), mark) if part)
-
-
-def _enter(workdir: Path, experiment: Experiment) -> Path:
-    """Makes the folder and writes config.json, or checks that it holds this very experiment."""
-    path = workdir / run.CONFIG
-    new = json.loads(json.dumps(as_dict(experiment)))
-    if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
-        changed = _differences(old, new)
-        if changed:
-            raise UserError(f"{workdir} holds a run with other settings ({'; '.join(changed[:3])}): give another --workdir, "
-                            "or the same settings to continue it.")
-        return workdir
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(path, new)
-    except OSError as error:
-        raise UserError(f"workdir {workdir} cannot be written ({error.strerror}): give another --workdir.") from error
-    say(f"workdir: {workdir}")
-    return workdir
-
-
-def _differences(old: Any, new: Any, where: str = "config") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [text for key in keys for text in _differences(old.get(key), new.get(key), f"{where}.{key}")]
-    return [] if old == new else [f"{where} was {old!r}, is {new!r}"]
 
 
 if __name__ == "__main__":

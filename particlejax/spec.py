@@ -289,10 +289,21 @@ class BenchSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class SweepSpec:
+    """Job sweep: several runs of the experiment."""
+
+    runs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # by name, what differs, nested
+    seeds: tuple[int, ...] = (0, 1, 2)
+    metric: str = "finetune/val/top1"  # stage/split/figure of results.json
+    storage: str = ""  # URL of a database through which Optuna shares the runs out to processes; '': this one runs all
+    search: int = 0  # trials in which Optuna combines the settings of the runs; 0: the runs as they are
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
     """Everything a run depends on, so that config.json is enough to run it again."""
 
-    job: str = one_of("train", "evaluate", "prepare", "check_data", "bench_data")
+    job: str = one_of("train", "sweep", "evaluate", "prepare", "check_data", "bench_data")
     seed: int = 0
     run: str = ""  # job evaluate: the run that is evaluated
     init: str = ""  # RUN_DIR or RUN_DIR:STAGE that the first stage starts from, where that stage names none itself
@@ -305,6 +316,7 @@ class Experiment:
     mesh: MeshSpec = MeshSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
     log: LogSpec = LogSpec()
+    sweep: SweepSpec = SweepSpec()
     prepare: PrepareSpec = PrepareSpec()
     bench: BenchSpec = BenchSpec()
 

@@ -21,7 +21,7 @@ from particlejax.typing import UserError
 def state_of(step: int, mesh: jax.sharding.Mesh, width: int = 64) -> TrainState:
     encoder = {"kernel": np.arange(width * 64, dtype=np.float32).reshape(width, 64) + step, "bias": np.ones(64, np.float32)}
     params = {"encoder": encoder, "head": {"kernel": np.full((64, 3), step, np.float32)}}
-    state = TrainState(jnp.int32(step), params, (jax.tree.map(np.zeros_like, params),), ())
+    state = TrainState(jnp.int32(step), jnp.uint32(0), params, (jax.tree.map(np.zeros_like, params),), ())
     return jax.tree.map(jax.device_put, state, sharding.param_shardings(state, mesh))
 
 

@@ -49,8 +49,8 @@ def test_the_average_follows_the_parameters() -> None:
 
     optimizer = optim.build(OptimSpec("sgd", rate=0.1, warmup=0, weight_decay=0, clip_norm=0, momentum=0.0), 1000)
     params = {"w": jnp.array([1.0, -2.0])}
-    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
-    step = jax.jit(make_step(None, objective, optimizer, seed=0, ema=0.5, accumulate=1))
+    state = TrainState(jnp.zeros((), jnp.int32), jnp.uint32(0), params, optimizer.init(params), params)
+    step = jax.jit(make_step(None, objective, optimizer, ema=0.5, accumulate=1))
     average = np.asarray(params["w"])
     with jax.set_mesh(mesh):
         for i in range(20):

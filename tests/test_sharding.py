@@ -42,7 +42,7 @@ def losses(mesh: jax.sharding.Mesh, accumulate: int = 1, specs: dict = BOTH, mis
     model = models.build(MODEL, {"vision": models.Payload(96)}, classes=3, decoder=True)
     optimizer = optim.build(OptimSpec(rate=1e-2, warmup=0), 10)
     state = initialise(model, optimizer, jax.tree.map(lambda x: x[:1], batch()), 0, 0.9, mesh)
-    step = make_step(model, objectives.combine(specs), optimizer, seed=0, ema=0.9, accumulate=accumulate)
+    step = make_step(model, objectives.combine(specs), optimizer, ema=0.9, accumulate=accumulate)
     found = []
     with jax.set_mesh(mesh):
         jitted = jit_step(step, state, mesh)

@@ -96,6 +96,24 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], path: Pat
     _save(figure, path)
 
 
+def pareto(points: Mapping[str, tuple[float, float, float]], best: Sequence[str], path: Path, cost: str, figure: str) -> None:
+    """Named points (cost, mean, spread), those of one family (what stands before the first '-') in one colour, `best` joined."""
+    canvas = Figure(figsize=(7, 4.5), layout="constrained")
+    ax = canvas.subplots()
+    families = list(dict.fromkeys(name.split("-")[0] for name in points))
+    for i, family in enumerate(families):
+        mine = {name: point for name, point in points.items() if name.split("-")[0] == family}
+        x, y, spread = np.array(list(mine.values())).T
+        ax.errorbar(x, y, spread, fmt="o", capsize=3, color=f"C{i}", label=family)
+        for name, (at, mean, _) in mine.items():
+            ax.annotate(name, (at, mean), fontsize=7, xytext=(4, 4), textcoords="offset points")
+    ax.plot([points[name][0] for name in best], [points[name][1] for name in best], color="0.6", zorder=0, label="front")
+    ax.set(xlabel=cost, ylabel=figure)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    _save(canvas, path)
+
+
 def histograms(series: Mapping[str, Sequence[float]], path: Path, title: str, unit: str) -> None:
     """How often each value occurs, one outline for each series."""
     figure = Figure(figsize=(6, 3), layout="constrained")

@@ -46,6 +46,10 @@ class MetricLog:
         """What was written of one stage and split so far, in order."""
         return [line for line in _lines(self._metrics) if line["stage"] == stage and line["split"] == split]
 
+    def timings(self, stage: str) -> list[dict[str, Any]]:
+        """What `time` wrote of one stage so far, in order."""
+        return [line for line in _lines(self._timing) if line["stage"] == stage]
+
     def cut(self, stage: str, step: int, later_stages: tuple[str, ...]) -> None:
         """Forgets lines of `stage` after `step`, all of `later_stages`, and a line that a kill left unfinished."""
         for path in (self._metrics, self._timing):

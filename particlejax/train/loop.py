@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from particlejax import optim, sharding, tree
+from particlejax import flops, optim, sharding, tree
 from particlejax.adapt import load
 from particlejax.checkpoint import Checkpoints
 from particlejax.data import pipeline, sources
@@ -127,7 +127,7 @@ class _Trainer:
         optimizer = optim.build(spec.optim, self.steps)
         model, seed = self.stage.model, experiment.seed
         state = initialise(model, optimizer, self.stage.example, seed, spec.ema, mesh)
-        step = make_step(model, objective, optimizer, seed=seed, ema=spec.ema, accumulate=spec.accumulate)
+        step = make_step(model, objective, optimizer, ema=spec.ema, accumulate=spec.accumulate)
         self.step = jit_step(step, state, mesh)
         self.measure = evaluate.jit_measure(objective, model, mesh)
         self._restore(state)
@@ -162,7 +162,7 @@ class _Trainer:
         params, sentence = load.from_checkpoint(state.params, folder)
         say(f"{self.name}: starts from {sentence}")
         average = jax.tree.map(lambda x: x.copy(), params) if self.stage.spec.ema else ()
-        return TrainState(state.step, params, state.opt_state, average)
+        return replace(state, params=params, average=average)
 
     # -- the steps
 
@@ -231,7 +231,7 @@ class _Trainer:
         filled, self.filled = self.filled, _Filled()
         self.context.log.time(self.name, step, {
             "seconds_per_step": elapsed / filled.batches, "clips_per_second": filled.clips * jax.process_count() / elapsed,
-            "data_wait_share": share, "fill": filled.slots / filled.whole})
+            "data_wait_share": share, "fill": filled.slots / filled.whole, "particles_per_clip": filled.slots / max(filled.clips, 1)})
 
     def _save(self) -> None:
         self._flush()
@@ -298,11 +298,25 @@ class _Trainer:
         figures["train"] = figures.get("train", {}) | {
             "steps": self.done, "seconds_since_start": round(seconds, 1), "clips": len(pipeline.chosen_clips(len(self.source), stage.data.fraction)),
             "clips_seen": self.batches.plan.seen(self.done),
-            "parameters": tree.count(self.state.params), "compilations": self.step._cache_size()}
+            "parameters": tree.count(self.state.params), "compilations": self.step._cache_size(), **self._costs()}
         if "classify" in stage.spec.objectives:
             for split in self.context.experiment.evaluate.splits:
                 figures[split] = figures.get(split, {}) | self._classify(split)
         run.add_results(self.context.workdir, self.name, figures, self.bad.reasons)
+
+    def _costs(self) -> dict[str, float]:
+        """What training took: measured over the whole run, also where it was resumed, and operations from shapes."""
+        lines = self.context.log.timings(self.name)
+        if not lines:
+            return {}
+        middle = {key: float(np.median([line[key] for line in lines])) for key in lines[0] if key not in ("stage", "step")}
+        row = pipeline.example(self.batches.plan.schedule.row, 1)
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((self.stage.spec.rows, *x.shape[1:]), x.dtype), row)
+        operations = flops.count(self.step.trace(abstract(self.state), batch).jaxpr)
+        return {"seconds_of_steps": middle["seconds_per_step"] * self.done, "clips_per_second": middle["clips_per_second"],
+                "data_wait_share": middle["data_wait_share"], "fill": middle["fill"],
+                "particles_per_clip": float(np.mean([line["particles_per_clip"] for line in lines])),
+                "flops_per_clip": operations * self.done / max(self.batches.plan.seen(self.done), 1)}
 
     def _classify(self, split: str) -> dict[str, Any]:
         params = self.state.best_params

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh
@@ -23,9 +24,13 @@ Step = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """step: int32, steps done. average: the parameters' moving average, () where the stage keeps none."""
+    """step: int32, steps done. seed: uint32, of all randomness: an array, so that runs of other seeds are the same program.
+
+    average: the parameters' moving average, () where the stage keeps none.
+    """
 
     step: Array
+    seed: Array
     params: Params
     opt_state: Any
     average: Params | tuple[()]
@@ -40,14 +45,15 @@ def initialise(model: Model, optimizer: optax.GradientTransformation, batch: Bat
                ) -> TrainState:
     """A state born sharded: no device ever holds more than its part."""
 
-    def init() -> TrainState:
+    def init(seed: Array) -> TrainState:
         params = model.init(jax.random.key(seed), batch)
         average = jax.tree.map(jnp.copy, params) if ema else ()
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
+        return TrainState(jnp.zeros((), jnp.int32), seed, params, optimizer.init(params), average)
 
-    shardings = sharding.param_shardings(jax.eval_shape(init), mesh)
+    number = np.uint32(seed % 2**32)
+    shardings = sharding.param_shardings(jax.eval_shape(init, number), mesh)
     with jax.set_mesh(mesh):
-        return jax.jit(init, out_shardings=shardings)()
+        return jax.jit(init, out_shardings=shardings)(number)
 
 
 def abstract(state: TrainState) -> TrainState:
@@ -55,8 +61,7 @@ def abstract(state: TrainState) -> TrainState:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
-def make_step(model: Model, objective: Objective, optimizer: optax.GradientTransformation, *, seed: int, ema: float,
-              accumulate: int) -> Step:
+def make_step(model: Model, objective: Objective, optimizer: optax.GradientTransformation, *, ema: float, accumulate: int) -> Step:
     """(state, batch) -> (state, metrics), pure; its randomness is fold_in(seed, step).
 
     With `accumulate` > 1 the rows are cut into that many micro-batches under a scan, each weighted by its clips.
@@ -67,7 +72,7 @@ def make_step(model: Model, objective: Objective, optimizer: optax.GradientTrans
         return grads, metrics
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         grads, metrics = accumulated(gradient, accumulate)(state.params, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -76,7 +81,7 @@ def make_step(model: Model, objective: Objective, optimizer: optax.GradientTrans
             decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))  # young averages forget their random start
             average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
         metrics |= {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
-        return TrainState(state.step + 1, params, opt_state, average), metrics
+        return TrainState(state.step + 1, state.seed, params, opt_state, average), metrics
 
     return step
 

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains every stage of an experiment, then draws and reports."""
+
+from pathlib import Path
+
+from particlejax import sharding
+from particlejax.apps import explain, report
+from particlejax.spec import Experiment, as_dict
+from particlejax.train import loop
+from particlejax.train.log import MetricLog, say
+
+
+def train(experiment: Experiment, workdir: Path, name: str) -> None:
+    """Job 'train'."""
+    mesh = sharding.make_mesh(experiment.mesh)
+    log = MetricLog(workdir, experiment.log, name, as_dict(experiment))
+    try:
+        loop.train(loop.Context(experiment, workdir, mesh, log))
+    finally:
+        log.close()
+    for stage, spec in experiment.stages.items():
+        if "masked" in spec.objectives:
+            explain.draw_masked(workdir, stage, mesh)
+    say(f"report: {report.write(workdir)}")

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a run: it holds one experiment, written down when it is entered first."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from particlejax import checkpoint
+from particlejax.spec import Experiment, as_dict
+from particlejax.train.log import say
+from particlejax.train.run import CONFIG
+from particlejax.typing import UserError
+
+# What may change when a run goes on: it says how the work is done, and nothing of what comes out.
+_FREE = frozenset({"workers", "threads", "max_bad", "memory_gib", "time_limit", "cache_dir", "log", "storage"})
+
+
+def enter(workdir: Path, experiment: Experiment) -> Path:
+    """Makes the folder and writes config.json, or checks that it holds this very experiment. Raises UserError."""
+    path = workdir / CONFIG
+    new = json.loads(json.dumps(as_dict(experiment)))
+    if path.exists():
+        changed = _differences(json.loads(path.read_text(encoding="utf-8")), new)
+        if changed:
+            raise UserError(f"{workdir} holds a run with other settings ({'; '.join(changed[:3])}): give another --workdir, "
+                            "or the same settings to continue it.")
+        return workdir
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(path, new)
+    except OSError as error:
+        raise UserError(f"workdir {workdir} cannot be written ({error.strerror}): give another --workdir.") from error
+    say(f"workdir: {workdir}")
+    return workdir
+
+
+def _differences(old: Any, new: Any, where: str = "config") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted((old.keys() | new.keys()) - _FREE)
+        return [text for key in keys for text in _differences(old.get(key), new.get(key), f"{where}.{key}")]
+    return [] if old == new else [f"{where} was {old!r}, is {new!r}"]
