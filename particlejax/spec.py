@@ -295,7 +295,7 @@ class SweepSpec:
     runs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # by name, what differs, nested
     seeds: tuple[int, ...] = (0, 1, 2)
     metric: str = "finetune/val/top1"  # stage/split/figure of results.json
-    storage: str = ""  # URL of a database through which Optuna shares the runs out to processes; '': this one runs all
+    storage: str = ""  # a file, or a database's URL, through which Optuna shares the runs out to processes; '': all are this one's
     search: int = 0  # trials in which Optuna combines the settings of the runs; 0: the runs as they are
 
 

@@ -39,17 +39,13 @@ def sweep(base: tuple[int, int, int] = FINE["base"]) -> Iterator[tuple[str, dict
 
     yield f"grid-{FULL}", {}
     yield "grid-128-time", tubes((2, 1, 1))
-    yield "grid-64-time", tubes((4, 1, 1))
     yield "grid-64-space", tubes((1, 2, 2))
     yield "tubes-128", tubes((4, 1, 1), (1, 2, 2))
     for budget in (128, 64):
         yield f"random-{budget}", {"particles": {"budget": budget}}
         yield f"adaptive-{budget}", {"particles": {"policy": "adaptive", "budget": budget}}
-        yield f"motion-{budget}", {"particles": {"policy": "adaptive", "budget": budget, "measure": "motion"}}
+    yield "motion-128", {"particles": {"policy": "adaptive", "budget": 128, "measure": "motion"}}
     yield "runs-128", {"particles": {"policy": "runs", "budget": 128}}
-    yield "runs-96", {"particles": {"policy": "runs", "budget": 96}}
-    yield "merge-128", {"model": {"reduce": "merge", "reduce_after": (1,)}}
-    yield "drop-128", {"model": {"reduce": "drop", "reduce_after": (1,)}}
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -63,7 +59,7 @@ def get_config(arg: str = "") -> ConfigDict:
                    size=64, decode_side=80 if real else 0, still=0.4, memory_gib=0.0 if tiny else 4.0,
                    augment={"crop": (0.4, 1.0), "flip": 0.5})
     train = section(
-        StageSpec, steps=2 if tiny else 0, epochs=0 if tiny else 20 if real else 12, rows=8 if tiny else 16, val="",
+        StageSpec, steps=2 if tiny else 0, epochs=0 if tiny else 12 if real else 8, rows=8 if tiny else 16, val="",
         objectives={"classify": {"label_smoothing": 0.1}}, ema=0.99,
         optim=section(OptimSpec, rate=1e-3, weight_decay=0.05, b2=0.999))
     split = "val" if real else "test"

@@ -3,6 +3,7 @@
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,14 +18,15 @@ def each(storage: str, name: str, labels: Sequence[str], work: Callable[[int], A
     """Calls work(i) for labels that no other process has taken, until none is left.
 
     Runs wait in the storage as trials and are taken one at a time; taking is atomic there, so each is taken once. (Optuna's
-    grid sampler hands out a run that another process is still at once all have begun.) A run whose process died is taken
-    again once its signs of life have stopped, one that was interrupted at once.
+    grid sampler hands out a run that another process is still at once all have begun.) One that was interrupted is put
+    back; one whose process died is taken again where a database sees its signs of life stop. A journal does not: there the
+    same sweep without a storage does what is left.
     """
     optuna = _optuna()
     study = _listed(optuna, _storage(optuna, storage), name, labels)
 
     def objective(trial: Any) -> float:
-        if "fixed_params" not in trial.system_attrs:
+        if "fixed_params" not in study.get_trials(deepcopy=False)[trial.number].system_attrs:
             raise optuna.TrialPruned  # another process took the last one meanwhile
         label = trial.suggest_categorical("run", list(labels))
         try:
@@ -66,12 +68,20 @@ def _optuna() -> Any:
     return optuna
 
 
-def _storage(optuna: Any, url: str) -> Any:
-    if "://" not in url:
-        raise UserError(f"config.sweep.storage={url!r} is no database URL: write it as sqlite:///FILE for processes of one machine, "
-                        "or as mysql:// or postgresql:// for several.")
-    retry = optuna.storages.RetryFailedTrialCallback()
-    return optuna.storages.RDBStorage(url, heartbeat_interval=_BEAT, failed_trial_callback=retry)
+def _storage(optuna: Any, place: str) -> Any:
+    """A database behind its URL, else a journal in a file, which a network's file system may hold too.
+
+    Taking a run must be atomic, which it is in both; Optuna's use of SQLite lets two processes take one.
+    """
+    if place.startswith("sqlite"):
+        raise UserError(f"config.sweep.storage={place!r}: SQLite would give a run to two processes, so name a plain file, or a "
+                        "database as mysql://... or postgresql://...")
+    with warnings.catch_warnings(action="ignore"):  # marked experimental, as it has been for years
+        if "://" not in place:
+            backend = optuna.storages.journal.JournalFileBackend(place)
+            return optuna.storages.JournalStorage(backend)
+        retry = optuna.storages.RetryHeartbeatStaleTrialCallback()
+        return optuna.storages.RDBStorage(place, heartbeat_interval=_BEAT, heartbeat_stale_trial_callback=retry)
 
 
 def _listed(optuna: Any, storage: Any, name: str, labels: Sequence[str]) -> Any:
@@ -96,5 +106,6 @@ def _listed(optuna: Any, storage: Any, name: str, labels: Sequence[str]) -> Any:
 
 
 def _left(optuna: Any, study: Any) -> bool:
-    optuna.storages.fail_stale_trials(study)
+    with warnings.catch_warnings(action="ignore"):
+        optuna.storages.fail_stale_trials(study)
     return bool(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,)))

@@ -102,7 +102,7 @@ def _search(experiment: Experiment, top: Path) -> list[Run]:
             raise UserError(row["error"])
         return row["mean"]
 
-    shared.search(spec.storage or f"sqlite:///{top.absolute()}/search.db", str(top.absolute()), spec.search, experiment.seed, space,
+    shared.search(spec.storage or str(top.absolute() / "search.journal"), str(top.absolute()), spec.search, experiment.seed, space,
                   measure)
     return made
 

@@ -12,13 +12,14 @@ Legend: T frames, H rows, W columns, C channels; nodes of a level are arrays [t,
 
 import functools
 import itertools
+import math
 from typing import NamedTuple
 
 import numpy as np
-from einops import reduce, repeat
-from jaxtyping import Float, Num
+from einops import rearrange, reduce
+from jaxtyping import Float, Int, Num
 
-from particlejax.particles.cut import Shape, Tube, cut, lattice, tiles, where
+from particlejax.particles.cut import Shape, Tube, edges, lattice
 from particlejax.particles.types import Particles, numpy_of
 from particlejax.spec import ParticleSpec
 from particlejax.typing import Array
@@ -32,11 +33,18 @@ _LATER = 1e-3  # of gains that lead as far, the one that tells more at once is t
 
 
 class Tree(NamedTuple):
-    """What does not depend on pixels: the levels from coarse to fine, and each one's cuboids."""
+    """What does not depend on pixels: the levels from coarse to fine, and each one's nodes along each axis.
+
+    Of all N nodes, level by level: cells int32 [N, prod(base)] are the rows of `_pyramid` that they show, frames int32 [N, 2]
+    their first frame and the one after the last, centre and size float32 [N, 2] where they are in the picture.
+    """
 
     levels: tuple[Level, ...]
-    tubes: tuple[Tube, ...]
-    counts: tuple[Shape, ...]  # nodes along each axis
+    counts: tuple[Shape, ...]
+    cells: np.ndarray
+    frames: np.ndarray
+    centre: np.ndarray
+    size: np.ndarray
 
 
 @functools.cache
@@ -54,7 +62,24 @@ def tree(size: Shape, spec: ParticleSpec) -> Tree:
             raise ValueError(f"clips of {tuple(size)} are not tiled by the coarsest particles of {shapes[0]}: change "
                              "particles.levels or base, or data.frames or size.")
     counts = tuple(tuple(n // s for n, s in zip(size, shape, strict=True)) for shape in shapes)
-    return Tree(levels, tuple(Tube(shape, shape) for shape in shapes), counts)
+    corners = [lattice(size, Tube(shape, shape)) for shape in shapes]
+    frames = np.concatenate([at[:, :1] + (0, shape[0]) for at, shape in zip(corners, shapes, strict=True)]).astype(np.int32)
+    picture = np.array(size[1:], np.float32)
+    wide = [np.broadcast_to(np.array(shape[1:], np.float32), (len(at), 2)) for at, shape in zip(corners, shapes, strict=True)]
+    middle = [at[:, 1:] + each / 2 for at, each in zip(corners, wide, strict=True)]
+    return Tree(levels, counts, _cells(size, levels, spec), frames, (np.concatenate(middle) / picture).astype(np.float32),
+                np.concatenate(wide) / picture)
+
+
+def _cells(size: Shape, levels: tuple[Level, ...], spec: ParticleSpec) -> np.ndarray:
+    rows, start = [], 0
+    for level in levels:
+        shape = tuple(n // s for n, s in zip(size, _scale(level, spec), strict=True))
+        index = start + np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
+        a, b, d = spec.base
+        rows.append(rearrange(index, "(t a) (h b) (w d) -> (t h w) (a b d)", a=a, b=b, d=d))
+        start += index.size
+    return np.concatenate(rows)
 
 
 def root(spec: ParticleSpec) -> Shape:
@@ -78,34 +103,58 @@ def adaptive(video_THWC: Num[Array, "T H W C"], times_T: Float[Array, "T"], spec
     """
     plan = tree(video_THWC.shape[:3], spec)
     kept = choose(energies(video_THWC, plan, spec), plan, spec)
-    if numpy_of(video_THWC) is np:
-        parts = [_some(video_THWC, times_T, tube, spec, np.flatnonzero(each)) for tube, each in zip(plan.tubes, kept, strict=True)]
-        return Particles(*(np.concatenate(fields) for fields in zip(*parts, strict=True)))
-    return first(_whole(video_THWC, times_T, plan, spec), kept, spec.budget)
+    order, segment = slots(kept, spec.budget)
+    place, extent = _where(times_T, plan, order)
+    payload = _pyramid(video_THWC, plan, spec)[_at(plan.cells, order)]
+    return Particles(payload.reshape(len(order), -1), place, extent, segment)
 
 
-def first(particles: Particles, kept: list[Array], budget: int) -> Particles:
-    """Of all particles [N] (jax) those that are kept, in their order, in `budget` slots; free ones have segment 0."""
-    xp = numpy_of(particles.segment)
+def slots(kept: list[Array], budget: int) -> tuple[Int[Array, "K"], Int[Array, "K"]]:
+    """Numbers of what is kept, in order, and segment 1; in jax `budget` of them, those that stay free with segment 0."""
+    xp = numpy_of(kept[0])
     flat = xp.concatenate([each.reshape(-1) for each in kept])
+    if xp is np:
+        chosen = np.flatnonzero(flat)
+        return chosen, np.ones(len(chosen), np.int32)
     slot = xp.where(flat, xp.cumsum(flat) - 1, budget)  # the others fall off the end
     order = xp.zeros(budget, np.int32).at[slot].set(xp.arange(len(flat), dtype=np.int32), mode="drop")
-    taken = particles.take(order)
-    return Particles(taken.payload, taken.place, taken.extent, (xp.arange(budget) < flat.sum()).astype(np.int32))
+    return order, (xp.arange(budget) < flat.sum()).astype(np.int32)
 
 
-def _some(video: np.ndarray, times: np.ndarray, tube: Tube, spec: ParticleSpec, chosen: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Only what was kept is cut."""
-    corners = lattice(video.shape[:3], tube)[chosen]
-    place, extent = where(times, corners, tube, video.shape[:3])
-    return tiles(video, tube, spec.base, chosen), place, extent, np.ones(len(chosen), np.int32)
+def _at(table: np.ndarray, order: Array) -> Array:
+    return numpy_of(order).asarray(table)[order]
 
 
-def _whole(video: Array, times: Array, plan: Tree, spec: ParticleSpec) -> Particles:
-    parts = [cut(video, times, tube, spec.base) for tube in plan.tubes]
-    xp = numpy_of(video)
-    return Particles(*(xp.concatenate([getattr(part, name) for part in parts])
-                       for name in ("payload", "place", "extent", "segment")))
+def _where(times: Array, plan: Tree, order: Array) -> tuple[Array, Array]:
+    """Place and extent of some nodes, as `cut` has them."""
+    xp, frames = numpy_of(times), _at(plan.frames, order)
+    edge = edges(times)
+    start, end = edge[frames[:, 0]], edge[frames[:, 1]]
+    place = xp.concatenate([((start + end) / 2)[:, None], _at(plan.centre, order)], axis=-1)
+    extent = xp.concatenate([(end - start)[:, None], _at(plan.size, order)], axis=-1)
+    return place.astype(np.float32), extent.astype(np.float32)
+
+
+def _pyramid(video: Array, plan: Tree, spec: ParticleSpec) -> Array:
+    """The clip averaged down to every level of the plan, [cells, C], one level after the other; whole numbers are rounded."""
+    most, whole = math.prod(_scale(plan.levels[0], spec)), np.issubdtype(video.dtype, np.integer)
+    wide = np.float32 if not whole else np.uint16 if most <= 2**8 else np.uint32  # the narrowest that holds sums of bytes
+    sums, rows = _all_sums(video.astype(wide), plan, spec), []
+    for level in plan.levels:
+        count = math.prod(_scale(level, spec))
+        mean = (sums[level] + wide(count // 2)) // wide(count) if whole else sums[level] * np.float32(1 / count)
+        rows.append((video if count == 1 else mean.astype(video.dtype)).reshape(-1, video.shape[-1]))
+    return numpy_of(video).concatenate(rows)
+
+
+def _all_sums(x: Array, plan: Tree, spec: ParticleSpec) -> dict[Level, Array]:
+    """[T, H, W, ...] summed over the cells of every level, each from the next finer one."""
+    top, sums = plan.levels[0], {(0, 0): x}
+    for level in sorted(itertools.product(range(top[0] + 1), range(top[1] + 1)), key=sum):
+        if level != (0, 0):  # levels that are only on the way cost little
+            before = (level[0] - 1, level[1]) if level[0] else (0, level[1] - 1)
+            sums[level] = _sums(sums[before], _scale((level[0] - before[0], level[1] - before[1]), spec))
+    return sums
 
 
 # -- what a node tells
@@ -125,12 +174,7 @@ def energies(video: Num[Array, "T H W C"], plan: Tree, spec: ParticleSpec) -> di
         reference = _rounded(_sums(grey, (len(grey), 1, 1)), len(grey))
     else:
         reference = _spread(_rounded(_sums(grey, scale), int(np.prod(scale))), scale)
-    sums = {(0, 0): grey - reference}
-    for level in sorted(itertools.product(range(top[0] + 1), range(top[1] + 1)), key=sum):
-        if level != (0, 0):  # from the next finer one; levels that are only on the way cost little
-            before = (level[0] - 1, level[1]) if level[0] else (0, level[1] - 1)
-            step = (level[0] - before[0], level[1] - before[1])
-            sums[level] = _sums(sums[before], _scale(step, spec))
+    sums = _all_sums(grey - reference, plan, spec)
     return {level: _energy(sums[level], level, spec) for level in plan.levels}
 
 
@@ -143,7 +187,7 @@ def _grey(video: Array) -> Array:
 
 
 def _energy(sums: Array, level: Level, spec: ParticleSpec) -> Array:
-    cells, payload = int(np.prod(_scale(level, spec))), int(np.prod(spec.base))
+    cells, payload = math.prod(_scale(level, spec)), int(np.prod(spec.base))
     power = 1 if spec.measure == "absolute" else 2
     fine = 2.0 ** np.floor(np.log2(_EXACT / payload) / power - 8)  # steps of a cell per grey level; deviations are below 2^8
     value = abs(_rounded(sums * np.float32(fine), cells)).astype(np.int32) ** power
@@ -155,15 +199,15 @@ def _rounded(sums: Array, count: int) -> Array:
 
 
 def _sums(x: Array, by: Shape) -> Array:
-    """[t, h, w] summed over blocks, where every partial sum is exact."""
+    """[t, h, w, ...] summed over blocks, where every partial sum is exact."""
     if numpy_of(x) is np:
         return _tree_sums(x, by)
     a, b, d = by
-    return reduce(x, "(t a) (h b) (w d) -> t h w", "sum", a=a, b=b, d=d)
+    return reduce(x, "(t a) (h b) (w d) ... -> t h w ...", "sum", a=a, b=b, d=d)
 
 
 def _tree_sums(x: Array, by: Shape) -> Array:
-    """[t, h, w] summed over blocks by halves: an order that numpy and XLA share, and fast in numpy."""
+    """[t, h, w, ...] summed over blocks by halves: an order that numpy and XLA share, and fast in numpy."""
     for axis, count in enumerate(by):
         while count > 1:
             f = next((p for p in (2, 3, 5, 7) if count % p == 0), count)
@@ -176,8 +220,8 @@ def _tree_sums(x: Array, by: Shape) -> Array:
 
 def _spread(x: Array, by: Shape) -> Array:
     """[t, h, w] repeated over blocks."""
-    a, b, d = by
-    return repeat(x, "t h w -> (t a) (h b) (w d)", a=a, b=b, d=d)
+    (t, h, w), (a, b, d) = x.shape, by
+    return numpy_of(x).broadcast_to(x[:, None, :, None, :, None], (t, a, h, b, w, d)).reshape(t * a, h * b, w * d)
 
 
 def _scale(by: Level, spec: ParticleSpec) -> Shape:
@@ -198,7 +242,7 @@ def choose(energy: dict[Level, Array], plan: Tree, spec: ParticleSpec) -> list[A
         reach = _from_parents(level, counts, kinds, rank, spec, xp, -np.inf, np.inf)
         rank[level] = xp.minimum(gains[level].max(axis=0), reach)
     flat = xp.concatenate([rank[level].reshape(-1) for level in plan.levels])
-    price = xp.asarray([int(np.prod(_scale(_STEPS[kind], spec))) - 1 for kind in spec.splits], np.int32)
+    price = xp.asarray([math.prod(_scale(_STEPS[kind], spec)) - 1 for kind in spec.splits], np.int32)
     cost = xp.concatenate([price[kinds[level]].reshape(-1) for level in plan.levels])
     order = xp.argsort(-flat, stable=True)
     worth = flat[order] > 0
@@ -223,7 +267,7 @@ def _gains(told: dict[Level, Array], level: Level, spec: ParticleSpec) -> Array:
     """
     best = [[] for _ in spec.splits]
     for by, more in told.items():
-        number = int(np.prod(_scale(by, spec))) - 1
+        number = math.prod(_scale(by, spec)) - 1
         for kind, gains in zip(spec.splits, best, strict=True):
             step = _STEPS[kind]
             if by[0] >= step[0] and by[1] >= step[1]:

@@ -46,7 +46,7 @@ def cut(video_THWC: Num[Array, "T H W C"], times_T: Float[Array, "T"], tube: Tub
     size = video_THWC.shape[:3]
     corners = lattice(size, tube)
     cuboids = _gather(video_THWC, corners, tube)
-    place, extent = where(times_T, corners, tube, size)
+    place, extent = _where(times_T, corners, tube, size)
     segment = xp.ones(len(corners), np.int32)
     return Particles(_resample(cuboids, base), place, extent, segment)
 
@@ -56,14 +56,6 @@ def uncut(payload_NP: Num[Array, "N P"], size: Shape, base: Shape) -> Num[Array,
     t, h, w = (n // b for n, b in zip(size, base, strict=True))
     return rearrange(payload_NP, "(t h w) (a b d c) -> (t a) (h b) (w d) c", t=t, h=h, w=w, a=base[0], b=base[1],
                      d=base[2])
-
-
-def tiles(video_THWC: Num[np.ndarray, "T H W C"], tube: Tube, base: Shape, chosen: Int[np.ndarray, "N"]
-          ) -> Num[np.ndarray, "N P"]:
-    """Payloads of the chosen cuboids of a tiling (numpy), as `cut` would give them, without cutting the others."""
-    s = tube.shape
-    view = rearrange(video_THWC, "(t a) (h b) (w d) c -> t h w a b d c", a=s[0], b=s[1], d=s[2])
-    return _resample(view[np.unravel_index(chosen, view.shape[:3])], base)
 
 
 def _check(shape: Shape, base: Shape) -> None:
@@ -94,12 +86,10 @@ def _resample(cuboids: Array, base: Shape) -> Array:
     return repeat(cuboids, "n t h w c -> n (t a h b w d c)", a=a, b=b, d=d)
 
 
-def where(times_T: Array, corners: np.ndarray, tube: Tube, size: Shape) -> tuple[Array, Array]:
+def _where(times_T: Array, corners: np.ndarray, tube: Tube, size: Shape) -> tuple[Array, Array]:
     """Place and extent, float32 [N, 3], of a tube's cuboids at `corners` of a clip of `size`."""
-    xp = numpy_of(times_T)
-    last = times_T[-1:] - times_T[-2:-1] if len(times_T) > 1 else xp.zeros(1, np.float32)
-    edges = xp.concatenate([times_T, times_T[-1:] + last])
-    start, end = edges[corners[:, 0]], edges[corners[:, 0] + tube.shape[0]]
+    xp, edge = numpy_of(times_T), edges(times_T)
+    start, end = edge[corners[:, 0]], edge[corners[:, 0] + tube.shape[0]]
     frame = np.asarray(size[1:], np.float32)
     half = np.asarray(tube.shape[1:], np.float32) / 2
     centre = xp.asarray((corners[:, 1:] + half) / frame, np.float32)
@@ -107,3 +97,10 @@ def where(times_T: Array, corners: np.ndarray, tube: Tube, size: Shape) -> tuple
     place = xp.concatenate([(start + end)[:, None] / 2, centre], axis=-1)
     extent = xp.concatenate([(end - start)[:, None], spread], axis=-1)
     return place.astype(np.float32), extent.astype(np.float32)
+
+
+def edges(times_T: Float[Array, "T"]) -> Float[Array, "T+1"]:
+    """When each frame begins and, last, when the last one ends: it lasts as long as the one before it."""
+    xp = numpy_of(times_T)
+    last = times_T[-1:] - times_T[-2:-1] if len(times_T) > 1 else xp.zeros(1, np.float32)
+    return xp.concatenate([times_T, times_T[-1:] + last])

@@ -7,7 +7,7 @@ Legend: T frames, H rows, W columns, C channels; t, n cuboids in time and in the
 import numpy as np
 from jaxtyping import Float, Num
 
-from particlejax.particles.adaptive import first, unsort
+from particlejax.particles.adaptive import slots, unsort
 from particlejax.particles.cut import Tube, cut
 from particlejax.particles.types import Particles, numpy_of
 from particlejax.spec import ParticleSpec
@@ -35,8 +35,8 @@ def runs(video_THWC: Num[Array, "T H W C"], times_T: Float[Array, "T"], spec: Pa
     start = place[..., 0] - extent[..., 0] / 2
     place = xp.concatenate([(start + length / 2)[..., None], place[..., 1:]], axis=-1).reshape(-1, 3)
     extent = xp.concatenate([length[..., None], extent[..., 1:]], axis=-1).reshape(-1, 3)
-    particles = Particles(whole.payload, place, extent, whole.segment)
-    return particles.take(np.flatnonzero(begins)) if xp is np else first(particles, [begins], spec.budget or begins.size)
+    order, segment = slots([begins], spec.budget or begins.size)
+    return Particles(whole.payload[order], place[order], extent[order], segment)
 
 
 def _until_next(begins: Array, seconds: Array, xp: object) -> Array:
