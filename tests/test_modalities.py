@@ -132,21 +132,33 @@ def test_rows_need_to_know_how_long_sound_is() -> None:
         pipeline.row_slots(DataSpec(modalities=("smell",)), CUT)
 
 
-def test_a_tokenizer_file_is_read(tmp_path: Path) -> None:
-    vocabulary = {"[UNK]": 0, "the": 1, "ball": 2, "falls": 3}
-    (tmp_path / "tokenizer.json").write_text(json.dumps({
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": {"type": "Lowercase"},
-        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
+def tokenizer_file(folder: Path) -> str:
+    """A tokenizer.json that, like MiniLM's, cuts and fills up to 128 and puts a text between two special tokens."""
+    vocabulary = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "ball", "falls"))}
+    (folder / "tokenizer.json").write_text(json.dumps({
+        "version": "1.0", "added_tokens": [], "normalizer": {"type": "Lowercase"}, "decoder": None,
+        "truncation": {"direction": "Right", "max_length": 128, "strategy": "LongestFirst", "stride": 0},
+        "padding": {"strategy": {"Fixed": 128}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                    "pad_type_id": 0, "pad_token": "[PAD]"},
+        "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": {"type": "BertProcessing", "cls": ["[CLS]", 2], "sep": ["[SEP]", 3]},
         "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"}}))
-    spec = TextSpec(str(tmp_path / "tokenizer.json"), length=3)
+    return str(folder / "tokenizer.json")
+
+
+def test_a_tokenizer_file_is_read(tmp_path: Path) -> None:
+    path = tokenizer_file(tmp_path)
     try:
         import tokenizers  # noqa: F401
     except ImportError:
         with pytest.raises(UserError, match=r"pip install particlejax\[text\]"):
-            words.vocabulary(spec)
+            words.vocabulary(TextSpec(path))
         return
-    assert words.vocabulary(spec) == 4
-    np.testing.assert_array_equal(words.encode("The ball falls down", spec), [1, 2, 3])
+    assert words.vocabulary(TextSpec(path)) == 7
+    np.testing.assert_array_equal(words.encode("The ball falls", TextSpec(path)), [2, 4, 5, 6, 3], "nothing fills up")
+    np.testing.assert_array_equal(words.encode("The ball falls", TextSpec(path, 4)), [2, 4, 5, 3], "the end stays")
+    with pytest.raises(UserError, match="length=2 has no room for a word beside the 2 special tokens .*: use 3 or more"):
+        words.encode("x", TextSpec(path, 2))
     with pytest.raises(UserError, match="give the path of a tokenizer.json"):
         words.encode("x", TextSpec(str(tmp_path / "none.json")))
 
