@@ -4,6 +4,7 @@
 import dataclasses
 import io
 import json
+import math
 import threading
 from fractions import Fraction
 from pathlib import Path
@@ -109,6 +110,24 @@ def test_modalities_share_a_clock_and_what_is_missing_has_no_particle(beeping: b
     assert set(lacks) == {"vision"}
     batch = pack.pack([pack.Clip(made, 0, 0), pack.Clip(lacks, 0, 1)], slots, 2, 1)
     assert (batch.particles["audio"].segment[1] == 0).all() and (batch.particles["audio"].segment[0] == 1).all()
+
+
+def test_rows_have_room_for_all_that_is_read(beeping: bytes) -> None:
+    rng = np.random.default_rng(0)
+    for seconds in (0.495, 0.025, 0.01, *rng.uniform(0.03, 2.0, 60), *rng.integers(1, 400, 40) / 200):
+        data = dataclasses.replace(DATA, modalities=("audio",), seconds=float(seconds))
+        sound = np.zeros(math.ceil(seconds * RATE - 1e-6), np.float32)
+        made = clips.particles_of(clips.Clip(np.zeros(0), np.zeros(0), data.seconds, sound), data, CUT, rng)
+        assert len(made["audio"].segment) == pipeline.row_slots(data, CUT)["audio"].length, seconds
+    record = sources.Record("a", beeping, series=TABLE)
+    for seconds, own in ((0.495, 0.0), (1.7, 0.5), (1.0, 3.0), (2.495, 1.31)):
+        data = dataclasses.replace(
+            DATA, seconds=seconds, modalities=("audio", "series"), augment=AugmentSpec(speed=(0.5, 2.0), shift=0.3),
+            audio=AudioSpec(seconds=own), series=SeriesSpec(channels=("x",), rate=10, window=3, seconds=own))
+        for seed in range(2):
+            seen = clips.load(record, data, np.random.default_rng(seed))
+            made = clips.particles_of(seen, data, CUT, np.random.default_rng(seed))
+            pack.pack([pack.Clip(made, 0, 0)], pipeline.row_slots(data, CUT), 1, 1)  # raises Full
 
 
 def test_sound_from_memory_is_the_decoded_one(beeping: bytes) -> None:

@@ -77,6 +77,7 @@ def _load(record: Record, spec: DataSpec, look: Look, may_flip: bool) -> Clip:
     if TEXT in spec.modalities and record.caption:
         clip = replace(clip, words=words.encode(record.caption, spec.text))
     if SERIES in spec.modalities and record.series:
+        left = min(left, longest(spec, spec.series.seconds))
         clip = replace(clip, channels=series.read(record.series, start, left, spec.series))
     return clip
 

@@ -106,5 +106,5 @@ def sound(source: str | bytes, origin: float, start: float, seconds: float, rate
     if track is None:
         return None
     first = max(0, round(start * rate))
-    part = track[first : first + round(seconds * rate)]
+    part = track[first : first + audio.samples(seconds, rate)]
     return part if len(part) else None

@@ -13,7 +13,7 @@ import absl.flags
 import grain
 import numpy as np
 
-from particlejax.data import augment, clips, words
+from particlejax.data import audio, augment, clips, words
 from particlejax.data.decode import Unreadable
 from particlejax.data.sources import Source, parts_of
 from particlejax.particles import pack, policies
@@ -145,13 +145,12 @@ def _vision_slots(data: DataSpec, spec: ParticleSpec) -> pack.Slots:
 
 def _audio_slots(data: DataSpec, spec: ParticleSpec) -> pack.Slots:
     del spec
-    audio = data.audio
-    spectra, bands = audio.patch
-    if audio.mels % bands:
-        raise UserError(f"config.data.audio.mels={audio.mels} is not a multiple of the {bands} bands of its patch: change "
+    mels, (spectra, bands) = data.audio.mels, data.audio.patch
+    if mels % bands:
+        raise UserError(f"config.data.audio.mels={mels} is not a multiple of the {bands} bands of its patch: change "
                         "one of them.")
-    number = (_seconds(data, "audio") - audio.window) / audio.hop + 1
-    return pack.Slots(max(1, int(number // spectra)) * (audio.mels // bands) * data.clips_per_row, spectra * bands)
+    number = audio.spectra(_seconds(data, "audio"), data.audio) // spectra
+    return pack.Slots(max(1, number) * (mels // bands) * data.clips_per_row, spectra * bands)
 
 
 def _series_slots(data: DataSpec, spec: ParticleSpec) -> pack.Slots:
