@@ -125,6 +125,12 @@ def test_start_and_end_bound_what_is_seen(source: sources.Source) -> None:
     np.testing.assert_allclose(np.diff(seen.times), 1 / 12, rtol=1e-5)
 
 
+def test_a_clip_that_begins_past_the_end_of_its_file_is_bad(source: sources.Source) -> None:
+    late = sources.Listed(("a",), (dataclasses.replace(source[0], start=60.0, label=0),))
+    loaded = batches(late, rows=1)[0]
+    assert loaded.bad[0].reason == "starts at 60 s but lasts 2 s" and (loaded.batch.clip == -1).all()
+
+
 def test_a_short_clip_holds_its_last_frame(source: sources.Source) -> None:
     frames = clips.load(source[0], DataSpec(frames=8, size=64, seconds=4.0), clips.CENTRE).frames
     np.testing.assert_array_equal(frames[4], frames[7])

@@ -63,8 +63,7 @@ def load(record: Record, spec: DataSpec, look: Look, may_flip: bool = True) -> C
 
 def _load(record: Record, spec: DataSpec, look: Look, may_flip: bool) -> Clip:
     with memory.opened(record.video, spec.decode_side or spec.size, spec.memory_gib) as video:
-        end = min(video.duration, record.end) if record.end is not None else video.duration
-        length = max(end - record.start, 1 / video.fps)
+        length = max(record.until(video.duration) - record.start, 1 / video.fps)
         offset, times, span = moments(length, 1 / video.fps, spec, look)
         held = np.minimum(offset + times, length - 0.5 / video.fps)  # past its end a clip shows its last frame
         frames = video.frames_at(record.start + held)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from particlejax.data.decode import raw_file
+from particlejax.data.decode import Unreadable, raw_file
 from particlejax.typing import UserError
 
 _VIDEO_NAMES = ("video", "clip", "mp4", "avi", "webm", "mkv", "movie", "video_bytes", "bytes", "frames",
@@ -33,6 +33,12 @@ class Record:
     end: float | None = None  # seconds; None: to the end of the file
     series: str | bytes = ""  # a CSV of numeric channels, as a path or as it is; '': none
     group: str = ""  # clips of one group (one source video, one person) never stand in two splits
+
+    def until(self, duration: float) -> float:
+        """Where the clip ends, in seconds, in a file that lasts so long. Raises Unreadable where it begins past its end."""
+        if self.start >= duration:
+            raise Unreadable(f"starts at {self.start:g} s but lasts {duration:g} s")
+        return duration if self.end is None else min(duration, self.end)
 
 
 class Source(Protocol):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from particlejax.data.decode import Unreadable, Video, open_file
+from particlejax.data.decode import Video, open_file
 from particlejax.data.sources import Record
 
 _MOMENTS = 4  # frames of a fingerprint
@@ -39,9 +39,7 @@ def look(record: Record) -> Seen:
     """Decodes all of a clip. Raises Unreadable."""
     with Video(record.video) as video:
         frames, _ = video.read_all(64)
-        start, end = record.start, min(video.duration, record.end or video.duration)
-        if start >= video.duration:
-            raise Unreadable(f"starts at {start:g} s but lasts {video.duration:g} s")
+        start, end = record.start, record.until(video.duration)
         moments = start + (np.arange(_MOMENTS) + 0.5) / _MOMENTS * (end - start)
         pictures = frames[np.clip((moments * video.fps).astype(int), 0, len(frames) - 1)]
         return Seen(record.name, record.label, video.width, video.height, end - start, video.fps, len(frames),

@@ -60,7 +60,7 @@ class Work:
 
     def _times(self, record: Record, rng: np.random.Generator) -> np.ndarray:
         with Video(record.video) as video:
-            length = min(video.duration, record.end or video.duration) - record.start
+            length = record.until(video.duration) - record.start
             offset, times, _ = clips.moments(length, 1 / video.fps, self.batches.data, rng)
             return np.minimum(offset + times, length - 0.5 / video.fps)
 
