@@ -287,11 +287,21 @@ def test_mixed_clips_carry_both_labels() -> None:
     assert (views.share == 1).all() and (views.other == -1).all(), "what is measured is never mixed"
 
 
-def test_a_decoder_that_hangs_is_left_behind() -> None:
-    never = threading.Event()
-    with pytest.raises(Unreadable, match="not decoded after 0.05 s"):
-        patience.within(0.05, never.wait)
+def test_a_decoder_that_hangs_is_left_behind_and_not_tried_again() -> None:
+    never, tried = threading.Event(), []
+
+    def hang() -> None:
+        tried.append(1)
+        never.wait()
+
+    for file in ("hanging.mp4", b"the bytes of a file"):
+        with pytest.raises(Unreadable, match="not decoded after 0.05 s"):
+            patience.within(0.05, hang, file)
+        for again in (file[:3] + file[3:], file):  # equal, not the same
+            with pytest.raises(Unreadable, match="not decoded after 0.05 s"):
+                patience.within(60.0, hang, again)
+    assert len(tried) == 2
     never.set()
-    assert patience.within(5.0, lambda: 7) == 7
+    assert patience.within(5.0, lambda: 7, "another.mp4") == patience.within(5.0, lambda: 7, b"other bytes") == 7
     with pytest.raises(KeyError):
-        patience.within(5.0, lambda: {}["a"])
+        patience.within(5.0, lambda: {}["a"], "another.mp4")

@@ -63,7 +63,7 @@ def _look(data: DataSpec) -> tuple[Looks, dict[str, str], tuple[str, ...]]:
 def _one(source: sources.Source, limit: float, i: int) -> survey.Seen | tuple[str, str]:
     record = source[i]
     try:
-        return patience.within(limit, partial(survey.look, record))
+        return patience.within(limit, partial(survey.look, record), record.video)
     except Unreadable as error:
         return record.name, error.reason
 

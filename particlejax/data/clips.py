@@ -58,7 +58,7 @@ class Clip:
 
 def load(record: Record, spec: DataSpec, look: Look, may_flip: bool = True) -> Clip:
     """Decodes what the spec's modalities ask for. Raises decode.Unreadable, also when it takes too long."""
-    return patience.within(spec.time_limit, partial(_load, record, spec, look, may_flip))
+    return patience.within(spec.time_limit, partial(_load, record, spec, look, may_flip), record.video)
 
 
 def _load(record: Record, spec: DataSpec, look: Look, may_flip: bool) -> Clip:

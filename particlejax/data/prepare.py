@@ -141,7 +141,7 @@ def write(shard: Shard) -> dict[str, Any]:
 def _add(writer: ArrayRecordWriter, kind: tfds.features.FeaturesDict, record: sources.Record, shard: Shard,
          note: dict[str, Any]) -> None:
     try:
-        patience.within(shard.time_limit, lambda: Video(record.video).close())
+        patience.within(shard.time_limit, lambda: Video(record.video).close(), record.video)
         example = _example(record, bool(shard.classes))
     except Unreadable as error:
         note["bad"][record.name] = error.reason
