@@ -4,8 +4,11 @@
 import dataclasses
 import json
 import os
+import resource
 import shutil
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +94,30 @@ def test_a_full_disk_loses_nothing(folder: Path, tmp_path: Path, monkeypatch: py
     for shard in plan.left:
         prepare.write(shard)
     assert prepare.finish(plan)["clips"] == {"train": 6, "val": 3}
+
+
+@contextmanager
+def no_room() -> Iterator[None]:
+    """Files of this process cannot grow: what is opened for writing stays empty, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_plan_and_description_are_whole_or_absent(folder: Path, tmp_path: Path) -> None:
+    with no_room(), pytest.raises(UserError, match="mine/1.0.0 cannot be written .*: make room there"):
+        planned(folder, tmp_path)
+    plan = planned(folder, tmp_path)
+    for shard in plan.shards:
+        prepare.write(shard)
+    with no_room(), pytest.raises(UserError, match="mine/1.0.0 cannot be written .*: make room there"):
+        prepare.finish(plan)
+    with pytest.raises(UserError, match="no dataset_info.json"):
+        sources.open_source(f"tfds:{plan.folder}", "train", "unused")
+    assert prepare.finish(planned(folder, tmp_path))["clips"] == {"train": 6, "val": 3}
 
 
 def test_beam_writes_the_same_files(folder: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ run that was killed continues, and a process pool or Apache Beam write the same 
 import errno
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from particlejax.checkpoint import write_json
 from particlejax.data import patience, sources
 from particlejax.data.decode import Unreadable, Video
 from particlejax.typing import UserError
 
 VERSION = "1.0.0"
 _PLAN = "plan.json"
+_INFO = "dataset_info.json"  # TFDS knows a data set by it
 _FORMAT = "array_record"
 
 
@@ -86,11 +88,11 @@ def _remember(folder: Path, wanted: dict[str, Any]) -> None:
             raise UserError(f"{folder} was begun for another source, other clips or other shards: give another "
                             "config.prepare.out or name, or remove that folder.")
         return
-    if (folder / "dataset_info.json").exists():
+    if (folder / _INFO).exists():
         raise UserError(f"{folder} holds a data set that was not prepared here: give another config.prepare.name.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(wanted), encoding="utf-8")
+        write_json(path, wanted)
     except OSError as error:
         raise _disk(folder, error) from error
 
@@ -130,7 +132,7 @@ def write(shard: Shard) -> dict[str, Any]:
             os.fsync(file.fileno())  # a full disk may speak up only here
         os.replace(fresh, shard.path)
         note["bytes"] = os.path.getsize(shard.path)
-        _write_note(shard.note, note)
+        write_json(shard.note, note)
     except (OSError, RuntimeError) as error:
         raise _disk(Path(shard.path).parent, error) from error
     finally:
@@ -170,14 +172,11 @@ def _check_room(shard: Shard, source: sources.Source) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _write_note(path: Path, note: Mapping[str, Any]) -> None:
-    fresh = path.with_name(path.name + ".tmp")
-    fresh.write_text(json.dumps(note), encoding="utf-8")
-    os.replace(fresh, path)
-
-
 def finish(plan: Plan) -> dict[str, Any]:
-    """Writes TFDS's description of the whole; the folder is a data set from then on. Returns clips, bytes and bad."""
+    """Writes TFDS's description of the whole; the folder is a data set from then on. Returns clips, bytes and bad.
+
+    Raises UserError when the disk is full.
+    """
     notes = {shard: json.loads(shard.note.read_text(encoding="utf-8")) for shard in plan.shards}
     infos = []
     for split in dict.fromkeys(shard.split for shard in plan.shards):
@@ -187,8 +186,12 @@ def finish(plan: Plan) -> dict[str, Any]:
         infos.append(tfds.core.SplitInfo(name=split, shard_lengths=[note["clips"] for note in mine],
                                          num_bytes=sum(note["bytes"] for note in mine), filename_template=template))
     template = tfds.core.ShardedFileTemplate(data_dir=plan.folder, dataset_name=plan.name, filetype_suffix=_FORMAT)
-    tfds.folder_dataset.write_metadata(data_dir=plan.folder, features=features(plan.classes), split_infos=infos,
-                                       filename_template=template, check_data=False)
+    try:
+        tfds.folder_dataset.write_metadata(data_dir=plan.folder, features=features(plan.classes), split_infos=infos,
+                                           filename_template=template, check_data=False)
+    except OSError as error:
+        (plan.folder / _INFO).unlink(missing_ok=True)  # half of it would be taken for a data set
+        raise _disk(plan.folder, error) from error
     bad = {f"{shard.split}: {name}": why for shard, note in notes.items() for name, why in note["bad"].items()}
     return {"clips": {info.name: info.num_examples for info in infos}, "bytes": sum(info.num_bytes for info in infos),
             "shards": len(plan.shards), "bad": bad}
