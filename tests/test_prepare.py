@@ -161,7 +161,7 @@ def test_a_check_finds_damage_and_what_stands_on_both_sides(folder: Path, tmp_pa
                        f"--workdir={tmp_path / 'run'}"]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert {bad["path"]: bad["reason"] for bad in results["bad"]} == {
-        "3.mp4": "damaged: Invalid data found when processing input", "none.mp4": "missing"}
+        "3.mp4": "not a media file", "none.mp4": "missing"}
     assert results["check"]["near_duplicates"] == [["train: 0.mp4", "val: 9.mp4"]]
     train = results["check"]["train"]
     assert train["clips"] == 6 and train["labels"] == {"a": 4, "b": 2} and train["audio"] == 6 and train["sizes"] == {"64x64": 6}

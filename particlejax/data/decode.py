@@ -18,9 +18,12 @@ import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 
+from particlejax.data import damage
+
+_MP4 = "mov,mp4,m4a,3gp,3g2,mj2"  # as FFmpeg calls its demuxer
 # Checked against decoding from the start. AVI stores no presentation times and MPEG program streams not all: after a
 # seek their frames carry guessed ones, one frame off, so these and whatever else is not listed is read forwards.
-_SEEKABLE = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts"})
+_SEEKABLE = frozenset({_MP4, "matroska,webm", "mpegts"})
 _SEEK_GAIN = 0.5  # seconds of decoding that a seek must save: it throws away the decoder's state
 _BLIND_GAIN = 4.0  # the same where the index does not say where keyframes are: longer than most GOPs
 _RETRIES = (0.0, 2.0, 8.0)  # seconds before the wanted time to seek to; MPEG-TS lands after it as often as before
@@ -30,11 +33,17 @@ _IO = {"protocol_whitelist": "file"}  # a playlist under a video's name must not
 # Codecs whose decoders drop a frame that no other needs without looking at it, exactly; the rest decode every frame.
 _DROPPING = frozenset({"h264", "hevc"})
 _REORDER = 32  # packets within which the next one to be shown is found; H.264 and HEVC reorder by 16 at most
-_NO_RATE = 25.0  # frames per second, for pictures and streams that name none
+_NO_RATE = 25.0  # frames per second, for streams that name none
+_STILLS = ("_pipe", "image2")  # ends of the names of demuxers for still images
 
 
 class Unreadable(Exception):
-    """A clip that cannot be decoded. `reason` names why: missing, empty file, no video stream, damaged: ..."""
+    """A clip that cannot be decoded. `reason` names why, in a few words.
+
+    missing, empty file, a folder, not a media file, only a picture (a still image, or sound with cover art: neither is a
+    film, so an image that FFmpeg could show counts as one too), no video stream, no frames, encrypted, truncated: ...,
+    damaged: ...
+    """
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -91,7 +100,7 @@ class Video:
         """Seconds from the start of the first frame to the end of the last (of those the container announces)."""
         stream = self._stream
         # A length that was written by a muxer, not estimated from the bit rate, and of this stream, not of its sound.
-        if stream.duration and self._container.format.name in ("mov,mp4,m4a,3gp,3g2,mj2", "avi", "gif"):
+        if stream.duration and self._container.format.name in (_MP4, "avi", "gif"):
             return max(stream.duration * float(stream.time_base), _index_length(stream) + 1 / self.fps)
         end = _last_end(self._source, stream.index, self.fps)
         return max(end - self._start, 1 / self.fps)
@@ -142,7 +151,7 @@ class Video:
         self._frames = self._decode()
         first = next(self._frames, None)
         if first is None:
-            raise Unreadable(self._damage or "no frames")
+            raise Unreadable(self._damage or _emptiness(self._stream))
         self._shown, self._next = first, next(self._frames, None)
 
     def _advance(self) -> bool:
@@ -279,12 +288,14 @@ def open_file(source: str | bytes) -> av.container.InputContainer:
     except IsADirectoryError:
         raise Unreadable("a folder, not a file") from None
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise Unreadable(f"damaged: {getattr(error, 'strerror', None) or error}") from None
+        raise Unreadable(damage.why(source, error)) from None
 
 
 def _video_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream:
     streams = container.streams.video
-    films = [s for s in streams if not s.disposition & Disposition.attached_pic] or list(streams)  # cover art
+    films = [s for s in streams if not s.disposition & Disposition.attached_pic]  # cover art
+    if streams and not films or container.format.name.endswith(_STILLS):
+        raise Unreadable("only a picture")
     if not films:
         raise Unreadable("no video stream")
     best = container.streams.best("video")
@@ -293,6 +304,16 @@ def _video_stream(container: av.container.InputContainer) -> av.video.stream.Vid
         raise Unreadable("no decoder for its codec")
     stream.thread_count, stream.thread_type = 1, "NONE"  # the pipeline runs a decoder per core already
     return stream
+
+
+def _emptiness(stream: av.video.stream.VideoStream) -> str:
+    """The reason for which a stream gives not one packet: nothing but its container says whether it should."""
+    container = stream.container
+    if not (stream.frames or stream.duration or (len(container.streams) == 1 and container.duration)):
+        return "no frames"
+    if container.format.name == _MP4 and not len(stream.index_entries):
+        return "damaged: its index names no frame"
+    return "truncated: it ends before its first frame"
 
 
 def _rate(stream: av.video.stream.VideoStream) -> float:
@@ -333,7 +354,11 @@ def _packets_end(container: av.container.InputContainer, stream: av.stream.Strea
 
 def _display_matrix(frame: av.VideoFrame) -> np.ndarray:
     """How stored (column, row) becomes shown (column, row): [2, 2], rows are the images of the stored axes."""
-    data = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        data = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV lists none where FFmpeg knows a kind of side data that it does not (EXIF)
+        angle = np.deg2rad(frame.rotation)
+        return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     if data is None:
         return np.eye(2)
     return np.frombuffer(bytes(data), np.int32).reshape(3, 3)[:2, :2] / 65536.0  # 16.16 fixed point
