@@ -76,7 +76,8 @@ class DataSpec:
     """Which clips, and how frames are taken from them.
 
     A clip shorter than what is asked of it shows its last frame until the span is over, in every way of sampling; its
-    sound and series end where they end.
+    sound and series end where they end. Of MP4, Matroska and MPEG-TS only what is wanted is decoded; any other container is
+    read from its start, so clips late in a long film of that kind need a larger `time_limit`, or an MP4 made of it.
     """
 
     source: str = "toybox"  # toybox | folder:PATH | tfds:NAME | mix:WEIGHT*SOURCE,WEIGHT*SOURCE

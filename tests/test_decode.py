@@ -4,8 +4,10 @@
 import csv
 import io
 import pickle
+import threading
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import make_odd_files
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from particlejax.data import opening, patience
 from particlejax.data.decode import Unreadable, Video, raw_file
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -111,6 +114,29 @@ def test_seeks_only_where_it_saves_work(tmp_path: Path, monkeypatch: pytest.Monk
         with Video(path) as video:
             video.frames_at([wanted])
         assert len(decoded) <= most
+
+
+class Index:
+    """An hour's index in the order of decoding, every third entry a B-frame shown before the one it follows."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __len__(self) -> int:
+        return 90_000
+
+    def __getitem__(self, i: int) -> SimpleNamespace:
+        self.asked += 1
+        return SimpleNamespace(timestamp=40 * (i - 2 if i % 3 == 2 else i + 1), is_discard=i < 3 or i > 89_990)
+
+
+def test_the_length_of_an_hour_is_found_at_the_ends_of_its_index() -> None:
+    index = Index()
+    kept = [entry.timestamp for entry in map(index.__getitem__, range(len(index))) if not entry.is_discard]
+    index.asked = 0
+    stream = SimpleNamespace(index_entries=index, time_base=Fraction(1, 1000))
+    assert opening.index_length(stream) == pytest.approx((max(kept) - min(kept)) / 1000)
+    assert index.asked < 500
 
 
 def test_frames_that_nobody_wants_are_dropped_and_the_others_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,6 +356,25 @@ def test_cover_art_is_not_the_video(tmp_path: Path) -> None:
         container.mux(film.encode(None))
     with Video(str(tmp_path / "a.mp4")) as video:
         assert numbers(video.read_all()[0]) == [0, 1, 2, 3, 4]
+
+
+def test_a_long_film_that_cannot_be_sought_in_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    never, plain = threading.Event(), Video._convert
+
+    def slow(self: Video, *more: object) -> np.ndarray:
+        never.wait()
+        return plain(self, *more)
+
+    monkeypatch.setattr(Video, "_convert", slow)
+    reasons = []
+    for suffix in ("avi", "mp4"):
+        path = str(write(tmp_path / f"a.{suffix}"))
+        with pytest.raises(Unreadable) as caught:
+            patience.within(0.3, lambda p=path: Video(p).frames_at([7.0]), path)
+        reasons.append(caught.value.reason)
+    never.set()
+    assert reasons == ["not decoded after 0.3 s: avi files can only be read from their start, so convert it to mp4 or raise "
+                       "config.data.time_limit", "not decoded after 0.3 s"]
 
 
 def test_a_colon_in_a_name_is_no_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
