@@ -9,13 +9,17 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
 from particlejax import main as entry
-from particlejax.data import pipeline, prepare, sources
+from particlejax.apps import check
+from particlejax.data import patience, pipeline, prepare, sources, survey
+from particlejax.data.decode import Video
 from particlejax.data.toybox import builder
 from particlejax.spec import DataSpec, ParticleSpec
 from particlejax.typing import UserError
@@ -168,3 +172,60 @@ def test_a_check_finds_damage_and_what_stands_on_both_sides(folder: Path, tmp_pa
     assert np.isclose(train["seconds"]["median"], 2.0, atol=0.1) and results["check"]["val"]["seconds"]["least"] == 1.0
     report = (tmp_path / "run" / "report.md").read_text()
     assert "1 pairs look alike" in report and (tmp_path / "run" / "report" / "classes.png").exists()
+
+
+def slow_film(path: Path) -> str:
+    """Ten minutes in forty frames of one number each, which stand for 1 to 30 seconds."""
+    gaps = np.random.default_rng(0).choice([1, 5, 30], 40)
+    ticks = (100 * np.cumsum(gaps) * 600 / gaps.sum()).astype(int)
+    rng = np.random.default_rng(1)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 100)
+        for at in ticks:
+            picture = rng.integers(0, 256, (4, 4, 3), np.uint8).repeat(16, 0).repeat(16, 1)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = int(at), Fraction(1, 100)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return str(path)
+
+
+def test_clips_of_one_file_are_looked_at_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = slow_film(tmp_path / "a.mp4")
+    spans = ((0.0, None), (300.0, 420.0), (10.0, 200.0), (999.0, None))
+    clips = [sources.Record(f"{start}", file, 0, start=start, end=end) for start, end in spans]
+    monkeypatch.setattr(Video, "read_all", lambda *more: pytest.fail("it holds the whole film"))
+    decoded, plain = [], Video.each
+    monkeypatch.setattr(Video, "each", lambda self, side: decoded.append(1) or plain(self, side))
+    *seen, late = survey.look(clips)
+    assert survey.look(clips[3:]) == [late] and len(decoded) == 2
+    assert late[0] == "999.0" and late[1].startswith("starts at 999 s but lasts ")
+    with Video(file) as video:
+        times = np.array([time for _, time in plain(video)])
+        for found, (start, end) in zip(seen, spans, strict=False):
+            end = end or video.duration
+            shown, _ = video.frames_at(start + (np.arange(4) + 0.5) / 4 * (end - start), 64)
+            np.testing.assert_array_equal(found.print, survey._fingerprint(np.stack([survey._small(p) for p in shown])))
+            assert found.seconds == pytest.approx(end - start) and found.frames == ((times >= start) & (times < end)).sum()
+
+
+def test_a_long_film_has_the_time_of_a_clip_for_each_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = sources.Record("a", slow_film(tmp_path / "a.mp4"))
+    limits, plain = [], patience.within
+    monkeypatch.setattr(patience, "within", lambda limit, *more: limits.append(limit) or plain(limit, *more))
+    assert isinstance(check._file([clip], 60.0)[0], survey.Seen)
+    assert limits == [60.0, pytest.approx(600, rel=0.1)]
+
+
+def test_a_source_of_which_nothing_can_be_read_ends_in_a_sentence(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / "data" / name).write_text("not a film")
+    assert entry.main(["main", "--config=experiments/check_data.py", f"--config.data.source=folder:{tmp_path}/data",
+                       f"--workdir={tmp_path / 'run'}"]) == 2
+    said = capfd.readouterr().err
+    assert "not one of the 2 clips of folder:" in said and "(not a media file, ...)" in said and "Traceback" not in said
+    assert len(json.loads((tmp_path / "run" / "results.json").read_text())["bad"]) == 2
+    assert "## 2 clips cannot be read" in (tmp_path / "run" / "report.md").read_text()

@@ -110,17 +110,20 @@ class Video:
             pictures[i], stamps[i] = picture, before.time - self._start
         return self._stack(pictures, size), stamps
 
-    def read_all(self, short_side: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Every frame from the first to the last: uint8 [T, H, W, 3] and times in seconds, float32 [T]."""
+    def each(self, short_side: int | None = None) -> Iterator[tuple[np.ndarray, float]]:
+        """Every frame from the first to the last, uint8 [H, W, 3], and its time in seconds; none is held."""
         self._wanted = None
         self._rewind()
         size = _resized(self._size, short_side)
-        pictures, stamps = [], []
         while True:
-            pictures.append(self._convert(self._shown.frame, size))
-            stamps.append(self._shown.time - self._start)
+            yield self._convert(self._shown.frame, size), self._shown.time - self._start
             if not self._advance():
-                return self._stack(pictures, size), np.asarray(stamps, np.float32)
+                return
+
+    def read_all(self, short_side: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """All frames of `each` together: uint8 [T, H, W, 3] and times in seconds, float32 [T]."""
+        pictures, stamps = zip(*self.each(short_side), strict=True)
+        return np.stack(pictures), np.asarray(stamps, np.float32)
 
     def _rewind(self) -> None:
         # Opening again is the one way back to the first frame that works in every container.
