@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a stage is made of, built from an experiment: sources, model, folders; and a trained stage read back."""
 
+import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -78,6 +79,7 @@ def build(experiment: Experiment, name: str, classes: tuple[str, ...]) -> Stage:
     """The stage and its model. Raises UserError where it wants labels and there are none."""
     spec = experiment.stages[name]
     data = experiment.data_of(spec)
+    _check_directed(data, classes)
     slots = pipeline.row_slots(data, experiment.particles)
     parts = objectives.parts(spec.objectives)
     if parts["head"] and not classes:
@@ -89,6 +91,15 @@ def build(experiment: Experiment, name: str, classes: tuple[str, ...]) -> Stage:
                          decoder=parts["decoder"])
     stage = Stage(name, spec, experiment, data, classes, model, pipeline.example(data, experiment.particles, 1))
     return replace(stage, example=stage.ready(stage.example))
+
+
+def _check_directed(data: DataSpec, classes: tuple[str, ...]) -> None:
+    """A class that is never to be mirrored must be one: else it would be."""
+    for name in data.augment.directed if classes else ():
+        if name not in classes:
+            near = difflib.get_close_matches(name, classes, 1, 0.5)
+            remedy = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(classes[:5])}{', ...' * (len(classes) > 5)}."
+            raise UserError(f"config.data.augment.directed names {name!r}, which is no class of {data.source}: {remedy}")
 
 
 def on_ready(stage: Stage, objective: objectives.Objective) -> objectives.Objective:
