@@ -104,6 +104,13 @@ def test_clips_from_memory_are_the_decoded_ones(source: sources.Source) -> None:
     assert (record.video, 32) in memory._kept
 
 
+def test_memory_and_decoder_agree_on_what_is_on_display(source: sources.Source) -> None:
+    with memory.opened(source[3].video, 16, 0.0) as decoding, memory.opened(source[3].video, 16, 0.1) as kept:
+        starts = np.arange(0, 1.9, 1 / kept.fps)
+        for shift in (-6e-4, -4e-4, -3e-5, 0.0, 4e-4):
+            np.testing.assert_array_equal(kept.frames_at(starts + shift), decoding.frames_at(starts + shift))
+
+
 def test_resizing_together_is_resizing_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     for height, width, box, size in ((48, 40, (3.3, 5.1, 33.0, 44.7), 32), (20, 90, (0, 0, 20, 20), 33), (64, 64, (9, 1, 50, 63), 8)):

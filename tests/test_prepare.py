@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, cache_dir: str) -> Path:
     lines = ["path,split,label,caption,start,end,group"]
     for i in range(LINES):
         (folder / f"{i}.mp4").write_bytes(examples[i]["video"])
-        split, when = ("train", ",") if i < 7 else ("val", "0.5,1.5")
+        split, when = ("train", ",") if i < 7 else ("val", "0.3,1.3")
         lines.append(f"{i}.mp4,{split},{'ab'[i % 2]},clip {i},{when},g{i // 2}")
     (folder / "3.mp4").write_bytes(b"not a video")
     (folder / "1.csv").write_text("time,x\n0,1\n")
@@ -79,6 +79,22 @@ def test_a_prepared_folder_is_the_folder_also_when_it_was_interrupted(folder: Pa
         assert made.classes == plain.classes == ("a", "b")
         wanted = [as_bytes(plain[i]) for i in range(len(plain)) if plain[i].name != "3.mp4"]
         assert [made[i] for i in range(len(made))] == wanted
+
+
+def test_what_holds_no_clip_is_left_out_with_a_sentence(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    copy = tmp_path / "data"
+    shutil.copytree(folder, copy)
+    for i in (0, 1, 2, 3, 7, 8, 9):  # a whole shard of train, and all of val
+        (copy / f"{i}.mp4").write_text("not a film")
+    assert command(copy, tmp_path, tmp_path / "run") == 0
+    assert "split val has no clip that can be read: it is left out." in capfd.readouterr().err
+    made = sources.open_source(f"tfds:{tmp_path}/mine", "train", "unused")
+    assert [made[i].name for i in range(len(made))] == ["4.mp4", "5.mp4", "6.mp4"]
+    assert sources.splits(f"tfds:{tmp_path}/mine/1.0.0", "unused") == ("train",)
+    for i in (4, 5, 6):
+        (copy / f"{i}.mp4").write_text("not a film")
+    assert command(copy, tmp_path / "none", tmp_path / "run2") == 2
+    assert "not one clip of folder:" in (said := capfd.readouterr().err) and "Traceback" not in said
 
 
 def test_another_source_in_the_same_place_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -159,7 +175,7 @@ def test_a_check_finds_damage_and_what_stands_on_both_sides(folder: Path, tmp_pa
     copy = tmp_path / "data"
     shutil.copytree(folder, copy)
     shutil.copy(copy / "0.mp4", copy / "9.mp4")  # a train clip as a val clip, cut otherwise
-    table = (copy / "clips.csv").read_text().replace("9.mp4,val,b,clip 9,0.5,1.5", "9.mp4,val,b,clip 9,,")
+    table = (copy / "clips.csv").read_text().replace("9.mp4,val,b,clip 9,0.3,1.3", "9.mp4,val,b,clip 9,,")
     (copy / "clips.csv").write_text(table + "none.mp4,val,a,,,,\n")
     assert entry.main(["main", "--config=experiments/check_data.py", f"--config.data.source=folder:{copy}",
                        f"--workdir={tmp_path / 'run'}"]) == 0
@@ -169,7 +185,7 @@ def test_a_check_finds_damage_and_what_stands_on_both_sides(folder: Path, tmp_pa
     assert results["check"]["near_duplicates"] == [["train: 0.mp4", "val: 9.mp4"]]
     train = results["check"]["train"]
     assert train["clips"] == 6 and train["labels"] == {"a": 4, "b": 2} and train["audio"] == 6 and train["sizes"] == {"64x64": 6}
-    assert np.isclose(train["seconds"]["median"], 2.0, atol=0.1) and results["check"]["val"]["seconds"]["least"] == 1.0
+    assert np.isclose(train["seconds"]["median"], 2.0, atol=0.1) and np.isclose(results["check"]["val"]["seconds"]["least"], 1.0)
     report = (tmp_path / "run" / "report.md").read_text()
     assert "1 pairs look alike" in report and (tmp_path / "run" / "report" / "classes.png").exists()
 

@@ -85,6 +85,11 @@ class Video:
         """Seconds from the start of the first frame to the end of the last (of those the container announces)."""
         return opening.length(self._stream, self._source, self._start)
 
+    @property
+    def tolerance(self) -> float:
+        """Seconds that a time asked for may lie before a frame's and still mean that frame (see `frames_at`)."""
+        return min(float(self._stream.time_base) / 2, 5e-4)
+
     def frames_at(self, times: Sequence[float], short_side: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The frames on display at `times` (seconds, any order): uint8 [T, H, W, 3] and their own times, float32 [T].
 
@@ -189,7 +194,7 @@ class Video:
 
     def _clock(self, times: np.ndarray) -> np.ndarray:
         """Times from the first frame as times on the container's clock, with the tolerance of `frames_at`."""
-        return self._start + np.maximum(times, 0.0) + min(float(self._stream.time_base) / 2, 5e-4)
+        return self._start + np.maximum(times, 0.0) + self.tolerance
 
     def _packets(self) -> Iterator[av.Packet | None]:
         try:
