@@ -3,15 +3,20 @@
 
 import dataclasses
 import multiprocessing
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
 
 import jax
 import numpy as np
 import pytest
 
+from particlejax.apps.bench import data as bench
 from particlejax.data import clips, memory, pipeline, sources
 from particlejax.data.decode import Video
 from particlejax.particles.types import Particles
-from particlejax.spec import AugmentSpec, DataSpec, ParticleSpec
+from particlejax.spec import AugmentSpec, BenchSpec, DataSpec, Experiment, ParticleSpec
 from particlejax.typing import UserError
 
 CUT = ParticleSpec("grid", (4, 16, 16))
@@ -172,3 +177,60 @@ def test_payloads_are_normalised(source: sources.Source) -> None:
     np.testing.assert_allclose(coarse * DATA.std + DATA.mean, average / 255, atol=0.51 / 255)
     budget = cut(DATA, dataclasses.replace(CUT, budget=3))
     assert len(budget.segment) == 3
+
+
+def test_the_benchmark_counts_the_cores_of_other_processes(tmp_path: Path) -> None:
+    busy = f"import time\nwhile time.process_time() < 0.5: pass\nopen({str(tmp_path / 'done')!r}, 'w').close()\ntime.sleep(60)"
+    child = multiprocessing.get_context("spawn").Process(target=exec, args=(busy,))
+
+    def work() -> None:
+        child.start()
+        while not (tmp_path / "done").exists():
+            time.sleep(0.02)
+
+    running = bench._timed(work).cpu
+    before = bench._cpu()
+    child.kill()
+    child.join()
+    assert running > 0.4 and bench._cpu() > before - 0.05, "also after it has ended"
+
+
+def test_the_benchmark_goes_on_without_a_package_that_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torchcodec").mkdir()
+    (tmp_path / "torchcodec" / "__init__.py").write_text("")
+    (tmp_path / "torchcodec" / "decoders.py").write_text("raise OSError('libavutil.so is not there')")
+    (tmp_path / "decord.py").write_text(DECORD)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("torch", "torchcodec", "torchcodec.decoders", "decord"):  # none of these stays behind
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        if name != "torch":
+            del sys.modules[name]
+    found, unusable = bench._others([(b"the bytes of a file", np.array([0.1]))], 8)
+    assert list(found) == ["decord, decodes and resizes"], "which takes bytes as a file"
+    assert set(unusable) == {"torchcodec, exact seeks", "torchcodec, approximate seeks"}
+    assert set(unusable.values()) == {"OSError: libavutil.so is not there"}
+
+
+DECORD = """
+class VideoReader:
+    def __init__(self, file, width, height, num_threads):
+        assert file.read() == b"the bytes of a file"
+    get_avg_fps = lambda self: 25.0
+    __len__ = lambda self: 9
+    get_batch = lambda self, chosen: self
+    asnumpy = lambda self: None
+"""
+
+
+def test_the_benchmark_measures_a_worker_process(cache_dir: str) -> None:
+    experiment = Experiment(data=DataSpec(cache_dir=cache_dir, threads=1), bench=BenchSpec(rows=2, memory_clips=20))
+    found = bench._memory(experiment)
+    assert found["clips"] == list(range(2, 21, 2)) and len(found["a worker process"]) == 10
+    assert all(20 < mib < 10_000 for mib in found["a worker process"])
+    assert found["a worker process"][-1] != found["this process, decoding itself"][-1]
+
+
+def test_the_bare_loop_that_drops_decodes_less(tmp_path: Path) -> None:
+    bench._make(tmp_path / "a.mp4", (64, 48), 2)
+    times = np.array([0.1, 1.5])
+    assert bench._bare(str(tmp_path / "a.mp4"), times, drop=True) < 0.7 * bench._bare(str(tmp_path / "a.mp4"), times)
