@@ -3,9 +3,12 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import resource
 import shutil
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -138,6 +141,60 @@ def test_plan_and_description_are_whole_or_absent(folder: Path, tmp_path: Path) 
     with pytest.raises(UserError, match="no dataset_info.json"):
         sources.open_source(f"tfds:{plan.folder}", "train", "unused")
     assert prepare.finish(planned(folder, tmp_path))["clips"] == {"train": 6, "val": 3}
+
+
+def test_a_worker_of_prepare_that_is_killed_ends_in_a_sentence(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+                                                               ) -> None:
+    first = planned(folder, tmp_path).shards[0]
+    prepare.write(first)
+    written = os.stat(first.path).st_mtime_ns
+
+    def kill() -> None:
+        while not multiprocessing.active_children():
+            time.sleep(0.01)
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    assert command(folder, tmp_path, tmp_path / "run") == 2
+    killer.join()
+    said = capfd.readouterr().err
+    assert "a worker of prepare was killed" in said and "give the same command again" in said and "Traceback" not in said
+    assert command(folder, tmp_path, tmp_path / "run") == 0 and os.stat(first.path).st_mtime_ns == written
+
+
+@pytest.fixture
+def hanging(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Three clips, the second of which keeps its decoder busy for ever."""
+    data, never, plain = tmp_path / "data", threading.Event(), Video.__init__
+    data.mkdir()
+    for name in ("a.mp4", "hangs.mp4", "z.mp4"):
+        shutil.copy(folder / "0.mp4", data / name)
+    (data / "clips.csv").write_text("path,split\na.mp4,train\nhangs.mp4,train\nz.mp4,train\n")
+
+    def opened(self: Video, source: str | bytes) -> None:
+        if source == str(data / "hangs.mp4"):
+            never.wait()
+        plain(self, source)
+
+    monkeypatch.setattr(Video, "__init__", opened)
+    yield data
+    never.set()
+
+
+def test_prepare_leaves_a_hanging_decoder_behind(hanging: Path, tmp_path: Path) -> None:
+    shard = prepare.plan(f"folder:{hanging}", str(tmp_path), "mine", "unused", 3, 0.5).shards[0]
+    note = prepare.write(shard)
+    assert note["clips"] == 2 and note["bad"] == {"hangs.mp4": "not decoded after 0.5 s"}
+
+
+def test_check_data_leaves_a_hanging_decoder_behind(hanging: Path, tmp_path: Path) -> None:
+    assert entry.main(["main", "--config=experiments/check_data.py", f"--config.data.source=folder:{hanging}",
+                       "--config.data.time_limit=0.5", f"--workdir={tmp_path / 'run'}"]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["bad"] == [{"path": "hangs.mp4", "reason": "not decoded after 0.5 s"}]
+    assert results["check"]["train"]["clips"] == 2
 
 
 def test_beam_writes_the_same_files(folder: Path, tmp_path: Path) -> None:
