@@ -15,9 +15,12 @@ def membership(segment: Int[Array, "B L"], clips: int) -> Float[Array, "B L S"]:
     return jax.nn.one_hot(segment - 1, clips)  # -1, an empty slot, is a row of zeros
 
 
-def clip_mean(values: Float[Array, "B L *D"], segment: Int[Array, "B L"], clips: int) -> Float[Array, "B S *D"]:
-    """Mean over each clip's particles; zeros for a clip that has none."""
+def clip_mean(values: Float[Array, "B L *D"], segment: Int[Array, "B L"], clips: int,
+              mass: Float[Array, "B L"] | None = None) -> Float[Array, "B S *D"]:
+    """Mean over each clip's particles, weighted by `mass` where there is one; zeros for a clip that has none."""
     member = membership(segment, clips)
+    if mass is not None:
+        member *= mass[..., None]
     total = jnp.einsum("bls,bl...->bs...", member, values)
     number = jnp.maximum(member.sum(axis=1), 1.0)
     return total / number.reshape(*number.shape, *(1,) * (values.ndim - 2))

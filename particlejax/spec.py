@@ -148,6 +148,9 @@ class ModelSpec:
     mlp: int = 4  # hidden width of the MLP, in widths
     dropout: float = 0.0
     drop_path: float = 0.0  # stochastic depth of the last block, linear from 0 (arXiv:1603.09382)
+    reduce: str = one_of("drop", "merge")  # what becomes of tokens after the blocks `reduce_after` (nn/reduce.py)
+    reduce_after: tuple[int, ...] = ()  # numbers of blocks, ascending; (): all tokens go through all blocks
+    reduce_keep: float = 0.5  # share of a clip's tokens that stays each time
     pool: str = one_of("mean", "attention")  # how a clip's tokens become the vector that is classified
     pool_heads: int = 8  # of attention pooling
     decoder_width: int = 128
@@ -196,6 +199,32 @@ class OptimSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class ScaleSpec:
+    """How clips are read for a part of the training; what is 0 or '' is as the stage's data and particles say."""
+
+    frames: int = 0
+    size: int = 0  # pixels
+    seconds: float = 0.0  # span of the frames: with their number, the speed
+    stride: int = 0  # the speed where data.sample is dense
+    policy: str = ""
+    levels: int = 0
+    budget: int = 0
+    tubes: tuple = ()
+    share: float = 1.0  # of the clips (mixture), of the training (progressive) or of a round (cycles), beside the others'
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleSpec:
+    """Which scale when; rows keep their shape, so that nothing is compiled anew."""
+
+    kind: str = one_of("fixed", "mixture", "progressive", "cycles")  # each clip draws; in order; in order, again and again
+    scales: tuple[ScaleSpec, ...] = ()
+    rounds: int = 1  # of cycles: the long cycle of Multigrid (arXiv:1912.00998)
+    settle: float = 0.0  # share of the training at the end of cycles that stays at the last scale
+    short: tuple[float, ...] = ()  # factors of the size that follow each other from step to step: its short cycle
+
+
+@dataclasses.dataclass(frozen=True)
 class StageSpec:
     """One training run. `steps` or `epochs`, the other 0."""
 
@@ -208,6 +237,8 @@ class StageSpec:
     optim: OptimSpec = OptimSpec()
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what differs from the experiment's
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what differs from the experiment's
+    particles: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what differs from the experiment's
+    schedule: ScheduleSpec = ScheduleSpec()  # scales that the training clips are read at
     val: str = "val"  # split that is measured while training; '': none
     val_every: int = at_least(0, 0)  # steps; 0: at the end only
     ema: float = 0.0  # decay of the averaged parameters, which are then the ones evaluated; 0: none
@@ -221,6 +252,8 @@ class EvaluateSpec:
     """The measurement at the end of a stage that classifies."""
 
     splits: tuple[str, ...] = ("val",)
+    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what differs from the training's: another scale
+    particles: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # the same; `base` cannot
     views: tuple[int, int] = (1, 1)  # temporal clips x spatial crops per video, probabilities averaged
     rows: int = 32
 
@@ -300,6 +333,14 @@ class Experiment:
     def data_of(self, stage: StageSpec) -> DataSpec:
         """The data section with what the stage says differently."""
         return _replaced(self.data, stage.data, "data")
+
+    def particles_of(self, stage: StageSpec) -> ParticleSpec:
+        """The particles section with what the stage says differently."""
+        return _replaced(self.particles, stage.particles, "particles")
+
+    def measured(self, data: DataSpec, particles: ParticleSpec) -> tuple[DataSpec, ParticleSpec]:
+        """A stage's data and particles with what `evaluate` says differently."""
+        return _replaced(data, self.evaluate.data, "data"), _replaced(particles, self.evaluate.particles, "particles")
 
     def model_of(self, stage: StageSpec) -> ModelSpec:
         """The model section with what the stage says differently."""
@@ -391,12 +432,37 @@ def check(experiment: Experiment) -> Experiment:
             raise UserError(f"{where} has no objective: add one of {', '.join(OBJECTIVES)}.")
         if stage.rows % stage.accumulate:
             raise UserError(f"{where}.rows={stage.rows} is not a multiple of accumulate={stage.accumulate}: change one.")
-        experiment.data_of(stage)
-        experiment.model_of(stage)
+        experiment.measured(experiment.data_of(stage), experiment.particles_of(stage))
+        _check_schedule(stage.schedule, f"{where}.schedule")
+        _check_model(experiment.model_of(stage))
+    if "base" in experiment.evaluate.particles:
+        raise UserError("config.evaluate.particles cannot change `base`: the model reads payloads of that size.")
     if experiment.checkpoint.keep < 2:
         raise UserError(f"config.checkpoint.keep={experiment.checkpoint.keep} would leave no whole checkpoint while the "
                         "next is written: use 2 or more.")
     return experiment
+
+
+def _check_schedule(schedule: ScheduleSpec, where: str) -> None:
+    if (schedule.kind == "fixed") == bool(schedule.scales):
+        raise UserError(f"{where} is {schedule.kind!r} with {len(schedule.scales)} scales: "
+                        + ("name another kind for them." if schedule.scales else "give it some, or leave it 'fixed'."))
+    if schedule.kind != "cycles" and (schedule.rounds != 1 or schedule.settle or schedule.short):
+        raise UserError(f"{where}.rounds, settle and short belong to 'cycles', and {where}.kind is {schedule.kind!r}: make it "
+                        "that, or leave them.")
+    if not 0 <= schedule.settle < 1 or schedule.rounds < 1 or any(each.share <= 0 for each in schedule.scales):
+        raise UserError(f"{where} wants rounds of at least 1, settle in [0, 1) and shares above 0: correct them.")
+
+
+def _check_model(model: ModelSpec) -> None:
+    edges = (0, *model.reduce_after, model.depth)
+    if any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
+        raise UserError(f"config.model.reduce_after={model.reduce_after} must name blocks between 1 and {model.depth - 1}, "
+                        "ascending: correct it, or leave it empty.")
+    least = 0.5 if model.reduce == "merge" else 0.0
+    if not least <= model.reduce_keep < 1 or not model.reduce_keep:
+        raise UserError(f"config.model.reduce_keep={model.reduce_keep:g} must be below 1 and "
+                        + ("at least 0.5, as tokens merge in pairs." if least else "above 0."))
 
 
 def _value(field: dataclasses.Field, value: Any, where: str) -> Any:
@@ -404,6 +470,8 @@ def _value(field: dataclasses.Field, value: Any, where: str) -> Any:
         return make(field.type, value, where)
     if field.name == "stages":
         return {name: make(StageSpec, stage, f"{where}.{name}") for name, stage in value.items()}
+    if field.name == "scales":
+        return tuple(make(ScaleSpec, each, f"{where}[{i}]") if isinstance(each, Mapping) else each for i, each in enumerate(value))
     if field.name == "objectives":
         return {name: _objective(name, each, where) for name, each in value.items()}
     return _tuples(value)

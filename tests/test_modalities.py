@@ -93,7 +93,7 @@ def test_modalities_share_a_clock_and_what_is_missing_has_no_particle(beeping: b
     whole = sources.Record("a", beeping, 0, "a beep", start=3.0, end=5.0, series=TABLE)
     made = clips.particles_of(clips.load(whole, DATA, clips.CENTRE), DATA, CUT, np.random.default_rng(0))
     assert set(made) == {"vision", "audio", "text", "series"}
-    slots = pipeline.row_slots(DATA, CUT)
+    slots = pipeline.row_of(DATA, CUT).slots
     assert {m: (p.payload.shape, p.payload.dtype.name) for m, p in made.items() if m != "text"} == {
         m: ((s.length, s.size), s.dtype) for m, s in slots.items() if m != "text"}
     # the flash and the beep at 3.5 s stand 0.5 s after the clip's start
@@ -108,7 +108,7 @@ def test_modalities_share_a_clock_and_what_is_missing_has_no_particle(beeping: b
     bare = sources.Record("b", film(sound=False), 0)
     lacks = clips.particles_of(clips.load(bare, DATA, clips.CENTRE), DATA, CUT, np.random.default_rng(0))
     assert set(lacks) == {"vision"}
-    batch = pack.pack([pack.Clip(made, 0, 0), pack.Clip(lacks, 0, 1)], slots, 2, 1)
+    batch = pack.pack([pack.Clip(made, 0, 0), pack.Clip(lacks, 0, 1)], [0, 1], slots, 2, 1)
     assert (batch.particles["audio"].segment[1] == 0).all() and (batch.particles["audio"].segment[0] == 1).all()
 
 
@@ -118,7 +118,7 @@ def test_rows_have_room_for_all_that_is_read(beeping: bytes) -> None:
         data = dataclasses.replace(DATA, modalities=("audio",), seconds=float(seconds))
         sound = np.zeros(math.ceil(seconds * RATE - 1e-6), np.float32)
         made = clips.particles_of(clips.Clip(np.zeros(0), np.zeros(0), data.seconds, sound), data, CUT, rng)
-        assert len(made["audio"].segment) == pipeline.row_slots(data, CUT)["audio"].length, seconds
+        assert len(made["audio"].segment) == pipeline.row_of(data, CUT).slots["audio"].length, seconds
     record = sources.Record("a", beeping, series=TABLE)
     for seconds, own in ((0.495, 0.0), (1.7, 0.5), (1.0, 3.0), (2.495, 1.31)):
         data = dataclasses.replace(
@@ -127,7 +127,7 @@ def test_rows_have_room_for_all_that_is_read(beeping: bytes) -> None:
         for seed in range(2):
             seen = clips.load(record, data, np.random.default_rng(seed))
             made = clips.particles_of(seen, data, CUT, np.random.default_rng(seed))
-            pack.pack([pack.Clip(made, 0, 0)], pipeline.row_slots(data, CUT), 1, 1)  # raises Full
+            pack.pack([pack.Clip(made, 0, 0)], [0], pipeline.row_of(data, CUT).slots, 1, 1)  # raises Full
 
 
 def test_sound_from_memory_is_the_decoded_one(beeping: bytes) -> None:
@@ -146,9 +146,9 @@ def test_a_series_that_is_wrong_is_named(beeping: bytes) -> None:
 
 def test_rows_need_to_know_how_long_sound_is() -> None:
     with pytest.raises(UserError, match="set one of them"):
-        pipeline.row_slots(DataSpec(modalities=("audio",)), CUT)
+        pipeline.row_of(DataSpec(modalities=("audio",)), CUT)
     with pytest.raises(UserError, match="names 'smell'"):
-        pipeline.row_slots(DataSpec(modalities=("smell",)), CUT)
+        pipeline.row_of(DataSpec(modalities=("smell",)), CUT)
 
 
 def tokenizer_file(folder: Path) -> str:

@@ -15,7 +15,7 @@ from particlejax.particles import pack, policies
 from particlejax.particles.types import Batch, Particles
 from particlejax.spec import ModelSpec, ParticleSpec
 
-SPEC = ModelSpec(width=32, depth=2, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=1)
+SPEC = ModelSpec(width=32, depth=2, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=1, unroll=False)
 CUT = ParticleSpec("grid", (2, 4, 4))
 SIZES = ((4, 8, 8), (8, 8, 12), (2, 16, 8))  # frames, rows, columns: clips of different lengths and shapes
 
@@ -33,7 +33,8 @@ PAYLOAD = CLIPS[0].particles["vision"].payload.shape[1]
 
 
 def rows_of(clips: list[pack.Clip], rows: int, length: int, per_row: int) -> Batch:
-    return jax.tree.map(jnp.asarray, pack.pack(clips, {"vision": pack.Slots(length, PAYLOAD)}, rows, per_row))
+    chosen = [i // per_row for i in range(len(clips))]
+    return jax.tree.map(jnp.asarray, pack.pack(clips, chosen, {"vision": pack.Slots(length, PAYLOAD)}, rows, per_row))
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,36 @@ def test_packed_equals_unpacked(built: tuple) -> None:
     for i, each in enumerate(CLIPS):
         alone = logits(model, params, rows_of([each], 1, len(each.particles["vision"].segment), 1))[0, 0]
         np.testing.assert_allclose(packed[i], alone, atol=2e-5)
+
+
+@pytest.mark.parametrize("how", ["drop", "merge"])
+def test_fewer_tokens_in_depth_are_still_each_clip_s_own(how: str) -> None:
+    spec = dataclasses.replace(SPEC, depth=3, reduce=how, reduce_after=(1, 2), reduce_keep=0.5)
+    model = models.build(spec, {"vision": models.Payload(PAYLOAD)}, classes=5, decoder=True)
+    batch = rows_of(CLIPS, 1, 48, 4)
+    params = jax.jit(model.init)(jax.random.key(0), batch)
+    whole = models.build(dataclasses.replace(spec, reduce_after=()), {"vision": models.Payload(PAYLOAD)}, classes=5, decoder=True)
+    assert jax.tree.structure(models.parameter_shapes(whole, batch)) == jax.tree.structure(params), "the same parameters"
+    tokens, inner = jax.jit(lambda p: model.apply(params, "encode", p))(batch.particles)
+    assert [each.shape[2] for each in inner["blocks"]] == [48, 24, 12] and tokens.x.shape[1] == 12
+    counts = [int((tokens.segment == s + 1).sum()) for s in range(3)]
+    assert counts == [len(each.particles["vision"].segment) // 4 for each in CLIPS]
+    packed = logits(model, params, batch)[0]
+    for i, each in enumerate(CLIPS):
+        alone = logits(model, params, rows_of([each], 1, len(each.particles["vision"].segment), 1))[0, 0]
+        np.testing.assert_allclose(packed[i], alone, atol=2e-5)
+
+
+def test_merging_twins_changes_nothing(built: tuple) -> None:
+    _, params = built
+    vision = CLIPS[0].particles["vision"]
+    twins = pack.Clip({"vision": vision.take(np.repeat(np.arange(8), 2))}, 0, 0)
+    batch = rows_of([twins, CLIPS[1]], 1, 50, 2)
+    model = models.build(SPEC, {"vision": models.Payload(PAYLOAD)}, classes=5, decoder=True)
+    merged = models.build(dataclasses.replace(SPEC, reduce="merge", reduce_after=(1,)), {"vision": models.Payload(PAYLOAD)},
+                          classes=5, decoder=True)
+    np.testing.assert_allclose(logits(model, params, batch)[0, 0], logits(merged, params, batch)[0, 0], atol=2e-5)
+    assert jnp.abs(logits(model, params, batch)[0, 1] - logits(merged, params, batch)[0, 1]).max() > 1e-4
 
 
 def test_what_stands_in_an_empty_slot_changes_nothing(built: tuple) -> None:
@@ -111,10 +142,10 @@ def test_the_decoder_is_asked_by_place_and_never_reads_the_payload(built: tuple)
 
 def test_scan_equals_unroll(built: tuple) -> None:
     model, params = built
-    looped = models.build(dataclasses.replace(SPEC, unroll=False), {"vision": models.Payload(PAYLOAD)}, classes=5,
+    unrolled = models.build(dataclasses.replace(SPEC, unroll=True), {"vision": models.Payload(PAYLOAD)}, classes=5,
                           decoder=True)
     batch = rows_of(CLIPS, 1, 40, 3)
-    np.testing.assert_allclose(logits(model, params, batch), logits(looped, params, batch), atol=1e-5)
+    np.testing.assert_allclose(logits(model, params, batch), logits(unrolled, params, batch), atol=1e-5)
 
 
 def test_a_key_switches_dropout_on(built: tuple) -> None:
@@ -134,10 +165,10 @@ def test_two_modalities_and_one_missing() -> None:
                       np.ones(5, np.int32))
     shapes = {"vision": pack.Slots(48, PAYLOAD), "text": pack.Slots(6, 1, "int32")}
     both = pack.Clip({**CLIPS[0].particles, "text": words}, 0, 0)
-    batch = jax.tree.map(jnp.asarray, pack.pack([both, CLIPS[1]], shapes, 1, 2))
+    batch = jax.tree.map(jnp.asarray, pack.pack([both, CLIPS[1]], [0, 0], shapes, 1, 2))
     params = jax.jit(model.init)(jax.random.key(0), batch)
     together = logits(model, params, batch)[0]
-    alone = jax.tree.map(jnp.asarray, pack.pack([CLIPS[1]], shapes, 1, 2))
+    alone = jax.tree.map(jnp.asarray, pack.pack([CLIPS[1]], [0], shapes, 1, 2))
     np.testing.assert_allclose(together[1], logits(model, params, alone)[0, 0], atol=2e-5)
     only = dataclasses.replace(alone, particles={"vision": alone.particles["vision"]})
     np.testing.assert_allclose(together[1], logits(model, params, only)[0, 0], atol=2e-5)

@@ -32,7 +32,7 @@ def make_batch(seed: int, empty_rows: int = 0) -> Batch:
         video = np.repeat(video[..., None], 3, -1).astype(np.float32)
         cut = policies.cut_clip(video, np.arange(4, dtype=np.float32), ParticleSpec("grid", (2, 4, 4)))
         clips.append(pack.Clip({"vision": cut}, i % CLASSES, i))
-    return jax.tree.map(jnp.asarray, pack.pack(clips, {"vision": pack.Slots(8, 96)}, 8, 1))
+    return jax.tree.map(jnp.asarray, pack.pack(clips, range(len(clips)), {"vision": pack.Slots(8, 96)}, 8, 1))
 
 
 def setup(name: str) -> tuple[objectives.Objective, models.Model, dict]:

@@ -95,7 +95,7 @@ def test_packing_loses_nothing_and_mixes_nothing() -> None:
     sizes = [5, 3, 8, 4, 1, 6]
     clips = [pack.Clip({"vision": some(n, n), "audio": some(2, 9)} if n != 4 else {"vision": some(n, n)}, n, i)
              for i, n in enumerate(sizes)]
-    batch = pack.pack(clips, {"vision": pack.Slots(10, 6), "audio": pack.Slots(4, 6)}, rows=4, clips_per_row=3)
+    batch = pack.pack(clips, [0, 0, 1, 2, 1, 2], {"vision": pack.Slots(10, 6), "audio": pack.Slots(4, 6)}, rows=4, clips_per_row=3)
     for row in range(4):
         for slot in range(3):
             number = batch.clip[row, slot]
@@ -111,9 +111,12 @@ def test_packing_loses_nothing_and_mixes_nothing() -> None:
     assert sorted(batch.clip[batch.clip >= 0]) == list(range(6))
 
 
-def test_a_clip_that_does_not_fit_is_not_dropped() -> None:
-    with pytest.raises(pack.Full, match="does not fit into 1 rows"):
-        pack.pack([pack.Clip({"vision": some(5, 0)}, 0, 0)] * 3, {"vision": pack.Slots(10, 6)}, 1, 3)
+def test_a_row_is_never_given_more_than_it_holds() -> None:
+    clips = [pack.Clip({"vision": some(5, 0)}, 0, 0)] * 3
+    with pytest.raises(ValueError, match="row 0 has 10 slots of vision and its clips 15 particles"):
+        pack.pack(clips, [0, 0, 0], {"vision": pack.Slots(10, 6)}, 1, 3)
+    with pytest.raises(ValueError, match="row 1 has room for 1 clips"):
+        pack.pack(clips, [0, 1, 1], {"vision": pack.Slots(10, 6)}, 2, 1)
 
 
 def test_masks_give_every_clip_its_share() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Killed at any moment, a run continues and ends with the figures of one that was left alone, bit for bit."""
+"""Killed at any moment, a run of mixed scales continues and ends with the figures of one that was left alone, bit for bit."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def start(workdir: Path, cache_dir: str) -> subprocess.Popen:
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     with open(f"{workdir}.log", "a") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "particlejax.main", "--config", "experiments/finetune.py:tiny", "--workdir", str(workdir),
+            [sys.executable, "-m", "particlejax.main", "--config", "tests/experiments/mixed.py", "--workdir", str(workdir),
              f"--config.data.cache_dir={cache_dir}", *OVERRIDES], cwd=ROOT, env=environment, stdout=log, stderr=log)
 
 

@@ -26,7 +26,7 @@ def batch(missing: tuple[int, ...] = ()) -> Batch:
         video = rng.normal(size=(4, 8, 8, 3)).astype(np.float32)
         cut = policies.cut_clip(video, np.arange(4, dtype=np.float32), ParticleSpec("grid", (2, 4, 4)))
         clips.append(pack.Clip({"vision": cut}, i % 3, i))
-    whole = pack.pack(clips, {"vision": pack.Slots(8, 96)}, 16, 1)
+    whole = pack.pack(clips, range(len(clips)), {"vision": pack.Slots(8, 96)}, 16, 1)
     vision = whole.particles["vision"]
     for row in missing:
         vision.segment[row], whole.clip[row], whole.label[row] = 0, -1, -1

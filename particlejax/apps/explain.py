@@ -29,9 +29,9 @@ def draw_masked(workdir: Path, name: str, mesh: Mesh) -> None:
     if found is None:
         return
     frames, times = found.frames, found.times
-    particles = clips.particles_of(found, stage.data, stage.experiment.particles, np.random.default_rng(0))
-    slots = pipeline.row_slots(stage.data, stage.experiment.particles)
-    batch = stage.ready(pack.pack([pack.Clip(particles, -1, 0)], slots, 1, stage.data.clips_per_row))
+    particles = clips.particles_of(found, stage.data, stage.particles, np.random.default_rng(0))
+    row = pipeline.row_of(stage.data, stage.particles)
+    batch = stage.ready(pack.pack([pack.Clip(particles, -1, 0)], [0], row.slots, 1, row.clips))
     shape = type(spec)(**{**vars(spec), "predict": 1 - spec.keep})  # ask for everything that is hidden
     predict = jax.jit(lambda p, b: objectives.predict_masked(shape, p, stage.model, b, jax.random.key(0), False))
     answer = jax.tree.map(lambda x: np.asarray(x[0]), predict(params, jax.tree.map(np.asarray, batch)))
@@ -54,7 +54,7 @@ def _first_readable(source: sources.Source, data: DataSpec) -> clips.Clip | None
 
 def _rows(frames: np.ndarray, times: np.ndarray, answer: objectives.Prediction, stage: run.Stage, normalised: bool
           ) -> dict[str, np.ndarray]:
-    spec = stage.experiment.particles
+    spec = stage.particles
     scale = clips.pixel_scale(stage.data, spec)
     payload = answer.predicted
     if normalised:  # the model knows each particle's contrast only up to these two numbers, which are lent to it here

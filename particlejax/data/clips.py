@@ -125,7 +125,9 @@ def particles_of(clip: Clip, data: DataSpec, spec: ParticleSpec, rng: np.random.
 
 
 def _vision(clip: Clip, spec: ParticleSpec, rng: np.random.Generator) -> Particles:
-    particles = policies.cut_clip(clip.frames, clip.times, spec)
+    count = len(clip.frames)
+    starts = (np.arange(count) * (clip.seconds / count)).astype(np.float32)  # each frame stands for its share of the span
+    particles = policies.cut_clip(clip.frames, starts, spec)
     if spec.budget and spec.policy not in policies.ADAPTING:
         return policies.thin(particles, rng.random(len(particles.segment)), spec.budget)
     return particles

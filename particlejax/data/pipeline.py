@@ -7,21 +7,23 @@ Legend: B rows, S clips of a row.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import absl.flags
 import grain
 import numpy as np
 
-from particlejax.data import audio, augment, clips, words
+from particlejax.data import augment, clips, words
 from particlejax.data.decode import Unreadable
+from particlejax.data.plan import Plan, Stand
+from particlejax.data.schedule import FIXED, Row, Scale, Schedule
 from particlejax.data.sources import Source, parts_of
-from particlejax.particles import pack, policies
+from particlejax.particles import pack
 from particlejax.particles.types import Batch
-from particlejax.spec import DataSpec, ParticleSpec
+from particlejax.spec import DataSpec, ParticleSpec, ScheduleSpec
 from particlejax.typing import UserError
 
-_CHANNELS = 3
 _CUT_SEED = 0x5EED  # the order in which `fraction` draws, the same for every run so that runs compare
 
 
@@ -42,9 +44,10 @@ class Loaded(NamedTuple):
 
 @dataclass(frozen=True)
 class Batches:
-    """Training batches without end: every epoch holds each clip once, in another order, across all processes.
+    """Training batches: every epoch holds each clip once, in another order, across all processes.
 
-    Of a mixture each part goes round its own epochs, drawn by weight. An unreadable clip leaves its place in the row empty; it is never replaced.
+    Of a mixture each part goes round its own epochs, drawn by weight. An unreadable clip leaves its place in the row empty;
+    it is never replaced. MixUp and CutMix take partners from the rows of their own process.
     """
 
     source: Source
@@ -54,22 +57,31 @@ class Batches:
     rows: int  # over all processes
     process: int = 0
     processes: int = 1
+    scales: ScheduleSpec = FIXED
+    steps: int = 0  # of the training, which the schedule's progress is a share of; 0: `positions` says
+    positions: int = 0  # clips after which the data ends; 0: never
+    since: Stand = Stand(0, 0)  # where the plan stood when the training was saved
 
     def __len__(self) -> int:
         return 2**62
 
     def __getitem__(self, k: int) -> Loaded:
         rows = self.rows // self.processes
-        first = (k * self.rows + self.process * rows) * self.data.clips_per_row
-        order = self._order()
-        places = range(first, first + rows * self.data.clips_per_row)
-        wanted = [(int(order[p]), np.random.default_rng((self.seed, p))) for p in places]
-        return _load(self.source, self.data, self.particles, wanted, rows)
+        mine = range(self.process * rows, (self.process + 1) * rows)
+        order, scales = self._order(), self.plan.schedule.scales
+        wanted = [_Wanted(int(order[p]), np.random.default_rng((self.seed, p)), scales[scale], row - mine.start)
+                  for p, row, scale in self.plan.batch(k) if row in mine]
+        return _load(self.source, wanted, self.plan.schedule.row, rows)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Which clips stand where."""
+        return Plan(Schedule(self.scales, self.data, self.particles), self.rows, self.seed, self.steps, self.positions, self.since)
 
     def clips(self, k: int) -> list[int]:
         """Which clips batch k holds on all processes."""
-        order, n = self._order(), self.rows * self.data.clips_per_row
-        return [int(order[p]) for p in range(k * n, (k + 1) * n)]
+        order = self._order()
+        return [int(order[placed.position]) for placed in self.plan.batch(k)]
 
     def _order(self) -> grain.MapDataset:
         parts, seed = parts_of(self.source), self.seed % 2**32
@@ -101,7 +113,9 @@ class Views:
         rows = self.rows // self.processes
         first = (k * self.rows + self.process * rows) * self.data.clips_per_row
         places = range(first, min(first + rows * self.data.clips_per_row, self._count()))
-        return _load(self.source, self.data, self.particles, [self._look(p) for p in places], rows)
+        scale = Scale(self.data, self.particles)
+        wanted = [_Wanted(*self._look(p), scale, (p - first) // self.data.clips_per_row) for p in places]
+        return _load(self.source, wanted, row_of(self.data, self.particles), rows)
 
     def _count(self) -> int:
         return len(self.source) * self.views[0] * self.views[1]
@@ -120,12 +134,9 @@ def chosen_clips(count: int, fraction: float) -> np.ndarray:
     return np.sort(drawn)
 
 
-def row_slots(data: DataSpec, spec: ParticleSpec) -> dict[str, pack.Slots]:
-    """What a row has for each modality. Raises UserError for sizes that do not fit."""
-    for name in data.modalities:
-        if name not in clips.MODALITIES:
-            raise UserError(f"config.data.modalities names {name!r}: choose of {', '.join(clips.MODALITIES)}.")
-    return {name: _SLOTS[name](data, spec) for name in data.modalities}
+def row_of(data: DataSpec, spec: ParticleSpec, scales: ScheduleSpec = FIXED) -> Row:
+    """The shape of a row. Raises UserError for sizes that do not fit."""
+    return Schedule(scales, data, spec).row
 
 
 def vocabularies(data: DataSpec) -> dict[str, int]:
@@ -133,53 +144,9 @@ def vocabularies(data: DataSpec) -> dict[str, int]:
     return {clips.TEXT: words.vocabulary(data.text)} if clips.TEXT in data.modalities else {}
 
 
-def _vision_slots(data: DataSpec, spec: ParticleSpec) -> pack.Slots:
-    size = (data.frames, data.size, data.size)
-    try:
-        policies.check(size, spec)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return pack.Slots(policies.particle_count(size, spec) * data.clips_per_row, int(np.prod(spec.base)) * _CHANNELS,
-                      "uint8")
-
-
-def _audio_slots(data: DataSpec, spec: ParticleSpec) -> pack.Slots:
-    del spec
-    mels, (spectra, bands) = data.audio.mels, data.audio.patch
-    if mels % bands:
-        raise UserError(f"config.data.audio.mels={mels} is not a multiple of the {bands} bands of its patch: change "
-                        "one of them.")
-    number = audio.spectra(_seconds(data, "audio"), data.audio) // spectra
-    return pack.Slots(max(1, number) * (mels // bands) * data.clips_per_row, spectra * bands)
-
-
-def _series_slots(data: DataSpec, spec: ParticleSpec) -> pack.Slots:
-    del spec
-    if not data.series.channels:
-        raise UserError("config.data.series.channels is empty: name the columns of the CSV files that are read.")
-    number = round(_seconds(data, "series") * data.series.rate) // data.series.window
-    return pack.Slots(max(1, number) * data.clips_per_row, data.series.window * len(data.series.channels))
-
-
-def _text_slots(data: DataSpec, spec: ParticleSpec) -> pack.Slots:
-    del spec
-    return pack.Slots(data.text.length * data.clips_per_row, 1, "int32")
-
-
-def _seconds(data: DataSpec, modality: str) -> float:
-    seconds = clips.longest(data, getattr(data, modality).seconds)
-    if not seconds:
-        raise UserError(f"config.data.{modality}.seconds and config.data.seconds are 0, so nobody knows how much {modality} "
-                        "a row must hold: set one of them.")
-    return seconds
-
-
-_SLOTS = {clips.VISION: _vision_slots, clips.AUDIO: _audio_slots, clips.TEXT: _text_slots, clips.SERIES: _series_slots}
-
-
-def example(data: DataSpec, spec: ParticleSpec, rows: int) -> Batch:
+def example(row: Row, rows: int) -> Batch:
     """A batch of zeros with the shapes and types of every batch."""
-    return pack.pack([], row_slots(data, spec), rows, data.clips_per_row)
+    return pack.pack([], [], row.slots, rows, row.clips)
 
 
 def read(batches: Batches | Views, start: int, stop: int, data: DataSpec) -> Iterator[Loaded]:
@@ -216,26 +183,40 @@ class _Slice:
         return self.batches[self.start + i]
 
 
-def _load(source: Source, data: DataSpec, spec: ParticleSpec, wanted: list, rows: int) -> Loaded:
+class _Wanted(NamedTuple):
+    number: int
+    look: clips.Look
+    scale: Scale
+    row: int
+
+
+class _Read(NamedTuple):
+    wanted: _Wanted
+    clip: clips.Clip
+    label: int
+
+
+def _load(source: Source, wanted: list[_Wanted], row: Row, rows: int) -> Loaded:
     read, bad = [], []
-    for number, look in wanted:
-        record = source[number]
+    for each in wanted:
+        record, data = source[each.number], each.scale.data
         may_flip = record.label < 0 or source.classes[record.label] not in data.augment.directed
         try:
-            read.append((clips.load(record, data, look, may_flip), record.label, number, look))
+            read.append(_Read(each, clips.load(record, data, each.look, may_flip), record.label))
         except Unreadable as error:
-            bad.append(Bad(number, record.name, error.reason))
-    packed = [_packed(read, i, data, spec) for i in range(len(read))]
-    return Loaded(pack.pack(packed, row_slots(data, spec), rows, data.clips_per_row), tuple(bad))
+            bad.append(Bad(each.number, record.name, error.reason))
+    packed = [_packed(read, i) for i in range(len(read))]
+    return Loaded(pack.pack(packed, [each.wanted.row for each in read], row.slots, rows, row.clips), tuple(bad))
 
 
-def _packed(read: list, i: int, data: DataSpec, spec: ParticleSpec) -> pack.Clip:
-    """Clip i with its particles, the next one mixed into its frames where the spec says so."""
-    clip, label, number, look = read[i]
+def _packed(read: list[_Read], i: int) -> pack.Clip:
+    """Clip i with its particles, the next one of its size mixed into its frames where the spec says so."""
+    (number, look, (data, spec), _), clip, label = read[i]
     rng = look if isinstance(look, np.random.Generator) else np.random.default_rng((_CUT_SEED, number))
     share, other = 1.0, -1
     if isinstance(look, np.random.Generator) and (data.augment.mixup or data.augment.cutmix):
-        partner = read[(i + 1) % len(read)]
-        frames, share = augment.mix(clip.frames, partner[0].frames, data.augment, rng)
-        clip, other = replace(clip, frames=frames), partner[1]
+        others = (read[(i + step) % len(read)] for step in range(1, len(read) + 1))
+        partner = next(each for each in others if each.clip.frames.shape == clip.frames.shape)
+        frames, share = augment.mix(clip.frames, partner.clip.frames, data.augment, rng)
+        clip, other = replace(clip, frames=frames), partner.label
     return pack.Clip(clips.particles_of(clip, data, spec, rng), label, number, share, other)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from particlejax import losses
-from particlejax.nn import embed, heads, transformer
+from particlejax.nn import embed, heads, reduce, transformer
+from particlejax.nn.reduce import Tokens
 from particlejax.particles.types import Batch, Particles
 from particlejax.spec import ModelSpec
 from particlejax.typing import Params
@@ -24,14 +25,6 @@ class Payload(NamedTuple):
 
     size: int
     vocabulary: int = 0
-
-
-class Tokens(NamedTuple):
-    """The encoder's output [B, L, D], each token's place [B, L, 3] and segment; modalities stand one after the other."""
-
-    x: Array
-    place: Array
-    segment: Array
 
 
 class Model(NamedTuple):
@@ -86,8 +79,8 @@ class ParticleModel(nn.Module):
         if self.classes:
             self.classify(tokens, batch.label.shape[1])
 
-    def encode(self, particles: Mapping[str, Particles]) -> tuple[Tokens, dict[str, Array]]:
-        """Tokens of all particles, and under 'blocks' every block's output [depth, B, L, D]."""
+    def encode(self, particles: Mapping[str, Particles]) -> tuple[Tokens, dict[str, tuple[Array, ...]]]:
+        """Tokens of all particles, and under 'blocks' every block's output, as `Transformer` gives them."""
         return self.encoder(particles)
 
     def decode(self, tokens: Tokens, query: Particles, modality: str) -> Array:
@@ -99,7 +92,7 @@ class ParticleModel(nn.Module):
         if self.spec.pool == "attention":
             pooled = self.pool(tokens.x, tokens.segment, clips)
         else:
-            pooled = losses.clip_mean(tokens.x.astype(jnp.float32), tokens.segment, clips)
+            pooled = losses.clip_mean(tokens.x.astype(jnp.float32), tokens.segment, clips, tokens.mass)
         return self.head(self.head_norm(pooled)).astype(jnp.float32)
 
 
@@ -110,7 +103,7 @@ class Encoder(nn.Module):
     payloads: tuple[tuple[str, Payload], ...]
 
     @nn.compact
-    def __call__(self, particles: Mapping[str, Particles]) -> tuple[Tokens, dict[str, Array]]:
+    def __call__(self, particles: Mapping[str, Particles]) -> tuple[Tokens, dict[str, tuple[Array, ...]]]:
         spec, dtype = self.spec, jnp.dtype(self.spec.dtype)
         place = embed.Place(spec.width, dtype, name="place")
         modality = embed.Modality(spec.width, tuple(name for name, _ in self.payloads), name="modality")
@@ -123,11 +116,11 @@ class Encoder(nn.Module):
         known = [particles[name] for name, _ in self.payloads if name in particles]
         places = jnp.concatenate([p.place for p in known], axis=1)
         segment = jnp.concatenate([p.segment for p in known], axis=1)
-        where = transformer.between(places, segment, places, segment)
+        reduction = reduce.Reduction(spec.reduce, spec.reduce_after, spec.reduce_keep) if spec.reduce_after else None
         body = transformer.Transformer(spec.depth, spec.heads, spec.mlp * spec.width, spec.near, spec.dropout,
-                                       spec.drop_path, spec.unroll, dtype, name="transformer")
-        x, blocks = body(jnp.concatenate(parts, axis=1), where)
-        return Tokens(x, places, segment), {"blocks": blocks}
+                                       spec.drop_path, spec.unroll, dtype, reduction, name="transformer")
+        tokens, blocks = body(Tokens(jnp.concatenate(parts, axis=1), places, segment))
+        return tokens, {"blocks": blocks}
 
 
 class Decoder(nn.Module):
@@ -144,13 +137,12 @@ class Decoder(nn.Module):
         context = nn.Dense(width, dtype=dtype, name="context")(tokens.x)
         x = embed.Place(width, dtype, name="place")(query.place, query.extent)
         x += embed.Modality(width, names, name="modality")(modality).astype(dtype)
-        where = transformer.between(query.place, query.segment, tokens.place, tokens.segment)
         body = transformer.Transformer(spec.decoder_depth, spec.decoder_heads, spec.mlp * width, spec.near,
                                        unroll=spec.unroll, dtype=dtype, name="transformer")
-        x, _ = body(x, where, context)
+        answers, _ = body(Tokens(x, query.place, query.segment), tokens._replace(x=context))
         payload = dict(self.payloads)[modality]
         out = nn.Dense(payload.vocabulary or payload.size, dtype=jnp.float32, name=f"payload_{modality}")
-        return out(x.astype(jnp.float32))
+        return out(answers.x.astype(jnp.float32))
 
 
 def parameter_shapes(model: Model, batch: Batch) -> Any:

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from particlejax.nn import reduce
+from particlejax.nn.reduce import Tokens
+
 _FAR = -1e9  # the logit of what must not count; finite, so that an empty slot's softmax stays finite
 
 
@@ -26,11 +29,12 @@ class Between(NamedTuple):
     query: Array
     key: Array
     may: Array  # bool [B, L, M]
+    mass: Array | None = None  # float32 [B, M], how many particles a key stands for; None: each for one
 
 
-def between(query: Array, query_segment: Array, key: Array, key_segment: Array) -> Between:
-    """The relation of queries at places [B, L, 3] to keys at [B, M, 3], each within its segment."""
-    return Between(query, key, same_segment(query_segment, key_segment))
+def between(query: Tokens, key: Tokens) -> Between:
+    """The relation of queries to keys, each within its segment."""
+    return Between(query.place, key.place, same_segment(query.segment, key.segment), key.mass)
 
 
 class Nearness(nn.Module):
@@ -77,6 +81,8 @@ class Attention(nn.Module):
         logits = jnp.einsum("bhlk,bhmk->bhlm", query * split[1] ** -0.5, key, preferred_element_type=jnp.float32)
         if self.near:
             logits += Nearness(self.heads, name="nearness")(where)
+        if where.mass is not None:  # a merged token counts as what it was merged from (arXiv:2210.09461, section 3)
+            logits += jnp.log(jnp.maximum(where.mass, 1.0))[:, None, None]
         logits = jnp.where(where.may[:, None], logits, _FAR)
         weights = jax.nn.softmax(logits).astype(self.dtype)
         mixed = jnp.einsum("bhlm,bhmk->bhlk", weights, value).swapaxes(1, 2)
@@ -124,9 +130,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`depth` blocks with stacked parameters [depth, ...] under one scan, and a final norm.
+    """`depth` blocks with stacked parameters [depth, ...], scanned over, and a final norm.
 
-    Returns the normed output [B, L, D] and every block's output [depth, B, L, D].
+    Returns the tokens, normed, and every block's output [blocks, B, L, D], one array for each number of tokens L: after the
+    blocks that `reduction` names, a share of them stays. With `context`, the tokens read that instead of each other.
     """
 
     depth: int
@@ -137,16 +144,33 @@ class Transformer(nn.Module):
     drop_path: float = 0.0
     unroll: bool = True
     dtype: Any = jnp.float32
+    reduction: reduce.Reduction | None = None
 
     @nn.compact
-    def __call__(self, x_BLD: Array, where: Between, context: Array | None = None) -> tuple[Array, Array]:
-        def step(block: Block, x: Array, drop_path: Array) -> tuple[Array, Array]:
-            x = block(x, where, context, drop_path)
+    def __call__(self, tokens: Tokens, context: Tokens | None = None) -> tuple[Tokens, tuple[Array, ...]]:
+        block = Block(self.heads, self.mlp, self.near, self.dropout, self.dtype, parent=None)
+        inputs = (tokens.x, between(tokens, context or tokens), None if context is None else context.x)
+        stacked = self.param("blocks", lambda key: jax.vmap(lambda k: block.init(k, *inputs)["params"])(
+            jax.random.split(key, self.depth)))
+        keys = jax.random.split(self.make_rng("dropout"), self.depth) if self.has_rng("dropout") else None
+        layers = (stacked, jnp.linspace(0.0, self.drop_path, self.depth), keys)
+        outputs, edges = [], [*(self.reduction.after if self.reduction else ()), self.depth]
+        for start, stop in zip([0, *edges[:-1]], edges, strict=True):
+            part = jax.tree.map(lambda leaf, a=start, b=stop: leaf[a:b], layers)
+            tokens, each = self._run(block, tokens, context, part, stop - start)
+            outputs.append(each)
+            if stop < self.depth:
+                tokens = self.reduction(tokens)
+        return tokens._replace(x=nn.LayerNorm(dtype=self.dtype, name="norm")(tokens.x)), tuple(outputs)
+
+    def _run(self, block: Block, tokens: Tokens, context: Tokens | None, layers: Any, number: int) -> tuple[Tokens, Array]:
+        where = between(tokens, context or tokens)
+
+        def step(x: Array, layer: Any) -> tuple[Array, Array]:
+            params, drop_path, key = layer
+            rngs = {} if key is None else {"dropout": key}
+            x = block.apply({"params": params}, x, where, None if context is None else context.x, drop_path, rngs=rngs)
             return x, x
 
-        scan = nn.scan(step, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
-                       length=self.depth, unroll=self.depth if self.unroll else 1)
-        block = Block(self.heads, self.mlp, self.near, self.dropout, self.dtype, name="blocks")
-        drop_path = jnp.linspace(0.0, self.drop_path, self.depth)
-        x_BLD, each = scan(block, x_BLD, drop_path)
-        return nn.LayerNorm(dtype=self.dtype, name="norm")(x_BLD), each
+        x, each = jax.lax.scan(step, tokens.x, layers, unroll=number if self.unroll else 1)
+        return tokens._replace(x=x), each

@@ -43,19 +43,32 @@ class Tree(NamedTuple):
 def tree(size: Shape, spec: ParticleSpec) -> Tree:
     """The tree over clips of `size`. Raises ValueError where the coarsest cuboids do not tile them."""
     steps = [_STEPS[kind] for kind in spec.splits]
-    root = tuple((spec.levels - 1) * max(step[axis] for step in steps) for axis in (0, 1))
-    found, fresh = {root}, {root}
+    found, fresh = {_top(spec)}, {_top(spec)}
     while fresh:
         fresh = {(i - a, j - b) for i, j in fresh for a, b in steps if i >= a and j >= b} - found
         found |= fresh
     levels = tuple(sorted(found, key=lambda level: (-sum(level), level)))
-    shapes = [tuple(b * s for b, s in zip(spec.base, _scale(level, spec), strict=True)) for level in levels]
+    shapes = [_shape(level, spec) for level in levels]
     for length, cells in zip(size, shapes[0], strict=True):
         if length % cells:
             raise ValueError(f"clips of {tuple(size)} are not tiled by the coarsest particles of {shapes[0]}: change "
                              "particles.levels or base, or data.frames or size.")
     counts = tuple(tuple(n // s for n, s in zip(size, shape, strict=True)) for shape in shapes)
     return Tree(levels, tuple(Tube(shape, shape) for shape in shapes), counts)
+
+
+def root(spec: ParticleSpec) -> Shape:
+    """The coarsest cuboid: frames, rows, columns."""
+    return _shape(_top(spec), spec)
+
+
+def _top(spec: ParticleSpec) -> Level:
+    steps = [_STEPS[kind] for kind in spec.splits]
+    return (spec.levels - 1) * max(i for i, _ in steps), (spec.levels - 1) * max(j for _, j in steps)
+
+
+def _shape(level: Level, spec: ParticleSpec) -> Shape:
+    return tuple(b * s for b, s in zip(spec.base, _scale(level, spec), strict=True))
 
 
 def adaptive(video_THWC: Num[Array, "T H W C"], times_T: Float[Array, "T"], spec: ParticleSpec) -> Particles:
@@ -105,15 +118,15 @@ def energies(video: Num[Array, "T H W C"], plan: Tree, spec: ParticleSpec) -> di
     values, which bright edges dominate less. 'motion': squares around each pixel's mean over the clip, so that what
     stands still tells nothing.
     """
-    root = plan.levels[0]
+    top = plan.levels[0]
     grey = _grey(video)
-    scale = _scale(root, spec)
+    scale = _scale(top, spec)
     if spec.measure == "motion":
         reference = _rounded(_sums(grey, (len(grey), 1, 1)), len(grey))
     else:
         reference = _spread(_rounded(_sums(grey, scale), int(np.prod(scale))), scale)
     sums = {(0, 0): grey - reference}
-    for level in sorted(itertools.product(range(root[0] + 1), range(root[1] + 1)), key=sum):
+    for level in sorted(itertools.product(range(top[0] + 1), range(top[1] + 1)), key=sum):
         if level != (0, 0):  # from the next finer one; levels that are only on the way cost little
             before = (level[0] - 1, level[1]) if level[0] else (0, level[1] - 1)
             step = (level[0] - before[0], level[1] - before[1])

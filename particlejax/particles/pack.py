@@ -30,38 +30,11 @@ class Slots(NamedTuple):
     dtype: str = "float32"
 
 
-class Full(ValueError):
-    """The clips do not fit into the rows."""
+def pack(clips: Sequence[Clip], chosen: Sequence[int], slots: Mapping[str, Slots], rows: int, clips_per_row: int) -> Batch:
+    """Each clip in its chosen row; what stays free is segment 0, clip -1 and label -1.
 
-
-def assign(sizes: Sequence[Mapping[str, int]], lengths: Mapping[str, int], rows: int, clips: int) -> list[int]:
-    """The row of each clip, first fit in the order given: a row has `lengths` slots a modality and `clips` clips.
-
-    Raises Full when a clip finds no row.
+    Raises ValueError when a row's clips do not fit into it.
     """
-    free = [dict(lengths) for _ in range(rows)]
-    places = [clips] * rows
-    chosen = []
-    for size in sizes:
-        fits = (r for r in range(rows) if places[r] and all(free[r][m] >= n for m, n in size.items()))
-        row = next(fits, None)
-        if row is None:
-            raise Full(f"a clip of {dict(size)} particles does not fit into {rows} rows of {dict(lengths)} slots and "
-                       f"{clips} clips")
-        places[row] -= 1
-        for modality, n in size.items():
-            free[row][modality] -= n
-        chosen.append(row)
-    return chosen
-
-
-def pack(clips: Sequence[Clip], slots: Mapping[str, Slots], rows: int, clips_per_row: int) -> Batch:
-    """Rows filled with clips, first fit in the order given; what stays free is segment 0, clip -1 and label -1.
-
-    Raises Full when the clips do not fit.
-    """
-    sizes = [{m: len(p.segment) for m, p in clip.particles.items()} for clip in clips]
-    chosen = assign(sizes, {m: each.length for m, each in slots.items()}, rows, clips_per_row)
     label = np.full((rows, clips_per_row), -1, np.int32)
     number, other = label.copy(), label.copy()
     share = np.ones((rows, clips_per_row), np.float32)
@@ -70,11 +43,15 @@ def pack(clips: Sequence[Clip], slots: Mapping[str, Slots], rows: int, clips_per
     held = [0] * rows
     for clip, row in zip(clips, chosen, strict=True):
         at = row, held[row]
+        if held[row] == clips_per_row:
+            raise ValueError(f"row {row} has room for {clips_per_row} clips and is given another")
         label[at], number[at], share[at], other[at] = clip.label, clip.number, clip.share, clip.other
         held[row] += 1
         for modality, particles in clip.particles.items():
             start = used[modality][row]
             used[modality][row] = stop = start + len(particles.segment)
+            if stop > slots[modality].length:
+                raise ValueError(f"row {row} has {slots[modality].length} slots of {modality} and its clips {stop} particles")
             _write(packed[modality], (row, slice(start, stop)), particles, held[row])
     return Batch({m: Particles(**fields) for m, fields in packed.items()}, label, number, share, other)
 

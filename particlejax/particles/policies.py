@@ -70,6 +70,13 @@ def thin(particles: Particles, scores: Array, budget: int) -> Particles:
     return particles.take(xp.sort(xp.argsort(scores)[:budget]))
 
 
+def coarsest(spec: ParticleSpec) -> Shape:
+    """Frames, rows and columns that a clip's must be multiples of."""
+    if spec.policy == "adaptive":
+        return adaptive.root(spec)
+    return pyramid(spec, spec.base)[-1].shape if spec.policy == "pyramid" else spec.base
+
+
 def particle_count(size: Shape, spec: ParticleSpec) -> int:
     """How many particles a clip of `size` (frames, rows, columns) becomes."""
     tubes = (Tube(spec.base, spec.base),) if spec.policy in ADAPTING else LATTICES[spec.policy](spec, size)

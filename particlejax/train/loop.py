@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from particlejax import optim, sharding, tree
 from particlejax.adapt import load
 from particlejax.checkpoint import Checkpoints
 from particlejax.data import pipeline, sources
+from particlejax.data.plan import Stand
 from particlejax.objectives import objectives
+from particlejax.particles.types import Batch
 from particlejax.spec import Experiment
 from particlejax.train import evaluate, run, scores
 from particlejax.train.log import MetricLog, Progress, say
@@ -68,6 +70,22 @@ def train(context: Context) -> None:
 
 
 @dataclass
+class _Filled:
+    """What the batches since the last timing line held, on this process."""
+
+    batches: int = 0
+    clips: int = 0
+    slots: int = 0  # with a particle
+    whole: int = 0  # all
+
+    def add(self, batch: Batch) -> None:
+        self.batches += 1
+        self.clips += int((batch.clip >= 0).sum())
+        self.slots += sum(int((particles.segment > 0).sum()) for particles in batch.particles.values())
+        self.whole += sum(particles.segment.size for particles in batch.particles.values())
+
+
+@dataclass
 class _Trainer:
     """One stage under way. What it must remember beyond the state is derived from metrics.jsonl."""
 
@@ -75,6 +93,7 @@ class _Trainer:
     name: str
     bad: run.BadClips = field(init=False)
     waited: float = 0.0  # seconds since the last timing line in which the device may have stood idle for want of data
+    filled: _Filled = field(default_factory=_Filled)
     running: Any = None  # a result of the step that was started last
     pending: tuple[int, Any] | None = None  # step and metrics not read yet: one step late, the device never waits
 
@@ -101,8 +120,8 @@ class _Trainer:
         self.stage = run.build(experiment, self.name, self.source.classes)
         self.val = self._open(spec.val) if spec.val else None
         clips = len(pipeline.chosen_clips(len(self.source), data.fraction))
-        per_step = spec.rows * data.clips_per_row
-        self.steps = spec.steps or max(1, math.ceil(clips * spec.epochs / per_step))
+        self.batches = self.stage.batches(self.source, math.ceil(clips * spec.epochs))
+        self.steps = spec.steps or self.batches.plan.batches()
         self.bad = run.BadClips(data.max_bad)
         objective = run.on_ready(self.stage, objectives.combine(spec.objectives))
         optimizer = optim.build(spec.optim, self.steps)
@@ -112,8 +131,9 @@ class _Trainer:
         self.step = jit_step(step, state, mesh)
         self.measure = evaluate.jit_measure(objective, model, mesh)
         self._restore(state)
+        each = self.batches.plan.seen(self.steps) / self.steps
         say(f"{self.name}: {tree.count(state.params) / 1e6:.2f} M parameters, {clips} clips, {self.steps} steps of "
-            f"{per_step} clips" + (f", continuing at step {self.done}" if self.done else ""))
+            f"{each:.4g} clips" + (f", continuing at step {self.done}" if self.done else ""))
 
     def _open(self, split: str) -> sources.Source:
         data = self.stage.data
@@ -128,6 +148,7 @@ class _Trainer:
         if found:
             self.done, self.state, data = found
             self.bad.reasons.update(data["bad"])
+            self.batches = replace(self.batches, since=Stand.of(data["stand"]))
         else:
             self.done, self.state = 0, self._start(state)
         self.best.forget_after(self.done)
@@ -150,7 +171,7 @@ class _Trainer:
             self._measure()  # it was stopped while measuring
         if self._over():
             return
-        stream = pipeline.read(self.stage.batches(self.source), self.done, self.steps, self.stage.data)
+        stream = pipeline.read(self.batches, self.done, self.steps, self.stage.data)
         progress = Progress(self.name, self.steps, self.done)
         self.clock = time.monotonic()
         try:
@@ -170,6 +191,7 @@ class _Trainer:
         self.done += 1
         self.running = metrics["loss"]
         note = self._flush()
+        self.filled.add(loaded.batch)
         every = self.context.experiment
         if self.done % every.log.every == 0 or self.done == self.steps:
             self.pending = (self.done, metrics)
@@ -206,10 +228,10 @@ class _Trainer:
     def _time(self, step: int) -> None:
         elapsed, self.clock = time.monotonic() - self.clock, time.monotonic()
         share, self.waited = self.waited / max(elapsed, 1e-9), 0.0
-        steps = self.context.experiment.log.every
-        clips = steps * self.stage.spec.rows * self.stage.data.clips_per_row
-        self.context.log.time(self.name, step, {"seconds_per_step": elapsed / steps, "clips_per_second": clips / elapsed,
-                                                "data_wait_share": share})
+        filled, self.filled = self.filled, _Filled()
+        self.context.log.time(self.name, step, {
+            "seconds_per_step": elapsed / filled.batches, "clips_per_second": filled.clips * jax.process_count() / elapsed,
+            "data_wait_share": share, "fill": filled.slots / filled.whole})
 
     def _save(self) -> None:
         self._flush()
@@ -217,7 +239,7 @@ class _Trainer:
         self.latest.save(self.done, self.state, self._data())
 
     def _data(self) -> dict[str, Any]:
-        return {"next_batch": self.done, "seed": self.context.experiment.seed, "bad": self.bad.reasons,
+        return {"stand": self.batches.plan.stand(self.done), "seed": self.context.experiment.seed, "bad": self.bad.reasons,
                 "classes": list(self.stage.classes)}
 
     # -- measuring while training
@@ -275,7 +297,7 @@ class _Trainer:
         figures: dict[str, Any] = {split: _figures(lines[0]) for split, lines in last.items() if lines}
         figures["train"] = figures.get("train", {}) | {
             "steps": self.done, "seconds_since_start": round(seconds, 1), "clips": len(pipeline.chosen_clips(len(self.source), stage.data.fraction)),
-            "clips_seen": self.done * stage.spec.rows * stage.data.clips_per_row,
+            "clips_seen": self.batches.plan.seen(self.done),
             "parameters": tree.count(self.state.params), "compilations": self.step._cache_size()}
         if "classify" in stage.spec.objectives:
             for split in self.context.experiment.evaluate.splits:
@@ -295,7 +317,7 @@ def classify(stage: run.Stage, params: Any, source: sources.Source, context: Con
     """Scores over all views of a source; each clip's probabilities go to predictions_NAME.csv."""
     spec = context.experiment.evaluate
     sharding.check_rows(spec.rows, context.mesh, "config.evaluate.rows")
-    views = stage.views(source, spec.rows, spec.views)
+    views = stage.views(source, spec.rows, spec.views, context.experiment)
     predict = evaluate.jit_predict(stage.model, stage.ready, context.mesh)
     numbers, found = evaluate.probabilities(predict, params, views, context.mesh, watch, f"evaluate {name}")
     records = [source[int(n)] for n in numbers]

@@ -17,7 +17,7 @@ from particlejax.data import clips, pipeline, sources
 from particlejax.models import model as models
 from particlejax.objectives import objectives
 from particlejax.particles.types import Batch
-from particlejax.spec import DataSpec, Experiment, StageSpec
+from particlejax.spec import DataSpec, Experiment, ParticleSpec, StageSpec
 from particlejax.train.log import say
 from particlejax.typing import Params, UserError
 
@@ -51,6 +51,7 @@ class Stage:
     spec: StageSpec
     experiment: Experiment
     data: DataSpec
+    particles: ParticleSpec
     classes: tuple[str, ...]
     model: models.Model
     example: Batch  # zeros with the shapes of a batch of one row, as the model reads it
@@ -60,36 +61,38 @@ class Stage:
         vision = batch.particles.get(clips.VISION)
         if vision is None:
             return batch
-        scale = clips.pixel_scale(self.data, self.experiment.particles)
+        scale = clips.pixel_scale(self.data, self.particles)
         read = replace(vision, payload=scale.to_payload(vision.payload))
         return replace(batch, particles={**batch.particles, clips.VISION: read})
 
-    def views(self, source: sources.Source, rows: int, views: tuple[int, int] = (1, 1)) -> pipeline.Views:
-        """All clips of a source once, for measuring."""
-        return pipeline.Views(source, self.data, self.experiment.particles, self.experiment.seed, rows, views,
-                              jax.process_index(), jax.process_count())
+    def views(self, source: sources.Source, rows: int, views: tuple[int, int] = (1, 1), scale: Experiment | None = None
+              ) -> pipeline.Views:
+        """All clips of a source once, for measuring; `scale` is an experiment whose `evaluate` may say at which."""
+        data, particles = scale.measured(self.data, self.particles) if scale else (self.data, self.particles)
+        return pipeline.Views(source, data, particles, self.experiment.seed, rows, views, jax.process_index(),
+                              jax.process_count())
 
-    def batches(self, source: sources.Source) -> pipeline.Batches:
-        """Training batches of a source."""
-        return pipeline.Batches(source, self.data, self.experiment.particles, self.experiment.seed, self.spec.rows,
-                                jax.process_index(), jax.process_count())
+    def batches(self, source: sources.Source, clips: int) -> pipeline.Batches:
+        """Training batches of a source, as many as hold `clips` clips; without end where that is 0."""
+        return pipeline.Batches(source, self.data, self.particles, self.experiment.seed, self.spec.rows, jax.process_index(),
+                                jax.process_count(), self.spec.schedule, self.spec.steps, clips)
 
 
 def build(experiment: Experiment, name: str, classes: tuple[str, ...]) -> Stage:
     """The stage and its model. Raises UserError where it wants labels and there are none."""
     spec = experiment.stages[name]
-    data = experiment.data_of(spec)
+    data, particles = experiment.data_of(spec), experiment.particles_of(spec)
     _check_directed(data, classes)
-    slots = pipeline.row_slots(data, experiment.particles)
+    row = pipeline.row_of(data, particles, spec.schedule)
     parts = objectives.parts(spec.objectives)
     if parts["head"] and not classes:
         raise UserError(f"stage {name} classifies but {data.source} has no labels: give clips.csv a column 'label', or "
                         "put the clips into one folder a class.")
     ids = pipeline.vocabularies(data)
-    payloads = {modality: models.Payload(each.size, ids.get(modality, 0)) for modality, each in slots.items()}
+    payloads = {modality: models.Payload(each.size, ids.get(modality, 0)) for modality, each in row.slots.items()}
     model = models.build(experiment.model_of(spec), payloads, classes=len(classes) if parts["head"] else 0,
                          decoder=parts["decoder"])
-    stage = Stage(name, spec, experiment, data, classes, model, pipeline.example(data, experiment.particles, 1))
+    stage = Stage(name, spec, experiment, data, particles, classes, model, pipeline.example(row, 1))
     return replace(stage, example=stage.ready(stage.example))
 
 
