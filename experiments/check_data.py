@@ -3,7 +3,8 @@
 
     python -m particlejax.main --config experiments/check_data.py --config.data.source=folder:PATH
 
-results.json holds the figures and `bad`, a list of {path, reason}; report.md shows them. Decodes every frame once.
+results.json holds the figures and `bad`, a list of {path, reason}; report.md shows them. Decodes every frame once, clips of
+one file that follow each other together; a file may take config.data.time_limit for each of its minutes.
 """
 
 from ml_collections import ConfigDict

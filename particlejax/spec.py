@@ -7,8 +7,9 @@ an unknown key is an error that names the nearest known one. Nothing here import
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from particlejax.typing import UserError
 
@@ -18,39 +19,54 @@ def one_of(default: str, *others: str) -> Any:
     return dataclasses.field(default=default, metadata={"names": (default, *others)})
 
 
+def between(default: Any, least: float, most: float = math.inf) -> Any:
+    """A field whose number, or each of whose numbers, lies between these two; `make` refuses others."""
+    return dataclasses.field(default=default, metadata={"least": least, "most": most})
+
+
+def at_least(default: Any, least: float) -> Any:
+    """A field whose number, or each of whose numbers, is no smaller than this."""
+    return between(default, least)
+
+
+def interval(default: tuple, least: float, most: float = math.inf) -> Any:
+    """A field of two numbers between these limits, the second no smaller than the first."""
+    return dataclasses.field(default=default, metadata={"least": least, "most": most, "rising": True})
+
+
 @dataclasses.dataclass(frozen=True)
 class AugmentSpec:
     """What training does to a clip at random, alike in all its frames; evaluation does none of it."""
 
-    crop: tuple[float, float] = (1.0, 1.0)  # share of the area that a random resized crop keeps
-    flip: float = 0.0  # probability of mirroring left and right
+    crop: tuple[float, float] = interval((1.0, 1.0), 0.01, 1)  # share of the area that a random resized crop keeps
+    flip: float = between(0.0, 0, 1)  # probability of mirroring left and right
     directed: tuple[str, ...] = ()  # classes that mirroring would make another: these are never flipped
-    speed: tuple[float, float] = (1.0, 1.0)  # factors that the span of the frames is stretched by, log-uniform
-    jitter: float = 0.0  # of brightness, contrast, saturation (as factors 1 +- this) and, a quarter as much, hue
-    operations: int = 0  # of RandAugment (arXiv:1909.13719)
-    magnitude: float = 0.5  # of RandAugment, in [0, 1]
-    erase: float = 0.0  # probability that a box of 2 to 33 % of the picture is grey (arXiv:1708.04896)
-    mixup: float = 0.0  # alpha of MixUp (arXiv:1710.09412); 0: none
-    cutmix: float = 0.0  # alpha of CutMix (arXiv:1905.04899); where both are set each clip draws one
-    gain: float = 0.0  # dB that sound is made louder or softer by, at most
-    shift: float = 0.0  # seconds that sound is moved against sight, at most
-    bands: int = 0  # of time, and as many of frequency, that SpecAugment empties (arXiv:1904.08779)
+    speed: tuple[float, float] = interval((1.0, 1.0), 0.01)  # factors that the span of the frames is stretched by, log-uniform
+    jitter: float = at_least(0.0, 0)  # of brightness, contrast, saturation (as factors 1 +- this) and, a quarter as much, hue
+    operations: int = at_least(0, 0)  # of RandAugment (arXiv:1909.13719)
+    magnitude: float = between(0.5, 0, 1)  # of RandAugment, in [0, 1]
+    erase: float = between(0.0, 0, 1)  # probability that a box of 2 to 33 % of the picture is grey (arXiv:1708.04896)
+    mixup: float = at_least(0.0, 0)  # alpha of MixUp (arXiv:1710.09412); 0: none
+    cutmix: float = at_least(0.0, 0)  # alpha of CutMix (arXiv:1905.04899); where both are set each clip draws one
+    gain: float = at_least(0.0, 0)  # dB that sound is made louder or softer by, at most
+    shift: float = at_least(0.0, 0)  # seconds that sound is moved against sight, at most
+    bands: int = at_least(0, 0)  # of time, and as many of frequency, that SpecAugment empties (arXiv:1904.08779)
 
 
 @dataclasses.dataclass(frozen=True)
 class AudioSpec:
     """Sound as a log-mel spectrogram, cut into patches."""
 
-    rate: int = 16000  # samples per second; any track is mixed to one channel of it
-    window: float = 0.025  # seconds of a spectrum
-    hop: float = 0.010  # seconds from one spectrum to the next
-    mels: int = 64
-    low: float = 60.0  # Hz
-    high: float = 7800.0  # Hz
-    patch: tuple[int, int] = (16, 16)  # spectra, mels
+    rate: int = at_least(16000, 1)  # samples per second; any track is mixed to one channel of it
+    window: float = at_least(0.025, 1e-4)  # seconds of a spectrum
+    hop: float = at_least(0.010, 1e-4)  # seconds from one spectrum to the next
+    mels: int = at_least(64, 1)
+    low: float = at_least(60.0, 0)  # Hz
+    high: float = at_least(7800.0, 0)  # Hz
+    patch: tuple[int, int] = at_least((16, 16), 1)  # spectra, mels
     mean: float = -7.0  # of log(mel power + 1e-6)
-    std: float = 4.0
-    seconds: float = 0.0  # longest sound; 0: data.seconds
+    std: float = at_least(4.0, 1e-4)
+    seconds: float = at_least(0.0, 0)  # longest sound; 0: data.seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +74,7 @@ class TextSpec:
     """Captions as token ids."""
 
     tokenizer: str = "bytes"  # or the path of a tokenizer.json of the package `tokenizers`
-    length: int = 64  # most tokens of a clip
+    length: int = at_least(64, 1)  # most tokens of a clip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +82,9 @@ class SeriesSpec:
     """Numeric channels from a CSV beside the clip (clip.mp4, clip.csv) with a column `time` in seconds."""
 
     channels: tuple[str, ...] = ()  # columns
-    rate: float = 30.0  # values per second that the channels are interpolated to
-    window: int = 15  # values of a particle
-    seconds: float = 0.0  # longest series; 0: data.seconds
+    rate: float = at_least(30.0, 1e-3)  # values per second that the channels are interpolated to
+    window: int = at_least(15, 1)  # values of a particle
+    seconds: float = at_least(0.0, 0)  # longest series; 0: data.seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,33 +92,34 @@ class DataSpec:
     """Which clips, and how frames are taken from them.
 
     A clip shorter than what is asked of it shows its last frame until the span is over, in every way of sampling; its
-    sound and series end where they end.
+    sound and series end where they end. Of MP4, Matroska and MPEG-TS only what is wanted is decoded; any other container is
+    read from its start, so clips late in a long film of that kind need a larger `time_limit`, or an MP4 made of it.
     """
 
     source: str = "toybox"  # toybox | folder:PATH | tfds:NAME | mix:WEIGHT*SOURCE,WEIGHT*SOURCE
     split: str = "train"
     modalities: tuple[str, ...] = ("vision",)  # of vision, audio, text, series
     sample: str = one_of("span", "dense", "segments")  # frames: even over `seconds`; every `stride`-th; one a segment
-    stride: tuple[int, int] = (2, 2)  # frames of the file from one to the next where `sample` is dense, drawn between
-    fraction: float = 1.0  # of the clips to train on, the same ones whatever the seed: few labels, quick trials
+    stride: tuple[int, int] = interval((2, 2), 1)  # frames of the file from one to the next where `sample` is dense, drawn between
+    fraction: float = between(1.0, 0, 1)  # of the clips to train on, the same ones whatever the seed: few labels, quick trials
     cache_dir: str = "~/.cache/particlejax"  # where toybox is rendered and TFDS looks
-    frames: int = 16
-    size: int = 64  # pixels, height and width
-    seconds: float = 0.0  # span of the frames; 0: the whole clip
-    decode_side: int = 0  # pixels of the short side that frames are decoded at; 0: `size`
+    frames: int = at_least(16, 1)
+    size: int = at_least(64, 1)  # pixels, height and width
+    seconds: float = at_least(0.0, 0)  # span of the frames; 0: the whole clip
+    decode_side: int = at_least(0, 0)  # pixels of the short side that frames are decoded at; 0: `size`
     augment: AugmentSpec = AugmentSpec()
     audio: AudioSpec = AudioSpec()
     text: TextSpec = TextSpec()
     series: SeriesSpec = SeriesSpec()
     mean: float = 0.45  # of pixels in [0, 1]
-    std: float = 0.225
-    still: float = 1.0  # share of a particle's mean over time that stays in its payload: below 1 change counts for more
-    clips_per_row: int = 1
-    max_bad: int = 100  # unreadable clips after which the run stops
-    memory_gib: float = 0.0  # of memory in each worker for clips decoded before; 0: decode anew each time
-    time_limit: float = 60.0  # seconds that a clip may take to decode before it counts as unreadable; 0: any
-    threads: int = 2  # that decode, in each worker
-    workers: int = 0  # processes that decode; 0: threads of this process
+    std: float = at_least(0.225, 1e-4)
+    still: float = between(1.0, 0, 1)  # share of a particle's mean over time that stays in its payload: below 1 change counts for more
+    clips_per_row: int = at_least(1, 1)
+    max_bad: int = at_least(100, 0)  # unreadable clips after which the run stops
+    memory_gib: float = at_least(0.0, 0)  # of memory in each worker for clips decoded before; 0: decode anew each time
+    time_limit: float = at_least(60.0, 0)  # seconds that a clip may take to decode before it counts as unreadable; 0: any
+    threads: int = at_least(2, 1)  # that decode, in each worker
+    workers: int = at_least(0, 0)  # processes that decode; 0: threads of this process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,14 +127,14 @@ class ParticleSpec:
     """How a clip is cut into particles."""
 
     policy: str = one_of("grid", "tubes", "pyramid", "adaptive", "runs")
-    base: tuple[int, int, int] = (2, 16, 16)  # frames, rows, columns of the cuboid that a payload holds
-    factor: tuple[int, int, int] = (2, 2, 2)  # of coarseness from one pyramid level to the next
-    levels: int = 3  # of the pyramid, the finest included; of adaptive particles on each axis that splits
+    base: tuple[int, int, int] = at_least((2, 16, 16), 1)  # frames, rows, columns of the cuboid that a payload holds
+    factor: tuple[int, int, int] = at_least((2, 2, 2), 1)  # of coarseness from one pyramid level to the next
+    levels: int = at_least(3, 1)  # of the pyramid, the finest included; of adaptive particles on each axis that splits
     splits: tuple[str, ...] = ("time", "space")  # how an adaptive particle may be split: of both (at once), time, space
     measure: str = one_of("squared", "absolute", "motion")  # what an adaptive split is worth (particles/adaptive.py)
-    threshold: float = 0.0  # mean absolute difference, of 255, above which a run ends where there is no budget
+    threshold: float = at_least(0.0, 0)  # mean absolute difference, of 255, above which a run ends where there is no budget
     tubes: tuple = ()  # of (shape, stride) or (shape, stride, offset), each three numbers
-    budget: int = 0  # most particles of a clip: spent by adaptive and runs, else kept at random; 0: all
+    budget: int = at_least(0, 0)  # most particles of a clip: spent by adaptive and runs, else kept at random; 0: all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,10 +228,10 @@ class ScheduleSpec:
 class StageSpec:
     """One training run. `steps` or `epochs`, the other 0."""
 
-    steps: int = 0
-    epochs: float = 0.0
-    rows: int = 32  # of a batch, over all devices
-    accumulate: int = 1  # micro-batches that a step's gradient is summed over
+    steps: int = at_least(0, 0)
+    epochs: float = at_least(0.0, 0)
+    rows: int = at_least(32, 1)  # of a batch, over all devices
+    accumulate: int = at_least(1, 1)  # micro-batches that a step's gradient is summed over
     init: str = ""  # where parameters start: an earlier stage's name, or RUN_DIR or RUN_DIR:STAGE of another run
     objectives: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     optim: OptimSpec = OptimSpec()
@@ -223,11 +240,11 @@ class StageSpec:
     particles: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what differs from the experiment's
     schedule: ScheduleSpec = ScheduleSpec()  # scales that the training clips are read at
     val: str = "val"  # split that is measured while training; '': none
-    val_every: int = 0  # steps; 0: at the end only
+    val_every: int = at_least(0, 0)  # steps; 0: at the end only
     ema: float = 0.0  # decay of the averaged parameters, which are then the ones evaluated; 0: none
     select: str = ""  # val metric whose best checkpoint is the stage's result; '': the last
     select_mode: str = one_of("max", "min")
-    patience: int = 0  # measurements without a better `select` after which the stage ends; 0: never
+    patience: int = at_least(0, 0)  # measurements without a better `select` after which the stage ends; 0: never
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,7 +272,7 @@ class MeshSpec:
 class CheckpointSpec:
     """When the state is saved."""
 
-    every: int = 200  # steps
+    every: int = at_least(200, 1)  # steps
     keep: int = 2  # newest ones; at least 2, so that a whole one remains while the next is written
 
 
@@ -263,7 +280,7 @@ class CheckpointSpec:
 class LogSpec:
     """Where figures go, besides metrics.jsonl and TensorBoard."""
 
-    every: int = 20  # steps
+    every: int = at_least(20, 1)  # steps
     wandb: str = ""  # project of Weights & Biases; '': none
 
 
@@ -273,8 +290,8 @@ class PrepareSpec:
 
     out: str = ""  # folder that the data set NAME/1.0.0 is made in; '': the workdir
     name: str = "mine"
-    per_shard: int = 256  # clips
-    workers: int = 2  # processes
+    per_shard: int = at_least(256, 1)  # clips
+    workers: int = at_least(2, 1)  # processes
     beam: bool = False  # by Apache Beam, on its local runner or on whatever its options name
 
 
@@ -282,10 +299,10 @@ class PrepareSpec:
 class BenchSpec:
     """Benchmarks: interleaved repetitions, of which medians are taken."""
 
-    repetitions: int = 7
-    clips: int = 320  # of a repetition
-    rows: int = 16
-    memory_clips: int = 10000
+    repetitions: int = at_least(7, 1)
+    clips: int = at_least(320, 1)  # of a repetition
+    rows: int = at_least(16, 1)
+    memory_clips: int = at_least(10000, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,7 +387,33 @@ def make(spec: type, values: Mapping[str, Any], where: str) -> Any:
         known = fields[key].metadata.get("names")
         if known and values[key] not in known:
             raise UserError(f"{where}.{key} is {values[key]!r}: choose one of {', '.join(known)}.")
+        _check_shape(fields[key], values[key], f"{where}.{key}")
+        _check_range(fields[key].metadata, values[key], f"{where}.{key}")
     return spec(**{key: _value(fields[key], value, f"{where}.{key}") for key, value in values.items()})
+
+
+def _check_shape(field: dataclasses.Field, value: Any, where: str) -> None:
+    """A tuple is written as one, and of a fixed length where its type says so."""
+    if get_origin(field.type) is not tuple:
+        return
+    wanted = len(get_args(field.type))
+    if not isinstance(value, list | tuple):
+        raise UserError(f"{where} is {value!r}: write it in brackets, with commas, such as {(value,)!r}.")
+    if get_args(field.type)[-1] is not ... and len(value) != wanted:
+        raise UserError(f"{where} is {tuple(value)!r}: write {wanted} values, such as {field.default!r}.")
+
+
+def _check_range(limits: Mapping[str, Any], value: Any, where: str) -> None:
+    """Numbers lie between their limits, NaN nowhere."""
+    if "least" not in limits:
+        return
+    each = list(value) if isinstance(value, list | tuple) else [value]
+    least, most = limits["least"], limits["most"]
+    if not all(isinstance(number, int | float) and least <= number <= most for number in each):
+        wanted = f"of {least:g} or more" if most == math.inf else f"between {least:g} and {most:g}"
+        raise UserError(f"{where} is {value!r}: use {'numbers' if len(each) > 1 else 'a number'} {wanted}.")
+    if limits.get("rising") and each[0] > each[1]:
+        raise UserError(f"{where} is {tuple(value)!r}: write the smaller one first.")
 
 
 def unknown_key(key: str, where: str, known: Any) -> str:
@@ -394,6 +437,9 @@ def check(experiment: Experiment) -> Experiment:
         if bool(stage.steps) == bool(stage.epochs):
             raise UserError(f"{where} gives steps={stage.steps} and epochs={stage.epochs:g}: set one of them, the "
                             "other to 0.")
+        if stage.patience and not stage.select:
+            raise UserError(f"{where}.patience={stage.patience} waits for a better `select`, which is empty: name a metric of "
+                            "the val split there, such as 'loss' or 'top1', or set patience to 0.")
         if not stage.objectives:
             raise UserError(f"{where} has no objective: add one of {', '.join(OBJECTIVES)}.")
         if stage.rows % stage.accumulate:

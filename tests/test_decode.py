@@ -4,13 +4,18 @@
 import csv
 import io
 import pickle
+import threading
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
+import make_odd_files
 import numpy as np
 import pytest
+from PIL import Image
 
+from particlejax.data import opening, patience
 from particlejax.data.decode import Unreadable, Video, raw_file
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -111,6 +116,29 @@ def test_seeks_only_where_it_saves_work(tmp_path: Path, monkeypatch: pytest.Monk
         assert len(decoded) <= most
 
 
+class Index:
+    """An hour's index in the order of decoding, every third entry a B-frame shown before the one it follows."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __len__(self) -> int:
+        return 90_000
+
+    def __getitem__(self, i: int) -> SimpleNamespace:
+        self.asked += 1
+        return SimpleNamespace(timestamp=40 * (i - 2 if i % 3 == 2 else i + 1), is_discard=i < 3 or i > 89_990)
+
+
+def test_the_length_of_an_hour_is_found_at_the_ends_of_its_index() -> None:
+    index = Index()
+    kept = [entry.timestamp for entry in map(index.__getitem__, range(len(index))) if not entry.is_discard]
+    index.asked = 0
+    stream = SimpleNamespace(index_entries=index, time_base=Fraction(1, 1000))
+    assert opening.index_length(stream) == pytest.approx((max(kept) - min(kept)) / 1000)
+    assert index.asked < 500
+
+
 def test_frames_that_nobody_wants_are_dropped_and_the_others_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded, plain = [], Video._decode
 
@@ -193,21 +221,44 @@ def test_raw_file_is_lossless() -> None:
     np.testing.assert_allclose(times, np.arange(5) / 10, atol=1e-6)
 
 
-def test_pictures_are_one_frame(tmp_path: Path) -> None:
-    from PIL import Image
-
+def test_pictures_are_no_film_but_animations_are(tmp_path: Path) -> None:
     images = [Image.fromarray(numbered(i)) for i in (5, 6, 7)]
-    images[0].save(tmp_path / "a.png")
+    for suffix in ("png", "jpg", "bmp", "webp", "tiff"):
+        images[0].save(tmp_path / f"a.{suffix}")
+        (tmp_path / f"a.{suffix}").rename(tmp_path / "a.mp4")
+        with pytest.raises(Unreadable, match="^only a picture$"):
+            Video(str(tmp_path / "a.mp4"))
     images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=[100, 300, 100])
-    with Video(str(tmp_path / "a.png")) as video:
-        assert numbers(video.frames_at([0.0, 9.0])[0]) == [5, 5] and 0 < video.duration < 1
     with Video(str(tmp_path / "a.gif")) as video:
         assert numbers(video.frames_at([0.05, 0.35, 0.45])[0]) == [5, 6, 7]
 
 
-def sound(path: Path) -> Path:
+@pytest.mark.parametrize("turn", [0, 1, 2, 3])
+def test_frames_with_exif(tmp_path: Path, turn: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = (1, 6, 3, 8)[turn]  # what a camera writes that was turned so often
+    file = io.BytesIO()
+    Image.fromarray(numbered(5)).save(file, "jpeg", exif=exif, quality=95)
+    with av.open(str(tmp_path / "a.avi"), "w") as container:
+        stream = container.add_stream("mjpeg", rate=RATE)
+        stream.width, stream.height, stream.pix_fmt = WIDE, TALL, "yuvj420p"
+        packet = av.Packet(file.getvalue())
+        packet.stream, packet.pts, packet.dts, packet.time_base = stream, 0, 0, Fraction(1, RATE)
+        container.mux(packet)
+    with Video(str(tmp_path / "a.avi")) as video:
+        assert numbers(np.rot90(video.read_all()[0], turn, axes=(1, 2))) == [5]
+
+
+def sound(path: Path, *, cover: bool = False) -> Path:
+    """A second of silence, with a picture for its cover where asked for."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=16000)
+        if cover:
+            art = container.add_stream("png", rate=1)
+            art.width, art.height, art.pix_fmt = 16, 16, "rgb24"
+            art.disposition = av.stream.Disposition.attached_pic
+            picture = np.full((16, 16, 3), 9, np.uint8)
+            container.mux(art.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
         frame.sample_rate, frame.pts = 16000, 0
         container.mux(stream.encode(frame))
@@ -215,22 +266,49 @@ def sound(path: Path) -> Path:
     return path
 
 
+def index_first(path: Path) -> bytes:
+    """A film whose index stands before its frames, as those of the web."""
+    plain = write(path)
+    with av.open(str(plain)) as source, av.open(str(path.with_name("fast.mp4")), "w", options={"movflags": "faststart"}) as out:
+        stream = out.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                out.mux(packet)
+    return path.with_name("fast.mp4").read_bytes()
+
+
 def test_reasons(tmp_path: Path) -> None:
-    (tmp_path / "empty.mp4").touch()
-    (tmp_path / "text.mp4").write_text("not a video\n" * 100)
-    whole = write(tmp_path / "whole.mp4").read_bytes()
-    (tmp_path / "headless.mp4").write_bytes(whole[: len(whole) // 2])  # the index stands at the end of an mp4
-    sound(tmp_path / "sound.mp4")
-    reasons = {"empty.mp4": "empty file", "text.mp4": "damaged: Invalid data", "headless.mp4": "damaged: ",
-               "": "a folder", "sound.mp4": "no video stream", "none.mp4": "missing"}
-    for name, reason in reasons.items():
-        with pytest.raises(Unreadable, match=f"^{reason}") as caught:
-            Video(str(tmp_path / name))
-        assert pickle.loads(pickle.dumps(caught.value)).reason == caught.value.reason  # from a worker to the loop
-    with pytest.raises(Unreadable, match="empty file"):
-        Video(b"")
-    with pytest.raises(Unreadable, match="damaged"):
-        Video(bytes(1000))
+    film = write(tmp_path / "whole.mp4").read_bytes()
+    early, wild = index_first(tmp_path / "early.mp4"), np.random.default_rng(0).integers(0, 256, 5000, np.uint8).tobytes()
+    mkv, avi, ts = (write(tmp_path / f"whole.{suffix}").read_bytes() for suffix in ("mkv", "avi", "ts"))
+    first, index, foreign = film.index(b"mdat") + 4, film.index(b"moov") - 4, "not a media file"
+    contents = {
+        "empty": (b"", "empty file"), "text": (b"not a video\n" * 100, foreign), "noise": (wild, foreign),
+        "xml": (b"<?xml version='1.0'?><a></a>", foreign), "page": (b"<!DOCTYPE html><html>404</html>", foreign),
+        "zeros": (bytes(1000), foreign), "archive": (b"PK\x03\x04" + bytes(500), foreign),
+        "headless": (film[: len(film) // 2], "truncated: its index is missing"),  # it stands at the end of an mp4
+        "beginning": (film[:30], "truncated: its index is missing"),
+        "half an index": (early[: early.index(b"mdat") // 2], "truncated: it ends in its header"),
+        "no frame": (early[: early.index(b"mdat") + 4], "truncated: it ends before its first frame"),
+        "mkv's header": (mkv[:400], "truncated: it ends in its header"),
+        "mkv without a frame": (mkv[:600], "truncated: it ends before its first frame"),
+        "avi's header": (avi[:400], "truncated: it ends in its header"), "ts's header": (ts[:400], "truncated: "),
+        "no picture": (film[: first] + bytes(index - first) + film[index:], "damaged: Invalid data"),
+        "empty index": (film.replace(b"stco", b"none"), "damaged: its index names no frame"),
+        "sound": (sound(tmp_path / "sound.mp4").read_bytes(), "no video stream"),
+        "cover": (sound(tmp_path / "cover.mp4", cover=True).read_bytes(), "only a picture"),
+    }
+    for name, (content, reason) in contents.items():
+        (tmp_path / "a.mp4").write_bytes(content)
+        for source in (str(tmp_path / "a.mp4"), content):
+            with pytest.raises(Unreadable) as caught:
+                Video(source)
+            assert caught.value.reason.startswith(reason), (name, caught.value.reason)
+            assert pickle.loads(pickle.dumps(caught.value)).reason == caught.value.reason  # from a worker to the loop
+    for path, reason in ((tmp_path, "a folder"), (tmp_path / "none.mp4", "missing")):
+        with pytest.raises(Unreadable, match=f"^{reason}"):
+            Video(str(path))
 
 
 def test_an_encrypted_file_is_called_so(tmp_path: Path) -> None:
@@ -280,6 +358,25 @@ def test_cover_art_is_not_the_video(tmp_path: Path) -> None:
         assert numbers(video.read_all()[0]) == [0, 1, 2, 3, 4]
 
 
+def test_a_long_film_that_cannot_be_sought_in_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    never, plain = threading.Event(), Video._convert
+
+    def slow(self: Video, *more: object) -> np.ndarray:
+        never.wait()
+        return plain(self, *more)
+
+    monkeypatch.setattr(Video, "_convert", slow)
+    reasons = []
+    for suffix in ("avi", "mp4"):
+        path = str(write(tmp_path / f"a.{suffix}"))
+        with pytest.raises(Unreadable) as caught:
+            patience.within(0.3, lambda p=path: Video(p).frames_at([7.0]), path)
+        reasons.append(caught.value.reason)
+    never.set()
+    assert reasons == ["not decoded after 0.3 s: avi files can only be read from their start, so convert it to mp4 or raise "
+                       "config.data.time_limit", "not decoded after 0.3 s"]
+
+
 def test_a_colon_in_a_name_is_no_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "b.mp4", count=3).rename(tmp_path / "http:b.mp4")
     monkeypatch.chdir(tmp_path)
@@ -288,23 +385,28 @@ def test_a_colon_in_a_name_is_no_protocol(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def odd_files() -> list[dict[str, str]]:
-    index = SHARED / "odd-files" / "index.csv"
-    return list(csv.DictReader(index.read_text().splitlines())) if index.exists() else []
+    """What FFmpeg's own program shows of each odd file (make_odd_files.py)."""
+    return list(csv.DictReader(make_odd_files.TABLE.read_text().splitlines()))
 
 
-@pytest.mark.skipif(not odd_files(), reason="shared/data/odd-files is absent")
-def test_odd_files() -> None:
-    wrong = []
-    for row in odd_files():
-        path = SHARED / "odd-files" / row["file"]
-        try:
-            with Video(str(path)) as video:
-                assert video.duration > 0 and video.width > 0 and video.fps > 0
-                assert len(video.frames_at([0.0, min(video.duration / 2, 1.0)], 32)[0]) == 2
-        except Unreadable:
-            if row["ffmpeg_decode"] == "ok" and row["n_video_streams"] != "0" and row["vcodec"]:
-                wrong.append(row["file"])
-    assert not wrong
+def test_the_table_of_odd_files_is_whole() -> None:
+    rows = odd_files()
+    assert len(rows) == 78 and tuple(rows[0]) == make_odd_files.COLUMNS and sum(row["frames"] != "0" for row in rows) == 68
+
+
+@pytest.mark.skipif(not make_odd_files.FILES.exists(), reason="shared/data/odd-files is absent")
+@pytest.mark.parametrize("row", odd_files(), ids=lambda row: row["file"])
+def test_odd_files(row: dict[str, str]) -> None:
+    path = str(make_odd_files.FILES / row["file"])
+    if row["frames"] == "0":
+        with pytest.raises(Unreadable):
+            Video(path)
+        return
+    with Video(path) as video:
+        assert video.duration > 0 and video.fps > 0
+        assert len(video.frames_at([0.0, min(video.duration / 2, 1.0)], 32)[0]) == 2
+        assert abs(video.width - int(row["width"])) <= 1 and abs(video.height - int(row["height"])) <= 1, "ours are even"
+        assert len(video.read_all(2)[0]) == int(row["frames"])
 
 
 @pytest.mark.skipif(not (SHARED / "jhmdb21").exists(), reason="shared/data/jhmdb21 is absent")

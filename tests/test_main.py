@@ -13,6 +13,9 @@ import pytest
 
 from particlejax import main as entry
 from particlejax.data.toybox import builder
+from particlejax.spec import DataSpec, Experiment, PrepareSpec, make
+from particlejax.train import run as run_parts
+from particlejax.typing import UserError
 
 ROOT = Path(__file__).parents[1]
 TOP_KEYS = {"top1", "top5", "mean_class_accuracy", "ece", "confusion", "per_class"}
@@ -116,6 +119,38 @@ def test_every_experiment_file_runs_shrunk(name: str, quickstart: Path, cache_di
     assert code == 0, said
     assert (tmp_path / "run" / "results.json").exists()
     assert (tmp_path / "run" / "report.md").exists() or name == "prepare.py"
+
+
+@pytest.mark.parametrize(("section", "values", "sentence"), [
+    (DataSpec, {"stride": (3,)}, r"config.stride is \(3,\): write 2 values, such as \(2, 2\)\."),
+    (DataSpec, {"stride": (0, 0)}, r"config.stride is \(0, 0\): use numbers of 1 or more\."),
+    (DataSpec, {"stride": (4, 2)}, "config.stride is .*: write the smaller one first"),
+    (DataSpec, {"frames": 0}, "config.frames is 0: use a number of 1 or more"),
+    (DataSpec, {"frames": "many"}, "config.frames is 'many': use a number"),
+    (DataSpec, {"seconds": -1.0}, "config.seconds is -1.0: use a number of 0 or more"),
+    (DataSpec, {"seconds": float("nan")}, "config.seconds is nan"),
+    (DataSpec, {"modalities": "vision"}, r"config.modalities is 'vision': write it in brackets, with commas, such as \('vision',\)"),
+    (DataSpec, {"augment": {"crop": (0.5,)}}, r"config.augment.crop is \(0.5,\): write 2 values, such as \(1.0, 1.0\)"),
+    (DataSpec, {"augment": {"crop": [0.5, 1.5]}}, "config.augment.crop .*: use numbers between 0.01 and 1"),
+    (DataSpec, {"audio": {"patch": (16, 0)}}, "config.audio.patch is .*: use numbers of 1 or more"),
+    (PrepareSpec, {"workers": 0}, "config.workers is 0: use a number of 1 or more"),
+])
+def test_values_of_the_wrong_shape_get_a_sentence(section: type, values: dict[str, object], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        make(section, values, "config")
+
+
+def test_values_of_the_right_shape_are_taken() -> None:
+    assert make(DataSpec, {"stride": [1, 4], "modalities": ("vision", "audio"), "seconds": 0}, "config").stride == (1, 4)
+
+
+def test_settings_that_do_not_go_together_get_a_sentence() -> None:
+    stage = {"steps": 1, "objectives": {"classify": {}}}
+    with pytest.raises(UserError, match="stages.a.patience=3 waits for a better `select`, which is empty: name a metric"):
+        Experiment.of({"stages": {"a": {**stage, "patience": 3}}})
+    experiment = Experiment.of({"stages": {"a": stage}, "data": {"augment": {"directed": ("slide_lft",)}}})
+    with pytest.raises(UserError, match="directed names 'slide_lft', which is no class of toybox: did you mean 'slide_left'"):
+        run_parts.build(experiment, "a", ("slide_left", "bounce"))
 
 
 def mistakes(clips: Path, run_dir: Path, tmp: Path) -> dict[str, tuple[list[str], str]]:

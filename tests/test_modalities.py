@@ -4,6 +4,7 @@
 import dataclasses
 import io
 import json
+import math
 import threading
 from fractions import Fraction
 from pathlib import Path
@@ -111,6 +112,24 @@ def test_modalities_share_a_clock_and_what_is_missing_has_no_particle(beeping: b
     assert (batch.particles["audio"].segment[1] == 0).all() and (batch.particles["audio"].segment[0] == 1).all()
 
 
+def test_rows_have_room_for_all_that_is_read(beeping: bytes) -> None:
+    rng = np.random.default_rng(0)
+    for seconds in (0.495, 0.025, 0.01, *rng.uniform(0.03, 2.0, 60), *rng.integers(1, 400, 40) / 200):
+        data = dataclasses.replace(DATA, modalities=("audio",), seconds=float(seconds))
+        sound = np.zeros(math.ceil(seconds * RATE - 1e-6), np.float32)
+        made = clips.particles_of(clips.Clip(np.zeros(0), np.zeros(0), data.seconds, sound), data, CUT, rng)
+        assert len(made["audio"].segment) == pipeline.row_of(data, CUT).slots["audio"].length, seconds
+    record = sources.Record("a", beeping, series=TABLE)
+    for seconds, own in ((0.495, 0.0), (1.7, 0.5), (1.0, 3.0), (2.495, 1.31)):
+        data = dataclasses.replace(
+            DATA, seconds=seconds, modalities=("audio", "series"), augment=AugmentSpec(speed=(0.5, 2.0), shift=0.3),
+            audio=AudioSpec(seconds=own), series=SeriesSpec(channels=("x",), rate=10, window=3, seconds=own))
+        for seed in range(2):
+            seen = clips.load(record, data, np.random.default_rng(seed))
+            made = clips.particles_of(seen, data, CUT, np.random.default_rng(seed))
+            pack.pack([pack.Clip(made, 0, 0)], [0], pipeline.row_of(data, CUT).slots, 1, 1)  # raises Full
+
+
 def test_sound_from_memory_is_the_decoded_one(beeping: bytes) -> None:
     data = dataclasses.replace(DATA, modalities=("audio",))
     record = sources.Record("a", beeping, start=2.9, end=4.9)
@@ -132,21 +151,33 @@ def test_rows_need_to_know_how_long_sound_is() -> None:
         pipeline.row_of(DataSpec(modalities=("smell",)), CUT)
 
 
-def test_a_tokenizer_file_is_read(tmp_path: Path) -> None:
-    vocabulary = {"[UNK]": 0, "the": 1, "ball": 2, "falls": 3}
-    (tmp_path / "tokenizer.json").write_text(json.dumps({
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": {"type": "Lowercase"},
-        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
+def tokenizer_file(folder: Path) -> str:
+    """A tokenizer.json that, like MiniLM's, cuts and fills up to 128 and puts a text between two special tokens."""
+    vocabulary = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "ball", "falls"))}
+    (folder / "tokenizer.json").write_text(json.dumps({
+        "version": "1.0", "added_tokens": [], "normalizer": {"type": "Lowercase"}, "decoder": None,
+        "truncation": {"direction": "Right", "max_length": 128, "strategy": "LongestFirst", "stride": 0},
+        "padding": {"strategy": {"Fixed": 128}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                    "pad_type_id": 0, "pad_token": "[PAD]"},
+        "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": {"type": "BertProcessing", "cls": ["[CLS]", 2], "sep": ["[SEP]", 3]},
         "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"}}))
-    spec = TextSpec(str(tmp_path / "tokenizer.json"), length=3)
+    return str(folder / "tokenizer.json")
+
+
+def test_a_tokenizer_file_is_read(tmp_path: Path) -> None:
+    path = tokenizer_file(tmp_path)
     try:
         import tokenizers  # noqa: F401
     except ImportError:
         with pytest.raises(UserError, match=r"pip install particlejax\[text\]"):
-            words.vocabulary(spec)
+            words.vocabulary(TextSpec(path))
         return
-    assert words.vocabulary(spec) == 4
-    np.testing.assert_array_equal(words.encode("The ball falls down", spec), [1, 2, 3])
+    assert words.vocabulary(TextSpec(path)) == 7
+    np.testing.assert_array_equal(words.encode("The ball falls", TextSpec(path)), [2, 4, 5, 6, 3], "nothing fills up")
+    np.testing.assert_array_equal(words.encode("The ball falls", TextSpec(path, 4)), [2, 4, 5, 3], "the end stays")
+    with pytest.raises(UserError, match="length=2 has no room for a word beside the 2 special tokens .*: use 3 or more"):
+        words.encode("x", TextSpec(path, 2))
     with pytest.raises(UserError, match="give the path of a tokenizer.json"):
         words.encode("x", TextSpec(str(tmp_path / "none.json")))
 
@@ -256,11 +287,21 @@ def test_mixed_clips_carry_both_labels() -> None:
     assert (views.share == 1).all() and (views.other == -1).all(), "what is measured is never mixed"
 
 
-def test_a_decoder_that_hangs_is_left_behind() -> None:
-    never = threading.Event()
-    with pytest.raises(Unreadable, match="not decoded after 0.05 s"):
-        patience.within(0.05, never.wait)
+def test_a_decoder_that_hangs_is_left_behind_and_not_tried_again() -> None:
+    never, tried = threading.Event(), []
+
+    def hang() -> None:
+        tried.append(1)
+        never.wait()
+
+    for file in ("hanging.mp4", b"the bytes of a file"):
+        with pytest.raises(Unreadable, match="not decoded after 0.05 s"):
+            patience.within(0.05, hang, file)
+        for again in (file[:3] + file[3:], file):  # equal, not the same
+            with pytest.raises(Unreadable, match="not decoded after 0.05 s"):
+                patience.within(60.0, hang, again)
+    assert len(tried) == 2
     never.set()
-    assert patience.within(5.0, lambda: 7) == 7
+    assert patience.within(5.0, lambda: 7, "another.mp4") == patience.within(5.0, lambda: 7, b"other bytes") == 7
     with pytest.raises(KeyError):
-        patience.within(5.0, lambda: {}["a"])
+        patience.within(5.0, lambda: {}["a"], "another.mp4")

@@ -3,15 +3,20 @@
 
 import dataclasses
 import multiprocessing
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
 
 import jax
 import numpy as np
 import pytest
 
+from particlejax.apps.bench import data as bench
 from particlejax.data import clips, memory, pipeline, sources
 from particlejax.data.decode import Video
 from particlejax.particles.types import Particles
-from particlejax.spec import AugmentSpec, DataSpec, ParticleSpec
+from particlejax.spec import AugmentSpec, BenchSpec, DataSpec, Experiment, ParticleSpec
 from particlejax.typing import UserError
 
 CUT = ParticleSpec("grid", (4, 16, 16))
@@ -90,7 +95,7 @@ def test_an_unreadable_clip_leaves_its_place_empty(source: sources.Source) -> No
     records[5] = dataclasses.replace(records[5], video=b"nonsense")
     made = batches(Partly(source.classes, tuple(records)))
     loaded = made[0]
-    assert [bad.name for bad in loaded.bad] == [records[5].name] and "damaged" in loaded.bad[0].reason
+    assert [bad.name for bad in loaded.bad] == [records[5].name] and loaded.bad[0].reason == "not a media file"
     assert sorted(loaded.batch.clip.reshape(-1)) == [-1] + [i for i in range(12) if i != 5], "left out, never replaced"
 
 
@@ -102,6 +107,13 @@ def test_clips_from_memory_are_the_decoded_ones(source: sources.Source) -> None:
         np.testing.assert_array_equal(fresh.frames, kept.frames)
         np.testing.assert_array_equal(fresh.times, kept.times)
     assert (record.video, 32) in memory._kept
+
+
+def test_memory_and_decoder_agree_on_what_is_on_display(source: sources.Source) -> None:
+    with memory.opened(source[3].video, 16, 0.0) as decoding, memory.opened(source[3].video, 16, 0.1) as kept:
+        starts = np.arange(0, 1.9, 1 / kept.fps)
+        for shift in (-6e-4, -4e-4, -3e-5, 0.0, 4e-4):
+            np.testing.assert_array_equal(kept.frames_at(starts + shift), decoding.frames_at(starts + shift))
 
 
 def test_resizing_together_is_resizing_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +135,12 @@ def test_start_and_end_bound_what_is_seen(source: sources.Source) -> None:
         expected, _ = video.frames_at(0.5 + (np.arange(6) + 0.5) / 12, 64)
     np.testing.assert_array_equal(seen.frames, expected)
     np.testing.assert_allclose(np.diff(seen.times), 1 / 12, rtol=1e-5)
+
+
+def test_a_clip_that_begins_past_the_end_of_its_file_is_bad(source: sources.Source) -> None:
+    late = sources.Listed(("a",), (dataclasses.replace(source[0], start=60.0, label=0),))
+    loaded = batches(late, rows=1)[0]
+    assert loaded.bad[0].reason == "starts at 60 s but lasts 2 s" and (loaded.batch.clip == -1).all()
 
 
 def test_a_short_clip_holds_its_last_frame(source: sources.Source) -> None:
@@ -159,3 +177,60 @@ def test_payloads_are_normalised(source: sources.Source) -> None:
     np.testing.assert_allclose(coarse * DATA.std + DATA.mean, average / 255, atol=0.51 / 255)
     budget = cut(DATA, dataclasses.replace(CUT, budget=3))
     assert len(budget.segment) == 3
+
+
+def test_the_benchmark_counts_the_cores_of_other_processes(tmp_path: Path) -> None:
+    busy = f"import time\nwhile time.process_time() < 0.5: pass\nopen({str(tmp_path / 'done')!r}, 'w').close()\ntime.sleep(60)"
+    child = multiprocessing.get_context("spawn").Process(target=exec, args=(busy,))
+
+    def work() -> None:
+        child.start()
+        while not (tmp_path / "done").exists():
+            time.sleep(0.02)
+
+    running = bench._timed(work).cpu
+    before = bench._cpu()
+    child.kill()
+    child.join()
+    assert running > 0.4 and bench._cpu() > before - 0.05, "also after it has ended"
+
+
+def test_the_benchmark_goes_on_without_a_package_that_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torchcodec").mkdir()
+    (tmp_path / "torchcodec" / "__init__.py").write_text("")
+    (tmp_path / "torchcodec" / "decoders.py").write_text("raise OSError('libavutil.so is not there')")
+    (tmp_path / "decord.py").write_text(DECORD)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("torch", "torchcodec", "torchcodec.decoders", "decord"):  # none of these stays behind
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        if name != "torch":
+            del sys.modules[name]
+    found, unusable = bench._others([(b"the bytes of a file", np.array([0.1]))], 8)
+    assert list(found) == ["decord, decodes and resizes"], "which takes bytes as a file"
+    assert set(unusable) == {"torchcodec, exact seeks", "torchcodec, approximate seeks"}
+    assert set(unusable.values()) == {"OSError: libavutil.so is not there"}
+
+
+DECORD = """
+class VideoReader:
+    def __init__(self, file, width, height, num_threads):
+        assert file.read() == b"the bytes of a file"
+    get_avg_fps = lambda self: 25.0
+    __len__ = lambda self: 9
+    get_batch = lambda self, chosen: self
+    asnumpy = lambda self: None
+"""
+
+
+def test_the_benchmark_measures_a_worker_process(cache_dir: str) -> None:
+    experiment = Experiment(data=DataSpec(cache_dir=cache_dir, threads=1), bench=BenchSpec(rows=2, memory_clips=20))
+    found = bench._memory(experiment)
+    assert found["clips"] == list(range(2, 21, 2)) and len(found["a worker process"]) == 10
+    assert all(20 < mib < 10_000 for mib in found["a worker process"])
+    assert found["a worker process"][-1] != found["this process, decoding itself"][-1]
+
+
+def test_the_bare_loop_that_drops_decodes_less(tmp_path: Path) -> None:
+    bench._make(tmp_path / "a.mp4", (64, 48), 2)
+    times = np.array([0.1, 1.5])
+    assert bench._bare(str(tmp_path / "a.mp4"), times, drop=True) < 0.7 * bench._bare(str(tmp_path / "a.mp4"), times)

@@ -3,16 +3,26 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
+import resource
 import shutil
+import threading
+import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
 from particlejax import main as entry
-from particlejax.data import pipeline, prepare, sources
+from particlejax.apps import check
+from particlejax.data import patience, pipeline, prepare, sources, survey
+from particlejax.data.decode import Video
 from particlejax.data.toybox import builder
 from particlejax.spec import DataSpec, ParticleSpec
 from particlejax.typing import UserError
@@ -28,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, cache_dir: str) -> Path:
     lines = ["path,split,label,caption,start,end,group"]
     for i in range(LINES):
         (folder / f"{i}.mp4").write_bytes(examples[i]["video"])
-        split, when = ("train", ",") if i < 7 else ("val", "0.5,1.5")
+        split, when = ("train", ",") if i < 7 else ("val", "0.3,1.3")
         lines.append(f"{i}.mp4,{split},{'ab'[i % 2]},clip {i},{when},g{i // 2}")
     (folder / "3.mp4").write_bytes(b"not a video")
     (folder / "1.csv").write_text("time,x\n0,1\n")
@@ -74,6 +84,22 @@ def test_a_prepared_folder_is_the_folder_also_when_it_was_interrupted(folder: Pa
         assert [made[i] for i in range(len(made))] == wanted
 
 
+def test_what_holds_no_clip_is_left_out_with_a_sentence(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    copy = tmp_path / "data"
+    shutil.copytree(folder, copy)
+    for i in (0, 1, 2, 3, 7, 8, 9):  # a whole shard of train, and all of val
+        (copy / f"{i}.mp4").write_text("not a film")
+    assert command(copy, tmp_path, tmp_path / "run") == 0
+    assert "split val has no clip that can be read: it is left out." in capfd.readouterr().err
+    made = sources.open_source(f"tfds:{tmp_path}/mine", "train", "unused")
+    assert [made[i].name for i in range(len(made))] == ["4.mp4", "5.mp4", "6.mp4"]
+    assert sources.splits(f"tfds:{tmp_path}/mine/1.0.0", "unused") == ("train",)
+    for i in (4, 5, 6):
+        (copy / f"{i}.mp4").write_text("not a film")
+    assert command(copy, tmp_path / "none", tmp_path / "run2") == 2
+    assert "not one clip of folder:" in (said := capfd.readouterr().err) and "Traceback" not in said
+
+
 def test_another_source_in_the_same_place_is_refused(folder: Path, tmp_path: Path) -> None:
     planned(folder, tmp_path)
     with pytest.raises(UserError, match="begun for another source"):
@@ -91,6 +117,84 @@ def test_a_full_disk_loses_nothing(folder: Path, tmp_path: Path, monkeypatch: py
     for shard in plan.left:
         prepare.write(shard)
     assert prepare.finish(plan)["clips"] == {"train": 6, "val": 3}
+
+
+@contextmanager
+def no_room() -> Iterator[None]:
+    """Files of this process cannot grow: what is opened for writing stays empty, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_plan_and_description_are_whole_or_absent(folder: Path, tmp_path: Path) -> None:
+    with no_room(), pytest.raises(UserError, match="mine/1.0.0 cannot be written .*: make room there"):
+        planned(folder, tmp_path)
+    plan = planned(folder, tmp_path)
+    for shard in plan.shards:
+        prepare.write(shard)
+    with no_room(), pytest.raises(UserError, match="mine/1.0.0 cannot be written .*: make room there"):
+        prepare.finish(plan)
+    with pytest.raises(UserError, match="no dataset_info.json"):
+        sources.open_source(f"tfds:{plan.folder}", "train", "unused")
+    assert prepare.finish(planned(folder, tmp_path))["clips"] == {"train": 6, "val": 3}
+
+
+def test_a_worker_of_prepare_that_is_killed_ends_in_a_sentence(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+                                                               ) -> None:
+    first = planned(folder, tmp_path).shards[0]
+    prepare.write(first)
+    written = os.stat(first.path).st_mtime_ns
+
+    def kill() -> None:
+        while not multiprocessing.active_children():
+            time.sleep(0.01)
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    assert command(folder, tmp_path, tmp_path / "run") == 2
+    killer.join()
+    said = capfd.readouterr().err
+    assert "a worker of prepare was killed" in said and "give the same command again" in said and "Traceback" not in said
+    assert command(folder, tmp_path, tmp_path / "run") == 0 and os.stat(first.path).st_mtime_ns == written
+
+
+@pytest.fixture
+def hanging(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Three clips, the second of which keeps its decoder busy for ever."""
+    data, never, plain = tmp_path / "data", threading.Event(), Video.__init__
+    data.mkdir()
+    for name in ("a.mp4", "hangs.mp4", "z.mp4"):
+        shutil.copy(folder / "0.mp4", data / name)
+    (data / "clips.csv").write_text("path,split\na.mp4,train\nhangs.mp4,train\nz.mp4,train\n")
+
+    def opened(self: Video, source: str | bytes) -> None:
+        if source == str(data / "hangs.mp4"):
+            never.wait()
+        plain(self, source)
+
+    monkeypatch.setattr(Video, "__init__", opened)
+    yield data
+    never.set()
+
+
+def test_prepare_leaves_a_hanging_decoder_behind(hanging: Path, tmp_path: Path) -> None:
+    shard = prepare.plan(f"folder:{hanging}", str(tmp_path), "mine", "unused", 3, 0.5).shards[0]
+    note = prepare.write(shard)
+    assert note["clips"] == 2 and note["bad"] == {"hangs.mp4": "not decoded after 0.5 s"}
+
+
+def test_check_data_leaves_a_hanging_decoder_behind(hanging: Path, tmp_path: Path) -> None:
+    assert entry.main(["main", "--config=experiments/check_data.py", f"--config.data.source=folder:{hanging}",
+                       "--config.data.time_limit=0.5", f"--workdir={tmp_path / 'run'}"]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["bad"] == [{"path": "hangs.mp4", "reason": "not decoded after 0.5 s"}]
+    assert results["check"]["train"]["clips"] == 2
 
 
 def test_beam_writes_the_same_files(folder: Path, tmp_path: Path) -> None:
@@ -128,16 +232,73 @@ def test_a_check_finds_damage_and_what_stands_on_both_sides(folder: Path, tmp_pa
     copy = tmp_path / "data"
     shutil.copytree(folder, copy)
     shutil.copy(copy / "0.mp4", copy / "9.mp4")  # a train clip as a val clip, cut otherwise
-    table = (copy / "clips.csv").read_text().replace("9.mp4,val,b,clip 9,0.5,1.5", "9.mp4,val,b,clip 9,,")
+    table = (copy / "clips.csv").read_text().replace("9.mp4,val,b,clip 9,0.3,1.3", "9.mp4,val,b,clip 9,,")
     (copy / "clips.csv").write_text(table + "none.mp4,val,a,,,,\n")
     assert entry.main(["main", "--config=experiments/check_data.py", f"--config.data.source=folder:{copy}",
                        f"--workdir={tmp_path / 'run'}"]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert {bad["path"]: bad["reason"] for bad in results["bad"]} == {
-        "3.mp4": "damaged: Invalid data found when processing input", "none.mp4": "missing"}
+        "3.mp4": "not a media file", "none.mp4": "missing"}
     assert results["check"]["near_duplicates"] == [["train: 0.mp4", "val: 9.mp4"]]
     train = results["check"]["train"]
     assert train["clips"] == 6 and train["labels"] == {"a": 4, "b": 2} and train["audio"] == 6 and train["sizes"] == {"64x64": 6}
-    assert np.isclose(train["seconds"]["median"], 2.0, atol=0.1) and results["check"]["val"]["seconds"]["least"] == 1.0
+    assert np.isclose(train["seconds"]["median"], 2.0, atol=0.1) and np.isclose(results["check"]["val"]["seconds"]["least"], 1.0)
     report = (tmp_path / "run" / "report.md").read_text()
     assert "1 pairs look alike" in report and (tmp_path / "run" / "report" / "classes.png").exists()
+
+
+def slow_film(path: Path) -> str:
+    """Ten minutes in forty frames of one number each, which stand for 1 to 30 seconds."""
+    gaps = np.random.default_rng(0).choice([1, 5, 30], 40)
+    ticks = (100 * np.cumsum(gaps) * 600 / gaps.sum()).astype(int)
+    rng = np.random.default_rng(1)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 100)
+        for at in ticks:
+            picture = rng.integers(0, 256, (4, 4, 3), np.uint8).repeat(16, 0).repeat(16, 1)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = int(at), Fraction(1, 100)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return str(path)
+
+
+def test_clips_of_one_file_are_looked_at_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = slow_film(tmp_path / "a.mp4")
+    spans = ((0.0, None), (300.0, 420.0), (10.0, 200.0), (999.0, None))
+    clips = [sources.Record(f"{start}", file, 0, start=start, end=end) for start, end in spans]
+    monkeypatch.setattr(Video, "read_all", lambda *more: pytest.fail("it holds the whole film"))
+    decoded, plain = [], Video.each
+    monkeypatch.setattr(Video, "each", lambda self, side: decoded.append(1) or plain(self, side))
+    *seen, late = survey.look(clips)
+    assert survey.look(clips[3:]) == [late] and len(decoded) == 2
+    assert late[0] == "999.0" and late[1].startswith("starts at 999 s but lasts ")
+    with Video(file) as video:
+        times = np.array([time for _, time in plain(video)])
+        for found, (start, end) in zip(seen, spans, strict=False):
+            end = end or video.duration
+            shown, _ = video.frames_at(start + (np.arange(4) + 0.5) / 4 * (end - start), 64)
+            np.testing.assert_array_equal(found.print, survey._fingerprint(np.stack([survey._small(p) for p in shown])))
+            assert found.seconds == pytest.approx(end - start) and found.frames == ((times >= start) & (times < end)).sum()
+
+
+def test_a_long_film_has_the_time_of_a_clip_for_each_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = sources.Record("a", slow_film(tmp_path / "a.mp4"))
+    limits, plain = [], patience.within
+    monkeypatch.setattr(patience, "within", lambda limit, *more: limits.append(limit) or plain(limit, *more))
+    assert isinstance(check._file([clip], 60.0)[0], survey.Seen)
+    assert limits == [60.0, pytest.approx(600, rel=0.1)]
+
+
+def test_a_source_of_which_nothing_can_be_read_ends_in_a_sentence(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / "data" / name).write_text("not a film")
+    assert entry.main(["main", "--config=experiments/check_data.py", f"--config.data.source=folder:{tmp_path}/data",
+                       f"--workdir={tmp_path / 'run'}"]) == 2
+    said = capfd.readouterr().err
+    assert "not one of the 2 clips of folder:" in said and "(not a media file, ...)" in said and "Traceback" not in said
+    assert len(json.loads((tmp_path / "run" / "results.json").read_text())["bad"]) == 2
+    assert "## 2 clips cannot be read" in (tmp_path / "run" / "report.md").read_text()

@@ -87,6 +87,13 @@ def test_table(tmp_path: Path) -> None:
         Video(first.video)
 
 
+def test_rows_of_one_file_have_names_of_their_own_and_stay_together(tmp_path: Path) -> None:
+    source = table(tmp_path, "path,start,end\na.mp4,0,2.5\na.mp4,2.5,\nb.mp4,1,2\na.mp4,2.5,\n")
+    named = {r.name: (s, Path(r.video).name, r.start) for s in ("train", "val") for r in open_source(source, s, "").records}
+    assert set(named) == {"a.mp4@0-2.5", "a.mp4@2.5-", "a.mp4@2.5-#2", "b.mp4"}
+    assert len({split for split, file, _ in named.values() if file == "a.mp4"}) == 1, "one file is never in two splits"
+
+
 def test_groups_stay_together(tmp_path: Path) -> None:
     rows = "".join(f"{i}.mp4,g{i % 30}\n" for i in range(300))
     source = table(tmp_path, "path,group\n" + rows)

@@ -3,7 +3,8 @@
 
     python -m particlejax.main --config experiments/bench/data.py --config.data.source=folder:../shared/data/jhmdb21
 
-About five minutes on 2 cores; nothing else should run. torchcodec and decord are measured where they are installed.
+Six to eight minutes on 2 cores; nothing else should run. torchcodec (both of its ways to seek) and decord are measured where
+they are installed and work.
 """
 
 from ml_collections import ConfigDict

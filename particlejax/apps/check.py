@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads a whole source before anybody trains on it: results.json, a report with a table and pictures."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ def check_data(experiment: Experiment, workdir: Path, name: str) -> None:
     run.add_results(workdir, "check", figures, bad)
     path = workdir / "report.md"
     path.write_text("\n".join(_report(data.source, seen, figures, bad, workdir)), encoding="utf-8")
+    if not any(seen.values()):
+        raise UserError(f"not one of the {len(bad)} clips of {data.source} can be read ({next(iter(bad.values()))}, ...): {path} "
+                        "gives each one's reason, so mend them or name other data.")
     say(f"{sum(map(len, seen.values()))} clips can be read, {len(bad)} cannot, {len(alike)} pairs across splits look alike")
     say(f"report: {path}")
 
@@ -48,24 +52,37 @@ def _look(data: DataSpec) -> tuple[Looks, dict[str, str], tuple[str, ...]]:
         source = sources.open_source(data.source, split, data.cache_dir)
         seen[split], classes = [], source.classes
         progress = Progress(split, len(source), unit="clip")
-        with ThreadPoolExecutor(data.threads) as pool:
-            for found in pool.map(partial(_one, source, data.time_limit), range(len(source))):
-                if isinstance(found, survey.Seen):
-                    seen[split].append(found)
-                else:
-                    bad[found[0]] = found[1]
-                    say(f"clip {found[0]} cannot be read ({found[1]})")
-                progress.update()
+        for found in _read(source, data):
+            if isinstance(found, survey.Seen):
+                seen[split].append(found)
+            else:
+                bad[found[0]] = found[1]
+                say(f"clip {found[0]} cannot be read ({found[1]})")
+            progress.update()
         progress.close()
     return seen, bad, classes
 
 
-def _one(source: sources.Source, limit: float, i: int) -> survey.Seen | tuple[str, str]:
-    record = source[i]
+def _read(source: sources.Source, data: DataSpec) -> Iterator[survey.Found]:
+    """What is found of each clip in turn; clips of one file that follow each other are decoded together."""
+    waiting: deque[Future[list[survey.Found]]] = deque()
+    with ThreadPoolExecutor(data.threads) as pool:
+        for _, clips in groupby(map(source.__getitem__, range(len(source))), lambda record: record.video):
+            waiting.append(pool.submit(_file, list(clips), data.time_limit))
+            if len(waiting) > 2 * data.threads:  # no more: records may hold whole files
+                yield from waiting.popleft().result()
+        for each in waiting:
+            yield from each.result()
+
+
+def _file(clips: Sequence[sources.Record], limit: float) -> list[survey.Found]:
+    """Clips of one file, which has the time limit of a clip for each of its minutes."""
+    file = clips[0].video
     try:
-        return patience.within(limit, partial(survey.look, record))
+        minutes = patience.within(limit, partial(survey.seconds, file), file) / 60
+        return patience.within(limit * max(1.0, minutes), partial(survey.look, clips), file)
     except Unreadable as error:
-        return record.name, error.reason
+        return [(clip.name, error.reason) for clip in clips]
 
 
 def _alike(seen: Looks) -> list[tuple[str, str]]:
@@ -98,6 +115,13 @@ def _counts(values: Iterator[str]) -> dict[str, int]:
 def _report(source: str, seen: Looks, figures: dict[str, Any], bad: dict[str, str], workdir: Path) -> Iterator[str]:
     yield from (f"# {source}", "")
     splits = [split for split in seen if figures[split]["clips"]]
+    if splits:
+        yield from _tables(splits, seen, figures, workdir)
+    yield from _lists(figures["near_duplicates"], bad)
+    yield from ("Everything is in [results.json](results.json).", "")
+
+
+def _tables(splits: Sequence[str], seen: Looks, figures: dict[str, Any], workdir: Path) -> Iterator[str]:
     yield from table(["split", "clips", "hours", "seconds: least, median, most", "sizes", "frames/s", "with sound",
                       "with caption", "unlabelled"], [_row(split, figures[split]) for split in splits])
     lengths = {split: [each.seconds for each in seen[split]] for split in splits}
@@ -111,7 +135,9 @@ def _report(source: str, seen: Looks, figures: dict[str, Any], bad: dict[str, st
         absent = [f"{label} in {split}" for split in splits for label in classes if not figures[split]["labels"].get(label)]
         if absent:
             yield from ("No clip of " + ", ".join(absent[:_MOST]) + ".", "")
-    pairs = figures["near_duplicates"]
+
+
+def _lists(pairs: Sequence[Sequence[str]], bad: dict[str, str]) -> Iterator[str]:
     yield from (f"## {len(pairs)} pairs look alike across splits", "")
     if pairs:
         yield from (*table(["one", "other"], pairs[:_MOST]), "", "Clips of one scene on both sides make results look better "
@@ -119,7 +145,6 @@ def _report(source: str, seen: Looks, figures: dict[str, Any], bad: dict[str, st
     yield from (f"## {len(bad)} clips cannot be read", "")
     if bad:
         yield from (*table(["clip", "reason"], [[clip, reason] for clip, reason in list(bad.items())[:_MOST]]), "")
-    yield from ("Everything is in [results.json](results.json).", "")
 
 
 def _row(split: str, figures: dict[str, Any]) -> list[Any]:

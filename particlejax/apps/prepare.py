@@ -35,6 +35,12 @@ def prepare(experiment: Experiment, workdir: Path, name: str) -> None:
     if len(bad) > experiment.data.max_bad:
         raise UserError(f"{len(bad)} clips cannot be read, more than config.data.max_bad={experiment.data.max_bad}: see "
                         f"{workdir / run.RESULTS}, mend them or raise the limit.")
+    for split, count in figures["clips"].items():
+        if not count:
+            say(f"split {split} has no clip that can be read: it is left out.")
+    if not any(figures["clips"].values()):
+        raise UserError(f"not one clip of {experiment.data.source} can be read, so there is no data set: see "
+                        f"{workdir / run.RESULTS} for each one's reason.")
     say(f"prepared {figures['clips']} clips: use --config.data.source=tfds:{plan.folder}")
 
 

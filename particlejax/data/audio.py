@@ -48,7 +48,7 @@ def _seek(container: av.container.InputContainer, stream: av.audio.stream.AudioS
 def _collect(container: av.container.InputContainer, stream: av.audio.stream.AudioStream, first: float, seconds: float,
              rate: int) -> np.ndarray | None:
     resampler = AudioResampler(format="flt", layout="mono", rate=rate)
-    sound = np.zeros(math.ceil(seconds * rate - 1e-6), np.float32)
+    sound = np.zeros(samples(seconds, rate), np.float32)
     end = 0  # of what was written, in samples
     clock: float | None = None
     try:
@@ -56,9 +56,9 @@ def _collect(container: av.container.InputContainer, stream: av.audio.stream.Aud
             if clock is None or (frame.time is not None and abs(frame.time - clock) > 0.05):  # the start, or a gap
                 clock = frame.time if frame.time is not None else 0.0 if clock is None else clock
             for part in resampler.resample(frame):
-                samples = part.to_ndarray().reshape(-1)
-                end = max(end, _place(sound, samples, round((clock - first) * rate)))
-                clock += len(samples) / rate
+                heard = part.to_ndarray().reshape(-1)
+                end = max(end, _place(sound, heard, round((clock - first) * rate)))
+                clock += len(heard) / rate
             if clock - first >= seconds:
                 break
     except av.FFmpegError:
@@ -66,13 +66,29 @@ def _collect(container: av.container.InputContainer, stream: av.audio.stream.Aud
     return sound[:end] if end else None
 
 
-def _place(sound: np.ndarray, samples: np.ndarray, at: int) -> int:
-    """Writes the part of `samples` that falls into `sound` when the first stands at `at`; returns where it ends."""
-    start, stop = max(at, 0), min(at + len(samples), len(sound))
+def _place(sound: np.ndarray, heard: np.ndarray, at: int) -> int:
+    """Writes the part of `heard` that falls into `sound` when the first stands at `at`; returns where it ends."""
+    start, stop = max(at, 0), min(at + len(heard), len(sound))
     if stop <= start:
         return 0
-    sound[start:stop] = samples[start - at : stop - at]
+    sound[start:stop] = heard[start - at : stop - at]
     return stop
+
+
+def samples(seconds: float, rate: int) -> int:
+    """How many samples `read` gives at most."""
+    return math.ceil(seconds * rate - 1e-6)
+
+
+def spectra(seconds: float, spec: AudioSpec) -> int:
+    """How many spectra `log_mel` makes of so many seconds: in whole samples, as it counts them."""
+    window, hop = _steps(spec)
+    return max(0, samples(seconds, spec.rate) - window) // hop + 1
+
+
+def _steps(spec: AudioSpec) -> tuple[int, int]:
+    """Samples of a spectrum, and from one to the next."""
+    return round(spec.window * spec.rate), round(spec.hop * spec.rate)
 
 
 def log_mel(sound: np.ndarray, spec: AudioSpec) -> np.ndarray:
@@ -80,7 +96,7 @@ def log_mel(sound: np.ndarray, spec: AudioSpec) -> np.ndarray:
 
     Sound shorter than a window is filled up with silence.
     """
-    window, hop = round(spec.window * spec.rate), round(spec.hop * spec.rate)
+    window, hop = _steps(spec)
     sound = np.pad(sound, (0, max(0, window - len(sound))))
     frames = np.lib.stride_tricks.sliding_window_view(sound, window)[::hop]
     power = np.abs(np.fft.rfft(frames * _hann(window), _length(window), axis=-1)) ** 2
@@ -90,7 +106,7 @@ def log_mel(sound: np.ndarray, spec: AudioSpec) -> np.ndarray:
 @functools.cache
 def mel_filters(spec: AudioSpec) -> np.ndarray:
     """Triangles [frequencies, M] that overlap by half on the mel scale 2595 log10(1 + f / 700)."""
-    length = _length(round(spec.window * spec.rate))
+    length = _length(_steps(spec)[0])
     frequencies = np.arange(length // 2 + 1) * spec.rate / length
     edges = _hertz(np.linspace(_mel(spec.low), _mel(min(spec.high, spec.rate / 2)), spec.mels + 2))
     rise = (frequencies[:, None] - edges[:-2]) / (edges[1:-1] - edges[:-2])

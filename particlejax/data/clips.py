@@ -58,13 +58,12 @@ class Clip:
 
 def load(record: Record, spec: DataSpec, look: Look, may_flip: bool = True) -> Clip:
     """Decodes what the spec's modalities ask for. Raises decode.Unreadable, also when it takes too long."""
-    return patience.within(spec.time_limit, partial(_load, record, spec, look, may_flip))
+    return patience.within(spec.time_limit, partial(_load, record, spec, look, may_flip), record.video)
 
 
 def _load(record: Record, spec: DataSpec, look: Look, may_flip: bool) -> Clip:
     with memory.opened(record.video, spec.decode_side or spec.size, spec.memory_gib) as video:
-        end = min(video.duration, record.end) if record.end is not None else video.duration
-        length = max(end - record.start, 1 / video.fps)
+        length = max(record.until(video.duration) - record.start, 1 / video.fps)
         offset, times, span = moments(length, 1 / video.fps, spec, look)
         held = np.minimum(offset + times, length - 0.5 / video.fps)  # past its end a clip shows its last frame
         frames = video.frames_at(record.start + held)
@@ -77,6 +76,7 @@ def _load(record: Record, spec: DataSpec, look: Look, may_flip: bool) -> Clip:
     if TEXT in spec.modalities and record.caption:
         clip = replace(clip, words=words.encode(record.caption, spec.text))
     if SERIES in spec.modalities and record.series:
+        left = min(left, longest(spec, spec.series.seconds))
         clip = replace(clip, channels=series.read(record.series, start, left, spec.series))
     return clip
 

@@ -5,9 +5,9 @@ Frames are uint8 [T, H, W, 3] (RGB), times are seconds from the presentation of 
 """
 
 import io
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from fractions import Fraction
 from functools import cached_property
 from itertools import dropwhile
@@ -15,30 +15,22 @@ from typing import NamedTuple, Self
 
 import av
 import numpy as np
-from av.stream import Disposition
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
+
+from particlejax.data import opening
+from particlejax.data.opening import Unreadable, open_file
 
 # Checked against decoding from the start. AVI stores no presentation times and MPEG program streams not all: after a
 # seek their frames carry guessed ones, one frame off, so these and whatever else is not listed is read forwards.
-_SEEKABLE = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts"})
+_SEEKABLE = frozenset({opening.MP4, "matroska,webm", "mpegts"})
 _SEEK_GAIN = 0.5  # seconds of decoding that a seek must save: it throws away the decoder's state
 _BLIND_GAIN = 4.0  # the same where the index does not say where keyframes are: longer than most GOPs
 _RETRIES = (0.0, 2.0, 8.0)  # seconds before the wanted time to seek to; MPEG-TS lands after it as often as before
 _HAIR = 1e-6  # seconds by which a wanted time may miss a frame's
-_TAIL = 10.0  # seconds before the end in which the last packet is looked for
-_IO = {"protocol_whitelist": "file"}  # a playlist under a video's name must not reach into the network
 # Codecs whose decoders drop a frame that no other needs without looking at it, exactly; the rest decode every frame.
 _DROPPING = frozenset({"h264", "hevc"})
-_REORDER = 32  # packets within which the next one to be shown is found; H.264 and HEVC reorder by 16 at most
-_NO_RATE = 25.0  # frames per second, for pictures and streams that name none
-
-
-class Unreadable(Exception):
-    """A clip that cannot be decoded. `reason` names why: missing, empty file, no video stream, damaged: ..."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+# A list that whoever waits for a decoder hands in: why it may take long although it gets on.
+excuses: ContextVar[list[str] | None] = ContextVar("excuses", default=None)
 
 
 class _Timed(NamedTuple):
@@ -50,7 +42,9 @@ class Video:
     """An opened video: `with Video(path_or_bytes) as video: frames, times = video.frames_at([0.0, 1.5], 224)`.
 
     fps: nominal frames per second. width, height: of the picture as shown, turned upright and with square pixels.
-    Raises Unreadable when no frame of it can be decoded.
+    MP4, Matroska and MPEG-TS are sought in; any other container (AVI, FLV, MPEG, ...) is decoded from its start to the
+    last frame wanted, so a moment late in a long one takes as long as all before it. Raises Unreadable when no frame of it
+    can be decoded.
     """
 
     def __init__(self, source: str | bytes) -> None:
@@ -65,7 +59,7 @@ class Video:
         self._turn = _display_matrix(first.frame)
         aspect = float(self._stream.sample_aspect_ratio or 1) or 1.0
         self._size = _square(first.frame.width, first.frame.height, aspect)
-        self.fps = _rate(self._stream)
+        self.fps = opening.rate(self._stream)
         turned = abs(self._turn[0, 1]) > abs(self._turn[0, 0])
         self.width, self.height = self._size[::-1] if turned else self._size
 
@@ -89,12 +83,12 @@ class Video:
     @cached_property
     def duration(self) -> float:
         """Seconds from the start of the first frame to the end of the last (of those the container announces)."""
-        stream = self._stream
-        # A length that was written by a muxer, not estimated from the bit rate, and of this stream, not of its sound.
-        if stream.duration and self._container.format.name in ("mov,mp4,m4a,3gp,3g2,mj2", "avi", "gif"):
-            return max(stream.duration * float(stream.time_base), _index_length(stream) + 1 / self.fps)
-        end = _last_end(self._source, stream.index, self.fps)
-        return max(end - self._start, 1 / self.fps)
+        return opening.length(self._stream, self._source, self._start)
+
+    @property
+    def tolerance(self) -> float:
+        """Seconds that a time asked for may lie before a frame's and still mean that frame (see `frames_at`)."""
+        return min(float(self._stream.time_base) / 2, 5e-4)
 
     def frames_at(self, times: Sequence[float], short_side: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The frames on display at `times` (seconds, any order): uint8 [T, H, W, 3] and their own times, float32 [T].
@@ -121,28 +115,31 @@ class Video:
             pictures[i], stamps[i] = picture, before.time - self._start
         return self._stack(pictures, size), stamps
 
-    def read_all(self, short_side: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Every frame from the first to the last: uint8 [T, H, W, 3] and times in seconds, float32 [T]."""
+    def each(self, short_side: int | None = None) -> Iterator[tuple[np.ndarray, float]]:
+        """Every frame from the first to the last, uint8 [H, W, 3], and its time in seconds; none is held."""
         self._wanted = None
         self._rewind()
         size = _resized(self._size, short_side)
-        pictures, stamps = [], []
         while True:
-            pictures.append(self._convert(self._shown.frame, size))
-            stamps.append(self._shown.time - self._start)
+            yield self._convert(self._shown.frame, size), self._shown.time - self._start
             if not self._advance():
-                return self._stack(pictures, size), np.asarray(stamps, np.float32)
+                return
+
+    def read_all(self, short_side: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """All frames of `each` together: uint8 [T, H, W, 3] and times in seconds, float32 [T]."""
+        pictures, stamps = zip(*self.each(short_side), strict=True)
+        return np.stack(pictures), np.asarray(stamps, np.float32)
 
     def _rewind(self) -> None:
         # Opening again is the one way back to the first frame that works in every container.
         self.close()
         self._container = open_file(self._source)
-        self._stream = _video_stream(self._container)
+        self._stream = opening.video_stream(self._container)
         self._drops = self._container.format.name in _SEEKABLE and self._stream.codec_context.name in _DROPPING
         self._frames = self._decode()
         first = next(self._frames, None)
         if first is None:
-            raise Unreadable(self._damage or "no frames")
+            raise Unreadable(self._damage or opening.emptiness(self._stream))
         self._shown, self._next = first, next(self._frames, None)
 
     def _advance(self) -> bool:
@@ -153,7 +150,7 @@ class Video:
 
     def _decode(self) -> Iterator[_Timed]:
         """Frames in the order they are shown in; a packet that does not decode gives none."""
-        tick, step = float(self._stream.time_base), 1 / _rate(self._stream)
+        tick, step = float(self._stream.time_base), 1 / opening.rate(self._stream)
         last = None
         for packet, shown in self._ahead():
             try:
@@ -180,7 +177,7 @@ class Video:
         for packet in self._packets():
             waiting.append(packet)
             stamps.append(None if packet is None else packet.pts)
-            if len(waiting) > _REORDER:
+            if len(waiting) > opening.REORDER:
                 yield waiting.popleft(), self._is_shown(stamps)
                 stamps.popleft()
         while waiting:
@@ -197,7 +194,7 @@ class Video:
 
     def _clock(self, times: np.ndarray) -> np.ndarray:
         """Times from the first frame as times on the container's clock, with the tolerance of `frames_at`."""
-        return self._start + np.maximum(times, 0.0) + min(float(self._stream.time_base) / 2, 5e-4)
+        return self._start + np.maximum(times, 0.0) + self.tolerance
 
     def _packets(self) -> Iterator[av.Packet | None]:
         try:
@@ -209,10 +206,18 @@ class Video:
     def _show(self, wanted: float) -> None:
         if self._start < self._shown.time > wanted:
             self._rewind()
+        if wanted - self._shown.time > _BLIND_GAIN and self._container.format.name not in _SEEKABLE:
+            self._excuse()
         if self._seek_saves(wanted) and not any(self._land(wanted, back) for back in _RETRIES):
             self._rewind()
         while self._next is not None and self._next.time <= wanted:
             self._advance()
+
+    def _excuse(self) -> None:
+        said = excuses.get()
+        if said is not None:
+            said.append(f"{self._container.format.name} files can only be read from their start, so convert it to mp4 or "
+                        "raise config.data.time_limit")
 
     def _seek_saves(self, wanted: float) -> bool:
         ahead = wanted - self._shown.time
@@ -253,7 +258,7 @@ class Video:
         return np.zeros((0, *_upright(np.zeros((size[1], size[0], 3), np.uint8), self._turn).shape), np.uint8)
 
 
-def raw_file(frames: np.ndarray, fps: float = _NO_RATE) -> bytes:
+def raw_file(frames: np.ndarray, fps: float = opening.NO_RATE) -> bytes:
     """Frames, uint8 [T, H, W, 3], as an uncompressed file that `Video` gives back bit for bit; `fps` per second."""
     file = io.BytesIO()
     with av.open(file, "w", format="nut") as container:
@@ -265,75 +270,13 @@ def raw_file(frames: np.ndarray, fps: float = _NO_RATE) -> bytes:
     return file.getvalue()
 
 
-def open_file(source: str | bytes) -> av.container.InputContainer:
-    """The container of a path or of a file's bytes. Raises Unreadable with the reason."""
-    try:
-        if not (len(source) if isinstance(source, bytes) else os.stat(source).st_size):
-            raise Unreadable("empty file")
-        # An absolute path, because FFmpeg takes what stands before a colon for a protocol.
-        return av.open(io.BytesIO(source) if isinstance(source, bytes) else os.path.abspath(source), options=_IO)
-    except FileNotFoundError:
-        raise Unreadable("missing") from None
-    except PermissionError:
-        raise Unreadable("no permission to read it") from None
-    except IsADirectoryError:
-        raise Unreadable("a folder, not a file") from None
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise Unreadable(f"damaged: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _video_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream:
-    streams = container.streams.video
-    films = [s for s in streams if not s.disposition & Disposition.attached_pic] or list(streams)  # cover art
-    if not films:
-        raise Unreadable("no video stream")
-    best = container.streams.best("video")
-    stream = best if best in films else films[0]
-    if stream.codec_context is None:
-        raise Unreadable("no decoder for its codec")
-    stream.thread_count, stream.thread_type = 1, "NONE"  # the pipeline runs a decoder per core already
-    return stream
-
-
-def _rate(stream: av.video.stream.VideoStream) -> float:
-    return float(stream.average_rate or stream.guessed_rate or stream.base_rate or _NO_RATE)
-
-
-def _index_length(stream: av.video.stream.VideoStream) -> float:
-    """Seconds from the first to the last entry of the index: some muxers leave out how long the last frame stands."""
-    stamps = [entry.timestamp for entry in stream.index_entries if not entry.is_discard]
-    return (max(stamps) - min(stamps)) * float(stream.time_base) if stamps else 0.0
-
-
-def _last_end(source: str | bytes, index: int, fps: float) -> float:
-    """When the last frame ends on the container's clock, in seconds, from its packets alone."""
-    with open_file(source) as container:
-        stream = container.streams[index]
-        length = (container.duration or 0) / av.time_base
-        if length > 2 * _TAIL:
-            container.seek(int((length - _TAIL) * av.time_base) + (container.start_time or 0))
-        end = _packets_end(container, stream, fps)
-    if end is not None or length <= 2 * _TAIL:
-        return end or 0.0
-    with open_file(source) as container:  # nothing of this stream near the end
-        return _packets_end(container, container.streams[index], fps) or 0.0
-
-
-def _packets_end(container: av.container.InputContainer, stream: av.stream.Stream, fps: float) -> float | None:
-    end, tick = None, float(stream.time_base)
-    try:
-        for packet in container.demux(stream):
-            stamp = packet.pts if packet.pts is not None else packet.dts
-            if stamp is not None:
-                end = max(end or 0.0, stamp * tick + (packet.duration * tick if packet.duration else 1 / fps))
-    except av.FFmpegError:
-        pass  # the file breaks off here
-    return end
-
-
 def _display_matrix(frame: av.VideoFrame) -> np.ndarray:
     """How stored (column, row) becomes shown (column, row): [2, 2], rows are the images of the stored axes."""
-    data = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        data = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV lists none where FFmpeg knows a kind of side data that it does not (EXIF)
+        angle = np.deg2rad(frame.rotation)
+        return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     if data is None:
         return np.eye(2)
     return np.frombuffer(bytes(data), np.int32).reshape(3, 3)[:2, :2] / 65536.0  # 16.16 fixed point

@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,6 +24,7 @@ _TRAIN = 0.8  # share of the groups where the folder does not say which clips ar
 @dataclass(frozen=True)
 class _Row:
     record: Record  # its label still -1
+    path: str  # as it is written, relative to the folder
     label: str
     split: str  # '': not said
 
@@ -74,7 +76,23 @@ def _read_table(folder: str, table: str) -> list[_Row]:
     if silent and len(silent) < len(rows):
         raise UserError(f"{table} gives no split for {silent[0].record.name} but does for others: fill in that column "
                         "for all clips or for none.")
-    return rows
+    return _with_names(rows)
+
+
+def _with_names(rows: list[_Row]) -> list[_Row]:
+    """Rows of one file told apart by when they begin and end, and where that is the same, by a number."""
+    often = Counter(row.path for row in rows)
+    seen: Counter[str] = Counter()
+    named = []
+    for row in rows:
+        name = row.path
+        if often[name] > 1:
+            end = "" if row.record.end is None else f"{row.record.end:.10g}"
+            name = f"{name}@{row.record.start:.10g}-{end}"
+            seen[name] += 1
+            name += f"#{seen[name]}" * (seen[name] > 1)
+        named.append(replace(row, record=replace(row.record, name=name)))
+    return named
 
 
 def _table_row(folder: str, fields: dict[str, str | None], line: str) -> _Row:
@@ -88,7 +106,7 @@ def _table_row(folder: str, fields: dict[str, str | None], line: str) -> _Row:
     record = Record(path, os.path.join(folder, path), caption=fields.get("caption", ""), start=start or 0.0, end=end,
                     series=_series(folder, path), group=fields.get("group", ""))
     split = fields.get("split", "")
-    return _Row(record, fields.get("label", ""), SPLIT_NAMES.get(split, split))
+    return _Row(record, path, fields.get("label", ""), SPLIT_NAMES.get(split, split))
 
 
 def _series(folder: str, path: str) -> str:
@@ -126,7 +144,7 @@ def _tree_row(folder: str, path: str, has_splits: bool) -> _Row:
     above = path.split("/")[:-1]
     split = SPLIT_NAMES.get(above[0], above[0]) if has_splits else ""
     label = above[int(has_splits)] if len(above) > int(has_splits) else ""
-    return _Row(Record(path, os.path.join(folder, path), series=_series(folder, path)), label, split)
+    return _Row(Record(path, os.path.join(folder, path), series=_series(folder, path)), path, label, split)
 
 
 def _video_paths(folder: str) -> Iterator[str]:
@@ -143,7 +161,7 @@ def _video_paths(folder: str) -> Iterator[str]:
 
 
 def _group(row: _Row) -> str:
-    return row.record.group or row.record.name
+    return row.record.group or row.path
 
 
 def _hash(text: str) -> float:

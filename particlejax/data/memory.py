@@ -48,13 +48,14 @@ class _Decoding:
 @dataclass(frozen=True)
 class _Kept:
     frames: np.ndarray
-    times: np.ndarray
+    times: np.ndarray  # float64: the rule below is the decoder's to the last bit that matters
+    tolerance: float
     duration: float
     fps: float
     origin: float
 
     def frames_at(self, times: np.ndarray) -> np.ndarray:
-        shown = np.searchsorted(self.times, np.asarray(times) + 5e-4, side="right") - 1  # as Video tolerates rounding
+        shown = np.searchsorted(self.times, np.asarray(times) + self.tolerance, side="right") - 1
         return self.frames[np.clip(shown, 0, len(self.times) - 1)]
 
 
@@ -86,8 +87,10 @@ def _room(video: Video, side: int, gib: float) -> bool:
 
 def _keep(source: str | bytes, side: int, video: Video) -> _Kept:
     global _used
-    frames, times = video.read_all(side)
-    kept = _kept[source, side] = _Kept(frames, times, video.duration, video.fps, video.origin)
+    pictures, times = zip(*video.each(side), strict=True)
+    frames = np.stack(pictures)
+    kept = _Kept(frames, np.array(times), video.tolerance, video.duration, video.fps, video.origin)
+    _kept[source, side] = kept
     _used += frames.nbytes
     return kept
 
@@ -106,5 +109,5 @@ def sound(source: str | bytes, origin: float, start: float, seconds: float, rate
     if track is None:
         return None
     first = max(0, round(start * rate))
-    part = track[first : first + round(seconds * rate)]
+    part = track[first : first + audio.samples(seconds, rate)]
     return part if len(part) else None

@@ -8,7 +8,7 @@ run that was killed continues, and a process pool or Apache Beam write the same 
 import errno
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from particlejax.checkpoint import write_json
 from particlejax.data import patience, sources
 from particlejax.data.decode import Unreadable, Video
 from particlejax.typing import UserError
 
 VERSION = "1.0.0"
 _PLAN = "plan.json"
+_INFO = "dataset_info.json"  # TFDS knows a data set by it
 _FORMAT = "array_record"
 
 
@@ -86,22 +88,22 @@ def _remember(folder: Path, wanted: dict[str, Any]) -> None:
             raise UserError(f"{folder} was begun for another source, other clips or other shards: give another "
                             "config.prepare.out or name, or remove that folder.")
         return
-    if (folder / "dataset_info.json").exists():
+    if (folder / _INFO).exists():
         raise UserError(f"{folder} holds a data set that was not prepared here: give another config.prepare.name.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(wanted), encoding="utf-8")
+        write_json(path, wanted)
     except OSError as error:
         raise _disk(folder, error) from error
 
 
 def features(classes: Sequence[str]) -> tfds.features.FeaturesDict:
     """What a record holds: the file as it is, and everything that clips.csv can say of it."""
-    text, number = tfds.features.Text, np.float32
+    text = tfds.features.Text
     known: dict[str, Any] = {
         "video": text(), "caption": text(), "name": text(), "group": text(), "series": text(),
-        "start": tfds.features.Scalar(dtype=number),  # seconds
-        "end": tfds.features.Scalar(dtype=number),  # seconds, -1: to the end of the file
+        "start": text(),  # seconds, in digits: TFDS's records hold only 32 bits of a float
+        "end": text(),  # seconds, -1: to the end of the file
     }
     if classes:
         known["label"] = tfds.features.ClassLabel(names=list(classes))
@@ -130,7 +132,7 @@ def write(shard: Shard) -> dict[str, Any]:
             os.fsync(file.fileno())  # a full disk may speak up only here
         os.replace(fresh, shard.path)
         note["bytes"] = os.path.getsize(shard.path)
-        _write_note(shard.note, note)
+        write_json(shard.note, note)
     except (OSError, RuntimeError) as error:
         raise _disk(Path(shard.path).parent, error) from error
     finally:
@@ -141,7 +143,7 @@ def write(shard: Shard) -> dict[str, Any]:
 def _add(writer: ArrayRecordWriter, kind: tfds.features.FeaturesDict, record: sources.Record, shard: Shard,
          note: dict[str, Any]) -> None:
     try:
-        patience.within(shard.time_limit, lambda: Video(record.video).close())
+        patience.within(shard.time_limit, lambda: Video(record.video).close(), record.video)
         example = _example(record, bool(shard.classes))
     except Unreadable as error:
         note["bad"][record.name] = error.reason
@@ -152,8 +154,8 @@ def _add(writer: ArrayRecordWriter, kind: tfds.features.FeaturesDict, record: so
 
 def _example(record: sources.Record, labelled: bool) -> dict[str, Any]:
     example = {"video": _bytes(record.video), "caption": record.caption, "name": record.name, "group": record.group,
-               "series": _bytes(record.series) if record.series else b"", "start": record.start,
-               "end": -1.0 if record.end is None else record.end}
+               "series": _bytes(record.series) if record.series else b"", "start": repr(float(record.start)),
+               "end": "-1" if record.end is None else repr(float(record.end))}
     return example | ({"label": record.label} if labelled else {})
 
 
@@ -170,28 +172,44 @@ def _check_room(shard: Shard, source: sources.Source) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _write_note(path: Path, note: Mapping[str, Any]) -> None:
-    fresh = path.with_name(path.name + ".tmp")
-    fresh.write_text(json.dumps(note), encoding="utf-8")
-    os.replace(fresh, path)
-
-
 def finish(plan: Plan) -> dict[str, Any]:
-    """Writes TFDS's description of the whole; the folder is a data set from then on. Returns clips, bytes and bad."""
+    """Writes TFDS's description of the whole; the folder is a data set from then on. Returns clips, bytes and bad.
+
+    A split without a clip is left out, for nothing reads it; where all are, nothing is written. Raises UserError when the
+    disk is full.
+    """
     notes = {shard: json.loads(shard.note.read_text(encoding="utf-8")) for shard in plan.shards}
-    infos = []
+    infos, clips = [], {}
     for split in dict.fromkeys(shard.split for shard in plan.shards):
         mine = [notes[shard] for shard in plan.shards if shard.split == split]
+        clips[split] = sum(note["clips"] for note in mine)
+        if not clips[split]:
+            _remove(shard for shard in plan.shards if shard.split == split)
+            continue
         template = tfds.core.ShardedFileTemplate(data_dir=plan.folder, dataset_name=plan.name, split=split,
                                                  filetype_suffix=_FORMAT)
         infos.append(tfds.core.SplitInfo(name=split, shard_lengths=[note["clips"] for note in mine],
                                          num_bytes=sum(note["bytes"] for note in mine), filename_template=template))
-    template = tfds.core.ShardedFileTemplate(data_dir=plan.folder, dataset_name=plan.name, filetype_suffix=_FORMAT)
-    tfds.folder_dataset.write_metadata(data_dir=plan.folder, features=features(plan.classes), split_infos=infos,
-                                       filename_template=template, check_data=False)
+    if infos:
+        _describe(plan, infos)
     bad = {f"{shard.split}: {name}": why for shard, note in notes.items() for name, why in note["bad"].items()}
-    return {"clips": {info.name: info.num_examples for info in infos}, "bytes": sum(info.num_bytes for info in infos),
-            "shards": len(plan.shards), "bad": bad}
+    return {"clips": clips, "bytes": sum(info.num_bytes for info in infos), "shards": len(plan.shards), "bad": bad}
+
+
+def _remove(shards: Iterable[Shard]) -> None:
+    """Files of a split that is left out: TFDS wants a split for every file that it sees. Their notes stay."""
+    for shard in shards:
+        Path(shard.path).unlink(missing_ok=True)
+
+
+def _describe(plan: Plan, infos: Sequence[tfds.core.SplitInfo]) -> None:
+    template = tfds.core.ShardedFileTemplate(data_dir=plan.folder, dataset_name=plan.name, filetype_suffix=_FORMAT)
+    try:
+        tfds.folder_dataset.write_metadata(data_dir=plan.folder, features=features(plan.classes), split_infos=infos,
+                                           filename_template=template, check_data=False)
+    except OSError as error:
+        (plan.folder / _INFO).unlink(missing_ok=True)  # half of it would be taken for a data set
+        raise _disk(plan.folder, error) from error
 
 
 def _disk(folder: Path, error: Exception) -> UserError:

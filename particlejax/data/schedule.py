@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from particlejax.data import clips
+from particlejax.data import audio, clips
 from particlejax.particles import pack, policies
 from particlejax.spec import DataSpec, ParticleSpec, ScaleSpec, ScheduleSpec
 from particlejax.typing import UserError
@@ -120,13 +120,12 @@ def _vision_slots(data: DataSpec, spec: ParticleSpec) -> pack.Slots:
 
 def _audio_slots(data: DataSpec, spec: ParticleSpec) -> pack.Slots:
     del spec
-    sound = data.audio
-    spectra, bands = sound.patch
-    if sound.mels % bands:
-        raise UserError(f"config.data.audio.mels={sound.mels} is not a multiple of the {bands} bands of its patch: change "
+    mels, (spectra, bands) = data.audio.mels, data.audio.patch
+    if mels % bands:
+        raise UserError(f"config.data.audio.mels={mels} is not a multiple of the {bands} bands of its patch: change "
                         "one of them.")
-    number = (_seconds(data, "audio") - sound.window) / sound.hop + 1
-    return pack.Slots(max(1, int(number // spectra)) * (sound.mels // bands), spectra * bands)
+    number = audio.spectra(_seconds(data, "audio"), data.audio) // spectra
+    return pack.Slots(max(1, number) * (mels // bands), spectra * bands)
 
 
 def _series_slots(data: DataSpec, spec: ParticleSpec) -> pack.Slots:

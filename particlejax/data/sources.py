@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from particlejax.data.decode import raw_file
+from particlejax.data.decode import Unreadable, raw_file
 from particlejax.typing import UserError
 
 _VIDEO_NAMES = ("video", "clip", "mp4", "avi", "webm", "mkv", "movie", "video_bytes", "bytes", "frames",
@@ -25,7 +25,9 @@ SPLIT_NAMES = {"valid": "val", "validation": "val"}  # other words for the same 
 class Record:
     """One clip, not yet decoded."""
 
-    name: str  # how logs and predictions name it: the path in its folder, or the example's name, else 'split/00012'
+    # How logs and predictions name it: the path in its folder (with @start-end where several clips are of one file), or the
+    # example's name, else 'split/00012'.
+    name: str
     video: str | bytes  # a path, or the encoded file itself
     label: int = -1  # index into Source.classes, -1: unlabelled
     caption: str = ""
@@ -33,6 +35,12 @@ class Record:
     end: float | None = None  # seconds; None: to the end of the file
     series: str | bytes = ""  # a CSV of numeric channels, as a path or as it is; '': none
     group: str = ""  # clips of one group (one source video, one person) never stand in two splits
+
+    def until(self, duration: float) -> float:
+        """Where the clip ends, in seconds, in a file that lasts so long. Raises Unreadable where it begins past its end."""
+        if self.start >= duration:
+            raise Unreadable(f"starts at {self.start:g} s but lasts {duration:g} s")
+        return duration if self.end is None else min(duration, self.end)
 
 
 class Source(Protocol):
@@ -289,7 +297,7 @@ def _fields(features: Mapping[str, Any], source: str) -> dict[str, str]:
     caption = [name for name in _CAPTION_NAMES if name in texts]
     fields |= {"caption": name for name in caption[:1]}
     ours = {"start", "end"} if {"start", "end", "series"} <= set(features) else set()  # a data set made by `prepare`
-    return fields | {name: name for name in ("name", "group", "series", "start", "end") if name in texts | ours}
+    return fields | {name: name for name in ("name", "group", "series") if name in texts} | {name: name for name in ours}
 
 
 def _may_be_video(name: str, feature: Any) -> bool:

@@ -14,20 +14,19 @@ MASK, _FIRST = 1, 2  # 0 stays free for what fills up; ids of bytes begin at _FI
 
 def vocabulary(spec: TextSpec) -> int:
     """How many ids there are."""
-    return 256 + _FIRST if spec.tokenizer == "bytes" else _tokenizer(spec.tokenizer).get_vocab_size()
+    return 256 + _FIRST if spec.tokenizer == "bytes" else _tokenizer(spec.tokenizer, spec.length).get_vocab_size()
 
 
 def encode(text: str, spec: TextSpec) -> np.ndarray:
-    """Ids int32 [n] of a text, cut off after `spec.length`; of a tokenizer file with its special tokens."""
+    """Ids int32 [n] of a text, n <= `spec.length`; of a tokenizer file with its special tokens, also where it was cut."""
     if spec.tokenizer == "bytes":
-        ids = np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) + _FIRST
-    else:
-        ids = np.array(_tokenizer(spec.tokenizer).encode(text).ids, np.int32)
-    return ids[: spec.length]
+        return (np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) + _FIRST)[: spec.length]
+    return np.array(_tokenizer(spec.tokenizer, spec.length).encode(text).ids, np.int32)
 
 
 @functools.cache
-def _tokenizer(path: str) -> "object":
+def _tokenizer(path: str, length: int) -> "object":
+    """The tokenizer of a file, set to cut at `length` ids and to fill up nothing, whatever the file asks for."""
     try:
         import tokenizers
     except ImportError as error:
@@ -36,7 +35,14 @@ def _tokenizer(path: str) -> "object":
     if not os.path.isfile(os.path.expanduser(path)):
         raise UserError(f"config.data.text.tokenizer={path!r} is not there: give the path of a tokenizer.json, or 'bytes'.")
     try:
-        return tokenizers.Tokenizer.from_file(os.path.expanduser(path))
+        found = tokenizers.Tokenizer.from_file(os.path.expanduser(path))
     except Exception as error:  # the package raises this very class
         raise UserError(f"config.data.text.tokenizer={path!r} is not a tokenizer file ({error}): give a tokenizer.json, or "
                         "'bytes'.") from error
+    special = found.num_special_tokens_to_add(False)
+    if length <= special:
+        raise UserError(f"config.data.text.length={length} has no room for a word beside the {special} special tokens of "
+                        f"{path}: use {special + 1} or more.")
+    found.no_padding()
+    found.enable_truncation(length)
+    return found

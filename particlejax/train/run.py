@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a stage is made of, built from an experiment: sources, model, folders; and a trained stage read back."""
 
+import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -81,6 +82,7 @@ def build(experiment: Experiment, name: str, classes: tuple[str, ...]) -> Stage:
     """The stage and its model. Raises UserError where it wants labels and there are none."""
     spec = experiment.stages[name]
     data, particles = experiment.data_of(spec), experiment.particles_of(spec)
+    _check_directed(data, classes)
     row = pipeline.row_of(data, particles, spec.schedule)
     parts = objectives.parts(spec.objectives)
     if parts["head"] and not classes:
@@ -92,6 +94,15 @@ def build(experiment: Experiment, name: str, classes: tuple[str, ...]) -> Stage:
                          decoder=parts["decoder"])
     stage = Stage(name, spec, experiment, data, particles, classes, model, pipeline.example(row, 1))
     return replace(stage, example=stage.ready(stage.example))
+
+
+def _check_directed(data: DataSpec, classes: tuple[str, ...]) -> None:
+    """A class that is never to be mirrored must be one: else it would be."""
+    for name in data.augment.directed if classes else ():
+        if name not in classes:
+            near = difflib.get_close_matches(name, classes, 1, 0.5)
+            remedy = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(classes[:5])}{', ...' * (len(classes) > 5)}."
+            raise UserError(f"config.data.augment.directed names {name!r}, which is no class of {data.source}: {remedy}")
 
 
 def on_ready(stage: Stage, objective: objectives.Objective) -> objectives.Objective:

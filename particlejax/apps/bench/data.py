@@ -2,12 +2,16 @@
 """How fast clips come out of the data floor, beside a bare loop that only decodes the same frames, and other decoders."""
 
 import importlib.util
+import io
+import math
 import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,10 +33,15 @@ _HD_SECONDS = 20
 _STRIDE = 2  # frames from one wanted frame to the next in the long files
 _POSITIONS = 12  # random places tried in a repetition
 _MEMORY_STEPS = 10
+_SIDE = 112  # pixels of the short side in random access
+_BARE, _DROPS = "PyAV, decodes only", "PyAV, decodes only and drops what no other frame needs"
+
+
+Wanted = Sequence[tuple[str | bytes, np.ndarray]]  # of each clip the file and the times of its frames, seconds
 
 
 class Timed(NamedTuple):
-    """A repetition: seconds of the clock, and of all cores together."""
+    """A repetition: seconds of the clock, and of all cores and processes together."""
 
     wall: float
     cpu: float
@@ -47,7 +56,7 @@ class Work:
     threads: int
 
     @property
-    def wanted(self) -> list[tuple[str | bytes, np.ndarray]]:
+    def wanted(self) -> Wanted:
         """File and times in seconds of every frame that the pipeline will ask for, in its order."""
         found = []
         for k in range(self.steps):
@@ -60,7 +69,7 @@ class Work:
 
     def _times(self, record: Record, rng: np.random.Generator) -> np.ndarray:
         with Video(record.video) as video:
-            length = min(video.duration, record.end or video.duration) - record.start
+            length = record.until(video.duration) - record.start
             offset, times, _ = clips.moments(length, 1 / video.fps, self.batches.data, rng)
             return np.minimum(offset + times, length - 0.5 / video.fps)
 
@@ -100,14 +109,13 @@ def _works(experiment: Experiment, workdir: Path) -> Iterator[tuple[str, Work]]:
 
 def _compare(work: Work, repetitions: int, title: str) -> dict[str, Any]:
     wanted = work.wanted
-    side = work.batches.data.decode_side or work.batches.data.size
     rivals: dict[str, Callable[[], Any]] = {
         "particlejax, whole pipeline": lambda: _drain(work),
-        "PyAV, decodes only": lambda: _each(_bare, wanted, work.threads),
+        _BARE: lambda: _each(_bare, wanted, work.threads),
+        _DROPS: lambda: _each(partial(_bare, drop=True), wanted, work.threads),
     }
-    for package, decode in (("torchcodec", _torchcodec), ("decord", _decord)):
-        if importlib.util.find_spec(package):
-            rivals[f"{package}, decodes and resizes"] = lambda d=decode: _each(lambda p, t: d(p, t, side), wanted, work.threads)
+    others, unusable = _others(wanted, work.batches.data.decode_side or work.batches.data.size)
+    rivals |= {name: partial(_each, decode, wanted, work.threads) for name, decode in others.items()}
     times: dict[str, list[Timed]] = {name: [] for name in rivals}
     for repetition in range(repetitions + 1):
         for name, go in rivals.items():
@@ -115,17 +123,48 @@ def _compare(work: Work, repetitions: int, title: str) -> dict[str, Any]:
             if repetition:  # the first one warms files and code
                 times[name].append(timed)
         say(f"{title}: repetition {repetition} of {repetitions}")
-    base = np.median([t.wall for t in times["PyAV, decodes only"]])
-    return {name: {"clips_per_second": len(wanted) / float(np.median([t.wall for t in each])),
-                   "cores": float(np.median([t.cpu / t.wall for t in each])),
-                   "of_bare": float(base / np.median([t.wall for t in each])),
+    walls = {name: float(np.median([t.wall for t in each])) for name, each in times.items()}
+    rows = {name: {"clips_per_second": len(wanted) / walls[name], "cores": float(np.median([t.cpu / t.wall for t in each])),
+                   "of_bare": walls[_BARE] / walls[name], "of_dropping": walls[_DROPS] / walls[name],
                    "all_seconds": [round(t.wall, 3) for t in each]} for name, each in times.items()}
+    return {"rows": rows, "unusable": unusable}
+
+
+def _others(wanted: Wanted, side: int) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
+    """Other packages that decode the same frames, each tried on one clip; and why an installed one cannot be used."""
+    found: dict[str, Callable[..., Any]] = {}
+    unusable: dict[str, str] = {}
+    for name, decode in {"torchcodec, exact seeks": partial(_torchcodec, mode="exact"),
+                         "torchcodec, approximate seeks": partial(_torchcodec, mode="approximate"), "decord": _decord}.items():
+        if importlib.util.find_spec(name.split(",")[0]):
+            decode = partial(decode, side=side)
+            try:
+                decode(*wanted[0])
+                found[f"{name}, decodes and resizes"] = decode
+            except Exception as error:  # noqa: BLE001 - whatever it lacks on this machine, the others are measured
+                unusable[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+                say(f"{name} is installed but cannot be used ({unusable[name]}): it is left out.")
+    return found, unusable
 
 
 def _timed(go: Callable[[], Any]) -> Timed:
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu = time.perf_counter(), _cpu()
     go()
-    return Timed(time.perf_counter() - wall, time.process_time() - cpu)
+    return Timed(time.perf_counter() - wall, _cpu() - cpu)
+
+
+def _cpu() -> float:
+    """Seconds that all cores have spent on this process, the processes it started and those of them that have ended."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + ended.ru_utime + ended.ru_stime + sum(_cpu_of(child.pid) for child in active_children())
+
+
+def _cpu_of(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # not Linux, or it has just ended
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # in user mode and in the kernel
 
 
 def _drain(work: Work) -> None:
@@ -134,17 +173,22 @@ def _drain(work: Work) -> None:
             raise RuntimeError(f"the benchmark's clips must decode: {loaded.bad[0]}")
 
 
-def _each(decode: Callable[[Any, np.ndarray], Any], wanted: Sequence[tuple[str | bytes, np.ndarray]], threads: int) -> None:
+def _each(decode: Callable[..., Any], wanted: Wanted, threads: int) -> None:
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(lambda each: decode(*each), wanted):
             pass
 
 
-def _bare(path: str | bytes, times: np.ndarray) -> int:
-    """Frames decoded on the way to the last wanted one, from the keyframe before the first; nothing is converted."""
-    with open_file(path) as container:
+def _bare(file: str | bytes, times: np.ndarray, drop: bool = False) -> int:
+    """Frames decoded on the way to the last wanted one, from the keyframe before the first; nothing is converted.
+
+    drop: frames that no other needs are not looked at, not even the wanted ones among them: less than anyone can do.
+    """
+    with open_file(file) as container:
         stream = container.streams.video[0]
         stream.thread_type = "NONE"
+        if drop:
+            stream.codec_context.skip_frame = "NONREF"
         if times[0] > 1:
             container.seek(int(times[0] / stream.time_base), stream=stream)
         count = 0
@@ -155,19 +199,19 @@ def _bare(path: str | bytes, times: np.ndarray) -> int:
         return count
 
 
-def _torchcodec(path: str, times: np.ndarray, side: int) -> Any:
+def _torchcodec(file: str | bytes, times: np.ndarray, side: int, mode: str) -> Any:
+    import torch
     from torchcodec.decoders import VideoDecoder
 
-    found = VideoDecoder(path, num_ffmpeg_threads=1).get_frames_played_at(list(times)).data
-    import torch
-
-    return torch.nn.functional.interpolate(found.float(), size=(side, side), mode="bilinear", antialias=True)
+    found = VideoDecoder(file, num_ffmpeg_threads=1, seek_mode=mode).get_frames_played_at(list(times)).data
+    return torch.nn.functional.interpolate(found, size=(side, side), mode="bilinear", antialias=True)  # of bytes, as ours
 
 
-def _decord(path: str, times: np.ndarray, side: int) -> Any:
+def _decord(file: str | bytes, times: np.ndarray, side: int) -> Any:
     import decord
 
-    reader = decord.VideoReader(path, width=side, height=side, num_threads=1)
+    opened = io.BytesIO(file) if isinstance(file, bytes) else file
+    reader = decord.VideoReader(opened, width=side, height=side, num_threads=1)
     return reader.get_batch([min(int(t * reader.get_avg_fps()), len(reader) - 1) for t in times]).asnumpy()
 
 
@@ -180,13 +224,14 @@ def _random_access(workdir: Path, repetitions: int, experiment: Experiment) -> d
     found: dict[str, list[float]] = {}
     rng = np.random.default_rng(0)
     paths = [workdir / f"{length}s.mp4" for length in lengths]
+    data = DataSpec(frames=frames, size=_SIDE, cache_dir=experiment.data.cache_dir)
     _make(paths[0], (320, 240), lengths[0])
     _repeat(paths[0], paths[1], lengths[1] // lengths[0])
     span = frames * _STRIDE / _RATE
     for _ in range(repetitions):
         for path, length in zip(paths, lengths, strict=True):
             starts = rng.uniform(0, length - span, _POSITIONS)
-            seconds = _timed(lambda p=path, s=starts: [_clip(p, start, span, frames) for start in s]).wall / _POSITIONS
+            seconds = _timed(lambda p=path, s=starts: [_clip(p, start, span, data) for start in s]).wall / _POSITIONS
             found.setdefault(f"out of {length} s", []).append(1000 * seconds)
         start = lengths[0] - span
         found.setdefault(f"the end of {lengths[0]} s, decoded from its start", []).append(
@@ -194,9 +239,9 @@ def _random_access(workdir: Path, repetitions: int, experiment: Experiment) -> d
     return {name: {"milliseconds": float(np.median(each))} for name, each in found.items()}
 
 
-def _clip(path: Path, start: float, span: float, frames: int) -> None:
-    with Video(str(path)) as video:
-        video.frames_at(start + (np.arange(frames) + 0.5) * span / frames, 112)
+def _clip(path: Path, start: float, span: float, data: DataSpec) -> None:
+    """A clip as training loads it: the file is opened and its length found, too."""
+    clips.load(Record(path.name, str(path), start=start, end=start + span), data, clips.CENTRE)
 
 
 def _from_start(path: Path, start: float, span: float, frames: int) -> None:
@@ -207,7 +252,7 @@ def _from_start(path: Path, start: float, span: float, frames: int) -> None:
         for frame in container.decode(stream):
             if wanted and frame.time >= wanted[0]:
                 wanted.pop(0)
-                frame.reformat(150, 112, "rgb24").to_ndarray()
+                frame.reformat(_SIDE * 4 // 3 // 2 * 2, _SIDE, "rgb24").to_ndarray()
             if not wanted:
                 break
 
@@ -255,25 +300,31 @@ def _repeat(path: Path, out: Path, times: int) -> None:
 
 
 def _memory(experiment: Experiment) -> dict[str, Any]:
-    """Resident memory of this process while it decodes clip after clip, in MiB."""
+    """Resident memory in MiB, clip after clip, of a process that decodes for this one, and of this one when it decodes."""
     spec = experiment.bench
     source = sources.open_source("toybox:tiny", "train", experiment.data.cache_dir)
     data = replace(experiment.data, frames=8, size=32, decode_side=0, sample="span")
     batches = pipeline.Batches(source, data, ParticleSpec(base=(2, 16, 16)), 0, spec.rows)
     steps = max(_MEMORY_STEPS, spec.memory_clips // spec.rows)
-    marks: list[tuple[int, float]] = []
-    for k, _ in enumerate(pipeline.read(batches, 0, steps, data)):
-        if (k + 1) % (steps // _MEMORY_STEPS) == 0:
-            marks.append(((k + 1) * spec.rows, _resident()))
-    say(f"memory: {marks[0][1]:.0f} MiB after {marks[0][0]} clips, {marks[-1][1]:.0f} MiB after {marks[-1][0]}")
-    return {"clips": [clip for clip, _ in marks], "mib": [round(mib, 1) for _, mib in marks]}
+    marks = [k for k in range(steps) if (k + 1) % (steps // _MEMORY_STEPS) == 0]
+    found: dict[str, Any] = {"clips": [(k + 1) * spec.rows for k in marks]}
+    for name, workers in (("a worker process", 1), ("this process, decoding itself", 0)):
+        before = set(active_children())
+        mib = []
+        for k, _ in enumerate(pipeline.read(batches, 0, steps, replace(data, workers=workers))):
+            if k in marks:
+                started = [child.pid for child in set(active_children()) - before]
+                mib.append(round(sum(map(_resident, started or [os.getpid()])), 1))
+        found[name] = mib
+        say(f"memory of {name}: {mib[0]:.0f} MiB after {found['clips'][0]} clips, {mib[-1]:.0f} MiB after {found['clips'][-1]}")
+    return found
 
 
-def _resident() -> float:
+def _resident(pid: int) -> float:
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-    except OSError:  # not Linux: the most that it ever was
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    except OSError:  # not Linux, or it has just ended
+        return math.nan
 
 
 def _report(figures: dict[str, Any]) -> Iterator[str]:
@@ -281,14 +332,16 @@ def _report(figures: dict[str, Any]) -> Iterator[str]:
                 "repetitions.", "")
     for title in ("short clips", "1080p"):
         yield from (f"## {title}", "")
-        yield from table(["", "clips/s", "cores busy", "of PyAV that only decodes"], [
-            [name, f"{each['clips_per_second']:.1f}", f"{each['cores']:.2f}", f"{each['of_bare']:.2f}"]
-            for name, each in figures[title].items()])
-        yield ""
-    yield from ("## Random access, 320x240, one thread", "")
+        yield from table(["", "clips/s", "cores busy", "of PyAV that only decodes", "of PyAV that drops, too"], [
+            [name, f"{each['clips_per_second']:.1f}", f"{each['cores']:.2f}", f"{each['of_bare']:.2f}",
+             f"{each['of_dropping']:.2f}"] for name, each in figures[title]["rows"].items()])
+        yield from ("", *(f"{name} is installed but cannot be used: {why}\n" for name, why in figures[title]["unusable"].items()))
+    yield from ("Cores are those of this process and of all that it starts. The loop that drops looks at no frame that no other "
+                "needs, not even at wanted ones: a limit that no reader of these frames can reach.", "")
+    yield from ("## Random access, 320x240, one thread, as training loads a clip", "")
     yield from table(["frames", "ms a clip"], [[name, f"{each['milliseconds']:.1f}"]
                                                for name, each in figures["random access"].items()])
-    memory = figures["memory"]
-    yield from ("", "## Memory of the process", "")
-    yield from table(["clips", *memory["clips"]], [["MiB", *memory["mib"]]])
+    memory = dict(figures["memory"])
+    yield from ("", "## Resident memory, MiB", "")
+    yield from table(["clips", *memory.pop("clips")], [[name, *mib] for name, mib in memory.items()])
     yield ""
