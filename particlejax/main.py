@@ -16,8 +16,8 @@ import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
-from particlejax import checkpoint, sharding
-from particlejax.apps import check, explain, prepare, report
+from particlejax import checkpoint, jobspec, sharding
+from particlejax.apps import check, explain, import_weights, prepare, recognise, report
 from particlejax.apps import evaluate as evaluate_app
 from particlejax.apps.bench import data as bench_data
 from particlejax.spec import Experiment, as_dict, unknown_key
@@ -50,7 +50,7 @@ def train(experiment: Experiment, workdir: Path, name: str) -> None:
 
 
 JOBS = {"train": train, "evaluate": evaluate_app.evaluate, "prepare": prepare.prepare, "check_data": check.check_data,
-        "bench_data": bench_data.bench}
+        "bench_data": bench_data.bench, "import_weights": import_weights.import_weights, "recognise": recognise.recognise}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     logging.set_verbosity(logging.ERROR)  # Orbax and TFDS report their inner workings as warnings
     try:
         asked = _parse(argv)
-        experiment = Experiment.of(asked.config.to_dict())
+        experiment = jobspec.of(asked.config.to_dict())
         workdir = _enter(_workdir(asked), experiment)
         JOBS[experiment.job](experiment, workdir, workdir.name)
     except UserError as error:
@@ -134,7 +134,7 @@ def _workdir(asked: Asked) -> Path:
     return Path("runs") / "-".join(part for part in (Path(path).stem, re.sub(r"\W+", "_", arg), mark) if part)
 
 
-def _enter(workdir: Path, experiment: Experiment) -> Path:
+def _enter(workdir: Path, experiment: jobspec.Job) -> Path:
     """Makes the folder and writes config.json, or checks that it holds this very experiment."""
     path = workdir / run.CONFIG
     new = json.loads(json.dumps(as_dict(experiment)))

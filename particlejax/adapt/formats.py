@@ -5,6 +5,7 @@ import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The arrays of a file or folder. Runs no code that stands in it. Raises UserError where it cannot be read."""
     path = Path(path).expanduser()
     if path.is_dir():
-        arrays = checkpoint.load_arrays(path)
+        arrays = checkpoint.load_arrays(checkpoints_in(path))
     elif not path.is_file():
         raise UserError(f"{path} does not exist: check the path of the weights.")
     elif path.suffix == ".safetensors":
@@ -35,6 +36,21 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     if not arrays:
         raise UserError(f"{path} holds no arrays: name the file with the weights.")
     return {name.replace("/", "."): array for name, array in arrays.items()}
+
+
+def checkpoints_in(folder: Path) -> Path:
+    """The checkpoints of a run's one stage, of an import say; any other folder is itself. Raises UserError for several."""
+    stages = sorted(p for p in (folder / "checkpoints").glob("*/latest"))
+    if len(stages) > 1:
+        raise UserError(f"{folder} holds {len(stages)} stages: name one, such as {stages[-1]}.")
+    return stages[0] if stages else folder
+
+
+def said_beside(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What one of our checkpoints says beside its arrays; {} for any other folder or file."""
+    folder = checkpoints_in(Path(path).expanduser())
+    ours = folder.is_dir() and any(each.name.isdigit() for each in folder.iterdir())
+    return checkpoint.load_data(folder) if ours else {}
 
 
 def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from particlejax import tree
@@ -50,8 +51,8 @@ class Report:
     missing: list[str] = field(default_factory=list)  # parameters that the file does not have: left as they were
     unused: list[str] = field(default_factory=list)  # arrays that this architecture has no place for
     reshaped: list[str] = field(default_factory=list)  # matched after axes of length one were added or dropped
-    cast: list[str] = field(default_factory=list)  # matched, of another type than our parameter
-    counters: dict[str, int] = field(default_factory=dict)  # kept for the way back
+    cast: dict[str, str] = field(default_factory=dict)  # matched, of another type than our parameter: for the way back
+    counters: dict[str, int] = field(default_factory=dict)  # for the way back
 
 
 _SAME = Layout(lambda a: a, lambda a: a)
@@ -125,11 +126,16 @@ def import_params(params: Params, arrays: Mapping[str, np.ndarray], names: Names
     return tree.map_named(lambda path, leaf: taken.get(path, leaf), params), report
 
 
-def export_params(params: Params, names: Names, counters: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:
-    """The parameters under the reference's names and in its layouts; counters of batches are 0 where none are given."""
-    leaves = tree.flatten(params)
-    found = {e.theirs: np.ascontiguousarray(e.layout.theirs(np.asarray(leaves[e.ours]))) for e in names.entries}
-    return found | {name: np.array((counters or {}).get(name, 0), np.int64) for name in names.counters}
+def export_params(params: Params, names: Names, report: Report) -> dict[str, np.ndarray]:
+    """The parameters under the reference's names, in its layouts and types, with the counters that the report kept.
+
+    `Report()` serves where they were not imported: float32, and counters that are 0.
+    """
+    leaves, found = tree.flatten(params), {}
+    for entry in names.entries:
+        array = np.ascontiguousarray(entry.layout.theirs(np.asarray(leaves[entry.ours])))
+        found[entry.theirs] = array.astype(jnp.dtype(report.cast.get(entry.theirs, array.dtype)))
+    return found | {name: np.array(report.counters.get(name, 0), np.int64) for name in names.counters}
 
 
 def head_classes(arrays: Mapping[str, np.ndarray], names: Names) -> int:
@@ -201,6 +207,6 @@ def _fitted(array: np.ndarray, name: str, entry: Entry, leaf: Any, report: Repor
         report.reshaped.append(f"{name} {array.shape} to {want}")
         array = array.reshape(want)
     if array.dtype != leaf.dtype:
-        report.cast.append(f"{name} {array.dtype} to {leaf.dtype}")
+        report.cast[entry.theirs] = array.dtype.name
     report.matched.append(name)
     return np.ascontiguousarray(entry.layout.ours(array)).astype(leaf.dtype)
