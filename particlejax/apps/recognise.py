@@ -38,14 +38,20 @@ class Recogniser(NamedTuple):
     labels: tuple[str, ...]
 
 
+class Seen(NamedTuple):
+    """What was said of a video: the likeliest actions with their probabilities, and a picture in the workdir or ''."""
+
+    answer: dict[str, float]
+    picture: str
+
+
 def recognise(spec: RecogniseSpec, workdir: Path, name: str) -> None:
     """Job 'recognise': the likeliest actions in every video of `config.video`."""
     del name
     files = _files(spec.video)
     recogniser = load(spec)
     classify = jax.jit(lambda params, pixels: backbones.classify(recogniser.backbone, params, pixels))
-    found: dict[str, dict[str, float]] = {}
-    drawn: dict[str, str] = {}
+    seen: dict[str, Seen] = {}
     bad: dict[str, str] = {}
     progress = Progress("recognise", len(files), unit="video")
     for i, path in enumerate(files):
@@ -54,19 +60,19 @@ def recognise(spec: RecogniseSpec, workdir: Path, name: str) -> None:
         except Unreadable as error:
             bad[str(path)] = error.reason
             say(f"{path} cannot be read ({error.reason}): it is left out.")
-            continue
-        each = [jax.nn.softmax(classify(recogniser.params, window[None]))[0] for window in windows]
-        answer = found[str(path)] = _best(np.mean(each, axis=0), recogniser.labels, spec.top)
-        say(f"{path}: " + ", ".join(f"{label} {p:.3f}" for label, p in answer.items()))
-        if i < _MOST_PICTURES:
-            drawn[str(path)] = f"report/{i:03d}_{path.stem}.png"
-            middle = len(windows) // 2
-            pictures.answers(windows[middle], times[middle], answer, workdir / drawn[str(path)])
+        else:
+            each = [jax.nn.softmax(classify(recogniser.params, window[None]))[0] for window in windows]
+            answer = _best(np.mean(each, axis=0), recogniser.labels, spec.top)
+            say(f"{path}: " + ", ".join(f"{label} {p:.3f}" for label, p in answer.items()))
+            middle, picture = len(windows) // 2, f"report/{i:03d}_{path.stem}.png"
+            if i < _MOST_PICTURES:
+                pictures.answers(windows[middle], times[middle], answer, workdir / picture)
+            seen[str(path)] = Seen(answer, picture if i < _MOST_PICTURES else "")
         progress.update()
     progress.close()
-    run.add_results(workdir, "recognise", found, bad)
+    run.add_results(workdir, "recognise", {path: each.answer for path, each in seen.items()}, bad)
     report = workdir / "report.md"
-    report.write_text("\n".join(_lines(spec, found, drawn, bad)), encoding="utf-8")
+    report.write_text("\n".join(_lines(spec, seen, bad)), encoding="utf-8")
     say(f"report: {report}")
 
 
@@ -148,17 +154,16 @@ def _labels(spec: RecogniseSpec, weights: Path | None, params: Params) -> tuple[
     return tuple(f"class {i}" for i in range(classes))
 
 
-def _lines(spec: RecogniseSpec, found: dict[str, dict[str, float]], drawn: dict[str, str], bad: dict[str, str]
-           ) -> Iterator[str]:
+def _lines(spec: RecogniseSpec, seen: dict[str, Seen], bad: dict[str, str]) -> Iterator[str]:
     yield from (f"# What {spec.model} sees", "")
     if spec.weights == "random":
         yield from ("The weights are random: the answers mean nothing.", "")
-    for path, answer in found.items():
+    for path, (answer, picture) in seen.items():
         yield from (f"## {path}", "")
         rows: list[list[Any]] = [[label, f"{p:.3f}"] for label, p in answer.items()]
         yield from (*table(["action", "probability"], rows), "")
-        if path in drawn:
-            yield from (f"![{next(iter(answer))}](<{drawn[path]}>)", "")
+        if picture:
+            yield from (f"![{next(iter(answer))}](<{picture}>)", "")
     if bad:
         yield from (f"## {len(bad)} videos cannot be read", "")
         yield from (*table(["video", "reason"], [[path, reason] for path, reason in bad.items()]), "")

@@ -10,11 +10,13 @@ Legend: B rows, T frames, H rows of pixels, W columns, C channels; a kernel is [
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 Triple = tuple[int, int, int]
@@ -34,6 +36,7 @@ def pads(how: str, size: Sequence[int], kernel: Triple, stride: Triple) -> Pads:
                  (max((math.ceil(n / s) - 1) * s + k - n, 0) for n, k, s in zip(size, kernel, stride, strict=True)))
 
 
+@partial(jax.jit, static_argnums=(2, 3, 4))  # so that layers of one shape are traced once
 def convolve(x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads, groups: int = 1) -> Array:
     """x convolved with the kernel; with groups, channels only see those of their group (depthwise: as many as channels)."""
     def here(x: Array, k: Array) -> Array:
@@ -65,14 +68,17 @@ def planes(x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads, groups: int
 
 def shifted(x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads, groups: int) -> Array:
     """The sum over the kernel's taps of the shifted input times the tap: for few inputs to a group."""
+    if kernel.shape[3:] == (1, groups):
+        return _depthwise(x_BTHWC, kernel, stride, pad)
+    return _sum_of_taps(x_BTHWC, kernel, stride, pad, groups)
+
+
+def _sum_of_taps(x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads, groups: int) -> Array:
     x = jnp.pad(x_BTHWC, ((0, 0), *pad, (0, 0)))
-    size = [(n - k) // s + 1 for n, k, s in zip(x.shape[1:4], kernel.shape, stride, strict=False)]
+    size = _size(x_BTHWC, kernel, stride, pad)
     total = None
-    for t, h, w in ((t, h, w) for t in range(kernel.shape[0]) for h in range(kernel.shape[1])
-                    for w in range(kernel.shape[2])):
-        ends = [at + (n - 1) * s + 1 for at, n, s in zip((t, h, w), size, stride, strict=True)]
-        taken = x[:, t : ends[0] : stride[0], h : ends[1] : stride[1], w : ends[2] : stride[2]]
-        y = _tap(taken, kernel[t, h, w], groups)
+    for at in np.ndindex(*kernel.shape[:3]):
+        y = _tap(_taken(x, at, size, stride), kernel[at], groups)
         total = y if total is None else total + y
     return total
 
@@ -83,6 +89,49 @@ def _tap(x_BTHWC: Array, tap_IO: Array, groups: int) -> Array:
     grouped = x_BTHWC.reshape(*x_BTHWC.shape[:4], groups, -1)
     y = jnp.einsum("bthwgi,igo->bthwgo", grouped, tap_IO.reshape(tap_IO.shape[0], groups, -1))
     return y.reshape(*x_BTHWC.shape[:4], -1)
+
+
+def _size(x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads) -> Triple:
+    """Frames, rows and columns of the output."""
+    return tuple((n + sum(p) - k) // s + 1 for n, p, k, s in
+                 zip(x_BTHWC.shape[1:4], pad, kernel.shape[:3], stride, strict=True))
+
+
+def _taken(x_BTHWC: Array, at: Triple, size: Triple, stride: Triple) -> Array:
+    """What a tap at this place of the kernel sees of the padded input; `at` may be traced."""
+    span = tuple((n - 1) * s + 1 for n, s in zip(size, stride, strict=True))
+    seen = lax.dynamic_slice(x_BTHWC, (0, *at, 0), (x_BTHWC.shape[0], *span, x_BTHWC.shape[4]))
+    return seen[:, :: stride[0], :: stride[1], :: stride[2]]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _depthwise(x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads) -> Array:
+    return _sum_of_taps(x_BTHWC, kernel, stride, pad, kernel.shape[4])
+
+
+def _depthwise_forward(x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads) -> tuple[Array, tuple[Array, Array]]:
+    return _depthwise(x_BTHWC, kernel, stride, pad), (x_BTHWC, kernel)
+
+
+def _depthwise_backward(stride: Triple, pad: Pads, kept: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    """XLA takes seconds to compile the derivative of each sum of 27 slices; this takes half of that and runs faster."""
+    x, kernel = kept
+    k = kernel.shape[:3]
+    before = [n - 1 - p[0] for n, p in zip(k, pad, strict=True)]
+    spans = [(n - 1) * s + 1 for n, s in zip(grad.shape[1:4], stride, strict=True)]
+    after = [n + q - 1 - b - span for n, q, b, span in zip(x.shape[1:4], k, before, spans, strict=True)]
+    spread = lax.pad(grad, jnp.zeros((), grad.dtype), [(0, 0, 0), *zip(before, after, (s - 1 for s in stride)), (0, 0, 0)])
+    dx = _sum_of_taps(spread, kernel[::-1, ::-1, ::-1], (1, 1, 1), ((0, 0),) * 3, kernel.shape[4])
+    padded = jnp.pad(x, ((0, 0), *pad, (0, 0)))
+
+    def tap(i: Array) -> Array:
+        at = (i // (k[1] * k[2]), i // k[2] % k[1], i % k[2])
+        return jnp.sum(_taken(padded, at, grad.shape[1:4], stride) * grad, axis=(0, 1, 2, 3))
+
+    return dx, lax.map(tap, jnp.arange(math.prod(k))).reshape(kernel.shape)
+
+
+_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 class Conv(nn.Module):
