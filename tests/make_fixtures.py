@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes tests/fixtures: small reference networks with random weights, an input and what they answer, so that the tests need
-no torch.
+"""Makes tests/fixtures: small reference networks with random weights and what they answer, so that tests
+need no torch.
 
     pip install torch==2.13.0 && pip install --no-deps pytorchvideo==0.1.5 fvcore iopath parameterized safetensors
     python tests/make_fixtures.py
@@ -28,8 +28,8 @@ def references() -> dict[str, tuple[Any, tuple[int, int, int]]]:
 
     torch.manual_seed(0)
     spans = (((3, 1, 1),), ((3, 1, 1), (1, 1, 1)), ((3, 1, 1), (1, 1, 1)), ((1, 1, 1), (3, 1, 1)))
-    r50 = create_resnet(model_num_class=10, stem_dim_out=2, stem_conv_kernel_size=(5, 7, 7), stage1_pool=torch.nn.MaxPool3d,
-                        stage_conv_a_kernel_size=spans, head_pool_kernel_size=(2, 1, 1))
+    r50 = create_resnet(model_num_class=10, stem_dim_out=2, stem_conv_kernel_size=(5, 7, 7),
+                        stage1_pool=torch.nn.MaxPool3d, stage_conv_a_kernel_size=spans, head_pool_kernel_size=(2, 1, 1))
     x3d = create_x3d(input_clip_length=4, input_crop_size=32, model_num_class=10, width_factor=1.0, depth_factor=0.5,
                      stem_dim_in=4, head_dim_out=32)
     made = {"i3d_r50_tiny": (r50, (4, 32, 32)), "x3d_tiny": (x3d, (4, 32, 32)), "c3d_tiny": (c3d(torch), (16, 32, 32))}
@@ -123,7 +123,7 @@ def write_pickles(folder: Path) -> None:
 
 
 def _without_torchvision() -> None:
-    """pytorchvideo's heads name torchvision's RoIAlign, which nothing here uses: a stand-in serves where it is missing."""
+    """pytorchvideo's heads name torchvision's RoIAlign, which nothing here uses: a stand-in serves."""
     if "torchvision" not in sys.modules:
         package, ops = types.ModuleType("torchvision"), types.ModuleType("torchvision.ops")
         ops.RoIAlign = type("RoIAlign", (), {})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""3D CNNs: two formulations with one answer, parity with the references, features, statistics that training leaves alone."""
+"""3D CNNs: two formulations with one answer, parity with the references, features, frozen statistics."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -76,7 +76,7 @@ def test_the_platform_chooses_the_formulation_also_ahead_of_time() -> None:
     traced = jax.jit(lambda x, k: conv3d.convolve(x, k, (1, 1, 1), ((1, 1),) * 3, 6)).trace(x, k)
     text = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "tpu", "cuda")}
     assert "convolution" not in text["cpu"]
-    assert all("feature_group_count = 6" in text[platform] and "slice" not in text[platform] for platform in ("tpu", "cuda"))
+    assert all("feature_group_count = 6" in text[other] and "slice" not in text[other] for other in ("tpu", "cuda"))
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -129,7 +129,8 @@ def test_training_leaves_statistics_alone() -> None:
     before = jax.jit(block.init)(jax.random.key(1), x)["params"]
     grads = jax.jit(jax.grad(lambda p: jnp.sum(block.apply({"params": p}, x) ** 2)))(before)
     step = optim.build(OptimSpec(warmup=0.0, rate=0.1), 10)
-    after = tree.flatten(jax.jit(lambda p, g: optax.apply_updates(p, step.update(g, step.init(p), p)[0]))(before, grads))
+    trained = jax.jit(lambda p, g: optax.apply_updates(p, step.update(g, step.init(p), p)[0]))(before, grads)
+    after = tree.flatten(trained)
     for name, array in tree.flatten(before).items():
         assert np.array_equal(array, after[name]) == name.endswith(("/mean", "/var")), name
 
@@ -167,10 +168,11 @@ def test_another_number_of_classes_and_an_unknown_name() -> None:
 
 def test_inflated_kernels_see_a_still_clip_as_the_image() -> None:
     rng = np.random.default_rng(0)
-    kernel, image = rng.normal(size=(3, 3, 2, 4)).astype(np.float32), rng.normal(size=(1, 1, 8, 8, 2)).astype(np.float32)
+    kernel, image = (rng.normal(size=size).astype(np.float32) for size in ((3, 3, 2, 4), (1, 1, 8, 8, 2)))
     pad = conv3d.pads("none", (5, 8, 8), (5, 3, 3), (1, 1, 1))
     video = conv3d.direct(jnp.repeat(image, 5, axis=1), names.inflate(kernel, 5), (1, 1, 1), pad)
-    np.testing.assert_allclose(video, conv3d.direct(jnp.asarray(image), kernel[None], (1, 1, 1), pad), rtol=1e-4, atol=1e-5)
+    want = conv3d.direct(jnp.asarray(image), kernel[None], (1, 1, 1), pad)
+    np.testing.assert_allclose(video, want, rtol=1e-4, atol=1e-5)
 
 
 def test_i3d_with_its_real_weights_says_what_the_original_said() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of weights into {dotted name: array}: safetensors, PyTorch's, npz, numpy pickles and Orbax folders; and back."""
+"""Files of weights into {dotted name: array}, and back: safetensors, PyTorch's, npz, numpy pickles, Orbax folders."""
 
 import os
 import zipfile
@@ -31,15 +31,18 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     elif path.suffix in _PICKLES:
         arrays = pickles.read(path)
     else:
-        raise UserError(f"{path} has none of the suffixes .safetensors, .npz, {', '.join(_PICKLES)}: rename it after its "
-                        "format, or name an Orbax folder.")
+        raise UserError(f"{path} has none of the suffixes .safetensors, .npz, {', '.join(_PICKLES)}: rename it after "
+                        "its format, or name an Orbax folder.")
     if not arrays:
         raise UserError(f"{path} holds no arrays: name the file with the weights.")
     return {name.replace("/", "."): array for name, array in arrays.items()}
 
 
 def checkpoints_in(folder: Path) -> Path:
-    """The checkpoints of a run's one stage, of an import say; any other folder is itself. Raises UserError for several."""
+    """The checkpoints of a run with one stage, such as an import; any other folder is itself.
+
+    Raises UserError where there are several stages.
+    """
     stages = sorted(p for p in (folder / "checkpoints").glob("*/latest"))
     if len(stages) > 1:
         raise UserError(f"{folder} holds {len(stages)} stages: name one, such as {stages[-1]}.")

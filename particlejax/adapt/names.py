@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How reference implementations name and lay out the parameters of an architecture, and how we do: both ways, exactly.
 
-A mapping is made from the shapes of our parameters: rules turn a module's path into the reference's, a second table turns
-its leaf's name, and a layout turns the axes. C3D goes by the names of its common PyTorch ports, I3D by those of its Flax
-port, I3D-R50 (`resnet`) and X3D by pytorchvideo's.
+A mapping is made from the shapes of our parameters: rules turn a module's path into the reference's, a second table
+turns its leaf's name, and a layout turns the axes. C3D goes by the names of its common PyTorch ports, I3D by those of
+its Flax port, I3D-R50 (`resnet`) and X3D by pytorchvideo's.
 """
 
 import re
@@ -67,8 +67,9 @@ _BRANCH: Rules = ((r"([abc])", r"branch2.conv_\1"), (r"norm_([ac])", r"branch2.n
 
 
 def _staged(block: Mapping[int, int], inner: Rules) -> Rules:
-    return tuple((rf"stage{stage}_block(\d+)/{ours}", re.sub(r"\\1", r"\\2", rf"blocks.{at}.res_blocks.@.{theirs}").replace(
-        "@", r"\1")) for stage, at in block.items() for ours, theirs in inner)
+    """The rules of what is within a block, for every block of every stage: {our stage: the reference's}."""
+    return tuple((rf"stage{stage}_block(\d+)/{ours}", rf"blocks.{at}.res_blocks.\1." + theirs.replace(r"\1", r"\2"))
+                 for stage, at in block.items() for ours, theirs in inner)
 
 
 _RULES: dict[str, Rules] = {
@@ -100,8 +101,8 @@ def names_of(kind: str, shapes: Params) -> Names:
 def import_params(params: Params, arrays: Mapping[str, np.ndarray], names: Names) -> tuple[Params, Report]:
     """`params` (arrays or shapes) with every leaf that the arrays have, in float32 or whatever type the leaf has.
 
-    Names count from any common prefix on, as training states and wrappers put one before them; our own names, dotted, do
-    as well. Raises UserError where a shape differs by more than axes of length one, or where nothing matches.
+    Names count from any common prefix on, as training states and wrappers put one before them; our own names, dotted,
+    do as well. Raises UserError where a shape differs by more than axes of length one, or where nothing matches.
     """
     prefix, ours = _prefix(arrays, names)
     report, taken, used = Report(), {}, set()
@@ -153,7 +154,8 @@ def inflate(kernel_HWIO: np.ndarray, frames: int) -> np.ndarray:
 
 def _entry(kind: str, path: str, flat: Mapping[str, Any]) -> Entry:
     module, _, leaf = path.rpartition("/")
-    theirs = next(found.expand(template) for pattern, template in _RULES[kind] if (found := re.fullmatch(pattern, module)))
+    theirs = next(found.expand(template) for pattern, template in _RULES[kind]
+                  if (found := re.fullmatch(pattern, module)))
     if kind == "i3d":
         collection = "batch_stats" if leaf in ("mean", "var") else "params"
         return Entry(path, f"{collection}.{theirs}.{leaf}", _POINT if path == "head/kernel" else _SAME)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arrays out of pickles without running what a pickle may ask for: PyTorch's .pt, .pth, .pyth, .bin, and numpy's.
 
-A pickle names functions to call. Here a name finds a stand-in of ours or nothing: containers, and what describes an array,
-which is then built from its bytes with its bounds checked. No torch is needed, and no class of numpy sees the file.
+A pickle names functions to call. Here a name finds a stand-in of ours or nothing: containers, and what describes an
+array, which is then built from its bytes with its bounds checked. No torch is needed, and no class of numpy sees the
+file.
 """
 
 import io
@@ -40,12 +41,12 @@ def read(path: Path) -> dict[str, np.ndarray]:
             with open(path, "rb") as file:
                 found = _read_stream(file)
     except _Refused as error:
-        raise UserError(f"{path} holds the Python object {error}, which could run code and is not loaded: save only its "
-                        "arrays, as in torch.save(model.state_dict(), PATH).") from error
+        raise UserError(f"{path} holds the Python object {error}, which could run code and is not loaded: save only "
+                        "its arrays, as in torch.save(model.state_dict(), PATH).") from error
     except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, LookupError, TypeError, AttributeError, ValueError,
             NotImplementedError) as error:
-        raise UserError(f"{path} cannot be read as a pickle of arrays ({type(error).__name__}: {error}): fetch it again, or "
-                        "give it the suffix of its format.") from error
+        raise UserError(f"{path} cannot be read as a pickle of arrays ({type(error).__name__}: {error}): fetch it "
+                        "again, or give it the suffix of its format.") from error
     arrays: dict[str, np.ndarray] = {}
     _flatten("", found, arrays)
     return arrays
@@ -94,7 +95,8 @@ def _read_stream(file: Any) -> Any:
 class _Reader(pickle.Unpickler):
     """An unpickler that finds nothing but the stand-ins of this file."""
 
-    def __init__(self, file: Any, storage: Callable[[np.dtype, str, int], np.ndarray] | None, copy: bool = True) -> None:
+    def __init__(self, file: Any, storage: Callable[[np.dtype, str, int], np.ndarray] | None, copy: bool = True
+                 ) -> None:
         super().__init__(file, encoding="latin1")
         self._storage, self._copy = storage, copy
 
@@ -104,7 +106,8 @@ class _Reader(pickle.Unpickler):
             return np.dtype(_STORAGES[name])
         known: dict[str, Any] = {
             "collections.OrderedDict": OrderedDict,
-            "torch._utils._rebuild_tensor_v2": self._tensor, "torch._utils._rebuild_parameter": _first, "torch.Size": tuple,
+            "torch._utils._rebuild_tensor_v2": self._tensor, "torch._utils._rebuild_parameter": _first,
+            "torch.Size": tuple,
             "numpy._reconstruct": _Array, "numpy.ndarray": "ndarray", "numpy.dtype": _Type, "numpy.scalar": _scalar,
             "_codecs.encode": _latin1,
         }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The safetensors format: eight bytes of length, a JSON header with each array's type, shape and place, then the arrays."""
+"""The safetensors format: eight bytes of length, a JSON header with each array's type, shape and place, the arrays."""
 
 import json
 import math
@@ -41,8 +41,9 @@ def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     header: dict[str, Any] = {}
     place = 0
     for name, array in sorted(arrays.items()):
-        header[name] = {"dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [place, place + array.nbytes]}
-        place += array.nbytes
+        end = place + array.nbytes
+        header[name] = {"dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [place, end]}
+        place = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # arrays begin at a multiple of eight
     fresh = path.with_name(path.name + ".tmp")
@@ -64,4 +65,5 @@ def _array(data: np.ndarray, entry: dict[str, Any]) -> np.ndarray:
 
 
 def _broken(path: Path, why: str) -> UserError:
-    return UserError(f"{path} cannot be read as safetensors ({why}): fetch it again, or give it the suffix of its format.")
+    return UserError(f"{path} cannot be read as safetensors ({why}): fetch it again, or give it the suffix of its "
+                     "format.")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published weights become a checkpoint of ours, with a report of what was matched; and go back under their own names."""
+"""Published weights become a checkpoint of ours, with a report of what was matched; and go back under their names."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,7 +26,9 @@ def import_weights(spec: ImportSpec, workdir: Path, name: str) -> None:
     del name
     if not spec.source or not spec.model:
         raise UserError("config.source or config.model is empty: add --config.source=PATH --config.model=NAME.")
-    backbone, params, known, report = read(spec.source, spec.model, spec.classes, spec.seed)
+    backbone, params, known, report = read(spec.source, spec.model, spec.classes)
+    if report.missing:
+        params = _filled(backbone, params, spec.seed)
     classes = tree.flatten(params)["head/bias"].size
     saved = checkpoint.Checkpoints(run.checkpoint_folder(workdir, STAGE), 2)
     saved.save(0, {"params": params}, {"model": spec.model, "cast": report.cast, "counters": report.counters})
@@ -44,9 +46,9 @@ def import_weights(spec: ImportSpec, workdir: Path, name: str) -> None:
     say(f"report: {path}")
 
 
-def read(source: str, model: str, classes: int = 0, seed: int = 0
+def read(source: str, model: str, classes: int = 0
          ) -> tuple[backbones.Backbone, Params, names.Names, names.Report]:
-    """A backbone with the parameters of a file or folder; those that it does not have are drawn from `seed`.
+    """A backbone with the parameters of a file or folder; those that it does not have are only their shapes.
 
     classes: of the head, 0 for as many as the weights have. Raises UserError where the weights do not fit the model.
     """
@@ -55,13 +57,15 @@ def read(source: str, model: str, classes: int = 0, seed: int = 0
     known = names.names_of(spec.kind, backbones.parameter_shapes(backbones.build(spec)))
     backbone = backbones.build(spec, classes or names.head_classes(arrays, known))
     params, report = names.import_params(backbones.parameter_shapes(backbone), arrays, known)
-    if report.missing:
-        fresh = jax.jit(backbone.init)(jax.random.key(seed))
-        params = jax.tree.map(lambda ours, new: ours if isinstance(ours, np.ndarray) else np.asarray(new), params, fresh)
     before = formats.said_beside(source)
     report.cast.update(before.get("cast", {}))
     report.counters.update(before.get("counters", {}))
     return backbone, params, known, report
+
+
+def _filled(backbone: backbones.Backbone, params: Params, seed: int) -> Params:
+    fresh = jax.jit(backbone.init)(jax.random.key(seed))
+    return jax.tree.map(lambda ours, new: ours if isinstance(ours, np.ndarray) else np.asarray(new), params, fresh)
 
 
 def _sentence(report: names.Report) -> str:
@@ -72,8 +76,8 @@ def _sentence(report: names.Report) -> str:
 def _lines(spec: ImportSpec, backbone: backbones.Backbone, figures: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"# {spec.model} from {Path(spec.source).name}", "")
     yield from table(["", ""], [
-        ["model", f"{spec.model}, {figures['classes']} classes, clips of {backbone.spec.frames} x {backbone.spec.size} x "
-                  f"{backbone.spec.size}"],
+        ["model", f"{spec.model}, {figures['classes']} classes, clips of {backbone.spec.frames} frames, "
+                  f"{backbone.spec.size} x {backbone.spec.size}"],
         ["numbers", f"{figures['parameters']:,}"], ["arrays matched", figures["matched"]],
         ["of another type, turned to float32", len(figures["cast"])]])
     yield ""
@@ -83,6 +87,7 @@ def _lines(spec: ImportSpec, backbone: backbones.Backbone, figures: Mapping[str,
         found = figures[key]
         yield from (f"## {len(found)} {key}: {meaning}", "")
         yield from (f"- `{name}`" for name in found[:_MOST])
-        yield from ((f"- and {len(found) - _MOST} others, in [results.json](results.json)",) if len(found) > _MOST else ())
+        if len(found) > _MOST:
+            yield f"- and {len(found) - _MOST} others, in [results.json](results.json)"
         yield ""
-    yield from (f"The checkpoint is in `checkpoints/{STAGE}`; `--config.weights` and `--config.source` take this folder.", "")
+    yield f"The checkpoint is in `checkpoints/{STAGE}`; `--config.weights` and `--config.source` take this folder."

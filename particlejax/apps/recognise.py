@@ -86,8 +86,8 @@ def load(spec: RecogniseSpec) -> Recogniser:
     path = find_weights(spec)
     backbone, params, _, report = import_weights.read(str(path), spec.model)
     if report.missing:
-        raise UserError(f"{path} lacks {len(report.missing)} parameters of {spec.model} ({report.missing[0]}, ...): name "
-                        "the model that they are of with config.model, or other weights with config.weights.")
+        raise UserError(f"{path} lacks {len(report.missing)} parameters of {spec.model} ({report.missing[0]}, ...): "
+                        "name the model that they are of with config.model, or other weights with config.weights.")
     return Recogniser(backbone, jax.device_put(params), _labels(spec, path, params))
 
 
@@ -150,7 +150,7 @@ def _labels(spec: RecogniseSpec, weights: Path | None, params: Params) -> tuple[
     if len(labels) == classes:
         return labels
     if spec.labels:
-        raise UserError(f"{path} has {len(labels)} names where the model has {classes} classes: name its own label map.")
+        raise UserError(f"{path} has {len(labels)} names where the model has {classes} classes: name its label map.")
     return tuple(f"class {i}" for i in range(classes))
 
 

@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """3D CNNs at the border: a table of variants, each a pair of pure functions over the linen modules.
 
-Used alone as a classifier, as an embedder whose features become particles, and as a teacher. Legend: B clips, T frames, H
-rows, W columns, D width of features, C classes.
+Used alone as a classifier, as an embedder whose features become particles, and as a teacher. Legend: B clips, T frames,
+H rows, W columns, D width of features, C classes.
 """
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from particlejax import tree
 from particlejax.nn.cnn import C3D, I3D
 from particlejax.nn.resnet3d import X3D, ResNet
 from particlejax.typing import Params, UserError
@@ -34,7 +37,7 @@ class BackboneSpec:
 
 
 class Backbone(NamedTuple):
-    """init(key) -> params; apply(params, video [B, T, H, W, 3], normalised) -> (logits [B, C], feature maps by name)."""
+    """init(key) -> params; apply(params, video [B, T, H, W, 3], normalised) -> (logits [B, C], features by name)."""
 
     spec: BackboneSpec
     init: Callable[[Array], Params]
@@ -72,12 +75,31 @@ def build(spec: BackboneSpec, classes: int = 0) -> Backbone:
     net = spec.net.clone(classes=classes) if classes else spec.net
 
     def init(key: Array) -> Params:
-        return net.init(key, jnp.zeros((1, spec.frames, spec.size, spec.size, 3)))["params"]
+        clip = jax.ShapeDtypeStruct((1, spec.frames, spec.size, spec.size, 3), jnp.float32)
+        return _drawn(key, jax.eval_shape(net.init, key, clip)["params"])
 
     def apply(params: Params, video: Array) -> tuple[Array, dict[str, Array]]:
         return net.apply({"params": params}, video)
 
     return Backbone(dataclasses.replace(spec, net=net), init, apply)
+
+
+def _drawn(key: Array, shapes: Any) -> Params:
+    """Kernels by He's rule (arXiv:1502.01852), the head's small, scales and variances one, all else zero.
+
+    One draw for all: linen's own, one for each kernel, takes XLA's CPU 100 seconds to compile for I3D.
+    """
+    kernels = {name: leaf for name, leaf in tree.flatten(shapes).items() if name.endswith("kernel")}
+    ends = np.cumsum([leaf.size for leaf in kernels.values()])
+    numbers = dict(zip(kernels, jnp.split(jax.random.normal(key, (int(ends[-1]),)), ends[:-1]), strict=True))
+
+    def leaf(name: str, shape: jax.ShapeDtypeStruct) -> Array:
+        if name in numbers:
+            deviation = 0.01 if name == "head/kernel" else math.sqrt(2 * shape.shape[-1] / shape.size)
+            return numbers[name].reshape(shape.shape) * deviation
+        return (jnp.ones if name.endswith(("scale", "var")) else jnp.zeros)(shape.shape)
+
+    return tree.map_named(leaf, shapes)
 
 
 def normalise(spec: BackboneSpec, pixels: Array) -> Array:

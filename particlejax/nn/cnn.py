@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """3D CNNs without shortcuts: C3D (arXiv:1412.0767) and I3D, Inception inflated (arXiv:1705.07750).
 
-Each takes video [B, T, H, W, 3], normalised as its weights expect, and returns logits [B, classes] and its feature maps by
-name. Legend as in `conv3d`.
+Each takes video [B, T, H, W, 3], normalised as its weights expect, and returns logits [B, classes] and its feature maps
+by name. Legend as in `conv3d`.
 """
 
 from typing import Any
@@ -41,7 +41,7 @@ class C3D(nn.Module):
         return nn.Dense(self.classes, name="head")(x.astype(jnp.float32)), ends
 
 
-# Of each Inception block: the widths of its four branches, 3x3x3 convolutions with what reduces the channels before them.
+# Of each Inception block: the widths of its four branches, 3x3x3 convolutions with what reduces channels before them.
 _BLOCKS: dict[str, tuple[int, tuple[int, int], tuple[int, int], int]] = {
     "Mixed_3b": (64, (96, 128), (16, 32), 32),
     "Mixed_3c": (128, (128, 192), (32, 96), 64),

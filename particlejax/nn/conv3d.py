@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convolution, normalisation and pooling in time, rows and columns, as the 3D CNNs of the field share them.
 
-XLA's CPU has no fast 3D convolution: a grouped one is 80 to 170 times slower than the sum of its shifted products, a dense
-one two to ten times slower than the sum of its planes' 2D convolutions. So the formulation is chosen by platform when the
-program is lowered (also ahead of time for another platform); tests hold both to the same output and gradient.
+XLA's CPU has no fast 3D convolution: a grouped one is 80 to 170 times slower than the sum of its shifted products, a
+dense one up to seven times slower than the sum of its planes' 2D convolutions. So the formulation is chosen by platform
+when the program is lowered (also ahead of time for another platform); tests hold both to the same output and gradient.
 
 Legend: B rows, T frames, H rows of pixels, W columns, C channels; a kernel is [t, h, w, in, out].
 """
@@ -38,7 +38,7 @@ def pads(how: str, size: Sequence[int], kernel: Triple, stride: Triple) -> Pads:
 
 @partial(jax.jit, static_argnums=(2, 3, 4))  # so that layers of one shape are traced once
 def convolve(x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads, groups: int = 1) -> Array:
-    """x convolved with the kernel; with groups, channels only see those of their group (depthwise: as many as channels)."""
+    """x convolved with the kernel; channels only see those of their group (depthwise: as many groups as channels)."""
     def here(x: Array, k: Array) -> Array:
         return (shifted if groups > 1 else planes)(x, k, stride, pad, groups)
 
@@ -50,7 +50,8 @@ def convolve(x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads, groups: i
 
 def direct(x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads, groups: int = 1) -> Array:
     """XLA's own 3D convolution: what accelerators are good at."""
-    return lax.conv_general_dilated(x_BTHWC, kernel, stride, pad, dimension_numbers=_EVERYWHERE, feature_group_count=groups)
+    return lax.conv_general_dilated(x_BTHWC, kernel, stride, pad, dimension_numbers=_EVERYWHERE,
+                                    feature_group_count=groups)
 
 
 def planes(x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads, groups: int = 1) -> Array:
@@ -120,7 +121,9 @@ def _depthwise_backward(stride: Triple, pad: Pads, kept: tuple[Array, Array], gr
     before = [n - 1 - p[0] for n, p in zip(k, pad, strict=True)]
     spans = [(n - 1) * s + 1 for n, s in zip(grad.shape[1:4], stride, strict=True)]
     after = [n + q - 1 - b - span for n, q, b, span in zip(x.shape[1:4], k, before, spans, strict=True)]
-    spread = lax.pad(grad, jnp.zeros((), grad.dtype), [(0, 0, 0), *zip(before, after, (s - 1 for s in stride)), (0, 0, 0)])
+    between = [s - 1 for s in stride]
+    spread = lax.pad(grad, jnp.zeros((), grad.dtype),
+                     [(0, 0, 0), *zip(before, after, between, strict=True), (0, 0, 0)])
     dx = _sum_of_taps(spread, kernel[::-1, ::-1, ::-1], (1, 1, 1), ((0, 0),) * 3, kernel.shape[4])
     padded = jnp.pad(x, ((0, 0), *pad, (0, 0)))
 

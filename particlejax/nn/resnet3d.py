@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """3D CNNs of residual bottlenecks: I3D-R50 (arXiv:1711.07971) and X3D (arXiv:2004.04730).
 
-Each takes video [B, T, H, W, 3], normalised as its weights expect, and returns logits [B, classes] and its feature maps by
-name: 'stem', 'stage1' to 'stage4' and what its head makes of them. Legend as in `conv3d`.
+Each takes video [B, T, H, W, 3], normalised as its weights expect, and returns logits [B, classes] and its feature maps
+by name: 'stem', 'stage1' to 'stage4' and what its head makes of them. Legend as in `conv3d`.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ class Squeeze(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """relu(shortcut(x) + c(b(a(x)))); b is the one that sees space and strides, or is depthwise and sees time as well."""
+    """relu(shortcut(x) + c(b(a(x)))); b is the one that sees space and strides; where depthwise, time too."""
 
     width: int
     inner: int
