@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """3D CNNs: two formulations with one answer, parity with the references, features, frozen statistics."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import cache, partial
 from itertools import product
@@ -14,7 +15,7 @@ import optax
 import pytest
 
 from particlejax import optim, tree
-from particlejax.adapt import formats, names
+from particlejax.adapt import formats, names, resize
 from particlejax.data.decode import Video
 from particlejax.models import backbones
 from particlejax.nn import conv3d
@@ -126,7 +127,10 @@ def test_published_sizes() -> None:
 def test_training_leaves_statistics_alone() -> None:
     block = Bottleneck(4, 6, 2, (1, 1, 1), (3, 3, 3), groups=6, squeeze=8)
     x = jax.random.normal(jax.random.key(0), (2, 3, 6, 6, 4))
-    before = jax.jit(block.init)(jax.random.key(1), x)["params"]
+    rng = np.random.default_rng(0)  # not `init`, which takes long to compile
+    before = jax.tree.map(lambda s: jnp.asarray(rng.uniform(-0.2, 0.8, s.shape), jnp.float32),
+                          jax.eval_shape(block.init, jax.random.key(1), x)["params"])
+    before = tree.map_named(lambda name, a: jnp.abs(a) if name.endswith("/var") else a, before)
     grads = jax.jit(jax.grad(lambda p: jnp.sum(block.apply({"params": p}, x) ** 2)))(before)
     step = optim.build(OptimSpec(warmup=0.0, rate=0.1), 10)
     trained = jax.jit(lambda p, g: optax.apply_updates(p, step.update(g, step.init(p), p)[0]))(before, grads)
@@ -166,11 +170,33 @@ def test_another_number_of_classes_and_an_unknown_name() -> None:
         backbones.find("x3d_x")
 
 
+def test_in_bfloat16_it_answers_about_the_same() -> None:
+    backbone, params, _, _, arrays = imported("c3d_tiny")
+    half = backbones.build(dataclasses.replace(backbone.spec, net=backbone.spec.net.clone(dtype=jnp.bfloat16)))
+    logits, ends = jax.jit(half.apply)(params, make_fixtures.video(*frames_and_size(backbone)))
+    assert logits.dtype == jnp.float32 and ends["pool5"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(logits, arrays["answer"], atol=0.05 * np.abs(arrays["answer"]).max())
+
+
+def test_positions_are_read_off_linearly() -> None:
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(2 * 3 * 4, 5)).astype(np.float32)
+    np.testing.assert_allclose(resize.positions(table, (2, 3, 4), (2, 3, 4)), table, rtol=1e-6)
+    between = [0.75 * table[0] + 0.25 * table[1], 0.25 * table[0] + 0.75 * table[1]]
+    np.testing.assert_allclose(resize.positions(table, (24,), (48,))[1:3], between, rtol=1e-5, atol=1e-6)
+    coarse, fine = (np.stack(np.meshgrid(*((np.arange(n) + 0.5) / n for n in size), indexing="ij"), -1)
+                    for size in ((4, 6), (8, 12)))
+    finer = resize.positions(coarse.reshape(-1, 2), (4, 6), (8, 12)).reshape(8, 12, 2)
+    np.testing.assert_allclose(finer[1:-1, 1:-1], fine[1:-1, 1:-1], rtol=1e-9)  # a plane stays one between centres
+    with pytest.raises(UserError, match="24 positions is not a grid of 2 x 3 that becomes 4 x 6: give the grid"):
+        resize.positions(table, (2, 3), (4, 6))
+
+
 def test_inflated_kernels_see_a_still_clip_as_the_image() -> None:
     rng = np.random.default_rng(0)
     kernel, image = (rng.normal(size=size).astype(np.float32) for size in ((3, 3, 2, 4), (1, 1, 8, 8, 2)))
     pad = conv3d.pads("none", (5, 8, 8), (5, 3, 3), (1, 1, 1))
-    video = conv3d.direct(jnp.repeat(image, 5, axis=1), names.inflate(kernel, 5), (1, 1, 1), pad)
+    video = conv3d.direct(jnp.repeat(image, 5, axis=1), resize.inflate(kernel, 5), (1, 1, 1), pad)
     want = conv3d.direct(jnp.asarray(image), kernel[None], (1, 1, 1), pad)
     np.testing.assert_allclose(video, want, rtol=1e-4, atol=1e-5)
 
@@ -203,8 +229,12 @@ def test_i3d_with_its_real_weights_says_what_the_original_said() -> None:
 
 def test_live_against_torch() -> None:
     """With torch and pytorchvideo: other sizes than the fixtures', where heads see several places."""
-    pytest.importorskip("torch")
+    torch = pytest.importorskip("torch")
     pytest.importorskip("pytorchvideo")
+    table = np.random.default_rng(0).normal(size=(24, 5)).astype(np.float32)
+    grid = torch.from_numpy(table.reshape(1, 2, 3, 4, 5)).permute(0, 4, 1, 2, 3)
+    larger = torch.nn.functional.interpolate(grid, (3, 5, 3), mode="trilinear", align_corners=False)
+    np.testing.assert_allclose(resize.positions(table, (2, 3, 4), (3, 5, 3)), larger[0].flatten(1).T, atol=1e-6)
     for (name, (net, (frames, rows, columns))), more in product(make_fixtures.references().items(), (0, 32)):
         if name == "c3d_tiny" and more:
             continue  # its Dense layers fix the size

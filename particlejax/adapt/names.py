@@ -147,11 +147,6 @@ def head_classes(arrays: Mapping[str, np.ndarray], names: Names) -> int:
     return 0 if array is None else array.size
 
 
-def inflate(kernel_HWIO: np.ndarray, frames: int) -> np.ndarray:
-    """A kernel of images repeated over frames: a still clip gets what the image got (arXiv:1705.07750, section 2.4)."""
-    return np.repeat(kernel_HWIO[None], frames, axis=0) / np.asarray(frames, kernel_HWIO.dtype)
-
-
 def _entry(kind: str, path: str, flat: Mapping[str, Any]) -> Entry:
     module, _, leaf = path.rpartition("/")
     theirs = next(found.expand(template) for pattern, template in _RULES[kind]
