@@ -227,6 +227,7 @@ def test_i3d_with_its_real_weights_says_what_the_original_said() -> None:
     assert labels[int(jnp.argmax(logits))] == "playing cricket"
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about torch.jit, which pytorchvideo calls
 def test_live_against_torch() -> None:
     """With torch and pytorchvideo: other sizes than the fixtures', where heads see several places."""
     torch = pytest.importorskip("torch")

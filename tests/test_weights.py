@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights of others: every format gives the same arrays and runs no code; import, export, recognition as commands."""
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -119,6 +120,18 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         path = tmp_path / f"x{suffix}"
         path.write_bytes(content)
         with pytest.raises(UserError, match=f"x{suffix} cannot be read as"):
+            formats.read(path)
+
+
+@pytest.mark.parametrize("name", ["small.pyth", "small_old.pt", "small.ckpt", "small.npz", "c3d_tiny.safetensors"])
+def test_flipped_bytes_give_a_sentence_or_arrays(name: str, tmp_path: Path) -> None:
+    rng, whole = np.random.default_rng(0), np.frombuffer((FIXTURES / name).read_bytes(), np.uint8)
+    path = tmp_path / f"x{Path(name).suffix}"
+    for _ in range(60):
+        damaged = whole.copy()
+        damaged[rng.integers(0, min(len(whole), 3000), 3)] = rng.integers(0, 256, 3)
+        path.write_bytes(damaged.tobytes())
+        with contextlib.suppress(UserError):
             formats.read(path)
 
 

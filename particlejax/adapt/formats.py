@@ -2,7 +2,6 @@
 """Files of weights into {dotted name: array}, and back: safetensors, PyTorch's, npz, numpy pickles, Orbax folders."""
 
 import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,6 +75,6 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as npz ({error}): fetch it again, or give it the suffix of its format."
-                        ) from error
+    except Exception as error:  # a damaged file can make zipfile and numpy say anything
+        raise UserError(f"{path} cannot be read as npz ({type(error).__name__}: {error}): fetch it again, or "
+                        "give it the suffix of its format.") from error

@@ -43,8 +43,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
     except _Refused as error:
         raise UserError(f"{path} holds the Python object {error}, which could run code and is not loaded: save only "
                         "its arrays, as in torch.save(model.state_dict(), PATH).") from error
-    except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, LookupError, TypeError, AttributeError, ValueError,
-            NotImplementedError) as error:
+    except Exception as error:  # a damaged file can make zipfile and pickle say anything
         raise UserError(f"{path} cannot be read as a pickle of arrays ({type(error).__name__}: {error}): fetch it "
                         "again, or give it the suffix of its format.") from error
     arrays: dict[str, np.ndarray] = {}

@@ -107,7 +107,10 @@ class Mixed(nn.Module):
 
 
 class I3D(nn.Module):
-    """Inception-v1 in three dimensions. Endpoints carry the names of the paper's figure; 9 frames or more."""
+    """Inception-v1 in three dimensions. Endpoints carry the names of the paper's figure.
+
+    Its last pool, of 2 x 7 x 7, shrinks for clips of fewer than 9 frames or 193 rows, which the original refuses.
+    """
 
     classes: int
     share: int = 1  # every width is divided by it: small ones are for tests
