@@ -21,7 +21,7 @@ FOLDER = Path(__file__).parent / "fixtures"
 
 def references() -> dict[str, tuple[Any, tuple[int, int, int]]]:
     """Reference networks (torch, eval) by our names, and the frames, rows and columns of their input."""
-    _without_torchvision()
+    without_torchvision()
     import torch
     from pytorchvideo.models.resnet import create_resnet
     from pytorchvideo.models.x3d import create_x3d
@@ -59,10 +59,11 @@ def randomise(net: Any) -> None:
     net.eval()
 
 
-def c3d(torch: Any) -> Any:
-    """C3D (arXiv:1412.0767, figure 3) as it is written down in torch; narrow."""
+def c3d(torch: Any, groups: tuple[tuple[int, ...], ...] = ((4,), (4,), (4, 4), (8, 8), (8, 8)),
+        dense: tuple[int, ...] = (32, 16, 16, 10)) -> Any:
+    """C3D (arXiv:1412.0767, figure 3) as it is written down in torch; narrow where nothing else is said."""
     nn, parts, width = torch.nn, torch.nn.Sequential(), 3
-    for i, group in enumerate(((4,), (4,), (4, 4), (8, 8), (8, 8)), 1):
+    for i, group in enumerate(groups, 1):
         for j, features in enumerate(group):
             name = f"conv{i}" + ("" if len(group) == 1 else "ab"[j])
             parts.add_module(name, nn.Conv3d(width, features, 3, padding=1))
@@ -71,7 +72,7 @@ def c3d(torch: Any) -> Any:
         kernel = (1, 2, 2) if i == 1 else (2, 2, 2)
         parts.add_module(f"pool{i}", nn.MaxPool3d(kernel, kernel, padding=(0, 1, 1) if i == 5 else 0))
     parts.add_module("flat", nn.Flatten())
-    for name, a, b in (("fc6", 32, 16), ("fc7", 16, 16), ("fc8", 16, 10)):
+    for name, a, b in zip(("fc6", "fc7", "fc8"), dense, dense[1:], strict=False):
         parts.add_module(name, nn.Linear(a, b))
         if name != "fc8":
             parts.add_module(f"relu_{name}", nn.ReLU())
@@ -122,7 +123,7 @@ def write_pickles(folder: Path) -> None:
         pickle.dump({"model_state": {k.rpartition(".")[2]: v for k, v in arrays.items()}}, file)
 
 
-def _without_torchvision() -> None:
+def without_torchvision() -> None:
     """pytorchvideo's heads name torchvision's RoIAlign, which nothing here uses: a stand-in serves."""
     if "torchvision" not in sys.modules:
         package, ops = types.ModuleType("torchvision"), types.ModuleType("torchvision.ops")
