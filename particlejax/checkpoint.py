@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_utils
 
@@ -23,6 +24,7 @@ from particlejax.typing import UserError
 
 _MANIFEST = "manifest.json"
 _STATE, _DATA = "state", "data"
+_FOREIGN = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")  # of a folder that Orbax wrote without us
 
 
 def _say(sentence: str) -> None:
@@ -126,6 +128,22 @@ def load_data(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """What was saved beside the arrays of the newest whole checkpoint. Raises UserError when there is none."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         return reader.restore(_newest_whole(folder) / _DATA)
+
+
+def load_arrays(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Every array by path name, in memory: of the newest whole checkpoint's average or parameters, or of a folder that
+    anybody's Orbax has written. Raises UserError when it is neither.
+    """
+    folder = Path(folder).absolute()
+    foreign = any((folder / name).exists() for name in _FOREIGN)
+    item = folder if foreign else _newest_whole(folder) / _STATE
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        saved = reader.metadata(item).item_metadata.tree
+        branch = next((b for b in ("average", "params") if saved.get(b)), None) if not foreign else None
+        wanted = saved if branch is None else {branch: saved[branch]}
+        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        found = reader.restore(item, args=ocp.args.PyTreeRestore(item=wanted, restore_args=args, partial_restore=True))
+    return tree.flatten(found if branch is None else found[branch])
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -16,9 +16,10 @@ import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
-from particlejax.apps import check, evaluate, prepare, sweep, train
+from particlejax import jobspec
+from particlejax.apps import check, evaluate, import_weights, prepare, recognise, sweep, train
 from particlejax.apps.bench import data as bench_data
-from particlejax.spec import Experiment, unknown_key
+from particlejax.spec import unknown_key
 from particlejax.train import loop, workdir
 from particlejax.train.log import say
 from particlejax.typing import UserError
@@ -34,7 +35,8 @@ class Asked(NamedTuple):
 
 
 JOBS = {"train": train.train, "sweep": sweep.sweep, "evaluate": evaluate.evaluate, "prepare": prepare.prepare,
-        "check_data": check.check_data, "bench_data": bench_data.bench}
+        "check_data": check.check_data, "bench_data": bench_data.bench, "import_weights": import_weights.import_weights,
+        "recognise": recognise.recognise}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,10 +44,10 @@ def main(argv: Sequence[str]) -> int:
     logging.set_verbosity(logging.ERROR)  # Orbax and TFDS report their inner workings as warnings
     try:
         asked = _parse(argv)
-        experiment = Experiment.of(asked.config.to_dict())
-        _cache_programs(experiment)
-        folder = workdir.enter(_workdir(asked), experiment)
-        JOBS[experiment.job](experiment, folder, folder.name)
+        job = jobspec.of(asked.config.to_dict())
+        _cache_programs()
+        folder = workdir.enter(_workdir(asked), job)
+        JOBS[job.job](job, folder, folder.name)
     except UserError as error:
         print(f"particlejax: {error}", file=sys.stderr)
         return 2
@@ -55,10 +57,10 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _cache_programs(experiment: Experiment) -> None:
+def _cache_programs() -> None:
     """What was compiled once is not compiled again by a run that goes on, or by one of another seed."""
     if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.expanduser(experiment.data.cache_dir), "programs"))
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/particlejax/programs"))
 
 
 def _parse(argv: Sequence[str]) -> Asked:

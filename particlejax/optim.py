@@ -10,7 +10,8 @@ from particlejax.spec import OptimSpec
 from particlejax.typing import Params
 
 # Norms, biases and lone vectors are not decayed: their size says nothing about complexity (arXiv:1706.05350).
-_SPARED = re.compile(r"(^|/)(bias|scale|token|log_sharpness)$")
+# Statistics (mean, var) must stay as they came.
+_SPARED = re.compile(r"(^|/)(bias|scale|token|log_sharpness|mean|var)$")
 
 
 def decay_mask(params: Params) -> Params:

@@ -109,13 +109,15 @@ def test_finetune_on_a_folder_from_a_run_then_evaluate(quickstart: Path, clips_f
 
 
 @pytest.mark.parametrize("name", sorted(str(p.relative_to(ROOT / "experiments")) for p in (ROOT / "experiments").rglob("*.py")))
-def test_every_experiment_file_runs_shrunk(name: str, quickstart: Path, cache_dir: str, tmp_path: Path,
-                                           capfd: pytest.CaptureFixture) -> None:
+def test_every_experiment_file_runs_shrunk(name: str, quickstart: Path, clips_folder: Path, cache_dir: str,
+                                           tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     if name == "quickstart.py":
         return  # the fixture ran it
-    more = [f"--config.run={quickstart}"] if name == "evaluate.py" else []
-    code, said = run(capfd, "--config", f"experiments/{name}:tiny", f"--config.data.cache_dir={cache_dir}", "--workdir",
-                     str(tmp_path / "run"), *more)
+    cache = [f"--config.data.cache_dir={cache_dir}"]
+    video = [f"--config.video={next((clips_folder / 'train').rglob('*.mp4'))}"]
+    more = {"evaluate.py": [*cache, f"--config.run={quickstart}"], "import_weights.py": [], "recognise.py": video}
+    code, said = run(capfd, "--config", f"experiments/{name}:tiny", "--workdir", str(tmp_path / "run"),
+                     *more.get(name, cache))
     assert code == 0, said
     assert (tmp_path / "run" / "results.json").exists()
     assert (tmp_path / "run" / "report.md").exists() or name == "prepare.py"

@@ -64,6 +64,25 @@ def reconstruction(rows: Mapping[str, np.ndarray], times: np.ndarray, path: Path
     _save(figure, path)
 
 
+def answers(frames: np.ndarray, times: np.ndarray, found: Mapping[str, float], path: Path) -> None:
+    """Up to eight of frames uint8 [T, H, W, 3] under the likeliest answer, and a bar for each answer's probability."""
+    shown = _pick(len(frames))
+    figure = Figure(figsize=(1.35 * len(shown) + 0.4, 2.2 + 0.25 * len(found)), layout="constrained")
+    strip, below = figure.subfigures(2, 1, height_ratios=(1.5, 0.7 + 0.25 * len(found)))
+    for ax, t in zip(strip.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        _bare(ax)
+        ax.imshow(frames[t], interpolation="nearest")
+        ax.set_xlabel(f"{times[t]:.2f} s", fontsize=8)
+    best = max(found, key=found.__getitem__)
+    strip.suptitle(f"{best}, {found[best]:.1%}", fontsize=11)
+    ax = below.subplots()
+    ax.barh(range(len(found)), list(found.values()))
+    ax.set_yticks(range(len(found)), [f"{name} {p:.3f}" for name, p in found.items()], fontsize=8)
+    ax.set(xlim=(0, 1), xlabel="probability")
+    ax.invert_yaxis()
+    _save(figure, path)
+
+
 def loss_curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path, title: str) -> None:
     """Each series of (steps, values) as a line."""
     figure = Figure(figsize=(6, 3.2), layout="constrained")

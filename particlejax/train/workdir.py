@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from particlejax import checkpoint
-from particlejax.spec import Experiment, as_dict
+from particlejax.jobspec import Job
+from particlejax.spec import as_dict
 from particlejax.train.log import say
 from particlejax.train.run import CONFIG
 from particlejax.typing import UserError
@@ -15,7 +16,7 @@ from particlejax.typing import UserError
 _FREE = frozenset({"workers", "threads", "max_bad", "memory_gib", "time_limit", "cache_dir", "log", "storage"})
 
 
-def enter(workdir: Path, experiment: Experiment) -> Path:
+def enter(workdir: Path, experiment: Job) -> Path:
     """Makes the folder and writes config.json, or checks that it holds this very experiment. Raises UserError."""
     path = workdir / CONFIG
     new = json.loads(json.dumps(as_dict(experiment)))

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes a checkpoint of ours from published weights of a 3D CNN, and writes them back under the reference's own names.
+
+    python -m particlejax.main --config experiments/import_weights.py --config.source=PATH --config.model=i3d \
+        [--config.export=PATH.safetensors]
+
+Models: c3d, i3d, i3d_r50, x3d_xs, x3d_s, x3d_m, x3d_l. report.md says what was matched, missing, unused and reshaped; a
+wrong shape is refused. No code that stands in a file is run. Takes seconds.
+"""
+
+from ml_collections import ConfigDict
+
+from particlejax.jobspec import ImportSpec
+from particlejax.spec import arguments, section
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The job; arg: '' or 'tiny' (the tiny X3D of the tests)."""
+    tiny = arguments(arg, "tiny")["tiny"]
+    return ConfigDict(section(ImportSpec, source="tests/fixtures/x3d_tiny.safetensors" if tiny else "",
+                              model="x3d_tiny" if tiny else ""))

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights made for another size: kernels of images for video, tables of positions for other grids.
+
+Legend: H rows, W columns, I channels in, O channels out, N positions, D width.
+"""
+
+import math
+
+import numpy as np
+
+from particlejax.typing import UserError
+
+
+def inflate(kernel_HWIO: np.ndarray, frames: int) -> np.ndarray:
+    """A kernel of images repeated over frames: a still clip gets what the image got (arXiv:1705.07750, section 2.4)."""
+    return np.repeat(kernel_HWIO[None], frames, axis=0) / np.asarray(frames, kernel_HWIO.dtype)
+
+
+def positions(table_ND: np.ndarray, old: tuple[int, ...], new: tuple[int, ...]) -> np.ndarray:
+    """A table of positions on a grid (frames, rows, columns, as many axes as it has), read off linearly on another.
+
+    Cells are compared by their centres, as PyTorch does with align_corners=False; beyond the outermost centres their
+    values go on. Tokens that stand before the grid, such as a class token, are the caller's. Raises UserError where
+    the table is not of the old grid.
+    """
+    if len(table_ND) != math.prod(old) or len(old) != len(new):
+        raise UserError(f"a table of {len(table_ND)} positions is not a grid of {' x '.join(map(str, old))} that "
+                        f"becomes {' x '.join(map(str, new))}: give the grid that the weights were trained on.")
+    grid = table_ND.reshape(*old, -1)
+    for axis, (n, m) in enumerate(zip(old, new, strict=True)):
+        grid = np.moveaxis(np.tensordot(_weights(n, m).astype(table_ND.dtype), grid, (1, axis)), 0, axis)
+    return grid.reshape(math.prod(new), -1)
+
+
+def _weights(n: int, m: int) -> np.ndarray:
+    """How much each of n values counts for each of m, [m, n]."""
+    at = np.clip((np.arange(m) + 0.5) * n / m - 0.5, 0, n - 1)
+    return np.maximum(1 - np.abs(at[:, None] - np.arange(n)[None]), 0)
