@@ -21,7 +21,7 @@ ROWS = ("data", "fsdp")  # axes over which a batch's rows are divided
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(query|key|value)/kernel$", ("fsdp", "tensor", None)),
     (r"attention/out/kernel$", ("tensor", None, "fsdp")),
-    (r"mlp/up/kernel$", ("fsdp", "tensor")),
+    (r"mlp/(up|gate)/kernel$", ("fsdp", "tensor")),
     (r"mlp/down/kernel$", ("tensor", "fsdp")),
     (r"kernel$|table/embedding$", (None, "fsdp")),
     (r"", ()),

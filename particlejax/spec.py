@@ -146,13 +146,23 @@ class ModelSpec:
     heads: int = 3
     near: bool = True  # attention falls with distance in time and space, learned per head
     mlp: int = 4  # hidden width of the MLP, in widths
+    rotary: bool = False  # queries and keys turned by place (nn/rotary.py)
+    qk_norm: bool = False  # queries and keys normed (arXiv:2302.05442)
+    gate: str = one_of("gelu", "swiglu")  # of the MLP
+    layer_scale: float = at_least(0.0, 0)  # that each branch starts with (arXiv:2103.17239); 0: none
+    fusion: str = one_of("early", "bottleneck", "late", "cross")  # how modalities read each other (nn/fusion.py)
+    fuse_from: int = at_least(0, 0)  # number of the block from which they do, in bottleneck and cross
+    latents: int = at_least(4, 1)  # per clip, that carry what crosses in bottleneck (arXiv:2107.00135)
+    separate: bool = False  # blocks of their own for each modality
+    modality_dropout: float = between(0.0, 0, 1)  # probability that training hides a modality of a clip, never all
     dropout: float = 0.0
     drop_path: float = 0.0  # stochastic depth of the last block, linear from 0 (arXiv:1603.09382)
     reduce: str = one_of("drop", "merge")  # what becomes of tokens after the blocks `reduce_after` (nn/reduce.py)
     reduce_after: tuple[int, ...] = ()  # numbers of blocks, ascending; (): all tokens go through all blocks
     reduce_keep: float = 0.5  # share of a clip's tokens that stays each time
-    pool: str = one_of("mean", "attention")  # how a clip's tokens become the vector that is classified
+    pool: str = one_of("mean", "attention", "token")  # how a clip's tokens become the vector that is classified
     pool_heads: int = 8  # of attention pooling
+    embedding: int = at_least(128, 1)  # width of what clips are compared by
     decoder_width: int = 128
     decoder_depth: int = 2
     decoder_heads: int = 2
@@ -471,6 +481,13 @@ def _check_model(model: ModelSpec) -> None:
     if any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
         raise UserError(f"config.model.reduce_after={model.reduce_after} must name blocks between 1 and {model.depth - 1}, "
                         "ascending: correct it, or leave it empty.")
+    if model.reduce_after and (model.fusion != "early" or model.separate or model.pool == "token"):
+        raise UserError("config.model.reduce_after goes with fusion 'early', shared blocks and pool 'mean' or 'attention', as "
+                        "tokens lose their order: leave it empty, or choose those.")
+    last = model.depth - (2 if model.fusion == "bottleneck" else 1)  # what latents have read is read a block later
+    if model.fuse_from > last and model.fusion != "early":
+        raise UserError(f"config.model.fuse_from={model.fuse_from} is too late for {model.depth} blocks of fusion "
+                        f"{model.fusion!r}: use {last} or less.")
     least = 0.5 if model.reduce == "merge" else 0.0
     if not least <= model.reduce_keep < 1 or not model.reduce_keep:
         raise UserError(f"config.model.reduce_keep={model.reduce_keep:g} must be below 1 and "

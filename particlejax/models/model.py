@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model at the border: a pair of pure functions over the linen modules of the encoder, the decoder and the heads.
 
-Legend: B rows, L slots of all modalities together, D width, S clips of a row, C classes, Q queries, P payload.
+Legend: B rows, L slots of all modalities together, D width, S clips of a row, C classes, Q queries, P payload, E width of
+an embedding.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from particlejax import losses
-from particlejax.nn import embed, heads, reduce, transformer
+from particlejax.nn import attention, embed, fusion, heads, reduce, transformer
 from particlejax.nn.reduce import Tokens
 from particlejax.particles.types import Batch, Particles
 from particlejax.spec import ModelSpec
@@ -21,25 +22,43 @@ from particlejax.typing import Params
 
 
 class Payload(NamedTuple):
-    """What a modality's payloads are: `size` numbers, or ids below `vocabulary` where that is not 0."""
+    """What a modality's payloads are: `size` numbers, or ids below `vocabulary` where that is not 0.
+
+    base: frames, rows and columns of the cuboid that the numbers are of, in the order (t, h, w, channel); () for no cuboid.
+    """
 
     size: int
     vocabulary: int = 0
+    base: tuple[int, ...] = ()
+
+
+class Needs(NamedTuple):
+    """What objectives want of a model besides the encoder: a decoder, a predictor of features, questions about a clip with
+    as many answers each, and the modalities that are compared ((): none).
+    """
+
+    decoder: bool = False
+    predictor: bool = False
+    questions: tuple[tuple[str, int], ...] = ()
+    compared: tuple[str, ...] = ()
 
 
 class Model(NamedTuple):
     """init(key, batch) -> params; apply(params, method, *args, key=None) -> what the method of `ParticleModel` returns.
 
-    A key makes it training: dropout and stochastic depth happen only with one.
+    A key makes it training: dropout, stochastic depth and modality dropout happen only with one.
     """
 
     init: Callable[[Array, Batch], Params]
     apply: Callable[..., Any]
+    payloads: Mapping[str, Payload]
 
 
-def build(spec: ModelSpec, payloads: Mapping[str, Payload], *, classes: int = 0, decoder: bool = False) -> Model:
+def build(spec: ModelSpec, payloads: Mapping[str, Payload], *, classes: int = 0, decoder: bool = False,
+          needs: Needs | None = None) -> Model:
     """The model of a spec for these modalities; with a classification head where classes > 0."""
-    module = ParticleModel(spec, tuple(sorted(payloads.items())), classes, decoder)
+    needs = needs or Needs(decoder=decoder)
+    module = ParticleModel(spec, tuple(sorted(payloads.items())), classes, needs)
 
     def init(key: Array, batch: Batch) -> Params:
         return module.init(key, batch)["params"]
@@ -48,52 +67,92 @@ def build(spec: ModelSpec, payloads: Mapping[str, Payload], *, classes: int = 0,
         rngs = {} if key is None else {"dropout": key}
         return module.apply({"params": params}, *args, method=method, rngs=rngs)
 
-    return Model(init, apply)
+    return Model(init, apply, dict(payloads))
 
 
 class ParticleModel(nn.Module):
-    """Particles of any modalities -> one token sequence -> Transformer; decoder and head are parts of their own."""
+    """Particles of any modalities -> one token sequence -> Transformer; decoder and heads are parts of their own."""
 
     spec: ModelSpec
     payloads: tuple[tuple[str, Payload], ...]
     classes: int
-    with_decoder: bool
+    needs: Needs
 
     def setup(self) -> None:
-        spec, dtype = self.spec, jnp.dtype(self.spec.dtype)
+        spec, dtype, needs = self.spec, jnp.dtype(self.spec.dtype), self.needs
         self.encoder = Encoder(spec, self.payloads)
-        if self.with_decoder:
+        if needs.decoder:
             self.decoder = Decoder(spec, self.payloads)
+        if needs.predictor:
+            self.predictor = Decoder(spec, self.payloads, features=True)
+        if spec.pool == "attention" and (self.classes or needs.questions or needs.compared):
+            self.pool = heads.AttentivePool(spec.pool_heads, dtype)
         if self.classes:
-            if spec.pool == "attention":
-                self.pool = heads.AttentivePool(spec.pool_heads, dtype)
             self.head_norm = nn.LayerNorm(dtype=dtype)
             self.head = nn.Dense(self.classes, kernel_init=nn.initializers.normal(0.02))
+        self.questions = {name: heads.Question(count, dtype) for name, count in needs.questions}
+        if needs.compared:
+            self.compare = heads.Embed(spec.embedding, needs.compared, dtype)
 
     def __call__(self, batch: Batch) -> None:
         """Touches every parameter once, for `init`."""
-        tokens, _ = self.encode(batch.particles)
-        if self.with_decoder:
-            for name, particles in batch.particles.items():
-                self.decode(tokens, particles, name)
+        clips = batch.label.shape[1]
+        tokens, _ = self.encode(batch.particles, clips)
+        for part in ("decode", "predict"):
+            if getattr(self.needs, {"decode": "decoder", "predict": "predictor"}[part]):
+                for name, particles in batch.particles.items():
+                    getattr(self, part)(tokens, particles, name)
         if self.classes:
-            self.classify(tokens, batch.label.shape[1])
+            self.classify(tokens, clips)
+        for name, _ in self.needs.questions:
+            self.ask(tokens, clips, name)
+        for name in self.needs.compared:
+            self.embed(tokens, clips, name)
 
-    def encode(self, particles: Mapping[str, Particles]) -> tuple[Tokens, dict[str, tuple[Array, ...]]]:
-        """Tokens of all particles, and under 'blocks' every block's output, as `Transformer` gives them."""
-        return self.encoder(particles)
+    def encode(self, particles: Mapping[str, Particles], clips: int | None = None
+               ) -> tuple[Tokens, dict[str, tuple[Array, ...]]]:
+        """Tokens of all particles, and under 'blocks' every block's output, as `Transformer` gives them.
+
+        clips: S, which latents, class tokens and modality dropout want to know.
+        """
+        return self.encoder(particles, clips)
 
     def decode(self, tokens: Tokens, query: Particles, modality: str) -> Array:
         """Payloads [B, Q, P] at the queries' places and extents; their own payload is not looked at."""
         return self.decoder(tokens, query, modality)
 
-    def classify(self, tokens: Tokens, clips: int) -> Array:
-        """Logits of each clip, float32 [B, S, C], from its tokens pooled as the spec says."""
+    def predict(self, tokens: Tokens, query: Particles, modality: str) -> Array:
+        """Features [B, Q, D] as an encoder that saw everything would give them there."""
+        return self.predictor(tokens, query, modality)
+
+    def pooled(self, tokens: Tokens, clips: int) -> Array:
+        """One vector a clip, float32 [B, S, D], pooled as the spec says."""
+        if self.spec.pool == "token":
+            return tokens.whole.astype(jnp.float32)
         if self.spec.pool == "attention":
-            pooled = self.pool(tokens.x, tokens.segment, clips)
-        else:
-            pooled = losses.clip_mean(tokens.x.astype(jnp.float32), tokens.segment, clips, tokens.mass)
-        return self.head(self.head_norm(pooled)).astype(jnp.float32)
+            return self.pool(tokens.x, tokens.segment, clips)
+        return losses.clip_mean(tokens.x.astype(jnp.float32), tokens.segment, clips, self._mass(tokens, clips))
+
+    def _mass(self, tokens: Tokens, clips: int) -> Array | None:
+        """Where modalities keep to themselves each counts alike, however many tokens it has."""
+        if tokens.kind is None or self.spec.fusion != "late":
+            return tokens.mass
+        kinds = jax.nn.one_hot(tokens.kind, len(self.payloads))
+        member = losses.membership(tokens.segment, clips)
+        number = jnp.einsum("bls,blk->bsk", member, kinds)
+        return 1 / jnp.maximum(jnp.einsum("bls,blk,bsk->bl", member, kinds, number), 1.0)
+
+    def classify(self, tokens: Tokens, clips: int) -> Array:
+        """Logits of each clip, float32 [B, S, C]."""
+        return self.head(self.head_norm(self.pooled(tokens, clips))).astype(jnp.float32)
+
+    def ask(self, tokens: Tokens, clips: int, question: str) -> Array:
+        """Logits of an objective's own question about each clip, float32 [B, S, C]."""
+        return self.questions[question](self.pooled(tokens, clips))
+
+    def embed(self, tokens: Tokens, clips: int, modality: str) -> tuple[Array, Array, Array]:
+        """Unit vectors of each clip, float32 [B, S, E], to be compared with another modality's; sharpness and bias of that."""
+        return self.compare(self.pooled(tokens, clips), modality)
 
 
 class Encoder(nn.Module):
@@ -103,46 +162,120 @@ class Encoder(nn.Module):
     payloads: tuple[tuple[str, Payload], ...]
 
     @nn.compact
-    def __call__(self, particles: Mapping[str, Particles]) -> tuple[Tokens, dict[str, tuple[Array, ...]]]:
+    def __call__(self, particles: Mapping[str, Particles], clips: int | None = None
+                 ) -> tuple[Tokens, dict[str, tuple[Array, ...]]]:
         spec, dtype = self.spec, jnp.dtype(self.spec.dtype)
         place = embed.Place(spec.width, dtype, name="place")
         modality = embed.Modality(spec.width, tuple(name for name, _ in self.payloads), name="modality")
-        parts = []
+        content = []
         for name, payload in self.payloads:
             if name in particles:
                 p = particles[name]
-                content = embed.Payload(spec.width, payload.vocabulary, dtype, name=f"payload_{name}")(p.payload)
-                parts.append(content + place(p.place, p.extent) + modality(name).astype(dtype))
-        known = [particles[name] for name, _ in self.payloads if name in particles]
-        places = jnp.concatenate([p.place for p in known], axis=1)
-        segment = jnp.concatenate([p.segment for p in known], axis=1)
+                each = embed.Payload(spec.width, payload.vocabulary, dtype, name=f"payload_{name}")(p.payload)
+                content.append(each + place(p.place, p.extent) + modality(name).astype(dtype))
+        names = tuple(name for name, _ in self.payloads if name in particles)
+        places = jnp.concatenate([particles[name].place for name in names], axis=1)
+        segments = [particles[name].segment for name in names]
+        if spec.modality_dropout and self.has_rng("dropout"):
+            segments = fusion.hide(self.make_rng("dropout"), segments, self._known(clips), spec.modality_dropout)
+        tokens = Tokens(jnp.concatenate(content, axis=1), places, jnp.concatenate(segments, axis=1))
+        parts = self._parts(names, [each.shape[1] for each in segments])
+        first = 0
+        if parts:
+            tokens, parts, first = self._lead(tokens, parts, clips)
         reduction = reduce.Reduction(spec.reduce, spec.reduce_after, spec.reduce_keep) if spec.reduce_after else None
-        body = transformer.Transformer(spec.depth, spec.heads, spec.mlp * spec.width, spec.near, spec.dropout,
-                                       spec.drop_path, spec.unroll, dtype, reduction, name="transformer")
-        tokens, blocks = body(Tokens(jnp.concatenate(parts, axis=1), places, segment))
+        body = transformer.Transformer(spec.depth, spec.heads, spec.mlp * spec.width, style_of(spec), spec.drop_path,
+                                       spec.unroll, reduction, name="transformer")
+        tokens, blocks = body(tokens, parts=parts)
+        if parts:
+            tokens, blocks = self._without(tokens, first, clips), tuple(each[:, :, first:] for each in blocks)
+            tokens = tokens._replace(kind=self._kinds(names, segments))
         return tokens, {"blocks": blocks}
+
+    def _parts(self, names: tuple[str, ...], lengths: list[int]) -> fusion.Parts | None:
+        """The parts of the row; None where all tokens read all and go through the same blocks."""
+        spec = self.spec
+        if spec.fusion == "early" and not spec.separate:
+            if spec.pool != "token":
+                return None
+            names, lengths = ("all",), [sum(lengths)]
+        return fusion.Parts(names, tuple(lengths), spec.fusion, spec.fuse_from, spec.separate)
+
+    def _lead(self, tokens: Tokens, parts: fusion.Parts, clips: int | None) -> tuple[Tokens, fusion.Parts, int]:
+        """Puts each clip's class token and latents before its particles, in the middle of its places."""
+        counts = {fusion.CLASS: self.spec.pool == "token", fusion.LATENTS: self.spec.latents * (self.spec.fusion == "bottleneck")}
+        first, names, lengths = 0, (), ()
+        for name, count in counts.items():
+            if count:
+                number = self._known(clips)
+                learned = embed.Learned(self.spec.width, int(count), name=name)()
+                member = losses.membership(tokens.segment, number)
+                middle = losses.clip_mean(tokens.place, tokens.segment, number)
+                segment = jnp.where(member.any(axis=1), jnp.arange(1, number + 1)[None], 0)
+                rows = tokens.x.shape[0]
+                x = jnp.broadcast_to(jnp.tile(learned, (number, 1)), (rows, number * count, self.spec.width)).astype(tokens.x.dtype)
+                repeated = (jnp.repeat(each, count, axis=1) for each in (middle, segment))
+                lead = Tokens(x, *repeated)
+                tokens = Tokens(*(jnp.concatenate(pair, axis=1) for pair in zip(lead[:3], tokens[:3], strict=True)))
+                first, names, lengths = first + number * count, (name, *names), (number * count, *lengths)
+        return tokens, parts._replace(names=names + parts.names, lengths=lengths + parts.lengths), first
+
+    def _without(self, tokens: Tokens, first: int, clips: int | None) -> Tokens:
+        """The particles' tokens alone, the class tokens beside them. What latents know the particles' tokens have read."""
+        whole = tokens.x[:, first - self._known(clips) : first] if self.spec.pool == "token" else None
+        x, place, segment = (each[:, first:] for each in tokens[:3])
+        return Tokens(x, place, segment, whole=whole)
+
+    def _kinds(self, names: tuple[str, ...], segments: list[Array]) -> Array:
+        known = [name for name, _ in self.payloads]
+        return jnp.concatenate([jnp.full_like(each, known.index(name)) for name, each in zip(names, segments, strict=True)], axis=1)
+
+    def _known(self, clips: int | None) -> int:
+        assert clips is not None, "encode wants to be told how many clips a row may hold"
+        return clips
 
 
 class Decoder(nn.Module):
-    """Asks the tokens what is at a place: blocks of cross-attention, queries blind to each other (arXiv:2401.14391)."""
+    """Asks the tokens what is at a place: blocks of cross-attention, queries blind to each other (arXiv:2401.14391).
+
+    It answers with payloads, or, for `features`, with what the encoder makes of them. Where a fusion keeps modalities apart
+    it reads the asked one's tokens alone.
+    """
 
     spec: ModelSpec
     payloads: tuple[tuple[str, Payload], ...]
+    features: bool = False
 
     @nn.compact
     def __call__(self, tokens: Tokens, query: Particles, modality: str) -> Array:
         spec, dtype = self.spec, jnp.dtype(self.spec.dtype)
         width = spec.decoder_width
         names = tuple(name for name, _ in self.payloads)
+        if tokens.kind is not None and spec.fusion in ("late", "bottleneck"):
+            tokens = tokens._replace(segment=jnp.where(tokens.kind == names.index(modality), tokens.segment, 0))
         context = nn.Dense(width, dtype=dtype, name="context")(tokens.x)
         x = embed.Place(width, dtype, name="place")(query.place, query.extent)
         x += embed.Modality(width, names, name="modality")(modality).astype(dtype)
-        body = transformer.Transformer(spec.decoder_depth, spec.decoder_heads, spec.mlp * width, spec.near,
-                                       unroll=spec.unroll, dtype=dtype, name="transformer")
+        body = transformer.Transformer(spec.decoder_depth, spec.decoder_heads, spec.mlp * width,
+                                       style_of(spec)._replace(dropout=0.0), unroll=spec.unroll, name="transformer")
         answers, _ = body(Tokens(x, query.place, query.segment), tokens._replace(x=context))
+        if self.features:
+            return nn.Dense(spec.width, dtype=jnp.float32, name="features")(answers.x.astype(jnp.float32))
         payload = dict(self.payloads)[modality]
         out = nn.Dense(payload.vocabulary or payload.size, dtype=jnp.float32, name=f"payload_{modality}")
         return out(answers.x.astype(jnp.float32))
+
+
+def style_of(spec: ModelSpec) -> attention.Style:
+    """What the blocks of a model are made of."""
+    return attention.Style(spec.near, spec.rotary, spec.qk_norm, spec.gate == "swiglu", spec.layer_scale, spec.dropout,
+                             jnp.dtype(spec.dtype))
+
+
+def part_of(tokens: Tokens, particles: Mapping[str, Particles], modality: str) -> Array:
+    """The tokens [B, l, D] of one modality's slots, where nothing reduced them: modalities stand in the order of their names."""
+    start = sum(each.segment.shape[1] for name, each in particles.items() if name < modality)
+    return tokens.x[:, start : start + particles[modality].segment.shape[1]]
 
 
 def parameter_shapes(model: Model, batch: Batch) -> Any:

@@ -64,3 +64,14 @@ class Modality(nn.Module):
     def __call__(self, name: str) -> Array:
         table = self.param("token", nn.initializers.normal(0.02), (len(self.names), self.width))
         return table[self.names.index(name)][None, None]
+
+
+class Learned(nn.Module):
+    """Vectors [count, D] that are learned and stand for no particle: latents, class tokens."""
+
+    width: int
+    count: int
+
+    @nn.compact
+    def __call__(self) -> Array:
+        return self.param("token", nn.initializers.normal(0.02), (self.count, self.width))

@@ -19,13 +19,17 @@ from particlejax import masks
 class Tokens(NamedTuple):
     """Tokens [B, L, D], each one's place [B, L, 3] and segment [B, L]; modalities stand one after the other.
 
-    mass: float32 [B, L], how many particles a token stands for, None where each stands for one.
+    mass: float32 [B, L], how many particles a token stands for, None where each stands for one. kind: int32 [B, L], the
+    number of a token's modality, None where the fusion makes no difference between them. whole: [B, S, D], the class token
+    of each clip, None where there is none.
     """
 
     x: Array
     place: Array
     segment: Array
     mass: Array | None = None
+    kind: Array | None = None
+    whole: Array | None = None
 
 
 class Reduction(NamedTuple):

@@ -60,7 +60,7 @@ def predict_masked(spec: MaskedSpec, params: Params, model: Model, batch: Batch,
     seen = Particles(**{**vars(whole.take(visible)), "segment": visible_segment})
     query = whole.take(asked)
     particles = {**batch.particles, spec.modality: seen}
-    tokens, _ = model.apply(params, "encode", particles, key=dropout_key if train else None)
+    tokens, _ = model.apply(params, "encode", particles, batch.clip.shape[1], key=dropout_key if train else None)
     predicted = model.apply(params, "decode", tokens, query, spec.modality, key=None)
     target = losses.normalise_payload(query.payload) if spec.normalise else query.payload
     return Prediction(query, predicted, target, seen)
@@ -70,7 +70,7 @@ def classify(spec: ClassifySpec) -> Objective:
     """Softmax cross-entropy of each labelled clip; metrics: loss, top1, top5."""
 
     def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
-        tokens, _ = model.apply(params, "encode", batch.particles, key=key if train else None)
+        tokens, _ = model.apply(params, "encode", batch.particles, batch.clip.shape[1], key=key if train else None)
         logits = model.apply(params, "classify", tokens, batch.label.shape[1])
         labelled = batch.label >= 0
         first, second = (losses.cross_entropy(logits, each, spec.label_smoothing) for each in (batch.label, batch.other))

@@ -50,7 +50,7 @@ def jit_predict(model: Model, ready: Callable[[Batch], Batch], mesh: Mesh) -> Ca
     """(params, batch) -> class probabilities [B, S, C] and clips [B, S], on every process alike."""
 
     def predict(params: Params, batch: Batch) -> tuple[Any, Any]:
-        tokens, _ = model.apply(params, "encode", ready(batch).particles)
+        tokens, _ = model.apply(params, "encode", ready(batch).particles, batch.clip.shape[1])
         return jax.nn.softmax(model.apply(params, "classify", tokens, batch.clip.shape[1])), batch.clip
 
     return jax.jit(predict, out_shardings=NamedSharding(mesh, P()))

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over packed rows: within a segment, knowing where things are.
+
+Legend: B rows, L queries, M keys, D width, H heads, K width of a head.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from particlejax.nn import rotary
+from particlejax.nn.reduce import Tokens
+
+_FAR = -1e9  # the logit of what must not count; finite, so that an empty slot's softmax stays finite
+
+
+def same_segment(query_BL: Array, key_BM: Array) -> Array:
+    """What each query may read, bool [B, L, M]: keys of its own clip; a query in an empty slot reads nothing."""
+    return (query_BL[:, :, None] == key_BM[:, None, :]) & (key_BM[:, None, :] > 0)
+
+
+class Between(NamedTuple):
+    """What attention is told besides content: the places of queries [B, L, 3] and keys [B, M, 3], and who may read whom."""
+
+    query: Array
+    key: Array
+    may: Array  # bool [B, L, M]
+    mass: Array | None = None  # float32 [B, M], how many particles a key stands for; None: each for one
+
+
+def between(query: Tokens, key: Tokens) -> Between:
+    """The relation of queries to keys, each within its segment."""
+    return Between(query.place, key.place, same_segment(query.segment, key.segment), key.mass)
+
+
+class Nearness(nn.Module):
+    """Logits [B, H, L, M] that fall with the squared distance of places: each head learns how fast along each axis.
+
+    A prior of locality in continuous time and space, which a Transformer otherwise needs many clips to find. Heads start
+    between narrow and wide, alternating in time. Linear in features of query and key, so no pair of places is formed.
+    """
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, where: Between) -> Array:
+        log_sharpness = self.param("log_sharpness", _spread, (self.heads, 3))
+        sharpness = jnp.exp(log_sharpness)
+        # -s (q - k)^2 without the term in q alone, which softmax does not see
+        query = 2 * where.query[:, None] * sharpness[None, :, None]
+        cross = jnp.einsum("bhlk,bmk->bhlm", query, where.key)
+        return cross - jnp.einsum("hk,bmk->bhm", sharpness, where.key**2)[:, :, None]
+
+
+def _spread(key: Array, shape: tuple[int, int]) -> Array:
+    del key
+    heads = np.arange(shape[0])
+    space = np.geomspace(0.1, 1.0, shape[0]) if shape[0] > 1 else np.array([0.3])  # frames
+    time = np.where(heads % 2, 2.0, 0.3)  # seconds
+    return jnp.asarray(-np.log(2 * np.stack([time, space, space], axis=-1) ** 2), jnp.float32)
+
+
+class Style(NamedTuple):
+    """What blocks are made of; each default is what a block is without the option."""
+
+    near: bool = True
+    rotary: bool = False
+    qk_norm: bool = False  # queries and keys normed, so that logits stay bounded (arXiv:2302.05442)
+    gated: bool = False  # SwiGLU (arXiv:2002.05202) instead of GELU
+    layer_scale: float = 0.0  # that branches start with (arXiv:2103.17239); 0: none
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+
+class Attention(nn.Module):
+    """Multi-head attention of queries [B, L, D] to keys [B, M, D], in two steps, so that parts of a row can be asked apart."""
+
+    width: int
+    heads: int
+    style: Style
+
+    def setup(self) -> None:
+        split, dtype = (self.heads, self.width // self.heads), self.style.dtype
+        self.query, self.key, self.value = (nn.DenseGeneral(split, dtype=dtype) for _ in range(3))
+        if self.style.qk_norm:
+            self.query_norm, self.key_norm = nn.RMSNorm(dtype=dtype), nn.RMSNorm(dtype=dtype)
+        if self.style.near:
+            self.nearness = Nearness(self.heads)
+        self.out = nn.DenseGeneral(self.width, axis=(-2, -1), dtype=dtype)
+
+    def __call__(self, x_BLD: Array, y_BMD: Array, where: Between) -> Array:
+        return self.answer(self.ask(x_BLD, where.query), *self.tell(y_BMD, where.key), where)
+
+    def ask(self, x_BLD: Array, place: Array) -> Array:
+        """Queries [B, H, L, K]: heads before slots, as XLA's CPU runs the batched product several times faster so."""
+        query = self.query(x_BLD).swapaxes(1, 2)
+        if self.style.qk_norm:
+            query = self.query_norm(query)
+        return rotary.turn(query, place) if self.style.rotary else query
+
+    def tell(self, y_BMD: Array, place: Array) -> tuple[Array, Array]:
+        """Keys and values [B, H, M, K]."""
+        key, value = self.key(y_BMD).swapaxes(1, 2), self.value(y_BMD).swapaxes(1, 2)
+        if self.style.qk_norm:
+            key = self.key_norm(key)
+        return rotary.turn(key, place) if self.style.rotary else key, value
+
+    def answer(self, query: Array, key: Array, value: Array, where: Between) -> Array:
+        """What the queries read, [B, L, D]."""
+        scaled = query * query.shape[-1] ** -0.5
+        logits = jnp.einsum("bhlk,bhmk->bhlm", scaled, key, preferred_element_type=jnp.float32)
+        if self.style.near:
+            logits += self.nearness(where)
+        if where.mass is not None:  # a merged token counts as what it was merged from (arXiv:2210.09461, section 3)
+            logits += jnp.log(jnp.maximum(where.mass, 1.0))[:, None, None]
+        logits = jnp.where(where.may[:, None], logits, _FAR)
+        weights = jax.nn.softmax(logits).astype(self.style.dtype)
+        mixed = jnp.einsum("bhlm,bhmk->bhlk", weights, value)
+        some = where.may.any(axis=-1)[:, None, :, None]  # who may read nothing would else read the mean of the whole row
+        return self.out(jnp.where(some, mixed, 0).swapaxes(1, 2))
