@@ -25,6 +25,14 @@ def tube_scores(key: PRNGKeyArray, place: Float[Array, "B L 3"]) -> Float[Array,
     return jnp.take_along_axis(table, cell[..., 0] * _CELLS + cell[..., 1], axis=1)
 
 
+def motion_scores(key: PRNGKeyArray, change: Float[Array, "B L"], segment: Int[Array, "B L"]) -> Float[Array, "B L"]:
+    """Higher, and so hidden more often, the more a particle changes beside the others of its clip.
+
+    Half of a score is its rank in change, half is drawn.
+    """
+    return (share_rank(change, segment) + jax.random.uniform(key, change.shape)) / 2
+
+
 SCORES: dict[str, Callable] = {"random": random_scores, "tube": tube_scores}
 
 

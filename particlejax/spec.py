@@ -176,7 +176,7 @@ class MaskedSpec:
 
     weight: float = 1.0
     modality: str = "vision"
-    mask: str = one_of("tube", "random")
+    mask: str = one_of("tube", "random", "motion")  # motion: what changes most is hidden more often
     keep: float = 0.25  # share of the particles that the encoder sees
     predict: float = 0.5  # share of the particles that the decoder is asked for
     normalise: bool = True  # targets normalised per particle (arXiv:2111.06377, section 4.1)
@@ -190,7 +190,100 @@ class ClassifySpec:
     label_smoothing: float = 0.0
 
 
-OBJECTIVES = {"masked": MaskedSpec, "classify": ClassifySpec}
+@dataclasses.dataclass(frozen=True)
+class LatentSpec:
+    """Masked prediction of a teacher's features; the teacher is the stage's average, so `ema` is above 0."""
+
+    weight: float = 1.0
+    modality: str = "vision"
+    mask: str = one_of("tube", "random", "motion")
+    keep: float = between(0.25, 0, 1)  # share of the particles that the encoder sees
+    predict: float = between(0.5, 0, 1)  # share of the particles that are asked for
+
+
+@dataclasses.dataclass(frozen=True)
+class NextFrameSpec:
+    """Prediction of the particles of later moments from what ended before."""
+
+    weight: float = 1.0
+    modality: str = "vision"
+    moment: tuple[float, float] = interval((0.25, 0.75), 0, 1)  # shares of the clip that the present is drawn between
+    horizon: float = at_least(0.0, 0)  # seconds ahead; 0: to the end of the clip
+    normalise: bool = True  # targets normalised per particle
+
+
+@dataclasses.dataclass(frozen=True)
+class OrderSpec:
+    """Which of six orders a clip's thirds stand in."""
+
+    weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedSpec:
+    """How often a clip's speed was doubled. Clips want at least 2 ** doublings particles one after the other."""
+
+    weight: float = 1.0
+    doublings: int = between(1, 1, 4)  # at most
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrowSpec:
+    """Whether a clip runs forward or backward."""
+
+    weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformSpec:
+    """Which of eight turns and mirrorings a clip went through."""
+
+    weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SyncSpec:
+    """By how much sound is shifted against sight, or whether it is another clip's."""
+
+    weight: float = 1.0
+    shifts: int = at_least(2, 1)  # steps to either side: 2 * shifts + 1 answers
+    step: int = at_least(2, 1)  # patches of sound of a step
+    other: float = between(0.2, 0, 1)  # share of rows with the sound of another; 0: none
+
+
+@dataclasses.dataclass(frozen=True)
+class ContrastSpec:
+    """Clips told from each other by embeddings of two modalities, or of two masked views of one named twice."""
+
+    weight: float = 1.0
+    pair: tuple[str, str] = ("vision", "text")
+    loss: str = one_of("infonce", "sigmoid")
+    keep: float = between(0.5, 0, 1)  # share of the particles in each of two views
+
+
+@dataclasses.dataclass(frozen=True)
+class MatchSpec:
+    """Whether a text belongs to the clip or to another one of the batch."""
+
+    weight: float = 1.0
+    modality: str = "text"
+    other: float = between(0.5, 0, 1)  # share of rows with the text of another
+
+
+@dataclasses.dataclass(frozen=True)
+class WordsSpec:
+    """Masked language modelling given the rest of the clip."""
+
+    weight: float = 1.0
+    modality: str = "text"
+    keep: float = between(0.7, 0, 1)  # share of the words that the encoder sees; the others are asked for
+
+
+OBJECTIVES = {
+    "masked": MaskedSpec, "latent": LatentSpec, "next_frame": NextFrameSpec, "order": OrderSpec, "speed": SpeedSpec,
+    "arrow": ArrowSpec, "transform": TransformSpec, "sync": SyncSpec, "contrast": ContrastSpec, "match": MatchSpec,
+    "words": WordsSpec, "classify": ClassifySpec,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -457,6 +550,9 @@ def check(experiment: Experiment) -> Experiment:
         experiment.measured(experiment.data_of(stage), experiment.particles_of(stage))
         _check_schedule(stage.schedule, f"{where}.schedule")
         _check_model(experiment.model_of(stage))
+        if "latent" in stage.objectives and (not stage.ema or experiment.model_of(stage).reduce_after):
+            raise UserError(f"{where}.objectives.latent learns from the average of the parameters, slot by slot: set {where}.ema, "
+                            "such as to 0.99, and leave model.reduce_after empty.")
     if "base" in experiment.evaluate.particles:
         raise UserError("config.evaluate.particles cannot change `base`: the model reads payloads of that size.")
     if experiment.checkpoint.keep < 2:

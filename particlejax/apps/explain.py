@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from particlejax.apps import pictures
 from particlejax.data import clips, pipeline, sources
 from particlejax.data.decode import Unreadable
-from particlejax.objectives import objectives
+from particlejax.objectives import masked
 from particlejax.particles import pack
 from particlejax.particles.types import Particles
 from particlejax.spec import DataSpec
@@ -33,7 +33,7 @@ def draw_masked(workdir: Path, name: str, mesh: Mesh) -> None:
     row = pipeline.row_of(stage.data, stage.particles)
     batch = stage.ready(pack.pack([pack.Clip(particles, -1, 0)], [0], row.slots, 1, row.clips))
     shape = type(spec)(**{**vars(spec), "predict": 1 - spec.keep})  # ask for everything that is hidden
-    predict = jax.jit(lambda p, b: objectives.predict_masked(shape, p, stage.model, b, jax.random.key(0), False))
+    predict = jax.jit(lambda p, b: masked.predict_masked(shape, p, stage.model, b, jax.random.key(0), False))
     answer = jax.tree.map(lambda x: np.asarray(x[0]), predict(params, jax.tree.map(np.asarray, batch)))
     folder = Path(workdir) / "report"
     folder.mkdir(exist_ok=True)
@@ -52,7 +52,7 @@ def _first_readable(source: sources.Source, data: DataSpec) -> clips.Clip | None
     return None
 
 
-def _rows(frames: np.ndarray, times: np.ndarray, answer: objectives.Prediction, stage: run.Stage, normalised: bool
+def _rows(frames: np.ndarray, times: np.ndarray, answer: masked.Prediction, stage: run.Stage, normalised: bool
           ) -> dict[str, np.ndarray]:
     spec = stage.particles
     scale = clips.pixel_scale(stage.data, spec)

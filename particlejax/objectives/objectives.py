@@ -1,69 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objectives: pure functions (params, model, batch, key, train) -> (loss, metrics), and the table of them.
+"""The table of objectives: pure functions (params, model, batch, key, train) -> (loss, metrics), any weighted set in one step.
 
-The loss and each metric are means over the clips they apply to; `train` switches dropout, the key feeds masks too.
+The loss and each metric are means over the clips they apply to; `train` switches dropout, the key feeds masks too. They are
+grouped by theme in the files beside this one.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from particlejax import losses, masks
-from particlejax.models.model import Model
-from particlejax.particles.types import Batch, Particles
-from particlejax.spec import ClassifySpec, MaskedSpec
-from particlejax.typing import Metrics, Params
+from particlejax import losses
+from particlejax.models.model import Model, Needs
+from particlejax.objectives import pairs, temporal
+from particlejax.objectives.latent import latent
+from particlejax.objectives.masked import masked, next_frame
+from particlejax.objectives.types import Objective
+from particlejax.objectives.words import words
+from particlejax.particles.types import Batch
+from particlejax.spec import ClassifySpec, ContrastSpec
+from particlejax.typing import Metrics, Params, UserError
 
-Objective = Callable[[Params, Model, Batch, Array, bool], tuple[Array, Metrics]]
+_VISION: tuple[str, ...] = (temporal.VISION,)
 
 
 class Entry(NamedTuple):
-    """An objective's maker and the parts of the model that it needs."""
+    """An objective's maker, the parts of the model that it needs, and the modalities that it reads, of its spec.
+
+    answers: how many answers its question about a clip has, 0 for no question.
+    """
 
     make: Callable[..., Objective]
+    reads: Callable[[Any], tuple[str, ...]] = lambda spec: (spec.modality,)
     decoder: bool = False
+    predictor: bool = False
     head: bool = False
-
-
-def masked(spec: MaskedSpec) -> Objective:
-    """Masked particle prediction (MAE, arXiv:2111.06377; VideoMAE, arXiv:2203.12602) over one modality."""
-
-    def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
-        parts = predict_masked(spec, params, model, batch, key, train)
-        error = losses.squared_error(parts.predicted, parts.target)
-        clips = batch.clip.shape[1]
-        each = losses.clip_mean(error, parts.query.segment, clips)
-        loss = losses.mean(each, batch.clip >= 0)
-        return loss, {"loss": loss}
-
-    return objective
-
-
-class Prediction(NamedTuple):
-    """What was asked, answered and true, [B, Q, ...], and the slots [B, K] that the encoder saw with their segments."""
-
-    query: Particles
-    predicted: Array
-    target: Array
-    visible: Particles
-
-
-def predict_masked(spec: MaskedSpec, params: Params, model: Model, batch: Batch, key: Array, train: bool) -> Prediction:
-    """Masks a batch, encodes what is left and predicts the rest; the report draws its pictures from this too."""
-    mask_key, dropout_key = jax.random.split(key)
-    whole = batch.particles[spec.modality]
-    scores = masks.SCORES[spec.mask](mask_key, whole.place)
-    visible, asked, visible_segment = masks.split(scores, whole.segment, spec.keep, spec.predict)
-    seen = Particles(**{**vars(whole.take(visible)), "segment": visible_segment})
-    query = whole.take(asked)
-    particles = {**batch.particles, spec.modality: seen}
-    tokens, _ = model.apply(params, "encode", particles, batch.clip.shape[1], key=dropout_key if train else None)
-    predicted = model.apply(params, "decode", tokens, query, spec.modality, key=None)
-    target = losses.normalise_payload(query.payload) if spec.normalise else query.payload
-    return Prediction(query, predicted, target, seen)
+    answers: Callable[[Any], int] = lambda spec: 0
 
 
 def classify(spec: ClassifySpec) -> Objective:
@@ -83,11 +57,22 @@ def classify(spec: ClassifySpec) -> Objective:
 
 TABLE: dict[str, Entry] = {
     "masked": Entry(masked, decoder=True),
-    "classify": Entry(classify, head=True),
+    "latent": Entry(latent, predictor=True),
+    "next_frame": Entry(next_frame, decoder=True),
+    "order": Entry(temporal.order, lambda spec: _VISION, answers=lambda spec: len(temporal.PERMUTATIONS)),
+    "speed": Entry(temporal.speed, lambda spec: _VISION, answers=lambda spec: spec.doublings + 1),
+    "arrow": Entry(temporal.arrow, lambda spec: _VISION, answers=lambda spec: 2),
+    "transform": Entry(temporal.transform, lambda spec: _VISION, answers=lambda spec: temporal.TRANSFORMS),
+    "sync": Entry(pairs.sync, lambda spec: (pairs.VISION, pairs.AUDIO),
+                  answers=lambda spec: 2 * spec.shifts + 1 + (spec.other > 0)),
+    "contrast": Entry(pairs.contrast, lambda spec: spec.pair),
+    "match": Entry(pairs.match, answers=lambda spec: 2),
+    "words": Entry(words, decoder=True),
+    "classify": Entry(classify, lambda spec: (), head=True),
 }
 
 
-def combine(specs: Mapping[str, MaskedSpec | ClassifySpec]) -> Objective:
+def combine(specs: Mapping[str, Any]) -> Objective:
     """The weighted sum of objectives; metrics are 'loss' and, of each objective, 'name/metric'."""
     made = {name: TABLE[name].make(spec) for name, spec in specs.items()}
 
@@ -102,8 +87,23 @@ def combine(specs: Mapping[str, MaskedSpec | ClassifySpec]) -> Objective:
     return objective
 
 
-def parts(specs: Mapping[str, object]) -> dict[str, bool]:
-    """Which parts of the model the objectives need: decoder, head."""
-    return {part: any(getattr(TABLE[name], part) for name in specs) for part in ("decoder", "head")}
+def parts(specs: Mapping[str, Any]) -> Needs:
+    """Which parts of the model the objectives need, besides a head."""
+    asked = tuple((name, TABLE[name].answers(spec)) for name, spec in specs.items() if TABLE[name].answers(spec))
+    compared = {name for spec in specs.values() if isinstance(spec, ContrastSpec) for name in spec.pair}
+    return Needs(any(TABLE[name].decoder for name in specs), any(TABLE[name].predictor for name in specs), asked,
+                 tuple(sorted(compared)))
 
 
+def classifies(specs: Mapping[str, Any]) -> bool:
+    """Whether the objectives need a classification head, and so labels."""
+    return any(TABLE[name].head for name in specs)
+
+
+def check(specs: Mapping[str, Any], modalities: Mapping[str, Any]) -> None:
+    """Raises UserError for an objective of modalities that the data do not have."""
+    for name, spec in specs.items():
+        lacking = [each for each in TABLE[name].reads(spec) if each not in modalities]
+        if lacking:
+            raise UserError(f"objective {name} reads {lacking[0]}, which config.data.modalities={tuple(modalities)} lacks: add "
+                            "it there, or leave the objective out.")

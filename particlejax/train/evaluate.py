@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from particlejax import sharding
 from particlejax.data import pipeline
 from particlejax.models.model import Model
-from particlejax.objectives.objectives import Objective
+from particlejax.objectives.types import Objective
 from particlejax.particles.types import Batch
 from particlejax.train.log import Progress
 from particlejax.typing import Metrics, Params

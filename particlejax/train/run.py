@@ -84,14 +84,17 @@ def build(experiment: Experiment, name: str, classes: tuple[str, ...]) -> Stage:
     data, particles = experiment.data_of(spec), experiment.particles_of(spec)
     _check_directed(data, classes)
     row = pipeline.row_of(data, particles, spec.schedule)
-    parts = objectives.parts(spec.objectives)
-    if parts["head"] and not classes:
+    objectives.check(spec.objectives, row.slots)
+    labelled = objectives.classifies(spec.objectives)
+    if labelled and not classes:
         raise UserError(f"stage {name} classifies but {data.source} has no labels: give clips.csv a column 'label', or "
                         "put the clips into one folder a class.")
     ids = pipeline.vocabularies(data)
-    payloads = {modality: models.Payload(each.size, ids.get(modality, 0)) for modality, each in row.slots.items()}
-    model = models.build(experiment.model_of(spec), payloads, classes=len(classes) if parts["head"] else 0,
-                         decoder=parts["decoder"])
+    bases = {clips.VISION: particles.base, clips.AUDIO: (*data.audio.patch, 1)}
+    payloads = {modality: models.Payload(each.size, ids.get(modality, 0), bases.get(modality, ()))
+                for modality, each in row.slots.items()}
+    model = models.build(experiment.model_of(spec), payloads, classes=len(classes) if labelled else 0,
+                         needs=objectives.parts(spec.objectives))
     stage = Stage(name, spec, experiment, data, particles, classes, model, pipeline.example(row, 1))
     return replace(stage, example=stage.ready(stage.example))
 

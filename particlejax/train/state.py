@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from particlejax import sharding
 from particlejax.models.model import Model
-from particlejax.objectives.objectives import Objective
+from particlejax.objectives.latent import TEACHER
+from particlejax.objectives.types import Objective
 from particlejax.particles.types import Batch
 from particlejax.typing import Metrics, Params
 
@@ -67,11 +68,16 @@ def make_step(model: Model, objective: Objective, optimizer: optax.GradientTrans
     With `accumulate` > 1 the rows are cut into that many micro-batches under a scan, each weighted by its clips.
     """
 
-    def gradient(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
-        (_, metrics), grads = jax.value_and_grad(lambda p: objective(p, model, batch, key, True), has_aux=True)(params)
-        return grads, metrics
-
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        teacher = {TEACHER: state.average} if ema else {}  # beside the parameters, so that it has no gradient
+
+        def gradient(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
+            def loss(params: Params) -> tuple[Array, Metrics]:
+                return objective({**params, **teacher}, model, batch, key, True)
+
+            (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
+            return grads, metrics
+
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         grads, metrics = accumulated(gradient, accumulate)(state.params, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

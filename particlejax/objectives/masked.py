@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hidden particles asked for by payload: masked prediction of one modality, and of later moments from the past.
+
+Legend: B rows, L slots, K visible, Q asked for, S clips of a row.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from particlejax import losses, masks
+from particlejax.models.model import Model
+from particlejax.objectives import clock
+from particlejax.objectives.types import Objective
+from particlejax.particles.types import Batch, Particles
+from particlejax.spec import LatentSpec, MaskedSpec, NextFrameSpec
+from particlejax.typing import Metrics, Params
+
+
+class Prediction(NamedTuple):
+    """What was asked, answered and true, [B, Q, ...], and the slots [B, K] that the encoder saw with their segments."""
+
+    query: Particles
+    predicted: Array
+    target: Array
+    visible: Particles
+
+
+def masked(spec: MaskedSpec) -> Objective:
+    """Masked particle prediction (MAE, arXiv:2111.06377; VideoMAE, arXiv:2203.12602) over one modality; metrics: loss."""
+
+    def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
+        loss = error_of(predict_masked(spec, params, model, batch, key, train), batch)
+        return loss, {"loss": loss}
+
+    return objective
+
+
+def next_frame(spec: NextFrameSpec) -> Objective:
+    """What follows a moment drawn for each clip, from what ended before it in any modality; metrics: loss."""
+
+    def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
+        loss = error_of(predict_next(spec, params, model, batch, key, train), batch)
+        return loss, {"loss": loss}
+
+    return objective
+
+
+def error_of(found: Prediction, batch: Batch) -> Array:
+    """Mean over the clips that were asked something of their particles' squared errors."""
+    clips = batch.clip.shape[1]
+    error = losses.squared_error(found.predicted, found.target)
+    asked = losses.membership(found.query.segment, clips).any(axis=1)
+    return losses.mean(losses.clip_mean(error, found.query.segment, clips), asked & (batch.clip >= 0))
+
+
+def predict_masked(spec: MaskedSpec, params: Params, model: Model, batch: Batch, key: Array, train: bool) -> Prediction:
+    """Masks a batch, encodes what is left and predicts the rest; the report draws its pictures from this too."""
+    mask_key, dropout_key = jax.random.split(key)
+    whole = batch.particles[spec.modality]
+    seen, asked = hide(spec, model, whole, mask_key)
+    query = whole.take(asked)
+    particles = {**batch.particles, spec.modality: seen}
+    predicted = ask(params, model, particles, query, spec.modality, batch, dropout_key if train else None)
+    return Prediction(query, predicted, _target(query, spec.normalise), seen)
+
+
+def hide(spec: MaskedSpec | LatentSpec, model: Model, whole: Particles, key: Array) -> tuple[Particles, Array]:
+    """What of one modality stays visible, and the slots [B, Q] that are asked for."""
+    if spec.mask == "motion":
+        scores = masks.motion_scores(key, change(whole, model.payloads[spec.modality].base), whole.segment)
+    else:
+        scores = masks.SCORES[spec.mask](key, whole.place)
+    visible, asked, visible_segment = masks.split(scores, whole.segment, spec.keep, spec.predict)
+    return Particles(**{**vars(whole.take(visible)), "segment": visible_segment}), asked
+
+
+def change(particles: Particles, base: tuple[int, ...]) -> Array:
+    """How much each particle changes over its own time, [B, L]; where a payload is one moment, how it differs from its clip."""
+    payload = particles.payload
+    if base and base[0] > 1:
+        moments = payload.reshape(*payload.shape[:2], base[0], -1)
+        return jnp.abs(jnp.diff(moments, axis=2)).mean(axis=(2, 3))
+    same = (particles.segment[:, :, None] == particles.segment[:, None]).astype(jnp.float32)
+    mean = jnp.einsum("blm,bmp->blp", same, payload) / same.sum(axis=-1, keepdims=True)
+    return jnp.abs(payload - mean).mean(axis=-1)
+
+
+def ask(params: Params, model: Model, particles: Mapping[str, Particles], query: Particles, modality: str, batch: Batch,
+        key: Array | None) -> Array:
+    """The decoder's answers [B, Q, ...] from what of these particles the encoder makes."""
+    tokens, _ = model.apply(params, "encode", particles, batch.clip.shape[1], key=key)
+    return model.apply(params, "decode", tokens, query, modality, key=None)
+
+
+def predict_next(spec: NextFrameSpec, params: Params, model: Model, batch: Batch, key: Array, train: bool) -> Prediction:
+    """Draws a moment for each clip, shows the encoder only what ended by then and asks for what begins after it.
+
+    Whatever lies across the moment, such as a caption of the whole clip, is neither shown nor asked for: nothing of the
+    future is in reach, whatever the attention does.
+    """
+    moment_key, dropout_key = jax.random.split(key)
+    whole, clips = batch.particles[spec.modality], batch.clip.shape[1]
+    first, last = clock.span(whole, clips)
+    moment = first + (last - first) * jax.random.uniform(moment_key, first.shape, jnp.float32, *spec.moment)
+    past = {name: clock.keep(p, clock.end(p) <= clock.of_particle(moment, p) + clock.SLACK)
+            for name, p in batch.particles.items()}
+    since = clock.start(whole) - clock.of_particle(moment, whole)
+    query = clock.keep(whole, (since >= -clock.SLACK) & (since < (spec.horizon or jnp.inf)))
+    predicted = ask(params, model, past, query, spec.modality, batch, dropout_key if train else None)
+    return Prediction(query, predicted, _target(query, spec.normalise), past[spec.modality])
+
+
+def _target(query: Particles, normalise: bool) -> Array:
+    return losses.normalise_payload(query.payload) if normalise else query.payload

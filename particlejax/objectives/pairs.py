@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What belongs together: sound and sight in time, modalities of one clip among all clips, a text and its clip.
+
+Another clip is the same place in the next row, so that packed rows stay what they are. Legend: B rows, L slots, S clips of a
+row, E width of an embedding, N clips of the batch.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from particlejax import losses, masks
+from particlejax.models.model import Model
+from particlejax.objectives import clock, questions
+from particlejax.objectives.types import Objective
+from particlejax.particles.types import Batch, Particles
+from particlejax.spec import ContrastSpec, MatchSpec, SyncSpec
+from particlejax.typing import Metrics, Params
+
+VISION, AUDIO = "vision", "audio"
+
+
+def sync(spec: SyncSpec) -> Objective:
+    """By how much is the sound shifted against sight, or is it another clip's (arXiv:1804.03641)? Metrics: loss, top1, asked."""
+
+    def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
+        label_key, swap_key, key = jax.random.split(key, 3)
+        clips, sight = batch.clip.shape[1], batch.particles[VISION]
+        label = jax.random.randint(label_key, batch.clip.shape, 0, 2 * spec.shifts + 1)
+        sound, asked = shift(batch.particles[AUDIO], label - spec.shifts, spec.shifts, spec.step)
+        if spec.other:
+            swapped = _swapped(swap_key, batch, spec.other)
+            sound = _choose(swapped, sound, _next(sound))
+            label = jnp.where(swapped, 2 * spec.shifts + 1, label)
+            asked = clock.present(sound, clips) & (~swapped | (batch.clip != _next(batch.clip)))
+        asked &= clock.present(sight, clips)
+        return questions.answer("sync", params, model, {VISION: sight, AUDIO: sound}, batch, label, asked, key if train else None)
+
+    return objective
+
+
+def shift(sound: Particles, by_BS: Array, most: int, step: int) -> tuple[Particles, Array]:
+    """Sound moved by as many steps against sight, and which clips have enough of it; a step is `step` of its own patches.
+
+    What is heard always fills the same part of the clip, with the same patches, whichever the shift: only its content tells.
+    """
+    clips = by_BS.shape[1]
+    first, last = clock.span(sound, clips)
+    unit = clock.longest(sound, last - first)
+    steps = jnp.floor((last - first + clock.SLACK) / jnp.maximum(unit, clock.SLACK))
+    heard = (steps - 2 * most * step) * unit
+    by = by_BS * step * unit
+    begin = clock.of_particle(first + most * step * unit + by, sound)
+    inside = (clock.start(sound) >= begin - clock.SLACK) & (
+        clock.end(sound) <= begin + clock.of_particle(heard, sound) + clock.SLACK)
+    shown = clock.keep(clock.moved(sound, sound.place[..., 0] - clock.of_particle(by, sound)), inside & (sound.segment > 0))
+    return shown, clock.present(shown, clips)
+
+
+def match(spec: MatchSpec) -> Objective:
+    """Does the text belong to the clip or to another one (ALBEF's matching, arXiv:2107.07651)? Metrics: loss, top1, asked."""
+
+    def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
+        swap_key, key = jax.random.split(key)
+        clips, text = batch.clip.shape[1], batch.particles[spec.modality]
+        swapped = _swapped(swap_key, batch, spec.other)
+        shown = _choose(swapped, text, _next(text))
+        label = (~swapped | ~_differs(text, clips)).astype(jnp.int32)  # the same words of another clip belong, too
+        rest = {name: each for name, each in batch.particles.items() if name != spec.modality}
+        asked = clock.present(shown, clips) & jnp.stack([clock.present(each, clips) for each in rest.values()]).any(axis=0)
+        return questions.answer("match", params, model, {**rest, spec.modality: shown}, batch, label, asked, key if train else None)
+
+    return objective
+
+
+def _next(tree: Particles | Array) -> Particles | Array:
+    """What stands in the next row."""
+    return jax.tree.map(lambda x: jnp.roll(x, -1, axis=0), tree)
+
+
+def _swapped(key: Array, batch: Batch, share: float) -> Array:
+    """Clips [B, S] of the rows that are given what the next row's have; one draw a row, none where there is but one row."""
+    rows, clips = batch.clip.shape
+    drawn = jax.random.bernoulli(key, share if rows > 1 else 0.0, (rows, 1))
+    return jnp.broadcast_to(drawn, (rows, clips))
+
+
+def _choose(swapped_BS: Array, own: Particles, other: Particles) -> Particles:
+    row = swapped_BS[:, 0]
+    return jax.tree.map(lambda a, b: jnp.where(row.reshape(-1, *(1,) * (a.ndim - 1)), b, a), own, other)
+
+
+def _differs(text: Particles, clips: int) -> Array:
+    """Whether each clip's slots hold something else in the next row, [B, S]."""
+    other = _next(text)
+    same = (text.payload == other.payload).all(axis=-1) & (text.segment == other.segment)
+    return (clock.member(text, clips) & ~same[..., None]).any(axis=1) | (
+        clock.present(text, clips) != clock.present(other, clips))
+
+
+def contrast(spec: ContrastSpec) -> Objective:
+    """Which of all clips does this one belong to (CLIP, arXiv:2103.00020; SigLIP, arXiv:2303.15343)?
+
+    Of two modalities, each encoded by itself; of one modality named twice, two masked views. Negatives are all clips of the
+    batch, over the whole mesh: arrays are global under jit, the compiler gathers them (with micro-batches, of each one).
+    Clips without either modality are left out. Metrics: loss; recall, the share of clips whose nearest is their own.
+    """
+
+    def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
+        view_key, *keys = jax.random.split(key, 3)
+        views = _views(spec, batch, view_key)
+        clips = batch.clip.shape[1]
+        units = []
+        for name, view, each in zip(spec.pair, views, keys, strict=True):
+            tokens, _ = model.apply(params, "encode", {name: view}, clips, key=each if train else None)
+            unit, sharpness, bias = model.apply(params, "embed", tokens, clips, name)
+            units.append(unit.reshape(-1, unit.shape[-1]))
+        both = clock.present(views[0], clips) & clock.present(views[1], clips) & (batch.clip >= 0)
+        alike = jnp.einsum("ne,me->nm", *units)
+        there = both.reshape(-1)
+        loss = infonce(alike * sharpness, there) if spec.loss == "infonce" else sigmoid(alike * sharpness + bias, there)
+        nearest = jnp.where(there[None], alike, -jnp.inf).argmax(axis=1) == jnp.arange(len(there))
+        return loss, {"loss": loss, "recall": losses.mean(nearest, there), "sharpness": sharpness}
+
+    return objective
+
+
+def _views(spec: ContrastSpec, batch: Batch, key: Array) -> tuple[Particles, Particles]:
+    first, second = (batch.particles[name] for name in spec.pair)
+    if spec.pair[0] != spec.pair[1]:
+        return first, second
+    share = masks.share_rank(masks.random_scores(key, first.place), first.segment)
+    return clock.keep(first, share < spec.keep), clock.keep(first, (share > 1 - spec.keep) & (share < 1))
+
+
+def infonce(logits_NM: Array, there: Array) -> Array:
+    """Cross-entropy of finding each clip's own among all, both ways, mean over the clips that are there."""
+    logits = jnp.where(there[:, None] & there[None], logits_NM, -1e9)
+    own = jnp.arange(len(there))
+    both = (losses.cross_entropy(logits, own) + losses.cross_entropy(logits.T, own)) / 2
+    return losses.mean(both, there)
+
+
+def sigmoid(logits_NM: Array, there: Array) -> Array:
+    """Each pair by itself: own or not; the sum over a clip's pairs, mean over the clips that are there."""
+    sign = 2 * jnp.eye(len(there)) - 1
+    each = -jax.nn.log_sigmoid(sign * logits_NM) * (there[:, None] & there[None])
+    return losses.mean(each.sum(axis=1), there)

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pretexts of time and scene: what was done to a clip? Done on the device, to the particles themselves, one draw a clip.
+
+Only sight is shown, as sound would tell. Nothing but the payloads may tell: what is done leaves places, extents and number of
+a grid's or a pyramid's particles the same for each answer. Legend: B rows, L slots, S clips of a row, P numbers of a payload.
+"""
+
+import itertools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from particlejax.models.model import Model
+from particlejax.objectives import clock, questions
+from particlejax.objectives.types import Objective
+from particlejax.particles.types import Batch, Particles
+from particlejax.spec import ArrowSpec, OrderSpec, SpeedSpec, TransformSpec
+from particlejax.typing import Metrics, Params, UserError
+
+VISION = "vision"
+PERMUTATIONS = np.array(list(itertools.permutations(range(3))))  # where each third goes
+TRANSFORMS = 8  # quarter turns, and the same mirrored
+
+
+def arrow(spec: ArrowSpec) -> Objective:
+    """Does time run forward or backward (arXiv:1803.09490)? Metrics: loss, top1, asked."""
+    del spec
+
+    def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
+        whole, label, key = _drawn(batch, key, 2)
+        shown = reverse(whole, label > 0, _base(model, "arrow"))
+        asked = _known(whole, batch)
+        return questions.answer("arrow", params, model, {VISION: shown}, batch, label, asked, key if train else None)
+
+    return objective
+
+
+def transform(spec: TransformSpec) -> Objective:
+    """By which of eight turns and mirrorings was the clip changed (arXiv:1803.07728)? Metrics: loss, top1, asked."""
+    del spec
+
+    def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
+        whole, label, key = _drawn(batch, key, TRANSFORMS)
+        shown = turn(whole, label, _base(model, "transform"))
+        asked = _known(whole, batch)
+        return questions.answer("transform", params, model, {VISION: shown}, batch, label, asked, key if train else None)
+
+    return objective
+
+
+def order(spec: OrderSpec) -> Objective:
+    """In which order do the clip's thirds stand (arXiv:1603.08561)? Metrics: loss, top1, asked."""
+    del spec
+
+    def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
+        whole, label, key = _drawn(batch, key, len(PERMUTATIONS))
+        shown, asked = shuffle(whole, label)
+        return questions.answer("order", params, model, {VISION: shown}, batch, label, asked, key if train else None)
+
+    return objective
+
+
+def speed(spec: SpeedSpec) -> Objective:
+    """How often was the speed doubled (arXiv:2004.06130)? Metrics: loss, top1, asked."""
+
+    def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
+        window_key, key = jax.random.split(key)
+        whole, label, key = _drawn(batch, key, spec.doublings + 1)
+        where = jax.random.uniform(window_key, label.shape)
+        shown, asked = faster(whole, label, where, spec.doublings, _base(model, "speed"))
+        return questions.answer("speed", params, model, {VISION: shown}, batch, label, asked, key if train else None)
+
+    return objective
+
+
+def _drawn(batch: Batch, key: Array, answers: int) -> tuple[Particles, Array, Array]:
+    label_key, key = jax.random.split(key)
+    return batch.particles[VISION], jax.random.randint(label_key, batch.clip.shape, 0, answers), key
+
+
+def _known(whole: Particles, batch: Batch) -> Array:
+    return clock.present(whole, batch.clip.shape[1])
+
+
+def _base(model: Model, name: str) -> tuple[int, ...]:
+    base = model.payloads[VISION].base
+    assert base, f"objective {name} wants to know the cuboid of a payload: give models.Payload its base"
+    if name == "transform" and base[1] != base[2]:
+        raise UserError(f"objective transform turns cuboids and config.particles.base={base} is not square: make its rows and "
+                        "columns alike.")
+    return base
+
+
+def reverse(whole: Particles, backward_BS: Array, base: tuple[int, ...]) -> Particles:
+    """The clips that are to run backward, mirrored in their own span: places, and the frames within payloads."""
+    first, last = clock.span(whole, backward_BS.shape[1])
+    backward = clock.of_particle(backward_BS, whole)
+    index = np.arange(whole.payload.shape[-1]).reshape(*base, -1)[::-1].reshape(-1)
+    time = jnp.where(backward, clock.of_particle(first + last, whole) - whole.place[..., 0], whole.place[..., 0])
+    payload = jnp.where(backward[..., None], whole.payload[..., index], whole.payload)
+    return clock.moved(replace(whole, payload=payload), time)
+
+
+def turn(whole: Particles, label_BS: Array, base: tuple[int, ...]) -> Particles:
+    """Each clip turned by label % 4 quarters, counter-clockwise, and mirrored left and right where label >= 4."""
+    pixels = np.arange(whole.payload.shape[-1]).reshape(*base, -1)
+    quarter, mirror = np.array([[0.0, -1.0], [1.0, 0.0]]), np.array([[1.0, 0.0], [0.0, -1.0]])  # of (row, column) about the centre
+    index, ways = [], []
+    for label in range(TRANSFORMS):
+        turned, way = np.rot90(pixels, label % 4, axes=(1, 2)), np.linalg.matrix_power(quarter, label % 4)
+        index.append((turned[:, :, ::-1] if label >= 4 else turned).reshape(-1))
+        ways.append(mirror @ way if label >= 4 else way)
+    label = clock.of_particle(label_BS, whole)
+    way = jnp.asarray(np.stack(ways), jnp.float32)[label]
+    centre = jnp.einsum("blij,blj->bli", way, whole.place[..., 1:] - 0.5) + 0.5
+    size = jnp.einsum("blij,blj->bli", jnp.abs(way), whole.extent[..., 1:])
+    payload = jnp.take_along_axis(whole.payload, jnp.asarray(np.stack(index))[label], axis=-1)
+    return Particles(payload, jnp.concatenate([whole.place[..., :1], centre], axis=-1),
+                     jnp.concatenate([whole.extent[..., :1], size], axis=-1), whole.segment)
+
+
+def shuffle(whole: Particles, label_BS: Array) -> tuple[Particles, Array]:
+    """Thirds of each clip in the order of its label, and which clips have something in every third.
+
+    Thirds are as many of the longest particles that fit into one, so that the lattice of coarse and fine ones begins anew
+    in each; what crosses their borders, or is left at the end, goes.
+    """
+    clips = label_BS.shape[1]
+    first, last = clock.span(whole, clips)
+    unit = clock.longest(whole, (last - first) / 3)
+    length = unit * jnp.floor((last - first + clock.SLACK) / 3 / jnp.maximum(unit, clock.SLACK))
+    third = jnp.maximum(clock.of_particle(length, whole), clock.SLACK)
+    since = clock.start(whole) - clock.of_particle(first, whole)
+    number = jnp.floor((since + clock.SLACK) / third).astype(jnp.int32)
+    ends = clock.end(whole) - clock.of_particle(first, whole) <= (number + 1) * third + clock.SLACK
+    stays = (number < 3) & ends & (whole.segment > 0)
+    number = jnp.minimum(number, 2)
+    to = jnp.asarray(PERMUTATIONS)[clock.of_particle(label_BS, whole), number]
+    shown = clock.keep(clock.moved(whole, whole.place[..., 0] + (to - number) * third), stays)
+    each = clock.member(shown, clips)[..., None] & (to[..., None] == jnp.arange(3))[:, :, None]  # [B, L, S, 3]
+    return shown, each.any(axis=1).all(axis=-1)
+
+
+def faster(whole: Particles, label_BS: Array, where_BS: Array, most: int, base: tuple[int, ...]) -> tuple[Particles, Array]:
+    """A part of each clip with its speed doubled label times, and which clips are long enough for it.
+
+    Whatever the label, what is shown is as long, made of as many particles of the same extents, and begins at the same
+    time: slow clips show a shorter part, which lies where `where_BS` in [0, 1) says. Doubling makes one particle of every
+    other frame of two that follow each other; what has no successor goes.
+    """
+    clips = label_BS.shape[1]
+    first, last = clock.span(whole, clips)
+    unit = clock.longest(whole, (last - first) / 2**most)
+    steps = jnp.floor((last - first + clock.SLACK) / jnp.maximum(unit, clock.SLACK))
+    part = jnp.floor(steps / 2**most)
+    source = part * 2.0**label_BS
+    begin = first + unit * jnp.floor(where_BS * (steps - source + 1))
+    since = clock.start(whole) - clock.of_particle(begin, whole)
+    until = clock.end(whole) - clock.of_particle(begin + source * unit, whole)
+    there = (since >= -clock.SLACK) & (until <= clock.SLACK) & (whole.segment > 0)
+    shown = clock.keep(clock.moved(whole, since + whole.extent[..., 0] / 2), there)
+    for step in range(most):
+        doubled = _doubled(shown, base)
+        fast = clock.of_particle(label_BS, whole) > step
+        shown = jax.tree.map(lambda a, b, f=fast: jnp.where(f[..., None] if a.ndim == 3 else f, a, b), doubled, shown)
+    return shown, clock.present(shown, clips)
+
+
+def _doubled(shown: Particles, base: tuple[int, ...]) -> Particles:
+    start, duration = clock.start(shown), shown.extent[..., 0]
+    apart = shown.place[:, :, None] - shown.place[:, None]  # [B, L, M, 3], of M that may precede L
+    wider = jnp.abs(shown.extent[:, :, None] - shown.extent[:, None])
+    follows = (jnp.abs(apart[..., 0] - duration[:, None]) < clock.SLACK) & (jnp.abs(apart[..., 1:]) < 1e-4).all(axis=-1)
+    own = (shown.segment[:, :, None] == shown.segment[:, None]) & (shown.segment > 0)[:, None]
+    pair = follows & (wider < 1e-4).all(axis=-1) & own
+    next_one, found = pair.argmax(axis=1), pair.any(axis=1)
+    even = jnp.round(start / jnp.maximum(duration, clock.SLACK)).astype(jnp.int32) % 2 == 0
+    after = jnp.take_along_axis(shown.payload, next_one[..., None], axis=1)
+    frames = jnp.concatenate([x.reshape(*x.shape[:2], base[0], -1) for x in (shown.payload, after)], axis=2)[:, :, ::2]
+    new = replace(shown, payload=frames.reshape(shown.payload.shape))
+    return clock.keep(clock.moved(new, start / 2 + duration / 2), even & found)

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What pretexts do to particles is what they would do to the video, and nothing but payloads tells what was done."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from particlejax.objectives import clock, pairs, temporal
+from particlejax.particles import pack, policies
+from particlejax.particles.types import Particles
+from particlejax.spec import ParticleSpec
+
+BASE = (2, 4, 4)
+CUTS = {"grid": ParticleSpec("grid", BASE), "pyramid": ParticleSpec("pyramid", BASE, (2, 2, 2), 2)}
+
+
+def video(frames: int = 16, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(frames, 8, 8, 3)).astype(np.float32)
+
+
+def cut(frames: np.ndarray, policy: str = "grid") -> Particles:
+    return policies.cut_clip(frames, np.arange(len(frames), dtype=np.float32) / 4, CUTS[policy])
+
+
+def row(*clips: Particles, length: int = 0) -> Particles:
+    """Clips packed into one row."""
+    packed = pack.pack([pack.Clip({"vision": each}, 0, i) for i, each in enumerate(clips)], [0] * len(clips),
+                       {"vision": pack.Slots(length or sum(len(each.segment) for each in clips), clips[0].payload.shape[1])},
+                       1, len(clips))
+    return jax.tree.map(jnp.asarray, packed.particles["vision"])
+
+
+def table(particles: Particles, segment: int = 1, payload: bool = True) -> np.ndarray:
+    """One line a particle: place, extent, payload, in the order of places."""
+    here = np.asarray(particles.segment[0]) == segment
+    fields = (particles.place, particles.extent, particles.payload)[: 2 + payload]
+    lines = np.concatenate([np.asarray(x)[0][here] for x in fields], -1)
+    return lines[np.lexsort(np.round(lines[:, :6], 3).T)]
+
+
+@pytest.mark.parametrize("policy", CUTS)
+def test_running_backward_is_the_reversed_video(policy: str) -> None:
+    made = temporal.reverse(row(cut(video(), policy)), jnp.array([[True]]), BASE)
+    np.testing.assert_allclose(table(made), table(row(cut(video()[::-1].copy(), policy))), atol=1e-5)
+
+
+@pytest.mark.parametrize("label", range(8))
+def test_turning_particles_is_turning_the_video(label: int) -> None:
+    turned = np.rot90(video(), label % 4, axes=(1, 2))
+    turned = turned[:, :, ::-1] if label >= 4 else turned
+    made = temporal.turn(row(cut(video(), "pyramid")), jnp.array([[label]]), BASE)
+    np.testing.assert_allclose(table(made), table(row(cut(turned.copy(), "pyramid"))), atol=1e-5)
+
+
+def test_twice_as_fast_is_every_other_frame() -> None:
+    whole = row(cut(video()))
+    made, asked = temporal.faster(whole, jnp.array([[1]]), jnp.array([[0.3]]), 1, BASE)
+    expected = table(row(cut(video()[::2].copy())))
+    np.testing.assert_allclose(table(made), expected, atol=1e-5)
+    slow, _ = temporal.faster(whole, jnp.array([[0]]), jnp.array([[0.0]]), 1, BASE)
+    np.testing.assert_allclose(table(slow), table(row(cut(video()[:8].copy()))), atol=1e-5)
+    assert asked.all()
+
+
+@pytest.mark.parametrize("policy", CUTS)
+def test_only_payloads_tell_the_speed(policy: str) -> None:
+    whole = row(cut(video(32), policy))
+    seen = [table(temporal.faster(whole, jnp.array([[label]]), jnp.array([[where]]), 2, BASE)[0], payload=False)
+            for label in range(3) for where in (0.0, 0.9)]
+    assert len(seen[0]) >= 4 * 4
+    for each in seen:
+        np.testing.assert_allclose(each, seen[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("policy, frames", [("grid", 16), ("grid", 14), ("pyramid", 32)])
+def test_only_payloads_tell_the_order(policy: str, frames: int) -> None:
+    whole = row(cut(video(frames), policy))
+    made = [temporal.shuffle(whole, jnp.array([[label]])) for label in range(6)]
+    assert all(asked.all() for _, asked in made)
+    seen = [table(each, payload=False) for each, _ in made]
+    for each in seen:
+        np.testing.assert_allclose(each, seen[0], atol=1e-4)
+    payloads = {np.round(table(each)[:, 6:], 4).tobytes() for each, _ in made}
+    assert len(payloads) == 6, "each order is another"
+
+
+def sound(patches: int, start: float = 0.0) -> Particles:
+    t = start + 0.16 * np.arange(patches, dtype=np.float32)
+    place = np.stack([t + 0.08, np.full(patches, 0.5), np.full(patches, 0.5)], -1).astype(np.float32)
+    return Particles(np.arange(patches, dtype=np.float32)[:, None], place, np.full((patches, 3), [0.16, 1, 1], np.float32),
+                     np.ones(patches, np.int32))
+
+
+def test_only_payloads_tell_the_shift_of_sound() -> None:
+    whole = row(sound(20))
+    made = [pairs.shift(whole, jnp.array([[by]]), 2, 3) for by in range(-2, 3)]
+    assert all(asked.all() for _, asked in made)
+    for by, (each, _) in zip(range(-2, 3), made, strict=True):
+        lines = table(each)
+        np.testing.assert_allclose(lines[:, :6], table(made[0][0])[:, :6], atol=1e-4)
+        np.testing.assert_allclose(lines[:, 6], np.arange(8) + 6 + 3 * by)
+    assert not pairs.shift(row(sound(12)), jnp.array([[0]]), 2, 3)[1].any(), "too short to be asked"
+
+
+def test_clips_of_a_packed_row_are_changed_each_by_itself() -> None:
+    parts = [cut(video(16, 1)), cut(video(12, 2)), cut(video(24, 3), "pyramid")]
+    packed, label = row(*parts, length=300), jnp.array([[1, 0, 1]])
+    ways = {
+        "arrow": lambda p, a: temporal.reverse(p, a > 0, BASE), "transform": lambda p, a: temporal.turn(p, 3 * a, BASE),
+        "order": lambda p, a: temporal.shuffle(p, 4 * a)[0],
+        "speed": lambda p, a: temporal.faster(p, a, 0.5 * jnp.ones(a.shape), 1, BASE)[0],
+        "sync": lambda p, a: pairs.shift(p, a, 1, 1)[0],
+    }
+    for name, way in ways.items():
+        together = way(packed, label)
+        for i, each in enumerate(parts):
+            alone = way(row(each), label[:, i : i + 1])
+            np.testing.assert_allclose(table(together, i + 1), table(alone), atol=1e-4, err_msg=name)
+        assert (together.segment[packed.segment == 0] == 0).all()
+
+
+def test_the_clock_of_a_row() -> None:
+    packed = row(cut(video(16)), cut(video(8)), length=100)
+    first, last = clock.span(packed, 3)
+    np.testing.assert_allclose(first, [[0, 0, 0]])
+    np.testing.assert_allclose(last, [[4, 2, 0]])
+    np.testing.assert_array_equal(clock.present(packed, 3), [[True, True, False]])
+    np.testing.assert_allclose(clock.longest(packed, last), [[0.5, 0.5, 0]])
