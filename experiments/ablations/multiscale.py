@@ -52,6 +52,6 @@ def get_config(arg: str = "") -> ConfigDict:
         for run in runs.values():
             run["stages"]["train"]["steps"] = 2
     else:
-        config.stages.train.steps, config.stages.train.epochs = STEPS, 0.0
+        config.stages.train.steps, config.stages.train.epochs = STEPS, 0
     config.sweep = ConfigDict(section(SweepSpec, runs=runs, seeds=tuple(config.sweep.seeds), metric=config.sweep.metric))
     return config
