@@ -21,7 +21,7 @@ from particlejax.spec import ScaleSpec, ScheduleSpec, SweepSpec, arguments, sect
 HERE = Path(__file__).parent
 
 
-STEPS = 480  # of the run that the others are compared with
+STEPS = 360  # of the run that the others are compared with
 
 
 def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
