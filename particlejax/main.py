@@ -19,8 +19,8 @@ from ml_collections import config_flags
 from particlejax import jobspec
 from particlejax.apps import check, evaluate, import_weights, prepare, recognise, sweep, train
 from particlejax.apps.bench import data as bench_data
-from particlejax.spec import unknown_key
-from particlejax.train import loop, workdir
+from particlejax.spec import Experiment, unknown_key
+from particlejax.train import loop, run, workdir
 from particlejax.train.log import say
 from particlejax.typing import UserError
 
@@ -45,6 +45,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         asked = _parse(argv)
         job = jobspec.of(asked.config.to_dict())
+        if isinstance(job, Experiment):
+            job = run.adopt(job, {re.match(r"--?(?:no)?config\.([\w.]+)", text)[1] for text in asked.overrides})
         _cache_programs()
         folder = workdir.enter(_workdir(asked), job)
         JOBS[job.job](job, folder, folder.name)

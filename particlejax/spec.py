@@ -323,7 +323,7 @@ class Experiment:
     job: str = one_of("train", "sweep", "evaluate", "prepare", "check_data", "bench_data")
     seed: int = 0
     run: str = ""  # job evaluate: the run that is evaluated
-    init: str = ""  # RUN_DIR or RUN_DIR:STAGE that the first stage starts from, where that stage names none itself
+    init: str = ""  # RUN_DIR or RUN_DIR:STAGE that the first stage starts from; encoder and payloads are then as there
     data: DataSpec = DataSpec()
     particles: ParticleSpec = ParticleSpec()
     model: ModelSpec = ModelSpec()
