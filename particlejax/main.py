@@ -19,6 +19,7 @@ from ml_collections import config_flags
 from particlejax import jobspec
 from particlejax.apps import check, evaluate, import_weights, prepare, recognise, sweep, train
 from particlejax.apps.bench import data as bench_data
+from particlejax.apps.bench import particles as bench_particles
 from particlejax.spec import Experiment, unknown_key
 from particlejax.train import loop, run, workdir
 from particlejax.train.log import say
@@ -35,8 +36,8 @@ class Asked(NamedTuple):
 
 
 JOBS = {"train": train.train, "sweep": sweep.sweep, "evaluate": evaluate.evaluate, "prepare": prepare.prepare,
-        "check_data": check.check_data, "bench_data": bench_data.bench, "import_weights": import_weights.import_weights,
-        "recognise": recognise.recognise}
+        "check_data": check.check_data, "bench_data": bench_data.bench, "bench_particles": bench_particles.bench,
+        "import_weights": import_weights.import_weights, "recognise": recognise.recognise}
 
 
 def main(argv: Sequence[str]) -> int:

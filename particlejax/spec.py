@@ -320,7 +320,7 @@ class SweepSpec:
 class Experiment:
     """Everything a run depends on, so that config.json is enough to run it again."""
 
-    job: str = one_of("train", "sweep", "evaluate", "prepare", "check_data", "bench_data")
+    job: str = one_of("train", "sweep", "evaluate", "prepare", "check_data", "bench_data", "bench_particles")
     seed: int = 0
     run: str = ""  # job evaluate: the run that is evaluated
     init: str = ""  # RUN_DIR or RUN_DIR:STAGE that the first stage starts from; encoder and payloads are then as there
