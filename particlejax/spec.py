@@ -208,9 +208,18 @@ class ScaleSpec:
     stride: int = 0  # the speed where data.sample is dense
     policy: str = ""
     levels: int = 0
+    splits: tuple[str, ...] = ()
     budget: int = 0
     tubes: tuple = ()
     share: float = 1.0  # of the clips (mixture), of the training (progressive) or of a round (cycles), beside the others'
+
+    def applied(self, data: DataSpec, particles: ParticleSpec) -> tuple[DataSpec, ParticleSpec]:
+        """Data and particles as this scale says."""
+        changed = {name: getattr(self, name) for name in ("frames", "size", "seconds") if getattr(self, name)}
+        if self.stride:
+            changed["stride"] = (self.stride, self.stride)
+        cut = {name: getattr(self, name) for name in ("policy", "levels", "splits", "budget", "tubes") if getattr(self, name)}
+        return dataclasses.replace(data, **changed), dataclasses.replace(particles, **cut)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,8 +261,7 @@ class EvaluateSpec:
     """The measurement at the end of a stage that classifies."""
 
     splits: tuple[str, ...] = ("val",)
-    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what differs from the training's: another scale
-    particles: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # the same; `base` cannot
+    scale: ScaleSpec = ScaleSpec()  # what differs from the stage's data and particles
     views: tuple[int, int] = (1, 1)  # temporal clips x spatial crops per video, probabilities averaged
     rows: int = 32
 
@@ -350,10 +358,6 @@ class Experiment:
         """The particles section with what the stage says differently."""
         return _replaced(self.particles, stage.particles, "particles")
 
-    def measured(self, data: DataSpec, particles: ParticleSpec) -> tuple[DataSpec, ParticleSpec]:
-        """A stage's data and particles with what `evaluate` says differently."""
-        return _replaced(data, self.evaluate.data, "data"), _replaced(particles, self.evaluate.particles, "particles")
-
     def model_of(self, stage: StageSpec) -> ModelSpec:
         """The model section with what the stage says differently."""
         return _replaced(self.model, stage.model, "model")
@@ -444,11 +448,10 @@ def check(experiment: Experiment) -> Experiment:
             raise UserError(f"{where} has no objective: add one of {', '.join(OBJECTIVES)}.")
         if stage.rows % stage.accumulate:
             raise UserError(f"{where}.rows={stage.rows} is not a multiple of accumulate={stage.accumulate}: change one.")
-        experiment.measured(experiment.data_of(stage), experiment.particles_of(stage))
+        experiment.data_of(stage)
+        experiment.particles_of(stage)
         _check_schedule(stage.schedule, f"{where}.schedule")
         _check_model(experiment.model_of(stage))
-    if "base" in experiment.evaluate.particles:
-        raise UserError("config.evaluate.particles cannot change `base`: the model reads payloads of that size.")
     if experiment.checkpoint.keep < 2:
         raise UserError(f"config.checkpoint.keep={experiment.checkpoint.keep} would leave no whole checkpoint while the "
                         "next is written: use 2 or more.")

@@ -138,16 +138,11 @@ def test_a_stage_of_many_scales_compiles_once_and_is_measured_at_any(cache_dir: 
     assert results["train"]["compilations"] == 1 and results["train"]["clips_seen"] > 8 * 8
     fill = [json.loads(line)["fill"] for line in (tmp_path / "run/timing.jsonl").read_text().splitlines()]
     assert np.mean(fill) > 0.8
-    for size in (16, 48):
-        (tmp_path / "smaller.py").write_text(Path("experiments/evaluate.py").read_text().replace(
-            "views=(1, 1) if tiny else (2, 3)", f"data={{'size': {size}}}, particles={{'base': (16, 8, 8)}} if tiny else {{}}"))
-        code = entry.main(["main", f"--config={tmp_path / 'smaller.py'}", f"--config.run={tmp_path / 'run'}",
-                           f"--config.data.cache_dir={cache_dir}", "--workdir", str(tmp_path / str(size))])
+    for name, setting in (("small", "size=16"), ("large", "size=48"), ("fewer", "budget=5")):
+        code = entry.main(["main", "--config=experiments/evaluate.py:tiny", f"--config.run={tmp_path / 'run'}",
+                           f"--config.data.cache_dir={cache_dir}", f"--config.evaluate.scale.{setting}", "--workdir", str(tmp_path / name)])
         assert code == 0, capfd.readouterr().err
-        assert json.loads((tmp_path / str(size) / "results.json").read_text())["finetune"]["val"]["clips"] == 24
-    code = entry.main(["main", f"--config={tmp_path / 'smaller.py'}:tiny", f"--config.run={tmp_path / 'run'}",
-                       f"--config.data.cache_dir={cache_dir}", "--workdir", str(tmp_path / "wrong")])
-    assert code == 2 and "cannot change `base`" in capfd.readouterr().err
+        assert json.loads((tmp_path / name / "results.json").read_text())["finetune"]["val"]["clips"] == 24
 
 
 def ramps(frames: int, size: int, number: int, seed: int) -> Batch:

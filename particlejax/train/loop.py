@@ -338,7 +338,7 @@ def classify(stage: run.Stage, params: Any, source: sources.Source, context: Con
     """Scores over all views of a source; each clip's probabilities go to predictions_NAME.csv."""
     spec = context.experiment.evaluate
     sharding.check_rows(spec.rows, context.mesh, "config.evaluate.rows")
-    views = stage.views(source, spec.rows, spec.views, context.experiment)
+    views = stage.views(source, spec.rows, spec.views, spec.scale)
     predict = evaluate.jit_predict(stage.model, stage.ready, context.mesh)
     numbers, found = evaluate.probabilities(predict, params, views, context.mesh, watch, f"evaluate {name}")
     records = [source[int(n)] for n in numbers]

@@ -17,7 +17,7 @@ from particlejax.data import clips, pipeline, sources
 from particlejax.models import model as models
 from particlejax.objectives import objectives
 from particlejax.particles.types import Batch
-from particlejax.spec import DataSpec, Experiment, ParticleSpec, StageSpec
+from particlejax.spec import DataSpec, Experiment, ParticleSpec, ScaleSpec, StageSpec
 from particlejax.train.log import say
 from particlejax.typing import Params, UserError
 
@@ -66,10 +66,10 @@ class Stage:
         read = replace(vision, payload=scale.to_payload(vision.payload))
         return replace(batch, particles={**batch.particles, clips.VISION: read})
 
-    def views(self, source: sources.Source, rows: int, views: tuple[int, int] = (1, 1), scale: Experiment | None = None
+    def views(self, source: sources.Source, rows: int, views: tuple[int, int] = (1, 1), scale: ScaleSpec | None = None
               ) -> pipeline.Views:
-        """All clips of a source once, for measuring; `scale` is an experiment whose `evaluate` may say at which."""
-        data, particles = scale.measured(self.data, self.particles) if scale else (self.data, self.particles)
+        """All clips of a source once, for measuring; at another scale where one is given."""
+        data, particles = (scale or ScaleSpec()).applied(self.data, self.particles)
         return pipeline.Views(source, data, particles, self.experiment.seed, rows, views, jax.process_index(),
                               jax.process_count())
 
