@@ -140,6 +140,19 @@ def test_the_decoder_is_asked_by_place_and_never_reads_the_payload(built: tuple)
     assert (jnp.abs(decoded(query) - decoded(moved)).max(axis=(0, 2)) > 1e-4).all()
 
 
+def test_a_clip_of_which_nothing_is_visible_is_told_of_no_other(built: tuple) -> None:
+    model, params = built
+    batch = rows_of(CLIPS[:2], 1, 36, 2)
+    vision = batch.particles["vision"]
+    seen = dataclasses.replace(vision, segment=jnp.where(vision.segment == 1, 1, 0))
+
+    def second(payload: jax.Array) -> jax.Array:
+        tokens, _ = model.apply(params, "encode", {"vision": dataclasses.replace(seen, payload=payload)})
+        return jnp.where((vision.segment == 2)[..., None], model.apply(params, "decode", tokens, vision, "vision"), 0).sum()
+
+    assert (jax.jit(jax.grad(second))(vision.payload) == 0).all(), "exactly zero"
+
+
 def test_scan_equals_unroll(built: tuple) -> None:
     model, params = built
     unrolled = models.build(dataclasses.replace(SPEC, unroll=True), {"vision": models.Payload(PAYLOAD)}, classes=5,

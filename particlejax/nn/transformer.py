@@ -85,7 +85,8 @@ class Attention(nn.Module):
             logits += jnp.log(jnp.maximum(where.mass, 1.0))[:, None, None]
         logits = jnp.where(where.may[:, None], logits, _FAR)
         weights = jax.nn.softmax(logits).astype(self.dtype)
-        mixed = jnp.einsum("bhlm,bhmk->bhlk", weights, value).swapaxes(1, 2)
+        some = where.may.any(axis=-1)[:, None, :, None]  # who may read nothing would else read the mean of the whole row
+        mixed = jnp.where(some, jnp.einsum("bhlm,bhmk->bhlk", weights, value), 0).swapaxes(1, 2)
         return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="out")(mixed)
 
 
