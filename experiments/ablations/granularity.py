@@ -40,11 +40,11 @@ def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The experiment; arg: 'jhmdb', 'toybox' or 'tiny' (two runs of the tiny toybox)."""
+    """The experiment; arg: 'jhmdb', 'toybox' or 'tiny' (one run of the tiny toybox)."""
     tiny = arguments(arg, "jhmdb", "toybox", "tiny")["tiny"]
     config = runpy.run_path(str(HERE / "particles.py"))["get_config"](arg)
     runs = dict(sweep())
     if tiny:
-        runs = {name: runs[name] for name in ("both-at-once", "merge")}
+        runs = {"merge": runs["merge"]}
     config.sweep = ConfigDict(section(SweepSpec, runs=runs, seeds=tuple(config.sweep.seeds), metric=config.sweep.metric))
     return config

@@ -32,12 +32,12 @@ def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The experiment; arg: '' or 'tiny' (two runs of the tiny toybox)."""
+    """The experiment; arg: '' or 'tiny' (one run of the tiny toybox)."""
     tiny = arguments(arg, "tiny")["tiny"]
     config = runpy.run_path(str(HERE.parent / "quickstart.py"))["get_config"](arg)
     runs = dict(sweep())
     if tiny:
-        runs = {name: runs[name] for name in ("random-20", "tube-40")}
+        runs = {"tube-40": runs["tube-40"]}
     config.job = "sweep"
     config.sweep = ConfigDict(section(SweepSpec, runs=runs, seeds=(0,) if tiny else (0, 1, 2), metric="finetune/test/top1"))
     return config

@@ -43,14 +43,14 @@ def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The experiment; arg: 'jhmdb', 'toybox' or 'tiny' (two runs of the tiny toybox)."""
+    """The experiment; arg: 'jhmdb', 'toybox' or 'tiny' (one run of the tiny toybox)."""
     tiny = arguments(arg, "jhmdb", "toybox", "tiny")["tiny"]
     config = runpy.run_path(str(HERE / "particles.py"))["get_config"](arg)
     runs = dict(sweep())
     if tiny:
-        runs = {name: runs[name] for name in (f"mixture-{STEPS // 3}", f"multigrid-{STEPS // 3}")}
-        for run in runs.values():
-            run["stages"]["train"]["steps"] = 2
+        name = f"multigrid-{STEPS // 3}"
+        runs = {name: runs[name]}
+        runs[name]["stages"]["train"]["steps"] = 2
     else:
         config.stages.train.steps, config.stages.train.epochs = STEPS, 0
     config.sweep = ConfigDict(section(SweepSpec, runs=runs, seeds=tuple(config.sweep.seeds), metric=config.sweep.metric))

@@ -49,12 +49,12 @@ def sweep(base: tuple[int, int, int] = FINE["base"]) -> Iterator[tuple[str, dict
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The experiment; arg: 'jhmdb', 'toybox' or 'tiny' (two runs of the tiny toybox)."""
+    """The experiment; arg: 'jhmdb', 'toybox' or 'tiny' (one run of the tiny toybox)."""
     args = arguments(arg, "jhmdb", "toybox", "tiny")
     tiny, real = args["tiny"], args["jhmdb"]
     runs = dict(sweep())
     if tiny:
-        runs = {name: runs[name] for name in (f"grid-{FULL}", "adaptive-64")}
+        runs = {"adaptive-64": runs["adaptive-64"]}
     data = section(DataSpec, source="folder:../shared/data/jhmdb21" if real else "toybox:tiny" if tiny else "toybox", frames=16,
                    size=64, decode_side=80 if real else 0, still=0.4, memory_gib=0.0 if tiny else 4.0,
                    augment={"crop": (0.4, 1.0), "flip": 0.5})
