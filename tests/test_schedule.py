@@ -62,6 +62,10 @@ def test_the_plan_is_the_same_from_wherever_it_goes_on() -> None:
     assert pickle.loads(pickle.dumps(plan)).batch(7) == expected[7]
     plan.batch(700)
     assert plan.batch(2) == expected[2], "and for what was forgotten"
+    frontier = plan.stand(9)
+    filled = []
+    plan._fill = lambda stand: filled.append(stand)  # asking again where it stands costs nothing
+    assert plan.stand(9) == frontier and not filled
 
 
 @pytest.mark.parametrize("scales", [MIXED, ScheduleSpec()])
