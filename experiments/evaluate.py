@@ -4,8 +4,9 @@
     python -m particlejax.main --config experiments/evaluate.py --config.run=RUN_DIR \
         --config.data.source=folder:PATH --config.data.split=test
 
-Frames, sizes and particles are the run's own; of config.data only the source, split, cache_dir, max_bad,
-threads and workers count. An empty source is the run's. Takes seconds for a hundred short clips.
+Frames, sizes and particles are the run's own, but for what config.evaluate.scale says (frames, size, seconds, policy, budget,
+...: any scale goes through the same parameters); of config.data only the source, split, cache_dir, max_bad, threads and workers
+count. An empty source is the run's. Takes seconds for a hundred short clips.
 """
 
 from ml_collections import ConfigDict

@@ -8,17 +8,8 @@ See README.md for the expected figures. `:tiny` is a smoke run, `:scratch` leave
 
 from ml_collections import ConfigDict
 
-from particlejax.spec import (
-    DataSpec,
-    EvaluateSpec,
-    Experiment,
-    ModelSpec,
-    OptimSpec,
-    ParticleSpec,
-    StageSpec,
-    arguments,
-    section,
-)
+from particlejax.modelspec import ModelSpec
+from particlejax.spec import DataSpec, EvaluateSpec, Experiment, OptimSpec, ParticleSpec, StageSpec, arguments, section
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -31,7 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
             objectives={"masked": {"keep": 0.4, "predict": 0.3, "mask": "random", "normalise": False}},
             optim=section(OptimSpec, rate=1e-3)),
         "finetune": section(
-            StageSpec, steps=4 if tiny else 400, rows=8 if tiny else 16, val_every=4 if tiny else 100,
+            StageSpec, steps=4 if tiny else 200, rows=8 if tiny else 16, val_every=4 if tiny else 50,
             init="" if args["scratch"] else "pretrain", data={"fraction": 0.25},
             objectives={"classify": {"label_smoothing": 0.1}},
             optim=section(OptimSpec, rate=1e-3, weight_decay=0.05, b2=0.999)),

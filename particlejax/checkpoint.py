@@ -118,7 +118,7 @@ def load_subtree(folder: str | os.PathLike[str], want: Any, branches: tuple[str,
         branch = next(b for b in branches if saved.get(b))
         shapes = {name: tuple(leaf.shape) for name, leaf in tree.flatten(saved[branch]).items()}
         wanted = {name: leaf for name, leaf in want.items() if shapes.get(name) == tuple(leaf.shape)}
-        nested = {branch: _nested(wanted)}
+        nested = {branch: tree.nest(wanted)}
         args = checkpoint_utils.construct_restore_args(nested)
         found = reader.restore(item, args=ocp.args.PyTreeRestore(item=nested, restore_args=args, partial_restore=True))
     return tree.flatten(found[branch]), shapes
@@ -163,17 +163,6 @@ def _newest_whole(folder: str | os.PathLike[str]) -> Path:
         if not _fault(folder / str(step)):
             return folder / str(step)
     raise UserError(f"{folder} holds no whole checkpoint: name a run that has saved one.")
-
-
-def _nested(flat: dict[str, Any]) -> dict[str, Any]:
-    root: dict[str, Any] = {}
-    for name, leaf in flat.items():
-        *above, last = name.split("/")
-        node = root
-        for part in above:
-            node = node.setdefault(part, {})
-        node[last] = leaf
-    return root
 
 
 def _checksums(folder: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ import runpy
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -19,8 +19,9 @@ from ml_collections import config_flags
 from particlejax import jobspec
 from particlejax.apps import check, evaluate, import_weights, prepare, recognise, sweep, train
 from particlejax.apps.bench import data as bench_data
-from particlejax.spec import unknown_key
-from particlejax.train import loop, workdir
+from particlejax.apps.bench import particles as bench_particles
+from particlejax.spec import Experiment, unknown_key
+from particlejax.train import loop, run, workdir
 from particlejax.train.log import say
 from particlejax.typing import UserError
 
@@ -35,8 +36,8 @@ class Asked(NamedTuple):
 
 
 JOBS = {"train": train.train, "sweep": sweep.sweep, "evaluate": evaluate.evaluate, "prepare": prepare.prepare,
-        "check_data": check.check_data, "bench_data": bench_data.bench, "import_weights": import_weights.import_weights,
-        "recognise": recognise.recognise}
+        "check_data": check.check_data, "bench_data": bench_data.bench, "bench_particles": bench_particles.bench,
+        "import_weights": import_weights.import_weights, "recognise": recognise.recognise}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,6 +46,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         asked = _parse(argv)
         job = jobspec.of(asked.config.to_dict())
+        if isinstance(job, Experiment):
+            job = run.adopt(job, {re.match(r"--?(?:no)?config\.([\w.]+)", text)[1] for text in asked.overrides})
         _cache_programs()
         folder = workdir.enter(_workdir(asked), job)
         JOBS[job.job](job, folder, folder.name)

@@ -2,36 +2,18 @@
 """What an experiment may say: one frozen dataclass a section, the only place where a default stands.
 
 An experiment file fills a ConfigDict made of these (`section`), `Experiment.of` turns it back into them in one hop, and
-an unknown key is an error that names the nearest known one. Nothing here imports anything of ours but the error.
+an unknown key is an error that names the nearest known one.
 """
 
 import dataclasses
-import difflib
-import math
 from collections.abc import Mapping
-from typing import Any, get_args, get_origin
+from typing import Any
 
+from particlejax.fields import arguments, as_dict, at_least, between, interval, make, named, one_of, section, unknown_key
+from particlejax.modelspec import OBJECTIVES, ModelSpec, check_model
 from particlejax.typing import UserError
 
-
-def one_of(default: str, *others: str) -> Any:
-    """A field that may only be one of these names; `make` refuses others."""
-    return dataclasses.field(default=default, metadata={"names": (default, *others)})
-
-
-def between(default: Any, least: float, most: float = math.inf) -> Any:
-    """A field whose number, or each of whose numbers, lies between these two; `make` refuses others."""
-    return dataclasses.field(default=default, metadata={"least": least, "most": most})
-
-
-def at_least(default: Any, least: float) -> Any:
-    """A field whose number, or each of whose numbers, is no smaller than this."""
-    return between(default, least)
-
-
-def interval(default: tuple, least: float, most: float = math.inf) -> Any:
-    """A field of two numbers between these limits, the second no smaller than the first."""
-    return dataclasses.field(default=default, metadata={"least": least, "most": most, "rising": True})
+__all__ = ("arguments", "as_dict", "make", "one_of", "section", "unknown_key")  # what experiment files are written with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,155 +120,6 @@ class ParticleSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelSpec:
-    """The encoder and, where an objective needs it, the decoder."""
-
-    width: int = 192
-    depth: int = 6
-    heads: int = 3
-    near: bool = True  # attention falls with distance in time and space, learned per head
-    mlp: int = 4  # hidden width of the MLP, in widths
-    rotary: bool = False  # queries and keys turned by place (nn/rotary.py)
-    qk_norm: bool = False  # queries and keys normed (arXiv:2302.05442)
-    gate: str = one_of("gelu", "swiglu")  # of the MLP
-    layer_scale: float = at_least(0.0, 0)  # that each branch starts with (arXiv:2103.17239); 0: none
-    fusion: str = one_of("early", "bottleneck", "late", "cross")  # how modalities read each other (nn/fusion.py)
-    fuse_from: int = at_least(0, 0)  # number of the block from which they do, in bottleneck and cross
-    latents: int = at_least(4, 1)  # per clip, that carry what crosses in bottleneck (arXiv:2107.00135)
-    separate: bool = False  # blocks of their own for each modality
-    modality_dropout: float = between(0.0, 0, 1)  # probability that training hides a modality of a clip, never all
-    dropout: float = 0.0
-    drop_path: float = 0.0  # stochastic depth of the last block, linear from 0 (arXiv:1603.09382)
-    reduce: str = one_of("drop", "merge")  # what becomes of tokens after the blocks `reduce_after` (nn/reduce.py)
-    reduce_after: tuple[int, ...] = ()  # numbers of blocks, ascending; (): all tokens go through all blocks
-    reduce_keep: float = 0.5  # share of a clip's tokens that stays each time
-    pool: str = one_of("mean", "attention", "token")  # how a clip's tokens become the vector that is classified
-    pool_heads: int = 8  # of attention pooling
-    embedding: int = at_least(128, 1)  # width of what clips are compared by
-    decoder_width: int = 128
-    decoder_depth: int = 2
-    decoder_heads: int = 2
-    unroll: bool = True  # layers unrolled in the program: faster on CPU, slower to compile
-    dtype: str = "float32"  # of the computation; parameters and reductions stay float32
-
-
-@dataclasses.dataclass(frozen=True)
-class MaskedSpec:
-    """Masked particle prediction: an encoder on the visible, a decoder that is asked for the hidden."""
-
-    weight: float = 1.0
-    modality: str = "vision"
-    mask: str = one_of("tube", "random", "motion")  # motion: what changes most is hidden more often
-    keep: float = 0.25  # share of the particles that the encoder sees
-    predict: float = 0.5  # share of the particles that the decoder is asked for
-    normalise: bool = True  # targets normalised per particle (arXiv:2111.06377, section 4.1)
-
-
-@dataclasses.dataclass(frozen=True)
-class ClassifySpec:
-    """One label a clip."""
-
-    weight: float = 1.0
-    label_smoothing: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class LatentSpec:
-    """Masked prediction of a teacher's features; the teacher is the stage's average, so `ema` is above 0."""
-
-    weight: float = 1.0
-    modality: str = "vision"
-    mask: str = one_of("tube", "random", "motion")
-    keep: float = between(0.25, 0, 1)  # share of the particles that the encoder sees
-    predict: float = between(0.5, 0, 1)  # share of the particles that are asked for
-
-
-@dataclasses.dataclass(frozen=True)
-class NextFrameSpec:
-    """Prediction of the particles of later moments from what ended before."""
-
-    weight: float = 1.0
-    modality: str = "vision"
-    moment: tuple[float, float] = interval((0.25, 0.75), 0, 1)  # shares of the clip that the present is drawn between
-    horizon: float = at_least(0.0, 0)  # seconds ahead; 0: to the end of the clip
-    normalise: bool = True  # targets normalised per particle
-
-
-@dataclasses.dataclass(frozen=True)
-class OrderSpec:
-    """Which of six orders a clip's thirds stand in."""
-
-    weight: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class SpeedSpec:
-    """How often a clip's speed was doubled. Clips want at least 2 ** doublings particles one after the other."""
-
-    weight: float = 1.0
-    doublings: int = between(1, 1, 4)  # at most
-
-
-@dataclasses.dataclass(frozen=True)
-class ArrowSpec:
-    """Whether a clip runs forward or backward."""
-
-    weight: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformSpec:
-    """Which of eight turns and mirrorings a clip went through."""
-
-    weight: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class SyncSpec:
-    """By how much sound is shifted against sight, or whether it is another clip's."""
-
-    weight: float = 1.0
-    shifts: int = at_least(2, 1)  # steps to either side: 2 * shifts + 1 answers
-    step: int = at_least(2, 1)  # patches of sound of a step
-    other: float = between(0.2, 0, 1)  # share of rows with the sound of another; 0: none
-
-
-@dataclasses.dataclass(frozen=True)
-class ContrastSpec:
-    """Clips told from each other by embeddings of two modalities, or of two masked views of one named twice."""
-
-    weight: float = 1.0
-    pair: tuple[str, str] = ("vision", "text")
-    loss: str = one_of("infonce", "sigmoid")
-    keep: float = between(0.5, 0, 1)  # share of the particles in each of two views
-
-
-@dataclasses.dataclass(frozen=True)
-class MatchSpec:
-    """Whether a text belongs to the clip or to another one of the batch."""
-
-    weight: float = 1.0
-    modality: str = "text"
-    other: float = between(0.5, 0, 1)  # share of rows with the text of another
-
-
-@dataclasses.dataclass(frozen=True)
-class WordsSpec:
-    """Masked language modelling given the rest of the clip."""
-
-    weight: float = 1.0
-    modality: str = "text"
-    keep: float = between(0.7, 0, 1)  # share of the words that the encoder sees; the others are asked for
-
-
-OBJECTIVES = {
-    "masked": MaskedSpec, "latent": LatentSpec, "next_frame": NextFrameSpec, "order": OrderSpec, "speed": SpeedSpec,
-    "arrow": ArrowSpec, "transform": TransformSpec, "sync": SyncSpec, "contrast": ContrastSpec, "match": MatchSpec,
-    "words": WordsSpec, "classify": ClassifySpec,
-}
-
-
-@dataclasses.dataclass(frozen=True)
 class OptimSpec:
     """The optimiser and its schedule."""
 
@@ -311,9 +144,18 @@ class ScaleSpec:
     stride: int = 0  # the speed where data.sample is dense
     policy: str = ""
     levels: int = 0
+    splits: tuple[str, ...] = ()
     budget: int = 0
     tubes: tuple = ()
     share: float = 1.0  # of the clips (mixture), of the training (progressive) or of a round (cycles), beside the others'
+
+    def applied(self, data: DataSpec, particles: ParticleSpec) -> tuple[DataSpec, ParticleSpec]:
+        """Data and particles as this scale says."""
+        changed = {name: getattr(self, name) for name in ("frames", "size", "seconds") if getattr(self, name)}
+        if self.stride:
+            changed["stride"] = (self.stride, self.stride)
+        cut = {name: getattr(self, name) for name in ("policy", "levels", "splits", "budget", "tubes") if getattr(self, name)}
+        return dataclasses.replace(data, **changed), dataclasses.replace(particles, **cut)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,7 +178,7 @@ class StageSpec:
     rows: int = at_least(32, 1)  # of a batch, over all devices
     accumulate: int = at_least(1, 1)  # micro-batches that a step's gradient is summed over
     init: str = ""  # where parameters start: an earlier stage's name, or RUN_DIR or RUN_DIR:STAGE of another run
-    objectives: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    objectives: Mapping[str, Any] = named(OBJECTIVES)
     optim: OptimSpec = OptimSpec()
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what differs from the experiment's
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what differs from the experiment's
@@ -355,8 +197,7 @@ class EvaluateSpec:
     """The measurement at the end of a stage that classifies."""
 
     splits: tuple[str, ...] = ("val",)
-    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what differs from the training's: another scale
-    particles: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # the same; `base` cannot
+    scale: ScaleSpec = ScaleSpec()  # what differs from the stage's data and particles
     views: tuple[int, int] = (1, 1)  # temporal clips x spatial crops per video, probabilities averaged
     rows: int = 32
 
@@ -423,10 +264,10 @@ class SweepSpec:
 class Experiment:
     """Everything a run depends on, so that config.json is enough to run it again."""
 
-    job: str = one_of("train", "sweep", "evaluate", "prepare", "check_data", "bench_data")
+    job: str = one_of("train", "sweep", "evaluate", "prepare", "check_data", "bench_data", "bench_particles")
     seed: int = 0
     run: str = ""  # job evaluate: the run that is evaluated
-    init: str = ""  # RUN_DIR or RUN_DIR:STAGE that the first stage starts from, where that stage names none itself
+    init: str = ""  # RUN_DIR or RUN_DIR:STAGE that the first stage starts from; encoder and payloads are then as there
     data: DataSpec = DataSpec()
     particles: ParticleSpec = ParticleSpec()
     model: ModelSpec = ModelSpec()
@@ -453,77 +294,9 @@ class Experiment:
         """The particles section with what the stage says differently."""
         return _replaced(self.particles, stage.particles, "particles")
 
-    def measured(self, data: DataSpec, particles: ParticleSpec) -> tuple[DataSpec, ParticleSpec]:
-        """A stage's data and particles with what `evaluate` says differently."""
-        return _replaced(data, self.evaluate.data, "data"), _replaced(particles, self.evaluate.particles, "particles")
-
     def model_of(self, stage: StageSpec) -> ModelSpec:
         """The model section with what the stage says differently."""
         return _replaced(self.model, stage.model, "model")
-
-
-def section(spec: type, **values: Any) -> dict[str, Any]:
-    """A config section: every key of `spec` with its default, `values` put in; so every key can be overridden."""
-    return as_dict(make(spec, values, spec.__name__))
-
-
-def arguments(text: str, *known: str) -> dict[str, bool]:
-    """The words after an experiment file's colon, as in ':tiny,scratch': which of the known ones were given."""
-    given = [word for word in text.split(",") if word]
-    for word in given:
-        if word not in known:
-            raise UserError(f"the experiment file has no argument {word!r}: it knows {', '.join(known)}.")
-    return {word: word in given for word in known}
-
-
-def as_dict(spec: Any) -> dict[str, Any]:
-    """A spec as nested dicts, for a ConfigDict or for JSON."""
-    return dataclasses.asdict(spec)
-
-
-def make(spec: type, values: Mapping[str, Any], where: str) -> Any:
-    """`spec(**values)`, nested sections included. Raises UserError for a key that the spec does not have."""
-    fields = {field.name: field for field in dataclasses.fields(spec)}
-    for key in values:
-        if key not in fields:
-            raise UserError(unknown_key(key, where, fields))
-        known = fields[key].metadata.get("names")
-        if known and values[key] not in known:
-            raise UserError(f"{where}.{key} is {values[key]!r}: choose one of {', '.join(known)}.")
-        _check_shape(fields[key], values[key], f"{where}.{key}")
-        _check_range(fields[key].metadata, values[key], f"{where}.{key}")
-    return spec(**{key: _value(fields[key], value, f"{where}.{key}") for key, value in values.items()})
-
-
-def _check_shape(field: dataclasses.Field, value: Any, where: str) -> None:
-    """A tuple is written as one, and of a fixed length where its type says so."""
-    if get_origin(field.type) is not tuple:
-        return
-    wanted = len(get_args(field.type))
-    if not isinstance(value, list | tuple):
-        raise UserError(f"{where} is {value!r}: write it in brackets, with commas, such as {(value,)!r}.")
-    if get_args(field.type)[-1] is not ... and len(value) != wanted:
-        raise UserError(f"{where} is {tuple(value)!r}: write {wanted} values, such as {field.default!r}.")
-
-
-def _check_range(limits: Mapping[str, Any], value: Any, where: str) -> None:
-    """Numbers lie between their limits, NaN nowhere."""
-    if "least" not in limits:
-        return
-    each = list(value) if isinstance(value, list | tuple) else [value]
-    least, most = limits["least"], limits["most"]
-    if not all(isinstance(number, int | float) and least <= number <= most for number in each):
-        wanted = f"of {least:g} or more" if most == math.inf else f"between {least:g} and {most:g}"
-        raise UserError(f"{where} is {value!r}: use {'numbers' if len(each) > 1 else 'a number'} {wanted}.")
-    if limits.get("rising") and each[0] > each[1]:
-        raise UserError(f"{where} is {tuple(value)!r}: write the smaller one first.")
-
-
-def unknown_key(key: str, where: str, known: Any) -> str:
-    """The sentence for a misspelt key."""
-    near = difflib.get_close_matches(key, list(known), 1, 0.5)
-    remedy = f"did you mean {where}.{near[0]}?" if near else f"it knows {', '.join(known)}."
-    return f"{where} has no key {key!r}: {remedy}"
 
 
 def check(experiment: Experiment) -> Experiment:
@@ -547,14 +320,13 @@ def check(experiment: Experiment) -> Experiment:
             raise UserError(f"{where} has no objective: add one of {', '.join(OBJECTIVES)}.")
         if stage.rows % stage.accumulate:
             raise UserError(f"{where}.rows={stage.rows} is not a multiple of accumulate={stage.accumulate}: change one.")
-        experiment.measured(experiment.data_of(stage), experiment.particles_of(stage))
+        experiment.data_of(stage)
+        experiment.particles_of(stage)
         _check_schedule(stage.schedule, f"{where}.schedule")
-        _check_model(experiment.model_of(stage))
+        check_model(experiment.model_of(stage))
         if "latent" in stage.objectives and (not stage.ema or experiment.model_of(stage).reduce_after):
             raise UserError(f"{where}.objectives.latent learns from the average of the parameters, slot by slot: set {where}.ema, "
                             "such as to 0.99, and leave model.reduce_after empty.")
-    if "base" in experiment.evaluate.particles:
-        raise UserError("config.evaluate.particles cannot change `base`: the model reads payloads of that size.")
     if experiment.checkpoint.keep < 2:
         raise UserError(f"config.checkpoint.keep={experiment.checkpoint.keep} would leave no whole checkpoint while the "
                         "next is written: use 2 or more.")
@@ -570,46 +342,6 @@ def _check_schedule(schedule: ScheduleSpec, where: str) -> None:
                         "that, or leave them.")
     if not 0 <= schedule.settle < 1 or schedule.rounds < 1 or any(each.share <= 0 for each in schedule.scales):
         raise UserError(f"{where} wants rounds of at least 1, settle in [0, 1) and shares above 0: correct them.")
-
-
-def _check_model(model: ModelSpec) -> None:
-    edges = (0, *model.reduce_after, model.depth)
-    if any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
-        raise UserError(f"config.model.reduce_after={model.reduce_after} must name blocks between 1 and {model.depth - 1}, "
-                        "ascending: correct it, or leave it empty.")
-    if model.reduce_after and (model.fusion != "early" or model.separate or model.pool == "token"):
-        raise UserError("config.model.reduce_after goes with fusion 'early', shared blocks and pool 'mean' or 'attention', as "
-                        "tokens lose their order: leave it empty, or choose those.")
-    last = model.depth - (2 if model.fusion == "bottleneck" else 1)  # what latents have read is read a block later
-    if model.fuse_from > last and model.fusion != "early":
-        raise UserError(f"config.model.fuse_from={model.fuse_from} is too late for {model.depth} blocks of fusion "
-                        f"{model.fusion!r}: use {last} or less.")
-    least = 0.5 if model.reduce == "merge" else 0.0
-    if not least <= model.reduce_keep < 1 or not model.reduce_keep:
-        raise UserError(f"config.model.reduce_keep={model.reduce_keep:g} must be below 1 and "
-                        + ("at least 0.5, as tokens merge in pairs." if least else "above 0."))
-
-
-def _value(field: dataclasses.Field, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(field.type) and isinstance(value, Mapping):
-        return make(field.type, value, where)
-    if field.name == "stages":
-        return {name: make(StageSpec, stage, f"{where}.{name}") for name, stage in value.items()}
-    if field.name == "scales":
-        return tuple(make(ScaleSpec, each, f"{where}[{i}]") if isinstance(each, Mapping) else each for i, each in enumerate(value))
-    if field.name == "objectives":
-        return {name: _objective(name, each, where) for name, each in value.items()}
-    return _tuples(value)
-
-
-def _objective(name: str, value: Any, where: str) -> Any:
-    if name not in OBJECTIVES:
-        raise UserError(unknown_key(name, where, OBJECTIVES))
-    return make(OBJECTIVES[name], value, f"{where}.{name}") if isinstance(value, Mapping) else value
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
 def _replaced(spec: Any, changes: Mapping[str, Any], name: str) -> Any:

@@ -2,7 +2,7 @@
 """Pytrees by path: names such as 'encoder/blocks/attention/query/kernel', and rules that match them."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,18 @@ def path_name(path: Sequence[Any]) -> str:
 def flatten(tree: Any) -> dict[str, Any]:
     """Leaves by path name, in the tree's order."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts of leaves by path name: the inverse of `flatten` where all nodes are dicts."""
+    root: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *above, last = name.split("/")
+        node = root
+        for part in above:
+            node = node.setdefault(part, {})
+        node[last] = leaf
+    return root
 
 
 def map_named(f: Callable[[str, Any], Any], tree: Any) -> Any:

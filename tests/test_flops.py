@@ -6,8 +6,8 @@ import jax.numpy as jnp
 
 from particlejax import flops
 from particlejax.models import model as models
+from particlejax.modelspec import ModelSpec
 from particlejax.particles.types import Particles
-from particlejax.spec import ModelSpec
 
 A, B = jnp.zeros((3, 5)), jnp.zeros((5, 7))
 

@@ -11,10 +11,11 @@ import pytest
 
 from particlejax import tree
 from particlejax.models import model as models
+from particlejax.modelspec import ModelSpec
 from particlejax.nn import fusion, rotary
 from particlejax.particles import pack
 from particlejax.particles.types import Batch, Particles
-from particlejax.spec import Experiment, ModelSpec
+from particlejax.spec import Experiment
 from particlejax.typing import UserError
 
 SPEC = ModelSpec(width=24, depth=3, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=1, mlp=2, unroll=False)

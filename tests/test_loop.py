@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -12,9 +13,11 @@ import pytest
 
 from particlejax import main as entry
 from particlejax import optim, sharding, tree
+from particlejax.data import pipeline
 from particlejax.particles.types import Batch
-from particlejax.spec import MeshSpec, OptimSpec
+from particlejax.spec import DataSpec, MeshSpec, OptimSpec
 from particlejax.train.state import TrainState, make_step
+from particlejax.typing import UserError
 
 TINY = "--config=experiments/finetune.py:tiny"
 
@@ -38,6 +41,24 @@ def test_no_progress_ends_a_stage_and_the_best_is_measured(cache_dir: str, tmp_p
     assert results["train"]["steps"] == measured[-1][0]
     top1 = next(line["classify/top1"] for line in lines if line["split"] == "val" and line["step"] == best[0])
     assert np.isclose(results["val"]["top1"], top1), "what is measured at the end is the best, not the last"
+
+
+def test_what_was_trained_is_saved_when_the_data_fails(cache_dir: str, tmp_path: Path, capfd: pytest.CaptureFixture,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    read = pipeline.read
+
+    def failing(batches: pipeline.Batches, start: int, stop: int, data: DataSpec) -> Iterator[pipeline.Loaded]:
+        for k, loaded in enumerate(read(batches, start, stop, data), start):
+            if k == 3:
+                raise UserError("a process that decodes was killed")
+            yield loaded
+
+    command = ["main", TINY, f"--config.data.cache_dir={cache_dir}", "--workdir", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "read", failing)
+        assert entry.main(command) == 2
+    assert entry.main(command) == 0
+    assert "continuing at step 3" in capfd.readouterr().err
 
 
 def test_the_average_follows_the_parameters() -> None:

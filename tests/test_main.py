@@ -88,11 +88,11 @@ def test_other_settings_in_the_same_folder_are_refused(quickstart: Path, cache_d
 
 def test_finetune_on_a_folder_from_a_run_then_evaluate(quickstart: Path, clips_folder: Path, tmp_path: Path,
                                                        capfd: pytest.CaptureFixture) -> None:
-    model = ["--config.model.width=32", "--config.particles.base=(16,4,4)", "--config.data.still=0.05"]
     code, said = run(capfd, "--config=experiments/finetune.py:tiny", f"--config.data.source=folder:{clips_folder}",
-                     f"--config.init={quickstart}:pretrain", "--workdir", str(tmp_path / "f"), *model)
+                     f"--config.init={quickstart}:pretrain", "--workdir", str(tmp_path / "f"))
     assert code == 0, said
     assert "starts from" in said and "new here: head" in said
+    assert "as in" in said and "data.still=0.05, particles.base=(16, 4, 4)" in said, "payloads are those that the encoder knows"
     results = json.loads((tmp_path / "f" / "results.json").read_text())
     assert results["finetune"]["val"]["clips"] == 8
     assert [bad["path"] for bad in results["bad"]] == ["val/bounce/broken.mp4"] and results["bad"][0]["reason"]

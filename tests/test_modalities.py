@@ -127,7 +127,7 @@ def test_rows_have_room_for_all_that_is_read(beeping: bytes) -> None:
         for seed in range(2):
             seen = clips.load(record, data, np.random.default_rng(seed))
             made = clips.particles_of(seen, data, CUT, np.random.default_rng(seed))
-            pack.pack([pack.Clip(made, 0, 0)], [0], pipeline.row_of(data, CUT).slots, 1, 1)  # raises Full
+            pack.pack([pack.Clip(made, 0, 0)], [0], pipeline.row_of(data, CUT).slots, 1, 1)  # raises where it does not fit
 
 
 def test_sound_from_memory_is_the_decoded_one(beeping: bytes) -> None:

@@ -19,10 +19,11 @@ from jax.sharding import PartitionSpec as P
 
 from particlejax import losses, masks, tree
 from particlejax.models import model as models
+from particlejax.modelspec import OBJECTIVES, ModelSpec
 from particlejax.objectives import latent, masked, objectives, pairs
 from particlejax.particles import pack, policies
 from particlejax.particles.types import Batch, Particles
-from particlejax.spec import OBJECTIVES, Experiment, ModelSpec, ParticleSpec, make
+from particlejax.spec import Experiment, ParticleSpec, make
 from particlejax.typing import UserError
 
 MODEL = ModelSpec(width=32, depth=2, heads=2, mlp=2, decoder_width=32, decoder_depth=1, decoder_heads=1, embedding=16,

@@ -154,6 +154,16 @@ def test_fraction_takes_the_same_clips_every_time() -> None:
     np.testing.assert_array_equal(quarter, pipeline.chosen_clips(960, 0.25))
 
 
+def test_particles_stand_where_their_frames_are_shown(source: sources.Source) -> None:
+    for look in (clips.CENTRE, np.random.default_rng(1)):
+        seen = clips.load(source[0], DATA, look)
+        made = clips.particles_of(seen, DATA, CUT, np.random.default_rng(0))["vision"]
+        times = np.unique(made.place[:, 0])
+        np.testing.assert_allclose(times, [0.5, 1.5], atol=1e-6)
+        np.testing.assert_allclose(made.extent[:, 0], 1.0, atol=1e-6)
+        assert all(abs(t - times[i // 4]) <= 0.5 for i, t in enumerate(seen.times)), "sound counts from the same start"
+
+
 def test_payloads_are_normalised(source: sources.Source) -> None:
     seen = clips.load(source[0], DATA, clips.CENTRE)
 

@@ -18,10 +18,11 @@ from particlejax.data import pipeline, sources
 from particlejax.data.plan import Plan, Stand
 from particlejax.data.schedule import Schedule
 from particlejax.models import model as models
+from particlejax.modelspec import ClassifySpec, ModelSpec
 from particlejax.objectives import objectives
 from particlejax.particles import pack, policies
 from particlejax.particles.types import Batch
-from particlejax.spec import ClassifySpec, DataSpec, ModelSpec, ParticleSpec, ScaleSpec, ScheduleSpec
+from particlejax.spec import DataSpec, ParticleSpec, ScaleSpec, ScheduleSpec
 from particlejax.typing import UserError
 
 DATA = DataSpec(frames=8, size=32, threads=1)
@@ -62,6 +63,10 @@ def test_the_plan_is_the_same_from_wherever_it_goes_on() -> None:
     assert pickle.loads(pickle.dumps(plan)).batch(7) == expected[7]
     plan.batch(700)
     assert plan.batch(2) == expected[2], "and for what was forgotten"
+    frontier = plan.stand(9)
+    filled = []
+    plan._fill = lambda stand: filled.append(stand)  # asking again where it stands costs nothing
+    assert plan.stand(9) == frontier and not filled
 
 
 @pytest.mark.parametrize("scales", [MIXED, ScheduleSpec()])
@@ -138,16 +143,11 @@ def test_a_stage_of_many_scales_compiles_once_and_is_measured_at_any(cache_dir: 
     assert results["train"]["compilations"] == 1 and results["train"]["clips_seen"] > 8 * 8
     fill = [json.loads(line)["fill"] for line in (tmp_path / "run/timing.jsonl").read_text().splitlines()]
     assert np.mean(fill) > 0.8
-    for size in (16, 48):
-        (tmp_path / "smaller.py").write_text(Path("experiments/evaluate.py").read_text().replace(
-            "views=(1, 1) if tiny else (2, 3)", f"data={{'size': {size}}}, particles={{'base': (16, 8, 8)}} if tiny else {{}}"))
-        code = entry.main(["main", f"--config={tmp_path / 'smaller.py'}", f"--config.run={tmp_path / 'run'}",
-                           f"--config.data.cache_dir={cache_dir}", "--workdir", str(tmp_path / str(size))])
+    for name, setting in (("small", "size=16"), ("large", "size=48"), ("fewer", "budget=5")):
+        code = entry.main(["main", "--config=experiments/evaluate.py:tiny", f"--config.run={tmp_path / 'run'}",
+                           f"--config.data.cache_dir={cache_dir}", f"--config.evaluate.scale.{setting}", "--workdir", str(tmp_path / name)])
         assert code == 0, capfd.readouterr().err
-        assert json.loads((tmp_path / str(size) / "results.json").read_text())["finetune"]["val"]["clips"] == 24
-    code = entry.main(["main", f"--config={tmp_path / 'smaller.py'}:tiny", f"--config.run={tmp_path / 'run'}",
-                       f"--config.data.cache_dir={cache_dir}", "--workdir", str(tmp_path / "wrong")])
-    assert code == 2 and "cannot change `base`" in capfd.readouterr().err
+        assert json.loads((tmp_path / name / "results.json").read_text())["finetune"]["val"]["clips"] == 24
 
 
 def ramps(frames: int, size: int, number: int, seed: int) -> Batch:

@@ -7,10 +7,11 @@ import pytest
 
 from particlejax import optim, sharding, tree
 from particlejax.models import model as models
+from particlejax.modelspec import ClassifySpec, MaskedSpec, ModelSpec
 from particlejax.objectives import objectives
 from particlejax.particles import pack, policies
 from particlejax.particles.types import Batch
-from particlejax.spec import ClassifySpec, MaskedSpec, MeshSpec, ModelSpec, OptimSpec, ParticleSpec
+from particlejax.spec import MeshSpec, OptimSpec, ParticleSpec
 from particlejax.train.state import TrainState, initialise, jit_step, make_step
 from particlejax.typing import UserError
 

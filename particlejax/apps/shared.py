@@ -42,7 +42,7 @@ def each(storage: str, name: str, labels: Sequence[str], work: Callable[[int], A
 
 def search(storage: str, name: str, trials: int, seed: int, space: Mapping[str, Sequence[Any]],
            measure: Callable[[dict[str, Any], int], float]) -> None:
-    """TPE over `space`, dotted keys to the values they may have; `measure` of a choice and the trial's number is maximised."""
+    """TPE over `space`, path names to the values they may have; `measure` of a choice and the trial's number is maximised."""
     optuna = _optuna()
     study = optuna.create_study(storage=_storage(optuna, storage), study_name=name, direction="maximize", load_if_exists=True,
                                 sampler=optuna.samplers.TPESampler(seed=seed))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from particlejax import tree
 from particlejax.apps import pictures, shared
 from particlejax.apps.report import table
 from particlejax.apps.train import train
@@ -88,14 +89,7 @@ def _search(experiment: Experiment, top: Path) -> list[Run]:
                 space[key].append(value)
 
     def measure(chosen: dict[str, Any], number: int) -> float:
-        changes: dict[str, Any] = {}
-        for key, value in chosen.items():
-            *above, last = key.split(".")
-            node = changes
-            for part in above:
-                node = node.setdefault(part, {})
-            node[last] = value
-        made.append(_run(experiment, f"trial{number:03d}", changes, spec.seeds[0]))
+        made.append(_run(experiment, f"trial{number:03d}", tree.nest(chosen), spec.seeds[0]))
         _one(made[-1], top)
         row = collect(made[-1:], spec.metric, top)[made[-1].name]
         if row["error"]:
@@ -110,7 +104,7 @@ def _search(experiment: Experiment, top: Path) -> list[Run]:
 def _flat(changes: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in changes.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{where}{key}.")
+            yield from _flat(value, f"{where}{key}/")
         else:
             yield f"{where}{key}", value
 

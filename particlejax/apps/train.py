@@ -19,6 +19,7 @@ def train(experiment: Experiment, workdir: Path, name: str) -> None:
     finally:
         log.close()
     for stage, spec in experiment.stages.items():
-        if "masked" in spec.objectives:
+        masked = spec.objectives.get("masked")
+        if masked and masked.modality == "vision":  # nobody sees whether sound was drawn well
             explain.draw_masked(workdir, stage, mesh)
     say(f"report: {report.write(workdir)}")

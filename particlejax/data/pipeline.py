@@ -24,6 +24,7 @@ from particlejax.particles.types import Batch
 from particlejax.spec import DataSpec, ParticleSpec, ScheduleSpec
 from particlejax.typing import UserError
 
+_AHEAD = 8  # batches that are ready while the first step compiles, when most clips are not in memory yet
 _CUT_SEED = 0x5EED  # the order in which `fraction` draws, the same for every run so that runs compare
 
 
@@ -152,7 +153,7 @@ def example(row: Row, rows: int) -> Batch:
 def read(batches: Batches | Views, start: int, stop: int, data: DataSpec) -> Iterator[Loaded]:
     """Batches start..stop-1 in order, read ahead by `data.threads` threads or in `data.workers` processes."""
     numbers = grain.MapDataset.source(_Slice(batches, start, stop))
-    options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=2 * data.threads)
+    options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=data.threads + _AHEAD)
     stream = numbers.to_iter_dataset(options)
     if data.workers:
         if not absl.flags.FLAGS.is_parsed():

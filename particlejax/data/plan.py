@@ -95,7 +95,7 @@ class Plan:
         if len(self.schedule.scales) == 1:
             return Stand(k, self._span(k)[0])
         with self._lock:
-            if k not in self._stands:
+            if k not in self._stands and k != self._stand.batch:
                 self._go(k)
             return self._stands.get(k, self._stand)
 
@@ -119,7 +119,7 @@ class Plan:
 
     def _go(self, k: int) -> None:
         """On to batch k; back to where the plan began, where what is asked for was forgotten."""
-        if k <= self._stand.batch:
+        if k < self._stand.batch or k - 1 not in self._known and k == self._stand.batch:
             self._stand, self._known, self._stands = self.since if self.since.batch < k else Stand(0, 0), {}, {}
         while self._stand.batch < k:
             number = self._stand.batch

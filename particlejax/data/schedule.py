@@ -86,11 +86,7 @@ class Schedule:
         return min(bisect.bisect_right(self._edges, at + 1e-9) - 1, len(self._edges) - 2)  # a hair for what should be equal
 
     def _scale(self, spec: ScaleSpec, factor: float) -> Scale:
-        changed = {name: getattr(spec, name) for name in ("frames", "size", "seconds") if getattr(spec, name)}
-        if spec.stride:
-            changed["stride"] = (spec.stride, spec.stride)
-        cut = {name: getattr(spec, name) for name in ("policy", "levels", "budget", "tubes") if getattr(spec, name)}
-        scale = Scale(dataclasses.replace(self.data, **changed), dataclasses.replace(self.particles, **cut))
+        scale = Scale(*spec.applied(self.data, self.particles))
         if factor == 1:
             return scale
         step = policies.coarsest(scale.particles)[1]

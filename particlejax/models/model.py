@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from particlejax import losses
+from particlejax.modelspec import ModelSpec
 from particlejax.nn import attention, embed, fusion, heads, reduce, transformer
 from particlejax.nn.reduce import Tokens
 from particlejax.particles.types import Batch, Particles
-from particlejax.spec import ModelSpec
 from particlejax.typing import Params
 
 

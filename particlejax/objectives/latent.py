@@ -7,10 +7,10 @@ from jax import Array
 
 from particlejax import losses
 from particlejax.models.model import Model, part_of
+from particlejax.modelspec import LatentSpec
 from particlejax.objectives import masked
 from particlejax.objectives.types import Objective
 from particlejax.particles.types import Batch
-from particlejax.spec import LatentSpec
 from particlejax.typing import Metrics, Params
 
 TEACHER = "teacher"  # the branch of the parameters that the step fills with their moving average

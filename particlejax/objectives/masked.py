@@ -13,10 +13,10 @@ from jax import Array
 
 from particlejax import losses, masks
 from particlejax.models.model import Model
+from particlejax.modelspec import LatentSpec, MaskedSpec, NextFrameSpec
 from particlejax.objectives import clock
 from particlejax.objectives.types import Objective
 from particlejax.particles.types import Batch, Particles
-from particlejax.spec import LatentSpec, MaskedSpec, NextFrameSpec
 from particlejax.typing import Metrics, Params
 
 

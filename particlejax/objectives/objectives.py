@@ -14,13 +14,13 @@ from jax import Array
 
 from particlejax import losses
 from particlejax.models.model import Model, Needs
+from particlejax.modelspec import ClassifySpec, ContrastSpec
 from particlejax.objectives import pairs, temporal
 from particlejax.objectives.latent import latent
 from particlejax.objectives.masked import masked, next_frame
 from particlejax.objectives.types import Objective
 from particlejax.objectives.words import words
 from particlejax.particles.types import Batch
-from particlejax.spec import ClassifySpec, ContrastSpec
 from particlejax.typing import Metrics, Params, UserError
 
 _VISION: tuple[str, ...] = (temporal.VISION,)

@@ -11,10 +11,10 @@ from jax import Array
 
 from particlejax import losses, masks
 from particlejax.models.model import Model
+from particlejax.modelspec import ContrastSpec, MatchSpec, SyncSpec
 from particlejax.objectives import clock, questions
 from particlejax.objectives.types import Objective
 from particlejax.particles.types import Batch, Particles
-from particlejax.spec import ContrastSpec, MatchSpec, SyncSpec
 from particlejax.typing import Metrics, Params
 
 VISION, AUDIO = "vision", "audio"

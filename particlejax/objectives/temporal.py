@@ -14,10 +14,10 @@ import numpy as np
 from jax import Array
 
 from particlejax.models.model import Model
+from particlejax.modelspec import ArrowSpec, OrderSpec, SpeedSpec, TransformSpec
 from particlejax.objectives import clock, questions
 from particlejax.objectives.types import Objective
 from particlejax.particles.types import Batch, Particles
-from particlejax.spec import ArrowSpec, OrderSpec, SpeedSpec, TransformSpec
 from particlejax.typing import Metrics, Params, UserError
 
 VISION = "vision"
@@ -140,7 +140,7 @@ def shuffle(whole: Particles, label_BS: Array) -> tuple[Particles, Array]:
     number = jnp.minimum(number, 2)
     to = jnp.asarray(PERMUTATIONS)[clock.of_particle(label_BS, whole), number]
     shown = clock.keep(clock.moved(whole, whole.place[..., 0] + (to - number) * third), stays)
-    each = clock.member(shown, clips)[..., None] & (to[..., None] == jnp.arange(3))[:, :, None]  # [B, L, S, 3]
+    each = clock.member(shown, clips)[..., None] & (to[..., None] == jnp.arange(3)[None, None])[:, :, None]  # [B, L, S, 3]
     return shown, each.any(axis=1).all(axis=-1)
 
 

@@ -7,10 +7,10 @@ from jax import Array
 
 from particlejax import losses, masks
 from particlejax.models.model import Model
+from particlejax.modelspec import WordsSpec
 from particlejax.objectives.masked import ask
 from particlejax.objectives.types import Objective
 from particlejax.particles.types import Batch, Particles
-from particlejax.spec import WordsSpec
 from particlejax.typing import Metrics, Params
 
 

@@ -112,9 +112,3 @@ def _check_adapting(size: Shape, spec: ParticleSpec) -> None:
         raise ValueError("particles.policy is 'runs' but budget and threshold are 0: set one of them.")
     if 0 < spec.budget < least:
         raise ValueError(f"particles.budget={spec.budget} is less than the {least} runs that begin with a clip: raise it.")
-
-
-def empty(length: int, payload: int) -> Particles:
-    """A row of empty slots (numpy)."""
-    place = np.zeros((length, 3), np.float32)
-    return Particles(np.zeros((length, payload), np.float32), place, place, np.zeros(length, np.int32))

@@ -183,7 +183,7 @@ class _Trainer:
 
     def _one(self, stream: Iterator[pipeline.Loaded], progress: Progress) -> None:
         begun = time.monotonic()
-        loaded = next(stream)
+        loaded = self._next(stream)
         if self.running is None or self.running.is_ready():  # else the device had work all the while
             self.waited += time.monotonic() - begun
         self.bad.note(loaded)
@@ -202,6 +202,13 @@ class _Trainer:
         if self.done % every.checkpoint.every == 0 or self.done == self.steps:
             self._save()
         self._heed()
+
+    def _next(self, stream: Iterator[pipeline.Loaded]) -> pipeline.Loaded:
+        try:
+            return next(stream)
+        except UserError:  # a process that decodes was killed: what was trained is not lost with it
+            self._save()
+            raise
 
     def _heed(self) -> None:
         """Saves and leaves when somebody asked for it."""
@@ -331,7 +338,7 @@ def classify(stage: run.Stage, params: Any, source: sources.Source, context: Con
     """Scores over all views of a source; each clip's probabilities go to predictions_NAME.csv."""
     spec = context.experiment.evaluate
     sharding.check_rows(spec.rows, context.mesh, "config.evaluate.rows")
-    views = stage.views(source, spec.rows, spec.views, context.experiment)
+    views = stage.views(source, spec.rows, spec.views, spec.scale)
     predict = evaluate.jit_predict(stage.model, stage.ready, context.mesh)
     numbers, found = evaluate.probabilities(predict, params, views, context.mesh, watch, f"evaluate {name}")
     records = [source[int(n)] for n in numbers]

@@ -3,7 +3,7 @@
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from particlejax.data import clips, pipeline, sources
 from particlejax.models import model as models
 from particlejax.objectives import objectives
 from particlejax.particles.types import Batch
-from particlejax.spec import DataSpec, Experiment, ParticleSpec, StageSpec
+from particlejax.spec import DataSpec, Experiment, ParticleSpec, ScaleSpec, StageSpec
 from particlejax.train.log import say
 from particlejax.typing import Params, UserError
 
 CONFIG, RESULTS = "config.json", "results.json"
+_AS_THERE = {"model": ("width", "depth", "heads", "near", "mlp"), "data": ("mean", "std", "still"), "particles": ("base",)}
 
 
 @dataclass
@@ -65,10 +66,10 @@ class Stage:
         read = replace(vision, payload=scale.to_payload(vision.payload))
         return replace(batch, particles={**batch.particles, clips.VISION: read})
 
-    def views(self, source: sources.Source, rows: int, views: tuple[int, int] = (1, 1), scale: Experiment | None = None
+    def views(self, source: sources.Source, rows: int, views: tuple[int, int] = (1, 1), scale: ScaleSpec | None = None
               ) -> pipeline.Views:
-        """All clips of a source once, for measuring; `scale` is an experiment whose `evaluate` may say at which."""
-        data, particles = scale.measured(self.data, self.particles) if scale else (self.data, self.particles)
+        """All clips of a source once, for measuring; at another scale where one is given."""
+        data, particles = (scale or ScaleSpec()).applied(self.data, self.particles)
         return pipeline.Views(source, data, particles, self.experiment.seed, rows, views, jax.process_index(),
                               jax.process_count())
 
@@ -135,6 +136,26 @@ def find_init(experiment: Experiment, name: str, workdir: Path) -> Path | None:
         return None
     run, name = split_run(wanted)
     return result_folder(run, name)
+
+
+def adopt(experiment: Experiment, said: Collection[str] = ()) -> Experiment:
+    """The experiment with what must be as in the run that `init` names: payloads, and the encoder that reads them.
+
+    said: settings, such as 'model.width', that somebody has asked for and that stay as they are.
+    """
+    if not experiment.init:
+        return experiment
+    run, _ = split_run(experiment.init)
+    there, changed = read_experiment(run), []
+    for section, names in _AS_THERE.items():
+        ours, theirs = getattr(experiment, section), getattr(there, section)
+        new = {name: getattr(theirs, name) for name in names
+               if getattr(theirs, name) != getattr(ours, name) and f"{section}.{name}" not in said}
+        changed += [f"{section}.{name}={value}" for name, value in new.items()]
+        experiment = replace(experiment, **{section: replace(ours, **new)})
+    if changed:
+        say(f"as in {run}: {', '.join(changed)}")
+    return experiment
 
 
 def split_run(text: str) -> tuple[Path, str]:

@@ -100,8 +100,9 @@ def _works(experiment: Experiment, workdir: Path) -> Iterator[tuple[str, Work]]:
         length = video.duration - data.frames * _STRIDE / _RATE
     starts = np.random.default_rng(0).uniform(0, max(length, 0.0), max(spec.rows, spec.clips // 20))
     records = tuple(Record(f"{s:.2f}", str(path), start=s, end=s + data.frames * _STRIDE / _RATE) for s in starts)
-    batches = replace(batches, source=Listed((), records), data=replace(data, sample="dense", stride=(_STRIDE, _STRIDE)))
-    yield "1080p", Work(batches, max(1, len(records) // spec.rows), data.threads)
+    rows = max(1, len(records) // (4 * data.threads))  # a thread decodes a batch: each must have several
+    batches = replace(batches, source=Listed((), records), data=replace(data, sample="dense", stride=(_STRIDE, _STRIDE)), rows=rows)
+    yield "1080p", Work(batches, len(records) // rows, data.threads)
 
 
 # -- the whole pipeline against decoding alone

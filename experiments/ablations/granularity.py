@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How adaptive particles are made, at half the full grid's particles: which splits, how deep, what a split is worth.
+
+    python -m particlejax.main --config experiments/ablations/granularity.py:jhmdb --workdir runs/granularity-jhmdb
+    python -m particlejax.main --config experiments/ablations/granularity.py:toybox --workdir runs/granularity-toybox
+
+README.md beside this file has the tables. `merge` and `drop` start from the full grid and let half of the tokens go after
+the first block.
+"""
+
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from particlejax.spec import SweepSpec, arguments, section
+
+HERE = Path(__file__).parent
+HALF = 128
+
+
+def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and what is different."""
+
+    def adaptive(**more: Any) -> dict[str, Any]:
+        return {"particles": {"policy": "adaptive", "budget": HALF, **more}}
+
+    yield "time-or-space", adaptive()
+    yield "both-at-once", adaptive(splits=("both",))
+    yield "time-only", adaptive(splits=("time",))
+    yield "space-only", adaptive(splits=("space",))
+    yield "two-levels", adaptive(levels=2)
+    yield "absolute", adaptive(measure="absolute")
+    yield "motion", adaptive(measure="motion")
+    yield "pyramid", {"particles": {"policy": "pyramid", "budget": HALF}}
+    yield "merge", {"model": {"reduce": "merge", "reduce_after": (1,)}}
+    yield "drop", {"model": {"reduce": "drop", "reduce_after": (1,)}}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The experiment; arg: 'jhmdb', 'toybox' or 'tiny' (one run of the tiny toybox)."""
+    tiny = arguments(arg, "jhmdb", "toybox", "tiny")["tiny"]
+    config = runpy.run_path(str(HERE / "particles.py"))["get_config"](arg)
+    runs = dict(sweep())
+    if tiny:
+        runs = {"merge": runs["merge"]}
+    config.sweep = ConfigDict(section(SweepSpec, runs=runs, seeds=tuple(config.sweep.seeds), metric=config.sweep.metric))
+    return config

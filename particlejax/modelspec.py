@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an experiment may say about the model and about the objectives that train it."""
+
+import dataclasses
+
+from particlejax.fields import at_least, between, interval, one_of
+from particlejax.typing import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """The encoder and, where an objective needs it, the decoder."""
+
+    width: int = 192
+    depth: int = 6
+    heads: int = 3
+    near: bool = True  # attention falls with distance in time and space, learned per head
+    mlp: int = 4  # hidden width of the MLP, in widths
+    rotary: bool = False  # queries and keys turned by place (nn/rotary.py)
+    qk_norm: bool = False  # queries and keys normed (arXiv:2302.05442)
+    gate: str = one_of("gelu", "swiglu")  # of the MLP
+    layer_scale: float = at_least(0.0, 0)  # that each branch starts with (arXiv:2103.17239); 0: none
+    fusion: str = one_of("early", "bottleneck", "late", "cross")  # how modalities read each other (nn/fusion.py)
+    fuse_from: int = at_least(0, 0)  # number of the block from which they do, in bottleneck and cross
+    latents: int = at_least(4, 1)  # per clip, that carry what crosses in bottleneck (arXiv:2107.00135)
+    separate: bool = False  # blocks of their own for each modality
+    modality_dropout: float = between(0.0, 0, 1)  # probability that training hides a modality of a clip, never all
+    dropout: float = 0.0
+    drop_path: float = 0.0  # stochastic depth of the last block, linear from 0 (arXiv:1603.09382)
+    reduce: str = one_of("drop", "merge")  # what becomes of tokens after the blocks `reduce_after` (nn/reduce.py)
+    reduce_after: tuple[int, ...] = ()  # numbers of blocks, ascending; (): all tokens go through all blocks
+    reduce_keep: float = 0.5  # share of a clip's tokens that stays each time
+    pool: str = one_of("mean", "attention", "token")  # how a clip's tokens become the vector that is classified
+    pool_heads: int = 8  # of attention pooling
+    embedding: int = at_least(128, 1)  # width of what clips are compared by
+    decoder_width: int = 128
+    decoder_depth: int = 2
+    decoder_heads: int = 2
+    unroll: bool = True  # layers unrolled in the program: faster on CPU, slower to compile
+    dtype: str = "float32"  # of the computation; parameters and reductions stay float32
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedSpec:
+    """Masked particle prediction: an encoder on the visible, a decoder that is asked for the hidden."""
+
+    weight: float = 1.0
+    modality: str = "vision"
+    mask: str = one_of("tube", "random", "motion")  # motion: what changes most is hidden more often
+    keep: float = 0.25  # share of the particles that the encoder sees
+    predict: float = 0.5  # share of the particles that the decoder is asked for
+    normalise: bool = True  # targets normalised per particle (arXiv:2111.06377, section 4.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifySpec:
+    """One label a clip."""
+
+    weight: float = 1.0
+    label_smoothing: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentSpec:
+    """Masked prediction of a teacher's features; the teacher is the stage's average, so `ema` is above 0."""
+
+    weight: float = 1.0
+    modality: str = "vision"
+    mask: str = one_of("tube", "random", "motion")
+    keep: float = between(0.25, 0, 1)  # share of the particles that the encoder sees
+    predict: float = between(0.5, 0, 1)  # share of the particles that are asked for
+
+
+@dataclasses.dataclass(frozen=True)
+class NextFrameSpec:
+    """Prediction of the particles of later moments from what ended before."""
+
+    weight: float = 1.0
+    modality: str = "vision"
+    moment: tuple[float, float] = interval((0.25, 0.75), 0, 1)  # shares of the clip that the present is drawn between
+    horizon: float = at_least(0.0, 0)  # seconds ahead; 0: to the end of the clip
+    normalise: bool = True  # targets normalised per particle
+
+
+@dataclasses.dataclass(frozen=True)
+class OrderSpec:
+    """Which of six orders a clip's thirds stand in."""
+
+    weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedSpec:
+    """How often a clip's speed was doubled. Clips want at least 2 ** doublings particles one after the other."""
+
+    weight: float = 1.0
+    doublings: int = between(1, 1, 4)  # at most
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrowSpec:
+    """Whether a clip runs forward or backward."""
+
+    weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformSpec:
+    """Which of eight turns and mirrorings a clip went through."""
+
+    weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SyncSpec:
+    """By how much sound is shifted against sight, or whether it is another clip's."""
+
+    weight: float = 1.0
+    shifts: int = at_least(2, 1)  # steps to either side: 2 * shifts + 1 answers
+    step: int = at_least(2, 1)  # patches of sound of a step
+    other: float = between(0.2, 0, 1)  # share of rows with the sound of another; 0: none
+
+
+@dataclasses.dataclass(frozen=True)
+class ContrastSpec:
+    """Clips told from each other by embeddings of two modalities, or of two masked views of one named twice."""
+
+    weight: float = 1.0
+    pair: tuple[str, str] = ("vision", "text")
+    loss: str = one_of("infonce", "sigmoid")
+    keep: float = between(0.5, 0, 1)  # share of the particles in each of two views
+
+
+@dataclasses.dataclass(frozen=True)
+class MatchSpec:
+    """Whether a text belongs to the clip or to another one of the batch."""
+
+    weight: float = 1.0
+    modality: str = "text"
+    other: float = between(0.5, 0, 1)  # share of rows with the text of another
+
+
+@dataclasses.dataclass(frozen=True)
+class WordsSpec:
+    """Masked language modelling given the rest of the clip."""
+
+    weight: float = 1.0
+    modality: str = "text"
+    keep: float = between(0.7, 0, 1)  # share of the words that the encoder sees; the others are asked for
+
+
+OBJECTIVES = {
+    "masked": MaskedSpec, "latent": LatentSpec, "next_frame": NextFrameSpec, "order": OrderSpec, "speed": SpeedSpec,
+    "arrow": ArrowSpec, "transform": TransformSpec, "sync": SyncSpec, "contrast": ContrastSpec, "match": MatchSpec,
+    "words": WordsSpec, "classify": ClassifySpec,
+}
+
+
+def check_model(model: ModelSpec) -> None:
+    """Raises UserError where settings of the model contradict each other."""
+    edges = (0, *model.reduce_after, model.depth)
+    if any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
+        raise UserError(f"config.model.reduce_after={model.reduce_after} must name blocks between 1 and {model.depth - 1}, "
+                        "ascending: correct it, or leave it empty.")
+    if model.reduce_after and (model.fusion != "early" or model.separate or model.pool == "token"):
+        raise UserError("config.model.reduce_after goes with fusion 'early', shared blocks and pool 'mean' or 'attention', as "
+                        "tokens lose their order: leave it empty, or choose those.")
+    last = model.depth - (2 if model.fusion == "bottleneck" else 1)  # what latents have read is read a block later
+    if model.fuse_from > last and model.fusion != "early":
+        raise UserError(f"config.model.fuse_from={model.fuse_from} is too late for {model.depth} blocks of fusion "
+                        f"{model.fusion!r}: use {last} or less.")
+    least = 0.5 if model.reduce == "merge" else 0.0
+    if not least <= model.reduce_keep < 1 or not model.reduce_keep:
+        raise UserError(f"config.model.reduce_keep={model.reduce_keep:g} must be below 1 and "
+                        + ("at least 0.5, as tokens merge in pairs." if least else "above 0."))
