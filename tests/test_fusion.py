@@ -150,7 +150,7 @@ def test_separate_blocks_that_are_alike_are_shared_ones() -> None:
 def test_a_modality_is_hidden_now_and_then_and_never_the_last() -> None:
     sound = jnp.array([[1, 1, 2, 0], [1, 0, 0, 0]])
     sight = jnp.array([[1, 3, 3], [1, 2, 0]])
-    hidden = jax.vmap(lambda key: jnp.concatenate(fusion.hide(key, [sound, sight], 3, 0.9), axis=1))(
+    hidden = jax.vmap(lambda key: jnp.concatenate(fusion.hide(key, [sound, sight], 3, 0.5), axis=1))(
         jax.random.split(jax.random.key(0), 64))
     whole = jnp.concatenate([sound, sight], axis=1)
     assert ((hidden == whole[None]) | (hidden == 0)).all()
