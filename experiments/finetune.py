@@ -8,8 +8,7 @@ Trains on the split 'train', measures on 'val'. `:tiny` is a smoke run on the to
 
 from ml_collections import ConfigDict
 
-from particlejax.modelspec import ModelSpec
-from particlejax.spec import DataSpec, EvaluateSpec, Experiment, OptimSpec, ParticleSpec, StageSpec, arguments, section
+from particlejax.spec import DataSpec, EvaluateSpec, Experiment, ModelSpec, OptimSpec, ParticleSpec, StageSpec, arguments, section
 
 
 def get_config(arg: str = "") -> ConfigDict:

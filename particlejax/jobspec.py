@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from particlejax.fields import at_least
 from particlejax.spec import Experiment, make, one_of
 
 
@@ -35,8 +36,27 @@ class RecogniseSpec:
     top: int = 5  # answers
 
 
-Job = Experiment | ImportSpec | RecogniseSpec
-_OWN = {"import_weights": ImportSpec, "recognise": RecogniseSpec}
+@dataclasses.dataclass(frozen=True)
+class ProbeSpec:
+    """Job probe: what the frozen encoder of a run knows."""
+
+    job: str = one_of("probe")
+    run: str = ""  # RUN_DIR or RUN_DIR:STAGE
+    weights: str = one_of("trained", "random")  # random: the same encoder untrained, the least that training must beat
+    source: str = ""  # as config.data.source; '': the run's
+    train: str = "train"  # split that the probes learn from
+    test: str = "test"  # split that they are asked about
+    cache_dir: str = ""  # '': the run's
+    alone: bool = True  # each modality by itself, too
+    neighbours: int = at_least(10, 1)  # of the k-NN probe, by cosine
+    penalty: float = at_least(1.0, 1e-9)  # of the linear probe's squared weights
+    rows: int = at_least(32, 1)
+    max_bad: int = at_least(100, 0)  # unreadable clips after which it stops
+    seed: int = 0  # of random weights
+
+
+Job = Experiment | ImportSpec | RecogniseSpec | ProbeSpec
+_OWN = {"import_weights": ImportSpec, "recognise": RecogniseSpec, "probe": ProbeSpec}
 
 
 def of(config: Mapping[str, Any]) -> Job:

@@ -25,12 +25,12 @@ def tube_scores(key: PRNGKeyArray, place: Float[Array, "B L 3"]) -> Float[Array,
     return jnp.take_along_axis(table, cell[..., 0] * _CELLS + cell[..., 1], axis=1)
 
 
-def motion_scores(key: PRNGKeyArray, change: Float[Array, "B L"], segment: Int[Array, "B L"]) -> Float[Array, "B L"]:
-    """Higher, and so hidden more often, the more a particle changes beside the others of its clip.
+def ranked_scores(key: PRNGKeyArray, value: Float[Array, "B L"], segment: Int[Array, "B L"]) -> Float[Array, "B L"]:
+    """Higher, and so hidden more often, the higher its value is among those of its clip.
 
-    Half of a score is its rank in change, half is drawn.
+    Half of a score is its rank, half is drawn.
     """
-    return (share_rank(change, segment) + jax.random.uniform(key, change.shape)) / 2
+    return (share_rank(value, segment) + jax.random.uniform(key, value.shape)) / 2
 
 
 SCORES: dict[str, Callable] = {"random": random_scores, "tube": tube_scores}

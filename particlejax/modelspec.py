@@ -46,7 +46,7 @@ class MaskedSpec:
 
     weight: float = 1.0
     modality: str = "vision"
-    mask: str = one_of("tube", "random", "motion")  # motion: what changes most is hidden more often
+    mask: str = one_of("tube", "random", "motion", "adaptive")  # the more a particle changes, the less it says: hidden more often
     keep: float = 0.25  # share of the particles that the encoder sees
     predict: float = 0.5  # share of the particles that the decoder is asked for
     normalise: bool = True  # targets normalised per particle (arXiv:2111.06377, section 4.1)
@@ -66,7 +66,7 @@ class LatentSpec:
 
     weight: float = 1.0
     modality: str = "vision"
-    mask: str = one_of("tube", "random", "motion")
+    mask: str = one_of("tube", "random", "motion", "adaptive")
     keep: float = between(0.25, 0, 1)  # share of the particles that the encoder sees
     predict: float = between(0.5, 0, 1)  # share of the particles that are asked for
 
@@ -113,12 +113,13 @@ class TransformSpec:
 
 @dataclasses.dataclass(frozen=True)
 class SyncSpec:
-    """By how much sound is shifted against sight, or whether it is another clip's."""
+    """By how much a second modality is shifted against a first, or whether it is another clip's."""
 
     weight: float = 1.0
+    pair: tuple[str, str] = ("vision", "audio")  # the second is shifted; one named twice: the picture's right half against its left
     shifts: int = at_least(2, 1)  # steps to either side: 2 * shifts + 1 answers
-    step: int = at_least(2, 1)  # patches of sound of a step
-    other: float = between(0.2, 0, 1)  # share of rows with the sound of another; 0: none
+    step: int = at_least(2, 1)  # of the second's particles that make a step
+    other: float = between(0.2, 0, 1)  # share of rows with the second of another clip; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +142,15 @@ class MatchSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class AlignSpec:
+    """When in its clip each particle of a modality is, given the others; its own time is hidden."""
+
+    weight: float = 1.0
+    modality: str = "text"
+    bins: int = at_least(8, 2)  # of the clip's time, equal ones, that are told apart
+
+
+@dataclasses.dataclass(frozen=True)
 class WordsSpec:
     """Masked language modelling given the rest of the clip."""
 
@@ -152,7 +162,7 @@ class WordsSpec:
 OBJECTIVES = {
     "masked": MaskedSpec, "latent": LatentSpec, "next_frame": NextFrameSpec, "order": OrderSpec, "speed": SpeedSpec,
     "arrow": ArrowSpec, "transform": TransformSpec, "sync": SyncSpec, "contrast": ContrastSpec, "match": MatchSpec,
-    "words": WordsSpec, "classify": ClassifySpec,
+    "words": WordsSpec, "align": AlignSpec, "classify": ClassifySpec,
 }
 
 

@@ -324,6 +324,8 @@ def check(experiment: Experiment) -> Experiment:
         experiment.particles_of(stage)
         _check_schedule(stage.schedule, f"{where}.schedule")
         check_model(experiment.model_of(stage))
+        if "align" in stage.objectives and experiment.model_of(stage).reduce_after:
+            raise UserError(f"{where}.objectives.align asks about every particle: leave model.reduce_after empty.")
         if "latent" in stage.objectives and (not stage.ema or experiment.model_of(stage).reduce_after):
             raise UserError(f"{where}.objectives.latent learns from the average of the parameters, slot by slot: set {where}.ema, "
                             "such as to 0.99, and leave model.reduce_after empty.")

@@ -62,6 +62,7 @@ CASES = {
     "contrast": Case(dict(pair=("vision", "text"), loss="sigmoid"), ("text", "vision"), 1.8),
     "match": Case(dict(), ("text", "vision"), 0.6, steps=480, rate=1e-3,
                   model=dataclasses.replace(MODEL, width=64, heads=4)),
+    "align": Case(dict(modality="vision", bins=3), floor=0.9 * math.log(3)),
     "words": Case(dict(keep=0.5), ("text", "vision"), 0.9 * math.log(WORDS - 2), dead=("decoder/payload_vision",)),
     "classify": Case(dict(label_smoothing=0.1), floor=0.9 * math.log(CLASSES)),
 }
@@ -212,7 +213,7 @@ def test_what_is_asked_for_is_never_seen(name: str, mask: str) -> None:
 def test_motion_masks_hide_what_moves_more_often() -> None:
     change = jnp.tile(jnp.arange(16.0), (64, 1))
     segment = jnp.ones((64, 16), jnp.int32)
-    visible, _, _ = masks.split(masks.motion_scores(jax.random.key(0), change, segment), segment, 0.5, 0.5)
+    visible, _, _ = masks.split(masks.ranked_scores(jax.random.key(0), change, segment), segment, 0.5, 0.5)
     counts = np.bincount(np.asarray(visible).reshape(-1), minlength=16)
     assert counts[:4].mean() > 2 * counts[-4:].mean() > 0
 

@@ -13,8 +13,18 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from particlejax.modelspec import ModelSpec
-from particlejax.spec import DataSpec, EvaluateSpec, Experiment, OptimSpec, ParticleSpec, StageSpec, SweepSpec, arguments, section
+from particlejax.spec import (
+    DataSpec,
+    EvaluateSpec,
+    Experiment,
+    ModelSpec,
+    OptimSpec,
+    ParticleSpec,
+    StageSpec,
+    SweepSpec,
+    arguments,
+    section,
+)
 
 FULL = 256  # particles of the whole grid
 FINE = {"base": (4, 8, 8)}  # of 16 x 64 x 64; every payload has this size, whatever it covers

@@ -8,8 +8,7 @@ Four minutes on 2 cores; nothing else should run while the costs are measured.
 
 from ml_collections import ConfigDict
 
-from particlejax.modelspec import ModelSpec
-from particlejax.spec import BenchSpec, DataSpec, Experiment, ParticleSpec, arguments, section
+from particlejax.spec import BenchSpec, DataSpec, Experiment, ModelSpec, ParticleSpec, arguments, section
 
 
 def get_config(arg: str = "") -> ConfigDict:

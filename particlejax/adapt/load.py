@@ -9,7 +9,7 @@ import jax
 from particlejax import checkpoint, tree
 from particlejax.typing import Params, UserError
 
-_NEW_PER_TASK = ("head", "head_norm", "pool", "decoder")  # parts that a stage may have to itself; the encoder must match
+_NEW_PER_TASK = ("head", "head_norm", "pool", "decoder", "predictor", "compare", "questions", "each")  # parts that a stage may have to itself; the encoder must match
 
 
 def from_checkpoint(params: Params, folder: Path) -> tuple[Params, str]:
@@ -21,7 +21,7 @@ def from_checkpoint(params: Params, folder: Path) -> tuple[Params, str]:
     found, shapes = checkpoint.load_subtree(folder, want, ("average", "params"))
     fresh = [name for name in want if name not in found]
     for name in fresh:
-        if name.split("/")[0] not in _NEW_PER_TASK:
+        if not name.startswith(_NEW_PER_TASK):
             there = f"shape {shapes[name]}" if name in shapes else "nothing"
             raise UserError(f"checkpoint {folder} has {there} for {name} where this model has {tuple(want[name].shape)}: "
                             "give config.model, config.particles and the data the settings of that run.")

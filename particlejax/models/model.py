@@ -34,13 +34,14 @@ class Payload(NamedTuple):
 
 class Needs(NamedTuple):
     """What objectives want of a model besides the encoder: a decoder, a predictor of features, questions about a clip with
-    as many answers each, and the modalities that are compared ((): none).
+    as many answers each, the modalities that are compared ((): none), and questions about each particle.
     """
 
     decoder: bool = False
     predictor: bool = False
     questions: tuple[tuple[str, int], ...] = ()
     compared: tuple[str, ...] = ()
+    each: tuple[tuple[str, int], ...] = ()
 
 
 class Model(NamedTuple):
@@ -91,6 +92,7 @@ class ParticleModel(nn.Module):
             self.head_norm = nn.LayerNorm(dtype=dtype)
             self.head = nn.Dense(self.classes, kernel_init=nn.initializers.normal(0.02))
         self.questions = {name: heads.Question(count, dtype) for name, count in needs.questions}
+        self.each = {name: heads.Question(count, dtype) for name, count in needs.each}
         if needs.compared:
             self.compare = heads.Embed(spec.embedding, needs.compared, dtype)
 
@@ -106,6 +108,8 @@ class ParticleModel(nn.Module):
             self.classify(tokens, clips)
         for name, _ in self.needs.questions:
             self.ask(tokens, clips, name)
+        for name, _ in self.needs.each:
+            self.ask_each(tokens, batch.particles, next(iter(batch.particles)), name)
         for name in self.needs.compared:
             self.embed(tokens, clips, name)
 
@@ -149,6 +153,10 @@ class ParticleModel(nn.Module):
     def ask(self, tokens: Tokens, clips: int, question: str) -> Array:
         """Logits of an objective's own question about each clip, float32 [B, S, C]."""
         return self.questions[question](self.pooled(tokens, clips))
+
+    def ask_each(self, tokens: Tokens, particles: Mapping[str, Particles], modality: str, question: str) -> Array:
+        """Logits of an objective's own question about each particle of a modality, float32 [B, l, C]."""
+        return self.each[question](part_of(tokens, particles, modality))
 
     def embed(self, tokens: Tokens, clips: int, modality: str) -> tuple[Array, Array, Array]:
         """Unit vectors of each clip, float32 [B, S, E], to be compared with another modality's; sharpness and bias of that."""

@@ -71,7 +71,9 @@ def predict_masked(spec: MaskedSpec, params: Params, model: Model, batch: Batch,
 def hide(spec: MaskedSpec | LatentSpec, model: Model, whole: Particles, key: Array) -> tuple[Particles, Array]:
     """What of one modality stays visible, and the slots [B, Q] that are asked for."""
     if spec.mask == "motion":
-        scores = masks.motion_scores(key, change(whole, model.payloads[spec.modality].base), whole.segment)
+        scores = masks.ranked_scores(key, change(whole, model.payloads[spec.modality].base), whole.segment)
+    elif spec.mask == "adaptive":  # what says most is seen more often, as AdaMAE learns to choose it (arXiv:2211.09120)
+        scores = masks.ranked_scores(key, -whole.payload.std(axis=-1), whole.segment)
     else:
         scores = masks.SCORES[spec.mask](key, whole.place)
     visible, asked, visible_segment = masks.split(scores, whole.segment, spec.keep, spec.predict)

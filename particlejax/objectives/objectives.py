@@ -29,7 +29,7 @@ _VISION: tuple[str, ...] = (temporal.VISION,)
 class Entry(NamedTuple):
     """An objective's maker, the parts of the model that it needs, and the modalities that it reads, of its spec.
 
-    answers: how many answers its question about a clip has, 0 for no question.
+    answers: how many answers its question about a clip has, 0 for no question; each: the same of one about each particle.
     """
 
     make: Callable[..., Objective]
@@ -38,6 +38,7 @@ class Entry(NamedTuple):
     predictor: bool = False
     head: bool = False
     answers: Callable[[Any], int] = lambda spec: 0
+    each: Callable[[Any], int] = lambda spec: 0
 
 
 def classify(spec: ClassifySpec) -> Objective:
@@ -63,10 +64,11 @@ TABLE: dict[str, Entry] = {
     "speed": Entry(temporal.speed, lambda spec: _VISION, answers=lambda spec: spec.doublings + 1),
     "arrow": Entry(temporal.arrow, lambda spec: _VISION, answers=lambda spec: 2),
     "transform": Entry(temporal.transform, lambda spec: _VISION, answers=lambda spec: temporal.TRANSFORMS),
-    "sync": Entry(pairs.sync, lambda spec: (pairs.VISION, pairs.AUDIO),
+    "sync": Entry(pairs.sync, lambda spec: spec.pair,
                   answers=lambda spec: 2 * spec.shifts + 1 + (spec.other > 0)),
     "contrast": Entry(pairs.contrast, lambda spec: spec.pair),
     "match": Entry(pairs.match, answers=lambda spec: 2),
+    "align": Entry(pairs.align, each=lambda spec: spec.bins),
     "words": Entry(words, decoder=True),
     "classify": Entry(classify, lambda spec: (), head=True),
 }
@@ -90,9 +92,10 @@ def combine(specs: Mapping[str, Any]) -> Objective:
 def parts(specs: Mapping[str, Any]) -> Needs:
     """Which parts of the model the objectives need, besides a head."""
     asked = tuple((name, TABLE[name].answers(spec)) for name, spec in specs.items() if TABLE[name].answers(spec))
+    each = tuple((name, TABLE[name].each(spec)) for name, spec in specs.items() if TABLE[name].each(spec))
     compared = {name for spec in specs.values() if isinstance(spec, ContrastSpec) for name in spec.pair}
     return Needs(any(TABLE[name].decoder for name in specs), any(TABLE[name].predictor for name in specs), asked,
-                 tuple(sorted(compared)))
+                 tuple(sorted(compared)), each)
 
 
 def classifies(specs: Mapping[str, Any]) -> bool:

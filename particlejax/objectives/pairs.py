@@ -5,38 +5,53 @@ Another clip is the same place in the next row, so that packed rows stay what th
 row, E width of an embedding, N clips of the batch.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from particlejax import losses, masks
 from particlejax.models.model import Model
-from particlejax.modelspec import ContrastSpec, MatchSpec, SyncSpec
+from particlejax.modelspec import AlignSpec, ContrastSpec, MatchSpec, SyncSpec
 from particlejax.objectives import clock, questions
 from particlejax.objectives.types import Objective
 from particlejax.particles.types import Batch, Particles
 from particlejax.typing import Metrics, Params
 
-VISION, AUDIO = "vision", "audio"
-
 
 def sync(spec: SyncSpec) -> Objective:
-    """By how much is the sound shifted against sight, or is it another clip's (arXiv:1804.03641)? Metrics: loss, top1, asked."""
+    """By how much is the second shifted against the first, or is it another clip's (arXiv:1804.03641)?
+
+    Of one modality named twice, the picture's right half is shifted against its left. Metrics: loss, top1, asked.
+    """
 
     def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
         label_key, swap_key, key = jax.random.split(key, 3)
-        clips, sight = batch.clip.shape[1], batch.particles[VISION]
+        clips = batch.clip.shape[1]
+        fixed, moving = _sides(spec, batch)
         label = jax.random.randint(label_key, batch.clip.shape, 0, 2 * spec.shifts + 1)
-        sound, asked = shift(batch.particles[AUDIO], label - spec.shifts, spec.shifts, spec.step)
+        shown, asked = shift(moving, label - spec.shifts, spec.shifts, spec.step)
         if spec.other:
             swapped = _swapped(swap_key, batch, spec.other)
-            sound = _choose(swapped, sound, _next(sound))
+            shown = _choose(swapped, shown, _next(shown))
             label = jnp.where(swapped, 2 * spec.shifts + 1, label)
-            asked = clock.present(sound, clips) & (~swapped | (batch.clip != _next(batch.clip)))
-        asked &= clock.present(sight, clips)
-        return questions.answer("sync", params, model, {VISION: sight, AUDIO: sound}, batch, label, asked, key if train else None)
+            asked = clock.present(shown, clips) & (~swapped | (batch.clip != _next(batch.clip)))
+        asked &= clock.present(fixed, clips)
+        pair = {spec.pair[0]: fixed, spec.pair[1]: shown}
+        if spec.pair[0] == spec.pair[1]:
+            pair = {spec.pair[0]: jax.tree.map(lambda *both: jnp.concatenate(both, axis=1), fixed, shown)}
+        return questions.answer("sync", params, model, pair, batch, label, asked, key if train else None)
 
     return objective
+
+
+def _sides(spec: SyncSpec, batch: Batch) -> tuple[Particles, Particles]:
+    first, second = (batch.particles[name] for name in spec.pair)
+    if spec.pair[0] != spec.pair[1]:
+        return first, second
+    right = first.place[..., 2] > 0.5
+    return clock.keep(first, ~right), clock.keep(first, right)
 
 
 def shift(sound: Particles, by_BS: Array, most: int, step: int) -> tuple[Particles, Array]:
@@ -55,6 +70,35 @@ def shift(sound: Particles, by_BS: Array, most: int, step: int) -> tuple[Particl
         clock.end(sound) <= begin + clock.of_particle(heard, sound) + clock.SLACK)
     shown = clock.keep(clock.moved(sound, sound.place[..., 0] - clock.of_particle(by, sound)), inside & (sound.segment > 0))
     return shown, clock.present(shown, clips)
+
+
+def align(spec: AlignSpec) -> Objective:
+    """When is each particle of a modality, told from its payload and from the rest of the clip (temporal alignment of words,
+    arXiv:2204.02968)? Its time is hidden: it stands in the clip's middle and lasts as long as the clip.
+
+    Asked are particles that last no longer than half their clip. Metrics: loss, top1, seconds (mean distance between the
+    middle of the bin that was named and the truth).
+    """
+
+    def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
+        whole, clips = batch.particles[spec.modality], batch.clip.shape[1]
+        first, last = (clock.of_particle(each, whole) for each in clock.span(whole, clips))
+        time, length = whole.place[..., 0], jnp.maximum(last - first, clock.SLACK)
+        label = jnp.clip(jnp.floor((time - first) / length * spec.bins), 0, spec.bins - 1).astype(jnp.int32)
+        extent = jnp.concatenate([length[..., None], whole.extent[..., 1:]], axis=-1)
+        hidden = replace(clock.moved(whole, (first + last) / 2), extent=extent)
+        particles = {**batch.particles, spec.modality: hidden}
+        tokens, _ = model.apply(params, "encode", particles, clips, key=key if train else None)
+        logits = model.apply(params, "ask_each", tokens, particles, spec.modality, "align")
+        asked = jnp.where(whole.extent[..., 0] <= length / 2 + clock.SLACK, whole.segment, 0)
+        there = losses.membership(asked, clips).any(axis=1) & (batch.clip >= 0)
+        said = logits.argmax(axis=-1)
+        off = jnp.abs(first + (said + 0.5) / spec.bins * length - time)
+        loss, right, seconds = (losses.mean(losses.clip_mean(each, asked, clips), there) for each in (
+            losses.cross_entropy(logits, label), (said == label).astype(jnp.float32), off))
+        return loss, {"loss": loss, "top1": right, "seconds": seconds}
+
+    return objective
 
 
 def match(spec: MatchSpec) -> Objective:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from particlejax import sharding
+from particlejax import losses, sharding
 from particlejax.data import pipeline
 from particlejax.models.model import Model
 from particlejax.objectives.types import Objective
@@ -56,25 +56,60 @@ def jit_predict(model: Model, ready: Callable[[Batch], Batch], mesh: Mesh) -> Ca
     return jax.jit(predict, out_shardings=NamedSharding(mesh, P()))
 
 
+def jit_features(model: Model, ready: Callable[[Batch], Batch], mesh: Mesh, modalities: tuple[str, ...], compared: tuple[str, ...]
+                 ) -> Callable[[Params, Batch], Any]:
+    """(params, batch) -> what a frozen encoder says of each clip, and clips [B, S].
+
+    Under each of `modalities`, '' for all together, the mean of the tokens float32 [B, S, D] where only that is shown; under
+    'embed/NAME' of those `compared` the unit vectors [B, S, E] that contrast trains.
+    """
+
+    def features(params: Params, batch: Batch) -> tuple[dict[str, Any], Any]:
+        batch, clips = ready(batch), batch.clip.shape[1]
+        found = {}
+        for name in dict.fromkeys((*modalities, *compared)):
+            shown = {name: batch.particles[name]} if name else batch.particles
+            tokens, _ = model.apply(params, "encode", shown, clips)
+            if name in modalities:
+                found[name] = losses.clip_mean(tokens.x.astype(jnp.float32), tokens.segment, clips, tokens.mass)
+            if name in compared:
+                found[f"embed/{name}"], *_ = model.apply(params, "embed", tokens, clips, name)
+        return found, batch.clip
+
+    return jax.jit(features, out_shardings=NamedSharding(mesh, P()))
+
+
 def probabilities(predict: Callable, params: Params, views: pipeline.Views, mesh: Mesh, watch: Watch, name: str
                   ) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the clips that could be read, [N], and their probabilities averaged over all views, [N, C].
 
     predict: of `jit_predict`.
     """
-    sums: dict[int, np.ndarray] = {}
+    numbers, found = per_clip(predict, params, views, mesh, watch, name)
+    return numbers, np.zeros((0, 0)) if found is None else found
+
+
+def per_clip(compute: Callable, params: Params, views: pipeline.Views, mesh: Mesh, watch: Watch, name: str
+             ) -> tuple[np.ndarray, Any]:
+    """Numbers of the clips that could be read, [N], and what was computed of each, a tree of [N, ...], mean over its views.
+
+    compute: (params, batch) -> (a tree of [B, S, ...], clips [B, S]). Where no clip could be read the tree is None.
+    """
+    sums: dict[int, Any] = {}
     counts: dict[int, int] = {}
     progress = Progress(name, len(views), unit="batch")
     for loaded in pipeline.read(views, 0, len(views), views.data):
         watch(loaded)
-        found, clips = (np.asarray(x) for x in predict(params, sharding.put(loaded.batch, mesh)))
-        for clip, each in zip(clips.reshape(-1), found.reshape(-1, found.shape[-1]), strict=True):
-            if clip >= 0:
-                sums[int(clip)] = sums.get(int(clip), 0.0) + each.astype(np.float64)
-                counts[int(clip)] = counts.get(int(clip), 0) + 1
+        found, clips = jax.tree.map(np.asarray, compute(params, sharding.put(loaded.batch, mesh)))
+        for row, place in zip(*np.nonzero(clips >= 0), strict=True):
+            clip = int(clips[row, place])
+            each = jax.tree.map(lambda x, at=(row, place): x[at].astype(np.float64), found)
+            sums[clip] = jax.tree.map(np.add, sums[clip], each) if clip in sums else each
+            counts[clip] = counts.get(clip, 0) + 1
         progress.update()
     progress.close()
     numbers = sorted(sums)
     if not numbers:
-        return np.zeros(0, int), np.zeros((0, 0))
-    return np.array(numbers), np.stack([sums[n] / counts[n] for n in numbers])
+        return np.zeros(0, int), None
+    means = [jax.tree.map(lambda x, n=n: x / counts[n], sums[n]) for n in numbers]
+    return np.array(numbers), jax.tree.map(lambda *each: np.stack(each), *means)
