@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sight and sound: are they in sync, by how much is one shifted, which sound belongs to which clip, and what is masked in both?
+
+    python -m particlejax.main --config experiments/pretrain/audiovisual.py
+
+Latents carry what crosses from the second block on (MBT). RESULT"""
+
+from ml_collections import ConfigDict
+
+from particlejax.spec import AudioSpec, DataSpec, Experiment, ModelSpec, OptimSpec, ParticleSpec, StageSpec, arguments, section
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The experiment; arg: '' or 'tiny'."""
+    tiny = arguments(arg, "tiny")["tiny"]
+    stage = section(
+        StageSpec, steps=4 if tiny else 1200, rows=8 if tiny else 16, val_every=4 if tiny else 300,
+        objectives={
+            "sync": {"shifts": 2, "step": 2}, "contrast": {"pair": ("vision", "audio")},
+            "masked": {"mask": "random", "keep": 0.5, "predict": 0.25, "weight": 0.5}},
+        optim=section(OptimSpec, rate=1e-3))
+    small = section(ModelSpec, width=24, depth=2, heads=2, decoder_width=24, decoder_depth=1, unroll=False,
+                      fusion="bottleneck")
+    return ConfigDict(section(
+        Experiment,
+        data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", modalities=("vision", "audio"),
+                     frames=16, size=32, still=0.4, memory_gib=1.0, augment={"crop": (0.5, 1.0), "flip": 0.5},
+                     audio=section(AudioSpec, patch=(8, 64), seconds=2.0)),
+        particles=section(ParticleSpec, policy="grid", base=(2, 8, 8)),
+        model=small if tiny else section(ModelSpec, width=96, depth=3, heads=3, decoder_width=96,
+                      fusion="bottleneck"),
+        stages={"pretrain": stage},
+    ))

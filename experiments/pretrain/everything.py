@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything at once: sight, sound and words, masked, latent, inter-frame, synchronisation, contrastive and temporal objectives.
+
+    python -m particlejax.main --config experiments/pretrain/everything.py
+
+One step computes them all, each on its own masks; modalities are left out now and then, so that any subset can be used. RESULT"""
+
+from ml_collections import ConfigDict
+
+from particlejax.spec import AudioSpec, DataSpec, Experiment, ModelSpec, OptimSpec, ParticleSpec, StageSpec, arguments, section
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The experiment; arg: '' or 'tiny'."""
+    tiny = arguments(arg, "tiny")["tiny"]
+    stage = section(
+        StageSpec, steps=4 if tiny else 1200, rows=8 if tiny else 16, val_every=4 if tiny else 300, ema=0.99,
+        objectives={
+            "masked": {"mask": "adaptive", "keep": 0.4, "predict": 0.3}, "latent": {"mask": "tube", "keep": 0.4, "predict": 0.3},
+            "next_frame": {"weight": 0.5}, "sync": {"shifts": 2, "step": 2}, "arrow": {"weight": 0.2}, "speed": {"weight": 0.2},
+            "contrast": {"pair": ("vision", "text")}, "match": {"weight": 0.5}, "words": {"weight": 0.5}},
+        optim=section(OptimSpec, rate=1e-3))
+    small = section(ModelSpec, width=24, depth=2, heads=2, decoder_width=24, decoder_depth=1, unroll=False,
+                      modality_dropout=0.1)
+    return ConfigDict(section(
+        Experiment,
+        data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", modalities=("vision", "audio", "text"),
+                     frames=16, size=32, still=0.4, memory_gib=1.0, augment={"crop": (0.5, 1.0), "flip": 0.5},
+                     audio=section(AudioSpec, patch=(8, 64), seconds=2.0)),
+        particles=section(ParticleSpec, policy="grid", base=(2, 8, 8)),
+        model=small if tiny else section(ModelSpec, width=96, depth=3, heads=3, decoder_width=96,
+                      modality_dropout=0.1),
+        stages={"pretrain": stage},
+    ))

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One objective by itself, each with the same encoder and as many clips: what does it teach?
+
+    python -m particlejax.main --config experiments/pretrain/one.py:sync --workdir runs/one-sync
+    python -m particlejax.main --config experiments/probe.py --config.run=runs/one-sync --workdir runs/one-sync-probe
+
+The argument names the objective; README.md has the table. `frames` is synchrony of the picture's halves, `views` contrast of
+two masked views of one clip.
+"""
+
+from ml_collections import ConfigDict
+
+from particlejax.spec import AudioSpec, DataSpec, Experiment, ModelSpec, OptimSpec, ParticleSpec, StageSpec, arguments, section
+
+SEEN, HEARD, READ = ("vision",), ("vision", "audio"), ("vision", "text")
+ONE = {  # what the encoder is given, the objective and its settings
+    "masked": (SEEN, "masked", {"mask": "tube", "keep": 0.25, "predict": 0.5}),
+    "latent": (SEEN, "latent", {"mask": "tube", "keep": 0.25, "predict": 0.5}),
+    "next_frame": (SEEN, "next_frame", {}),
+    "order": (SEEN, "order", {}),
+    "speed": (SEEN, "speed", {}),
+    "arrow": (SEEN, "arrow", {}),
+    "transform": (SEEN, "transform", {}),
+    "align": (SEEN, "align", {"modality": "vision"}),
+    "frames": (SEEN, "sync", {"pair": ("vision", "vision"), "shifts": 1, "step": 2}),
+    "views": (SEEN, "contrast", {"pair": ("vision", "vision"), "keep": 0.4}),
+    "sync": (HEARD, "sync", {"shifts": 2, "step": 2}),
+    "hear": (HEARD, "contrast", {"pair": ("vision", "audio")}),
+    "contrast": (READ, "contrast", {"pair": ("vision", "text")}),
+    "match": (READ, "match", {}),
+    "words": (READ, "words", {}),
+}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The experiment; arg: a name of `ONE`, masked where there is none, and 'tiny'."""
+    args = arguments(arg, "tiny", *ONE)
+    tiny = args["tiny"]
+    modalities, objective, settings = ONE[next((name for name in ONE if args[name]), "masked")]
+    stage = section(StageSpec, steps=4 if tiny else 1200, rows=8 if tiny else 16, val_every=0, ema=0.99,
+                    objectives={objective: settings}, optim=section(OptimSpec, rate=1e-3))
+    size = {"width": 96, "depth": 3, "heads": 3}
+    if tiny:
+        size = {"width": 24, "depth": 2, "heads": 2, "decoder_width": 24, "unroll": False}
+    return ConfigDict(section(
+        Experiment,
+        data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", modalities=modalities, frames=16, size=32, still=0.4,
+                     memory_gib=1.0, augment={"crop": (0.5, 1.0), "flip": 0.5},
+                     audio=section(AudioSpec, patch=(8, 64), seconds=2.0)),
+        particles=section(ParticleSpec, policy="grid", base=(2, 8, 8)),
+        model=section(ModelSpec, **size),
+        stages={"pretrain": stage},
+    ))

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masked language modelling given the video, and masked video given the words (VideoBERT): one encoder reads both.
+
+    python -m particlejax.main --config experiments/pretrain/videobert.py
+
+RESULT"""
+
+from ml_collections import ConfigDict
+
+from particlejax.spec import DataSpec, Experiment, ModelSpec, OptimSpec, ParticleSpec, StageSpec, arguments, section
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The experiment; arg: '' or 'tiny'."""
+    tiny = arguments(arg, "tiny")["tiny"]
+    stage = section(
+        StageSpec, steps=4 if tiny else 1200, rows=8 if tiny else 16, val_every=4 if tiny else 300,
+        objectives={"words": {"keep": 0.7}, "masked": {"mask": "random", "keep": 0.4, "predict": 0.3}, "match": {}},
+        optim=section(OptimSpec, rate=1e-3))
+    small = section(ModelSpec, width=24, depth=2, heads=2, decoder_width=24, decoder_depth=1, unroll=False)
+    return ConfigDict(section(
+        Experiment,
+        data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", modalities=("vision", "text"),
+                     frames=16, size=32, still=0.4, memory_gib=1.0, augment={"crop": (0.5, 1.0), "flip": 0.5}),
+        particles=section(ParticleSpec, policy="grid", base=(2, 8, 8)),
+        model=small if tiny else section(ModelSpec, width=96, depth=3, heads=3, decoder_width=96),
+        stages={"pretrain": stage},
+    ))
