@@ -130,6 +130,11 @@ def load_data(folder: str | os.PathLike[str]) -> dict[str, Any]:
         return reader.restore(_newest_whole(folder) / _DATA)
 
 
+def mark(folder: str | os.PathLike[str]) -> str:
+    """A short text that tells the newest whole checkpoint from every other. Raises UserError when there is none."""
+    return _digest(_newest_whole(folder) / _MANIFEST)[:16]
+
+
 def load_arrays(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Every array by path name, in memory: of the newest whole checkpoint's average or parameters, or of a folder that
     anybody's Orbax has written. Raises UserError when it is neither.

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from particlejax import tunespec
 from particlejax.fields import arguments, as_dict, at_least, between, interval, make, named, one_of, section, unknown_key
 from particlejax.typing import UserError
 
@@ -225,6 +226,7 @@ class StageSpec:
     init: str = ""  # where parameters start: an earlier stage's name, or RUN_DIR or RUN_DIR:STAGE of another run
     objectives: Mapping[str, Any] = named(OBJECTIVES)
     optim: OptimSpec = OptimSpec()
+    tune: tunespec.TuneSpec = tunespec.TuneSpec()  # which parameters train
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what differs from the experiment's
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what differs from the experiment's
     particles: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what differs from the experiment's
@@ -369,6 +371,7 @@ def check(experiment: Experiment) -> Experiment:
         experiment.particles_of(stage)
         _check_schedule(stage.schedule, f"{where}.schedule")
         _check_model(experiment.model_of(stage))
+        tunespec.check(stage.tune, experiment.model_of(stage).pool, where)
     if experiment.checkpoint.keep < 2:
         raise UserError(f"config.checkpoint.keep={experiment.checkpoint.keep} would leave no whole checkpoint while the "
                         "next is written: use 2 or more.")

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from particlejax.nn import reduce
+from particlejax import tree
+from particlejax.nn import reduce, tuned
 from particlejax.nn.reduce import Tokens
 
 _FAR = -1e9  # the logit of what must not count; finite, so that an empty slot's softmax stays finite
@@ -84,10 +85,22 @@ class Attention(nn.Module):
         if where.mass is not None:  # a merged token counts as what it was merged from (arXiv:2210.09461, section 3)
             logits += jnp.log(jnp.maximum(where.mass, 1.0))[:, None, None]
         logits = jnp.where(where.may[:, None], logits, _FAR)
+        prefix = self.get_variable("params", "prefix")  # only where fine-tuning has put one
+        if prefix is not None:
+            sharpness = jnp.exp(self.get_variable("params", "nearness")["log_sharpness"]) if self.near else None
+            logits = jnp.concatenate([logits, tuned.prefix_logits(query * split[1] ** -0.5, prefix, sharpness, where.query)], axis=-1)
+            value = _append(value, prefix["value"])
         weights = jax.nn.softmax(logits).astype(self.dtype)
         some = where.may.any(axis=-1)[:, None, :, None]  # who may read nothing would else read the mean of the whole row
         mixed = jnp.where(some, jnp.einsum("bhlm,bhmk->bhlk", weights, value), 0).swapaxes(1, 2)
         return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="out")(mixed)
+
+
+def _append(value_BHMK: Array, more_ZHK: Array) -> Array:
+    """Values that every row may read, behind its own."""
+    more = jnp.broadcast_to(more_ZHK.astype(value_BHMK.dtype).swapaxes(0, 1)[None], (*value_BHMK.shape[:2], more_ZHK.shape[0],
+                                                                                     value_BHMK.shape[3]))
+    return jnp.concatenate([value_BHMK, more], axis=2)
 
 
 class Mlp(nn.Module):
@@ -117,9 +130,11 @@ class Block(nn.Module):
         norm = nn.LayerNorm(dtype=self.dtype, name="attention_norm")(x_BLD)
         read = norm if context is None else context
         attention = Attention(self.heads, self.near, self.dtype, name="attention")
-        x_BLD += self._drop(attention(norm, read, where), drop_path)
+        change = tuned.adapted(attention(norm, read, where), self.get_variable("params", "attention_adapter"))
+        x_BLD += self._drop(change, drop_path)
         norm = nn.LayerNorm(dtype=self.dtype, name="mlp_norm")(x_BLD)
-        return x_BLD + self._drop(Mlp(self.mlp, self.dtype, name="mlp")(norm), drop_path)
+        change = tuned.adapted(Mlp(self.mlp, self.dtype, name="mlp")(norm), self.get_variable("params", "mlp_adapter"))
+        return x_BLD + self._drop(change, drop_path)
 
     def _drop(self, x_BLD: Array, drop_path: Array | float) -> Array:
         if not self.has_rng("dropout"):  # a key for dropout is what makes it training
@@ -153,6 +168,9 @@ class Transformer(nn.Module):
         inputs = (tokens.x, between(tokens, context or tokens), None if context is None else context.x)
         stacked = self.param("blocks", lambda key: jax.vmap(lambda k: block.init(k, *inputs)["params"])(
             jax.random.split(key, self.depth)))
+        extra = self.get_variable("params", "tuned")  # adapters and prefixes [depth, ...], where fine-tuning has put some
+        if extra is not None:
+            stacked = tree.nest({**tree.flatten(stacked), **tree.flatten(extra)})
         keys = jax.random.split(self.make_rng("dropout"), self.depth) if self.has_rng("dropout") else None
         layers = (stacked, jnp.linspace(0.0, self.drop_path, self.depth), keys)
         outputs, edges = [], [*(self.reduction.after if self.reduction else ()), self.depth]

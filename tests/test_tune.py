@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One battery for every way to fine-tune: what trains, what stays to the last bit, what is saved, and that merging is no change."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from particlejax import checkpoint, optim, sharding, tree
+from particlejax import main as entry
+from particlejax.adapt import load, peft, tune
+from particlejax.data import pipeline
+from particlejax.models import model as models
+from particlejax.objectives import objectives
+from particlejax.particles import pack, policies
+from particlejax.particles.types import Batch
+from particlejax.spec import ClassifySpec, DataSpec, Experiment, ModelSpec, OptimSpec, ParticleSpec
+from particlejax.train import run
+from particlejax.train.state import TrainState, abstract, initialise, jit_step, make_step, saved
+from particlejax.tunespec import TuneSpec
+from particlejax.typing import UserError
+
+MODEL = ModelSpec(width=16, depth=2, heads=2, unroll=False)
+D, N, F, H, C = 16, 2, 64, 2, 4  # width, depth, hidden width of the MLP, heads, classes
+HEAD = 2 * D + D * C + C
+# Numbers that train beside the head, by hand.
+SPECS = {
+    "linear": (TuneSpec("linear"), 0),
+    "probe": (TuneSpec("probe"), D * H + H + D * D + D),
+    "bitfit": (TuneSpec("bitfit"), N * (4 * D + F + D + 2 * D) + D + 2 * D),  # blocks; the final norm; place and payload
+    "lora": (TuneSpec("lora", rank=2), N * 2 * (D * 2 + 2 * D)),
+    "lora-all": (TuneSpec("lora", rank=2, targets="kernel$"), N * (4 * (D * 2 + 2 * D) + 2 * (D * 2 + 2 * F))),
+    "ia3": (TuneSpec("ia3"), N * (2 * D + F)),
+    "adapter": (TuneSpec("adapter", size=3), N * 2 * (D * 3 + 3 + 3 * D + D)),
+    "prefix": (TuneSpec("prefix", size=3), N * 2 * 3 * D),
+    "prefix-norms": (TuneSpec("prefix", size=3, also="norm/(scale|bias)$"), N * 2 * 3 * D + N * 4 * D + 2 * D),
+}
+AT_FIRST_AS_THE_BASE = {"linear", "probe", "bitfit", "lora", "lora-all", "ia3", "adapter"}  # a prefix is read from the start
+
+
+@cache
+def mesh() -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), sharding.AXES)
+
+
+@cache
+def batch(rows: int = 8) -> Batch:
+    rng, clips = np.random.default_rng(0), []
+    for i in range(rows):
+        video = rng.normal(size=(4, 8, 8, 3)).astype(np.float32)
+        cut = policies.cut_clip(video, np.arange(4, dtype=np.float32), ParticleSpec("grid", (2, 4, 4)))
+        clips.append(pack.Clip({"vision": cut}, i % C, i))
+    return pack.pack(clips, range(rows), {"vision": pack.Slots(8, 96)}, rows, 1)
+
+
+def model_of(spec: TuneSpec) -> models.Model:
+    chosen = dataclasses.replace(MODEL, pool="attention", pool_heads=H) if spec.how == "probe" else MODEL
+    return models.build(chosen, {"vision": models.Payload(96)}, classes=C)
+
+
+class Tuned(NamedTuple):
+    before: TrainState
+    after: TrainState
+    spec: TuneSpec
+    model: models.Model
+    steps: Any
+
+
+@cache
+def tuned(name: str) -> Tuned:
+    """Three steps."""
+    spec = SPECS[name][0]
+    model = model_of(spec)
+    optimizer = optim.build(OptimSpec(rate=1e-2, warmup=0.0), 10)
+    state = initialise(model, optimizer, jax.tree.map(lambda x: x[:1], batch()), 0, 0.5, mesh(), spec)
+    step = make_step(model, objectives.combine({"classify": ClassifySpec()}), optimizer, ema=0.5, accumulate=2, tuning=spec)
+    before = jax.tree.map(jnp.copy, state)
+    with jax.set_mesh(mesh()):
+        jitted = jit_step(step, state, mesh())
+        for _ in range(3):
+            state, _ = jitted(state, sharding.put(batch(), mesh()))
+    return Tuned(before, state, spec, model, jitted)
+
+
+def logits(model: models.Model, params: dict, particles: Any = None, clips: int = 1) -> np.ndarray:
+    tokens, _ = model.apply(params, "encode", particles or batch().particles)
+    return np.asarray(model.apply(params, "classify", tokens, clips))
+
+
+def whole(state: TrainState, spec: TuneSpec) -> dict:
+    return tune.whole(spec, state.params, state.frozen)
+
+
+def test_the_battery_knows_every_method() -> None:
+    assert {spec.how for spec, _ in SPECS.values()} | {"full"} == set(peft.TABLE)
+    names = next(f for f in dataclasses.fields(TuneSpec) if f.name == "how").metadata["names"]
+    assert set(names) == set(peft.TABLE)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_exactly_what_trains_changes(name: str) -> None:
+    """Gradients reach every trained parameter; a frozen one is the same to the last bit and has no state in the optimiser."""
+    before, after, *_ = tuned(name)
+    assert tree.count(after.params) == HEAD + SPECS[name][1]
+    for path, leaf in tree.flatten(after.params).items():
+        if not path.endswith("key/bias"):  # softmax takes no notice of it
+            each = np.abs(leaf - tree.flatten(before.params)[path])
+            each = each.reshape(each.shape[0], -1) if "blocks/" in path or "tuned/" in path else each.reshape(1, -1)
+            assert (each.max(axis=1) > 0).all(), path
+    assert tree.flatten(before.frozen).keys() == tree.flatten(after.frozen).keys()
+    for path, leaf in tree.flatten(after.frozen).items():
+        np.testing.assert_array_equal(leaf, tree.flatten(before.frozen)[path], err_msg=path)
+    assert tree.count(after.opt_state) == 2 * tree.count(after.params) + 2, "two moments of each, two counters"
+    model_size = tree.count(models.parameter_shapes(tuned(name).model, batch()))
+    assert tree.count(tune.base(after.params, after.frozen)) == model_size
+    assert tuned(name).steps._cache_size() == 1
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_it_begins_as_the_base(name: str) -> None:
+    before, _, spec, model, _ = tuned(name)
+    same = np.array_equal(logits(model, whole(before, spec)), logits(model, tune.base(before.params, before.frozen)))
+    assert same == (name in AT_FIRST_AS_THE_BASE)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_saved_it_is_small_and_together_with_its_base_the_same(name: str, tmp_path: Path) -> None:
+    """What a checkpoint holds, and what is read of it: the merged parameters give the outputs of those that were trained."""
+    before, after, spec, model, _ = tuned(name)
+    base = {"params": tune.base(before.params, before.frozen)}
+    write(tmp_path / "base", base, {})
+    write(tmp_path / "tuned", saved(after), {load.BASE: load.reference(tmp_path / "base", tmp_path / "tuned", spec)})
+    one = load.checkpoint.Checkpoints(tmp_path / "tuned", 2)
+    _, again, _ = one.restore(abstract(saved(after)))
+    one.close()
+    jax.tree.map(np.testing.assert_array_equal, again, saved(after))
+    names = checkpoint.load_arrays(tmp_path / "tuned")
+    assert sum(each.size for each in names.values()) == tree.count(after.params)
+    averaged = dataclasses.replace(after, params=after.average)
+    found, sentence = load.from_checkpoint(base["params"], tmp_path / "tuned")
+    expected = logits(model, whole(averaged, spec))
+    np.testing.assert_allclose(logits(model, found), expected, atol=1e-5)
+    assert f"({spec.how}), on" in sentence
+    assert np.abs(expected - logits(model, base["params"])).max() > 1e-3, "it has learnt something that merging could lose"
+    write(tmp_path / "base", base, {}, step=1)
+    with pytest.raises(UserError, match="has been trained further or anew since"):
+        load.from_checkpoint(base["params"], tmp_path / "tuned")
+
+
+def write(folder: Path, state: Any, data: dict, step: int = 0) -> None:
+    kept = checkpoint.Checkpoints(folder, 2)
+    kept.save(step, state, data)
+    kept.close()
+
+
+@pytest.mark.parametrize("name", ["adapter", "prefix-norms", "lora-all", "ia3"])
+def test_packed_rows_stay_their_clips_own(name: str) -> None:
+    _, after, spec, model, _ = tuned(name)
+    params, each = whole(after, spec), batch().particles["vision"]
+    two = jax.tree.map(lambda x: np.concatenate([x[:1], x[1:2], 0 * x[:1]], axis=1), each)
+    two.segment[0, 8:16] = 2
+    packed = logits(model, params, {"vision": two}, 2)[0]
+    np.testing.assert_allclose(packed, logits(model, params)[:2, 0], atol=2e-5)
+
+
+def test_lora_is_a_product_beside_the_kernel() -> None:
+    """x W + alpha / rank (x a) b, computed apart, for a kernel of every shape."""
+    spec = TuneSpec("lora", rank=3, alpha=5.0, targets="kernel$")
+    flat = tree.flatten(tuned("lora").before.frozen)
+    extra = peft.lora_init(jax.random.key(0), flat, spec)
+    extra |= {path: jax.random.normal(jax.random.key(1), leaf.shape) for path, leaf in extra.items() if path.endswith("/b")}
+    merged = peft.lora_merge(flat, extra, spec)
+    changed = {path for path in flat if merged[path] is not flat[path]}
+    assert len(changed) == 6 and all(path.startswith(peft.BLOCKS) for path in changed)
+    for path in changed:
+        a, b = extra[f"{path}/a"], extra[f"{path}/b"]
+        x = np.random.default_rng(0).normal(size=(2, 5, a.shape[1])).astype(np.float32)
+        apart = x @ np.reshape(flat[path], (N, a.shape[1], -1)) + (x @ np.asarray(a)) @ np.asarray(b) * (5 / 3)
+        np.testing.assert_allclose(x @ np.reshape(merged[path], (N, a.shape[1], -1)), apart, atol=1e-4, err_msg=path)
+    with pytest.raises(UserError, match="names no kernel"):
+        peft.lora_init(jax.random.key(0), flat, TuneSpec("lora", targets="atention"))
+
+
+def test_ia3_is_a_factor_of_what_flows() -> None:
+    flat = tree.flatten(tuned("ia3").before.frozen)
+    factor = {path: jnp.full_like(leaf, 0.5) for path, leaf in peft.ia3_init(jax.random.key(0), flat, TuneSpec("ia3")).items()}
+    merged = peft.ia3_merge(flat, factor, TuneSpec("ia3"))
+    for part in ("attention/key", "attention/value"):
+        for leaf in ("kernel", "bias"):
+            np.testing.assert_allclose(merged[f"{peft.BLOCKS}{part}/{leaf}"], 1.5 * flat[f"{peft.BLOCKS}{part}/{leaf}"])
+    np.testing.assert_allclose(merged[f"{peft.BLOCKS}mlp/down/kernel"], 1.5 * flat[f"{peft.BLOCKS}mlp/down/kernel"])
+    assert merged[f"{peft.BLOCKS}mlp/down/bias"] is flat[f"{peft.BLOCKS}mlp/down/bias"]
+
+
+def test_layers_train_at_their_rate_from_their_time_on() -> None:
+    """Layer-wise decay and gradual unfreezing: before its time a block is the same to the last bit."""
+    params = {"encoder": {"place": {"kernel": jnp.ones(2)}, "transformer": {"blocks": {"kernel": jnp.ones((3, 2))},
+                                                                            "norm": {"scale": jnp.ones(2)}}},
+              "head": {"kernel": jnp.ones(2)}, "extra": {"encoder": {"transformer": {"blocks": {"a": jnp.ones((3, 2))}}}}}
+    plain = OptimSpec("sgd", rate=1.0, warmup=0.0, final=1.0, weight_decay=0.0, momentum=0.0, clip_norm=0.0)
+
+    def changes(spec: TuneSpec, steps: int) -> dict[str, np.ndarray]:
+        optimizer, now = optim.build(plain, 12, optim.layered(spec, 3, 12)), params
+        state = optimizer.init(now)
+        for _ in range(steps):
+            updates, state = optimizer.update(jax.tree.map(jnp.ones_like, now), state, now)
+            now = jax.tree.map(jnp.add, now, updates)
+        return {name: 1 - np.asarray(leaf)[..., 0] for name, leaf in tree.flatten(now).items()}
+
+    decayed = changes(TuneSpec(layer_decay=0.5), 1)
+    for name in ("encoder/transformer/blocks/kernel", "extra/encoder/transformer/blocks/a"):
+        np.testing.assert_allclose(decayed[name], [1 / 8, 1 / 4, 1 / 2])
+    assert decayed["encoder/place/kernel"] == 1 / 16 and decayed["head/kernel"] == decayed["encoder/transformer/norm/scale"] == 1
+    gradual = TuneSpec(unfreeze=2 / 3)  # of 12 steps: the blocks begin at 2, 4 and 6, the embedding at 8
+    assert optim.layered(TuneSpec(), 3, 12) is None
+    for steps, bottom, middle, top, place in ((2, 0, 0, 0, 0), (3, 0, 0, 1, 0), (5, 0, 1, 3, 0), (9, 3, 5, 7, 1)):
+        found = changes(gradual, steps)
+        np.testing.assert_array_equal(found["encoder/transformer/blocks/kernel"], [bottom, middle, top])
+        assert found["encoder/place/kernel"] == place and found["head/kernel"] == steps
+
+
+def command(cache_dir: str, workdir: Path, *more: str) -> list[str]:
+    return ["main", "--config=experiments/quickstart.py:tiny", f"--config.data.cache_dir={cache_dir}", "--config.log.every=1",
+            "--config.model.unroll=False", "--workdir", str(workdir), *more]
+
+
+@pytest.mark.parametrize("how", ["adapter"])
+def test_a_run_that_fine_tunes_a_part_counts_resumes_and_is_read_back(how: str, cache_dir: str, tmp_path: Path,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    more = [f"--config.stages.finetune.tune.how={how}", "--config.model.dropout=0.1", "--config.stages.finetune.ema=0.5"]
+    assert entry.main(command(cache_dir, tmp_path / "alone", *more)) == 0
+    read = pipeline.read
+
+    def failing(batches: pipeline.Batches, start: int, stop: int, data: DataSpec) -> Iterator[pipeline.Loaded]:
+        for k, loaded in enumerate(read(batches, start, stop, data), start):
+            if k == 2 and data.fraction < 1:
+                raise UserError("a process that decodes was killed")
+            yield loaded
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "read", failing)
+        assert entry.main(command(cache_dir, tmp_path / "run", *more)) == 2
+    assert entry.main(command(cache_dir, tmp_path / "run", *more)) == 0
+    for name in ("metrics.jsonl", "predictions_finetune_test.csv"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
+    figures = json.loads((tmp_path / "run" / "results.json").read_text())
+    parts = figures["finetune"]["train"]
+    assert parts["parameters_saved"] == parts["parameters_trained"] < 0.5 * parts["parameters"]
+    assert figures["pretrain"]["train"]["parameters_trained"] == figures["pretrain"]["train"]["parameters"]
+    size = {stage: sum(p.stat().st_size for p in (tmp_path / "run/checkpoints" / stage / "latest/4/state").rglob("*") if p.is_file())
+            for stage in ("pretrain", "finetune")}
+    assert size["finetune"] < 0.5 * size["pretrain"]
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    stage, params = run.load_trained(str(moved), sharding.make_mesh(stage_mesh()), {})
+    assert any(name.startswith(peft.TUNED) for name in tree.flatten(params)) and stage.name == "finetune"
+
+
+def stage_mesh() -> Any:
+    return Experiment().mesh
+
+
+@pytest.mark.parametrize("changes, sentence", [
+    (["tune.how=probe", "init=pretrain"], "set config.model.pool to 'attention'"),
+    (["tune.how=lora", "init="], "would freeze random parameters: name a run"),
+    (["tune.how=loro"], "choose one of full, linear"),
+])
+def test_what_cannot_be_tuned_is_refused(changes: list[str], sentence: str, cache_dir: str, tmp_path: Path,
+                                         capfd: pytest.CaptureFixture) -> None:
+    more = [f"--config.stages.finetune.{each}" for each in changes] + ["--config.order=('finetune',)"]
+    more += ["--config.model.pool=mean"] if "probe" in changes[0] else []
+    assert entry.main(command(cache_dir, tmp_path, *more)) == 2
+    assert sentence in capfd.readouterr().err.strip().splitlines()[-1]
