@@ -84,6 +84,9 @@ class DataSpec:
     sample: str = one_of("span", "dense", "segments")  # frames: even over `seconds`; every `stride`-th; one a segment
     stride: tuple[int, int] = interval((2, 2), 1)  # frames of the file from one to the next where `sample` is dense, drawn between
     fraction: float = between(1.0, 0, 1)  # of the clips to train on, the same ones whatever the seed: few labels, quick trials
+    shots: int = at_least(0, 0)  # clips of each class, drawn by the seed, that keep their label in training; 0: all do
+    listed: str = ""  # CSV with a column `path` of the clips that keep their label; '': as `shots` says
+    unlabelled: float = between(0.0, 0, 1)  # share of training clips that come from the others, without label; 0: none
     cache_dir: str = "~/.cache/particlejax"  # where toybox is rendered and TFDS looks
     frames: int = at_least(16, 1)
     size: int = at_least(64, 1)  # pixels, height and width
@@ -156,13 +159,17 @@ class MaskedSpec:
 
 @dataclasses.dataclass(frozen=True)
 class ClassifySpec:
-    """One label a clip."""
+    """What a clip is: one class (softmax), several at once, written 'a|b' (binary), or a number (regression)."""
 
     weight: float = 1.0
+    loss: str = one_of("softmax", "binary", "regression")
     label_smoothing: float = 0.0
+    focus: float = at_least(0.0, 0)  # gamma of the focal loss: what is known already counts less (arXiv:1708.02002); 0: alike
+    balance: float = between(0.0, 0, 0.9999999)  # beta of class-balanced weights, such as 0.999 (arXiv:1901.05555); 0: alike
+    consistency: float = at_least(0.0, 0)  # weight of R-Drop: two draws of dropout shall agree (arXiv:2106.14448); 0: one draw
 
 
-OBJECTIVES = {"masked": MaskedSpec, "classify": ClassifySpec}
+OBJECTIVES = {"masked": MaskedSpec, "classify": ClassifySpec, "pseudo": tunespec.PseudoSpec}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +234,7 @@ class StageSpec:
     objectives: Mapping[str, Any] = named(OBJECTIVES)
     optim: OptimSpec = OptimSpec()
     tune: tunespec.TuneSpec = tunespec.TuneSpec()  # which parameters train
+    robust: tunespec.RobustSpec = tunespec.RobustSpec()  # where the gradient is taken
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what differs from the experiment's
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what differs from the experiment's
     particles: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what differs from the experiment's
@@ -311,9 +319,13 @@ class SweepSpec:
 class Experiment:
     """Everything a run depends on, so that config.json is enough to run it again."""
 
-    job: str = one_of("train", "sweep", "evaluate", "prepare", "check_data", "bench_data", "bench_particles")
+    job: str = one_of("train", "sweep", "evaluate", "prepare", "check_data", "bench_data", "bench_particles",
+                      "soup", "prototypes", "label_next")
     seed: int = 0
-    run: str = ""  # job evaluate: the run that is evaluated
+    run: str = ""  # jobs evaluate, prototypes, label_next: the run that is asked
+    runs: tuple[str, ...] = ()  # job soup: the runs that are averaged, each RUN_DIR or RUN_DIR:STAGE
+    soup: tunespec.SoupSpec = tunespec.SoupSpec()
+    active: tunespec.ActiveSpec = tunespec.ActiveSpec()
     init: str = ""  # RUN_DIR or RUN_DIR:STAGE that the first stage starts from; encoder and payloads are then as there
     data: DataSpec = DataSpec()
     particles: ParticleSpec = ParticleSpec()

@@ -33,3 +33,44 @@ def check(tune: TuneSpec, pool: str, where: str) -> None:
     if tune.how == "linear" and pool != "mean":
         raise UserError(f"{where}.tune.how is 'linear' and the model's pool is {pool!r}: set config.model.pool to 'mean', or "
                         "tune.how to 'probe'.")
+
+
+@dataclasses.dataclass(frozen=True)
+class RobustSpec:
+    """Gradients that are taken where the loss is worse than here. Payloads are in the units that the model reads."""
+
+    sam: float = at_least(0.0, 0)  # distance in the trained parameters (SAM, arXiv:2010.01412), doubles a step's cost; 0: none
+    attack: str = one_of("none", "fgsm", "pgd", "free")  # on payloads: arXiv:2001.03994, 1706.06083, 1909.11764
+    epsilon: float = at_least(0.05, 0)  # most that each number of a payload is moved by
+    ascents: int = at_least(3, 1)  # of pgd, which costs as many gradients more; of free, which costs as many in all
+
+
+@dataclasses.dataclass(frozen=True)
+class SoupSpec:
+    """Job soup: runs of one architecture become one model, or one answer."""
+
+    how: str = one_of("average", "greedy", "ensemble")  # of parameters (arXiv:2203.05482), of those that help, of probabilities
+    newest: int = at_least(1, 1)  # checkpoints of each run that count, of those that config.checkpoint.keep left (arXiv:1803.05407)
+
+
+@dataclasses.dataclass(frozen=True)
+class ActiveSpec:
+    """Job label_next: which clips without a label are worth one."""
+
+    how: str = one_of("entropy", "margin", "coreset", "random")  # least sure; nearest tie; far from all known (arXiv:1708.00489)
+    number: int = at_least(20, 1)  # clips of a round
+
+
+@dataclasses.dataclass(frozen=True)
+class PseudoSpec:
+    """Clips without a label learn from what is said of them when they are seen whole (FixMatch, arXiv:2001.07685).
+
+    teacher 'average' is a mean teacher (arXiv:1703.01780); with target 'soft' and threshold 0, exactly that paper's loss.
+    """
+
+    weight: float = 1.0
+    teacher: str = one_of("self", "average")  # who says it: the parameters of the moment, or their moving average (stage.ema)
+    target: str = one_of("label", "soft")  # the likeliest class, by cross-entropy; all probabilities, by squared error
+    threshold: float = between(0.95, 0, 1)  # clips whose likeliest class is less likely are not learnt from
+    keep: float = between(0.5, 0.01, 1)  # share of the particles that the learner sees
+    noise: float = at_least(0.2, 0)  # deviation of what is added to each number of its payloads

@@ -15,10 +15,12 @@ from particlejax.objectives import objectives
 from particlejax.particles import pack, policies
 from particlejax.particles.types import Batch
 from particlejax.spec import ClassifySpec, MaskedSpec, ModelSpec, ParticleSpec
+from particlejax.tunespec import PseudoSpec
 
 MODEL = ModelSpec(width=32, depth=2, heads=2, decoder_width=32, decoder_depth=1, decoder_heads=1,
                   unroll=False)  # compiles sooner
-SPECS = {"masked": MaskedSpec(keep=0.5, predict=0.5, mask="random"), "classify": ClassifySpec(label_smoothing=0.1)}
+SPECS = {"masked": MaskedSpec(keep=0.5, predict=0.5, mask="random"), "classify": ClassifySpec(label_smoothing=0.1),
+         "pseudo": PseudoSpec(threshold=0.0)}
 CLASSES = 4
 
 
@@ -35,6 +37,12 @@ def make_batch(seed: int, empty_rows: int = 0) -> Batch:
     return jax.tree.map(jnp.asarray, pack.pack(clips, range(len(clips)), {"vision": pack.Slots(8, 96)}, 8, 1))
 
 
+def batch_of(name: str, empty_rows: int = 0) -> Batch:
+    """A batch that the objective learns from."""
+    batch = make_batch(0, empty_rows)
+    return dataclasses.replace(batch, label=jnp.full_like(batch.label, -1)) if name == "pseudo" else batch
+
+
 def setup(name: str) -> tuple[objectives.Objective, models.Model, dict]:
     parts = objectives.parts({name: None})
     model = models.build(MODEL, {"vision": models.Payload(96)}, classes=CLASSES if parts["head"] else 0,
@@ -49,7 +57,7 @@ def test_the_battery_knows_every_objective() -> None:
 @pytest.mark.parametrize("name", SPECS)
 def test_finite_and_gradients_reach_every_parameter(name: str) -> None:
     objective, model, params = setup(name)
-    batch = make_batch(0)
+    batch = batch_of(name)
     gradient = jax.value_and_grad(lambda p: objective(p, model, batch, jax.random.key(1), True), has_aux=True)
     (loss, metrics), grads = jax.jit(gradient)(params)
     assert np.isfinite(float(loss)) and all(np.isfinite(float(v)) for v in metrics.values())
@@ -63,7 +71,7 @@ def test_rows_without_a_clip_count_for_nothing(name: str) -> None:
     objective, model, params = setup(name)
     partly = make_batch(0, empty_rows=3)
     held = jax.tree.map(lambda x: x[:5], partly)
-    if name == "masked":
+    if name != "classify":
         pytest.skip("masks are drawn for the whole batch: fewer rows draw others")
     loss = [objective(params, model, b, jax.random.key(1), False)[0] for b in (partly, held)]
     np.testing.assert_allclose(*loss, rtol=1e-5)
@@ -74,7 +82,7 @@ def test_rows_without_a_clip_count_for_nothing(name: str) -> None:
 @pytest.mark.parametrize("name", SPECS)
 def test_it_learns_what_can_be_learnt(name: str) -> None:
     objective, model, params = setup(name)
-    batch, optimizer = make_batch(0), optax.adam(3e-3)
+    batch, optimizer = batch_of(name), optax.adam(3e-3)
 
     @jax.jit
     def step(params: dict, state: tuple, key: jax.Array) -> tuple:

@@ -20,16 +20,16 @@ _BRANCHES = ("average", "params")  # of a saved state, the first that is there c
 _NEW_PER_TASK = ("head", "head_norm", "pool", "decoder")  # parts that a stage may have to itself; the encoder must match
 
 
-def from_checkpoint(params: Params, folder: Path) -> tuple[Params, str]:
+def from_checkpoint(params: Params, folder: Path, step: int | None = None) -> tuple[Params, str]:
     """`params` with every leaf that the checkpoint has under the same path, and a sentence about the rest.
 
-    The average is taken where one was kept; a checkpoint that holds only what was fine-tuned is put together with those that
-    it builds on, adapters and prefixes included. Raises UserError when the encoder's paths or shapes differ, or when what it
-    builds on has changed.
+    The newest whole one counts, or that of `step`, and its average where one was kept. One that holds only what was fine-tuned is
+    put together with those that it builds on, adapters and prefixes included. Raises UserError when the encoder's paths or
+    shapes differ, or when what it builds on has changed.
     """
     own = checkpoint.load_data(folder).get(BASE)
     if own is None:
-        return _plain(params, folder)
+        return _plain(params, folder, step)
     spec, base = make(TuneSpec, own["tune"], "tune"), base_folder(folder, own)
     params, sentence = from_checkpoint(params, base)
     like = _shapes(params)
@@ -37,7 +37,7 @@ def from_checkpoint(params: Params, folder: Path) -> tuple[Params, str]:
     place = next(iter(tree.flatten(like).values())).sharding
     want = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_beside(name, like, place))
             for name, leaf in tree.flatten(template).items()}
-    found, shapes = checkpoint.load_subtree(folder, want, _BRANCHES)
+    found, shapes = checkpoint.load_subtree(folder, want, _BRANCHES, step)
     flat = tree.flatten(params)
     trained = tree.nest({name: found.get(name, flat.get(name)) for name in want})
     rest = tree.nest({name: flat[name] for name in tree.flatten(frozen)})
@@ -62,9 +62,9 @@ def base_folder(folder: Path, own: dict[str, Any]) -> Path:
     return base
 
 
-def _plain(params: Params, folder: Path) -> tuple[Params, str]:
+def _plain(params: Params, folder: Path, step: int | None) -> tuple[Params, str]:
     want = tree.flatten(_shapes(params))
-    found, shapes = checkpoint.load_subtree(folder, want, _BRANCHES)
+    found, shapes = checkpoint.load_subtree(folder, want, _BRANCHES, step)
     fresh = [name for name in want if name not in found]
     _refuse(fresh, want, shapes, folder)
     if any(name.startswith(peft.TUNED) and name not in want for name in shapes):

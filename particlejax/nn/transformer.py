@@ -88,7 +88,8 @@ class Attention(nn.Module):
         prefix = self.get_variable("params", "prefix")  # only where fine-tuning has put one
         if prefix is not None:
             sharpness = jnp.exp(self.get_variable("params", "nearness")["log_sharpness"]) if self.near else None
-            logits = jnp.concatenate([logits, tuned.prefix_logits(query * split[1] ** -0.5, prefix, sharpness, where.query)], axis=-1)
+            more = tuned.prefix_logits(query * split[1] ** -0.5, prefix, sharpness, where.query)
+            logits = jnp.concatenate([logits, more], axis=-1)
             value = _append(value, prefix["value"])
         weights = jax.nn.softmax(logits).astype(self.dtype)
         some = where.may.any(axis=-1)[:, None, :, None]  # who may read nothing would else read the mean of the whole row

@@ -13,6 +13,9 @@ from jax import Array
 
 from particlejax import losses, masks
 from particlejax.models.model import Model
+from particlejax.objectives.classify import classify
+from particlejax.objectives.pseudo import pseudo
+from particlejax.objectives.targets import Targets
 from particlejax.particles.types import Batch, Particles
 from particlejax.spec import ClassifySpec, MaskedSpec
 from particlejax.typing import Metrics, Params
@@ -66,30 +69,19 @@ def predict_masked(spec: MaskedSpec, params: Params, model: Model, batch: Batch,
     return Prediction(query, predicted, target, seen)
 
 
-def classify(spec: ClassifySpec) -> Objective:
-    """Softmax cross-entropy of each labelled clip; metrics: loss, top1, top5."""
-
-    def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
-        tokens, _ = model.apply(params, "encode", batch.particles, key=key if train else None)
-        logits = model.apply(params, "classify", tokens, batch.label.shape[1])
-        labelled = batch.label >= 0
-        first, second = (losses.cross_entropy(logits, each, spec.label_smoothing) for each in (batch.label, batch.other))
-        loss = losses.mean(batch.share * first + (1 - batch.share) * second, labelled)
-        rank = jnp.sum(logits > jnp.take_along_axis(logits, jnp.maximum(batch.label, 0)[..., None], -1), axis=-1)
-        return loss, {"loss": loss, "top1": losses.mean(rank < 1, labelled), "top5": losses.mean(rank < 5, labelled)}
-
-    return objective
-
-
 TABLE: dict[str, Entry] = {
     "masked": Entry(masked, decoder=True),
     "classify": Entry(classify, head=True),
+    "pseudo": Entry(pseudo, head=True),
 }
 
 
-def combine(specs: Mapping[str, MaskedSpec | ClassifySpec]) -> Objective:
-    """The weighted sum of objectives; metrics are 'loss' and, of each objective, 'name/metric'."""
-    made = {name: TABLE[name].make(spec) for name, spec in specs.items()}
+def combine(specs: Mapping[str, MaskedSpec | ClassifySpec], targets: Targets | None = None) -> Objective:
+    """The weighted sum of objectives; metrics are 'loss' and, of each objective, 'name/metric'.
+
+    targets: what labels ask of the head; None: each is a class.
+    """
+    made = {name: TABLE[name].make(spec, *([targets] if TABLE[name].head else [])) for name, spec in specs.items()}
 
     def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
         total, metrics = jnp.zeros(()), {}

@@ -17,12 +17,12 @@ from jax.sharding import Mesh
 from particlejax import flops, optim, sharding, tree
 from particlejax.adapt import load, tune
 from particlejax.checkpoint import Checkpoints
-from particlejax.data import pipeline, sources
+from particlejax.data import few, pipeline, sources
 from particlejax.data.plan import Stand
 from particlejax.objectives import objectives
 from particlejax.particles.types import Batch
 from particlejax.spec import Experiment
-from particlejax.train import evaluate, run, scores
+from particlejax.train import answers, evaluate, run
 from particlejax.train.log import MetricLog, Progress, say
 from particlejax.train.state import TrainState, abstract, initialise, jit_step, make_step, saved
 from particlejax.typing import UserError
@@ -116,22 +116,23 @@ class _Trainer:
         spec = experiment.stages[self.name]
         data = experiment.data_of(spec)
         sharding.check_rows(spec.rows // spec.accumulate, mesh, f"config.stages.{self.name}.rows / accumulate")
-        self.source = sources.open_source(data.source, data.split, data.cache_dir)
+        self.source = few.limit(sources.open_source(data.source, data.split, data.cache_dir), data, experiment.seed)
         self.stage = run.build(experiment, self.name, self.source.classes)
         self.val = self._open(spec.val) if spec.val else None
         clips = len(pipeline.chosen_clips(len(self.source), data.fraction))
         self.batches = self.stage.batches(self.source, math.ceil(clips * spec.epochs))
         self.steps = spec.steps or self.batches.plan.batches()
         self.bad = run.BadClips(data.max_bad)
-        objective = run.on_ready(self.stage, objectives.combine(spec.objectives))
+        objective = objectives.combine(spec.objectives, run.weighted(self.stage, self.source))
         layered = optim.layered(spec.tune, experiment.model_of(spec).depth, self.steps)
         optimizer = optim.build(spec.optim, self.steps, layered)
         model, seed = self.stage.model, experiment.seed
         state = initialise(model, optimizer, self.stage.example, seed, spec.ema, mesh, spec.tune)
-        step = make_step(model, objective, optimizer, ema=spec.ema, accumulate=spec.accumulate, tuning=spec.tune)
+        step = make_step(model, objective, optimizer, ema=spec.ema, accumulate=spec.accumulate, tuning=spec.tune,
+                         robust=spec.robust, ready=self.stage.ready)
         self.whole = jax.jit(lambda params, frozen: tune.whole(spec.tune, params, frozen))
         self.step = jit_step(step, state, mesh)
-        self.measure = evaluate.jit_measure(objective, model, mesh)
+        self.measure = evaluate.jit_measure(run.on_ready(self.stage, objective), model, mesh)
         self._restore(state)
         each = self.batches.plan.seen(self.steps) / self.steps
         trained, still = tree.count(self.state.params), tree.count(self.state.frozen)
@@ -165,8 +166,8 @@ class _Trainer:
         """The state with the parameters that it starts from, of the very checkpoint that it was begun with `before`."""
         folder, tuning = run.find_init(self.context.experiment, self.name, self.context.workdir), self.stage.spec.tune
         if folder is None and tuning.how != "full":
-            raise UserError(f"config.stages.{self.name}.tune.how={tuning.how!r} would freeze random parameters: name a run to start "
-                            "from in config.init, or an earlier stage in the stage's init.")
+            raise UserError(f"config.stages.{self.name}.tune.how={tuning.how!r} would freeze random parameters: name a run to "
+                            "start from in config.init, or an earlier stage in the stage's init.")
         if folder is None:
             return state
         if tuning.how != "full":
@@ -325,7 +326,8 @@ class _Trainer:
         figures["train"] = figures.get("train", {}) | {
             "steps": self.done, "seconds_since_start": round(seconds, 1), "clips": len(pipeline.chosen_clips(len(self.source), stage.data.fraction)),
             "clips_seen": self.batches.plan.seen(self.done),
-            "parameters": tree.count(tune.base(self.state.params, self.state.frozen)), "parameters_trained": tree.count(self.state.params),
+            "parameters": tree.count(tune.base(self.state.params, self.state.frozen)),
+            "parameters_trained": tree.count(self.state.params),
             "parameters_saved": tree.count(saved(self.state).best_params), "compilations": self.step._cache_size(), **self._costs()}
         if "classify" in stage.spec.objectives:
             for split in self.context.experiment.evaluate.splits:
@@ -360,13 +362,12 @@ def classify(stage: run.Stage, params: Any, source: sources.Source, context: Con
     spec = context.experiment.evaluate
     sharding.check_rows(spec.rows, context.mesh, "config.evaluate.rows")
     views = stage.views(source, spec.rows, spec.views, spec.scale)
-    predict = evaluate.jit_predict(stage.model, stage.ready, context.mesh)
+    predict = evaluate.jit_predict(stage.model, stage.ready, context.mesh, stage.targets.answers)
     numbers, found = evaluate.probabilities(predict, params, views, context.mesh, watch, f"evaluate {name}")
     records = [source[int(n)] for n in numbers]
     label = np.array([record.label for record in records], int)
     path = context.workdir / (f"predictions_{name}.csv" if name else "predictions.csv")
-    scores.write_predictions(path, [record.name for record in records], label, found, stage.classes)
-    return scores.scores(found, label, stage.classes)
+    return answers.score(stage.targets, path, [record.name for record in records], label, found, stage.classes)
 
 
 def _figures(line: dict[str, Any]) -> dict[str, Any]:

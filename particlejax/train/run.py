@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from particlejax import checkpoint, sharding
-from particlejax.adapt import load
-from particlejax.data import clips, pipeline, sources
+from particlejax.adapt import load, tune
+from particlejax.data import clips, few, pipeline, sources
 from particlejax.models import model as models
-from particlejax.objectives import objectives
+from particlejax.objectives import objectives, targets
 from particlejax.particles.types import Batch
-from particlejax.spec import DataSpec, Experiment, ParticleSpec, ScaleSpec, StageSpec
+from particlejax.spec import ClassifySpec, DataSpec, Experiment, ParticleSpec, ScaleSpec, StageSpec
 from particlejax.train.log import say
 from particlejax.typing import Params, UserError
 
@@ -54,6 +55,7 @@ class Stage:
     data: DataSpec
     particles: ParticleSpec
     classes: tuple[str, ...]
+    targets: targets.Targets | None  # what labels ask of the head, None where there is none
     model: models.Model
     example: Batch  # zeros with the shapes of a batch of one row, as the model reads it
 
@@ -91,10 +93,23 @@ def build(experiment: Experiment, name: str, classes: tuple[str, ...]) -> Stage:
                         "put the clips into one folder a class.")
     ids = pipeline.vocabularies(data)
     payloads = {modality: models.Payload(each.size, ids.get(modality, 0)) for modality, each in row.slots.items()}
-    model = models.build(experiment.model_of(spec), payloads, classes=len(classes) if parts["head"] else 0,
-                         decoder=parts["decoder"])
-    stage = Stage(name, spec, experiment, data, particles, classes, model, pipeline.example(row, 1))
+    pseudo = spec.objectives.get("pseudo")
+    if pseudo and pseudo.teacher == "average" and not spec.ema:
+        raise UserError(f"config.stages.{name}.objectives.pseudo.teacher is 'average' and the stage keeps none: set its ema, such "
+                        "as 0.99, or teacher to 'self'.")
+    goal = targets.of(spec.objectives.get("classify", ClassifySpec()), classes) if parts["head"] else None
+    model = models.build(experiment.model_of(spec), payloads, classes=len(goal.names) if goal else 0, decoder=parts["decoder"])
+    stage = Stage(name, spec, experiment, data, particles, classes, goal, model, pipeline.example(row, 1))
     return replace(stage, example=stage.ready(stage.example))
+
+
+def weighted(stage: Stage, source: sources.Source) -> targets.Targets | None:
+    """The stage's targets, with weights by how often the labels that are trained on occur where it wants them."""
+    spec = stage.spec.objectives.get("classify")
+    if stage.targets is None or spec is None or not spec.balance:
+        return stage.targets
+    label = few.labels(source)[pipeline.chosen_clips(len(source), stage.data.fraction)]
+    return targets.weighted(stage.targets, spec, np.bincount(label[label >= 0], minlength=len(stage.classes)))
 
 
 def _check_directed(data: DataSpec, classes: tuple[str, ...]) -> None:
@@ -189,8 +204,11 @@ def add_results(workdir: Path, stage: str, figures: Mapping[str, Any], bad: Mapp
     checkpoint.write_json(Path(workdir) / RESULTS, results)
 
 
-def load_trained(text: str, mesh: Mesh, source: Mapping[str, Any]) -> tuple[Stage, Params]:
-    """A trained stage of RUN_DIR[:STAGE] and its result's parameters; `source` is put into its data section."""
+def load_trained(text: str, mesh: Mesh, source: Mapping[str, Any], step: int | None = None) -> tuple[Stage, Params]:
+    """A trained stage of RUN_DIR[:STAGE] and its result's parameters, those of `step` where one is named.
+
+    source: is put into its data section.
+    """
     run, name = split_run(text)
     folder = result_folder(run, name)
     experiment = read_experiment(run)
@@ -200,5 +218,10 @@ def load_trained(text: str, mesh: Mesh, source: Mapping[str, Any]) -> tuple[Stag
     shapes = models.parameter_shapes(stage.model, stage.example)
     shardings = sharding.param_shardings(shapes, mesh)
     params = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
-    params, _ = load.from_checkpoint(params, folder)
+    data = checkpoint.load_data(folder)
+    if load.BASE not in data and stage.spec.tune.how != "full":  # merged: adapters and prefixes stand among the rest
+        merged = jax.eval_shape(lambda p: tune.whole(stage.spec.tune, *tune.split(stage.spec.tune, p, jax.random.key(0))), params)
+        params = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), merged,
+                              sharding.param_shardings(merged, mesh))
+    params, _ = load.from_checkpoint(params, folder, step)
     return stage, params

@@ -16,12 +16,14 @@ from particlejax import sharding
 from particlejax.adapt import tune
 from particlejax.models.model import Model
 from particlejax.objectives.objectives import Objective
+from particlejax.objectives.pseudo import TEACHER
 from particlejax.particles.types import Batch
-from particlejax.tunespec import TuneSpec
+from particlejax.train.gradient import gradient_of
+from particlejax.tunespec import RobustSpec, TuneSpec
 from particlejax.typing import Metrics, Params
 
 Step = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
-_ALL = TuneSpec()  # all parameters train
+_ALL, _PLAIN = TuneSpec(), RobustSpec()  # all parameters train, by the loss's own gradient
 
 
 @jax.tree_util.register_dataclass
@@ -73,19 +75,22 @@ def saved(state: TrainState) -> TrainState:
 
 
 def make_step(model: Model, objective: Objective, optimizer: optax.GradientTransformation, *, ema: float, accumulate: int,
-              tuning: TuneSpec = _ALL) -> Step:
+              tuning: TuneSpec = _ALL, robust: RobustSpec = _PLAIN, ready: Callable[[Batch], Batch] = lambda batch: batch) -> Step:
     """(state, batch) -> (state, metrics), pure; its randomness is fold_in(seed, step).
 
+    objective: of a batch that `ready` has made what the model reads, so that an attack moves that.
     With `accumulate` > 1 the rows are cut into that many micro-batches under a scan, each weighted by its clips.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        def gradient(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
-            def loss(params: Params) -> tuple[Array, Metrics]:
-                return objective(tune.whole(tuning, params, state.frozen), model, batch, key, True)
+        def loss(params: Params, batch: Batch, key: Array) -> tuple[Array, Metrics]:
+            read = tune.whole(tuning, params, state.frozen)
+            if ema:  # for objectives that are taught by the average
+                read = {**read, TEACHER: tune.whole(tuning, jax.lax.stop_gradient(state.average), state.frozen)}
+            return objective(read, model, batch, key, True)
 
-            (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
-            return grads, metrics
+        def gradient(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
+            return gradient_of(loss, robust)(params, ready(batch), key)
 
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         grads, metrics = accumulated(gradient, accumulate)(state.params, batch, key)
