@@ -15,8 +15,8 @@ from particlejax.data import few, folder, pipeline, sources
 from particlejax.objectives import targets
 from particlejax.objectives.classify import classify
 from particlejax.particles.types import Batch
-from particlejax.spec import ClassifySpec, DataSpec, ParticleSpec
-from particlejax.train import answers
+from particlejax.spec import ClassifySpec, DataSpec, Experiment, ParticleSpec
+from particlejax.train import answers, run
 from particlejax.typing import UserError
 
 
@@ -181,6 +181,19 @@ def test_the_rest_comes_without_labels_as_often_as_asked_for(tmp_path: Path) -> 
     with pytest.raises(UserError, match="would thin out"):
         few.limit(source, DataSpec(shots=1, fraction=0.5), 0)
     assert few.limit(source, DataSpec(), 0) is source
+
+
+@pytest.mark.parametrize("changes, sentence", [
+    ({"objectives": {"pseudo": {"teacher": "average"}}}, "the stage keeps none: set its ema"),
+    ({"objectives": {"classify": {"consistency": 1.0}}}, "compares two draws of dropout and there is none"),
+    ({"objectives": {"classify": {"loss": "binary", "balance": 0.9}}}, "balance is for loss='softmax'"),
+    ({"objectives": {"classify": {"loss": "binary"}, "pseudo": {}}}, "wants one class a clip"),
+    ({"objectives": {"classify": {"loss": "regression"}}}, "label 'a' is not a number"),
+])
+def test_what_would_be_passed_over_in_silence_is_refused(changes: dict, sentence: str) -> None:
+    experiment = Experiment.of({"stages": {"s": {"steps": 1, **changes}}})
+    with pytest.raises(UserError, match=sentence):
+        run.build(experiment, "s", ("a", "b"))
 
 
 def test_labels_come_from_the_column_that_is_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 import csv
 import dataclasses
 import json
+import runpy
 import shutil
 from collections.abc import Iterator
 from functools import cache
@@ -18,14 +19,14 @@ import pytest
 from particlejax import checkpoint, optim, sharding, tree
 from particlejax import main as entry
 from particlejax.adapt import load, peft, tune
-from particlejax.data import pipeline
+from particlejax.data import pipeline, sources
 from particlejax.models import model as models
 from particlejax.objectives import objectives
 from particlejax.particles import pack, policies
 from particlejax.particles.types import Batch
-from particlejax.spec import ClassifySpec, DataSpec, MeshSpec, ModelSpec, OptimSpec, ParticleSpec
+from particlejax.spec import ClassifySpec, DataSpec, Experiment, MeshSpec, ModelSpec, OptimSpec, ParticleSpec, as_dict
 from particlejax.train import run
-from particlejax.train.state import TrainState, abstract, make_step, saved
+from particlejax.train.state import TrainState, make_step, saved
 from particlejax.tunespec import TuneSpec
 from particlejax.typing import UserError
 
@@ -43,6 +44,9 @@ SPECS = {
     "adapter": (TuneSpec("adapter", size=3), N * 2 * (D * 3 + 3 + 3 * D + D)),
     "prefix": (TuneSpec("prefix", size=3, also="norm/(scale|bias)$"), N * 2 * 3 * D + N * 4 * D + 2 * D),
 }
+
+PLACE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
 
 @cache
 def batch(rows: int = 8) -> Batch:
@@ -84,22 +88,30 @@ class Tuned(NamedTuple):
 
 @cache
 def tuned(name: str) -> Tuned:
-    """Three steps."""
+    """Three steps; all in numpy, whose arithmetic needs no compilation."""
     spec = SPECS[name][0]
     model, params = base()
-    trained, frozen = tune.split(spec, params, jax.random.key(0))
     optimizer = optim.build(OptimSpec("sgd", rate=0.3, warmup=0.0), 10)
-    before = TrainState(jnp.zeros((), jnp.int32), jnp.uint32(0), trained, optimizer.init(trained), trained, frozen)
+
+    def start(params: dict) -> TrainState:
+        trained, frozen = tune.split(spec, params, jax.random.key(0))
+        return TrainState(jnp.zeros((), jnp.int32), jnp.uint32(0), trained, optimizer.init(trained), trained, frozen)
+
+    before = jax.jit(start, compiler_options=QUICK)(params)
     step = make_step(model, objectives.combine({"classify": ClassifySpec()}), optimizer, ema=0.5, accumulate=1, tuning=spec)
-    step = jax.jit(step, compiler_options=QUICK)
-    after = before
+    step, after = jax.jit(step, compiler_options=QUICK), before
     for _ in range(3):
         after, _ = step(after, batch())
-    return Tuned(before, after, spec)
+    return Tuned(jax.device_get(before), jax.device_get(after), spec)
+
+
+@cache
+def merge_of(spec: TuneSpec) -> Any:
+    return jax.jit(lambda params, frozen: tune.whole(spec, params, frozen), compiler_options=QUICK)
 
 
 def whole(state: TrainState, spec: TuneSpec) -> dict:
-    return tune.whole(spec, state.params, state.frozen)
+    return merge_of(spec)(state.params, state.frozen)
 
 
 def test_the_battery_knows_every_method() -> None:
@@ -113,14 +125,16 @@ def test_exactly_what_trains_changes(name: str) -> None:
     """Gradients reach every trained parameter; a frozen one is the same to the last bit and has no state in the optimiser."""
     before, after, _ = tuned(name)
     assert tree.count(after.params) == HEAD + SPECS[name][1]
+    first = tree.flatten(before.params)
     for path, leaf in tree.flatten(after.params).items():
         if not path.endswith(("key/bias", "score/bias")):  # softmax takes no notice of either
-            each = np.abs(leaf - tree.flatten(before.params)[path])
+            each = np.abs(leaf - first[path])
             each = each.reshape(each.shape[0], -1) if "blocks/" in path or "tuned/" in path else each.reshape(1, -1)
             assert (each.max(axis=1) > 0).all(), path
     assert tree.flatten(before.frozen).keys() == tree.flatten(after.frozen).keys()
+    start = tree.flatten(jax.device_get(base()[1]))
     for path, leaf in tree.flatten(after.frozen).items():
-        np.testing.assert_array_equal(leaf, tree.flatten(base()[1])[path], err_msg=path)
+        np.testing.assert_array_equal(leaf, start[path], err_msg=path)
     assert tree.count(after.opt_state) == tree.count(after.params) + 1, "a momentum of each and a counter"
     assert tree.count(tune.base(after.params, after.frozen)) == tree.count(base()[1])
 
@@ -139,7 +153,7 @@ def test_saved_it_is_small_and_together_with_its_base_the_same(name: str, tmp_pa
     write(tmp_path / "base", {"params": base()[1]}, {})
     write(tmp_path / "tuned", saved(after), {load.BASE: load.reference(tmp_path / "base", tmp_path / "tuned", spec)})
     one = checkpoint.Checkpoints(tmp_path / "tuned", 2)
-    _, again, _ = one.restore(abstract(saved(after)))
+    _, again, _ = one.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=PLACE), saved(after)))
     one.close()
     jax.tree.map(np.testing.assert_array_equal, again, saved(after))
     names = checkpoint.load_arrays(tmp_path / "tuned")
@@ -227,12 +241,8 @@ def test_layers_train_at_their_rate_from_their_time_on() -> None:
 
 
 def command(cache_dir: str, workdir: Path, *more: str) -> list[str]:
-    return ["main", "--config=experiments/quickstart.py:tiny", f"--config.data.cache_dir={cache_dir}", "--config.log.every=1",
+    return ["main", "--config=experiments/finetune.py:tiny", f"--config.data.cache_dir={cache_dir}", "--config.log.every=1",
             "--config.model.unroll=False", "--workdir", str(workdir), *more]
-
-
-def finetune_lines(workdir: Path) -> list[str]:
-    return [line for line in (workdir / "metrics.jsonl").read_text().splitlines() if '"finetune"' in line]
 
 
 def predictions(path: Path) -> np.ndarray:
@@ -241,20 +251,28 @@ def predictions(path: Path) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def alone(cache_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that pretrains, then fine-tunes adapters."""
-    workdir = tmp_path_factory.mktemp("tuned") / "alone"
-    assert entry.main(command(cache_dir, workdir, *ADAPTER)) == 0
-    return workdir
+def grounds(cache_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run 'base' that has only been born, and a run 'alone' that tunes adapters upon it."""
+    folder = tmp_path_factory.mktemp("tuned")
+    config = runpy.run_path("experiments/finetune.py")["get_config"]("tiny").to_dict()
+    experiment = Experiment.of(config | {"data": config["data"] | {"cache_dir": cache_dir}})
+    source = sources.open_source("toybox:tiny", "train", cache_dir)
+    stage = run.build(experiment, "finetune", source.classes)
+    (folder / "base").mkdir()
+    checkpoint.write_json(folder / "base" / run.CONFIG, json.loads(json.dumps(as_dict(experiment))))
+    params = jax.jit(stage.model.init, compiler_options=QUICK)(jax.random.key(5), stage.example)
+    write(run.checkpoint_folder(folder / "base", "finetune"), {"params": params}, {"classes": list(source.classes)})
+    assert entry.main(command(cache_dir, folder / "alone", f"--config.init={folder}/base", *ADAPTER)) == 0
+    return folder
 
 
 ADAPTER = ("--config.stages.finetune.tune.how=adapter", "--config.model.dropout=0.1", "--config.stages.finetune.ema=0.5",
            "--config.stages.finetune.robust.sam=0.05", "--config.stages.finetune.optim.rate=0.05")
 
 
-def test_a_run_that_tunes_a_part_counts_it_and_resumes_exactly(alone: Path, cache_dir: str, tmp_path: Path,
+def test_a_run_that_tunes_a_part_counts_it_and_resumes_exactly(grounds: Path, cache_dir: str, tmp_path: Path,
                                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    read, workdir = pipeline.read, tmp_path / "run"
+    read, workdir, alone = pipeline.read, tmp_path / "run", grounds / "alone"
 
     def failing(batches: pipeline.Batches, start: int, stop: int, data: DataSpec) -> Iterator[pipeline.Loaded]:
         for k, loaded in enumerate(read(batches, start, stop, data), start):
@@ -262,50 +280,46 @@ def test_a_run_that_tunes_a_part_counts_it_and_resumes_exactly(alone: Path, cach
                 raise UserError("a process that decodes was killed")
             yield loaded
 
-    again = command(cache_dir, workdir, *ADAPTER, "--config.order=('finetune',)", f"--config.stages.finetune.init={alone}:pretrain")
+    again = command(cache_dir, workdir, f"--config.init={grounds}/base", *ADAPTER)
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "read", failing)
         assert entry.main(again) == 2
     assert entry.main(again) == 0
-    assert finetune_lines(workdir) == finetune_lines(alone) and len(finetune_lines(alone)) == 5
-    name = "predictions_finetune_test.csv"
-    assert (workdir / name).read_bytes() == (alone / name).read_bytes()
-    figures = json.loads((alone / "results.json").read_text())
-    parts, whole = (figures[stage]["train"] for stage in ("finetune", "pretrain"))
-    assert parts["parameters_saved"] == parts["parameters_trained"] < 0.5 * parts["parameters"]
-    assert whole["parameters_trained"] == whole["parameters_saved"] == whole["parameters"] and parts["compilations"] == 1
-    folders = [alone / "checkpoints" / stage / "latest/4/state" for stage in ("finetune", "pretrain")]
-    small, large = (sum(p.stat().st_size for p in each.rglob("*") if p.is_file()) for each in folders)
-    assert small < 0.5 * large
+    for name in ("metrics.jsonl", "predictions_finetune_val.csv"):
+        assert (workdir / name).read_bytes() == (alone / name).read_bytes(), name
+    parts = json.loads((alone / "results.json").read_text())["finetune"]["train"]
+    assert parts["parameters_saved"] == parts["parameters_trained"] < 0.5 * parts["parameters"] and parts["compilations"] == 1
+    held = checkpoint.load_arrays(run.checkpoint_folder(alone, "finetune"))
+    assert sum(each.size for each in held.values()) == parts["parameters_saved"]
+    base = checkpoint.load_arrays(run.checkpoint_folder(grounds / "base", "finetune"))
+    assert sum(each.size for each in base.values()) == parts["parameters"]
 
 
-def test_merged_it_is_a_run_that_says_the_same(alone: Path, cache_dir: str, tmp_path: Path) -> None:
-    """The soup of one run alone is its export; evaluated from there, without its base, every clip gets the same answer."""
-    moved = shutil.copytree(alone, tmp_path / "moved")  # what it builds on moves with it
-    common = [f"--config.data.cache_dir={cache_dir}", "--config.data.split=test", "--config.evaluate.views=(1,1)"]
-    soup, evaluate = (["main", f"--config=experiments/{name}.py", *common, "--workdir"] for name in ("soup", "evaluate"))
-    assert entry.main([*soup, str(tmp_path / "s"), f"--config.runs=('{moved}',)"]) == 0
-    shutil.rmtree(moved)
-    assert entry.main([*evaluate, str(tmp_path / "e"), f"--config.run={tmp_path}/s/model"]) == 0
-    said = predictions(alone / "predictions_finetune_test.csv")
-    for folder in ("s", "e"):
-        np.testing.assert_allclose(predictions(tmp_path / folder / "predictions.csv"), said, atol=1e-5)
-    _, params = run.load_trained(str(tmp_path / "s/model"), sharding.make_mesh(MeshSpec()), {})
-    adapters = {path: leaf for path, leaf in tree.flatten(params).items() if path.startswith(peft.TUNED)}
+def test_merged_it_is_a_run_that_says_the_same(grounds: Path, cache_dir: str, tmp_path: Path) -> None:
+    """The soup of one run alone is its export: without the base it answers as the run did."""
+    moved = shutil.copytree(grounds, tmp_path / "moved") / "alone"  # what it builds on moves with it
+    soup = ["main", "--config=experiments/soup.py:tiny", f"--config.data.cache_dir={cache_dir}", f"--config.runs=('{moved}',)"]
+    assert entry.main([*soup, "--workdir", str(tmp_path / "s")]) == 0
+    said = predictions(grounds / "alone" / "predictions_finetune_val.csv")
+    np.testing.assert_allclose(predictions(tmp_path / "s" / "predictions.csv"), said, atol=1e-5)
+    mesh = sharding.make_mesh(MeshSpec())
+    one, merged = (jax.device_get(run.load_trained(str(each), mesh, {})[1]) for each in (moved, tmp_path / "s/model"))
+    jax.tree.map(np.testing.assert_array_equal, one, merged)
+    adapters = {path: leaf for path, leaf in tree.flatten(merged).items() if path.startswith(peft.TUNED)}
     assert len(adapters) == 8 and all(np.abs(leaf).max() > 0 for leaf in adapters.values())
+    plain = tree.nest({path: leaf for path, leaf in tree.flatten(run.load_trained(str(moved), mesh, {})[1]).items()
+                       if path not in adapters})
     with pytest.raises(UserError, match="has adapters or prefixes in its blocks, which this model would leave out"):
-        plain = tree.nest({path: leaf for path, leaf in tree.flatten(params).items() if path not in adapters})
         load.from_checkpoint(plain, run.checkpoint_folder(tmp_path / "s/model", "finetune"))
 
 
 @pytest.mark.parametrize("changes, sentence", [
-    (["tune.how=probe", "init=pretrain"], "set config.model.pool to 'attention'"),
-    (["tune.how=lora", "init="], "would freeze random parameters: name a run"),
+    (["tune.how=probe"], "set config.model.pool to 'attention'"),
+    (["tune.how=lora"], "would freeze random parameters: name a run"),
     (["tune.how=loro"], "choose one of full, linear"),
 ])
 def test_what_cannot_be_tuned_is_refused(changes: list[str], sentence: str, cache_dir: str, tmp_path: Path,
                                          capfd: pytest.CaptureFixture) -> None:
-    more = [f"--config.stages.finetune.{each}" for each in changes] + ["--config.order=('finetune',)"]
-    more += ["--config.model.pool=mean"] if "probe" in changes[0] else []
+    more = [f"--config.stages.finetune.{each}" for each in changes]
     assert entry.main(command(cache_dir, tmp_path, *more)) == 2
     assert sentence in capfd.readouterr().err.strip().splitlines()[-1]

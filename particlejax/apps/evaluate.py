@@ -35,6 +35,6 @@ def evaluate(experiment: Experiment, workdir: Path, name: str) -> None:
     figures = loop.classify(stage, params, source, context, "", bad.note)
     context.log.close()
     run.add_results(workdir, stage.name, {stage.data.split: figures}, bad.reasons)
-    say(f"{stage.name} on {len(source)} clips of {stage.data.source} ({stage.data.split}): top-1 "
-        f"{figures.get('top1', float('nan')):.3f}")
+    first = next(((name, figures[name]) for name in ("top1", "map", "mae") if name in figures), ("no clip with a label", 0))
+    say(f"{stage.name} on {len(source)} clips of {stage.data.source} ({stage.data.split}): {first[0]} {first[1]:.3f}")
     say(f"report: {report.write(workdir)}")

@@ -324,8 +324,8 @@ class _Trainer:
         last = {split: log.lines(self.name, split)[-1:] for split in ("train", "val")}
         figures: dict[str, Any] = {split: _figures(lines[0]) for split, lines in last.items() if lines}
         figures["train"] = figures.get("train", {}) | {
-            "steps": self.done, "seconds_since_start": round(seconds, 1), "clips": len(pipeline.chosen_clips(len(self.source), stage.data.fraction)),
-            "clips_seen": self.batches.plan.seen(self.done),
+            "steps": self.done, "seconds_since_start": round(seconds, 1), "clips_seen": self.batches.plan.seen(self.done),
+            "clips": len(pipeline.chosen_clips(len(self.source), stage.data.fraction)),
             "parameters": tree.count(tune.base(self.state.params, self.state.frozen)),
             "parameters_trained": tree.count(self.state.params),
             "parameters_saved": tree.count(saved(self.state).best_params), "compilations": self.step._cache_size(), **self._costs()}

@@ -18,7 +18,7 @@ from particlejax.data import clips, few, pipeline, sources
 from particlejax.models import model as models
 from particlejax.objectives import objectives, targets
 from particlejax.particles.types import Batch
-from particlejax.spec import ClassifySpec, DataSpec, Experiment, ParticleSpec, ScaleSpec, StageSpec
+from particlejax.spec import ClassifySpec, DataSpec, Experiment, ModelSpec, ParticleSpec, ScaleSpec, StageSpec
 from particlejax.train.log import say
 from particlejax.typing import Params, UserError
 
@@ -93,14 +93,26 @@ def build(experiment: Experiment, name: str, classes: tuple[str, ...]) -> Stage:
                         "put the clips into one folder a class.")
     ids = pipeline.vocabularies(data)
     payloads = {modality: models.Payload(each.size, ids.get(modality, 0)) for modality, each in row.slots.items()}
-    pseudo = spec.objectives.get("pseudo")
-    if pseudo and pseudo.teacher == "average" and not spec.ema:
-        raise UserError(f"config.stages.{name}.objectives.pseudo.teacher is 'average' and the stage keeps none: set its ema, such "
-                        "as 0.99, or teacher to 'self'.")
+    _check_objectives(spec, experiment.model_of(spec), f"config.stages.{name}")
     goal = targets.of(spec.objectives.get("classify", ClassifySpec()), classes) if parts["head"] else None
     model = models.build(experiment.model_of(spec), payloads, classes=len(goal.names) if goal else 0, decoder=parts["decoder"])
     stage = Stage(name, spec, experiment, data, particles, classes, goal, model, pipeline.example(row, 1))
     return replace(stage, example=stage.ready(stage.example))
+
+
+def _check_objectives(spec: StageSpec, model: ModelSpec, where: str) -> None:
+    """What an objective asks for must be there: else it would be passed over without a word."""
+    pseudo, classify = spec.objectives.get("pseudo"), spec.objectives.get("classify")
+    if pseudo and pseudo.teacher == "average" and not spec.ema:
+        raise UserError(f"{where}.objectives.pseudo.teacher is 'average' and the stage keeps none: set its ema, such as 0.99, or "
+                        "teacher to 'self'.")
+    if pseudo and classify and classify.loss != "softmax":
+        raise UserError(f"{where}.objectives.pseudo wants one class a clip and classify.loss is {classify.loss!r}: leave one out.")
+    if classify and classify.balance and classify.loss != "softmax":
+        raise UserError(f"{where}.objectives.classify.balance is for loss='softmax' and that is {classify.loss!r}: set it to 0.")
+    if classify and classify.consistency and not (model.dropout or model.drop_path):
+        raise UserError(f"{where}.objectives.classify.consistency compares two draws of dropout and there is none: set "
+                        "config.model.dropout or drop_path, or consistency to 0.")
 
 
 def weighted(stage: Stage, source: sources.Source) -> targets.Targets | None:
