@@ -84,18 +84,20 @@ def batch(label: list[int], clip: list[int]) -> Batch:
 
 PARAMS = {"w": jnp.asarray(np.random.default_rng(1).normal(size=(3, 4)), jnp.float32)}
 KEY = jax.random.key(0)
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiles in half the time
 
 
 def loss(spec: PseudoSpec, params: dict, made: Batch) -> tuple[jax.Array, dict]:
-    return jax.jit(lambda params, made: pseudo(spec)(params, Linear(), made, KEY, True))(params, made)
+    return jax.jit(lambda params, made: pseudo(spec)(params, Linear(), made, KEY, True), compiler_options=QUICK)(params, made)
 
 
 def test_clips_without_a_label_are_taught_by_the_whole_of_themselves() -> None:
     made = batch([-1, -1, 2, -1], [0, 1, 2, -1])
     spec = PseudoSpec(threshold=0.0)
     view_key, _ = jax.random.split(KEY)
-    whole = Linear().apply(PARAMS, "classify", Linear().apply(PARAMS, "encode", made.particles)[0])[:, 0]
-    part = Linear().apply(PARAMS, "encode", disturbed(spec, made.particles, view_key))[0].sum(axis=1)
+    seen = jax.jit(lambda particles: disturbed(spec, particles, view_key), compiler_options=QUICK)(made.particles)
+    whole, part = (Linear().apply(PARAMS, "encode", each)[0].sum(axis=1) for each in (made.particles, seen))
+    assert (seen["vision"].segment > 0).sum() == 4 * 4, "half of each clip's particles"
     each = optax.softmax_cross_entropy_with_integer_labels(part, whole.argmax(-1))
     np.testing.assert_allclose(loss(spec, PARAMS, made)[0], each[:2].mean(), rtol=1e-5)
     squared = ((jax.nn.softmax(part) - jax.nn.softmax(whole)) ** 2).mean(-1)
@@ -127,6 +129,6 @@ def test_the_step_gives_the_average_as_teacher() -> None:
     optimizer = optax.sgd(0.1)
     state = TrainState(jnp.zeros((), jnp.int32), jnp.uint32(0), PARAMS, optimizer.init(PARAMS), teacher)
     step = make_step(Linear(), pseudo(spec), optimizer, ema=0.9, accumulate=1)
-    _, metrics = jax.jit(step)(state, made)
+    _, metrics = jax.jit(step, compiler_options=QUICK)(state, made)
     logits = jnp.einsum("blp,pc->bc", made.particles["vision"].payload, PARAMS["w"])
     np.testing.assert_allclose(metrics["loss"], ((jax.nn.softmax(logits) - jax.nn.softmax(-logits)) ** 2).mean(), rtol=1e-4)
