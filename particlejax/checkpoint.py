@@ -105,14 +105,15 @@ class Checkpoints:
                 self._say(f"checkpoint {folder} is not whole ({fault}): it was moved to {aside} and is passed over.")
 
 
-def load_subtree(folder: str | os.PathLike[str], want: Any, branches: tuple[str, ...]) -> tuple[Any, dict[str, tuple]]:
-    """The newest whole checkpoint's arrays that `want` names, and the shapes of all it holds.
+def load_subtree(folder: str | os.PathLike[str], want: Any, branches: tuple[str, ...], step: int | None = None
+                 ) -> tuple[Any, dict[str, tuple]]:
+    """The newest whole checkpoint's arrays, or those of the one of `step`, that `want` names, and the shapes of all it holds.
 
     want: {path name: ShapeDtypeStruct with sharding}; branches: top-level names of the saved state to look in, the
     first that is there counts. Paths that are absent or of another shape are left out of the result: the caller
     compares. Raises UserError when the folder holds no whole checkpoint.
     """
-    item = _newest_whole(folder) / _STATE
+    item = _newest_whole(folder, step) / _STATE
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         saved = reader.metadata(item).item_metadata.tree
         branch = next(b for b in branches if saved.get(b))
@@ -128,6 +129,11 @@ def load_data(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """What was saved beside the arrays of the newest whole checkpoint. Raises UserError when there is none."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         return reader.restore(_newest_whole(folder) / _DATA)
+
+
+def mark(folder: str | os.PathLike[str]) -> str:
+    """A short text that tells the newest whole checkpoint from every other. Raises UserError when there is none."""
+    return _digest(_newest_whole(folder) / _MANIFEST)[:16]
 
 
 def load_arrays(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -156,12 +162,19 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(fresh, path)
 
 
-def _newest_whole(folder: str | os.PathLike[str]) -> Path:
+def whole_steps(folder: str | os.PathLike[str]) -> list[int]:
+    """Steps of the whole checkpoints in a folder, ascending."""
+    folder = Path(folder)
+    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    return [step for step in steps if not _fault(folder / str(step))]
+
+
+def _newest_whole(folder: str | os.PathLike[str], step: int | None = None) -> Path:
     folder = Path(folder).absolute()
     steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
-    for step in reversed(steps):
-        if not _fault(folder / str(step)):
-            return folder / str(step)
+    for each in reversed(steps if step is None else [step]):
+        if not _fault(folder / str(each)):
+            return folder / str(each)
     raise UserError(f"{folder} holds no whole checkpoint: name a run that has saved one.")
 
 

@@ -46,3 +46,33 @@ def cross_entropy(logits: Float[Array, "... C"], label: Int[Array, "..."], smoot
     """Softmax cross-entropy; `smoothing` is the share of the target spread over all classes (arXiv:1512.00567)."""
     target = optax.smooth_labels(jax.nn.one_hot(label, logits.shape[-1]), smoothing)
     return optax.softmax_cross_entropy(logits, target)
+
+
+def soft_cross_entropy(logits: Float[Array, "... C"], target: Float[Array, "... C"], focus: float = 0.0) -> Float[Array, "..."]:
+    """Softmax cross-entropy to a distribution; each class's part times (1 - p)^focus (focal loss, arXiv:1708.02002)."""
+    log_p = jax.nn.log_softmax(logits)
+    return -jnp.sum(target * log_p * _focal(log_p, focus), axis=-1)
+
+
+def binary_cross_entropy(logits: Float[Array, "... C"], target: Float[Array, "... C"], focus: float = 0.0) -> Float[Array, "..."]:
+    """Mean over classes that each hold or not; times (1 - p of what is true)^focus (arXiv:1708.02002)."""
+    yes, no = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
+    return -(target * yes * _focal(yes, focus) + (1 - target) * no * _focal(no, focus)).mean(axis=-1)
+
+
+def _focal(log_p: Float[Array, "... C"], focus: float) -> Float[Array, "... C"]:
+    """(1 - p)^focus, with a slope also where p is 1."""
+    return jnp.maximum(1 - jnp.exp(log_p), 1e-6) ** focus if focus else jnp.ones_like(log_p)
+
+
+def disagreement(one: Float[Array, "... C"], other: Float[Array, "... C"]) -> Float[Array, "..."]:
+    """Mean of both Kullback-Leibler divergences between two softmaxes (R-Drop, arXiv:2106.14448)."""
+    a, b = jax.nn.log_softmax(one), jax.nn.log_softmax(other)
+    return jnp.sum((jnp.exp(a) - jnp.exp(b)) * (a - b), axis=-1) / 2
+
+
+def class_weights(counts: Float[Array, " C"], beta: float) -> Float[Array, " C"]:
+    """1 over the effective number of clips of each class, mean 1 over the clips (arXiv:1901.05555); 0 for an absent class."""
+    effective = (1 - beta**counts) / (1 - beta)
+    weights = jnp.where(counts > 0, 1 / jnp.maximum(effective, 1e-9), 0.0)
+    return weights * counts.sum() / jnp.maximum(jnp.sum(weights * counts), 1e-9)

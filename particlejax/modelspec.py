@@ -3,6 +3,7 @@
 
 import dataclasses
 
+from particlejax import tunespec
 from particlejax.fields import at_least, between, interval, one_of
 from particlejax.typing import UserError
 
@@ -54,10 +55,14 @@ class MaskedSpec:
 
 @dataclasses.dataclass(frozen=True)
 class ClassifySpec:
-    """One label a clip."""
+    """What a clip is: one class (softmax), several at once, written 'a|b' (binary), or a number (regression)."""
 
     weight: float = 1.0
+    loss: str = one_of("softmax", "binary", "regression")
     label_smoothing: float = 0.0
+    focus: float = at_least(0.0, 0)  # gamma of the focal loss: what is known already counts less (arXiv:1708.02002); 0: alike
+    balance: float = between(0.0, 0, 0.9999999)  # beta of class-balanced weights, such as 0.999 (arXiv:1901.05555); 0: alike
+    consistency: float = at_least(0.0, 0)  # weight of R-Drop: two draws of dropout shall agree (arXiv:2106.14448); 0: one draw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +168,7 @@ OBJECTIVES = {
     "masked": MaskedSpec, "latent": LatentSpec, "next_frame": NextFrameSpec, "order": OrderSpec, "speed": SpeedSpec,
     "arrow": ArrowSpec, "transform": TransformSpec, "sync": SyncSpec, "contrast": ContrastSpec, "match": MatchSpec,
     "words": WordsSpec, "align": AlignSpec, "classify": ClassifySpec,
+    "pseudo": tunespec.PseudoSpec,
 }
 
 

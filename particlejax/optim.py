@@ -2,15 +2,20 @@
 """Optimisers and schedules: an OptimSpec becomes one optax transformation."""
 
 import re
+from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from particlejax import tree
 from particlejax.spec import OptimSpec
-from particlejax.typing import Params
+from particlejax.tunespec import TuneSpec
+from particlejax.typing import Array, Params
 
 # Norms, biases and lone vectors are not decayed: their size says nothing about complexity (arXiv:1706.05350).
 # Statistics (mean, var) must stay as they came.
+_STACKED = re.compile(r"(^|/)encoder/transformer/(blocks|tuned)/")  # leading axis: blocks, from the bottom
+_BELOW = re.compile(r"(^|/)encoder/(?!transformer/)")  # what makes the tokens
 _SPARED = re.compile(r"(^|/)(bias|scale|token|log_sharpness|mean|var)$")
 
 
@@ -26,10 +31,41 @@ def schedule(spec: OptimSpec, steps: int) -> optax.Schedule:
                                               spec.rate * spec.final)
 
 
-def build(spec: OptimSpec, steps: int) -> optax.GradientTransformation:
-    """Clipping, then AdamW or SGD with decoupled weight decay, over `steps` steps."""
+def build(spec: OptimSpec, steps: int, after: optax.GradientTransformation | None = None) -> optax.GradientTransformation:
+    """Clipping, then AdamW or SGD with decoupled weight decay, over `steps` steps; `after` has the last word."""
     rate = schedule(spec, steps)
     clip = optax.clip_by_global_norm(spec.clip_norm) if spec.clip_norm else optax.identity()
     decay = optax.add_decayed_weights(spec.weight_decay, decay_mask)
     direction = optax.trace(spec.momentum) if spec.name == "sgd" else optax.scale_by_adam(spec.b1, spec.b2)
-    return optax.chain(clip, direction, decay, optax.scale_by_learning_rate(rate))
+    return optax.chain(clip, direction, decay, optax.scale_by_learning_rate(rate), *([after] if after else []))
+
+
+def layered(tune: TuneSpec, depth: int, steps: int) -> optax.GradientTransformation | None:
+    """Updates times a factor of their layer: decay from the top down (arXiv:2106.08254) and gradual unfreezing (arXiv:1801.06146).
+
+    What stands above the blocks always trains at the full rate. Blocks begin one after the other from the top, the embedding
+    last; before that an update is exactly zero. Moments are gathered meanwhile, so that the first step is no leap.
+    """
+    if tune.layer_decay == 1 and not tune.unfreeze:
+        return None
+    under = jnp.arange(depth, 0, -1)  # how many layers stand above each block, the head included
+
+    def factor(number: Array, step: Array) -> Array:
+        begins = jnp.ceil(tune.unfreeze * steps * number / (depth + 1))
+        return jnp.where(step >= begins, tune.layer_decay ** number.astype(jnp.float32), 0.0)
+
+    def update(updates: Params, step: Array, params: Params | None = None) -> tuple[Params, Array]:
+        del params
+
+        def scaled(name: str, leaf: Array) -> Array:
+            if _STACKED.search(name):
+                return leaf * factor(under, step).reshape(depth, *(1,) * (leaf.ndim - 1))
+            return leaf * factor(jnp.asarray(depth + 1), step) if _BELOW.search(name) else leaf
+
+        return tree.map_named(scaled, updates), step + 1
+
+    def init(params: Params) -> Any:
+        del params
+        return jnp.zeros((), jnp.int32)
+
+    return optax.GradientTransformation(init, update)

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from particlejax import tunespec
 from particlejax.fields import arguments, as_dict, at_least, between, interval, make, named, one_of, section, unknown_key
 from particlejax.modelspec import OBJECTIVES, ModelSpec, check_model
 from particlejax.typing import UserError
@@ -84,6 +85,9 @@ class DataSpec:
     sample: str = one_of("span", "dense", "segments")  # frames: even over `seconds`; every `stride`-th; one a segment
     stride: tuple[int, int] = interval((2, 2), 1)  # frames of the file from one to the next where `sample` is dense, drawn between
     fraction: float = between(1.0, 0, 1)  # of the clips to train on, the same ones whatever the seed: few labels, quick trials
+    shots: int = at_least(0, 0)  # clips of each class, drawn by the seed, that keep their label in training; 0: all do
+    listed: str = ""  # CSV with a column `path` of the clips that keep their label; '': as `shots` says
+    unlabelled: float = between(0.0, 0, 1)  # share of training clips that come from the others, without label; 0: none
     cache_dir: str = "~/.cache/particlejax"  # where toybox is rendered and TFDS looks
     frames: int = at_least(16, 1)
     size: int = at_least(64, 1)  # pixels, height and width
@@ -180,6 +184,8 @@ class StageSpec:
     init: str = ""  # where parameters start: an earlier stage's name, or RUN_DIR or RUN_DIR:STAGE of another run
     objectives: Mapping[str, Any] = named(OBJECTIVES)
     optim: OptimSpec = OptimSpec()
+    tune: tunespec.TuneSpec = tunespec.TuneSpec()  # which parameters train
+    robust: tunespec.RobustSpec = tunespec.RobustSpec()  # where the gradient is taken
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what differs from the experiment's
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what differs from the experiment's
     particles: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what differs from the experiment's
@@ -264,9 +270,13 @@ class SweepSpec:
 class Experiment:
     """Everything a run depends on, so that config.json is enough to run it again."""
 
-    job: str = one_of("train", "sweep", "evaluate", "prepare", "check_data", "bench_data", "bench_particles")
+    job: str = one_of("train", "sweep", "evaluate", "prepare", "check_data", "bench_data", "bench_particles",
+                      "soup", "prototypes", "label_next")
     seed: int = 0
-    run: str = ""  # job evaluate: the run that is evaluated
+    run: str = ""  # jobs evaluate, prototypes, label_next: the run that is asked
+    runs: tuple[str, ...] = ()  # job soup: the runs that are averaged, each RUN_DIR or RUN_DIR:STAGE
+    soup: tunespec.SoupSpec = tunespec.SoupSpec()
+    active: tunespec.ActiveSpec = tunespec.ActiveSpec()
     init: str = ""  # RUN_DIR or RUN_DIR:STAGE that the first stage starts from; encoder and payloads are then as there
     data: DataSpec = DataSpec()
     particles: ParticleSpec = ParticleSpec()
@@ -329,6 +339,10 @@ def check(experiment: Experiment) -> Experiment:
         if "latent" in stage.objectives and (not stage.ema or experiment.model_of(stage).reduce_after):
             raise UserError(f"{where}.objectives.latent learns from the average of the parameters, slot by slot: set {where}.ema, "
                             "such as to 0.99, and leave model.reduce_after empty.")
+        tunespec.check(stage.tune, experiment.model_of(stage).pool, where)
+        if stage.tune.how in ("lora", "ia3", "adapter", "prefix") and experiment.model_of(stage).separate:
+            raise UserError(f"{where}.tune.how={stage.tune.how!r} changes blocks that all modalities share: set model.separate=False, "
+                            "or tune.how to full, bitfit, probe or linear.")
     if experiment.checkpoint.keep < 2:
         raise UserError(f"config.checkpoint.keep={experiment.checkpoint.keep} would leave no whole checkpoint while the "
                         "next is written: use 2 or more.")

@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 from particlejax import losses, masks, tree
 from particlejax.models import model as models
 from particlejax.modelspec import OBJECTIVES, ModelSpec
-from particlejax.objectives import latent, masked, objectives, pairs
+from particlejax.objectives import masked, objectives, pairs
+from particlejax.objectives.types import TEACHER
 from particlejax.particles import pack, policies
 from particlejax.particles.types import Batch, Particles
 from particlejax.spec import Experiment, ParticleSpec, make
@@ -65,6 +66,7 @@ CASES = {
     "align": Case(dict(modality="vision", bins=3), floor=0.9 * math.log(3)),
     "words": Case(dict(keep=0.5), ("text", "vision"), 0.9 * math.log(WORDS - 2), dead=("decoder/payload_vision",)),
     "classify": Case(dict(label_smoothing=0.1), floor=0.9 * math.log(CLASSES)),
+    "pseudo": Case(dict(threshold=0.0)),
 }
 
 
@@ -123,6 +125,8 @@ def trained(name: str) -> tuple[dict, np.ndarray, np.ndarray, dict, dict]:
     """Start, losses on what can be learnt and on noise, last metrics, and the largest gradient of each parameter."""
     objective, model = setup(name)
     batch, optimizer = make_batch(CASES[name].modalities), optax.adam(CASES[name].rate)
+    if name == "pseudo":
+        batch = dataclasses.replace(batch, label=jnp.full_like(batch.label, -1))
     start = jax.jit(model.init)(jax.random.key(0), batch)
 
     @jax.jit
@@ -130,7 +134,7 @@ def trained(name: str) -> tuple[dict, np.ndarray, np.ndarray, dict, dict]:
         def step(state: tuple, key: jax.Array) -> tuple:
             params, moments, average, most = state
             new = noisy(batch, jax.random.fold_in(key, 1), noise)
-            branch = {latent.TEACHER: average} if name == "latent" else {}
+            branch = {TEACHER: average} if name == "latent" else {}
             (_, metrics), grads = jax.value_and_grad(
                 lambda p: objective({**p, **branch}, model, new, key, True), has_aux=True)(params)
             updates, moments = optimizer.update(grads, moments)
@@ -226,7 +230,7 @@ def test_the_teacher_is_not_taught_and_its_features_do_not_leak() -> None:
 
     def loss(params: dict, teacher: dict, payload: jax.Array) -> jax.Array:
         new = dataclasses.replace(batch, particles={"vision": dataclasses.replace(vision, payload=payload)})
-        return objective({**params, latent.TEACHER: teacher}, model, new, jax.random.key(3), True)[0]
+        return objective({**params, TEACHER: teacher}, model, new, jax.random.key(3), True)[0]
 
     value, (taught, seen) = jax.jit(jax.value_and_grad(loss, argnums=(1, 2)))(params, other, vision.payload)
     assert all((g == 0).all() for g in jax.tree.leaves(taught))

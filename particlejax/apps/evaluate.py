@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluates a trained run on any source with the same label names: results.json, predictions.csv, report.md."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from particlejax import sharding
 from particlejax.apps import report
 from particlejax.data import sources
+from particlejax.objectives import targets
 from particlejax.spec import Experiment, as_dict
 from particlejax.train import loop, run
 from particlejax.train.log import MetricLog, say
@@ -25,12 +27,14 @@ def evaluate(experiment: Experiment, workdir: Path, name: str) -> None:
     stage, params = run.load_trained(experiment.run, mesh, said)
     if not stage.classes or "classify" not in stage.spec.objectives:
         raise UserError(f"stage {stage.name} of {experiment.run} does not classify: name one that does as RUN_DIR:STAGE.")
-    source = sources.open_source(stage.data.source, stage.data.split, stage.data.cache_dir, stage.classes)
+    known = stage.classes if stage.targets.loss == "softmax" else None  # else other numbers and combinations are none the worse
+    source = sources.open_source(stage.data.source, stage.data.split, stage.data.cache_dir, known)
+    stage = replace(stage, classes=source.classes, targets=targets.asked(stage.targets, source.classes))
     bad = run.BadClips(stage.data.max_bad)
     context = loop.Context(experiment, workdir, mesh, MetricLog(workdir, experiment.log, name, as_dict(experiment)))
     figures = loop.classify(stage, params, source, context, "", bad.note)
     context.log.close()
     run.add_results(workdir, stage.name, {stage.data.split: figures}, bad.reasons)
-    say(f"{stage.name} on {len(source)} clips of {stage.data.source} ({stage.data.split}): top-1 "
-        f"{figures.get('top1', float('nan')):.3f}")
+    first = next(((name, figures[name]) for name in ("top1", "map", "mae") if name in figures), ("no clip with a label", 0))
+    say(f"{stage.name} on {len(source)} clips of {stage.data.source} ({stage.data.split}): {first[0]} {first[1]:.3f}")
     say(f"report: {report.write(workdir)}")

@@ -12,6 +12,8 @@ import numpy as np
 from particlejax.apps import pictures
 
 _MOST_BAD, _PAIRS = 20, 5  # lines of the lists
+_ANSWERS = {"map": "mean average precision", "f1_micro": "F1 (micro)", "f1_macro": "F1 (macro)", "all_right": "all right at once",
+            "mae": "mean absolute error", "rmse": "root mean squared error", "r2": "variance explained"}
 _CAPTIONS = {
     "kept": "What the encoder saw: the outlined particles, the dimmed rest was hidden from it.",
     "reconstruction": "Hidden particles as the decoder draws them. Look for objects where they should be and moving as they "
@@ -51,11 +53,18 @@ def _evaluated(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {split: each for split, each in figures.items() if "confusion" in each}
 
 
+def _answered(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Where clips have several classes, or a number."""
+    return {split: each for split, each in figures.items() if "map" in each or "rmse" in each}
+
+
 def _summary(results: dict[str, Any]) -> str:
     for stage, figures in reversed(results.items()):
         for split, each in _evaluated(figures).items():
             return (f"Stage `{stage}` names {100 * each['top1']:.1f} % of {each['clips']} clips of `{split}` rightly; chance "
                     f"is {100 * each['chance']:.1f} %.")
+    if any(_answered(figures) for figures in results.values()):
+        return "What each clip was taken for stands in the predictions' CSV files."
     return "No stage has classified anything." if results else "The run has not finished a stage yet."
 
 
@@ -80,6 +89,11 @@ def _stage(workdir: Path, stage: str, figures: dict[str, Any], lines: list[dict[
             yield from (f"![{stage}, {kind}](report/{stage}_{kind}.png)", "", caption, "")
     for split, each in _evaluated(figures).items():
         yield from _evaluation(workdir, f"{stage}_{split}", split, each)
+    for split, each in _answered(figures).items():
+        yield from (f"### Measured on `{split}`", "")
+        shown = [key for key in _ANSWERS if key in each]
+        yield from table(["clips", *(_ANSWERS[key] for key in shown)], [[each["clips"], *(_number(each[key]) for key in shown)]])
+        yield ""
 
 
 def _evaluation(workdir: Path, name: str, split: str, figures: dict[str, Any]) -> Iterator[str]:

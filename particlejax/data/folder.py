@@ -35,8 +35,8 @@ def open_folder(path: str, split: str, classes: tuple[str, ...] | None = None) -
     Where the folder has no splits, 80 % of the groups (of the clips, where none has a group) are 'train' and 20 % are
     'val', by a hash of their name. Raises UserError when the folder, a column, a number or the split is not right.
     """
-    path = os.path.expanduser(path)
-    rows = _rows(path)
+    path, column = _column(os.path.expanduser(path))
+    rows = _rows(path, column)
     names = tuple(sorted({row.label for row in rows} - {""}))
     chosen = _choose(rows, split, path)
     if classes is None:
@@ -48,17 +48,25 @@ def open_folder(path: str, split: str, classes: tuple[str, ...] | None = None) -
 
 def folder_splits(path: str) -> tuple[str, ...]:
     """The splits of a folder, in alphabetical order. Raises UserError as `open_folder` does."""
-    return tuple(sorted({row.split for row in _rows(os.path.expanduser(path))}))
+    return tuple(sorted({row.split for row in _rows(*_column(os.path.expanduser(path)))}))
 
 
-def _rows(path: str) -> list[_Row]:
+def _column(path: str) -> tuple[str, str]:
+    """The folder, and the column of clips.csv that holds the labels, of PATH or PATH#COLUMN."""
+    folder, mark, column = path.rpartition("#")
+    return (folder, column) if mark and not os.path.isdir(path) else (path, "label")
+
+
+def _rows(path: str, column: str) -> list[_Row]:
     if not os.path.isdir(path):
         raise UserError(f"folder:{path} does not exist: check the path.")
     table = os.path.join(path, "clips.csv")
-    return _with_splits(_read_table(path, table) if os.path.exists(table) else _read_tree(path))
+    if column != "label" and not os.path.exists(table):
+        raise UserError(f"folder:{path} has no clips.csv whose column {column!r} could be read: write one, or leave '#' out.")
+    return _with_splits(_read_table(path, table, column) if os.path.exists(table) else _read_tree(path))
 
 
-def _read_table(folder: str, table: str) -> list[_Row]:
+def _read_table(folder: str, table: str, column: str) -> list[_Row]:
     try:
         # -sig, because spreadsheets put a mark before the first column
         with open(table, encoding="utf-8-sig", newline="") as file:
@@ -67,7 +75,9 @@ def _read_table(folder: str, table: str) -> list[_Row]:
             if "path" not in reader.fieldnames:
                 raise UserError(f"{table} has no column 'path' (it has {', '.join(reader.fieldnames) or 'none'}): name "
                                 "the column with the videos' paths so, with commas between columns.")
-            rows = [_table_row(folder, fields, f"{table}, line {reader.line_num}") for fields in reader]
+            if column != "label" and column not in reader.fieldnames:
+                raise UserError(f"{table} has no column {column!r} (it has {', '.join(reader.fieldnames)}): name one of these.")
+            rows = [_table_row(folder, column, fields, f"{table}, line {reader.line_num}") for fields in reader]
     except UnicodeDecodeError as error:
         raise UserError(f"{table} is not UTF-8 text (byte {error.start}): save it as UTF-8.") from error
     if not rows:
@@ -95,7 +105,7 @@ def _with_names(rows: list[_Row]) -> list[_Row]:
     return named
 
 
-def _table_row(folder: str, fields: dict[str, str | None], line: str) -> _Row:
+def _table_row(folder: str, column: str, fields: dict[str, str | None], line: str) -> _Row:
     fields = {name: (value or "").strip() for name, value in fields.items() if isinstance(name, str) and name}
     path = fields["path"]
     if not path:
@@ -106,7 +116,7 @@ def _table_row(folder: str, fields: dict[str, str | None], line: str) -> _Row:
     record = Record(path, os.path.join(folder, path), caption=fields.get("caption", ""), start=start or 0.0, end=end,
                     series=_series(folder, path), group=fields.get("group", ""))
     split = fields.get("split", "")
-    return _Row(record, path, fields.get("label", ""), SPLIT_NAMES.get(split, split))
+    return _Row(record, path, fields.get(column, ""), SPLIT_NAMES.get(split, split))
 
 
 def _series(folder: str, path: str) -> str:

@@ -118,6 +118,8 @@ class Mixed:
 def open_source(source: str, split: str, cache_dir: str, classes: tuple[str, ...] | None = None) -> Source:
     """Opens one split of 'toybox', 'toybox:CONFIG', 'folder:PATH', 'tfds:NAME_OR_PATH' or 'mix:WEIGHT*SOURCE,...'.
 
+    'folder:PATH#COLUMN' takes the labels from another column of its clips.csv.
+
     split: a name, or part of one as in TFDS: 'train[:90%]', 'val[10:20]'; in a folder a part is taken in an order that
     shuffles groups but keeps them together, so that parts are like the whole and share at most one group.
     cache_dir: prepared data sets live in its folder 'tfds'. classes: of the run that was trained, labels are mapped to

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from particlejax.nn import rotary
+from particlejax.nn import rotary, tuned
 from particlejax.nn.reduce import Tokens
 
 _FAR = -1e9  # the logit of what must not count; finite, so that an empty slot's softmax stays finite
@@ -118,7 +118,19 @@ class Attention(nn.Module):
         if where.mass is not None:  # a merged token counts as what it was merged from (arXiv:2210.09461, section 3)
             logits += jnp.log(jnp.maximum(where.mass, 1.0))[:, None, None]
         logits = jnp.where(where.may[:, None], logits, _FAR)
+        prefix = self.get_variable("params", "prefix")  # only where fine-tuning has put one
+        if prefix is not None:
+            sharpness = jnp.exp(self.get_variable("params", "nearness")["log_sharpness"]) if self.style.near else None
+            logits = jnp.concatenate([logits, tuned.prefix_logits(scaled, prefix, sharpness, where.query)], axis=-1)
+            value = _append(value, prefix["value"])
         weights = jax.nn.softmax(logits).astype(self.style.dtype)
         mixed = jnp.einsum("bhlm,bhmk->bhlk", weights, value)
         some = where.may.any(axis=-1)[:, None, :, None]  # who may read nothing would else read the mean of the whole row
         return self.out(jnp.where(some, mixed, 0).swapaxes(1, 2))
+
+
+def _append(value_BHMK: Array, more_ZHK: Array) -> Array:
+    """Values that every row may read, behind its own."""
+    more = jnp.broadcast_to(more_ZHK.astype(value_BHMK.dtype).swapaxes(0, 1)[None], (*value_BHMK.shape[:2], more_ZHK.shape[0],
+                                                                                     value_BHMK.shape[3]))
+    return jnp.concatenate([value_BHMK, more], axis=2)

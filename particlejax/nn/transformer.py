@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from particlejax.nn import fusion, reduce
+from particlejax import tree
+from particlejax.nn import fusion, reduce, tuned
 from particlejax.nn.attention import Attention, Between, Style, between
 from particlejax.nn.reduce import Tokens
 
@@ -86,10 +87,11 @@ class Block(nn.Module):
         return self._add(x_BLD, self.attention.answer(query, key, value, where), drop_path)
 
     def _add(self, x_BLD: Array, read: Array, drop_path: Array | float) -> Array:
+        read = tuned.adapted(read, self.get_variable("params", "attention_adapter"))
         x_BLD += self._drop(self.attention_scale(read) if self.style.layer_scale else read, drop_path)
         if not self.hidden:
             return x_BLD
-        made = self.mlp(self.mlp_norm(x_BLD))
+        made = tuned.adapted(self.mlp(self.mlp_norm(x_BLD)), self.get_variable("params", "mlp_adapter"))
         return x_BLD + self._drop(self.mlp_scale(made) if self.style.layer_scale else made, drop_path)
 
     def _drop(self, x_BLD: Array, drop_path: Array | float) -> Array:
@@ -153,7 +155,11 @@ class Transformer(nn.Module):
         def init(key: Array) -> Any:
             return jax.vmap(lambda k: block.init(k, *inputs)["params"])(jax.random.split(key, depth))
 
-        return {part: self.param(f"{name}_{part}", init) for part in parts} if parts else {"": self.param(name, init)}
+        if parts:
+            return {part: self.param(f"{name}_{part}", init) for part in parts}
+        stacked = self.param(name, init)
+        extra = self.get_variable("params", "tuned") if name == "blocks" else None  # adapters and prefixes [depth, ...]
+        return {"": stacked if extra is None else tree.nest({**tree.flatten(stacked), **tree.flatten(extra)})}
 
     def _run(self, block: Block, tokens: Tokens, context: Tokens | None, layers: Layers, number: int) -> tuple[Tokens, Array]:
         where = between(tokens, context or tokens)

@@ -9,11 +9,9 @@ from particlejax import losses
 from particlejax.models.model import Model, part_of
 from particlejax.modelspec import LatentSpec
 from particlejax.objectives import masked
-from particlejax.objectives.types import Objective
+from particlejax.objectives.types import TEACHER, Objective
 from particlejax.particles.types import Batch
 from particlejax.typing import Metrics, Params
-
-TEACHER = "teacher"  # the branch of the parameters that the step fills with their moving average
 
 
 def latent(spec: LatentSpec) -> Objective:

@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from particlejax import losses
 from particlejax.models.model import Model, Needs
-from particlejax.modelspec import ClassifySpec, ContrastSpec
+from particlejax.modelspec import ContrastSpec
 from particlejax.objectives import pairs, temporal
+from particlejax.objectives.classify import classify
 from particlejax.objectives.latent import latent
 from particlejax.objectives.masked import masked, next_frame
+from particlejax.objectives.pseudo import pseudo
+from particlejax.objectives.targets import Targets
 from particlejax.objectives.types import Objective
 from particlejax.objectives.words import words
 from particlejax.particles.types import Batch
@@ -41,21 +43,6 @@ class Entry(NamedTuple):
     each: Callable[[Any], int] = lambda spec: 0
 
 
-def classify(spec: ClassifySpec) -> Objective:
-    """Softmax cross-entropy of each labelled clip; metrics: loss, top1, top5."""
-
-    def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
-        tokens, _ = model.apply(params, "encode", batch.particles, batch.clip.shape[1], key=key if train else None)
-        logits = model.apply(params, "classify", tokens, batch.label.shape[1])
-        labelled = batch.label >= 0
-        first, second = (losses.cross_entropy(logits, each, spec.label_smoothing) for each in (batch.label, batch.other))
-        loss = losses.mean(batch.share * first + (1 - batch.share) * second, labelled)
-        rank = jnp.sum(logits > jnp.take_along_axis(logits, jnp.maximum(batch.label, 0)[..., None], -1), axis=-1)
-        return loss, {"loss": loss, "top1": losses.mean(rank < 1, labelled), "top5": losses.mean(rank < 5, labelled)}
-
-    return objective
-
-
 TABLE: dict[str, Entry] = {
     "masked": Entry(masked, decoder=True),
     "latent": Entry(latent, predictor=True),
@@ -71,12 +58,16 @@ TABLE: dict[str, Entry] = {
     "align": Entry(pairs.align, each=lambda spec: spec.bins),
     "words": Entry(words, decoder=True),
     "classify": Entry(classify, lambda spec: (), head=True),
+    "pseudo": Entry(pseudo, lambda spec: (), head=True),
 }
 
 
-def combine(specs: Mapping[str, Any]) -> Objective:
-    """The weighted sum of objectives; metrics are 'loss' and, of each objective, 'name/metric'."""
-    made = {name: TABLE[name].make(spec) for name, spec in specs.items()}
+def combine(specs: Mapping[str, Any], targets: Targets | None = None) -> Objective:
+    """The weighted sum of objectives; metrics are 'loss' and, of each objective, 'name/metric'.
+
+    targets: what labels ask of the head; None: each is a class.
+    """
+    made = {name: TABLE[name].make(spec, *([targets] if TABLE[name].head else [])) for name, spec in specs.items()}
 
     def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
         total, metrics = jnp.zeros(()), {}

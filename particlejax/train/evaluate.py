@@ -46,18 +46,19 @@ def metrics_of(measure: Callable, params: Params, views: pipeline.Views, mesh: M
     return {name: value / max(clips, 1.0) for name, value in totals.items()}
 
 
-def jit_predict(model: Model, ready: Callable[[Batch], Batch], mesh: Mesh) -> Callable[[Params, Batch], Any]:
-    """(params, batch) -> class probabilities [B, S, C] and clips [B, S], on every process alike."""
+def jit_predict(model: Model, ready: Callable[[Batch], Batch], mesh: Mesh, answers: Callable[[Any], Any] = jax.nn.softmax
+                ) -> Callable[[Params, Batch], Any]:
+    """(params, batch) -> what `answers` makes of logits [B, S, C], and clips [B, S], on every process alike."""
 
     def predict(params: Params, batch: Batch) -> tuple[Any, Any]:
         tokens, _ = model.apply(params, "encode", ready(batch).particles, batch.clip.shape[1])
-        return jax.nn.softmax(model.apply(params, "classify", tokens, batch.clip.shape[1])), batch.clip
+        return answers(model.apply(params, "classify", tokens, batch.clip.shape[1])), batch.clip
 
     return jax.jit(predict, out_shardings=NamedSharding(mesh, P()))
 
 
-def jit_features(model: Model, ready: Callable[[Batch], Batch], mesh: Mesh, modalities: tuple[str, ...], compared: tuple[str, ...]
-                 ) -> Callable[[Params, Batch], Any]:
+def jit_features(model: Model, ready: Callable[[Batch], Batch], mesh: Mesh, modalities: tuple[str, ...] = ("",),
+                 compared: tuple[str, ...] = ()) -> Callable[[Params, Batch], Any]:
     """(params, batch) -> what a frozen encoder says of each clip, and clips [B, S].
 
     Under each of `modalities`, '' for all together, the mean of the tokens float32 [B, S, D] where only that is shown; under

@@ -15,16 +15,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from particlejax import flops, optim, sharding, tree
-from particlejax.adapt import load
+from particlejax.adapt import load, tune
 from particlejax.checkpoint import Checkpoints
-from particlejax.data import pipeline, sources
+from particlejax.data import few, pipeline, sources
 from particlejax.data.plan import Stand
 from particlejax.objectives import objectives
 from particlejax.particles.types import Batch
 from particlejax.spec import Experiment
-from particlejax.train import evaluate, run, scores
+from particlejax.train import answers, evaluate, run
 from particlejax.train.log import MetricLog, Progress, say
-from particlejax.train.state import TrainState, abstract, initialise, jit_step, make_step
+from particlejax.train.state import TrainState, abstract, initialise, jit_step, make_step, saved
 from particlejax.typing import UserError
 
 
@@ -116,23 +116,28 @@ class _Trainer:
         spec = experiment.stages[self.name]
         data = experiment.data_of(spec)
         sharding.check_rows(spec.rows // spec.accumulate, mesh, f"config.stages.{self.name}.rows / accumulate")
-        self.source = sources.open_source(data.source, data.split, data.cache_dir)
+        self.source = few.limit(sources.open_source(data.source, data.split, data.cache_dir), data, experiment.seed)
         self.stage = run.build(experiment, self.name, self.source.classes)
         self.val = self._open(spec.val) if spec.val else None
         clips = len(pipeline.chosen_clips(len(self.source), data.fraction))
         self.batches = self.stage.batches(self.source, math.ceil(clips * spec.epochs))
         self.steps = spec.steps or self.batches.plan.batches()
         self.bad = run.BadClips(data.max_bad)
-        objective = run.on_ready(self.stage, objectives.combine(spec.objectives))
-        optimizer = optim.build(spec.optim, self.steps)
+        objective = objectives.combine(spec.objectives, run.weighted(self.stage, self.source))
+        layered = optim.layered(spec.tune, experiment.model_of(spec).depth, self.steps)
+        optimizer = optim.build(spec.optim, self.steps, layered)
         model, seed = self.stage.model, experiment.seed
-        state = initialise(model, optimizer, self.stage.example, seed, spec.ema, mesh)
-        step = make_step(model, objective, optimizer, ema=spec.ema, accumulate=spec.accumulate)
+        state = initialise(model, optimizer, self.stage.example, seed, spec.ema, mesh, spec.tune)
+        step = make_step(model, objective, optimizer, ema=spec.ema, accumulate=spec.accumulate, tuning=spec.tune,
+                         robust=spec.robust, ready=self.stage.ready)
+        self.whole = jax.jit(lambda params, frozen: tune.whole(spec.tune, params, frozen))
         self.step = jit_step(step, state, mesh)
-        self.measure = evaluate.jit_measure(objective, model, mesh)
+        self.measure = evaluate.jit_measure(run.on_ready(self.stage, objective), model, mesh)
         self._restore(state)
         each = self.batches.plan.seen(self.steps) / self.steps
-        say(f"{self.name}: {tree.count(state.params) / 1e6:.2f} M parameters, {clips} clips, {self.steps} steps of "
+        trained, still = tree.count(self.state.params), tree.count(self.state.frozen)
+        some = f" ({trained / 1e6:.3g} M of them trained: {spec.tune.how})" if still else ""
+        say(f"{self.name}: {(trained + still) / 1e6:.2f} M parameters{some}, {clips} clips, {self.steps} steps of "
             f"{each:.4g} clips" + (f", continuing at step {self.done}" if self.done else ""))
 
     def _open(self, split: str) -> sources.Source:
@@ -144,9 +149,11 @@ class _Trainer:
         folder = run.checkpoint_folder(self.context.workdir, self.name)
         self.latest = Checkpoints(folder, keep)
         self.best = Checkpoints(folder.with_name("best"), 2)
-        found = self.latest.restore(abstract(state))
+        self.base: dict[str, Any] = {}  # what a checkpoint without the frozen parameters says about where they are
+        found = self.latest.restore(abstract(saved(state)))
         if found:
-            self.done, self.state, data = found
+            self.done, kept, data = found
+            self.state = replace(kept, frozen=self._start(state, data[load.BASE]).frozen if load.BASE in data else ())
             self.bad.reasons.update(data["bad"])
             self.batches = replace(self.batches, since=Stand.of(data["stand"]))
         else:
@@ -155,14 +162,28 @@ class _Trainer:
         stages = list(self.context.experiment.stages)
         self.context.log.cut(self.name, self.done, tuple(stages[stages.index(self.name) + 1:]))
 
-    def _start(self, state: TrainState) -> TrainState:
-        folder = run.find_init(self.context.experiment, self.name, self.context.workdir)
+    def _start(self, state: TrainState, before: dict[str, Any] | None = None) -> TrainState:
+        """The state with the parameters that it starts from, of the very checkpoint that it was begun with `before`."""
+        folder, tuning = run.find_init(self.context.experiment, self.name, self.context.workdir), self.stage.spec.tune
+        if folder is None and tuning.how != "full":
+            raise UserError(f"config.stages.{self.name}.tune.how={tuning.how!r} would freeze random parameters: name a run to "
+                            "start from in config.init, or an earlier stage in the stage's init.")
         if folder is None:
             return state
-        params, sentence = load.from_checkpoint(state.params, folder)
-        say(f"{self.name}: starts from {sentence}")
+        if tuning.how != "full":
+            here = run.checkpoint_folder(self.context.workdir, self.name)
+            self.base = {load.BASE: before or load.reference(folder, here, tuning)}
+            folder = load.base_folder(here, self.base[load.BASE])
+        start, sentence = load.from_checkpoint(tune.base(state.params, state.frozen), folder)
+        say(f"{self.name}: {'stands on' if before else 'starts from'} {sentence}")
+        params, frozen = tune.rebased(state.params, state.frozen, start)
         average = jax.tree.map(lambda x: x.copy(), params) if self.stage.spec.ema else ()
-        return replace(state, params=params, average=average)
+        return replace(state, params=params, average=average, frozen=frozen)
+
+    def _whole(self, state: TrainState) -> Any:
+        """The parameters to measure, as the model reads them."""
+        all_train = self.stage.spec.tune.how == "full"
+        return state.best_params if all_train else self.whole(state.best_params, state.frozen)
 
     # -- the steps
 
@@ -243,11 +264,11 @@ class _Trainer:
     def _save(self) -> None:
         self._flush()
         self.best.finish()  # first: who resumes from this step will not measure what came before it again
-        self.latest.save(self.done, self.state, self._data())
+        self.latest.save(self.done, saved(self.state), self._data())
 
     def _data(self) -> dict[str, Any]:
         return {"stand": self.batches.plan.stand(self.done), "seed": self.context.experiment.seed, "bad": self.bad.reasons,
-                "classes": list(self.stage.classes)}
+                "classes": list(self.stage.classes), **self.base}
 
     # -- measuring while training
 
@@ -261,10 +282,10 @@ class _Trainer:
     def _measure(self) -> None:
         begun = time.monotonic()
         views = self.stage.views(self.val, self.stage.spec.rows)
-        values = evaluate.metrics_of(self.measure, self.state.best_params, views, self.context.mesh, self._watch)
+        values = evaluate.metrics_of(self.measure, self._whole(self.state), views, self.context.mesh, self._watch)
         self.context.log.write(self.name, self.done, "val", values)
         if self._selected() and self._best_step() == self.done:
-            self.best.save(self.done, self.state, self._data())
+            self.best.save(self.done, saved(self.state), self._data())
         self.clock = getattr(self, "clock", begun) + time.monotonic() - begun  # measuring is not training time
 
     def _watch(self, loaded: pipeline.Loaded) -> None:
@@ -303,9 +324,11 @@ class _Trainer:
         last = {split: log.lines(self.name, split)[-1:] for split in ("train", "val")}
         figures: dict[str, Any] = {split: _figures(lines[0]) for split, lines in last.items() if lines}
         figures["train"] = figures.get("train", {}) | {
-            "steps": self.done, "seconds_since_start": round(seconds, 1), "clips": len(pipeline.chosen_clips(len(self.source), stage.data.fraction)),
-            "clips_seen": self.batches.plan.seen(self.done),
-            "parameters": tree.count(self.state.params), "compilations": self.step._cache_size(), **self._costs()}
+            "steps": self.done, "seconds_since_start": round(seconds, 1), "clips_seen": self.batches.plan.seen(self.done),
+            "clips": len(pipeline.chosen_clips(len(self.source), stage.data.fraction)),
+            "parameters": tree.count(tune.base(self.state.params, self.state.frozen)),
+            "parameters_trained": tree.count(self.state.params),
+            "parameters_saved": tree.count(saved(self.state).best_params), "compilations": self.step._cache_size(), **self._costs()}
         if "classify" in stage.spec.objectives:
             for split in self.context.experiment.evaluate.splits:
                 figures[split] = figures.get(split, {}) | self._classify(split)
@@ -326,10 +349,10 @@ class _Trainer:
                 "flops_per_clip": operations * self.done / max(self.batches.plan.seen(self.done), 1)}
 
     def _classify(self, split: str) -> dict[str, Any]:
-        params = self.state.best_params
+        params = self._whole(self.state)
         if self._selected():
-            found = self.best.restore(abstract(self.state))
-            params = found[1].best_params if found else params
+            found = self.best.restore(abstract(saved(self.state)))
+            params = self._whole(replace(found[1], frozen=self.state.frozen)) if found else params
         return classify(self.stage, params, self._open(split), self.context, f"{self.name}_{split}", self._watch)
 
 
@@ -339,13 +362,12 @@ def classify(stage: run.Stage, params: Any, source: sources.Source, context: Con
     spec = context.experiment.evaluate
     sharding.check_rows(spec.rows, context.mesh, "config.evaluate.rows")
     views = stage.views(source, spec.rows, spec.views, spec.scale)
-    predict = evaluate.jit_predict(stage.model, stage.ready, context.mesh)
+    predict = evaluate.jit_predict(stage.model, stage.ready, context.mesh, stage.targets.answers)
     numbers, found = evaluate.probabilities(predict, params, views, context.mesh, watch, f"evaluate {name}")
     records = [source[int(n)] for n in numbers]
     label = np.array([record.label for record in records], int)
     path = context.workdir / (f"predictions_{name}.csv" if name else "predictions.csv")
-    scores.write_predictions(path, [record.name for record in records], label, found, stage.classes)
-    return scores.scores(found, label, stage.classes)
+    return answers.score(stage.targets, path, [record.name for record in records], label, found, stage.classes)
 
 
 def _figures(line: dict[str, Any]) -> dict[str, Any]:

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from particlejax import checkpoint, sharding
-from particlejax.adapt import load
-from particlejax.data import clips, pipeline, sources
+from particlejax.adapt import load, tune
+from particlejax.data import clips, few, pipeline, sources
 from particlejax.models import model as models
-from particlejax.objectives import objectives
+from particlejax.modelspec import ClassifySpec, ModelSpec
+from particlejax.objectives import objectives, targets
 from particlejax.particles.types import Batch
 from particlejax.spec import DataSpec, Experiment, ParticleSpec, ScaleSpec, StageSpec
 from particlejax.train.log import say
@@ -54,6 +56,7 @@ class Stage:
     data: DataSpec
     particles: ParticleSpec
     classes: tuple[str, ...]
+    targets: targets.Targets | None  # what labels ask of the head, None where there is none
     model: models.Model
     example: Batch  # zeros with the shapes of a batch of one row, as the model reads it
 
@@ -94,10 +97,36 @@ def build(experiment: Experiment, name: str, classes: tuple[str, ...]) -> Stage:
     bases = {clips.VISION: particles.base, clips.AUDIO: (*data.audio.patch, 1)}
     payloads = {modality: models.Payload(each.size, ids.get(modality, 0), bases.get(modality, ()))
                 for modality, each in row.slots.items()}
-    model = models.build(experiment.model_of(spec), payloads, classes=len(classes) if labelled else 0,
+    _check_objectives(spec, experiment.model_of(spec), f"config.stages.{name}")
+    goal = targets.of(spec.objectives.get("classify", ClassifySpec()), classes) if labelled else None
+    model = models.build(experiment.model_of(spec), payloads, classes=len(goal.names) if goal else 0,
                          needs=objectives.parts(spec.objectives))
-    stage = Stage(name, spec, experiment, data, particles, classes, model, pipeline.example(row, 1))
+    stage = Stage(name, spec, experiment, data, particles, classes, goal, model, pipeline.example(row, 1))
     return replace(stage, example=stage.ready(stage.example))
+
+
+def _check_objectives(spec: StageSpec, model: ModelSpec, where: str) -> None:
+    """What an objective asks for must be there: else it would be passed over without a word."""
+    pseudo, classify = spec.objectives.get("pseudo"), spec.objectives.get("classify")
+    if pseudo and pseudo.teacher == "average" and not spec.ema:
+        raise UserError(f"{where}.objectives.pseudo.teacher is 'average' and the stage keeps none: set its ema, such as 0.99, or "
+                        "teacher to 'self'.")
+    if pseudo and classify and classify.loss != "softmax":
+        raise UserError(f"{where}.objectives.pseudo wants one class a clip and classify.loss is {classify.loss!r}: leave one out.")
+    if classify and classify.balance and classify.loss != "softmax":
+        raise UserError(f"{where}.objectives.classify.balance is for loss='softmax' and that is {classify.loss!r}: set it to 0.")
+    if classify and classify.consistency and not (model.dropout or model.drop_path):
+        raise UserError(f"{where}.objectives.classify.consistency compares two draws of dropout and there is none: set "
+                        "config.model.dropout or drop_path, or consistency to 0.")
+
+
+def weighted(stage: Stage, source: sources.Source) -> targets.Targets | None:
+    """The stage's targets, with weights by how often the labels that are trained on occur where it wants them."""
+    spec = stage.spec.objectives.get("classify")
+    if stage.targets is None or spec is None or not spec.balance:
+        return stage.targets
+    label = few.labels(source)[pipeline.chosen_clips(len(source), stage.data.fraction)]
+    return targets.weighted(stage.targets, spec, np.bincount(label[label >= 0], minlength=len(stage.classes)))
 
 
 def _check_directed(data: DataSpec, classes: tuple[str, ...]) -> None:
@@ -192,8 +221,11 @@ def add_results(workdir: Path, stage: str, figures: Mapping[str, Any], bad: Mapp
     checkpoint.write_json(Path(workdir) / RESULTS, results)
 
 
-def load_trained(text: str, mesh: Mesh, source: Mapping[str, Any]) -> tuple[Stage, Params]:
-    """A trained stage of RUN_DIR[:STAGE] and its result's parameters; `source` is put into its data section."""
+def load_trained(text: str, mesh: Mesh, source: Mapping[str, Any], step: int | None = None) -> tuple[Stage, Params]:
+    """A trained stage of RUN_DIR[:STAGE] and its result's parameters, those of `step` where one is named.
+
+    source: is put into its data section.
+    """
     run, name = split_run(text)
     folder = result_folder(run, name)
     experiment = read_experiment(run)
@@ -203,5 +235,10 @@ def load_trained(text: str, mesh: Mesh, source: Mapping[str, Any]) -> tuple[Stag
     shapes = models.parameter_shapes(stage.model, stage.example)
     shardings = sharding.param_shardings(shapes, mesh)
     params = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
-    params, _ = load.from_checkpoint(params, folder)
+    data = checkpoint.load_data(folder)
+    if load.BASE not in data and stage.spec.tune.how != "full":  # merged: adapters and prefixes stand among the rest
+        merged = jax.eval_shape(lambda p: tune.whole(stage.spec.tune, *tune.split(stage.spec.tune, p, jax.random.key(0))), params)
+        params = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), merged,
+                              sharding.param_shardings(merged, mesh))
+    params, _ = load.from_checkpoint(params, folder, step)
     return stage, params

@@ -2,7 +2,7 @@
 """The state of a stage and the one step that changes it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -13,13 +13,16 @@ from jax import Array
 from jax.sharding import Mesh
 
 from particlejax import sharding
+from particlejax.adapt import tune
 from particlejax.models.model import Model
-from particlejax.objectives.latent import TEACHER
-from particlejax.objectives.types import Objective
+from particlejax.objectives.types import TEACHER, Objective
 from particlejax.particles.types import Batch
+from particlejax.train.gradient import gradient_of
+from particlejax.tunespec import RobustSpec, TuneSpec
 from particlejax.typing import Metrics, Params
 
 Step = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
+_ALL, _PLAIN = TuneSpec(), RobustSpec()  # all parameters train, by the loss's own gradient
 
 
 @jax.tree_util.register_dataclass
@@ -27,7 +30,8 @@ Step = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
 class TrainState:
     """step: int32, steps done. seed: uint32, of all randomness: an array, so that runs of other seeds are the same program.
 
-    average: the parameters' moving average, () where the stage keeps none.
+    params: those that train. average: their moving average, () where the stage keeps none. frozen: the others, () where all
+    train; `tune.whole` makes of both what the model reads.
     """
 
     step: Array
@@ -35,6 +39,7 @@ class TrainState:
     params: Params
     opt_state: Any
     average: Params | tuple[()]
+    frozen: Params | tuple[()] = ()
 
     @property
     def best_params(self) -> Params:
@@ -42,14 +47,15 @@ class TrainState:
         return self.average or self.params
 
 
-def initialise(model: Model, optimizer: optax.GradientTransformation, batch: Batch, seed: int, ema: float, mesh: Mesh
-               ) -> TrainState:
+def initialise(model: Model, optimizer: optax.GradientTransformation, batch: Batch, seed: int, ema: float, mesh: Mesh,
+               tuning: TuneSpec = _ALL) -> TrainState:
     """A state born sharded: no device ever holds more than its part."""
 
     def init(seed: Array) -> TrainState:
-        params = model.init(jax.random.key(seed), batch)
+        key = jax.random.key(seed)
+        params, frozen = tune.split(tuning, model.init(key, batch), key)
         average = jax.tree.map(jnp.copy, params) if ema else ()
-        return TrainState(jnp.zeros((), jnp.int32), seed, params, optimizer.init(params), average)
+        return TrainState(jnp.zeros((), jnp.int32), seed, params, optimizer.init(params), average, frozen)
 
     number = np.uint32(seed % 2**32)
     shardings = sharding.param_shardings(jax.eval_shape(init, number), mesh)
@@ -62,21 +68,28 @@ def abstract(state: TrainState) -> TrainState:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
-def make_step(model: Model, objective: Objective, optimizer: optax.GradientTransformation, *, ema: float, accumulate: int) -> Step:
+def saved(state: TrainState) -> TrainState:
+    """What a checkpoint holds: all but the frozen parameters, which the run they came from has."""
+    return replace(state, frozen=())
+
+
+def make_step(model: Model, objective: Objective, optimizer: optax.GradientTransformation, *, ema: float, accumulate: int,
+              tuning: TuneSpec = _ALL, robust: RobustSpec = _PLAIN, ready: Callable[[Batch], Batch] = lambda batch: batch) -> Step:
     """(state, batch) -> (state, metrics), pure; its randomness is fold_in(seed, step).
 
+    objective: of a batch that `ready` has made what the model reads, so that an attack moves that.
     With `accumulate` > 1 the rows are cut into that many micro-batches under a scan, each weighted by its clips.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        teacher = {TEACHER: state.average} if ema else {}  # beside the parameters, so that it has no gradient
+        def loss(params: Params, batch: Batch, key: Array) -> tuple[Array, Metrics]:
+            read = tune.whole(tuning, params, state.frozen)
+            if ema:  # for objectives that are taught by the average
+                read = {**read, TEACHER: tune.whole(tuning, jax.lax.stop_gradient(state.average), state.frozen)}
+            return objective(read, model, batch, key, True)
 
         def gradient(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
-            def loss(params: Params) -> tuple[Array, Metrics]:
-                return objective({**params, **teacher}, model, batch, key, True)
-
-            (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
-            return grads, metrics
+            return gradient_of(loss, robust)(params, ready(batch), key)
 
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         grads, metrics = accumulated(gradient, accumulate)(state.params, batch, key)
@@ -87,7 +100,7 @@ def make_step(model: Model, objective: Objective, optimizer: optax.GradientTrans
             decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))  # young averages forget their random start
             average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
         metrics |= {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
-        return TrainState(state.step + 1, state.seed, params, opt_state, average), metrics
+        return replace(state, step=state.step + 1, params=params, opt_state=opt_state, average=average), metrics
 
     return step
 

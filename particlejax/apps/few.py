@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Few labels at a trained run: classes as the means of its features, and the clips that are most worth a label next.
+
+Legend: N clips, D width, C classes.
+"""
+
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from particlejax import sharding
+from particlejax.apps import report
+from particlejax.data import few, sources
+from particlejax.spec import Experiment
+from particlejax.train import evaluate, features, run, scores
+from particlejax.train.log import say
+from particlejax.typing import UserError
+
+_OURS = ("split", "cache_dir", "max_bad", "threads", "workers")
+
+
+class _Trained:
+    """A run, and a source that it is asked about."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        if not experiment.run:
+            raise UserError("config.run is empty: name the run whose features count with --config.run=RUN_DIR.")
+        self.spec, self.mesh = experiment.evaluate, sharding.make_mesh(experiment.mesh)
+        sharding.check_rows(self.spec.rows, self.mesh, "config.evaluate.rows")
+        said = {key: getattr(experiment.data, key) for key in _OURS}
+        if experiment.data.source:
+            said["source"] = experiment.data.source
+        self.stage, self.params = run.load_trained(experiment.run, self.mesh, said)
+        self.bad = run.BadClips(self.stage.data.max_bad)
+
+    def open(self, split: str, classes: tuple[str, ...] | None) -> sources.Source:
+        """A split of the source."""
+        return sources.open_source(self.stage.data.source, split, self.stage.data.cache_dir, classes)
+
+    def look(self, source: sources.Source, predict: Any, name: str) -> tuple[np.ndarray, Any]:
+        """Numbers of the clips that could be read, and what `predict` makes of each, averaged over the views."""
+        views = self.stage.views(source, self.spec.rows, self.spec.views, self.spec.scale)
+        return evaluate.per_clip(predict, self.params, views, self.mesh, self.bad.note, name)
+
+
+def prototypes(experiment: Experiment, workdir: Path, name: str) -> None:
+    """Job 'prototypes': the class whose mean feature is nearest, from `data.shots` clips a class of `data.split`.
+
+    Measured on `evaluate.splits`; results.json, predictions_SPLIT.csv, report.md. (Prototypical networks, arXiv:1703.05175.)
+    """
+    del name
+    trained = _Trained(experiment)
+    predict = evaluate.jit_features(trained.stage.model, trained.stage.ready, trained.mesh)
+    known = few.limit(trained.open(experiment.data.split, None), experiment.data, experiment.seed)
+    if not known.classes:
+        raise UserError(f"{trained.stage.data.source} has no labels: give clips.csv a column 'label'.")
+    numbers, found = trained.look(known, predict, "features")
+    centres = features.centres(found[""], few.labels(known)[numbers], len(known.classes))
+    figures: dict[str, Any] = {"known": {"clips": len(numbers), "classes": len(known.classes)}}
+    for split in experiment.evaluate.splits:
+        asked = trained.open(split, known.classes)
+        numbers, found = trained.look(asked, predict, f"features of {split}")
+        probabilities, label = features.nearest(found[""], centres), few.labels(asked)[numbers]
+        names = [asked[int(n)].name for n in numbers]
+        scores.write_predictions(workdir / f"predictions_{split}.csv", names, label, probabilities, known.classes)
+        figures[split] = scores.scores(probabilities, label, known.classes)
+        say(f"prototypes of {figures['known']['clips']} clips on {split}: top-1 {figures[split].get('top1', float('nan')):.3f}")
+    run.add_results(workdir, "prototypes", figures, trained.bad.reasons)
+    say(f"report: {report.write(workdir)}")
+
+
+def label_next(experiment: Experiment, workdir: Path, name: str) -> None:
+    """Job 'label_next': the clips of `data.split` that `config.active` would have labelled next, the most wanted first.
+
+    Those that have a label (of `data.listed` or `data.shots`, else of the source) are known already. next.csv names the new ones
+    with what the run takes them for; listed.csv all, for `config.data.listed` of the next round.
+    """
+    del name
+    trained, spec = _Trained(experiment), experiment.active
+    if trained.stage.targets is None or trained.stage.targets.loss != "softmax":
+        raise UserError(f"stage {trained.stage.name} of {experiment.run} does not tell classes apart: name one that does as "
+                        "RUN_DIR:STAGE.")
+    source = trained.open(experiment.data.split, trained.stage.classes)
+    known = _known(source, experiment)
+    model, ready, mesh = trained.stage.model, trained.stage.ready, trained.mesh
+    numbers, found = trained.look(source, evaluate.jit_features(model, ready, mesh), "features")
+    _, probabilities = trained.look(source, evaluate.jit_predict(model, ready, mesh), "classes")
+    open_to = ~np.isin(numbers, known)
+    if not open_to.any():
+        raise UserError(f"every clip of {trained.stage.data.source} has a label: name those that count as known in "
+                        "config.data.listed, or another config.data.split.")
+    wanted = features.SELECT[spec.how](probabilities, found[""], open_to, spec.number, experiment.seed)
+    best = probabilities.argmax(axis=1)
+    rows = [[source[int(numbers[i])].name, source.classes[best[i]], f"{probabilities[i, best[i]]:.4f}"] for i in wanted]
+    _write(workdir / "next.csv", ["path", "predicted", "probability"], rows)
+    _write(workdir / "listed.csv", ["path"], [[source[int(n)].name] for n in known] + [row[:1] for row in rows])
+    figures = {"known": len(known), "chosen": len(rows), "left": int(open_to.sum()) - len(rows)}
+    run.add_results(workdir, "label_next", {"round": figures}, trained.bad.reasons)
+    say(f"{len(rows)} clips to label next, by {spec.how}: {workdir / 'next.csv'}")
+    say(f"report: {report.write(workdir)}")
+
+
+def _known(source: sources.Source, experiment: Experiment) -> np.ndarray:
+    data, label = experiment.data, few.labels(source)
+    if data.listed:
+        return few.read_list(source, data.listed)
+    return few.draw(label, data.shots, experiment.seed, source.classes) if data.shots else np.flatnonzero(label >= 0)
+
+
+def _write(path: Path, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    fresh = Path(f"{path}.tmp")
+    with open(fresh, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([head, *rows])
+    os.replace(fresh, path)
