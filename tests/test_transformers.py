@@ -6,7 +6,6 @@ import json
 import math
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -231,12 +230,10 @@ def test_clip_reads_causally_and_siglip_does_not() -> None:
         ids = given(backbone)[1]
         words = jnp.asarray(text["table"]["embedding"])
 
-        def last(ids: np.ndarray, tower: Any = tower, text: Params = text) -> jax.Array:
-            return tower.apply({"params": text}, ids)[1]["last"]
-
+        last = jax.jit(lambda text, ids, tower=tower: tower.apply({"params": text}, ids)[1]["last"])
         changed = ids.copy()
         changed[:, 3] = (ids[:, 3] + 1) % len(words)
-        difference = np.abs(last(ids) - last(changed)).max(axis=(0, 2))
+        difference = np.abs(last(text, ids) - last(text, changed)).max(axis=(0, 2))
         assert (difference[:3] == 0).all() == causal and (difference[3:] > 1e-4).all()
 
 
@@ -262,12 +259,14 @@ def test_a_scan_is_its_layers_one_by_one() -> None:
     size, style = vit.Size(8, 2, 2, 16), vit.Style()
     stack, rolled = vit.Stack(size, style), vit.Stack(size, style, unroll=False)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 8)), jnp.float32)
-    params = jax.jit(stack.init)(jax.random.key(1), x)["params"]
+    rng, shapes = np.random.default_rng(1), jax.eval_shape(stack.init, jax.random.key(0), x)["params"]
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), shapes)
     y, each = jax.jit(lambda p, x: stack.apply({"params": p}, x))(params, x)
     np.testing.assert_allclose(y, jax.jit(lambda p, x: rolled.apply({"params": p}, x)[0])(params, x), atol=1e-5)
     assert each.shape == (2, 2, 5, 8) and np.array_equal(each[-1], y)
+    block = jax.jit(lambda p, x: vit.Block(2, 16).apply({"params": p}, x))
     for i in range(2):
-        x = vit.Block(2, 16).apply({"params": jax.tree.map(lambda a, i=i: a[i], params["blocks"])}, x)
+        x = block(jax.tree.map(lambda a, i=i: a[i], params["blocks"]), x)
         np.testing.assert_allclose(each[i], x, atol=1e-5)
 
 
