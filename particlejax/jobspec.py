@@ -40,10 +40,10 @@ class RecogniseSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class ProbeSpec:
-    """Job probe: a logistic regression on what a frozen network says of the clips of a data set."""
+class BackboneProbeSpec:
+    """Job probe_backbone: a logistic regression on what a frozen network says of the clips of a data set."""
 
-    job: str = one_of("probe")
+    job: str = one_of("probe_backbone")
     source: str = "toybox"  # as config.data.source of an experiment
     train: str = "train"  # split that the regression learns from
     test: str = "val"  # split that it is asked about
@@ -59,8 +59,8 @@ class ProbeSpec:
     max_bad: int = at_least(100, 0)  # unreadable clips after which it stops
 
 
-Job = Experiment | ImportSpec | RecogniseSpec | ProbeSpec
-_OWN = {"import_weights": ImportSpec, "recognise": RecogniseSpec, "probe": ProbeSpec}
+Job = Experiment | ImportSpec | RecogniseSpec | BackboneProbeSpec
+_OWN = {"import_weights": ImportSpec, "recognise": RecogniseSpec, "probe_backbone": BackboneProbeSpec}
 
 
 def of(config: Mapping[str, Any]) -> Job:

@@ -17,7 +17,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from particlejax import jobspec
-from particlejax.apps import check, evaluate, import_weights, prepare, probe, recognise, sweep, train
+from particlejax.apps import check, evaluate, import_weights, prepare, probe_backbone, recognise, sweep, train
 from particlejax.apps.bench import data as bench_data
 from particlejax.apps.bench import particles as bench_particles
 from particlejax.spec import Experiment, unknown_key
@@ -38,7 +38,7 @@ class Asked(NamedTuple):
 JOBS = {"train": train.train, "sweep": sweep.sweep, "evaluate": evaluate.evaluate, "prepare": prepare.prepare,
         "check_data": check.check_data, "bench_data": bench_data.bench, "bench_particles": bench_particles.bench,
         "import_weights": import_weights.import_weights, "recognise": recognise.recognise,
-        "probe": probe.probe}
+        "probe_backbone": probe_backbone.probe}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -116,7 +116,7 @@ def test_every_experiment_file_runs_shrunk(name: str, quickstart: Path, clips_fo
     cache = [f"--config.data.cache_dir={cache_dir}"]
     video = [f"--config.video={next((clips_folder / 'train').rglob('*.mp4'))}"]
     more = {"evaluate.py": [*cache, f"--config.run={quickstart}"], "import_weights.py": [], "recognise.py": video,
-            "probe.py": [f"--config.cache_dir={cache_dir}"]}
+            "probe_backbone.py": [f"--config.cache_dir={cache_dir}"]}
     code, said = run(capfd, "--config", f"experiments/{name}:tiny", "--workdir", str(tmp_path / "run"),
                      *more.get(name, cache))
     assert code == 0, said

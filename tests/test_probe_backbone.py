@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from particlejax import main as entry
-from particlejax.apps import probe
+from particlejax.apps import probe_backbone as probe
 from particlejax.data import features
 from particlejax.data.decode import raw_file
 from particlejax.data.sources import Record
-from particlejax.jobspec import ProbeSpec
+from particlejax.jobspec import BackboneProbeSpec
 from particlejax.typing import UserError
 
 NETWORK, SAMPLING = {"model": "a", "weights": "b", "endpoint": "c"}, {"frames": 4, "size": 16, "seconds": 0.0}
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, keep: Path, workdir: Path, *more: str) -> dict:
     """The job's results, from random weights."""
-    assert entry.main(["main", "--config=experiments/probe.py:tiny", f"--config.source=folder:{folder}", "--config.test=val",
+    assert entry.main(["main", "--config=experiments/probe_backbone.py:tiny", f"--config.source=folder:{folder}", "--config.test=val",
                        f"--config.keep={keep}", f"--workdir={workdir}", *more]) == 0
     return json.loads((workdir / "results.json").read_text())
 
@@ -93,9 +93,9 @@ def test_weights_are_known_by_what_features_see() -> None:
 
 def test_what_cannot_be_probed_gets_a_sentence() -> None:
     with pytest.raises(UserError, match="clip_tiny takes more than videos: choose a model of videos"):
-        probe.load(ProbeSpec(model="clip_tiny"))
+        probe.load(BackboneProbeSpec(model="clip_tiny"))
     with pytest.raises(UserError, match="no weights for vivit_base: add --config.weights=PATH"):
-        probe.load(ProbeSpec(model="vivit_base"))
+        probe.load(BackboneProbeSpec(model="vivit_base"))
     one = probe.Told(np.ones((2, 3), np.float32), np.zeros(2, int), 0)
     with pytest.raises(UserError, match="one class alone"):
         probe.answers(one, one.features, 2, 1.0)

@@ -21,7 +21,7 @@ from particlejax.apps import import_weights
 from particlejax.apps.report import table
 from particlejax.data import clips, features, pipeline, sources
 from particlejax.data.decode import Unreadable
-from particlejax.jobspec import ProbeSpec
+from particlejax.jobspec import BackboneProbeSpec
 from particlejax.models import backbones
 from particlejax.spec import DataSpec
 from particlejax.train import run
@@ -48,8 +48,8 @@ class Told(NamedTuple):
     computed: int
 
 
-def probe(spec: ProbeSpec, workdir: Path, name: str) -> None:
-    """Job 'probe': features of `config.train` and `config.test`, a regression on the first, its answers on the second."""
+def probe(spec: BackboneProbeSpec, workdir: Path, name: str) -> None:
+    """Job 'probe_backbone': features of `config.train` and `config.test`, a regression on the first, its answers on the second."""
     del name
     begun = time.perf_counter()
     frozen, bad = load(spec), run.BadClips(spec.max_bad)
@@ -69,7 +69,7 @@ def probe(spec: ProbeSpec, workdir: Path, name: str) -> None:
     say(f"report: {path}")
 
 
-def load(spec: ProbeSpec) -> Frozen:
+def load(spec: BackboneProbeSpec) -> Frozen:
     """The network. Raises UserError where its weights are not found, do not fit or lack more than a head."""
     found = backbones.find(spec.model)
     if not found.video:
@@ -99,7 +99,7 @@ def digest(params: Params) -> str:
     return total.hexdigest()
 
 
-def tell(frozen: Frozen, source: sources.Source, spec: ProbeSpec, bad: run.BadClips) -> Told:
+def tell(frozen: Frozen, source: sources.Source, spec: BackboneProbeSpec, bad: run.BadClips) -> Told:
     """Features of every readable, labelled clip of a source: those that are kept already, the others computed and kept."""
     net, folder = frozen.backbone.spec, Path(spec.keep).expanduser() if spec.keep else None
     number = net.frames if net.inputs or not spec.frames else spec.frames  # a Transformer has positions for its own number
@@ -167,7 +167,7 @@ def _kept(folder: Path | None, name: str) -> np.ndarray | None:
         return None
 
 
-def _lines(spec: ProbeSpec, figures: dict[str, Any], learnt: Told, computed: int) -> Iterator[str]:
+def _lines(spec: BackboneProbeSpec, figures: dict[str, Any], learnt: Told, computed: int) -> Iterator[str]:
     yield from (f"# What {spec.model}, frozen, tells of {spec.source}", "")
     shown: Sequence[tuple[str, Any]] = (
         ("clips learnt from", len(learnt.label)), ("numbers of a clip", learnt.features.shape[1]),
