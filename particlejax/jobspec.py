@@ -14,9 +14,12 @@ class ImportSpec:
     """Job import_weights: a file of weights becomes a checkpoint of ours."""
 
     job: str = one_of("import_weights")
-    source: str = ""  # .safetensors, .pt, .pth, .pyth, .bin, .ckpt, .npz, or a folder that Orbax wrote
-    model: str = ""  # a name of models/backbones.py
-    classes: int = 0  # of the head; 0: as many as the weights have
+    source: str = ""  # .safetensors, .pt, .pth, .pyth, .bin, .ckpt, .npz, or a folder that Orbax wrote; '': a package
+    model: str = ""  # a name of models/variants.py
+    classes: int = at_least(0, 0)  # of the head; 0: as many as the weights have
+    frames: int = at_least(0, 0)  # of the clips that it shall take; 0: those that it was published for
+    size: int = at_least(0, 0)  # rows and columns of theirs; 0: as published
+    grid: tuple[int, ...] = at_least((), 1)  # frames, rows and columns of the positions in the weights; (): told by their number
     export: str = ""  # file to write the weights to under the reference's own names, .safetensors or .npz; '': none
     seed: int = 0  # of the parameters that the weights do not have
 
@@ -55,8 +58,28 @@ class ProbeSpec:
     seed: int = 0  # of random weights
 
 
-Job = Experiment | ImportSpec | RecogniseSpec | ProbeSpec
-_OWN = {"import_weights": ImportSpec, "recognise": RecogniseSpec, "probe": ProbeSpec}
+@dataclasses.dataclass(frozen=True)
+class BackboneProbeSpec:
+    """Job probe_backbone: a logistic regression on what a frozen network says of the clips of a data set."""
+
+    job: str = one_of("probe_backbone")
+    source: str = "toybox"  # as config.data.source of an experiment
+    train: str = "train"  # split that the regression learns from
+    test: str = "val"  # split that it is asked about
+    cache_dir: str = "~/.cache/particlejax"  # as config.data.cache_dir
+    model: str = "i3d"  # of models/variants.py, one that takes videos
+    weights: str = ""  # as `source` of an import, or its workdir; '': the package that carries them; 'random': none
+    endpoint: str = ""  # feature map, averaged over time and space; '': the network's last
+    frames: int = at_least(0, 0)  # that it sees of a clip; 0: as published; Transformers take no other number
+    seconds: float = at_least(0.0, 0)  # span of the frames, from the clip's middle; 0: the whole clip
+    rows: int = at_least(4, 1)  # clips at once
+    penalty: float = at_least(1.0, 1e-9)  # of the regression's squared weights
+    keep: str = "~/.cache/particlejax/features"  # folder of features; '': they are computed anew each time
+    max_bad: int = at_least(100, 0)  # unreadable clips after which it stops
+
+
+Job = Experiment | ImportSpec | RecogniseSpec | ProbeSpec | BackboneProbeSpec
+_OWN = {"import_weights": ImportSpec, "recognise": RecogniseSpec, "probe": ProbeSpec, "probe_backbone": BackboneProbeSpec}
 
 
 def of(config: Mapping[str, Any]) -> Job:

@@ -17,7 +17,19 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from particlejax import jobspec
-from particlejax.apps import check, evaluate, few, import_weights, prepare, probe, recognise, soup, sweep, train
+from particlejax.apps import (
+    check,
+    evaluate,
+    few,
+    import_weights,
+    prepare,
+    probe,
+    probe_backbone,
+    recognise,
+    soup,
+    sweep,
+    train,
+)
 from particlejax.apps.bench import data as bench_data
 from particlejax.apps.bench import particles as bench_particles
 from particlejax.spec import Experiment, unknown_key
@@ -38,7 +50,8 @@ class Asked(NamedTuple):
 JOBS = {"train": train.train, "sweep": sweep.sweep, "evaluate": evaluate.evaluate, "prepare": prepare.prepare,
         "check_data": check.check_data, "bench_data": bench_data.bench, "bench_particles": bench_particles.bench,
         "import_weights": import_weights.import_weights, "recognise": recognise.recognise,
-        "probe": probe.probe, "soup": soup.soup, "prototypes": few.prototypes, "label_next": few.label_next}
+        "probe": probe.probe, "probe_backbone": probe_backbone.probe, "soup": soup.soup, "prototypes": few.prototypes,
+        "label_next": few.label_next}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -2,12 +2,14 @@
 """Makes tests/fixtures: small reference networks with random weights and what they answer, so that tests
 need no torch.
 
-    pip install torch==2.13.0 && pip install --no-deps pytorchvideo==0.1.5 fvcore iopath parameterized safetensors
+    pip install torch==2.13.0 transformers==5.23.0 && pip install -r requirements.txt
+    pip install --no-deps pytorchvideo==0.1.5 fvcore iopath parameterized safetensors
     python tests/make_fixtures.py
 
 Arrays are float16 numbers computed with in float32, which halves the files. `references` serves the live tests as well.
 """
 
+import json
 import pickle
 import sys
 import types
@@ -15,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import transformer_references
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 FOLDER = Path(__file__).parent / "fixtures"
 
 
@@ -105,6 +109,22 @@ def main() -> None:
         save_file({"answer": answer(net, video(*size)), **state}, path)
         print(f"{path.name}: {path.stat().st_size / 1e3:.0f} kB")
     write_pickles(FOLDER)
+    write_transformers(FOLDER)
+
+
+def write_transformers(folder: Path) -> None:
+    """Names, shapes and answers of the references of Transformers: their weights are `transformer_references.weights`."""
+    from particlejax.models import backbones
+
+    found = {}
+    for name, reference in transformer_references.references().items():
+        spec = backbones.find(name)
+        said = transformer_references.ask(reference, transformer_references.inputs(spec.examples, spec.kind))
+        shapes = {key: value.shape for key, value in transformer_references.state(reference.net).items()}
+        found[name] = {"shapes": shapes, "answers": {key: np.round(np.float64(value), 7).tolist() for key, value in said.items()}}
+    path = folder / "transformers_tiny.json"
+    path.write_text(json.dumps(found, separators=(",", ":")).replace('},"', '},\n"'), encoding="utf-8")
+    print(f"{path.name}: {path.stat().st_size / 1e3:.0f} kB")
 
 
 def write_pickles(folder: Path) -> None:

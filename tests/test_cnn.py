@@ -117,7 +117,7 @@ def test_published_sizes_have_the_references_names_and_shapes(model: str, file: 
 def test_published_sizes() -> None:
     counts = {name: tree.count({k: v for k, v in tree.flatten(backbones.parameter_shapes(backbones.build(spec))).items()
                                 if not k.endswith(("/mean", "/var"))})
-              for name, spec in backbones.VARIANTS.items() if "tiny" not in name}
+              for name, spec in backbones.VARIANTS.items() if "tiny" not in name and not spec.inputs}
     assert round(counts["c3d"] / 1e6, 1) == 80.0 and counts["i3d"] == 12_689_984
     assert round(counts["i3d_r50"] / 1e6, 3) == 28.043
     assert all(round(counts[f"x3d_{size}"] / 1e6, 3) == 3.794 for size in ("xs", "s", "m"))

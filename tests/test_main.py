@@ -118,6 +118,7 @@ def test_every_experiment_file_runs_shrunk(name: str, quickstart: Path, clips_fo
     trained = [*cache, f"--config.run={quickstart}"]
     more = {"evaluate.py": trained, "prototypes.py": trained, "label_next.py": trained, "import_weights.py": [],
             "soup.py": [*cache, f"--config.runs=('{quickstart}',)"], "recognise.py": video,
+            "probe_backbone.py": [f"--config.cache_dir={cache_dir}"],
             "probe.py": [f"--config.cache_dir={cache_dir}", f"--config.run={quickstart}:pretrain"],
             "finetune_sweep.py": [*cache, f"--config.init={quickstart}:pretrain"]}
     code, said = run(capfd, "--config", f"experiments/{name}:tiny", "--workdir", str(tmp_path / "run"),

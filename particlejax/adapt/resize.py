@@ -32,6 +32,29 @@ def positions(table_ND: np.ndarray, old: tuple[int, ...], new: tuple[int, ...]) 
     return grid.reshape(math.prod(new), -1)
 
 
+def old_grid(number: int, new: tuple[int, ...], square: bool = True, told: tuple[int, ...] = ()) -> tuple[int, ...]:
+    """The grid (frames, rows, columns) that so many positions have, going by the one that they shall have.
+
+    As many frames of square images, or of as many rows where they are not `square`; where there are frames, other frames
+    of the same rows and columns as well. told: the model's, of which a table may cover time or space alone. Raises
+    UserError where none fits, or two do.
+    """
+    frames, rows, columns = new
+    wide = number // (frames * rows) if not square else math.isqrt(number // frames)
+    tall = wide if square else rows
+    found = {(frames, tall, wide)} if rows * columns > 1 else set()
+    if frames > 1 or rows * columns == 1:
+        found.add((number // (rows * columns), rows, columns))
+    if told:
+        found = {(1, *told[1:])} if frames == 1 and rows * columns > 1 else {(told[0], 1, 1)} if rows * columns == 1 else {told}
+    found = {each for each in found if math.prod(each) == number}
+    if len(found) != 1:
+        raise UserError(f"it cannot be told which frames, rows and columns {number} positions are that become "
+                        f"{frames} x {rows} x {columns}: give the grid that the weights were trained on with config.grid, "
+                        "such as (8,14,14).")
+    return found.pop()
+
+
 def _weights(n: int, m: int) -> np.ndarray:
     """How much each of n values counts for each of m, [m, n]."""
     at = np.clip((np.arange(m) + 0.5) * n / m - 0.5, 0, n - 1)

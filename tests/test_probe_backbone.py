@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A frozen network's features: computed once, by weights, clip and sampling, and again where damaged; what they tell."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from particlejax import main as entry
+from particlejax.apps import probe_backbone as probe
+from particlejax.data import features
+from particlejax.data.decode import raw_file
+from particlejax.data.sources import Record
+from particlejax.jobspec import BackboneProbeSpec
+from particlejax.typing import UserError
+
+NETWORK, SAMPLING = {"model": "a", "weights": "b", "endpoint": "c"}, {"frames": 4, "size": 16, "seconds": 0.0}
+
+
+def clip(colour: int, i: int) -> bytes:
+    """A raw video of noise about a shade of red or blue."""
+    frames = np.random.default_rng(i).integers(0, 60, (6, 16, 16, 3)).astype(np.uint8)
+    frames[..., colour] += 150
+    return raw_file(frames, 10.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty videos of two classes in two splits, one of them damaged."""
+    root = tmp_path_factory.mktemp("colours")
+    for i in range(20):
+        path = root / ("train" if i < 12 else "val") / ("red", "blue")[i % 2] / f"{i}.mkv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(clip((0, 2)[i % 2], i))
+    (root / "val" / "red" / "broken.mkv").write_bytes(b"no video")
+    return root
+
+
+def run(folder: Path, keep: Path, workdir: Path, *more: str) -> dict:
+    """The job's results, from random weights."""
+    assert entry.main(["main", "--config=experiments/probe_backbone.py:tiny", f"--config.source=folder:{folder}", "--config.test=val",
+                       f"--config.keep={keep}", f"--workdir={workdir}", *more]) == 0
+    return json.loads((workdir / "results.json").read_text())
+
+
+def test_features_are_computed_once_and_again_where_damaged(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    keep = tmp_path / "keep"
+    first = run(folder, keep, tmp_path / "a")
+    assert first["probe"]["computed"] == 20 and first["probe"]["kept"] == 0 and first["probe"]["width"] == 32
+    assert first["probe"]["val"]["top1"] == 1.0 and first["probe"]["val"]["clips"] == 8  # red and blue are easily told
+    assert [Path(each["path"]).name for each in first["bad"]] == ["broken.mkv"]
+    assert "20" in (tmp_path / "a" / "report.md").read_text()
+    files = sorted(keep.rglob("*.features"))
+    assert len(files) == 20 and not list(keep.rglob("*.tmp"))
+    content = bytearray(files[3].read_bytes())
+    content[-5] ^= 1
+    files[3].write_bytes(bytes(content))
+    files[5].write_bytes(content[:20])
+    second = run(folder, keep, tmp_path / "b")
+    assert second["probe"]["computed"] == 2 and second["probe"]["kept"] == 18
+    assert second["probe"]["val"] == first["probe"]["val"]
+    assert capfd.readouterr().err.count("is damaged: its features are computed again.") == 2
+    assert run(folder, keep, tmp_path / "c")["probe"]["computed"] == 0
+    assert run(folder, keep, tmp_path / "d", "--config.seconds=0.2")["probe"]["computed"] == 20
+
+
+def test_keys_tell_weights_clips_and_samplings_apart(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.mkv"
+    shutil.copy(folder / "train" / "red" / "0.mkv", path)
+    record = Record("x", str(path))
+    keys = [features.key(record, NETWORK, SAMPLING), features.key(record, NETWORK | {"weights": "d"}, SAMPLING),
+            features.key(record, NETWORK, SAMPLING | {"frames": 8}), features.key(Record("x", clip(0, 0)), NETWORK, SAMPLING),
+            features.key(Record("x", str(path), start=0.1), NETWORK, SAMPLING)]
+    assert keys[0] == features.key(Record("other", str(path), label=1), NETWORK, SAMPLING)
+    path.write_bytes(clip(2, 7) + b"more")
+    assert len({*keys, features.key(record, NETWORK, SAMPLING)}) == 6
+
+
+def test_what_is_kept_is_what_was_given(tmp_path: Path) -> None:
+    vector = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    assert features.load(tmp_path, "ab12") is None
+    features.save(tmp_path, "ab12", vector)
+    np.testing.assert_array_equal(features.load(tmp_path, "ab12"), vector)
+
+
+def test_weights_are_known_by_what_features_see() -> None:
+    params = {"head": {"kernel": np.ones(3)}, "patches": {"kernel": np.ones(3)}}
+    assert probe.digest(params) == probe.digest(params | {"head": {"kernel": np.zeros(3)}})
+    assert probe.digest(params) != probe.digest(params | {"patches": {"kernel": np.zeros(3)}})
+
+
+def test_what_cannot_be_probed_gets_a_sentence() -> None:
+    with pytest.raises(UserError, match="clip_tiny takes more than videos: choose a model of videos"):
+        probe.load(BackboneProbeSpec(model="clip_tiny"))
+    with pytest.raises(UserError, match="no weights for vivit_base: add --config.weights=PATH"):
+        probe.load(BackboneProbeSpec(model="vivit_base"))
+    one = probe.Told(np.ones((2, 3), np.float32), np.zeros(2, int), 0)
+    with pytest.raises(UserError, match="one class alone"):
+        probe.answers(one, one.features, 2, 1.0)
