@@ -22,7 +22,7 @@ ONE = {  # what the encoder is given, the objective and its settings
     "arrow": (SEEN, "arrow", {}),
     "transform": (SEEN, "transform", {}),
     "align": (SEEN, "align", {"modality": "vision"}),
-    "frames": (SEEN, "sync", {"pair": ("vision", "vision"), "shifts": 1, "step": 2}),
+    "frames": (SEEN, "sync", {"pair": ("vision", "vision"), "shifts": 1, "step": 1}),
     "views": (SEEN, "contrast", {"pair": ("vision", "vision"), "keep": 0.4}),
     "sync": (HEARD, "sync", {"shifts": 2, "step": 2}),
     "hear": (HEARD, "contrast", {"pair": ("vision", "audio")}),
@@ -37,7 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
     args = arguments(arg, "tiny", *ONE)
     tiny = args["tiny"]
     modalities, objective, settings = ONE[next((name for name in ONE if args[name]), "masked")]
-    stage = section(StageSpec, steps=4 if tiny else 1200, rows=8 if tiny else 16, val_every=0, ema=0.99,
+    stage = section(StageSpec, steps=4 if tiny else 600, rows=8 if tiny else 16, val_every=0, ema=0.99,
                     objectives={objective: settings}, optim=section(OptimSpec, rate=1e-3))
     size = {"width": 96, "depth": 3, "heads": 3}
     if tiny:
@@ -47,7 +47,7 @@ def get_config(arg: str = "") -> ConfigDict:
         data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", modalities=modalities, frames=16, size=32, still=0.4,
                      memory_gib=1.0, augment={"crop": (0.5, 1.0), "flip": 0.5},
                      audio=section(AudioSpec, patch=(8, 64), seconds=2.0)),
-        particles=section(ParticleSpec, policy="grid", base=(2, 8, 8)),
+        particles=section(ParticleSpec, policy="grid", base=(4, 8, 8)),
         model=section(ModelSpec, **size),
         stages={"pretrain": stage},
     ))
