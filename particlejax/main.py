@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
-from particlejax import jobspec
+from particlejax import cluster, jobspec
 from particlejax.apps import check, evaluate, import_weights, prepare, recognise, sweep, train
 from particlejax.apps.bench import data as bench_data
 from particlejax.apps.bench import particles as bench_particles
@@ -41,12 +42,16 @@ JOBS = {"train": train.train, "sweep": sweep.sweep, "evaluate": evaluate.evaluat
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs what the flags say. Returns the exit code: 0 also after a SIGTERM that was heeded, 2 for a user's mistake."""
+    """Runs what the flags say. Returns the exit code.
+
+    0, also after a SIGTERM that was heeded; 2 for a user's mistake; of several processes 75 where another one was lost.
+    """
     logging.set_verbosity(logging.ERROR)  # Orbax and TFDS report their inner workings as warnings
     try:
         asked = _parse(argv)
         job = jobspec.of(asked.config.to_dict())
         if isinstance(job, Experiment):
+            cluster.start(job.cluster)
             job = run.adopt(job, {re.match(r"--?(?:no)?config\.([\w.]+)", text)[1] for text in asked.overrides})
         _cache_programs()
         folder = workdir.enter(_workdir(asked), job)
@@ -57,6 +62,12 @@ def main(argv: Sequence[str]) -> int:
     except loop.Stopped as stop:
         say(str(stop))
         return 130 if str(stop).startswith("SIGINT") else 0
+    except Exception as error:
+        if not cluster.several():
+            raise
+        lost = cluster.loss_of_another(error)
+        print(f"particlejax: {lost}" if lost else traceback.format_exc(), file=sys.stderr)
+        return cluster.AGAIN if lost else 1
     return 0
 
 
@@ -126,9 +137,10 @@ def _workdir(asked: Asked) -> Path:
     if asked.workdir:
         return Path(os.path.expanduser(asked.workdir))
     path, _, arg = asked.file.partition(":")
-    mark = hashlib.sha256("\n".join(asked.overrides).encode()).hexdigest()[:8] if asked.overrides else ""
+    alike = [text for text in asked.overrides if not re.match(r"--?config\.cluster\.", text)]  # in all processes
+    mark = hashlib.sha256("\n".join(alike).encode()).hexdigest()[:8] if alike else ""
     return Path("runs") / "-".join(part for part in (Path(path).stem, re.sub(r"\W+", "_", arg), mark) if part)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    cluster.leave(main(sys.argv))

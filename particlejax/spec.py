@@ -138,7 +138,8 @@ class ModelSpec:
     decoder_depth: int = 2
     decoder_heads: int = 2
     unroll: bool = True  # layers unrolled in the program: faster on CPU, slower to compile
-    dtype: str = "float32"  # of the computation; parameters and reductions stay float32
+    dtype: str = one_of("float32", "bfloat16")  # of the computation; parameters and reductions stay float32 (nn/precision.py)
+    remat: str = one_of("none", "blocks", "dots", "narrow")  # what the backward pass computes again (nn/precision.py)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,6 +259,18 @@ class MeshSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class ClusterSpec:
+    """How several processes find each other (cluster.py); what is left empty comes from the environment."""
+
+    start: str = one_of("auto", "off")
+    coordinator: str = ""  # HOST:PORT of the first process
+    processes: int = at_least(0, 0)  # how many
+    process: str = ""  # which one this is, '0' for the first
+    heartbeat: int = at_least(100, 1)  # seconds without a sign of life after which a process counts as lost, and the others end
+    patience: int = at_least(300, 1)  # seconds to wait for all processes at the start
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointSpec:
     """When the state is saved."""
 
@@ -270,6 +283,7 @@ class LogSpec:
     """Where figures go, besides metrics.jsonl and TensorBoard."""
 
     every: int = at_least(20, 1)  # steps
+    peak: str = one_of("known", "measured")  # rate that FLOP utilisation is a share of: the device's, or of products timed first
     wandb: str = ""  # project of Weights & Biases; '': none
 
 
@@ -319,7 +333,10 @@ class Experiment:
     stages: Mapping[str, StageSpec] = dataclasses.field(default_factory=dict)
     order: tuple[str, ...] = ()  # in which stages run, those not named are left out; () where there is but one
     evaluate: EvaluateSpec = EvaluateSpec()
+    on_nan: str = one_of("stop", "skip")  # at a loss or gradient that is no number: stop, or leave the step out
+    profile_steps: tuple[int, int] = interval((0, 0), 0)  # the first and the last step of a profiler trace in profile/; 0: none
     mesh: MeshSpec = MeshSpec()
+    cluster: ClusterSpec = ClusterSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
     log: LogSpec = LogSpec()
     sweep: SweepSpec = SweepSpec()

@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-from particlejax import sharding
+from particlejax import cluster, sharding
 from particlejax.apps import report
 from particlejax.data import sources
 from particlejax.spec import Experiment, as_dict
@@ -30,7 +30,8 @@ def evaluate(experiment: Experiment, workdir: Path, name: str) -> None:
     context = loop.Context(experiment, workdir, mesh, MetricLog(workdir, experiment.log, name, as_dict(experiment)))
     figures = loop.classify(stage, params, source, context, "", bad.note)
     context.log.close()
-    run.add_results(workdir, stage.name, {stage.data.split: figures}, bad.reasons)
+    run.add_results(workdir, stage.name, {stage.data.split: figures}, bad.all())
     say(f"{stage.name} on {len(source)} clips of {stage.data.source} ({stage.data.split}): top-1 "
         f"{figures.get('top1', float('nan')):.3f}")
-    say(f"report: {report.write(workdir)}")
+    if cluster.first():
+        say(f"report: {report.write(workdir)}")

@@ -2,6 +2,7 @@
 """The one training loop: a stage from its start, or from where it stopped, to its figures in results.json."""
 
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -12,17 +13,19 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from particlejax import flops, optim, sharding, tree
+from particlejax import cluster, flops, optim, sharding, tree
 from particlejax.adapt import load
 from particlejax.checkpoint import Checkpoints
 from particlejax.data import pipeline, sources
 from particlejax.data.plan import Stand
 from particlejax.objectives import objectives
-from particlejax.particles.types import Batch
 from particlejax.spec import Experiment
 from particlejax.train import evaluate, run, scores
+from particlejax.train.finite import Finite
+from particlejax.train.gauge import Compilations, Gauge, Trace, peak_of
 from particlejax.train.log import MetricLog, Progress, say
 from particlejax.train.state import TrainState, abstract, initialise, jit_step, make_step
 from particlejax.typing import UserError
@@ -41,23 +44,38 @@ class Context:
     mesh: Mesh
     log: MetricLog
     asked: str = ""
+    looks: int = 0  # how often this was looked at, alike in all processes
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C ask for a stop; a second Ctrl-C does not wait for it."""
+        """SIGTERM and Ctrl-C ask for a stop; a second Ctrl-C does not wait for it.
+
+        With several processes SIGTERM is JAX's to hear, which carries it to all of them, and Ctrl-C is turned into one.
+        """
 
         def ask(number: int, frame: Any) -> None:
             del frame
             if self.asked and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.asked = signal.Signals(number).name
+            if cluster.several():
+                os.kill(os.getpid(), signal.SIGTERM)
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        heard = (signal.SIGINT,) if cluster.several() else (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.signal(number, ask) for number in heard}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def must_stop(self) -> bool:
+        """Whether to stop here; with several processes, all of them are told so at the same look."""
+        self.looks += 1
+        if cluster.several() and multihost_utils.reached_preemption_sync_point(self.looks):
+            self.asked = self.asked or "SIGTERM"
+            return True
+        return bool(self.asked) and not cluster.several()
 
 
 def train(context: Context) -> None:
@@ -70,30 +88,13 @@ def train(context: Context) -> None:
 
 
 @dataclass
-class _Filled:
-    """What the batches since the last timing line held, on this process."""
-
-    batches: int = 0
-    clips: int = 0
-    slots: int = 0  # with a particle
-    whole: int = 0  # all
-
-    def add(self, batch: Batch) -> None:
-        self.batches += 1
-        self.clips += int((batch.clip >= 0).sum())
-        self.slots += sum(int((particles.segment > 0).sum()) for particles in batch.particles.values())
-        self.whole += sum(particles.segment.size for particles in batch.particles.values())
-
-
-@dataclass
 class _Trainer:
     """One stage under way. What it must remember beyond the state is derived from metrics.jsonl."""
 
     context: Context
     name: str
     bad: run.BadClips = field(init=False)
-    waited: float = 0.0  # seconds since the last timing line in which the device may have stood idle for want of data
-    filled: _Filled = field(default_factory=_Filled)
+    gauge: Gauge = field(init=False)
     running: Any = None  # a result of the step that was started last
     pending: tuple[int, Any] | None = None  # step and metrics not read yet: one step late, the device never waits
 
@@ -117,7 +118,7 @@ class _Trainer:
         data = experiment.data_of(spec)
         sharding.check_rows(spec.rows // spec.accumulate, mesh, f"config.stages.{self.name}.rows / accumulate")
         self.source = sources.open_source(data.source, data.split, data.cache_dir)
-        self.stage = run.build(experiment, self.name, self.source.classes)
+        self.stage = run.build(experiment, self.name, self.source.classes, mesh)
         self.val = self._open(spec.val) if spec.val else None
         clips = len(pipeline.chosen_clips(len(self.source), data.fraction))
         self.batches = self.stage.batches(self.source, math.ceil(clips * spec.epochs))
@@ -127,8 +128,10 @@ class _Trainer:
         optimizer = optim.build(spec.optim, self.steps)
         model, seed = self.stage.model, experiment.seed
         state = initialise(model, optimizer, self.stage.example, seed, spec.ema, mesh)
-        step = make_step(model, objective, optimizer, ema=spec.ema, accumulate=spec.accumulate)
+        step = make_step(model, objective, optimizer, ema=spec.ema, accumulate=spec.accumulate, on_nan=experiment.on_nan)
         self.step = jit_step(step, state, mesh)
+        self.finite = Finite(self.context.workdir, self.name, experiment.on_nan, self._clips)
+        self.gauge = Gauge(self._operations, peak_of(experiment.log.peak, experiment.model_of(spec).dtype))
         self.measure = evaluate.jit_measure(objective, model, mesh)
         self._restore(state)
         each = self.batches.plan.seen(self.steps) / self.steps
@@ -173,30 +176,37 @@ class _Trainer:
             return
         stream = pipeline.read(self.batches, self.done, self.steps, self.stage.data)
         progress = Progress(self.name, self.steps, self.done)
-        self.clock = time.monotonic()
+        self.gauge.clock = time.monotonic()
+        self.trace = Trace(self.context.workdir, self.context.experiment.profile_steps)
+        self.compilations = Compilations(self.name, self.step)
         try:
             while self.done < self.steps and not self._over():
                 self._one(stream, progress)
         finally:
             stream.close()
             progress.close()
+            self.trace.stop(self.running)
 
     def _one(self, stream: Iterator[pipeline.Loaded], progress: Progress) -> None:
-        begun = time.monotonic()
-        loaded = self._next(stream)
-        if self.running is None or self.running.is_ready():  # else the device had work all the while
-            self.waited += time.monotonic() - begun
+        with self.gauge.spent("data", unless=lambda: self.running is not None and not self.running.is_ready()):
+            loaded = self._next(stream)
         self.bad.note(loaded)
+        self.trace.before(self.done + 1)
         self.state, metrics = self.step(self.state, sharding.put(loaded.batch, self.context.mesh))
         self.done += 1
         self.running = metrics["loss"]
+        self.compilations.check(self.done)
+        self.finite.check()  # of the step before
+        self.finite.note(self.done, metrics.pop("finite"))
         note = self._flush()
-        self.filled.add(loaded.batch)
+        self.gauge.add(loaded.batch)
+        self.trace.after(self.done, self.running)
         every = self.context.experiment
         if self.done % every.log.every == 0 or self.done == self.steps:
             self.pending = (self.done, metrics)
         progress.update(note)
         if self._due_measure(self.done):
+            self.finite.check()
             self._flush()
             self._measure()
         if self.done % every.checkpoint.every == 0 or self.done == self.steps:
@@ -207,12 +217,13 @@ class _Trainer:
         try:
             return next(stream)
         except UserError:  # a process that decodes was killed: what was trained is not lost with it
-            self._save()
+            if not cluster.several():  # the others do not know, and saving takes all of them
+                self._save()
             raise
 
     def _heed(self) -> None:
         """Saves and leaves when somebody asked for it."""
-        if self.context.asked:
+        if self.context.must_stop():
             self._save()
             self.latest.finish()
             raise Stopped(f"{self.context.asked}: {self.name} is saved at step {self.done} of {self.steps}, the same "
@@ -223,30 +234,24 @@ class _Trainer:
         if self.pending is None:
             return ""
         (step, metrics), self.pending = self.pending, None
-        values = {name: float(value) for name, value in metrics.items()}
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         values["rate"] = float(optim.schedule(self.stage.spec.optim, self.steps)(step - 1))
-        if not math.isfinite(values["loss"]):
-            raise UserError(f"{self.name}: the loss is {values['loss']} at step {step}: lower config.stages.{self.name}."
-                            "optim.rate or set optim.clip_norm, and start again in a new --workdir.")
         self.context.log.write(self.name, step, "train", values)
-        self._time(step)
+        self.context.log.time(self.name, step, self.gauge.figures())
         return f"loss {values['loss']:.4f}"
 
-    def _time(self, step: int) -> None:
-        elapsed, self.clock = time.monotonic() - self.clock, time.monotonic()
-        share, self.waited = self.waited / max(elapsed, 1e-9), 0.0
-        filled, self.filled = self.filled, _Filled()
-        self.context.log.time(self.name, step, {
-            "seconds_per_step": elapsed / filled.batches, "clips_per_second": filled.clips * jax.process_count() / elapsed,
-            "data_wait_share": share, "fill": filled.slots / filled.whole, "particles_per_clip": filled.slots / max(filled.clips, 1)})
+    def _clips(self, step: int) -> list[str]:
+        return [self.source[number].name for number in self.batches.clips(step - 1)]
 
     def _save(self) -> None:
+        self.finite.check()  # a state that is no number is never saved
         self._flush()
-        self.best.finish()  # first: who resumes from this step will not measure what came before it again
-        self.latest.save(self.done, self.state, self._data())
+        with self.gauge.spent("save"):
+            self.best.finish()  # first: who resumes from this step will not measure what came before it again
+            self.latest.save(self.done, self.state, self._data())
 
     def _data(self) -> dict[str, Any]:
-        return {"stand": self.batches.plan.stand(self.done), "seed": self.context.experiment.seed, "bad": self.bad.reasons,
+        return {"stand": self.batches.plan.stand(self.done), "seed": self.context.experiment.seed, "bad": self.bad.all(),
                 "classes": list(self.stage.classes)}
 
     # -- measuring while training
@@ -259,13 +264,15 @@ class _Trainer:
         return any(line["step"] == step for line in self.context.log.lines(self.name, "val"))
 
     def _measure(self) -> None:
-        begun = time.monotonic()
+        with self.gauge.spent("measure"):
+            self._measured_now()
+
+    def _measured_now(self) -> None:
         views = self.stage.views(self.val, self.stage.spec.rows)
         values = evaluate.metrics_of(self.measure, self.state.best_params, views, self.context.mesh, self._watch)
         self.context.log.write(self.name, self.done, "val", values)
         if self._selected() and self._best_step() == self.done:
             self.best.save(self.done, self.state, self._data())
-        self.clock = getattr(self, "clock", begun) + time.monotonic() - begun  # measuring is not training time
 
     def _watch(self, loaded: pipeline.Loaded) -> None:
         self.bad.note(loaded)
@@ -309,21 +316,25 @@ class _Trainer:
         if "classify" in stage.spec.objectives:
             for split in self.context.experiment.evaluate.splits:
                 figures[split] = figures.get(split, {}) | self._classify(split)
-        run.add_results(self.context.workdir, self.name, figures, self.bad.reasons)
+        run.add_results(self.context.workdir, self.name, figures, self.bad.all())
+        cluster.barrier(f"{self.name} is done")  # who goes on reads what the first process has written
 
     def _costs(self) -> dict[str, float]:
         """What training took: measured over the whole run, also where it was resumed, and operations from shapes."""
         lines = self.context.log.timings(self.name)
         if not lines:
             return {}
-        middle = {key: float(np.median([line[key] for line in lines])) for key in lines[0] if key not in ("stage", "step")}
+        middle = {key: float(np.median([line[key] for line in lines if key in line]))
+                  for key in ("seconds_per_step", "clips_per_second", "data_wait_share", "fill")}
+        return {"seconds_of_steps": middle.pop("seconds_per_step") * self.done, **middle,
+                "particles_per_clip": float(np.mean([line["particles_per_clip"] for line in lines])),
+                "flops_per_clip": self._operations() * self.done / max(self.batches.plan.seen(self.done), 1)}
+
+    def _operations(self) -> int:
+        """Of a step, from shapes; what the backward pass computes again is not the model's."""
         row = pipeline.example(self.batches.plan.schedule.row, 1)
         batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((self.stage.spec.rows, *x.shape[1:]), x.dtype), row)
-        operations = flops.count(self.step.trace(abstract(self.state), batch).jaxpr)
-        return {"seconds_of_steps": middle["seconds_per_step"] * self.done, "clips_per_second": middle["clips_per_second"],
-                "data_wait_share": middle["data_wait_share"], "fill": middle["fill"],
-                "particles_per_clip": float(np.mean([line["particles_per_clip"] for line in lines])),
-                "flops_per_clip": operations * self.done / max(self.batches.plan.seen(self.done), 1)}
+        return flops.count(self.step.trace(abstract(self.state), batch).jaxpr)
 
     def _classify(self, split: str) -> dict[str, Any]:
         params = self.state.best_params
@@ -344,7 +355,8 @@ def classify(stage: run.Stage, params: Any, source: sources.Source, context: Con
     records = [source[int(n)] for n in numbers]
     label = np.array([record.label for record in records], int)
     path = context.workdir / (f"predictions_{name}.csv" if name else "predictions.csv")
-    scores.write_predictions(path, [record.name for record in records], label, found, stage.classes)
+    if cluster.first():
+        scores.write_predictions(path, [record.name for record in records], label, found, stage.classes)
     return scores.scores(found, label, stage.classes)
 
 
