@@ -100,7 +100,7 @@ class Checkpoints:
 
     def _explained(self, error: Exception) -> Exception:
         """A sentence where it is the disk's fault; what was left half written is removed, to give room."""
-        reason = _disk_fault(error)
+        reason = disk_fault(error)
         if not reason:
             return error
         if cluster.first():
@@ -146,14 +146,14 @@ class Checkpoints:
 
     def _set_aside_damaged(self) -> None:
         for folder in _numbered(self.folder):
-            fault = _fault(folder)
-            if fault:
+            wrong = fault(folder)
+            if wrong:
                 aside = self.folder / "damaged" / folder.name
                 aside.parent.mkdir(exist_ok=True)
                 while aside.exists():
                     aside = aside.with_name(aside.name + "x")
                 shutil.move(folder, aside)
-                self._say(f"checkpoint {folder} is not whole ({fault}): it was moved to {aside} and is passed over.")
+                self._say(f"checkpoint {folder} is not whole ({wrong}): it was moved to {aside} and is passed over.")
 
 
 def load_subtree(folder: str | os.PathLike[str], want: Any, branches: tuple[str, ...]) -> tuple[Any, dict[str, tuple]]:
@@ -210,7 +210,7 @@ def write_json(path: Path, value: Any) -> None:
 def _newest_whole(folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder).absolute()
     for path in reversed(_numbered(folder) if folder.is_dir() else []):
-        if not _fault(path):
+        if not fault(path):
             return path
     raise UserError(f"{folder} holds no whole checkpoint: name a run that has saved one.")
 
@@ -219,7 +219,7 @@ def _numbered(folder: Path) -> list[Path]:
     return sorted((p for p in folder.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
 
 
-def _disk_fault(error: BaseException | None) -> str:
+def disk_fault(error: BaseException | None) -> str:
     """What is wrong with the disk, '' where the error, or what it came from, is not about that."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:
@@ -241,7 +241,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fault(folder: Path) -> str:
+def fault(folder: Path) -> str:
     """Why a checkpoint is not whole, '' when it is."""
     try:
         expected = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -100,11 +101,14 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
-def loss_of_another(error: BaseException) -> str:
-    """The sentence for an error that another process's end has caused, '' for any other error."""
-    if not several() or isinstance(error, UserError) or not any(text in str(error) for text in _LOST):
-        return ""
-    return f"process {jax.process_index()} of {jax.process_count()} has lost another one: {_REMEDY}"
+def failed(error: Exception) -> int:
+    """Says what ended this process of several, in a sentence where it was the loss of another; returns the exit code."""
+    if any(text in str(error) for text in _LOST):
+        me = f"process {jax.process_index()} of {jax.process_count()}"
+        print(f"particlejax: {me} has lost another one: {_REMEDY}", file=sys.stderr)
+        return AGAIN
+    traceback.print_exception(error)
+    return 1
 
 
 def leave(code: int) -> NoReturn:
@@ -127,8 +131,8 @@ def _explicit(spec: ClusterSpec, coordinator: str, environ: Mapping[str, str]) -
     process = spec.process or next((environ[name] for name in _RANKS if name in environ), "")
     if not processes or not process.isdigit() or int(process) >= processes:
         raise UserError(f"the coordinator is {coordinator}, of {processes or 'an unknown number of'} processes, and this one is "
-                        f"number {process or 'unknown'}: set config.cluster.processes and config.cluster.process (0 for the first), or "
-                        "JAX_NUM_PROCESSES and JAX_PROCESS_ID.")
+                        f"number {process or 'unknown'}: set config.cluster.processes and config.cluster.process (0 for the first), "
+                        "or JAX_NUM_PROCESSES and JAX_PROCESS_ID.")
     if processes == 1:
         return {}
     return {"coordinator_address": coordinator, "num_processes": processes, "process_id": int(process),

@@ -7,7 +7,6 @@ import os
 import re
 import runpy
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +16,10 @@ import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
-from particlejax import cluster, jobspec
+from particlejax import checkpoint, cluster, jobspec
 from particlejax.apps import check, evaluate, import_weights, prepare, recognise, sweep, train
 from particlejax.apps.bench import data as bench_data
+from particlejax.apps.bench import faults as bench_faults
 from particlejax.apps.bench import particles as bench_particles
 from particlejax.spec import Experiment, unknown_key
 from particlejax.train import loop, run, workdir
@@ -38,6 +38,7 @@ class Asked(NamedTuple):
 
 JOBS = {"train": train.train, "sweep": sweep.sweep, "evaluate": evaluate.evaluate, "prepare": prepare.prepare,
         "check_data": check.check_data, "bench_data": bench_data.bench, "bench_particles": bench_particles.bench,
+        "bench_faults": bench_faults.bench,
         "import_weights": import_weights.import_weights, "recognise": recognise.recognise}
 
 
@@ -63,11 +64,13 @@ def main(argv: Sequence[str]) -> int:
         say(str(stop))
         return 130 if str(stop).startswith("SIGINT") else 0
     except Exception as error:
+        if reason := checkpoint.disk_fault(error):
+            print(f"particlejax: a file of the run cannot be written ({reason}): make room on the disk of --workdir and give the "
+                  "same command again, it continues from the last checkpoint.", file=sys.stderr)
+            return 2
         if not cluster.several():
             raise
-        lost = cluster.loss_of_another(error)
-        print(f"particlejax: {lost}" if lost else traceback.format_exc(), file=sys.stderr)
-        return cluster.AGAIN if lost else 1
+        return cluster.failed(error)
     return 0
 
 

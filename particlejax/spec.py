@@ -306,6 +306,7 @@ class BenchSpec:
     clips: int = at_least(320, 1)  # of a repetition
     rows: int = at_least(16, 1)
     memory_clips: int = at_least(10000, 1)
+    faults: tuple[str, ...] = ("kill", "term", "damage", "disk", "pair")  # that are injected; `repetitions` are the kills
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,7 +324,7 @@ class SweepSpec:
 class Experiment:
     """Everything a run depends on, so that config.json is enough to run it again."""
 
-    job: str = one_of("train", "sweep", "evaluate", "prepare", "check_data", "bench_data", "bench_particles")
+    job: str = one_of("train", "sweep", "evaluate", "prepare", "check_data", "bench_data", "bench_particles", "bench_faults")
     seed: int = 0
     run: str = ""  # job evaluate: the run that is evaluated
     init: str = ""  # RUN_DIR or RUN_DIR:STAGE that the first stage starts from; encoder and payloads are then as there

@@ -69,7 +69,7 @@ def test_an_error_that_is_not_the_disks_keeps_its_name(checkpoints: Checkpoints,
 def test_a_checkpoint_is_whole_before_the_next_is_asked_for(checkpoints: Checkpoints) -> None:
     checkpoints.save(3, {"w": jnp.full((64,), 3)}, {})
     checkpoints._marking.join()  # and not `finish`: a kill may come first
-    assert checkpoint._fault(checkpoints.folder / "3") == ""
+    assert checkpoint.fault(checkpoints.folder / "3") == ""
     (checkpoints.folder / "4.orbax-checkpoint-tmp").mkdir()
     Checkpoints(checkpoints.folder, 2).close()
     assert not (checkpoints.folder / "4.orbax-checkpoint-tmp").exists()
