@@ -131,8 +131,8 @@ def _explicit(spec: ClusterSpec, coordinator: str, environ: Mapping[str, str]) -
     process = spec.process or next((environ[name] for name in _RANKS if name in environ), "")
     if not processes or not process.isdigit() or int(process) >= processes:
         raise UserError(f"the coordinator is {coordinator}, of {processes or 'an unknown number of'} processes, and this one is "
-                        f"number {process or 'unknown'}: set config.cluster.processes and config.cluster.process (0 for the first), "
-                        "or JAX_NUM_PROCESSES and JAX_PROCESS_ID.")
+                        f"number {process or 'unknown'}: set config.cluster.processes and config.cluster.process (0 for the "
+                        "first), or JAX_NUM_PROCESSES and JAX_PROCESS_ID.")
     if processes == 1:
         return {}
     return {"coordinator_address": coordinator, "num_processes": processes, "process_id": int(process),

@@ -358,8 +358,8 @@ def _last(workdir: Path) -> str:
 def _report(it: Bench, rows: list[Row]) -> Iterator[str]:
     yield from ("# Faults", "", f"{len(it.losses(it.alone()))} steps, a checkpoint every {it.experiment.checkpoint.every}, "
                 f"heartbeat {it.experiment.cluster.heartbeat} s. Lost: lines of metrics that differ in any byte from those of a "
-                f"run that was left alone (of two processes: losses by more than {_TOLERANCE:g}), and whatever was not as it should "
-                "be.", "")
+                f"run that was left alone (of two processes: losses by more than {_TOLERANCE:g}), and whatever was not as it "
+                "should be.", "")
     yield from table(["injected", "times", "lost", "exit codes", "what was seen", ""],
                      [[row.what, row.times, row.lost, ", ".join(map(str, sorted(set(row.exit_codes)))), row.saw, row.more]
                       for row in rows])
