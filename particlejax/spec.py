@@ -138,8 +138,8 @@ class ModelSpec:
     decoder_depth: int = 2
     decoder_heads: int = 2
     unroll: bool = True  # layers unrolled in the program: faster on CPU, slower to compile
-    dtype: str = one_of("float32", "bfloat16")  # of the computation; parameters and reductions stay float32 (nn/precision.py)
-    remat: str = one_of("none", "blocks", "dots", "narrow")  # what the backward pass computes again (nn/precision.py)
+    dtype: str = one_of("float32", "bfloat16")  # of the computation; parameters and reductions stay float32 (nn/policy.py)
+    remat: str = one_of("none", "blocks", "attention", "elementwise")  # what the backward pass computes again (nn/policy.py)
 
 
 @dataclasses.dataclass(frozen=True)

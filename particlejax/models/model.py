@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from particlejax import losses
-from particlejax.nn import embed, heads, reduce, transformer
+from particlejax.nn import embed, heads, policy, reduce, transformer
 from particlejax.nn.reduce import Tokens
 from particlejax.particles.types import Batch, Particles
 from particlejax.spec import ModelSpec
@@ -60,7 +60,7 @@ class ParticleModel(nn.Module):
     with_decoder: bool
 
     def setup(self) -> None:
-        spec, dtype = self.spec, jnp.dtype(self.spec.dtype)
+        spec, dtype = self.spec, policy.PRECISIONS[self.spec.dtype].compute
         self.encoder = Encoder(spec, self.payloads)
         if self.with_decoder:
             self.decoder = Decoder(spec, self.payloads)
@@ -89,11 +89,12 @@ class ParticleModel(nn.Module):
 
     def classify(self, tokens: Tokens, clips: int) -> Array:
         """Logits of each clip, float32 [B, S, C], from its tokens pooled as the spec says."""
+        precision = policy.PRECISIONS[self.spec.dtype]
         if self.spec.pool == "attention":
             pooled = self.pool(tokens.x, tokens.segment, clips)
         else:
-            pooled = losses.clip_mean(tokens.x.astype(jnp.float32), tokens.segment, clips, tokens.mass)
-        return self.head(self.head_norm(pooled)).astype(jnp.float32)
+            pooled = losses.clip_mean(tokens.x.astype(precision.reduce), tokens.segment, clips, tokens.mass)
+        return self.head(self.head_norm(pooled)).astype(precision.reduce)
 
 
 class Encoder(nn.Module):
@@ -104,7 +105,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, particles: Mapping[str, Particles]) -> tuple[Tokens, dict[str, tuple[Array, ...]]]:
-        spec, dtype = self.spec, jnp.dtype(self.spec.dtype)
+        spec, dtype = self.spec, policy.PRECISIONS[self.spec.dtype].compute
         place = embed.Place(spec.width, dtype, name="place")
         modality = embed.Modality(spec.width, tuple(name for name, _ in self.payloads), name="modality")
         parts = []
@@ -118,7 +119,7 @@ class Encoder(nn.Module):
         segment = jnp.concatenate([p.segment for p in known], axis=1)
         reduction = reduce.Reduction(spec.reduce, spec.reduce_after, spec.reduce_keep) if spec.reduce_after else None
         body = transformer.Transformer(spec.depth, spec.heads, spec.mlp * spec.width, spec.near, spec.dropout,
-                                       spec.drop_path, spec.unroll, dtype, reduction, name="transformer")
+                                       spec.drop_path, spec.unroll, dtype, reduction, spec.remat, name="transformer")
         tokens, blocks = body(Tokens(jnp.concatenate(parts, axis=1), places, segment))
         return tokens, {"blocks": blocks}
 
@@ -131,14 +132,14 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Tokens, query: Particles, modality: str) -> Array:
-        spec, dtype = self.spec, jnp.dtype(self.spec.dtype)
+        spec, dtype = self.spec, policy.PRECISIONS[self.spec.dtype].compute
         width = spec.decoder_width
         names = tuple(name for name, _ in self.payloads)
         context = nn.Dense(width, dtype=dtype, name="context")(tokens.x)
         x = embed.Place(width, dtype, name="place")(query.place, query.extent)
         x += embed.Modality(width, names, name="modality")(modality).astype(dtype)
         body = transformer.Transformer(spec.decoder_depth, spec.decoder_heads, spec.mlp * width, spec.near,
-                                       unroll=spec.unroll, dtype=dtype, name="transformer")
+                                       unroll=spec.unroll, dtype=dtype, remat=spec.remat, name="transformer")
         answers, _ = body(Tokens(x, query.place, query.segment), tokens._replace(x=context))
         payload = dict(self.payloads)[modality]
         out = nn.Dense(payload.vocabulary or payload.size, dtype=jnp.float32, name=f"payload_{modality}")

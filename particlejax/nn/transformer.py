@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from particlejax.nn import reduce
+from particlejax.nn import policy, reduce
 from particlejax.nn.reduce import Tokens
 
 _FAR = -1e9  # the logit of what must not count; finite, so that an empty slot's softmax stays finite
@@ -146,6 +146,7 @@ class Transformer(nn.Module):
     unroll: bool = True
     dtype: Any = jnp.float32
     reduction: reduce.Reduction | None = None
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, tokens: Tokens, context: Tokens | None = None) -> tuple[Tokens, tuple[Array, ...]]:
@@ -173,5 +174,6 @@ class Transformer(nn.Module):
             x = block.apply({"params": params}, x, where, None if context is None else context.x, drop_path, rngs=rngs)
             return x, x
 
+        step = policy.remat(self.remat, step, self.unroll)
         x, each = jax.lax.scan(step, tokens.x, layers, unroll=number if self.unroll else 1)
         return tokens._replace(x=x), each

@@ -27,7 +27,7 @@ from particlejax.train import evaluate, run, scores
 from particlejax.train.finite import Finite
 from particlejax.train.gauge import Compilations, Gauge, Trace, peak_of
 from particlejax.train.log import MetricLog, Progress, say
-from particlejax.train.state import TrainState, abstract, initialise, jit_step, make_step
+from particlejax.train.state import Step, TrainState, abstract, initialise, jit_step, make_step
 from particlejax.typing import UserError
 
 
@@ -124,19 +124,22 @@ class _Trainer:
         self.batches = self.stage.batches(self.source, math.ceil(clips * spec.epochs))
         self.steps = spec.steps or self.batches.plan.batches()
         self.bad = run.BadClips(data.max_bad)
-        objective = run.on_ready(self.stage, objectives.combine(spec.objectives))
-        optimizer = optim.build(spec.optim, self.steps)
-        model, seed = self.stage.model, experiment.seed
-        state = initialise(model, optimizer, self.stage.example, seed, spec.ema, mesh)
-        step = make_step(model, objective, optimizer, ema=spec.ema, accumulate=spec.accumulate, on_nan=experiment.on_nan)
-        self.step = jit_step(step, state, mesh)
+        self.optimizer = optim.build(spec.optim, self.steps)
+        state = initialise(self.stage.model, self.optimizer, self.stage.example, experiment.seed, spec.ema, mesh)
+        self.step = jit_step(self._step_of(self.stage), state, mesh)
         self.finite = Finite(self.context.workdir, self.name, experiment.on_nan, self._clips)
         self.gauge = Gauge(self._operations, peak_of(experiment.log.peak, experiment.model_of(spec).dtype))
-        self.measure = evaluate.jit_measure(objective, model, mesh)
+        objective = run.on_ready(self.stage, objectives.combine(spec.objectives))
+        self.measure = evaluate.jit_measure(objective, self.stage.model, mesh)
         self._restore(state)
         each = self.batches.plan.seen(self.steps) / self.steps
         say(f"{self.name}: {tree.count(state.params) / 1e6:.2f} M parameters, {clips} clips, {self.steps} steps of "
             f"{each:.4g} clips" + (f", continuing at step {self.done}" if self.done else ""))
+
+    def _step_of(self, stage: run.Stage) -> Step:
+        spec, objective = stage.spec, run.on_ready(stage, objectives.combine(stage.spec.objectives))
+        return make_step(stage.model, objective, self.optimizer, ema=spec.ema, accumulate=spec.accumulate,
+                         on_nan=self.context.experiment.on_nan)
 
     def _open(self, split: str) -> sources.Source:
         data = self.stage.data
@@ -334,7 +337,12 @@ class _Trainer:
         """Of a step, from shapes; what the backward pass computes again is not the model's."""
         row = pipeline.example(self.batches.plan.schedule.row, 1)
         batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((self.stage.spec.rows, *x.shape[1:]), x.dtype), row)
-        return flops.count(self.step.trace(abstract(self.state), batch).jaxpr)
+        if self.context.experiment.model_of(self.stage.spec).remat == "none":
+            return flops.count(self.step.trace(abstract(self.state), batch).jaxpr)
+        experiment = replace(self.context.experiment, stages={
+            self.name: replace(self.stage.spec, model={**self.stage.spec.model, "remat": "none"})})
+        plain = run.build(experiment, self.name, self.stage.classes)
+        return flops.count(jax.make_jaxpr(self._step_of(plain))(abstract(self.state), batch))
 
     def _classify(self, split: str) -> dict[str, Any]:
         params = self.state.best_params

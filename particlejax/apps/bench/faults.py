@@ -125,10 +125,9 @@ def bench(experiment: Experiment, workdir: Path, name: str) -> None:
     for kind in experiment.bench.faults:
         say(f"faults: {kind}")
         rows += KINDS[kind](it)
-    run.add_results(workdir, "bench_faults", {row.what: vars(row) for row in rows}, {})
-    text = "\n".join(_report(it, rows))
-    (workdir / "report.md").write_text(text, encoding="utf-8")
-    print(text)
+        run.add_results(workdir, "bench_faults", {row.what: vars(row) for row in rows}, {})
+        (workdir / "report.md").write_text("\n".join(_report(it, rows)), encoding="utf-8")
+    print("\n".join(_report(it, rows)))
     if any(row.lost for row in rows):
         raise RuntimeError(f"something was lost, see {workdir / 'report.md'}")
 
