@@ -31,11 +31,12 @@ class Gauge:
     """Counts what happens between two lines of timing.jsonl on this process; the processes are alike.
 
     operations: of one step, over all devices; called once, when a step has been compiled. peak: of one device, per second, 0
-    where it is not known.
+    where it is not known. parts: that a batch is read in, of which this process counts one.
     """
 
     operations: Callable[[], float]
     peak: float
+    parts: int = 1
     clock: float = field(default_factory=time.monotonic)
     seconds: dict[str, float] = field(default_factory=dict)
     batches: int = 0
@@ -43,6 +44,10 @@ class Gauge:
     slots: int = 0  # with a particle
     whole: int = 0  # all
     _operations: float | None = None
+
+    def begin(self) -> None:
+        """From here on it counts, from nothing."""
+        self.clock, self.seconds, self.batches, self.clips, self.slots, self.whole = time.monotonic(), {}, 0, 0, 0, 0
 
     @contextmanager
     def spent(self, on: str, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
@@ -63,17 +68,18 @@ class Gauge:
 
     def figures(self) -> dict[str, float]:
         """What was counted, seconds of a step by what they went into; begins anew. Measuring is not training time."""
-        spent, batches, now = self.seconds, self.batches, time.monotonic()
-        elapsed = max(now - self.clock - spent.get("measure", 0.0), 1e-9)
+        spent, batches = self.seconds, self.batches
+        elapsed = max(time.monotonic() - self.clock - spent.get("measure", 0.0), 1e-9)
         each = elapsed / batches
         data, save = (spent.get(on, 0.0) / batches for on in ("data", "save"))
         found = {"seconds_per_step": each, "seconds_data": data, "seconds_save": save,
                  "seconds_compute": max(each - data - save, 0.0),
-                 "data_wait_share": data / each, "clips_per_second": self.clips * jax.process_count() / elapsed,
-                 "particles_per_second": self.slots * jax.process_count() / elapsed, "fill": self.slots / self.whole,
+                 "data_wait_share": data / each, "clips_per_second": self.clips * self.parts / elapsed,
+                 "particles_per_second": self.slots * self.parts / elapsed, "fill": self.slots / self.whole,
                  "particles_per_clip": self.slots / max(self.clips, 1)}
-        self.clock, self.seconds, self.batches, self.clips, self.slots, self.whole = now, {}, 0, 0, 0, 0
-        return found | self._utilisation(each) | memory()
+        found |= self._utilisation(each) | memory()
+        self.begin()
+        return found
 
     def _utilisation(self, seconds: float) -> dict[str, float]:
         """Of all devices' peak, the share that the model's own operations took (MFU; arXiv:2204.02311, appendix B)."""

@@ -6,13 +6,14 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -102,13 +103,9 @@ class _Trainer:
         """Trains, measures, writes the figures."""
         self._prepare()
         begun = time.monotonic()
-        with self.context.signals():
-            try:
-                self._steps()
-                self._finish(time.monotonic() - begun)
-            finally:
-                self.latest.close()
-                self.best.close()
+        with self.context.signals(), closing(self.best), closing(self.latest):
+            self._steps()
+            self._finish(time.monotonic() - begun)
 
     # -- before the first step
 
@@ -126,20 +123,15 @@ class _Trainer:
         self.bad = run.BadClips(data.max_bad)
         self.optimizer = optim.build(spec.optim, self.steps)
         state = initialise(self.stage.model, self.optimizer, self.stage.example, experiment.seed, spec.ema, mesh)
-        self.step = jit_step(self._step_of(self.stage), state, mesh)
+        self.step = jit_step(_step_of(self.stage, self.optimizer), state, mesh)
         self.finite = Finite(self.context.workdir, self.name, experiment.on_nan, self._clips)
-        self.gauge = Gauge(self._operations, peak_of(experiment.log.peak, experiment.model_of(spec).dtype))
+        self.gauge = Gauge(self._operations, peak_of(experiment.log.peak, experiment.model_of(spec).dtype), self.stage.reader[1])
         objective = run.on_ready(self.stage, objectives.combine(spec.objectives))
         self.measure = evaluate.jit_measure(objective, self.stage.model, mesh)
         self._restore(state)
         each = self.batches.plan.seen(self.steps) / self.steps
         say(f"{self.name}: {tree.count(state.params) / 1e6:.2f} M parameters, {clips} clips, {self.steps} steps of "
             f"{each:.4g} clips" + (f", continuing at step {self.done}" if self.done else ""))
-
-    def _step_of(self, stage: run.Stage) -> Step:
-        spec, objective = stage.spec, run.on_ready(stage, objectives.combine(stage.spec.objectives))
-        return make_step(stage.model, objective, self.optimizer, ema=spec.ema, accumulate=spec.accumulate,
-                         on_nan=self.context.experiment.on_nan)
 
     def _open(self, split: str) -> sources.Source:
         data = self.stage.data
@@ -179,7 +171,7 @@ class _Trainer:
             return
         stream = pipeline.read(self.batches, self.done, self.steps, self.stage.data)
         progress = Progress(self.name, self.steps, self.done)
-        self.gauge.clock = time.monotonic()
+        self.gauge.begin()
         self.trace = Trace(self.context.workdir, self.context.experiment.profile_steps)
         self.compilations = Compilations(self.name, self.step)
         try:
@@ -313,7 +305,8 @@ class _Trainer:
         last = {split: log.lines(self.name, split)[-1:] for split in ("train", "val")}
         figures: dict[str, Any] = {split: _figures(lines[0]) for split, lines in last.items() if lines}
         figures["train"] = figures.get("train", {}) | {
-            "steps": self.done, "seconds_since_start": round(seconds, 1), "clips": len(pipeline.chosen_clips(len(self.source), stage.data.fraction)),
+            "steps": self.done, "seconds_since_start": round(seconds, 1),
+            "clips": len(pipeline.chosen_clips(len(self.source), stage.data.fraction)),
             "clips_seen": self.batches.plan.seen(self.done),
             "parameters": tree.count(self.state.params), "compilations": self.step._cache_size(), **self._costs()}
         if "classify" in stage.spec.objectives:
@@ -327,8 +320,9 @@ class _Trainer:
         lines = self.context.log.timings(self.name)
         if not lines:
             return {}
-        middle = {key: float(np.median([line[key] for line in lines if key in line]))
-                  for key in ("seconds_per_step", "clips_per_second", "data_wait_share", "fill")}
+        each = {key: [line[key] for line in lines if key in line]
+                for key in ("seconds_per_step", "clips_per_second", "data_wait_share", "fill", "mfu")}
+        middle = {key: float(np.median(values)) for key, values in each.items() if values}
         return {"seconds_of_steps": middle.pop("seconds_per_step") * self.done, **middle,
                 "particles_per_clip": float(np.mean([line["particles_per_clip"] for line in lines])),
                 "flops_per_clip": self._operations() * self.done / max(self.batches.plan.seen(self.done), 1)}
@@ -342,7 +336,7 @@ class _Trainer:
         experiment = replace(self.context.experiment, stages={
             self.name: replace(self.stage.spec, model={**self.stage.spec.model, "remat": "none"})})
         plain = run.build(experiment, self.name, self.stage.classes)
-        return flops.count(jax.make_jaxpr(self._step_of(plain))(abstract(self.state), batch))
+        return flops.count(jax.make_jaxpr(_step_of(plain, self.optimizer))(abstract(self.state), batch))
 
     def _classify(self, split: str) -> dict[str, Any]:
         params = self.state.best_params
@@ -350,6 +344,11 @@ class _Trainer:
             found = self.best.restore(abstract(self.state))
             params = found[1].best_params if found else params
         return classify(self.stage, params, self._open(split), self.context, f"{self.name}_{split}", self._watch)
+
+
+def _step_of(stage: run.Stage, optimizer: optax.GradientTransformation) -> Step:
+    spec, objective = stage.spec, run.on_ready(stage, objectives.combine(stage.spec.objectives))
+    return make_step(stage.model, objective, optimizer, ema=spec.ema, accumulate=spec.accumulate, on_nan=stage.experiment.on_nan)
 
 
 def classify(stage: run.Stage, params: Any, source: sources.Source, context: Context, name: str, watch: evaluate.Watch
