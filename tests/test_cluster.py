@@ -107,7 +107,7 @@ LOOP = """
 import jax, numpy as np
 from particlejax import cluster, sharding
 from particlejax.spec import ClusterSpec, MeshSpec
-cluster.start(ClusterSpec(heartbeat=10))
+cluster.start(ClusterSpec(heartbeat=5))
 mesh = sharding.make_mesh(MeshSpec())
 i, n = sharding.reader(mesh)
 print(cluster.gather({"who": "me" * (jax.process_index() + 1), "part": (i, n)}), flush=True)
@@ -120,19 +120,21 @@ except Exception as error:
 """
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_one_is_lost_and_the_other_ends_with_a_sentence(victim: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("victim", "how"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)])  # dead, or silent
+def test_one_is_lost_and_the_other_ends_with_a_sentence(victim: int, how: signal.Signals, tmp_path: Path) -> None:
     log = tmp_path / "log"
     two = pair([sys.executable, "-c", LOOP], log)
     until = time.monotonic() + 60
     while said(log).count("(6, 2) 6.0") < 4 and time.monotonic() < until:
         time.sleep(0.02)
-    two[victim].kill()
+    two[victim].send_signal(how)
     begun = time.monotonic()
     code = two[1 - victim].wait(timeout=60)
+    seconds = time.monotonic() - begun
+    two[victim].kill()
     assert two[victim].wait() == -signal.SIGKILL
     assert code == cluster.AGAIN or code < 0, "something that whoever started it sees"
-    assert time.monotonic() - begun < 15, "within the heartbeat"
+    assert seconds < 15, "within the heartbeat, and what it takes to say so"
     time.sleep(1.0)  # the witnesses speak after the end
     assert re.search(f"particlejax: process {1 - victim} of 2 (has lost|was ended)", said(log)), said(log)
     assert f"process {victim} of 2 was ended" in said(log), "also of the one that was killed"
