@@ -142,8 +142,8 @@ def kills(it: Bench) -> Iterator[Row]:
     for i in range(it.experiment.bench.repetitions):
         row = between if i % 2 else inside
         process = it.start(workdir)
+        alive = it.after_step(workdir, process)  # what an earlier kill has left half written is gone by then
         if i % 2:
-            alive = it.after_step(workdir, process)
             time.sleep(it.rng.uniform(0, _PAUSE))
         else:
             alive = _until(lambda: bool(it.saving(workdir)), process, 0.0005)
