@@ -206,10 +206,10 @@ def _continued(it: Bench, step: str) -> Row:
     (workdir / run.RESULTS).unlink()
     largest = max((run.checkpoint_folder(workdir, it.stage) / step).rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
     _flip(largest)
-    it.finish(workdir)
+    row.exit_codes.append(it.start(workdir).wait())
     aside = run.checkpoint_folder(workdir, it.stage) / "damaged" / step
     row.lost = it.lost(workdir) + (not aside.is_dir())
-    row.saw = f"checkpoint FOLDER/{step} is not whole ... it was moved to FOLDER/damaged/{step} and is passed over."
+    row.saw = _said(workdir, "is not whole").replace(str(aside.parents[1]), "FOLDER")
     return row
 
 
@@ -249,7 +249,7 @@ def pairs(it: Bench) -> Iterator[Row]:
         row.exit_codes.append(two[1 - victim].wait())
         seconds = time.monotonic() - begun
         two[victim].wait()
-        row.saw = next((line for line in reversed(_read(_log(workdir)).splitlines()) if f"process {1 - victim} of 2" in line), "")
+        row.saw = _said(workdir, f"process {1 - victim} of 2")
         ended = [each.wait() for each in _pair(it, workdir)]
         row.more = f"the other ended after {seconds:.1f} s; started again, both ended with {ended}"
         row.lost = it.lost(workdir, _TOLERANCE) + any(ended) + (row.exit_codes == [0]) + (not row.saw)
@@ -263,7 +263,7 @@ def _pair_terminated(it: Bench) -> Row:
     row.times += it.after_step(workdir, two[0], 3)
     two[1].terminate()
     row.exit_codes += [each.wait() for each in two]
-    row.saw = next((line for line in _read(_log(workdir)).splitlines() if "SIGTERM: " in line), "")
+    row.saw = _said(workdir, "SIGTERM: ")
     done = len(it.losses(workdir))
     it.finish(workdir)  # one process
     row.more = f"stopped at the same step {done}; continued by one process"
@@ -348,6 +348,10 @@ def _log(workdir: Path) -> Path:
 
 def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _said(workdir: Path, words: str) -> str:
+    return next((line for line in reversed(_read(_log(workdir)).splitlines()) if words in line), "")
 
 
 def _last(workdir: Path) -> str:
