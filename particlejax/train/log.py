@@ -11,8 +11,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import tensorboardX
 import tqdm
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.summary_pb2 import Summary
 
 from particlejax import cluster
 from particlejax.spec import LogSpec
@@ -32,7 +34,7 @@ class MetricLog:
         self._metrics, self._timing = workdir / "metrics.jsonl", workdir / "timing.jsonl"
         self._kept: list[dict[str, Any]] = list(_lines(self._metrics))
         self._first = cluster.first()
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), flush_secs=10) if self._first else None
+        self._board = _Board(workdir / "tensorboard") if self._first else None
         self._wandb = _wandb_run(spec, name, config, workdir) if spec.wandb and self._first else None
 
     def write(self, stage: str, step: int, split: str, values: Mapping[str, float]) -> None:
@@ -80,10 +82,26 @@ class MetricLog:
             file.write(json.dumps(line) + "\n")
 
     def _show(self, prefix: str, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items() if self._board is not None else ():
-            self._board.add_scalar(f"{prefix}/{name}", value, step)
+        if self._board is not None:
+            self._board.write({f"{prefix}/{name}": value for name, value in values.items()}, step)
         if self._wandb is not None:
             self._wandb.log({f"{prefix}/{name}": value for name, value in values.items()} | {"stage_step": step})
+
+
+class _Board:
+    """TensorBoard's file, written by whoever calls: the writer's own thread dies of a full disk, and its queue then blocks."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"))
+
+    def write(self, values: Mapping[str, float], step: int) -> None:
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class Progress:

@@ -150,12 +150,11 @@ def kills(it: Bench) -> Iterator[Row]:
         process.kill()
         row.exit_codes.append(process.wait())
         row.times += alive
-    it.finish(workdir)
-    said = _read(_log(workdir))
-    aside = re.findall(r"checkpoint \S+/(\d+) is not whole \(([^)]*)\)", said)
+    ended = it.start(workdir).wait()
+    aside = re.findall(r"checkpoint \S+/(\d+) is not whole \(([^)]*)\)", _read(_log(workdir)))
     for row in (inside, between):
-        row.lost = it.lost(workdir)
-        row.saw = "continuing at step N"
+        row.lost = it.lost(workdir) + (ended != 0)
+        row.saw = _said(workdir, "continuing at step")
     inside.more = f"{len(aside)} checkpoints passed over: {', '.join(sorted({reason for _, reason in aside})) or 'none'}"
     yield from (row for row in (inside, between) if row.times)
 
@@ -168,7 +167,7 @@ def terms(it: Bench) -> Iterator[Row]:
     process.terminate()
     row.exit_codes.append(process.wait())
     done, saved = len(it.losses(workdir)), _steps(run.checkpoint_folder(workdir, it.stage))
-    row.saw = _last(workdir)
+    row.saw = _said(workdir, "SIGTERM: ")
     row.more = f"saved at step {saved[-1].name} of {done} done"
     it.finish(workdir)
     row.lost = it.lost(workdir) + abs(done - int(saved[-1].name))
@@ -227,8 +226,8 @@ def disk(it: Bench) -> Iterator[Row]:
         if real:
             room = shutil.disk_usage(workdir).free - _LEFT
             filler.write_bytes(b"\1" * max(room, 0))
-        row.exit_codes.append(it.start(workdir, limit=0 if real else _LEFT).wait())
-        row.times, row.saw = 1, _last(workdir)
+        row.exit_codes.append(it.start(workdir, limit=0 if real else _LEFT).wait(_PATIENCE))
+        row.times, row.saw = 1, _said(workdir, "particlejax: ").replace(str(workdir), "WORKDIR")
         kept = [p.name for p in _steps(run.checkpoint_folder(workdir, it.stage)) if not checkpoint.fault(p)]
         filler.unlink(missing_ok=True)
         it.finish(workdir)
@@ -352,10 +351,6 @@ def _read(path: Path) -> str:
 
 def _said(workdir: Path, words: str) -> str:
     return next((line for line in reversed(_read(_log(workdir)).splitlines()) if words in line), "")
-
-
-def _last(workdir: Path) -> str:
-    return _read(_log(workdir)).strip().split("\n")[-1].replace(str(workdir), "WORKDIR")
 
 
 def _report(it: Bench, rows: list[Row]) -> Iterator[str]:
