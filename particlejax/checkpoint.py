@@ -3,14 +3,18 @@
 
 Orbax restores flipped bits without a word, so every file's SHA-256 is written beside it once Orbax has finished, and is
 compared before anything is read. What has no manifest, or not its content, is named, moved to `damaged/` and passed over.
+Where it cannot be written (a full disk), what was written before stays.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +23,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_utils
 
-from particlejax import tree
+from particlejax import cluster, tree
 from particlejax.typing import UserError
 
 _MANIFEST = "manifest.json"
 _STATE, _DATA = "state", "data"
+_PARTIAL = "*.orbax-checkpoint-tmp*"  # what Orbax has begun and not finished
+_READERS = 4  # threads that compute checksums
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_FULL_TEXTS = tuple(os.strerror(number) for number in _FULL) + ("RESOURCE_EXHAUSTED",)  # TensorStore has no error numbers
 _FOREIGN = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")  # of a folder that Orbax wrote without us
 
 
@@ -40,30 +48,71 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike[str], keep: int, say: Callable[[str], None] = _say) -> None:
         self.folder = Path(folder).absolute()
         self._say = say
-        self._main = jax.process_index() == 0
-        if self._main:
+        self._marking: threading.Thread | None = None
+        self._unmarked: Exception | None = None  # why the last one could not be marked whole
+        if cluster.first():
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._sweep()
             self._set_aside_damaged()
+        cluster.barrier(f"open {self.folder}")  # the others look when what is damaged is out of the way
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
-        """Starts writing `step`, unless it is there; the state may be changed or donated as soon as this returns."""
+        """Starts writing `step`, unless it is there; the state may be changed or donated as soon as this returns.
+
+        Raises UserError where this one, or the one before, cannot be written; those before it stay.
+        """
         self.finish()
         if step in self._manager.all_steps():
             return
         items = {_STATE: ocp.args.PyTreeSave(state), _DATA: ocp.args.JsonSave(data)}
-        if not self._manager.save(step, args=ocp.args.Composite(**items)):
+        try:
+            started = self._manager.save(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            raise self._explained(error) from error
+        if not started:
             raise RuntimeError(f"Orbax refused to save step {step} in {self.folder}: it holds {self.steps()}")
+        if cluster.first():  # at once, so that a kill before the next save loses nothing
+            self._marking = threading.Thread(target=self._mark, args=(step,), daemon=True)
+            self._marking.start()
 
     def finish(self) -> None:
-        """Waits until what was started is on disk, and marks it whole."""
-        self._manager.wait_until_finished()
-        if self._main:
-            for step in self._manager.all_steps():
-                folder = self.folder / str(step)
-                if not (folder / _MANIFEST).exists():
-                    write_json(folder / _MANIFEST, _checksums(folder))
+        """Waits until what was started is on disk and marked whole. Raises UserError where that failed."""
+        if self._marking is not None:
+            self._marking.join()
+            self._marking = None
+        error, self._unmarked = self._unmarked, None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as raised:
+            error = raised
+        if error is not None:
+            raise self._explained(error) from error
+
+    def _mark(self, step: int) -> None:
+        folder = self.folder / str(step)
+        try:
+            self._manager.wait_until_finished()
+            write_json(folder / _MANIFEST, _checksums(folder))
+        except Exception as error:  # raised where somebody can hear it, by `finish`
+            self._unmarked = error
+
+    def _explained(self, error: Exception) -> Exception:
+        """A sentence where it is the disk's fault; what was left half written is removed, to give room."""
+        reason = disk_fault(error)
+        if not reason:
+            return error
+        if cluster.first():
+            self._sweep()
+        whole = [p for p in _numbered(self.folder) if (p / _MANIFEST).exists()]
+        kept = f"step {whole[-1].name} and all before it stay" if whole else "there was none before"
+        return UserError(f"a checkpoint cannot be written to {self.folder} ({reason}); {kept}: make room there and give the same "
+                         "command again.")
+
+    def _sweep(self) -> None:
+        for path in self.folder.glob(_PARTIAL):
+            shutil.rmtree(path, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints, ascending."""
@@ -90,19 +139,21 @@ class Checkpoints:
 
     def close(self) -> None:
         """Finishes and releases what Orbax holds."""
-        self.finish()
-        self._manager.close()
+        try:
+            self.finish()
+        finally:
+            self._manager.close()
 
     def _set_aside_damaged(self) -> None:
-        for folder in sorted(p for p in self.folder.iterdir() if p.name.isdigit()):
-            fault = _fault(folder)
-            if fault:
+        for folder in _numbered(self.folder):
+            wrong = fault(folder)
+            if wrong:
                 aside = self.folder / "damaged" / folder.name
                 aside.parent.mkdir(exist_ok=True)
                 while aside.exists():
                     aside = aside.with_name(aside.name + "x")
                 shutil.move(folder, aside)
-                self._say(f"checkpoint {folder} is not whole ({fault}): it was moved to {aside} and is passed over.")
+                self._say(f"checkpoint {folder} is not whole ({wrong}): it was moved to {aside} and is passed over.")
 
 
 def load_subtree(folder: str | os.PathLike[str], want: Any, branches: tuple[str, ...], step: int | None = None
@@ -166,21 +217,37 @@ def whole_steps(folder: str | os.PathLike[str]) -> list[int]:
     """Steps of the whole checkpoints in a folder, ascending."""
     folder = Path(folder)
     steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
-    return [step for step in steps if not _fault(folder / str(step))]
+    return [step for step in steps if not fault(folder / str(step))]
 
 
 def _newest_whole(folder: str | os.PathLike[str], step: int | None = None) -> Path:
     folder = Path(folder).absolute()
-    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
-    for each in reversed(steps if step is None else [step]):
-        if not _fault(folder / str(each)):
-            return folder / str(each)
+    there = _numbered(folder) if folder.is_dir() else []
+    for path in reversed(there if step is None else [folder / str(step)]):
+        if not fault(path):
+            return path
     raise UserError(f"{folder} holds no whole checkpoint: name a run that has saved one.")
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return sorted((p for p in folder.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+
+
+def disk_fault(error: BaseException | None) -> str:
+    """What is wrong with the disk, '' where the error, or what it came from, is not about that."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return os.strerror(error.errno)
+        if found := next((text for text in _FULL_TEXTS if text in str(error)), ""):
+            return found
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def _checksums(folder: Path) -> dict[str, str]:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(_MANIFEST))
-    return {p.relative_to(folder).as_posix(): _digest(p) for p in files}
+    with ThreadPoolExecutor(_READERS) as pool:
+        return dict(zip((p.relative_to(folder).as_posix() for p in files), pool.map(_digest, files), strict=True))
 
 
 def _digest(path: Path) -> str:
@@ -188,7 +255,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fault(folder: Path) -> str:
+def fault(folder: Path) -> str:
     """Why a checkpoint is not whole, '' when it is."""
     try:
         expected = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))

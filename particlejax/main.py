@@ -16,7 +16,7 @@ import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
-from particlejax import jobspec
+from particlejax import checkpoint, cluster, jobspec
 from particlejax.apps import (
     check,
     evaluate,
@@ -31,6 +31,7 @@ from particlejax.apps import (
     train,
 )
 from particlejax.apps.bench import data as bench_data
+from particlejax.apps.bench import faults as bench_faults
 from particlejax.apps.bench import particles as bench_particles
 from particlejax.spec import Experiment, unknown_key
 from particlejax.train import loop, run, workdir
@@ -49,18 +50,23 @@ class Asked(NamedTuple):
 
 JOBS = {"train": train.train, "sweep": sweep.sweep, "evaluate": evaluate.evaluate, "prepare": prepare.prepare,
         "check_data": check.check_data, "bench_data": bench_data.bench, "bench_particles": bench_particles.bench,
+        "bench_faults": bench_faults.bench,
         "import_weights": import_weights.import_weights, "recognise": recognise.recognise,
         "probe": probe.probe, "probe_backbone": probe_backbone.probe, "soup": soup.soup, "prototypes": few.prototypes,
         "label_next": few.label_next}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs what the flags say. Returns the exit code: 0 also after a SIGTERM that was heeded, 2 for a user's mistake."""
+    """Runs what the flags say. Returns the exit code.
+
+    0, also after a SIGTERM that was heeded; 2 for a user's mistake; of several processes 75 where another one was lost.
+    """
     logging.set_verbosity(logging.ERROR)  # Orbax and TFDS report their inner workings as warnings
     try:
         asked = _parse(argv)
         job = jobspec.of(asked.config.to_dict())
         if isinstance(job, Experiment):
+            cluster.start(job.cluster)
             job = run.adopt(job, {re.match(r"--?(?:no)?config\.([\w.]+)", text)[1] for text in asked.overrides})
         _cache_programs()
         folder = workdir.enter(_workdir(asked), job)
@@ -71,6 +77,14 @@ def main(argv: Sequence[str]) -> int:
     except loop.Stopped as stop:
         say(str(stop))
         return 130 if str(stop).startswith("SIGINT") else 0
+    except Exception as error:
+        if reason := checkpoint.disk_fault(error):
+            print(f"particlejax: a file of the run cannot be written ({reason}): make room on the disk of --workdir and give the "
+                  "same command again, it continues from the last checkpoint.", file=sys.stderr)
+            return 2
+        if not cluster.several():
+            raise
+        return cluster.failed(error)
     return 0
 
 
@@ -140,9 +154,10 @@ def _workdir(asked: Asked) -> Path:
     if asked.workdir:
         return Path(os.path.expanduser(asked.workdir))
     path, _, arg = asked.file.partition(":")
-    mark = hashlib.sha256("\n".join(asked.overrides).encode()).hexdigest()[:8] if asked.overrides else ""
+    alike = [text for text in asked.overrides if not re.match(r"--?config\.cluster\.", text)]  # in all processes
+    mark = hashlib.sha256("\n".join(alike).encode()).hexdigest()[:8] if alike else ""
     return Path("runs") / "-".join(part for part in (Path(path).stem, re.sub(r"\W+", "_", arg), mark) if part)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    cluster.leave(main(sys.argv))

@@ -38,7 +38,8 @@ class ModelSpec:
     decoder_depth: int = 2
     decoder_heads: int = 2
     unroll: bool = True  # layers unrolled in the program: faster on CPU, slower to compile
-    dtype: str = "float32"  # of the computation; parameters and reductions stay float32
+    dtype: str = one_of("float32", "bfloat16")  # of the computation; parameters and reductions stay float32 (nn/policy.py)
+    remat: str = one_of("none", "blocks", "attention", "elementwise")  # what the backward pass computes again (nn/policy.py)
 
 
 @dataclasses.dataclass(frozen=True)

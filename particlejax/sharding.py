@@ -58,8 +58,24 @@ def check_rows(rows: int, mesh: Mesh, key: str) -> None:
         raise UserError(f"{key}={rows} cannot be divided over {parts} devices (mesh data x fsdp): use a multiple.")
 
 
+def reader(mesh: Mesh) -> tuple[int, int]:
+    """(i, n): the rows of a batch are read in n parts, of which this process brings the i-th.
+
+    Processes whose devices hold the same rows (where tensor or sequence reach across processes) read the same part. Raises
+    UserError where devices of a process hold rows that another holds only a part of.
+    """
+    held: dict[int, set[int]] = {}
+    for (data, fsdp, *_), device in np.ndenumerate(mesh.devices):
+        held.setdefault(device.process_index, set()).add(data * mesh.shape["fsdp"] + fsdp)
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if len({len(part) for part in parts}) > 1 or len(set().union(*parts)) != sum(map(len, parts)):
+        raise UserError(f"config.mesh={dict(mesh.shape)} divides rows so that processes share some and not others: make tensor x "
+                        "sequence a divisor or a multiple of the devices of a process.")
+    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+
+
 def put(batch: Any, mesh: Mesh) -> Any:
-    """A batch on the mesh; each process brings its own rows, numpy [B / processes, ...]."""
+    """A batch on the mesh; each process brings its own rows (`reader`), numpy [B / n, ...]."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 

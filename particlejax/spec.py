@@ -219,6 +219,18 @@ class MeshSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class ClusterSpec:
+    """How several processes find each other (cluster.py); what is left empty comes from the environment."""
+
+    start: str = one_of("auto", "off")
+    coordinator: str = ""  # HOST:PORT of the first process
+    processes: int = at_least(0, 0)  # how many
+    process: str = ""  # which one this is, '0' for the first
+    heartbeat: int = at_least(100, 1)  # seconds without a sign of life after which a process counts as lost, and the others end
+    patience: int = at_least(300, 1)  # seconds to wait for all processes at the start
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointSpec:
     """When the state is saved."""
 
@@ -231,6 +243,7 @@ class LogSpec:
     """Where figures go, besides metrics.jsonl and TensorBoard."""
 
     every: int = at_least(20, 1)  # steps
+    peak: str = one_of("known", "measured")  # rate that FLOP utilisation is a share of: the device's, or of products timed first
     wandb: str = ""  # project of Weights & Biases; '': none
 
 
@@ -253,6 +266,7 @@ class BenchSpec:
     clips: int = at_least(320, 1)  # of a repetition
     rows: int = at_least(16, 1)
     memory_clips: int = at_least(10000, 1)
+    faults: tuple[str, ...] = ("kill", "term", "damage", "disk", "pair")  # that are injected; `repetitions` are the kills
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +284,7 @@ class SweepSpec:
 class Experiment:
     """Everything a run depends on, so that config.json is enough to run it again."""
 
-    job: str = one_of("train", "sweep", "evaluate", "prepare", "check_data", "bench_data", "bench_particles",
+    job: str = one_of("train", "sweep", "evaluate", "prepare", "check_data", "bench_data", "bench_particles", "bench_faults",
                       "soup", "prototypes", "label_next")
     seed: int = 0
     run: str = ""  # jobs evaluate, prototypes, label_next: the run that is asked
@@ -284,7 +298,10 @@ class Experiment:
     stages: Mapping[str, StageSpec] = dataclasses.field(default_factory=dict)
     order: tuple[str, ...] = ()  # in which stages run, those not named are left out; () where there is but one
     evaluate: EvaluateSpec = EvaluateSpec()
+    on_nan: str = one_of("stop", "skip")  # at a loss or gradient that is no number: stop, or leave the step out
+    profile_steps: tuple[int, int] = interval((0, 0), 0)  # the first and the last step of a profiler trace in profile/; 0: none
     mesh: MeshSpec = MeshSpec()
+    cluster: ClusterSpec = ClusterSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
     log: LogSpec = LogSpec()
     sweep: SweepSpec = SweepSpec()

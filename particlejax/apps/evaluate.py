@@ -4,7 +4,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from particlejax import sharding
+from particlejax import cluster, sharding
 from particlejax.apps import report
 from particlejax.data import sources
 from particlejax.objectives import targets
@@ -34,7 +34,8 @@ def evaluate(experiment: Experiment, workdir: Path, name: str) -> None:
     context = loop.Context(experiment, workdir, mesh, MetricLog(workdir, experiment.log, name, as_dict(experiment)))
     figures = loop.classify(stage, params, source, context, "", bad.note)
     context.log.close()
-    run.add_results(workdir, stage.name, {stage.data.split: figures}, bad.reasons)
+    run.add_results(workdir, stage.name, {stage.data.split: figures}, bad.all())
     first = next(((name, figures[name]) for name in ("top1", "map", "mae") if name in figures), ("no clip with a label", 0))
     say(f"{stage.name} on {len(source)} clips of {stage.data.source} ({stage.data.split}): {first[0]} {first[1]:.3f}")
-    say(f"report: {report.write(workdir)}")
+    if cluster.first():
+        say(f"report: {report.write(workdir)}")

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from particlejax import cluster
 from particlejax.apps import pictures
 from particlejax.data import clips, pipeline, sources
 from particlejax.data.decode import Unreadable
@@ -33,8 +34,11 @@ def draw_masked(workdir: Path, name: str, mesh: Mesh) -> None:
     row = pipeline.row_of(stage.data, stage.particles)
     batch = stage.ready(pack.pack([pack.Clip(particles, -1, 0)], [0], row.slots, 1, row.clips))
     shape = type(spec)(**{**vars(spec), "predict": 1 - spec.keep})  # ask for everything that is hidden
-    predict = jax.jit(lambda p, b: masked.predict_masked(shape, p, stage.model, b, jax.random.key(0), False))
+    predict = jax.jit(lambda p, b: masked.predict_masked(shape, p, stage.model, b, jax.random.key(0), False),
+                      out_shardings=NamedSharding(mesh, PartitionSpec()))
     answer = jax.tree.map(lambda x: np.asarray(x[0]), predict(params, jax.tree.map(np.asarray, batch)))
+    if not cluster.first():
+        return
     folder = Path(workdir) / "report"
     folder.mkdir(exist_ok=True)
     seen = answer.visible

@@ -69,7 +69,7 @@ def prototypes(experiment: Experiment, workdir: Path, name: str) -> None:
         scores.write_predictions(workdir / f"predictions_{split}.csv", names, label, probabilities, known.classes)
         figures[split] = scores.scores(probabilities, label, known.classes)
         say(f"prototypes of {figures['known']['clips']} clips on {split}: top-1 {figures[split].get('top1', float('nan')):.3f}")
-    run.add_results(workdir, "prototypes", figures, trained.bad.reasons)
+    run.add_results(workdir, "prototypes", figures, trained.bad.all())
     say(f"report: {report.write(workdir)}")
 
 
@@ -99,7 +99,7 @@ def label_next(experiment: Experiment, workdir: Path, name: str) -> None:
     _write(workdir / "next.csv", ["path", "predicted", "probability"], rows)
     _write(workdir / "listed.csv", ["path"], [[source[int(n)].name] for n in known] + [row[:1] for row in rows])
     figures = {"known": len(known), "chosen": len(rows), "left": int(open_to.sum()) - len(rows)}
-    run.add_results(workdir, "label_next", {"round": figures}, trained.bad.reasons)
+    run.add_results(workdir, "label_next", {"round": figures}, trained.bad.all())
     say(f"{len(rows)} clips to label next, by {spec.how}: {workdir / 'next.csv'}")
     say(f"report: {report.write(workdir)}")
 

@@ -52,7 +52,7 @@ def probe(spec: ProbeSpec, workdir: Path, name: str) -> None:
     learnt, asked = (tell(stage, params, spec, split, bad) for split in (spec.train, spec.test))
     figures = {"classes": classes(learnt, asked, spec), "retrieval": retrieval(asked.features),
                "objectives": measured(stage, params, spec, bad)}
-    run.add_results(workdir, "probe", {"run": spec.run, "weights": spec.weights, "clips": len(asked.label), **figures}, bad.reasons)
+    run.add_results(workdir, "probe", {"run": spec.run, "weights": spec.weights, "clips": len(asked.label), **figures}, bad.all())
     lines = list(_lines(spec, figures))
     say("\n".join(lines[2:]))
     (workdir / "report.md").write_text("\n".join(lines), encoding="utf-8")

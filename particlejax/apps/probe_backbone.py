@@ -61,7 +61,7 @@ def probe(spec: BackboneProbeSpec, workdir: Path, name: str) -> None:
     seconds["regression"] = time.perf_counter() - begun - seconds["features"]
     computed, clips_seen = learnt.computed + asked.computed, len(learnt.label) + len(asked.label)
     run.add_results(workdir, "probe", {"model": spec.model, spec.test: figures, "width": learnt.features.shape[1],
-                                       "computed": computed, "kept": clips_seen - computed, "seconds": seconds}, bad.reasons)
+                                       "computed": computed, "kept": clips_seen - computed, "seconds": seconds}, bad.all())
     say(f"{spec.model} on {len(asked.label)} clips of {spec.source} ({spec.test}): top-1 "
         f"{figures.get('top1', float('nan')):.3f}; features of {computed} clips computed, {clips_seen - computed} kept from before")
     path = workdir / "report.md"

@@ -42,7 +42,7 @@ def soup(experiment: Experiment, workdir: Path, name: str) -> None:
     together = _TABLE[experiment.soup.how](kitchen, each)
     split = kitchen.stage.data.split
     run.add_results(workdir, kitchen.stage.name, {split: together, "ingredients": {k: _short(v) for k, v in each.items()}},
-                    kitchen.bad.reasons)
+                    kitchen.bad.all())
     say(f"{experiment.soup.how} of {len(each)}: {_short(together)}")
     say(f"report: {report.write(workdir)}")
 

@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-from particlejax import sharding
+from particlejax import cluster, sharding
 from particlejax.apps import explain, report
 from particlejax.spec import Experiment, as_dict
 from particlejax.train import loop
@@ -22,4 +22,5 @@ def train(experiment: Experiment, workdir: Path, name: str) -> None:
         masked = spec.objectives.get("masked")
         if masked and masked.modality == "vision":  # nobody sees whether sound was drawn well
             explain.draw_masked(workdir, stage, mesh)
-    say(f"report: {report.write(workdir)}")
+    if cluster.first():
+        say(f"report: {report.write(workdir)}")

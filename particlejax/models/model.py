@@ -15,7 +15,7 @@ from jax import Array
 
 from particlejax import losses
 from particlejax.modelspec import ModelSpec
-from particlejax.nn import attention, embed, fusion, heads, reduce, transformer
+from particlejax.nn import attention, embed, fusion, heads, policy, reduce, transformer
 from particlejax.nn.reduce import Tokens
 from particlejax.particles.types import Batch, Particles
 from particlejax.typing import Params
@@ -80,7 +80,7 @@ class ParticleModel(nn.Module):
     needs: Needs
 
     def setup(self) -> None:
-        spec, dtype, needs = self.spec, jnp.dtype(self.spec.dtype), self.needs
+        spec, dtype, needs = self.spec, policy.PRECISIONS[self.spec.dtype].compute, self.needs
         self.encoder = Encoder(spec, self.payloads)
         if needs.decoder:
             self.decoder = Decoder(spec, self.payloads)
@@ -172,7 +172,7 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, particles: Mapping[str, Particles], clips: int | None = None
                  ) -> tuple[Tokens, dict[str, tuple[Array, ...]]]:
-        spec, dtype = self.spec, jnp.dtype(self.spec.dtype)
+        spec, dtype = self.spec, policy.PRECISIONS[self.spec.dtype].compute
         place = embed.Place(spec.width, dtype, name="place")
         modality = embed.Modality(spec.width, tuple(name for name, _ in self.payloads), name="modality")
         content = []
@@ -193,7 +193,7 @@ class Encoder(nn.Module):
             tokens, parts, first = self._lead(tokens, parts, clips)
         reduction = reduce.Reduction(spec.reduce, spec.reduce_after, spec.reduce_keep) if spec.reduce_after else None
         body = transformer.Transformer(spec.depth, spec.heads, spec.mlp * spec.width, style_of(spec), spec.drop_path,
-                                       spec.unroll, reduction, name="transformer")
+                                       spec.unroll, reduction, spec.remat, name="transformer")
         tokens, blocks = body(tokens, parts=parts)
         if parts:
             tokens, blocks = self._without(tokens, first, clips), tuple(each[:, :, first:] for each in blocks)
@@ -256,7 +256,7 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Tokens, query: Particles, modality: str) -> Array:
-        spec, dtype = self.spec, jnp.dtype(self.spec.dtype)
+        spec, dtype = self.spec, policy.PRECISIONS[self.spec.dtype].compute
         width = spec.decoder_width
         names = tuple(name for name, _ in self.payloads)
         if tokens.kind is not None and spec.fusion in ("late", "bottleneck"):
@@ -265,7 +265,7 @@ class Decoder(nn.Module):
         x = embed.Place(width, dtype, name="place")(query.place, query.extent)
         x += embed.Modality(width, names, name="modality")(modality).astype(dtype)
         body = transformer.Transformer(spec.decoder_depth, spec.decoder_heads, spec.mlp * width,
-                                       style_of(spec)._replace(dropout=0.0), unroll=spec.unroll, name="transformer")
+                                       style_of(spec)._replace(dropout=0.0), unroll=spec.unroll, remat=spec.remat, name="transformer")
         answers, _ = body(Tokens(x, query.place, query.segment), tokens._replace(x=context))
         if self.features:
             return nn.Dense(spec.width, dtype=jnp.float32, name="features")(answers.x.astype(jnp.float32))
@@ -277,7 +277,7 @@ class Decoder(nn.Module):
 def style_of(spec: ModelSpec) -> attention.Style:
     """What the blocks of a model are made of."""
     return attention.Style(spec.near, spec.rotary, spec.qk_norm, spec.gate == "swiglu", spec.layer_scale, spec.dropout,
-                             jnp.dtype(spec.dtype))
+                             policy.PRECISIONS[spec.dtype].compute)
 
 
 def part_of(tokens: Tokens, particles: Mapping[str, Particles], modality: str) -> Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from particlejax import tree
-from particlejax.nn import fusion, reduce, tuned
+from particlejax.nn import fusion, policy, reduce, tuned
 from particlejax.nn.attention import Attention, Between, Style, between
 from particlejax.nn.reduce import Tokens
 
@@ -127,6 +127,7 @@ class Transformer(nn.Module):
     drop_path: float = 0.0
     unroll: bool = True
     reduction: reduce.Reduction | None = None
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, tokens: Tokens, context: Tokens | None = None, parts: fusion.Parts | None = None
@@ -170,6 +171,7 @@ class Transformer(nn.Module):
             x = block.apply({"params": layer.blocks[""]}, x, where, read, layer.drop_path, rngs=rngs)
             return x, x
 
+        step = policy.remat(self.remat, step, self.unroll)
         x, each = jax.lax.scan(step, tokens.x, layers, unroll=number if self.unroll else 1)
         return tokens._replace(x=x), each
 
@@ -187,6 +189,7 @@ class Transformer(nn.Module):
             x = over_parts(block, layer.blocks, x, where, parts, parts.reads(fused), layer, 0)
             return x, x
 
+        step = policy.remat(self.remat, step, self.unroll)
         x, each = jax.lax.scan(step, tokens.x, layers, unroll=number if self.unroll else 1)
         return tokens._replace(x=x), each
 

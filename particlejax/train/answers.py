@@ -17,13 +17,15 @@ from particlejax.objectives.targets import SEVERAL, Targets
 from particlejax.train import scores
 
 
-def score(targets: Targets, path: Path, names: Sequence[str], label: np.ndarray, answers: np.ndarray, classes: tuple[str, ...]
+def score(targets: Targets, path: Path | None, names: Sequence[str], label: np.ndarray, answers: np.ndarray, classes: tuple[str, ...]
           ) -> dict[str, Any]:
-    """Figures of answers float [N, O] for labels int [N], -1 for none; a line for each clip goes to the CSV `path`."""
+    """Figures of answers float [N, O] for labels int [N], -1 for none; a line for each clip goes to the CSV `path`, if any."""
     if targets.loss == "softmax":
-        scores.write_predictions(path, names, label, answers, classes)
+        if path is not None:
+            scores.write_predictions(path, names, label, answers, classes)
         return scores.scores(answers, label, classes)
-    _write(targets, path, names, [classes[n] if n >= 0 else "" for n in label], answers)
+    if path is not None:
+        _write(targets, path, names, [classes[n] if n >= 0 else "" for n in label], answers)
     known = np.asarray(label) >= 0
     if not known.any():
         return {"clips": 0}

@@ -11,9 +11,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import tensorboardX
 import tqdm
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.summary_pb2 import Summary
 
+from particlejax import cluster
 from particlejax.spec import LogSpec
 from particlejax.typing import UserError
 
@@ -24,17 +27,20 @@ class MetricLog:
     """Writes figures of one run; `cut` forgets what a resumed run will write again.
 
     metrics.jsonl holds only what the seed determines, so that two runs can be compared byte by byte; rates and waits
-    are in timing.jsonl.
+    are in timing.jsonl. Of several processes the first one writes; all of them remember the metrics, which are the same.
     """
 
     def __init__(self, workdir: Path, spec: LogSpec, name: str, config: Mapping[str, Any]) -> None:
         self._metrics, self._timing = workdir / "metrics.jsonl", workdir / "timing.jsonl"
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), flush_secs=10)
-        self._wandb = _wandb_run(spec, name, config, workdir) if spec.wandb else None
+        self._kept: list[dict[str, Any]] = list(_lines(self._metrics))
+        self._first = cluster.first()
+        self._board = _Board(workdir / "tensorboard") if self._first else None
+        self._wandb = _wandb_run(spec, name, config, workdir) if spec.wandb and self._first else None
 
     def write(self, stage: str, step: int, split: str, values: Mapping[str, float]) -> None:
         """One line of metrics; NaN and infinities become strings, which JSON can hold."""
-        self._append(self._metrics, {"stage": stage, "step": step, "split": split, **_json_ready(values)})
+        self._kept.append({"stage": stage, "step": step, "split": split, **_json_ready(values)})
+        self._append(self._metrics, self._kept[-1])
         self._show(f"{stage}/{split}", step, values)
 
     def time(self, stage: str, step: int, values: Mapping[str, float]) -> None:
@@ -44,7 +50,7 @@ class MetricLog:
 
     def lines(self, stage: str, split: str) -> list[dict[str, Any]]:
         """What was written of one stage and split so far, in order."""
-        return [line for line in _lines(self._metrics) if line["stage"] == stage and line["split"] == split]
+        return [line for line in self._kept if line["stage"] == stage and line["split"] == split]
 
     def timings(self, stage: str) -> list[dict[str, Any]]:
         """What `time` wrote of one stage so far, in order."""
@@ -52,28 +58,50 @@ class MetricLog:
 
     def cut(self, stage: str, step: int, later_stages: tuple[str, ...]) -> None:
         """Forgets lines of `stage` after `step`, all of `later_stages`, and a line that a kill left unfinished."""
-        for path in (self._metrics, self._timing):
-            kept = [line for line in _lines(path) if line["stage"] not in later_stages
-                    and (line["stage"] != stage or line["step"] <= step)]
+        def stays(line: Mapping[str, Any]) -> bool:
+            return line["stage"] not in later_stages and (line["stage"] != stage or line["step"] <= step)
+
+        self._kept = [line for line in self._kept if stays(line)]
+        for path in (self._metrics, self._timing) if self._first else ():
+            kept = [line for line in _lines(path) if stays(line)]
             fresh = path.with_name(path.name + ".tmp")
             fresh.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
             os.replace(fresh, path)
 
     def close(self) -> None:
         """Flushes everything."""
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
 
     def _append(self, path: Path, line: dict[str, Any]) -> None:
+        if not self._first:
+            return
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def _show(self, prefix: str, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._board.add_scalar(f"{prefix}/{name}", value, step)
+        if self._board is not None:
+            self._board.write({f"{prefix}/{name}": value for name, value in values.items()}, step)
         if self._wandb is not None:
             self._wandb.log({f"{prefix}/{name}": value for name, value in values.items()} | {"stage_step": step})
+
+
+class _Board:
+    """TensorBoard's file, written by whoever calls: the writer's own thread dies of a full disk, and its queue then blocks."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"))
+
+    def write(self, values: Mapping[str, float], step: int) -> None:
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class Progress:
@@ -93,7 +121,7 @@ class Progress:
         self._bar.update()
         if not self._bar.disable:
             self._bar.set_postfix_str(self._note, refresh=False)
-        elif time.monotonic() - self._said > _PLAIN_EVERY or self._done == self._total:
+        elif cluster.first() and (time.monotonic() - self._said > _PLAIN_EVERY or self._done == self._total):
             self._said = time.monotonic()
             rate = (self._done - self._first) / max(self._said - self._begun, 1e-6)
             left = (self._total - self._done) / max(rate, 1e-6)
@@ -105,7 +133,13 @@ class Progress:
 
 
 def say(sentence: str) -> None:
-    """A line for the person at the screen, above any bar."""
+    """A line for the person at the screen, above any bar; of several processes the first one says it."""
+    if cluster.first():
+        say_here(sentence)
+
+
+def say_here(sentence: str) -> None:
+    """A line that is this process's own: of what no other one knows."""
     tqdm.tqdm.write(sentence, file=sys.stderr)
     sys.stderr.flush()
 

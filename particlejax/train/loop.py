@@ -2,29 +2,34 @@
 """The one training loop: a stage from its start, or from where it stopped, to its figures in results.json."""
 
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from particlejax import flops, optim, sharding, tree
+from particlejax import cluster, flops, optim, sharding, tree
 from particlejax.adapt import load, tune
 from particlejax.checkpoint import Checkpoints
 from particlejax.data import few, pipeline, sources
 from particlejax.data.plan import Stand
 from particlejax.objectives import objectives
-from particlejax.particles.types import Batch
+from particlejax.objectives.targets import Targets
 from particlejax.spec import Experiment
 from particlejax.train import answers, evaluate, run
+from particlejax.train.finite import Finite
+from particlejax.train.gauge import Compilations, Gauge, Trace, peak_of
 from particlejax.train.log import MetricLog, Progress, say
-from particlejax.train.state import TrainState, abstract, initialise, jit_step, make_step, saved
+from particlejax.train.state import Step, TrainState, abstract, initialise, jit_step, make_step, saved
 from particlejax.typing import UserError
 
 
@@ -41,23 +46,38 @@ class Context:
     mesh: Mesh
     log: MetricLog
     asked: str = ""
+    looks: int = 0  # how often this was looked at, alike in all processes
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C ask for a stop; a second Ctrl-C does not wait for it."""
+        """SIGTERM and Ctrl-C ask for a stop; a second Ctrl-C does not wait for it.
+
+        With several processes SIGTERM is JAX's to hear, which carries it to all of them, and Ctrl-C is turned into one.
+        """
 
         def ask(number: int, frame: Any) -> None:
             del frame
             if self.asked and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.asked = signal.Signals(number).name
+            if cluster.several():
+                os.kill(os.getpid(), signal.SIGTERM)
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        heard = (signal.SIGINT,) if cluster.several() else (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.signal(number, ask) for number in heard}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def must_stop(self) -> bool:
+        """Whether to stop here; with several processes, all of them are told so at the same look."""
+        self.looks += 1
+        if cluster.several() and multihost_utils.reached_preemption_sync_point(self.looks):
+            self.asked = self.asked or "SIGTERM"
+            return True
+        return bool(self.asked) and not cluster.several()
 
 
 def train(context: Context) -> None:
@@ -70,30 +90,13 @@ def train(context: Context) -> None:
 
 
 @dataclass
-class _Filled:
-    """What the batches since the last timing line held, on this process."""
-
-    batches: int = 0
-    clips: int = 0
-    slots: int = 0  # with a particle
-    whole: int = 0  # all
-
-    def add(self, batch: Batch) -> None:
-        self.batches += 1
-        self.clips += int((batch.clip >= 0).sum())
-        self.slots += sum(int((particles.segment > 0).sum()) for particles in batch.particles.values())
-        self.whole += sum(particles.segment.size for particles in batch.particles.values())
-
-
-@dataclass
 class _Trainer:
     """One stage under way. What it must remember beyond the state is derived from metrics.jsonl."""
 
     context: Context
     name: str
     bad: run.BadClips = field(init=False)
-    waited: float = 0.0  # seconds since the last timing line in which the device may have stood idle for want of data
-    filled: _Filled = field(default_factory=_Filled)
+    gauge: Gauge = field(init=False)
     running: Any = None  # a result of the step that was started last
     pending: tuple[int, Any] | None = None  # step and metrics not read yet: one step late, the device never waits
 
@@ -101,13 +104,9 @@ class _Trainer:
         """Trains, measures, writes the figures."""
         self._prepare()
         begun = time.monotonic()
-        with self.context.signals():
-            try:
-                self._steps()
-                self._finish(time.monotonic() - begun)
-            finally:
-                self.latest.close()
-                self.best.close()
+        with self.context.signals(), closing(self.best), closing(self.latest):
+            self._steps()
+            self._finish(time.monotonic() - begun)
 
     # -- before the first step
 
@@ -117,22 +116,22 @@ class _Trainer:
         data = experiment.data_of(spec)
         sharding.check_rows(spec.rows // spec.accumulate, mesh, f"config.stages.{self.name}.rows / accumulate")
         self.source = few.limit(sources.open_source(data.source, data.split, data.cache_dir), data, experiment.seed)
-        self.stage = run.build(experiment, self.name, self.source.classes)
+        self.stage = run.build(experiment, self.name, self.source.classes, mesh)
         self.val = self._open(spec.val) if spec.val else None
         clips = len(pipeline.chosen_clips(len(self.source), data.fraction))
         self.batches = self.stage.batches(self.source, math.ceil(clips * spec.epochs))
         self.steps = spec.steps or self.batches.plan.batches()
         self.bad = run.BadClips(data.max_bad)
-        objective = objectives.combine(spec.objectives, run.weighted(self.stage, self.source))
         layered = optim.layered(spec.tune, experiment.model_of(spec).depth, self.steps)
-        optimizer = optim.build(spec.optim, self.steps, layered)
-        model, seed = self.stage.model, experiment.seed
-        state = initialise(model, optimizer, self.stage.example, seed, spec.ema, mesh, spec.tune)
-        step = make_step(model, objective, optimizer, ema=spec.ema, accumulate=spec.accumulate, tuning=spec.tune,
-                         robust=spec.robust, ready=self.stage.ready)
+        self.optimizer = optim.build(spec.optim, self.steps, layered)
+        self.targets = run.weighted(self.stage, self.source)
+        state = initialise(self.stage.model, self.optimizer, self.stage.example, experiment.seed, spec.ema, mesh, spec.tune)
         self.whole = jax.jit(lambda params, frozen: tune.whole(spec.tune, params, frozen))
-        self.step = jit_step(step, state, mesh)
-        self.measure = evaluate.jit_measure(run.on_ready(self.stage, objective), model, mesh)
+        self.step = jit_step(_step_of(self.stage, self.optimizer, self.targets), state, mesh)
+        self.finite = Finite(self.context.workdir, self.name, experiment.on_nan, self._clips)
+        self.gauge = Gauge(self._operations, peak_of(experiment.log.peak, experiment.model_of(spec).dtype), self.stage.reader[1])
+        objective = run.on_ready(self.stage, objectives.combine(spec.objectives, self.targets))
+        self.measure = evaluate.jit_measure(objective, self.stage.model, mesh)
         self._restore(state)
         each = self.batches.plan.seen(self.steps) / self.steps
         trained, still = tree.count(self.state.params), tree.count(self.state.frozen)
@@ -194,30 +193,37 @@ class _Trainer:
             return
         stream = pipeline.read(self.batches, self.done, self.steps, self.stage.data)
         progress = Progress(self.name, self.steps, self.done)
-        self.clock = time.monotonic()
+        self.gauge.begin()
+        self.trace = Trace(self.context.workdir, self.context.experiment.profile_steps)
+        self.compilations = Compilations(self.name, self.step)
         try:
             while self.done < self.steps and not self._over():
                 self._one(stream, progress)
         finally:
             stream.close()
             progress.close()
+            self.trace.stop(self.running)
 
     def _one(self, stream: Iterator[pipeline.Loaded], progress: Progress) -> None:
-        begun = time.monotonic()
-        loaded = self._next(stream)
-        if self.running is None or self.running.is_ready():  # else the device had work all the while
-            self.waited += time.monotonic() - begun
+        with self.gauge.spent("data", unless=lambda: self.running is not None and not self.running.is_ready()):
+            loaded = self._next(stream)
         self.bad.note(loaded)
+        self.trace.before(self.done + 1)
         self.state, metrics = self.step(self.state, sharding.put(loaded.batch, self.context.mesh))
         self.done += 1
         self.running = metrics["loss"]
+        self.compilations.check(self.done)
+        self.finite.check()  # of the step before
+        self.finite.note(self.done, metrics.pop("finite"))
         note = self._flush()
-        self.filled.add(loaded.batch)
+        self.gauge.add(loaded.batch)
+        self.trace.after(self.done, self.running)
         every = self.context.experiment
         if self.done % every.log.every == 0 or self.done == self.steps:
             self.pending = (self.done, metrics)
         progress.update(note)
         if self._due_measure(self.done):
+            self.finite.check()
             self._flush()
             self._measure()
         if self.done % every.checkpoint.every == 0 or self.done == self.steps:
@@ -228,12 +234,13 @@ class _Trainer:
         try:
             return next(stream)
         except UserError:  # a process that decodes was killed: what was trained is not lost with it
-            self._save()
+            if not cluster.several():  # the others do not know, and saving takes all of them
+                self._save()
             raise
 
     def _heed(self) -> None:
         """Saves and leaves when somebody asked for it."""
-        if self.context.asked:
+        if self.context.must_stop():
             self._save()
             self.latest.finish()
             raise Stopped(f"{self.context.asked}: {self.name} is saved at step {self.done} of {self.steps}, the same "
@@ -244,30 +251,24 @@ class _Trainer:
         if self.pending is None:
             return ""
         (step, metrics), self.pending = self.pending, None
-        values = {name: float(value) for name, value in metrics.items()}
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         values["rate"] = float(optim.schedule(self.stage.spec.optim, self.steps)(step - 1))
-        if not math.isfinite(values["loss"]):
-            raise UserError(f"{self.name}: the loss is {values['loss']} at step {step}: lower config.stages.{self.name}."
-                            "optim.rate or set optim.clip_norm, and start again in a new --workdir.")
         self.context.log.write(self.name, step, "train", values)
-        self._time(step)
+        self.context.log.time(self.name, step, self.gauge.figures())
         return f"loss {values['loss']:.4f}"
 
-    def _time(self, step: int) -> None:
-        elapsed, self.clock = time.monotonic() - self.clock, time.monotonic()
-        share, self.waited = self.waited / max(elapsed, 1e-9), 0.0
-        filled, self.filled = self.filled, _Filled()
-        self.context.log.time(self.name, step, {
-            "seconds_per_step": elapsed / filled.batches, "clips_per_second": filled.clips * jax.process_count() / elapsed,
-            "data_wait_share": share, "fill": filled.slots / filled.whole, "particles_per_clip": filled.slots / max(filled.clips, 1)})
+    def _clips(self, step: int) -> list[str]:
+        return [self.source[number].name for number in self.batches.clips(step - 1)]
 
     def _save(self) -> None:
+        self.finite.check()  # a state that is no number is never saved
         self._flush()
-        self.best.finish()  # first: who resumes from this step will not measure what came before it again
-        self.latest.save(self.done, saved(self.state), self._data())
+        with self.gauge.spent("save"):
+            self.best.finish()  # first: who resumes from this step will not measure what came before it again
+            self.latest.save(self.done, saved(self.state), self._data())
 
     def _data(self) -> dict[str, Any]:
-        return {"stand": self.batches.plan.stand(self.done), "seed": self.context.experiment.seed, "bad": self.bad.reasons,
+        return {"stand": self.batches.plan.stand(self.done), "seed": self.context.experiment.seed, "bad": self.bad.all(),
                 "classes": list(self.stage.classes), **self.base}
 
     # -- measuring while training
@@ -280,13 +281,15 @@ class _Trainer:
         return any(line["step"] == step for line in self.context.log.lines(self.name, "val"))
 
     def _measure(self) -> None:
-        begun = time.monotonic()
+        with self.gauge.spent("measure"):
+            self._measured_now()
+
+    def _measured_now(self) -> None:
         views = self.stage.views(self.val, self.stage.spec.rows)
         values = evaluate.metrics_of(self.measure, self._whole(self.state), views, self.context.mesh, self._watch)
         self.context.log.write(self.name, self.done, "val", values)
         if self._selected() and self._best_step() == self.done:
             self.best.save(self.done, saved(self.state), self._data())
-        self.clock = getattr(self, "clock", begun) + time.monotonic() - begun  # measuring is not training time
 
     def _watch(self, loaded: pipeline.Loaded) -> None:
         self.bad.note(loaded)
@@ -332,21 +335,31 @@ class _Trainer:
         if "classify" in stage.spec.objectives:
             for split in self.context.experiment.evaluate.splits:
                 figures[split] = figures.get(split, {}) | self._classify(split)
-        run.add_results(self.context.workdir, self.name, figures, self.bad.reasons)
+        run.add_results(self.context.workdir, self.name, figures, self.bad.all())
+        cluster.barrier(f"{self.name} is done")  # who goes on reads what the first process has written
 
     def _costs(self) -> dict[str, float]:
         """What training took: measured over the whole run, also where it was resumed, and operations from shapes."""
         lines = self.context.log.timings(self.name)
         if not lines:
             return {}
-        middle = {key: float(np.median([line[key] for line in lines])) for key in lines[0] if key not in ("stage", "step")}
+        each = {key: [line[key] for line in lines if key in line]
+                for key in ("seconds_per_step", "clips_per_second", "data_wait_share", "fill", "mfu")}
+        middle = {key: float(np.median(values)) for key, values in each.items() if values}
+        return {"seconds_of_steps": middle.pop("seconds_per_step") * self.done, **middle,
+                "particles_per_clip": float(np.mean([line["particles_per_clip"] for line in lines])),
+                "flops_per_clip": self._operations() * self.done / max(self.batches.plan.seen(self.done), 1)}
+
+    def _operations(self) -> int:
+        """Of a step, from shapes; what the backward pass computes again is not the model's."""
         row = pipeline.example(self.batches.plan.schedule.row, 1)
         batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((self.stage.spec.rows, *x.shape[1:]), x.dtype), row)
-        operations = flops.count(self.step.trace(abstract(self.state), batch).jaxpr)
-        return {"seconds_of_steps": middle["seconds_per_step"] * self.done, "clips_per_second": middle["clips_per_second"],
-                "data_wait_share": middle["data_wait_share"], "fill": middle["fill"],
-                "particles_per_clip": float(np.mean([line["particles_per_clip"] for line in lines])),
-                "flops_per_clip": operations * self.done / max(self.batches.plan.seen(self.done), 1)}
+        if self.context.experiment.model_of(self.stage.spec).remat == "none":
+            return flops.count(self.step.trace(abstract(self.state), batch).jaxpr)
+        experiment = replace(self.context.experiment, stages={
+            self.name: replace(self.stage.spec, model={**self.stage.spec.model, "remat": "none"})})
+        plain = run.build(experiment, self.name, self.stage.classes)
+        return flops.count(jax.make_jaxpr(_step_of(plain, self.optimizer, self.targets))(abstract(self.state), batch))
 
     def _classify(self, split: str) -> dict[str, Any]:
         params = self._whole(self.state)
@@ -354,6 +367,12 @@ class _Trainer:
             found = self.best.restore(abstract(saved(self.state)))
             params = self._whole(replace(found[1], frozen=self.state.frozen)) if found else params
         return classify(self.stage, params, self._open(split), self.context, f"{self.name}_{split}", self._watch)
+
+
+def _step_of(stage: run.Stage, optimizer: optax.GradientTransformation, targets: Targets | None) -> Step:
+    spec, objective = stage.spec, objectives.combine(stage.spec.objectives, targets)
+    return make_step(stage.model, objective, optimizer, ema=spec.ema, accumulate=spec.accumulate, tuning=spec.tune,
+                     robust=spec.robust, ready=stage.ready, on_nan=stage.experiment.on_nan)
 
 
 def classify(stage: run.Stage, params: Any, source: sources.Source, context: Context, name: str, watch: evaluate.Watch
@@ -367,6 +386,8 @@ def classify(stage: run.Stage, params: Any, source: sources.Source, context: Con
     records = [source[int(n)] for n in numbers]
     label = np.array([record.label for record in records], int)
     path = context.workdir / (f"predictions_{name}.csv" if name else "predictions.csv")
+    if not cluster.first():
+        path = None
     return answers.score(stage.targets, path, [record.name for record in records], label, found, stage.classes)
 
 

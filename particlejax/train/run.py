@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from particlejax import checkpoint, sharding
+from particlejax import checkpoint, cluster, sharding
 from particlejax.adapt import load, tune
 from particlejax.data import clips, few, pipeline, sources
 from particlejax.models import model as models
@@ -20,7 +20,7 @@ from particlejax.modelspec import ClassifySpec, ModelSpec
 from particlejax.objectives import objectives, targets
 from particlejax.particles.types import Batch
 from particlejax.spec import DataSpec, Experiment, ParticleSpec, ScaleSpec, StageSpec
-from particlejax.train.log import say
+from particlejax.train.log import say, say_here
 from particlejax.typing import Params, UserError
 
 CONFIG, RESULTS = "config.json", "results.json"
@@ -39,11 +39,15 @@ class BadClips:
         for bad in loaded.bad:
             if bad.name not in self.reasons:
                 self.reasons[bad.name] = bad.reason
-                say(f"clip {bad.name} cannot be read ({bad.reason}): it is left out.")
+                say_here(f"clip {bad.name} cannot be read ({bad.reason}): it is left out.")
         if len(self.reasons) > self.limit:
             some = ", ".join(f"{name} ({reason})" for name, reason in list(self.reasons.items())[:3])
             raise UserError(f"{len(self.reasons)} clips cannot be read ({some}, ...), more than config.data.max_bad="
                             f"{self.limit}: mend the data or raise the limit.")
+
+    def all(self) -> dict[str, str]:
+        """Those that any process has met; all processes must call it."""
+        return {path: reason for each in cluster.gather(self.reasons) for path, reason in each.items()}
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Stage:
     targets: targets.Targets | None  # what labels ask of the head, None where there is none
     model: models.Model
     example: Batch  # zeros with the shapes of a batch of one row, as the model reads it
+    reader: tuple[int, int]  # (i, n): of the rows of a batch, this process reads the i-th of n parts
 
     def ready(self, batch: Batch) -> Batch:
         """The batch as the model reads it; the first thing a step does, so that pixels travel as bytes."""
@@ -73,17 +78,16 @@ class Stage:
               ) -> pipeline.Views:
         """All clips of a source once, for measuring; at another scale where one is given."""
         data, particles = (scale or ScaleSpec()).applied(self.data, self.particles)
-        return pipeline.Views(source, data, particles, self.experiment.seed, rows, views, jax.process_index(),
-                              jax.process_count())
+        return pipeline.Views(source, data, particles, self.experiment.seed, rows, views, *self.reader)
 
     def batches(self, source: sources.Source, clips: int) -> pipeline.Batches:
         """Training batches of a source, as many as hold `clips` clips; without end where that is 0."""
-        return pipeline.Batches(source, self.data, self.particles, self.experiment.seed, self.spec.rows, jax.process_index(),
-                                jax.process_count(), self.spec.schedule, self.spec.steps, clips)
+        return pipeline.Batches(source, self.data, self.particles, self.experiment.seed, self.spec.rows, *self.reader,
+                                self.spec.schedule, self.spec.steps, clips)
 
 
-def build(experiment: Experiment, name: str, classes: tuple[str, ...]) -> Stage:
-    """The stage and its model. Raises UserError where it wants labels and there are none."""
+def build(experiment: Experiment, name: str, classes: tuple[str, ...], mesh: Mesh | None = None) -> Stage:
+    """The stage and its model; without a mesh it reads all rows. Raises UserError where it wants labels and there are none."""
     spec = experiment.stages[name]
     data, particles = experiment.data_of(spec), experiment.particles_of(spec)
     _check_directed(data, classes)
@@ -101,7 +105,8 @@ def build(experiment: Experiment, name: str, classes: tuple[str, ...]) -> Stage:
     goal = targets.of(spec.objectives.get("classify", ClassifySpec()), classes) if labelled else None
     model = models.build(experiment.model_of(spec), payloads, classes=len(goal.names) if goal else 0,
                          needs=objectives.parts(spec.objectives))
-    stage = Stage(name, spec, experiment, data, particles, classes, goal, model, pipeline.example(row, 1))
+    stage = Stage(name, spec, experiment, data, particles, classes, goal, model, pipeline.example(row, 1),
+                  sharding.reader(mesh) if mesh else (0, 1))
     return replace(stage, example=stage.ready(stage.example))
 
 
@@ -213,7 +218,9 @@ def read_results(workdir: Path) -> dict[str, Any]:
 
 
 def add_results(workdir: Path, stage: str, figures: Mapping[str, Any], bad: Mapping[str, str]) -> None:
-    """Puts a stage's figures into results.json, and the clips that could not be read."""
+    """Puts a stage's figures into results.json, and the clips that could not be read; the first process alone does."""
+    if not cluster.first():
+        return
     results = read_results(workdir)
     known = {each["path"]: each["reason"] for each in results.pop("bad", [])} | dict(bad)
     results[stage] = results.get(stage, {}) | dict(figures)
@@ -230,7 +237,7 @@ def load_trained(text: str, mesh: Mesh, source: Mapping[str, Any], step: int | N
     folder = result_folder(run, name)
     experiment = read_experiment(run)
     classes = tuple(checkpoint.load_data(folder)["classes"])
-    stage = build(experiment, name, classes)
+    stage = build(experiment, name, classes, mesh)
     stage = replace(stage, data=replace(stage.data, **source))
     shapes = models.parameter_shapes(stage.model, stage.example)
     shardings = sharding.param_shardings(shapes, mesh)

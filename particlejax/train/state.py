@@ -12,7 +12,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from particlejax import sharding
+from particlejax import sharding, tree
 from particlejax.adapt import tune
 from particlejax.models.model import Model
 from particlejax.objectives.types import TEACHER, Objective
@@ -74,9 +74,12 @@ def saved(state: TrainState) -> TrainState:
 
 
 def make_step(model: Model, objective: Objective, optimizer: optax.GradientTransformation, *, ema: float, accumulate: int,
-              tuning: TuneSpec = _ALL, robust: RobustSpec = _PLAIN, ready: Callable[[Batch], Batch] = lambda batch: batch) -> Step:
+              tuning: TuneSpec = _ALL, robust: RobustSpec = _PLAIN, ready: Callable[[Batch], Batch] = lambda batch: batch,
+              on_nan: str = "stop") -> Step:
     """(state, batch) -> (state, metrics), pure; its randomness is fold_in(seed, step).
 
+    Metrics hold the norms of gradients and parameters, of all and of each group, and 'finite': 1 where the loss, the
+    gradients and the new parameters are numbers, else 0, and then with on_nan='skip' nothing changes but the step's number.
     objective: of a batch that `ready` has made what the model reads, so that an attack moves that.
     With `accumulate` > 1 the rows are cut into that many micro-batches under a scan, each weighted by its clips.
     """
@@ -99,10 +102,28 @@ def make_step(model: Model, objective: Objective, optimizer: optax.GradientTrans
         if ema:
             decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))  # young averages forget their random start
             average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
-        metrics |= {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
-        return replace(state, step=state.step + 1, params=params, opt_state=opt_state, average=average), metrics
+        metrics |= norms("grad_norm", grads) | norms("param_norm", params)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"]) & jnp.isfinite(metrics["param_norm"])
+        new = replace(state, step=state.step + 1, params=params, opt_state=opt_state, average=average)
+        if on_nan == "skip":
+            new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, replace(state, step=new.step))
+        return new, metrics | {"finite": finite.astype(jnp.float32)}
 
     return step
+
+
+def norms(name: str, params: Params) -> Metrics:
+    """Euclidean norms of a tree like the parameters': `name` of all of it and 'name/GROUP' of each group.
+
+    A group is a part of the model by its two upper names ('encoder/transformer'), or by the only one above its arrays
+    ('head').
+    """
+    squares: Metrics = {}
+    for path, leaf in tree.flatten(params).items():
+        group = "/".join(path.split("/")[:-1][:2])
+        squares[group] = squares.get(group, jnp.zeros(())) + jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+    total = jnp.sqrt(sum(squares.values(), jnp.zeros(())))
+    return {name: total} | {f"{name}/{group}": jnp.sqrt(square) for group, square in squares.items() if group}
 
 
 def accumulated(gradient: Callable, parts: int) -> Callable:

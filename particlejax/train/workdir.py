@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from particlejax import checkpoint
+from particlejax import checkpoint, cluster
 from particlejax.jobspec import Job
 from particlejax.spec import as_dict
 from particlejax.train.log import say
@@ -13,11 +13,27 @@ from particlejax.train.run import CONFIG
 from particlejax.typing import UserError
 
 # What may change when a run goes on: it says how the work is done, and nothing of what comes out.
-_FREE = frozenset({"workers", "threads", "max_bad", "memory_gib", "time_limit", "cache_dir", "log", "storage"})
+_FREE = frozenset({"workers", "threads", "max_bad", "memory_gib", "time_limit", "cache_dir", "log", "storage",
+                   "cluster", "on_nan", "profile_steps"})
 
 
 def enter(workdir: Path, experiment: Job) -> Path:
-    """Makes the folder and writes config.json, or checks that it holds this very experiment. Raises UserError."""
+    """Makes the folder and writes config.json, or checks that it holds this very experiment. Raises UserError.
+
+    Of several processes the first one makes it, and the others check it.
+    """
+    if not cluster.first():
+        cluster.barrier(f"enter {workdir}")
+        if not (workdir / CONFIG).exists():
+            raise UserError(f"workdir {workdir} is not seen by all processes: give a --workdir on a file system that they share.")
+    try:
+        return _enter(workdir, experiment)
+    finally:
+        if cluster.first():
+            cluster.barrier(f"enter {workdir}")
+
+
+def _enter(workdir: Path, experiment: Job) -> Path:
     path = workdir / CONFIG
     new = json.loads(json.dumps(as_dict(experiment)))
     if path.exists():
