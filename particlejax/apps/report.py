@@ -19,6 +19,7 @@ _CAPTIONS = {
     "reconstruction": "Hidden particles as the decoder draws them. Look for objects where they should be and moving as they "
                       "should. Where targets are normalised, each particle's own mean and contrast are lent to the picture; "
                       "where data.still is below 1, what does not move was hardly asked for.",
+    "rollout": "The second half of a clip, drawn step by step from the first: each step reads what the ones before it made.",
 }
 
 

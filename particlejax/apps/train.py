@@ -18,9 +18,7 @@ def train(experiment: Experiment, workdir: Path, name: str) -> None:
         loop.train(loop.Context(experiment, workdir, mesh, log))
     finally:
         log.close()
-    for stage, spec in experiment.stages.items():
-        masked = spec.objectives.get("masked")
-        if masked and masked.modality == "vision":  # nobody sees whether sound was drawn well
-            explain.draw_masked(workdir, stage, mesh)
+    for stage in experiment.stages:
+        explain.draw(workdir, stage, mesh)
     if cluster.first():
         say(f"report: {report.write(workdir)}")

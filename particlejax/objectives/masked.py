@@ -5,6 +5,7 @@ Legend: B rows, L slots, K visible, Q asked for, S clips of a row.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -114,6 +115,33 @@ def predict_next(spec: NextFrameSpec, params: Params, model: Model, batch: Batch
     query = clock.keep(whole, (since >= -clock.SLACK) & (since < (spec.horizon or jnp.inf)))
     predicted = ask(params, model, past, query, spec.modality, batch, dropout_key if train else None)
     return Prediction(query, predicted, _target(query, spec.normalise), past[spec.modality])
+
+
+def rollout(spec: NextFrameSpec, params: Params, model: Model, batch: Batch, share: float, steps: int) -> tuple[Array, Array]:
+    """What follows the first `share` of each clip, in `steps` steps that each read what the ones before have predicted.
+
+    Returns payloads [B, L, P], those of the past as they are, and bool [B, L], which were predicted. A step is as long as the
+    clip's longest particle. Where targets are normalised, each particle's own mean and deviation are lent to it.
+    """
+    whole, clips = batch.particles[spec.modality], batch.clip.shape[1]
+    first, last = clock.span(whole, clips)
+    step = clock.of_particle(clock.longest(whole, last - first), whole)
+    begin = clock.of_particle(first, whole) + jnp.round(share * clock.of_particle(last - first, whole) / step) * step
+    payload, asked = whole.payload, jnp.zeros(whole.segment.shape, bool)
+    for number in range(steps):
+        moment = begin + number * step
+        known = replace(whole, payload=payload)
+        past = {name: clock.keep(p, clock.end(p) <= clock.of_particle(first, p) + share * clock.of_particle(last - first, p))
+                for name, p in batch.particles.items()}
+        past[spec.modality] = clock.keep(known, clock.end(whole) <= moment + clock.SLACK)
+        since = clock.start(whole) - moment
+        query = clock.keep(whole, (since >= -clock.SLACK) & (since < step - clock.SLACK))
+        predicted = ask(params, model, past, query, spec.modality, batch, None)
+        if spec.normalise:
+            predicted = predicted * whole.payload.std(axis=-1, keepdims=True) + whole.payload.mean(axis=-1, keepdims=True)
+        now = query.segment > 0
+        payload, asked = jnp.where(now[..., None], predicted, payload), asked | now
+    return payload, asked
 
 
 def _target(query: Particles, normalise: bool) -> Array:
