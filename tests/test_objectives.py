@@ -214,6 +214,23 @@ def test_what_is_asked_for_is_never_seen(name: str, mask: str) -> None:
             assert ends[row][seen[row]].max() <= begins[row][found.query.segment[row] > 0].min() + 1e-3, "the past alone"
 
 
+def test_a_rollout_reads_the_past_and_what_it_made_itself() -> None:
+    _, model = setup("next_frame")
+    params, batch = trained("next_frame")[0], make_batch(("vision",))
+    vision, spec = batch.particles["vision"], make(OBJECTIVES["next_frame"], {"normalise": False}, "next_frame")
+    later = vision.place[..., 0] > 3
+
+    def made(payload: jax.Array) -> tuple[jax.Array, jax.Array]:
+        new = dataclasses.replace(batch, particles={"vision": dataclasses.replace(vision, payload=payload)})
+        payload, asked = masked.rollout(spec, params, model, new, 0.5, 3)
+        return jnp.where(asked[..., None], payload, 0).sum(), (payload, asked)
+
+    grads, (payload, asked) = jax.jit(jax.grad(made, has_aux=True))(vision.payload)
+    np.testing.assert_array_equal(asked, later & (vision.segment > 0))
+    np.testing.assert_array_equal(payload[~later], vision.payload[~later])
+    assert (grads[later] == 0).all() and (jnp.abs(grads[~later]).sum(-1) > 0).any()
+
+
 def test_motion_masks_hide_what_moves_more_often() -> None:
     change = jnp.tile(jnp.arange(16.0), (64, 1))
     segment = jnp.ones((64, 16), jnp.int32)
