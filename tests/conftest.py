@@ -4,10 +4,11 @@
 import os
 import tempfile
 
-_compiled = tempfile.TemporaryDirectory()  # what one test compiled serves the others and the processes that tests start
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+if "PYTEST_XDIST_WORKER" not in os.environ:  # what one test compiled serves the others and the processes that tests start
+    _compiled = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 # Tests compile far more than they compute: the least optimised programs are ready in two thirds of the time.
 os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["JAX_PLATFORMS"] = "cpu"
