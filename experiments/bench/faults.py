@@ -29,7 +29,7 @@ from particlejax.spec import (
 def get_config(arg: str = "") -> ConfigDict:
     """The experiment; arg: '' or 'tiny'."""
     tiny = arguments(arg, "tiny")["tiny"]
-    stage = section(StageSpec, steps=20 if tiny else 400, rows=8, val="" if tiny else "val", val_every=0 if tiny else 100, ema=0.99,
+    stage = section(StageSpec, steps=20 if tiny else 240, rows=8, val="" if tiny else "val", val_every=0 if tiny else 80, ema=0.99,
                     objectives={"classify": {}}, optim=section(OptimSpec, rate=1e-3))
     return ConfigDict(section(
         Experiment,
