@@ -34,7 +34,7 @@ from particlejax.train.log import say
 from particlejax.train.workdir import enter
 
 _PATIENCE = 300.0  # seconds that a process may take to train as far as it should
-_PAUSE = 0.5  # seconds after a step within which a kill falls at random
+_PAUSE = 0.25  # seconds after a step within which a kill falls at random
 _DISK = 64  # MiB of the small disk
 _LEFT = 64 * 1024  # bytes that are left of it: enough for lines of metrics, too few for a checkpoint
 _TOLERANCE = 1e-4  # of losses where another number of devices sums them in another order
