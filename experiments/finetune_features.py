@@ -43,7 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
         Experiment,
         job="sweep" if args["sweep"] else "train",
         data=section(DataSpec, source="toybox:tiny" if tiny else "folder:../shared/data/jhmdb21", modalities=("features",)),
-        model=section(ModelSpec, width=32 if tiny else 256, depth=2, heads=2 if tiny else 4, dropout=0.1 if tiny else 0.3,
+        model=section(ModelSpec, width=32 if tiny else 128, depth=2, heads=2, dropout=0.1 if tiny else 0.3,
                       pool="attention", decoder_width=32 if tiny else 128),
         evaluate=section(EvaluateSpec, splits=("val",)),
         stages=trained,

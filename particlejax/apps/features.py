@@ -5,8 +5,8 @@ Legend: K sub-clips of a clip, n particles of a clip, D width, T H W a feature m
 """
 
 import dataclasses
-import json
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -31,13 +31,20 @@ _LEAST = 1e-3  # deviation: a feature that never changes is not blown up
 
 
 class Work(NamedTuple):
-    """Where features go, what tells them from others, and what computes them of frames uint8 [K, T, H, W, 3]: [K, t h w, D]."""
+    """Where features go, how clips are sampled for them, and what computes them: frames uint8 [K, T, H, W, 3] to [K, t h w, D]."""
 
     folder: Path
-    network: dict[str, str]
     sampling: dict[str, Any]
     frozen: probe_backbone.Frozen
     compute: Callable[[np.ndarray], np.ndarray]
+
+
+class Frames(NamedTuple):
+    """Of one clip: where its sub-clips begin [K], how many seconds each lasts, their frames uint8 [K, T, H, W, 3]."""
+
+    begins: np.ndarray
+    seconds: float
+    pixels: np.ndarray
 
 
 class Moments(NamedTuple):
@@ -47,7 +54,7 @@ class Moments(NamedTuple):
     squares: np.ndarray
     count: int
 
-    def with_(self, values_ND: np.ndarray) -> "Moments":
+    def plus(self, values_ND: np.ndarray) -> "Moments":
         """And those of these."""
         return Moments(self.total + values_ND.sum(axis=0), self.squares + (values_ND**2).sum(axis=0), self.count + len(values_ND))
 
@@ -83,7 +90,7 @@ def prepared(spec: FeaturesSpec, folder: Path) -> Work:
         return backbones.features(frozen.backbone, params, pixels, spec.endpoint, pooled=False)
 
     cells = _cells(spec, jax.eval_shape(maps, frozen.params, example).shape[1:-1])
-    sampling = {"frames": frames, "size": net.size, "seconds": spec.seconds, "stride": spec.stride or spec.seconds,
+    sampling = {"frames": frames, "size": net.size, "seconds": float(spec.seconds), "stride": float(spec.stride or spec.seconds),
                 "cells": list(cells)}
     known = subclips.described(folder)
     if known and (known.network, known.sampling) != (frozen.known, sampling):
@@ -93,7 +100,7 @@ def prepared(spec: FeaturesSpec, folder: Path) -> Work:
                         f"config.folder, or do as there: `{known.command}`.")
 
     compute = jax.jit(lambda params, pixels: averaged(maps(params, pixels), cells))
-    return Work(folder, frozen.known, sampling, frozen, lambda pixels: np.asarray(compute(frozen.params, pixels), np.float32))
+    return Work(folder, sampling, frozen, lambda pixels: np.asarray(compute(frozen.params, pixels), np.float32))
 
 
 def _cells(spec: FeaturesSpec, shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -130,7 +137,7 @@ def _shares(number: int, cells: int) -> np.ndarray:
 def _split(work: Work, source: sources.Source, spec: FeaturesSpec, bad: run.BadClips) -> tuple[int, Moments]:
     """Computes what is not kept of a source. Returns of how many clips, and the moments of all."""
     progress, moments = Progress("features", len(source), unit="clip"), Moments(np.zeros(1), np.zeros(1), 0)
-    waiting: dict[str, _Frames] = {}
+    waiting: dict[str, Frames] = {}
     computed = 0
     for i in range(len(source)):
         record, found = source[i], []
@@ -145,13 +152,13 @@ def _split(work: Work, source: sources.Source, spec: FeaturesSpec, bad: run.BadC
             found += _computed(work, waiting, spec.rows)
             waiting = {}
         for each in found:
-            moments = moments.with_(each[:, subclips.ABOUT :].astype(np.float64))
+            moments = moments.plus(each[:, subclips.ABOUT :].astype(np.float64))
         progress.update()
     progress.close()
     return computed, moments
 
 
-def _computed(work: Work, waiting: Mapping[str, "_Frames"], rows: int) -> list[np.ndarray]:
+def _computed(work: Work, waiting: Mapping[str, Frames], rows: int) -> list[np.ndarray]:
     """Computes and keeps what is to be kept of clips, each float32 [n, 6 + D]."""
     if not waiting:
         return []
@@ -169,15 +176,7 @@ def _computed(work: Work, waiting: Mapping[str, "_Frames"], rows: int) -> list[n
     return found
 
 
-class _Frames(NamedTuple):
-    """Of one clip: where its sub-clips begin [K], how many seconds each lasts, their frames uint8 [K, T, H, W, 3]."""
-
-    begins: np.ndarray
-    seconds: float
-    pixels: np.ndarray
-
-
-def _read(i: int, record: sources.Record, sampling: Mapping[str, Any], bad: run.BadClips) -> _Frames | None:
+def _read(i: int, record: sources.Record, sampling: Mapping[str, Any], bad: run.BadClips) -> Frames | None:
     """None for a clip that cannot be read, which is noted."""
     try:
         with decode.Video(record.video) as video:
@@ -187,7 +186,7 @@ def _read(i: int, record: sources.Record, sampling: Mapping[str, Any], bad: run.
         ends = record.start + np.minimum(begins + seconds, length)
         parts = (dataclasses.replace(record, start=record.start + float(begin), end=float(end))
                  for begin, end in zip(begins, ends, strict=True))
-        return _Frames(begins, seconds, np.stack([clips.load(part, data, clips.CENTRE).frames for part in parts]))
+        return Frames(begins, seconds, np.stack([clips.load(part, data, clips.CENTRE).frames for part in parts]))
     except decode.Unreadable as error:
         bad.note(pipeline.Loaded(None, (pipeline.Bad(i, record.name, error.reason),)))
         return None
@@ -196,14 +195,14 @@ def _read(i: int, record: sources.Record, sampling: Mapping[str, Any], bad: run.
 def _description(work: Work, spec: FeaturesSpec, moments: Moments) -> subclips.Described:
     mean = moments.total / moments.count
     deviation = np.sqrt(np.maximum(moments.squares / moments.count - mean**2, 0))
-    return subclips.Described(" ".join(_command(spec, work.folder)), work.network, work.sampling, tuple(map(float, mean)),
+    return subclips.Described(" ".join(_command(spec, work.folder)), work.frozen.known, work.sampling, tuple(map(float, mean)),
                               tuple(map(float, np.maximum(deviation, _LEAST))))
 
 
 def _command(spec: FeaturesSpec, folder: Path) -> Iterator[str]:
     """The command that does this job again."""
-    yield f"python -m particlejax.main --config experiments/features.py --config.folder={folder}"
-    shipped = FeaturesSpec()
+    yield f"python -m particlejax.main --config experiments/features.py {shlex.quote(f'--config.folder={folder}')}"
+    default, always = FeaturesSpec(), ("source", "splits", "frames", "cells")  # of which the experiment file may have its own
     for key, value in dataclasses.asdict(spec).items():
-        if key not in ("job", "folder") and value != getattr(shipped, key):
-            yield f"--config.{key}={json.dumps(value) if isinstance(value, str) and ' ' in value else value}".replace(", ", ",")
+        if key in always or key not in ("job", "folder") and value != getattr(default, key):
+            yield shlex.quote(f"--config.{key}={value}")
