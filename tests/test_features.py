@@ -75,6 +75,7 @@ def test_sub_clips_cover_the_clip_and_cells_the_sub_clip() -> None:
     np.testing.assert_allclose(subclips.starts(2.0, 1.0, 0.5), [0, 0.5, 1.0])
     np.testing.assert_allclose(subclips.starts(2.3, 1.0, 0.5), [0, 0.5, 1.0, 1.5])  # the last one shows its last frame for a while
     np.testing.assert_allclose(subclips.starts(0.6, 1.0, 0.5), [0])
+    np.testing.assert_allclose(subclips.starts(2.0, 0.5, 2.0), [0])  # they may stand apart, but not beyond the end
     about = subclips.placed(np.array([0.0, 0.5]), 1.0, (2, 2, 1))
     np.testing.assert_allclose(about[:, 0], [0.25, 0.25, 0.75, 0.75, 0.75, 0.75, 1.25, 1.25])
     np.testing.assert_allclose(about[:2, 1], [0.25, 0.75])

@@ -93,7 +93,8 @@ def opened(spec: FeatureSpec) -> Described:
 
 def starts(length: float, seconds: float, stride: float) -> np.ndarray:
     """Where the sub-clips of a clip begin, in seconds; the last may go past its end, where it shows the last frame."""
-    return np.arange(1 + max(0, math.ceil((length - seconds - _HAIR) / stride))) * stride if seconds else np.zeros(1)
+    begins = np.arange(1 + max(0, math.ceil((length - seconds - _HAIR) / stride))) * stride if seconds else np.zeros(1)
+    return begins[begins < max(length, _HAIR)]  # where they stand apart, the last one may lie beyond
 
 
 def placed(starts: np.ndarray, seconds: float, cells: tuple[int, int, int]) -> np.ndarray:
