@@ -51,8 +51,8 @@ class Asked(NamedTuple):
 JOBS = {"train": train.train, "sweep": sweep.sweep, "evaluate": evaluate.evaluate, "prepare": prepare.prepare,
         "check_data": check.check_data, "bench_data": bench_data.bench, "bench_particles": bench_particles.bench,
         "import_weights": import_weights.import_weights, "recognise": recognise.recognise,
-        "probe": probe.probe, "probe_backbone": probe_backbone.probe, "features": features.features, "soup": soup.soup, "prototypes": few.prototypes,
-        "label_next": few.label_next}
+        "probe": probe.probe, "probe_backbone": probe_backbone.probe, "features": features.features,
+        "soup": soup.soup, "prototypes": few.prototypes, "label_next": few.label_next}
 
 
 def main(argv: Sequence[str]) -> int:
