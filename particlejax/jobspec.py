@@ -78,8 +78,29 @@ class BackboneProbeSpec:
     max_bad: int = at_least(100, 0)  # unreadable clips after which it stops
 
 
-Job = Experiment | ImportSpec | RecogniseSpec | ProbeSpec | BackboneProbeSpec
-_OWN = {"import_weights": ImportSpec, "recognise": RecogniseSpec, "probe": ProbeSpec, "probe_backbone": BackboneProbeSpec}
+@dataclasses.dataclass(frozen=True)
+class FeaturesSpec:
+    """Job features: what a frozen network says of sub-clips, kept for training as modality `features`."""
+
+    job: str = one_of("features")
+    folder: str = ""  # that config.data.features.folder names later; '': the workdir
+    source: str = "toybox"  # as config.data.source of an experiment
+    splits: tuple[str, ...] = ("train", "val")  # mean and deviation of the features are those of the first
+    cache_dir: str = "~/.cache/particlejax"  # as config.data.cache_dir
+    model: str = "i3d"  # of models/variants.py, one that takes videos
+    weights: str = ""  # as `source` of an import, or its workdir; '': the package that carries them; 'random': none
+    endpoint: str = ""  # feature map; '': the network's last
+    frames: int = at_least(0, 0)  # that it sees of a sub-clip; 0: as published; Transformers take no other number
+    seconds: float = at_least(0.0, 0)  # of a sub-clip; 0: the whole clip is one
+    stride: float = at_least(0.0, 0)  # seconds from one sub-clip to the next; 0: `seconds`, so that they do not overlap
+    cells: tuple[int, int, int] = at_least((1, 1, 1), 0)  # of time, rows, columns that a map is averaged into; 0: all it has
+    rows: int = at_least(4, 1)  # sub-clips at once
+    max_bad: int = at_least(100, 0)  # unreadable clips after which it stops
+
+
+Job = Experiment | ImportSpec | RecogniseSpec | ProbeSpec | BackboneProbeSpec | FeaturesSpec
+_OWN = {"import_weights": ImportSpec, "recognise": RecogniseSpec, "probe": ProbeSpec, "probe_backbone": BackboneProbeSpec,
+        "features": FeaturesSpec}
 
 
 def of(config: Mapping[str, Any]) -> Job:

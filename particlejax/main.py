@@ -20,6 +20,7 @@ from particlejax import checkpoint, cluster, jobspec
 from particlejax.apps import (
     check,
     evaluate,
+    features,
     few,
     import_weights,
     prepare,
@@ -52,8 +53,8 @@ JOBS = {"train": train.train, "sweep": sweep.sweep, "evaluate": evaluate.evaluat
         "check_data": check.check_data, "bench_data": bench_data.bench, "bench_particles": bench_particles.bench,
         "bench_faults": bench_faults.bench,
         "import_weights": import_weights.import_weights, "recognise": recognise.recognise,
-        "probe": probe.probe, "probe_backbone": probe_backbone.probe, "soup": soup.soup, "prototypes": few.prototypes,
-        "label_next": few.label_next}
+        "probe": probe.probe, "probe_backbone": probe_backbone.probe, "features": features.features,
+        "soup": soup.soup, "prototypes": few.prototypes, "label_next": few.label_next}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -118,9 +118,14 @@ def test_every_experiment_file_runs_shrunk(name: str, quickstart: Path, clips_fo
     trained = [*cache, f"--config.run={quickstart}"]
     more = {"evaluate.py": trained, "prototypes.py": trained, "label_next.py": trained, "import_weights.py": [],
             "soup.py": [*cache, f"--config.runs=('{quickstart}',)"], "recognise.py": video,
+            "features.py": [f"--config.cache_dir={cache_dir}"],
+            "finetune_features.py": [*cache, f"--config.data.features.folder={tmp_path / 'kept'}"],
             "probe_backbone.py": [f"--config.cache_dir={cache_dir}"],
             "probe.py": [f"--config.cache_dir={cache_dir}", f"--config.run={quickstart}:pretrain"],
             "finetune_sweep.py": [*cache, f"--config.init={quickstart}:pretrain"]}
+    if name == "finetune_features.py":  # which reads what another job wrote
+        kept = str(tmp_path / "kept")
+        assert run(capfd, "--config=experiments/features.py:tiny", "--workdir", kept, *more["features.py"])[0] == 0
     code, said = run(capfd, "--config", f"experiments/{name}:tiny", "--workdir", str(tmp_path / "run"),
                      *more.get(name, cache))
     assert code == 0, said

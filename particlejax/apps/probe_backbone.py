@@ -21,7 +21,7 @@ from particlejax.apps import import_weights
 from particlejax.apps.report import table
 from particlejax.data import clips, features, pipeline, sources
 from particlejax.data.decode import Unreadable
-from particlejax.jobspec import BackboneProbeSpec
+from particlejax.jobspec import BackboneProbeSpec, FeaturesSpec
 from particlejax.models import backbones
 from particlejax.spec import DataSpec
 from particlejax.train import run
@@ -69,7 +69,7 @@ def probe(spec: BackboneProbeSpec, workdir: Path, name: str) -> None:
     say(f"report: {path}")
 
 
-def load(spec: BackboneProbeSpec) -> Frozen:
+def load(spec: BackboneProbeSpec | FeaturesSpec) -> Frozen:
     """The network. Raises UserError where its weights are not found, do not fit or lack more than a head."""
     found = backbones.find(spec.model)
     if not found.video:
@@ -110,9 +110,9 @@ def tell(frozen: Frozen, source: sources.Source, spec: BackboneProbeSpec, bad: r
     keys: dict[int, str] = {}
     for i in range(len(source)):
         record = source[i]
-        if record.label >= 0 and (name := _key(i, record, frozen, sampling, bad)):
+        if record.label >= 0 and (name := key_of(i, record, frozen, sampling, bad)):
             labels[i], keys[i] = record.label, name
-    found = {i: vector for i, name in keys.items() if folder and (vector := _kept(folder, name)) is not None}
+    found = {i: vector for i, name in keys.items() if folder and (vector := kept(folder, name)) is not None}
     waiting = [i for i in keys if i not in found]
     progress = Progress("features", len(waiting), unit="clip")
     for first in range(0, len(waiting), spec.rows):
@@ -132,7 +132,8 @@ def tell(frozen: Frozen, source: sources.Source, spec: BackboneProbeSpec, bad: r
     return Told(np.stack([found[i] for i in order]), np.array([labels[i] for i in order]), len(set(waiting) & found.keys()))
 
 
-def _key(i: int, record: sources.Record, frozen: Frozen, sampling: dict[str, Any], bad: run.BadClips) -> str:
+def key_of(i: int, record: sources.Record, frozen: Frozen, sampling: dict[str, Any], bad: run.BadClips) -> str:
+    """Under which name a clip's features are kept; '' for a file that is not there, which is noted."""
     try:
         return features.key(record, frozen.known, sampling)
     except OSError as error:
@@ -159,7 +160,8 @@ def answers(learnt: Told, asked_ND: np.ndarray, classes: int, penalty: float) ->
     return found
 
 
-def _kept(folder: Path | None, name: str) -> np.ndarray | None:
+def kept(folder: Path | None, name: str) -> np.ndarray | None:
+    """What is kept under a name, None where that is nothing or damaged, which is said."""
     try:
         return features.load(folder, name) if folder else None
     except features.Damaged as error:

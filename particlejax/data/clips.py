@@ -11,15 +11,15 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from particlejax.data import audio, augment, memory, patience, series, words
+from particlejax.data import audio, augment, memory, patience, series, subclips, words
 from particlejax.data.sources import Record
 from particlejax.particles import cut, policies
 from particlejax.particles.pixels import PixelScale
 from particlejax.particles.types import Particles
 from particlejax.spec import DataSpec, ParticleSpec
 
-VISION, AUDIO, TEXT, SERIES = "vision", "audio", "text", "series"
-MODALITIES = (VISION, AUDIO, TEXT, SERIES)
+VISION, AUDIO, TEXT, SERIES, FEATURES = "vision", "audio", "text", "series", "features"
+MODALITIES = (VISION, AUDIO, TEXT, SERIES, FEATURES)
 _ASPECT = 4 / 3  # a random crop's sides differ by at most this factor
 _BILINEAR = Image.Resampling.BILINEAR
 _SMALL = 64  # pixels of the side up to which frames are resized together
@@ -45,7 +45,8 @@ class Clip:
 
     All times count from the clip's start, where the sampled span begins; each frame stands somewhere in its own T-th of
     it. sound: samples float32 [N] from the start on, None where there is none. words: ids int32 [n]. channels: float32
-    [n, C] from the start on, or None. seconds: the span.
+    [n, C] from the start on, or None. seconds: the span. features: particles of what a network said before, or None.
+    T is 0 where only those are asked for, and words: then no frame is decoded.
     """
 
     frames: np.ndarray
@@ -54,6 +55,7 @@ class Clip:
     sound: np.ndarray | None = None
     words: np.ndarray | None = None
     channels: np.ndarray | None = None
+    features: Particles | None = None
 
 
 def load(record: Record, spec: DataSpec, look: Look, may_flip: bool = True) -> Clip:
@@ -61,7 +63,14 @@ def load(record: Record, spec: DataSpec, look: Look, may_flip: bool = True) -> C
     return patience.within(spec.time_limit, partial(_load, record, spec, look, may_flip), record.video)
 
 
+def decodes(spec: DataSpec) -> bool:
+    """Whether frames are decoded: not for kept features, alone or with words."""
+    return FEATURES not in spec.modalities or bool({VISION, AUDIO, SERIES} & set(spec.modalities))
+
+
 def _load(record: Record, spec: DataSpec, look: Look, may_flip: bool) -> Clip:
+    if not decodes(spec):
+        return _unseen(record, spec, look)
     with memory.opened(record.video, spec.decode_side or spec.size, spec.memory_gib) as video:
         length = max(record.until(video.duration) - record.start, 1 / video.fps)
         offset, times, span = moments(length, 1 / video.fps, spec, look)
@@ -78,7 +87,21 @@ def _load(record: Record, spec: DataSpec, look: Look, may_flip: bool) -> Clip:
     if SERIES in spec.modalities and record.series:
         left = min(left, longest(spec, spec.series.seconds))
         clip = replace(clip, channels=series.read(record.series, start, left, spec.series))
+    if FEATURES in spec.modalities:
+        clip = replace(clip, features=_kept(subclips.read(record, spec.features), offset, span, spec))
     return clip
+
+
+def _unseen(record: Record, spec: DataSpec, look: Look) -> Clip:
+    kept = subclips.read(record, spec.features)
+    offset, _, span = moments(kept.length, kept.length, spec, look)  # how long a frame is does not matter to a span
+    text = words.encode(record.caption, spec.text) if TEXT in spec.modalities and record.caption else None
+    frames = np.zeros((0, spec.size, spec.size, 3), np.uint8)
+    return Clip(frames, np.zeros(0, np.float32), span, words=text, features=_kept(kept, offset, span, spec))
+
+
+def _kept(kept: subclips.Kept, offset: float, span: float, spec: DataSpec) -> Particles:
+    return kept.during(offset, min(span, longest(spec, spec.features.seconds) or span))
 
 
 def _look(frames: np.ndarray, spec: DataSpec, look: Look, may_flip: bool) -> np.ndarray:
@@ -104,7 +127,7 @@ def _hear(record: Record, spec: DataSpec, look: Look, when: tuple[float, float, 
 
 
 def longest(spec: DataSpec, own: float) -> float:
-    """Seconds of sound or series that a row has room for: the modality's own setting, else the span of the frames."""
+    """Seconds of sound, series or features that a row has room for: the modality's own setting, else the span of the frames."""
     return own or spec.seconds
 
 
@@ -121,6 +144,8 @@ def particles_of(clip: Clip, data: DataSpec, spec: ParticleSpec, rng: np.random.
         made[TEXT] = _text(clip.words, clip.seconds)
     if clip.channels is not None and len(clip.channels) >= data.series.window:
         made[SERIES] = _series(clip.channels, data)
+    if clip.features is not None:
+        made[FEATURES] = clip.features
     return {name: particles for name, particles in made.items() if len(particles.segment)}
 
 

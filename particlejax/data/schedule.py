@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from particlejax.data import audio, clips
+from particlejax.data import audio, clips, subclips
 from particlejax.particles import pack, policies
 from particlejax.spec import DataSpec, ParticleSpec, ScaleSpec, ScheduleSpec
 from particlejax.typing import UserError
@@ -132,6 +132,18 @@ def _series_slots(data: DataSpec, spec: ParticleSpec) -> pack.Slots:
     return pack.Slots(max(1, number), data.series.window * len(data.series.channels))
 
 
+def _feature_slots(data: DataSpec, spec: ParticleSpec) -> pack.Slots:
+    del spec
+    if not clips.decodes(data):
+        for key, needless in (("sample", data.sample == "dense"), ("augment.mixup", data.augment.mixup),
+                              ("augment.cutmix", data.augment.cutmix)):
+            if needless:
+                raise UserError(f"config.data.{key} speaks of frames and config.data.modalities={data.modalities} has none: leave "
+                                "it as it is by default, or add 'vision'.")
+    what = subclips.opened(data.features)
+    return pack.Slots(what.most(0.0 if what.whole else _seconds(data, "features")), what.width)
+
+
 def _text_slots(data: DataSpec, spec: ParticleSpec) -> pack.Slots:
     del spec
     return pack.Slots(data.text.length, 1, "int32")
@@ -145,4 +157,5 @@ def _seconds(data: DataSpec, modality: str) -> float:
     return seconds
 
 
-_SLOTS = {clips.VISION: _vision_slots, clips.AUDIO: _audio_slots, clips.TEXT: _text_slots, clips.SERIES: _series_slots}
+_SLOTS = {clips.VISION: _vision_slots, clips.AUDIO: _audio_slots, clips.TEXT: _text_slots, clips.SERIES: _series_slots,
+          clips.FEATURES: _feature_slots}

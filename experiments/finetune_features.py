@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small Transformer over what a frozen network says of clips: the features that experiments/features.py kept, as particles.
+
+    python -m particlejax.main --config experiments/features.py --config.source=folder:PATH --config.folder=FOLDER
+    python -m particlejax.main --config experiments/finetune_features.py --config.data.source=folder:PATH \
+        --config.data.features.folder=FOLDER
+
+`:pretrain` first fills in hidden features, without labels, and fine-tunes from there; `:sweep` compares ways of fine-tuning
+from such a run, named by --config.init=RUN_DIR:pretrain, over three seeds. No video is decoded. `:tiny` is a smoke run.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from particlejax.spec import DataSpec, EvaluateSpec, Experiment, ModelSpec, OptimSpec, StageSpec, SweepSpec, arguments, section
+
+WAYS = {"full": 5e-4, "lora": 2e-3, "adapter": 2e-3, "prefix": 2e-3}  # learning rates
+
+
+def stages(tiny: bool, pretrain: bool) -> dict[str, Any]:
+    """What is trained."""
+    rows = 8 if tiny else 16
+    finetune = section(
+        StageSpec, steps=4 if tiny else 0, epochs=0 if tiny else 40, rows=rows, val_every=4 if tiny else 200,
+        objectives={"classify": {"label_smoothing": 0.1}}, ema=0.99, init="pretrain" if pretrain else "",
+        optim=section(OptimSpec, rate=5e-4, weight_decay=0.1, b2=0.999))
+    masked = section(
+        StageSpec, steps=4 if tiny else 1500, rows=rows, val_every=4 if tiny else 500,
+        objectives={"masked": {"modality": "features", "mask": "random", "keep": 0.5, "predict": 0.5, "normalise": False}},
+        optim=section(OptimSpec, rate=1e-3))
+    return {"pretrain": masked, "finetune": finetune} if pretrain else {"finetune": finetune}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The experiment; arg: '', 'pretrain', 'sweep', 'tiny' or 'tiny,' and one of them."""
+    args = arguments(arg, "tiny", "pretrain", "sweep")
+    tiny, trained = args["tiny"], stages(args["tiny"], args["pretrain"])
+    ways = {how: {"stages": {"finetune": {"tune": {"how": how}, "optim": {"rate": rate}}}} for how, rate in WAYS.items()}
+    sweep = section(SweepSpec, runs={"lora": ways["lora"]} if tiny else ways, seeds=(0,) if tiny else (0, 1, 2),
+                    metric="finetune/val/top1")
+    return ConfigDict(section(
+        Experiment,
+        job="sweep" if args["sweep"] else "train",
+        data=section(DataSpec, source="toybox:tiny" if tiny else "folder:../shared/data/jhmdb21", modalities=("features",)),
+        model=section(ModelSpec, width=32 if tiny else 128, depth=2, heads=2, dropout=0.1 if tiny else 0.3,
+                      pool="attention", decoder_width=32 if tiny else 128),
+        evaluate=section(EvaluateSpec, splits=("val",)),
+        stages=trained,
+        order=tuple(trained),
+        **({"sweep": sweep} if args["sweep"] else {}),
+    ))

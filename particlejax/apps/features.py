@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a frozen network says of the sub-clips of a data set, computed once and kept as particles for training.
+
+Legend: K sub-clips of a clip, n particles of a clip, D width, T H W a feature map, t h w its cells.
+"""
+
+import dataclasses
+import math
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from particlejax.apps import probe_backbone
+from particlejax.data import clips, decode, pipeline, sources, subclips
+from particlejax.data import features as files
+from particlejax.jobspec import FeaturesSpec
+from particlejax.models import backbones
+from particlejax.spec import DataSpec
+from particlejax.train import run
+from particlejax.train.log import Progress, say
+from particlejax.typing import UserError
+
+_LEAST = 1e-3  # deviation: a feature that never changes is not blown up
+
+
+class Work(NamedTuple):
+    """Where features go, how clips are sampled for them, and what computes them: frames uint8 [K, T, H, W, 3] to [K, t h w, D]."""
+
+    folder: Path
+    sampling: dict[str, Any]
+    frozen: probe_backbone.Frozen
+    compute: Callable[[np.ndarray], np.ndarray]
+
+
+class Frames(NamedTuple):
+    """Of one clip: where its sub-clips begin [K], how many seconds each lasts, their frames uint8 [K, T, H, W, 3]."""
+
+    begins: np.ndarray
+    seconds: float
+    pixels: np.ndarray
+
+
+class Moments(NamedTuple):
+    """Sums of a split's features and of their squares, float64 [D], of how many particles."""
+
+    total: np.ndarray
+    squares: np.ndarray
+    count: int
+
+    def plus(self, values_ND: np.ndarray) -> "Moments":
+        """And those of these."""
+        return Moments(self.total + values_ND.sum(axis=0), self.squares + (values_ND**2).sum(axis=0), self.count + len(values_ND))
+
+
+def features(spec: FeaturesSpec, workdir: Path, name: str) -> None:
+    """Job 'features': those of every readable clip of `config.splits`, and network.json, which says what they are."""
+    del name
+    begun = time.perf_counter()
+    work, bad = prepared(spec, Path(spec.folder).expanduser() if spec.folder else workdir), run.BadClips(spec.max_bad)
+    figures: dict[str, Any] = {}
+    for split in spec.splits:
+        source = sources.open_source(spec.source, split, spec.cache_dir)
+        computed, moments = _split(work, source, spec, bad)
+        if not moments.count:
+            raise UserError(f"{spec.source} has no readable clip in {split}: name other splits with config.splits.")
+        if subclips.described(work.folder) is None:  # never changed later: what was trained on these stays right
+            subclips.describe(work.folder, _description(work, spec, moments))
+        figures[split] = {"clips": len(source), "computed": computed, "particles": moments.count}
+        say(f"{split}: features of {computed} clips computed, {moments.count} particles of {len(moments.total)} numbers in all")
+    seconds = time.perf_counter() - begun
+    run.add_results(workdir, "features", {**figures, "width": len(moments.total), "seconds": seconds}, bad.reasons)
+    say(f"train on them with --config.data.modalities=\"('features',)\" --config.data.features.folder={work.folder}")
+
+
+def prepared(spec: FeaturesSpec, folder: Path) -> Work:
+    """Raises UserError where the folder holds other features, and for cells that the network's map does not have."""
+    frozen = probe_backbone.load(spec)
+    net = frozen.backbone.spec
+    frames = net.frames if net.inputs or not spec.frames else spec.frames  # a Transformer has positions for its own number
+    example = jax.ShapeDtypeStruct((1, frames, net.size, net.size, 3), np.uint8)
+
+    def maps(params: Any, pixels: Array) -> Array:
+        return backbones.features(frozen.backbone, params, pixels, spec.endpoint, pooled=False)
+
+    cells = _cells(spec, jax.eval_shape(maps, frozen.params, example).shape[1:-1])
+    sampling = {"frames": frames, "size": net.size, "seconds": float(spec.seconds), "stride": float(spec.stride or spec.seconds),
+                "cells": list(cells)}
+    known = subclips.described(folder)
+    if known and (known.network, known.sampling) != (frozen.known, sampling):
+        there = known.network | known.sampling
+        differs = next(key for key, value in (frozen.known | sampling).items() if there.get(key) != value)
+        raise UserError(f"{folder} holds features of another network or sampling ({differs} differs): name another folder with "
+                        f"config.folder, or do as there: `{known.command}`.")
+
+    compute = jax.jit(lambda params, pixels: averaged(maps(params, pixels), cells))
+    return Work(folder, sampling, frozen, lambda pixels: np.asarray(compute(frozen.params, pixels), np.float32))
+
+
+def _cells(spec: FeaturesSpec, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """The cells of a map of this shape; tokens and vectors are one."""
+    if len(shape) != 3:
+        if spec.cells not in ((1, 1, 1), (0, 0, 0)):
+            raise UserError(f"{spec.model} gives no map of time, rows and columns: leave config.cells at (1, 1, 1).")
+        return 1, 1, 1
+    wanted = tuple(number or most for number, most in zip(spec.cells, shape, strict=True))
+    if any(number > most for number, most in zip(wanted, shape, strict=True)):
+        raise UserError(f"config.cells={spec.cells} are more than the map of {spec.model} has, {shape}: use these or fewer.")
+    return wanted
+
+
+def averaged(maps: Array, cells: tuple[int, int, int]) -> Array:
+    """Means over equal cells, [K, t h w, D], of maps [K, T, H, W, D]; what lies across two cells counts in both.
+
+    Tokens [K, L, D] and vectors [K, D] are one cell.
+    """
+    if maps.ndim != 5:
+        return jnp.mean(maps.reshape(len(maps), -1, maps.shape[-1]), axis=1, keepdims=True)
+    shares = (jnp.asarray(_shares(number, count)) for number, count in zip(maps.shape[1:4], cells, strict=True))
+    made = jnp.einsum("ktrcd,at,br,ec->kabed", maps, *shares)
+    return made.reshape(len(maps), math.prod(cells), -1)
+
+
+def _shares(number: int, cells: int) -> np.ndarray:
+    """Of each cell [cells, number], the share that each of `number` places has in it."""
+    edges, width = np.arange(number), number / cells
+    begin = np.arange(cells)[:, None] * width
+    return (np.clip(np.minimum(edges + 1, begin + width) - np.maximum(edges, begin), 0, None) / width).astype(np.float32)
+
+
+def _split(work: Work, source: sources.Source, spec: FeaturesSpec, bad: run.BadClips) -> tuple[int, Moments]:
+    """Computes what is not kept of a source. Returns of how many clips, and the moments of all."""
+    progress, moments = Progress("features", len(source), unit="clip"), Moments(np.zeros(1), np.zeros(1), 0)
+    waiting: dict[str, Frames] = {}
+    computed = 0
+    for i in range(len(source)):
+        record, found = source[i], []
+        if name := probe_backbone.key_of(i, record, work.frozen, work.sampling, bad):
+            kept = probe_backbone.kept(work.folder, name)
+            if kept is not None:
+                found = [kept]
+            elif read := _read(i, record, work.sampling, bad):
+                waiting[name] = read
+        if i + 1 == len(source) or sum(len(each.pixels) for each in waiting.values()) >= spec.rows:
+            computed += len(waiting)
+            found += _computed(work, waiting, spec.rows)
+            waiting = {}
+        for each in found:
+            moments = moments.plus(each[:, subclips.ABOUT :].astype(np.float64))
+        progress.update()
+    progress.close()
+    return computed, moments
+
+
+def _computed(work: Work, waiting: Mapping[str, Frames], rows: int) -> list[np.ndarray]:
+    """Computes and keeps what is to be kept of clips, each float32 [n, 6 + D]."""
+    if not waiting:
+        return []
+    pixels, values = np.concatenate([each.pixels for each in waiting.values()]), []
+    for first in range(0, len(pixels), rows):
+        part = pixels[first : first + rows]
+        full = np.concatenate([part, np.repeat(part[:1], rows - len(part), axis=0)])  # one shape, one program
+        values.append(work.compute(full)[: len(part)])
+    ends = np.cumsum([len(each.pixels) for each in waiting.values()])
+    found = []
+    for (name, each), value in zip(waiting.items(), np.split(np.concatenate(values), ends[:-1]), strict=True):
+        about = subclips.placed(each.begins, each.seconds, work.sampling["cells"])
+        found.append(subclips.joined(about, value.reshape(-1, value.shape[-1])))
+        files.save(work.folder, name, found[-1])
+    return found
+
+
+def _read(i: int, record: sources.Record, sampling: Mapping[str, Any], bad: run.BadClips) -> Frames | None:
+    """None for a clip that cannot be read, which is noted."""
+    try:
+        with decode.Video(record.video) as video:
+            length = max(record.until(video.duration) - record.start, 1 / video.fps)
+        begins, seconds = subclips.starts(length, sampling["seconds"], sampling["stride"]), sampling["seconds"] or length
+        data = DataSpec(frames=sampling["frames"], size=sampling["size"], seconds=seconds)
+        ends = record.start + np.minimum(begins + seconds, length)
+        parts = (dataclasses.replace(record, start=record.start + float(begin), end=float(end))
+                 for begin, end in zip(begins, ends, strict=True))
+        return Frames(begins, seconds, np.stack([clips.load(part, data, clips.CENTRE).frames for part in parts]))
+    except decode.Unreadable as error:
+        bad.note(pipeline.Loaded(None, (pipeline.Bad(i, record.name, error.reason),)))
+        return None
+
+
+def _description(work: Work, spec: FeaturesSpec, moments: Moments) -> subclips.Described:
+    mean = moments.total / moments.count
+    deviation = np.sqrt(np.maximum(moments.squares / moments.count - mean**2, 0))
+    return subclips.Described(" ".join(_command(spec, work.folder)), work.frozen.known, work.sampling, tuple(map(float, mean)),
+                              tuple(map(float, np.maximum(deviation, _LEAST))))
+
+
+def _command(spec: FeaturesSpec, folder: Path) -> Iterator[str]:
+    """The command that does this job again."""
+    yield f"python -m particlejax.main --config experiments/features.py {shlex.quote(f'--config.folder={folder}')}"
+    default, always = FeaturesSpec(), ("source", "splits", "frames", "cells")  # of which the experiment file may have its own
+    for key, value in dataclasses.asdict(spec).items():
+        if key in always or key not in ("job", "folder") and value != getattr(default, key):
+            yield shlex.quote(f"--config.{key}={value}")
