@@ -75,7 +75,7 @@ def features(spec: FeaturesSpec, workdir: Path, name: str) -> None:
         figures[split] = {"clips": len(source), "computed": computed, "particles": moments.count}
         say(f"{split}: features of {computed} clips computed, {moments.count} particles of {len(moments.total)} numbers in all")
     seconds = time.perf_counter() - begun
-    run.add_results(workdir, "features", {**figures, "width": len(moments.total), "seconds": seconds}, bad.reasons)
+    run.add_results(workdir, "features", {**figures, "width": len(moments.total), "seconds": seconds}, bad.all())
     say(f"train on them with --config.data.modalities=\"('features',)\" --config.data.features.folder={work.folder}")
 
 
