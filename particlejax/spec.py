@@ -85,6 +85,7 @@ class DataSpec:
     A clip shorter than what is asked of it shows its last frame until the span is over, in every way of sampling; its
     sound and series end where they end. Of MP4, Matroska and MPEG-TS only what is wanted is decoded; any other container is
     read from its start, so clips late in a long film of that kind need a larger `time_limit`, or an MP4 made of it.
+    Where `memory_gib` is 0, parts of pictures of 128 pixels and more are cut and scaled from the file's own pixels in one pass.
     """
 
     source: str = "toybox"  # toybox | folder:PATH | tfds:NAME | mix:WEIGHT*SOURCE,WEIGHT*SOURCE
@@ -100,7 +101,7 @@ class DataSpec:
     frames: int = at_least(16, 1)
     size: int = at_least(64, 1)  # pixels, height and width
     seconds: float = at_least(0.0, 0)  # span of the frames; 0: the whole clip
-    decode_side: int = at_least(0, 0)  # pixels of the short side that frames are decoded at; 0: `size`
+    decode_side: int = at_least(0, 0)  # pixels of the short side of small or kept clips, from which parts are cut; 0: `size`
     augment: AugmentSpec = AugmentSpec()
     audio: AudioSpec = AudioSpec()
     text: TextSpec = TextSpec()

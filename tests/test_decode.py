@@ -16,7 +16,10 @@ import pytest
 from PIL import Image
 
 from particlejax.data import opening, patience
+from particlejax.data.ahead import Ahead
+from particlejax.data.clips import crop_resize
 from particlejax.data.decode import Unreadable, Video, raw_file
+from particlejax.data.picture import Part
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 BITS, TALL, WIDE = 8, 32, 64  # a frame's number stands in its columns: 8 bars, white or black
@@ -166,6 +169,98 @@ def test_frames_that_nobody_wants_are_dropped_and_the_others_exact(tmp_path: Pat
         np.testing.assert_array_equal(frames, whole[wanted + 1])
 
 
+def display_order(rng: np.random.Generator, groups: int) -> list[int]:
+    """Stamps in an order of decoding: of each group of up to five the last first, then the others in any order."""
+    found, start = [0], 1
+    for size in rng.integers(1, 6, groups):
+        inner = rng.permutation(size - 1)
+        found += [start + size - 1, *(start + inner).tolist()]
+        start += size
+    return found
+
+
+def test_packets_are_judged_by_what_is_on_display() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        order = display_order(rng, int(rng.integers(1, 60)))
+        wanted = np.sort(rng.uniform(0, len(order) + 2, 5)) / 10
+        packets = [SimpleNamespace(pts=stamp, size=1) for stamp in order]
+        given = list(Ahead(iter(packets), 0.1, wanted))
+        shown = {min(int(10 * time), len(order) - 1) for time in wanted}
+        kept = {packet.pts for packet, seen in given if seen and packet is not None}
+        assert kept == shown
+        last = max(order.index(stamp) for stamp in order if stamp <= 10 * wanted[-1])
+        assert [packet and packet.pts for packet, _ in given[: last + 1]] == order[: last + 1]
+        assert given[last + 1 :] in ([(None, True)], []), "the decoder gives what it holds, and nobody reads on"
+
+
+def test_nothing_is_decoded_after_the_last_frame_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, plain = [], Ahead.__iter__
+
+    def counted(self: Ahead) -> object:
+        for packet, shown in plain(self):
+            given.append(packet)
+            yield packet, shown
+
+    monkeypatch.setattr(Ahead, "__iter__", counted)
+    path = str(write(tmp_path / "a.mp4"))
+    with Video(path) as video:
+        assert numbers(video.frames_at([0.1, 1.02])[0]) == [2, 25]
+        assert given[-1] is None and given[-2].pts * given[-2].time_base <= 1.02
+        assert numbers(video.frames_at([3.02, 0.5])[0]) == [75, 12], "though the decoder was emptied"
+
+
+def scene(rng: np.random.Generator) -> np.ndarray:
+    """Coloured blobs, 96 rows by 160 columns, no two quarters alike."""
+    small = Image.fromarray(rng.integers(0, 256, (6, 10, 3), np.uint8))
+    return np.asarray(small.resize((160, 96), Image.Resampling.BICUBIC))
+
+
+def coarse(picture_HWC: np.ndarray) -> np.ndarray:
+    """Means over blocks, of which pictures have 8 by 8: what is left of them is their colours and where these are."""
+    height, width = (n // 8 for n in picture_HWC.shape[:2])
+    return picture_HWC[: 8 * height, : 8 * width].reshape(8, height, 8, width, 3).mean(axis=(1, 3))
+
+
+@pytest.mark.parametrize(("turn", "mirror"), [(0, False), (90, False), (180, True), (-90, True)])
+@pytest.mark.parametrize(("pix_fmt", "space", "aspect"), [("yuv420p", 1, "1"), ("yuvj420p", 5, "4/3"), ("yuv444p", 2, "1")])
+def test_a_part_is_that_part_of_the_whole(tmp_path: Path, turn: int, mirror: bool, pix_fmt: str, space: int, aspect: str) -> None:
+    picture = scene(np.random.default_rng(0))
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=RATE, options={"crf": "10"})
+        stream.width, stream.height, stream.pix_fmt = 160, 96, pix_fmt
+        stream.codec_context.sample_aspect_ratio, stream.codec_context.colorspace = Fraction(aspect), space
+        stream.set_display_rotation(turn, hflip=mirror)
+        for shift in (0, 40):
+            frame = av.VideoFrame.from_ndarray(np.roll(picture, shift, axis=1), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    box = np.array([0.1, 0.25, 0.7, 0.95])
+    with Video(str(tmp_path / "a.mp4")) as video:
+        whole, _ = video.read_all()
+        parts, times = video.parts_at([0.0, 0.05], Part(tuple(box), 40))
+        mirrored, _ = video.parts_at([0.0, 0.05], Part(tuple(box), 40, mirrored=True))
+    pixels = tuple(box * (video.width, video.height, video.width, video.height))
+    np.testing.assert_allclose(times, [0, 0.04], atol=1e-6)
+    np.testing.assert_array_equal(mirrored, parts[:, :, ::-1])
+    for part, expected in zip(parts, crop_resize(whole, pixels, 40), strict=True):
+        assert abs(coarse(part) - coarse(expected)).mean() < 4 < 20 < abs(coarse(part) - coarse(expected[:, ::-1])).mean()
+
+
+def test_interlaced_films_are_decoded_whole(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.mp4")
+    with av.open(path, "w") as container:
+        stream = container.add_stream("libx264", rate=RATE, options={"x264-params": "tff=1:bframes=3:b-adapt=0"})
+        stream.width, stream.height, stream.pix_fmt = WIDE, TALL, "yuv420p"
+        for i in range(60):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(numbered(i)), format="rgb24")))
+        container.mux(stream.encode(None))
+    with Video(path) as video:
+        whole, _ = video.read_all()
+        assert numbers(whole) == list(range(60)) and not video._drops, "a field of a frame may be a packet of its own"
+        np.testing.assert_array_equal(video.frames_at((np.arange(3, 50, 7) + 0.5) / RATE)[0], whole[3:50:7])
+
+
 def test_bytes_equal_path(tmp_path: Path) -> None:
     path = write(tmp_path / "a.mp4", count=60)
     with Video(str(path)) as one, Video(path.read_bytes()) as other:
@@ -219,6 +314,19 @@ def test_raw_file_is_lossless() -> None:
         again, times = video.read_all()
     np.testing.assert_array_equal(again, frames)
     np.testing.assert_allclose(times, np.arange(5) / 10, atol=1e-6)
+
+
+def test_pictures_from_the_bottom_up(tmp_path: Path) -> None:
+    picture = scene(np.random.default_rng(0))
+    with av.open(str(tmp_path / "a.avi"), "w") as container:
+        stream = container.add_stream("rawvideo", rate=RATE)
+        stream.width, stream.height, stream.pix_fmt = 160, 96, "bgr24"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture[..., ::-1]), format="bgr24")))
+        container.mux(stream.encode(None))
+    with Video(str(tmp_path / "a.avi")) as video:
+        np.testing.assert_array_equal(video.read_all()[0][0], picture)
+        part = video.parts_at([0.0], Part((0, 0, 1, 1), 32))[0][0]
+    assert abs(coarse(part) - coarse(crop_resize(picture[None], (0, 0, 160, 96), 32)[0])).mean() < 2
 
 
 def test_pictures_are_no_film_but_animations_are(tmp_path: Path) -> None:
@@ -407,6 +515,9 @@ def test_odd_files(row: dict[str, str]) -> None:
         assert len(video.frames_at([0.0, min(video.duration / 2, 1.0)], 32)[0]) == 2
         assert abs(video.width - int(row["width"])) <= 1 and abs(video.height - int(row["height"])) <= 1, "ours are even"
         assert len(video.read_all(2)[0]) == int(row["frames"])
+        (part,), (first,) = video.parts_at([0.0], Part((0, 0, 1, 1), 32))[0], video.frames_at([0.0])[0]
+        same = crop_resize(first[None], (0, 0, first.shape[1], first.shape[0]), 32)[0]
+        assert abs(coarse(part) - coarse(same)).mean() < 4, "of 255: the same colours, whatever they are stored as"
 
 
 @pytest.mark.skipif(not (SHARED / "jhmdb21").exists(), reason="shared/data/jhmdb21 is absent")

@@ -305,3 +305,19 @@ def test_a_decoder_that_hangs_is_left_behind_and_not_tried_again() -> None:
     assert patience.within(5.0, lambda: 7, "another.mp4") == patience.within(5.0, lambda: 7, b"other bytes") == 7
     with pytest.raises(KeyError):
         patience.within(5.0, lambda: {}["a"], "another.mp4")
+
+
+def test_one_thread_waits_for_another_clip_after_clip() -> None:
+    def mine() -> int:
+        return patience.within(5.0, threading.get_ident, "a.mp4")
+
+    first = mine()
+    assert first == mine() != threading.get_ident(), "to start one for every clip costs"
+    with pytest.raises(UserError):
+        patience.within(5.0, lambda: (_ for _ in ()).throw(UserError("as it was")), "a.mp4")
+    assert first == mine()
+    never = threading.Event()
+    with pytest.raises(Unreadable):
+        patience.within(0.05, never.wait, "never.mp4")
+    assert first != mine(), "it is left behind"
+    never.set()

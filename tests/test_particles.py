@@ -31,6 +31,14 @@ def test_grid_is_a_tiling_that_can_be_undone() -> None:
     np.testing.assert_allclose(particles.extent, np.broadcast_to([0.5, 4 / 16, 8 / 24], particles.extent.shape), rtol=1e-6)
 
 
+@pytest.mark.parametrize("video", [VIDEO[:, :, ::-1], (99 * VIDEO).astype(np.uint8), VIDEO[:7, 1:, 3:, :1], VIDEO.swapaxes(1, 2)])
+def test_tiles_are_the_same_however_pixels_lie_in_memory(video: np.ndarray) -> None:
+    tube = Tube(BASE, BASE)
+    host, device = (cut(each, TIMES[: len(video)], tube, BASE).payload for each in (video, jnp.asarray(video)))
+    assert host.dtype == video.dtype
+    np.testing.assert_array_equal(host, device)
+
+
 def test_places_follow_true_times() -> None:
     times = np.array([0, 0.1, 0.5, 0.6, 1.0, 1.1, 2.0, 2.5], np.float32)
     particles = cut(VIDEO, times, Tube((2, 16, 24), (2, 16, 24)), BASE)

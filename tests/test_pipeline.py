@@ -17,6 +17,7 @@ from particlejax.data import clips, memory, pipeline, sources
 from particlejax.data.decode import Video
 from particlejax.particles.types import Particles
 from particlejax.spec import AugmentSpec, BenchSpec, DataSpec, Experiment, ParticleSpec
+from particlejax.train import workdir
 from particlejax.typing import UserError
 
 CUT = ParticleSpec("grid", (4, 16, 16))
@@ -121,9 +122,34 @@ def test_resizing_together_is_resizing_one_by_one(monkeypatch: pytest.MonkeyPatc
     for height, width, box, size in ((48, 40, (3.3, 5.1, 33.0, 44.7), 32), (20, 90, (0, 0, 20, 20), 33), (64, 64, (9, 1, 50, 63), 8)):
         frames = rng.integers(0, 256, (5, height, width, 3), np.uint8)
         together = clips.crop_resize(frames, box, size)
+        np.testing.assert_array_equal(clips.crop_resize(frames, box, size, True), together[:, :, ::-1])
         with monkeypatch.context() as patch:
             patch.setattr(clips, "_SMALL", 0)
             np.testing.assert_array_equal(together, clips.crop_resize(frames, box, size))
+            np.testing.assert_array_equal(clips.crop_resize(frames, box, size, True), together[:, :, ::-1])
+
+
+def test_large_clips_are_seen_in_one_pass_unless_some_are_kept(tmp_path: Path) -> None:
+    bench._make(tmp_path / "a.mp4", (320, 240), 1)
+    record = sources.Record("a", str(tmp_path / "a.mp4"))
+    data = DataSpec(frames=4, size=80, decode_side=120, augment=AugmentSpec(crop=(0.3, 1.0), flip=0.5))
+    for seed in range(4):
+        once, anew, kept = (clips.load(record, dataclasses.replace(data, memory_gib=gib), np.random.default_rng(seed))
+                            for gib in (0.0, 1e-9, 0.1))
+        np.testing.assert_array_equal(anew.frames, kept.frames, "whether there was room is not seen")
+        np.testing.assert_array_equal(once.times, kept.times)
+        alike = np.corrcoef(once.frames.ravel(), kept.frames.ravel())[0, 1]
+        assert 0.9 < alike < 0.9999, "the same part of noise, otherwise scaled"
+
+
+def test_a_run_goes_on_with_more_memory_but_not_with_none(tmp_path: Path) -> None:
+    def enter(gib: float) -> None:
+        workdir.enter(tmp_path / "run", Experiment(data=DataSpec(memory_gib=gib)))
+
+    enter(1.0)
+    enter(2.5)
+    with pytest.raises(UserError, match="memory_gib was 1.0, is 0.0"):
+        enter(0.0)
 
 
 def test_start_and_end_bound_what_is_seen(source: sources.Source) -> None:

@@ -19,7 +19,7 @@ def get_config(arg: str = "") -> ConfigDict:
         Experiment,
         job="bench_data",
         data=section(DataSpec, source="toybox:tiny" if tiny else "folder:../shared/data/jhmdb21", frames=16, size=112,
-                     decode_side=128, augment={"crop": (0.5, 1.0), "flip": 0.5}),
+                     decode_side=128, threads=1 if tiny else 2, augment={"crop": (0.5, 1.0), "flip": 0.5}),
         particles=section(ParticleSpec, base=(2, 16, 16)),
         bench=section(BenchSpec, repetitions=1, clips=16, rows=8, memory_clips=80) if tiny else section(BenchSpec),
     ))

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from particlejax.data import audio, augment, memory, patience, series, subclips, words
+from particlejax.data.picture import Part
 from particlejax.data.sources import Record
 from particlejax.particles import cut, policies
 from particlejax.particles.pixels import PixelScale
@@ -21,7 +22,7 @@ from particlejax.spec import DataSpec, ParticleSpec
 VISION, AUDIO, TEXT, SERIES, FEATURES = "vision", "audio", "text", "series", "features"
 MODALITIES = (VISION, AUDIO, TEXT, SERIES, FEATURES)
 _ASPECT = 4 / 3  # a random crop's sides differ by at most this factor
-_BILINEAR = Image.Resampling.BILINEAR
+_BILINEAR, _MIRROR = Image.Resampling.BILINEAR, Image.Transpose.FLIP_LEFT_RIGHT
 _SMALL = 64  # pixels of the side up to which frames are resized together
 _TRIES = 10  # random crops that may fall outside the picture before its largest square is taken
 
@@ -75,9 +76,8 @@ def _load(record: Record, spec: DataSpec, look: Look, may_flip: bool) -> Clip:
         length = max(record.until(video.duration) - record.start, 1 / video.fps)
         offset, times, span = moments(length, 1 / video.fps, spec, look)
         held = np.minimum(offset + times, length - 0.5 / video.fps)  # past its end a clip shows its last frame
-        frames = video.frames_at(record.start + held)
+        frames = _see(video, record.start + held, spec, look, may_flip)
         origin, whole = video.origin, video.duration
-    frames = _look(frames, spec, look, may_flip)
     start, left = record.start + offset, min(span, length - offset)
     clip = Clip(frames, times.astype(np.float32), span)
     if AUDIO in spec.modalities:
@@ -104,14 +104,16 @@ def _kept(kept: subclips.Kept, offset: float, span: float, spec: DataSpec) -> Pa
     return kept.during(offset, min(span, longest(spec, spec.features.seconds) or span))
 
 
-def _look(frames: np.ndarray, spec: DataSpec, look: Look, may_flip: bool) -> np.ndarray:
-    box = _crop(frames.shape[1:3], spec, look)
-    frames = crop_resize(frames, box, spec.size)
-    if isinstance(look, np.random.Generator):
-        if spec.augment.flip and look.random() < spec.augment.flip and may_flip:
-            frames = frames[:, :, ::-1]
-        frames = augment.pictures(frames, spec.augment, look)
-    return frames
+def _see(video: memory.Frames, times: np.ndarray, spec: DataSpec, look: Look, may_flip: bool) -> np.ndarray:
+    drawn = isinstance(look, np.random.Generator)
+    height, width = video.size
+    left, top, right, bottom = box = _crop((height, width), spec, look)
+    mirrored = bool(drawn and spec.augment.flip and look.random() < spec.augment.flip and may_flip)
+    part = Part((left / width, top / height, right / width, bottom / height), spec.size, mirrored)
+    frames = video.parts_at(times, part)
+    if frames is None:
+        frames = crop_resize(video.frames_at(times), box, spec.size, mirrored)
+    return augment.pictures(frames, spec.augment, look) if drawn else frames
 
 
 def _hear(record: Record, spec: DataSpec, look: Look, when: tuple[float, float, float, float]) -> np.ndarray | None:
@@ -229,24 +231,25 @@ def _crop(size: tuple[int, int], spec: DataSpec, look: Look) -> tuple[float, ...
     return _crop(size, spec, CENTRE)
 
 
-def crop_resize(frames: np.ndarray, box: tuple[float, ...], size: int) -> np.ndarray:
+def crop_resize(frames: np.ndarray, box: tuple[float, ...], size: int, mirrored: bool = False) -> np.ndarray:
     """The part `box` (left, top, right, bottom in pixels) of frames uint8 [T, H, W, 3] as [T, size, size, 3].
 
     Antialiased bilinear as Pillow's, bit for bit; small pictures go through it together, one axis after the other,
     because there its cost is in the calls.
     """
     if box == (0, 0, size, size) and frames.shape[1:3] == (size, size):
-        return frames
+        return frames[:, :, ::-1] if mirrored else frames
     if size > _SMALL:
-        return np.stack([np.asarray(Image.fromarray(np.ascontiguousarray(frame)).resize((size, size), _BILINEAR, box=box))
-                         for frame in frames])
+        images = (Image.fromarray(np.ascontiguousarray(frame)).resize((size, size), _BILINEAR, box=box) for frame in frames)
+        return np.stack([np.asarray(image.transpose(_MIRROR) if mirrored else image) for image in images])
     left, top, right, bottom = box
-    return _stretch(_stretch(frames, left, right, size).swapaxes(1, 2), top, bottom, size).swapaxes(1, 2)
+    wide = _stretch(frames, left, right, size, mirrored)
+    return _stretch(wide.swapaxes(1, 2), top, bottom, size).swapaxes(1, 2)
 
 
-def _stretch(frames: np.ndarray, start: float, stop: float, size: int) -> np.ndarray:
+def _stretch(frames: np.ndarray, start: float, stop: float, size: int, mirrored: bool = False) -> np.ndarray:
     """Columns start..stop of frames [T, H, W, 3] as `size` columns."""
     count, height, width, _ = frames.shape
     tall = Image.fromarray(np.ascontiguousarray(frames).reshape(count * height, width, 3))
     found = tall.resize((size, count * height), _BILINEAR, box=(start, 0, stop, count * height))
-    return np.asarray(found).reshape(count, height, size, 3)
+    return np.asarray(found.transpose(_MIRROR) if mirrored else found).reshape(count, height, size, 3)

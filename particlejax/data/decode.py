@@ -5,8 +5,7 @@ Frames are uint8 [T, H, W, 3] (RGB), times are seconds from the presentation of 
 """
 
 import io
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from fractions import Fraction
 from functools import cached_property
@@ -18,7 +17,9 @@ import numpy as np
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 
 from particlejax.data import opening
+from particlejax.data.ahead import Ahead
 from particlejax.data.opening import Unreadable, open_file
+from particlejax.data.picture import Cutter, Part, display_matrix, pixels, resized, square, upright
 
 # Checked against decoding from the start. AVI stores no presentation times and MPEG program streams not all: after a
 # seek their frames carry guessed ones, one frame off, so these and whatever else is not listed is read forwards.
@@ -26,7 +27,6 @@ _SEEKABLE = frozenset({opening.MP4, "matroska,webm", "mpegts"})
 _SEEK_GAIN = 0.5  # seconds of decoding that a seek must save: it throws away the decoder's state
 _BLIND_GAIN = 4.0  # the same where the index does not say where keyframes are: longer than most GOPs
 _RETRIES = (0.0, 2.0, 8.0)  # seconds before the wanted time to seek to; MPEG-TS lands after it as often as before
-_HAIR = 1e-6  # seconds by which a wanted time may miss a frame's
 # Codecs whose decoders drop a frame that no other needs without looking at it, exactly; the rest decode every frame.
 _DROPPING = frozenset({"h264", "hevc"})
 # A list that whoever waits for a decoder hands in: why it may take long although it gets on.
@@ -35,7 +35,10 @@ excuses: ContextVar[list[str] | None] = ContextVar("excuses", default=None)
 
 class _Timed(NamedTuple):
     time: float  # seconds on the container's clock
-    frame: av.VideoFrame
+    frame: av.VideoFrame | None
+
+
+_LATER = _Timed(0.0, None)  # stands for a frame that nobody has asked for yet
 
 
 class Video:
@@ -52,13 +55,16 @@ class Video:
         self._container: av.container.InputContainer | None = None
         self._damage = ""
         self._wanted: np.ndarray | None = None  # ascending, on the container's clock: other frames may be dropped
+        self._interlaced = False  # a frame may then be two packets, of which dropping one spoils it
         self._scaler = VideoReformatter()
         self._rewind()
         first = self._shown
+        self._interlaced = first.frame.interlaced_frame
+        self._drops &= not self._interlaced
         self._start = first.time
-        self._turn = _display_matrix(first.frame)
+        self._turn = display_matrix(first.frame)
         aspect = float(self._stream.sample_aspect_ratio or 1) or 1.0
-        self._size = _square(first.frame.width, first.frame.height, aspect)
+        self._size = square(first.frame.width, first.frame.height, aspect)
         self.fps = opening.rate(self._stream)
         turned = abs(self._turn[0, 1]) > abs(self._turn[0, 0])
         self.width, self.height = self._size[::-1] if turned else self._size
@@ -88,7 +94,7 @@ class Video:
     @property
     def tolerance(self) -> float:
         """Seconds that a time asked for may lie before a frame's and still mean that frame (see `frames_at`)."""
-        return min(float(self._stream.time_base) / 2, 5e-4)
+        return min(self._tick / 2, 5e-4)
 
     def frames_at(self, times: Sequence[float], short_side: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The frames on display at `times` (seconds, any order): uint8 [T, H, W, 3] and their own times, float32 [T].
@@ -98,28 +104,40 @@ class Video:
         even; None keeps the native size. A time asked for may lie half a tick of the container's clock (at most half a
         millisecond) before the frame's: so k / fps finds frame k where Matroska rounded its stamps.
         """
+        size = resized(self._size, short_side)
+        pictures, stamps = self._at(times, lambda frame: self._convert(frame, size))
+        return self._stack(pictures, size), stamps
+
+    def parts_at(self, times: Sequence[float], part: Part) -> tuple[np.ndarray, np.ndarray]:
+        """A part of each of the frames of `frames_at`, uint8 [T, size, size, 3], and their own times, float32 [T].
+
+        Cropping, scaling and the way to RGB are one pass over the part alone. Its edges are moved to even pixels.
+        """
+        pictures, stamps = self._at(times, Cutter(part, self._turn))
+        return np.stack(pictures), stamps
+
+    def _at(self, times: Sequence[float], convert: Callable[[av.VideoFrame], np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
         times = np.asarray(times, np.float64)
-        pictures: list[np.ndarray | None] = [None] * len(times)
+        pictures: list[np.ndarray] = [None] * len(times)
         stamps = np.zeros(len(times), np.float32)
-        size = _resized(self._size, short_side)
         before = picture = None
         if self._wanted is not None:  # frames that this call may want were dropped
             self._wanted = None
             self._rewind()
         clock = self._clock(times)
-        self._wanted = np.sort(clock)
+        self._want(np.sort(clock))
         for i in np.argsort(times, kind="stable"):
             self._show(float(clock[i]))
             if self._shown is not before:
-                before, picture = self._shown, self._convert(self._shown.frame, size)
+                before, picture = self._shown, convert(self._shown.frame)
             pictures[i], stamps[i] = picture, before.time - self._start
-        return self._stack(pictures, size), stamps
+        return pictures, stamps
 
     def each(self, short_side: int | None = None) -> Iterator[tuple[np.ndarray, float]]:
         """Every frame from the first to the last, uint8 [H, W, 3], and its time in seconds; none is held."""
         self._wanted = None
         self._rewind()
-        size = _resized(self._size, short_side)
+        size = resized(self._size, short_side)
         while True:
             yield self._convert(self._shown.frame, size), self._shown.time - self._start
             if not self._advance():
@@ -135,28 +153,42 @@ class Video:
         self.close()
         self._container = open_file(self._source)
         self._stream = opening.video_stream(self._container)
+        self._tick = float(self._stream.time_base)
         self._drops = self._container.format.name in _SEEKABLE and self._stream.codec_context.name in _DROPPING
+        self._drops &= not self._interlaced
         self._frames = self._decode()
         first = next(self._frames, None)
         if first is None:
             raise Unreadable(self._damage or opening.emptiness(self._stream))
-        self._shown, self._next = first, next(self._frames, None)
+        self._shown, self._next = first, _LATER
+
+    def _coming(self) -> _Timed | None:
+        """The frame after the one that is shown, which is not decoded before somebody asks; None: there is none."""
+        if self._next is _LATER:
+            self._next = next(self._frames, None)
+        return self._next
 
     def _advance(self) -> bool:
-        if self._next is None:
+        if self._coming() is None:
             return False
-        self._shown, self._next = self._next, next(self._frames, None)
+        self._shown, self._next = self._next, _LATER
         return True
+
+    def _want(self, clock: np.ndarray | None) -> None:
+        self._wanted = clock
+        self._ahead.wanted = clock if self._drops else None
 
     def _decode(self) -> Iterator[_Timed]:
         """Frames in the order they are shown in; a packet that does not decode gives none."""
-        tick, step = float(self._stream.time_base), 1 / opening.rate(self._stream)
-        last = None
-        for packet, shown in self._ahead():
+        tick, step = self._tick, 1 / opening.rate(self._stream)
+        decoder, last, skipping = self._stream.codec_context, None, None
+        self._ahead = Ahead(self._packets(), tick, self._wanted if self._drops else None)
+        for packet, shown in self._ahead:
             try:
-                if self._wanted is not None and self._drops:
-                    self._stream.codec_context.skip_frame = "DEFAULT" if shown else "NONREF"
-                frames = self._stream.decode(packet)
+                if self._drops and skipping is not (not shown):
+                    skipping = not shown
+                    decoder.skip_frame = "NONREF" if skipping else "DEFAULT"
+                frames = decoder.decode(packet)
             except av.FFmpegError as error:
                 locked = packet is not None and packet.has_sidedata("encryption_info")
                 self._damage = self._damage or ("encrypted" if locked else f"damaged: {error.strerror}")
@@ -169,28 +201,6 @@ class Video:
                     time = 0.0 if last is None else last + step
                 last = time if last is None else max(time, last)  # a clock that jumps back would hide what follows
                 yield _Timed(last, frame)
-
-    def _ahead(self) -> Iterator[tuple[av.Packet | None, bool]]:
-        """Packets, and whether a frame of theirs is on display at a wanted time."""
-        waiting: deque[av.Packet | None] = deque()
-        stamps: deque[int | None] = deque()
-        for packet in self._packets():
-            waiting.append(packet)
-            stamps.append(None if packet is None else packet.pts)
-            if len(waiting) > opening.REORDER:
-                yield waiting.popleft(), self._is_shown(stamps)
-                stamps.popleft()
-        while waiting:
-            yield waiting.popleft(), self._is_shown(stamps)
-            stamps.popleft()
-
-    def _is_shown(self, stamps: deque[int | None]) -> bool:
-        stamp, tick = stamps[0], float(self._stream.time_base)
-        if self._wanted is None or not self._drops or stamp is None:
-            return True
-        later = min((other for other in stamps if other is not None and other > stamp), default=None)
-        first = np.searchsorted(self._wanted, stamp * tick - _HAIR)
-        return first < len(self._wanted) and (later is None or self._wanted[first] < later * tick + _HAIR)
 
     def _clock(self, times: np.ndarray) -> np.ndarray:
         """Times from the first frame as times on the container's clock, with the tolerance of `frames_at`."""
@@ -210,7 +220,7 @@ class Video:
             self._excuse()
         if self._seek_saves(wanted) and not any(self._land(wanted, back) for back in _RETRIES):
             self._rewind()
-        while self._next is not None and self._next.time <= wanted:
+        while (coming := self._coming()) is not None and coming.time <= wanted:
             self._advance()
 
     def _excuse(self) -> None:
@@ -223,16 +233,16 @@ class Video:
         ahead = wanted - self._shown.time
         if ahead < _SEEK_GAIN or self._container.format.name not in _SEEKABLE:
             return False
-        index, goal = self._stream.index_entries, int(wanted / float(self._stream.time_base))
+        index, goal = self._stream.index_entries, int(wanted / self._tick)
         if len(index) == 0 or index[len(index) - 1].timestamp < goal:
             return ahead > _BLIND_GAIN
         key = index.search_timestamp(goal)
-        saved = index[key].timestamp * float(self._stream.time_base) - self._shown.time if key >= 0 else 0.0
+        saved = index[key].timestamp * self._tick - self._shown.time if key >= 0 else 0.0
         return saved > _SEEK_GAIN
 
     def _land(self, wanted: float, back: float) -> bool:
         """Seeks to `back` seconds before `wanted`; whether a whole frame shown no later than `wanted` came of it."""
-        goal = int((wanted - back) / float(self._stream.time_base))
+        goal = int((wanted - back) / self._tick)
         try:
             self._container.seek(goal, stream=self._stream)
         except av.FFmpegError:
@@ -242,7 +252,7 @@ class Video:
         first = next(frames, None)
         if first is None or first.frame.pts is None or first.time > wanted:
             return False
-        self._frames, self._shown, self._next = frames, first, next(frames, None)
+        self._frames, self._shown, self._next = frames, first, _LATER
         return True
 
     def _convert(self, frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
@@ -250,12 +260,12 @@ class Video:
         how = Interpolation.AREA if width < frame.width else Interpolation.BILINEAR
         small = self._scaler.reformat(frame, width, height, "rgb24", interpolation=how,
                                       dst_color_range=ColorRange.JPEG, threads=1)
-        return _upright(small.to_ndarray(), self._turn)
+        return upright(pixels(small), self._turn)
 
     def _stack(self, pictures: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
         if pictures:
             return np.stack(pictures)
-        return np.zeros((0, *_upright(np.zeros((size[1], size[0], 3), np.uint8), self._turn).shape), np.uint8)
+        return np.zeros((0, *upright(np.zeros((size[1], size[0], 3), np.uint8), self._turn).shape), np.uint8)
 
 
 def raw_file(frames: np.ndarray, fps: float = opening.NO_RATE) -> bytes:
@@ -268,41 +278,3 @@ def raw_file(frames: np.ndarray, fps: float = opening.NO_RATE) -> bytes:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
         container.mux(stream.encode(None))
     return file.getvalue()
-
-
-def _display_matrix(frame: av.VideoFrame) -> np.ndarray:
-    """How stored (column, row) becomes shown (column, row): [2, 2], rows are the images of the stored axes."""
-    try:
-        data = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # PyAV lists none where FFmpeg knows a kind of side data that it does not (EXIF)
-        angle = np.deg2rad(frame.rotation)
-        return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    if data is None:
-        return np.eye(2)
-    return np.frombuffer(bytes(data), np.int32).reshape(3, 3)[:2, :2] / 65536.0  # 16.16 fixed point
-
-
-def _upright(image_HWC: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    # Quarter turns and mirrors, which is what cameras write; any other angle goes to the nearest.
-    if abs(matrix[0, 1]) > abs(matrix[0, 0]):
-        image_HWC, matrix = image_HWC.transpose(1, 0, 2), matrix[::-1]
-    columns, rows = (-1 if matrix[0, 0] < 0 else 1), (-1 if matrix[1, 1] < 0 else 1)
-    return image_HWC[::rows, ::columns]
-
-
-def _square(width: int, height: int, aspect: float) -> tuple[int, int]:
-    """The size with square pixels, `aspect` being a stored pixel's width over its height; widened, never narrowed."""
-    if abs(aspect - 1) < 1e-3:
-        return width, height
-    return (_even(width * aspect), height) if aspect > 1 else (width, _even(height / aspect))
-
-
-def _resized(size: tuple[int, int], short_side: int | None) -> tuple[int, int]:
-    if short_side is None:
-        return size
-    short = min(size)
-    return tuple(short_side if side == short else _even(side * short_side / short) for side in size)
-
-
-def _even(side: float) -> int:
-    return max(2, 2 * round(side / 2))

@@ -8,26 +8,33 @@ from typing import Protocol
 
 import numpy as np
 
-from particlejax.data import audio
+from particlejax.data import audio, picture
 from particlejax.data.decode import Video
 
 _GIB = 2**30
 
 
 class Frames(Protocol):
-    """A clip that gives the frames on display at any times (seconds), uint8 [T, H, W, 3]."""
+    """A clip that gives the frames on display at any times (seconds), uint8 [T, H, W, 3].
+
+    size: their height and width. parts_at: of clips that stay on disk and are large, a part in one pass; None for the others.
+    """
 
     duration: float
     fps: float
     origin: float
+    size: tuple[int, int]
 
     def frames_at(self, times: np.ndarray) -> np.ndarray: ...
+
+    def parts_at(self, times: np.ndarray, part: picture.Part) -> np.ndarray | None: ...
 
 
 @dataclass(frozen=True)
 class _Decoding:
     video: Video
     side: int
+    whole: bool  # whether others of these clips are kept, which must not show in the pixels of this one
 
     @property
     def duration(self) -> float:
@@ -41,8 +48,17 @@ class _Decoding:
     def origin(self) -> float:
         return self.video.origin
 
+    @property
+    def size(self) -> tuple[int, int]:
+        return picture.resized((self.video.height, self.video.width), self.side)
+
     def frames_at(self, times: np.ndarray) -> np.ndarray:
         return self.video.frames_at(times, self.side)[0]
+
+    def parts_at(self, times: np.ndarray, part: picture.Part) -> np.ndarray | None:
+        if self.whole or not picture.is_fine(self.video.width, self.video.height):
+            return None
+        return self.video.parts_at(times, part)[0]
 
 
 @dataclass(frozen=True)
@@ -53,6 +69,13 @@ class _Kept:
     duration: float
     fps: float
     origin: float
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.frames.shape[1:3]
+
+    def parts_at(self, times: np.ndarray, part: picture.Part) -> None:
+        del times, part
 
     def frames_at(self, times: np.ndarray) -> np.ndarray:
         shown = np.searchsorted(self.times, np.asarray(times) + self.tolerance, side="right") - 1
@@ -70,14 +93,14 @@ def opened(source: str | bytes, side: int, gib: float) -> Iterator[Frames]:
 
     Raises decode.Unreadable.
     """
-    if (source, side) in _kept:
+    if gib > 0 and (source, side) in _kept:
         yield _kept[source, side]
         return
     with Video(source) as video:
         if _room(video, side, gib):
             yield _keep(source, side, video)
         else:
-            yield _Decoding(video, side)
+            yield _Decoding(video, side, gib > 0)
 
 
 def _room(video: Video, side: int, gib: float) -> bool:

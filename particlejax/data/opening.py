@@ -100,8 +100,8 @@ def index_length(stream: av.video.stream.VideoStream) -> float:
 
 def _entries(stream: av.video.stream.VideoStream, order: Sequence[int]) -> list[int]:
     """Stamps of the first entries in this order that belong to a frame."""
-    index = stream.index_entries
-    return list(islice((index[i].timestamp for i in order if not index[i].is_discard), 2 * REORDER))
+    entries = map(stream.index_entries.__getitem__, order)
+    return list(islice((entry.timestamp for entry in entries if not entry.is_discard), 2 * REORDER))
 
 
 def _last_end(source: str | bytes, index: int, fps: float) -> float:

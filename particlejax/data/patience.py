@@ -4,6 +4,7 @@
 import hashlib
 import threading
 from collections.abc import Callable
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from particlejax.data import decode
@@ -13,6 +14,30 @@ T = TypeVar("T")
 
 
 _hung: dict[str | bytes, str] = {}  # of this process: what took too long once, and the reason that was given
+_mine = threading.local()  # each waiting thread has one that works for it, because to start one for every clip costs
+
+
+class _Worker:
+    """A thread that does one thing after another; it ends with the last mention of this object."""
+
+    def __init__(self) -> None:
+        self.tasks: SimpleQueue = SimpleQueue()
+        self.answers: SimpleQueue = SimpleQueue()
+        threading.Thread(target=_work, args=(self.tasks, self.answers), daemon=True).start()
+
+    def __del__(self) -> None:
+        self.tasks.put(None)
+
+
+def _work(tasks: SimpleQueue, answers: SimpleQueue) -> None:
+    while (task := tasks.get()) is not None:
+        work, excuses = task
+        decode.excuses.set(excuses)
+        try:
+            answers.put((work(), None))
+        except BaseException as error:  # noqa: BLE001 - whatever it is belongs to the caller
+            answers.put((None, error))
+        del work, task  # and with it what it read
 
 
 def within(seconds: float, work: Callable[[], T], of: str | bytes) -> T:
@@ -25,26 +50,25 @@ def within(seconds: float, work: Callable[[], T], of: str | bytes) -> T:
         return work()
     if _hung and _key(of) in _hung:  # a file's bytes are looked through only where there is something to find
         raise Unreadable(_hung[_key(of)])
-    answer: list[Any] = []
-    excuses: list[str] = []
-
-    def run() -> None:
-        decode.excuses.set(excuses)
-        try:
-            answer.append((work(), None))
-        except BaseException as error:  # noqa: BLE001 - whatever it is belongs to the caller
-            answer.append((None, error))
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not answer:
+    worker, excuses = _worker(), []
+    worker.tasks.put((work, excuses))
+    try:
+        value, error = worker.answers.get(timeout=seconds)
+    except BaseException as late:
+        _mine.worker = None  # it is busy for ever, or with what nobody waits for any more
+        if not isinstance(late, Empty):
+            raise
         reason = _hung[_key(of)] = ": ".join([f"not decoded after {seconds:g} s", *excuses[:1]])
-        raise Unreadable(reason)
-    value, error = answer[0]
+        raise Unreadable(reason) from None
     if error is not None:
         raise error
     return value
+
+
+def _worker() -> Any:
+    if getattr(_mine, "worker", None) is None:
+        _mine.worker = _Worker()
+    return _mine.worker
 
 
 def _key(file: str | bytes) -> str | bytes:

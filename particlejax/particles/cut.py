@@ -69,9 +69,20 @@ def _gather(video_THWC: Array, corners: np.ndarray, tube: Tube) -> Array:
         s = tube.shape
         t, h, w = (n // d for n, d in zip(video_THWC.shape[:3], s, strict=True))
         whole = video_THWC[: t * s[0], : h * s[1], : w * s[2]]
+        if numpy_of(video_THWC) is np:
+            return _tiles(whole, (t, h, w), s)
         return rearrange(whole, "(t a) (h b) (w d) c -> (t h w) a b d c", a=s[0], b=s[1], d=s[2])
     t, h, w = (corners[:, i, None] + np.arange(tube.shape[i]) for i in range(3))
     return video_THWC[t[:, :, None, None], h[:, None, :, None], w[:, None, None, :]]
+
+
+def _tiles(video: np.ndarray, count: Shape, shape: Shape) -> np.ndarray:
+    """The tiling in numpy: pixels side by side in a tile move as one item, several times faster than one by one."""
+    (t, h, w), (a, b, d), channels = count, shape, video.shape[-1]
+    rows = np.ascontiguousarray(video).reshape(t, a, h, b, w, d * channels)
+    items = rows.view(np.dtype((np.void, rows.itemsize * d * channels)))[..., 0]
+    tiles = np.ascontiguousarray(items.transpose(0, 2, 4, 1, 3))[..., None].view(video.dtype)
+    return tiles.reshape(t * h * w, a, b, d, channels)
 
 
 def _resample(cuboids: Array, base: Shape) -> Array:

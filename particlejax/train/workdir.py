@@ -13,8 +13,8 @@ from particlejax.train.run import CONFIG
 from particlejax.typing import UserError
 
 # What may change when a run goes on: it says how the work is done, and nothing of what comes out.
-_FREE = frozenset({"workers", "threads", "max_bad", "memory_gib", "time_limit", "cache_dir", "log", "storage",
-                   "cluster", "on_nan", "profile_steps"})
+_FREE = frozenset({"workers", "threads", "max_bad", "time_limit", "cache_dir", "log", "storage", "cluster", "on_nan",
+                   "profile_steps"})
 
 
 def enter(workdir: Path, experiment: Job) -> Path:
@@ -55,4 +55,6 @@ def _differences(old: Any, new: Any, where: str = "config") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted((old.keys() | new.keys()) - _FREE)
         return [text for key in keys for text in _differences(old.get(key), new.get(key), f"{where}.{key}")]
+    if where.endswith(".memory_gib") and (old > 0) == (new > 0):
+        return []  # whether clips are kept decides how they are scaled; how many are, nothing
     return [] if old == new else [f"{where} was {old!r}, is {new!r}"]

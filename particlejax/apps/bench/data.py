@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from particlejax.apps.report import table
 from particlejax.data import clips, pipeline, sources
@@ -35,6 +36,7 @@ _POSITIONS = 12  # random places tried in a repetition
 _MEMORY_STEPS = 10
 _SIDE = 112  # pixels of the short side in random access
 _BARE, _DROPS = "PyAV, decodes only", "PyAV, decodes only and drops what no other frame needs"
+_LEAST = "PyAV, decodes and scales what is wanted"  # the least that any consumer asks for
 
 
 Wanted = Sequence[tuple[str | bytes, np.ndarray]]  # of each clip the file and the times of its frames, seconds
@@ -112,7 +114,9 @@ def _compare(work: Work, repetitions: int, title: str) -> dict[str, Any]:
     wanted = work.wanted
     rivals: dict[str, Callable[[], Any]] = {
         "particlejax, whole pipeline": lambda: _drain(work),
+        f"particlejax, whole pipeline in {work.threads} processes": lambda: _steady(work),
         _BARE: lambda: _each(_bare, wanted, work.threads),
+        _LEAST: lambda: _each(partial(_least, side=work.batches.data.size), wanted, work.threads),
         _DROPS: lambda: _each(partial(_bare, drop=True), wanted, work.threads),
     }
     others, unusable = _others(wanted, work.batches.data.decode_side or work.batches.data.size)
@@ -149,9 +153,10 @@ def _others(wanted: Wanted, side: int) -> tuple[dict[str, Callable[..., Any]], d
 
 
 def _timed(go: Callable[[], Any]) -> Timed:
+    """How long `go()` took, or what it says itself of its time."""
     wall, cpu = time.perf_counter(), _cpu()
-    go()
-    return Timed(time.perf_counter() - wall, _cpu() - cpu)
+    own = go()
+    return own if isinstance(own, Timed) else Timed(time.perf_counter() - wall, _cpu() - cpu)
 
 
 def _cpu() -> float:
@@ -172,6 +177,24 @@ def _drain(work: Work) -> None:
     for loaded in pipeline.read(work.batches, 0, work.steps, work.batches.data):
         if loaded.bad:
             raise RuntimeError(f"the benchmark's clips must decode: {loaded.bad[0]}")
+
+
+def _steady(work: Work) -> Timed:
+    """The same in as many processes as threads, each with one thread, as if they had been running for long.
+
+    Counted from the first batches on, because a process starts once a training; from then on the reader waits, so none of the
+    later ones was ready before.
+    """
+    first, last = 2 * work.threads, work.steps + 2 * work.threads
+    data = replace(work.batches.data, workers=work.threads, threads=1)
+    for k, loaded in enumerate(pipeline.read(work.batches, 0, last, data), 1):
+        if loaded.bad:
+            raise RuntimeError(f"the benchmark's clips must decode: {loaded.bad[0]}")
+        if k == first:
+            wall, cpu = time.perf_counter(), _cpu()
+        if k == last:
+            return Timed(time.perf_counter() - wall, _cpu() - cpu)
+    raise AssertionError("the data ended early")
 
 
 def _each(decode: Callable[..., Any], wanted: Wanted, threads: int) -> None:
@@ -198,6 +221,23 @@ def _bare(file: str | bytes, times: np.ndarray, drop: bool = False) -> int:
             if frame.time >= times[-1]:
                 break
         return count
+
+
+def _least(file: str | bytes, times: np.ndarray, side: int) -> list[np.ndarray]:
+    """The frames that `_bare` decodes; those that are wanted become pictures of `side` by `side` pixels."""
+    scaler, left, found = VideoReformatter(), list(times), []
+    with open_file(file) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "NONE"
+        if times[0] > 1:
+            container.seek(int(times[0] / stream.time_base), stream=stream)
+        for frame in container.decode(stream):
+            if frame.time >= left[0]:
+                found.append(scaler.reformat(frame, side, side, "rgb24", interpolation="AREA", threads=1).to_ndarray())
+                left = [t for t in left if t > frame.time]
+            if not left:
+                break
+    return found
 
 
 def _torchcodec(file: str | bytes, times: np.ndarray, side: int, mode: str) -> Any:
