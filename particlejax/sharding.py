@@ -2,6 +2,7 @@
 """The mesh, and which part of it holds which part of an array: rules by parameter path."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,9 +29,9 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
-def make_mesh(spec: MeshSpec) -> Mesh:
-    """All devices in a mesh of the four named axes. Raises UserError when their number does not fit."""
-    sizes, devices = [getattr(spec, axis) for axis in AXES], jax.device_count()
+def make_mesh(spec: MeshSpec, of: Sequence[jax.Device] | None = None) -> Mesh:
+    """These devices, by default all, in a mesh of the four named axes. Raises UserError when their number does not fit."""
+    sizes, devices = [getattr(spec, axis) for axis in AXES], jax.device_count() if of is None else len(of)
     if sizes.count(-1) > 1:
         raise UserError(f"config.mesh gives -1 to {sizes.count(-1)} axes: only one can be the rest.")
     rest, over = divmod(devices, math.prod(size for size in sizes if size != -1))
@@ -38,7 +39,7 @@ def make_mesh(spec: MeshSpec) -> Mesh:
     if over or math.prod(sizes) != devices:
         raise UserError(f"config.mesh wants {dict(zip(AXES, sizes, strict=True))} but there are {devices} devices: make "
                         "their product that number, or one of them -1.")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=of)
 
 
 def param_shardings(shapes: Any, mesh: Mesh) -> Any:

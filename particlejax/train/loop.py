@@ -19,12 +19,11 @@ from particlejax.adapt import load, tune
 from particlejax.checkpoint import Checkpoints
 from particlejax.data import few, pipeline, sources
 from particlejax.data.plan import Stand
-from particlejax.objectives import objectives
 from particlejax.particles.types import Batch
 from particlejax.spec import Experiment
-from particlejax.train import answers, evaluate, run
+from particlejax.train import answers, evaluate, program, run
 from particlejax.train.log import MetricLog, Progress, say
-from particlejax.train.state import TrainState, abstract, initialise, jit_step, make_step, saved
+from particlejax.train.state import TrainState, abstract, initialise, jit_step, saved
 from particlejax.typing import UserError
 
 
@@ -123,16 +122,12 @@ class _Trainer:
         self.batches = self.stage.batches(self.source, math.ceil(clips * spec.epochs))
         self.steps = spec.steps or self.batches.plan.batches()
         self.bad = run.BadClips(data.max_bad)
-        objective = objectives.combine(spec.objectives, run.weighted(self.stage, self.source))
-        layered = optim.layered(spec.tune, experiment.model_of(spec).depth, self.steps)
-        optimizer = optim.build(spec.optim, self.steps, layered)
         model, seed = self.stage.model, experiment.seed
-        state = initialise(model, optimizer, self.stage.example, seed, spec.ema, mesh, spec.tune)
-        step = make_step(model, objective, optimizer, ema=spec.ema, accumulate=spec.accumulate, tuning=spec.tune,
-                         robust=spec.robust, ready=self.stage.ready)
+        made = program.of(self.stage, run.weighted(self.stage, self.source), self.steps)
+        state = initialise(model, made.optimizer, self.stage.example, seed, spec.ema, mesh, spec.tune)
         self.whole = jax.jit(lambda params, frozen: tune.whole(spec.tune, params, frozen))
-        self.step = jit_step(step, state, mesh)
-        self.measure = evaluate.jit_measure(run.on_ready(self.stage, objective), model, mesh)
+        self.step = jit_step(made.step, state, mesh)
+        self.measure = evaluate.jit_measure(run.on_ready(self.stage, made.objective), model, mesh)
         self._restore(state)
         each = self.batches.plan.seen(self.steps) / self.steps
         trained, still = tree.count(self.state.params), tree.count(self.state.frozen)
