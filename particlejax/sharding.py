@@ -2,7 +2,7 @@
 """The mesh, and which part of it holds which part of an array: rules by parameter path."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -50,6 +50,16 @@ def param_shardings(shapes: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows divided over data and fsdp, everything else whole."""
     return NamedSharding(mesh, P(ROWS))
+
+
+def on(mesh: Mesh, f: Callable[..., Any]) -> Callable[..., Any]:
+    """f, in which what is written for each device by itself finds the mesh."""
+
+    def told(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return f(*args)
+
+    return told
 
 
 def check_rows(rows: int, mesh: Mesh, key: str) -> None:

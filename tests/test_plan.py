@@ -136,8 +136,8 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 def test_the_plan_is_of_the_step_that_trains(planned: dict) -> None:
-    stage, goal = plan._stage(PlanSpec(experiment="experiments/quickstart.py:tiny",
-                                       settings=("stages.pretrain.rows=16", "model.unroll=False")))
+    spec = PlanSpec(experiment="experiments/quickstart.py:tiny", settings=("stages.pretrain.rows=16", "model.unroll=False"))
+    stage, goal = plan.stage_of(spec, "auto")
     mesh = sharding.make_mesh(MeshSpec(data=2, fsdp=4))
     made = program.of(stage, goal, stage.spec.steps)
     state = initialise(stage.model, made.optimizer, stage.example, 0, stage.spec.ema, mesh, stage.spec.tune)
@@ -207,7 +207,7 @@ def test_meshes_that_are_compared_fit(devices: int) -> None:
 ])
 def test_what_cannot_be_planned_gets_a_sentence(spec: PlanSpec, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        plan._stage(spec)
+        plan.stage_of(spec, "auto")
 
 
 def test_without_the_compiler_one_sentence_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

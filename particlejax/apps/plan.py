@@ -11,11 +11,12 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from particlejax import checkpoint, chips, flops, hlo, sharding
@@ -28,7 +29,7 @@ from particlejax.particles.types import Batch
 from particlejax.spec import Experiment, MeshSpec
 from particlejax.train import program, run
 from particlejax.train.log import say
-from particlejax.train.state import described, jit_step
+from particlejax.train.state import TrainState, described, jit_step
 from particlejax.typing import UserError
 
 HERE = "here"
@@ -41,27 +42,28 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 @dataclass(frozen=True)
 class Prepared:
-    """A stage, and how many rows its batches have."""
+    """A stage as the devices run it, how many rows its batches have, and what they cost: operations over all devices."""
 
     stage: run.Stage
     goal: Any  # what labels ask of the head
     rows: int
+    operations: int
 
 
 def plan(spec: PlanSpec, workdir: Path, name: str) -> None:
     """Job 'plan': each topology with each mesh; results.json and report.md. Raises UserError where it cannot."""
     del name
-    stage, goal = _stage(spec)
     found: dict[str, dict[str, Any]] = {}
     for topology in spec.topology.split(","):
         devices = devices_of(topology.strip())
         chip = chips.of(devices[0], len(devices))
-        rows = spec.rows * len(devices) or stage.spec.rows
+        prepared = prepare(spec, devices)
+        stage = prepared.stage
         for mesh_spec in spec.meshes or candidates(len(devices)):
             mesh = sharding.make_mesh(mesh_spec, devices)
             label = f"{topology.strip()} {_label(mesh)}"
             begun = time.monotonic()
-            found[label] = figures(Prepared(stage, goal, rows), mesh, chip)
+            found[label] = figures(prepared, mesh, chip)
             found[label]["seconds_to_compile"] = round(time.monotonic() - begun, 1)
             say(f"{label}: {_sentence(found[label])}")
             checkpoint.write_json(workdir / run.RESULTS, {stage.name: found, "best": best(found)})  # each may take minutes
@@ -71,13 +73,28 @@ def plan(spec: PlanSpec, workdir: Path, name: str) -> None:
     say(f"report: {path}")
 
 
-def _stage(spec: PlanSpec) -> tuple[run.Stage, Any]:
-    """The stage with its targets; its clips are asked for only where they say what the classes are."""
+def prepare(spec: PlanSpec, devices: Sequence[jax.Device]) -> Prepared:
+    """The stage for these devices. Its operations are those of plain attention: kernels compute some of it twice."""
+    plain, goal = stage_of(spec, "plain")
+    rows = spec.rows * len(devices) or plain.spec.rows
+    alone = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), sharding.AXES)
+    operations = flops.count(_traced(plain, goal, rows, alone)[0].jaxpr)
+    stage, _ = stage_of(spec, "splash" if devices[0].platform == "tpu" else "auto")
+    return Prepared(stage, goal, rows, operations)
+
+
+def stage_of(spec: PlanSpec, attention: str) -> tuple[run.Stage, Any]:
+    """The stage with its targets; its clips are asked for only where they say what the classes are.
+
+    attention: as config.model.attention, where the experiment leaves it 'auto'.
+    """
     if not spec.experiment:
         raise UserError("config.experiment is empty: name the file to plan with --config.experiment=experiments/NAME.py.")
     config = files.load(spec.experiment)
     files.change(config, spec.settings)
     experiment = Experiment.of(config.to_dict())
+    if experiment.model.attention == "auto":
+        experiment = replace(experiment, model=replace(experiment.model, attention=attention))
     name = spec.stage or next(iter(experiment.stages), "")
     if name not in experiment.stages:
         known = ", ".join(experiment.stages) or "none"
@@ -125,15 +142,13 @@ def figures(prepared: Prepared, mesh: Mesh, chip: chips.Chip | None) -> dict[str
     """All that is known of the step on a mesh; parameters and batch are shapes alone."""
     spec, stage = prepared.stage.spec, prepared.stage
     sharding.check_rows(prepared.rows // spec.accumulate, mesh, f"config.stages.{stage.name}.rows / accumulate")
-    made = program.of(stage, prepared.goal, spec.steps or _STEPS)
-    state = described(stage.model, made.optimizer, stage.example, spec.ema, mesh, spec.tune)
-    traced = jit_step(made.step, state, mesh).trace(state, batch_of(stage, prepared.rows))
+    traced, state = _traced(stage, prepared.goal, prepared.rows, mesh)
     clips = prepared.rows * stage.data.clips_per_row
     known = {"mesh": {axis: size for axis, size in mesh.shape.items() if size > 1}, "devices": mesh.size,
              "kind": mesh.devices.flat[0].device_kind, "clips_per_step": clips,
              "parameters": sum(x.size for x in jax.tree.leaves((state.params, state.frozen))),
              "bytes": {"parameters": _held((state.params, state.frozen, state.average)), "optimiser": _held(state.opt_state)},
-             "flops": flops.count(traced.jaxpr) / mesh.size, "memory": chip.memory if chip else 0.0}
+             "flops": prepared.operations / mesh.size, "memory": chip.memory if chip else 0.0}
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -143,6 +158,13 @@ def figures(prepared: Prepared, mesh: Mesh, chip: chips.Chip | None) -> dict[str
         wanted, room = float(over[1]) * _UNITS[over[2]], float(over[3]) * _UNITS[over[4]]
         return known | {"fits": False, "bytes": known["bytes"] | {"all": wanted}, "memory": room}
     return known | _measured(compiled, known, mesh, chip)
+
+
+def _traced(stage: run.Stage, goal: Any, rows: int, mesh: Mesh) -> tuple[jax.stages.Traced, TrainState]:
+    spec = stage.spec
+    made = program.of(stage, goal, spec.steps or _STEPS)
+    state = described(stage.model, made.optimizer, stage.example, spec.ema, mesh, spec.tune)
+    return jit_step(made.step, state, mesh).trace(state, batch_of(stage, rows)), state
 
 
 def batch_of(stage: run.Stage, rows: int) -> Batch:

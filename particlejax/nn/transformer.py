@@ -208,8 +208,10 @@ def over_parts(block: Block, params: Mapping[str, Any], x: Array, where: Between
             continue
         key, value = (jnp.concatenate([made[j][k] for j in reads[i]], axis=2) for k in (1, 2))
         rows = [spans[j] for j in reads[i]]
+        asking, told = where.segments
         there = Between(where.query[:, span], jnp.concatenate([where.key[:, s] for s in rows], axis=1),
-                        jnp.concatenate([where.may[:, span, s] for s in rows], axis=2))
+                        jnp.concatenate([where.may[:, span, s] for s in rows], axis=2),
+                        segments=(asking[:, span], jnp.concatenate([told[:, s] for s in rows], axis=1)))
         rngs = {} if layer.key is None else {"dropout": jax.random.fold_in(layer.key, 2 * i + salt)}
         outputs.append(block.apply(p, x[:, span], made[i][0], key, value, there, layer.drop_path, rngs=rngs, method="finish"))
     return jnp.concatenate(outputs, axis=1)

@@ -142,5 +142,5 @@ def accumulated(gradient: Callable, parts: int) -> Callable:
 def jit_step(step: Step, state: TrainState, mesh: Mesh) -> Step:
     """The step compiled for the mesh, its state donated."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(step, in_shardings=(shardings, sharding.batch_sharding(mesh)), out_shardings=(shardings, None),
-                   donate_argnums=0)
+    return jax.jit(sharding.on(mesh, step), in_shardings=(shardings, sharding.batch_sharding(mesh)),
+                   out_shardings=(shardings, None), donate_argnums=0)
