@@ -2,6 +2,7 @@
 """The mesh, and which part of it holds which part of an array: rules by parameter path."""
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,6 +61,19 @@ def on(mesh: Mesh, f: Callable[..., Any]) -> Callable[..., Any]:
             return f(*args)
 
     return told
+
+
+def spread(x_BLD: jax.Array) -> jax.Array:
+    """Tokens divided over rows and along the sequence, where the mesh that `on` tells of has an axis for that."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["sequence"] == 1:
+        return x_BLD
+    if x_BLD.shape[1] % mesh.shape["sequence"]:
+        warnings.warn(f"config.mesh.sequence={mesh.shape['sequence']} does not divide rows of {x_BLD.shape[1]} tokens, which "
+                      "each of its devices computes whole.", stacklevel=2)
+        return x_BLD
+    rows = ROWS if x_BLD.shape[0] % math.prod(mesh.shape[axis] for axis in ROWS) == 0 else None
+    return jax.lax.with_sharding_constraint(x_BLD, P(rows, "sequence"))
 
 
 def check_rows(rows: int, mesh: Mesh, key: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax import Array
 
-from particlejax import sharding
+from particlejax import hlo, sharding
 from particlejax.fields import make
 from particlejax.modelspec import ModelSpec
 from particlejax.nn import attention, flash
@@ -78,6 +78,24 @@ def test_on_a_mesh_each_device_runs_its_own_rows_and_heads() -> None:
     text = jax.jit(sharding.on(mesh, apply)).lower(params, rows)
     assert "manual_axes" in text.as_text() or "manual_computation" in text.as_text()
     np.testing.assert_allclose(text.compile()(params, rows), apply(params, one.x), atol=2e-5)
+
+
+@pytest.mark.parametrize("how", ["plain", "splash"])
+def test_a_sequence_divided_over_devices_is_the_same_and_its_keys_are_gathered(how: str) -> None:
+    mesh, one = sharding.make_mesh(MeshSpec(data=2, sequence=4)), tokens(4, 20, 0)
+    body = Transformer(2, HEADS, 32, Style(attention=how), unroll=False)
+    params = body.init(jax.random.key(0), one)
+
+    def loss(params: Params, one: Tokens) -> Array:
+        return jnp.sum(jnp.sin(body.apply(params, one)[0].x))
+
+    alone = jax.jit(jax.value_and_grad(loss))(params, one)
+    divided = jax.jit(jax.value_and_grad(sharding.on(mesh, loss)), in_shardings=(None, sharding.batch_sharding(mesh)))
+    program = divided.lower(params, one).compile()
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4), program(params, one), alone)
+    gathered = [each for each in hlo.cost(program.as_text(), dict(mesh.shape)).collectives
+                if each.op == "all-gather" and each.axes == ("sequence",)]
+    assert sum(each.sent for each in gathered) >= 2 * 2 * 2 * 15 * WIDTH * 4  # layers x keys and values x rows x slots of others
 
 
 def test_rows_that_do_not_divide_stay_whole() -> None:

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
+from particlejax.sharding import ROWS
+
 _LANE = 128  # slots of which a kernel's blocks are multiples
 _BLOCK = 512  # slots of the largest one
 _EIGHT = 8  # what cuDNN wants a head's width to be a multiple of
-_ROWS, _HEADS = ("data", "fsdp"), "tensor"  # axes of the mesh over which these are divided
 _BACKENDS = {"tpu": "splash", "gpu": "cudnn"}
 
 
@@ -68,18 +69,28 @@ def _parts(x: Array, dtype: jnp.dtype, number: int) -> list[Array]:
 
 
 def splash(query_BHLK: Array, key_BHMK: Array, value_BHMK: Array, segments: tuple[Array, Array], interpret: bool = False) -> Array:
-    """softmax(query key^T) value within segments, [B, H, L, K]; on every device its own rows and heads.
+    """softmax(query key^T) value within segments, [B, H, L, K]; on every device its own rows, heads and part of the sequence.
 
-    segments: of queries [B, L] and keys [B, M]. A query in a segment without keys reads anything.
+    segments: of queries [B, L] and keys [B, M]. A query in a segment without keys reads anything. Along the sequence a device
+    gathers the keys and values of all parts for its own queries.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return _splash(query_BHLK, key_BHMK, value_BHMK, *segments, interpret=interpret)
-    rows = _ROWS if query_BHLK.shape[0] % math.prod(mesh.shape[axis] for axis in _ROWS) == 0 else None
-    heads = _HEADS if query_BHLK.shape[1] % mesh.shape[_HEADS] == 0 else None
-    split = jax.shard_map(lambda *args: _splash(*args, interpret=interpret), in_specs=(*[P(rows, heads)] * 3, P(rows), P(rows)),
-                          out_specs=P(rows, heads), check_vma=False)
-    return split(query_BHLK, key_BHMK, value_BHMK, *segments)
+    rows = ROWS if query_BHLK.shape[0] % math.prod(mesh.shape[axis] for axis in ROWS) == 0 else None
+    heads = "tensor" if query_BHLK.shape[1] % mesh.shape["tensor"] == 0 else None
+    parts = mesh.shape["sequence"]
+    along = "sequence" if parts > 1 and query_BHLK.shape[2] % parts == key_BHMK.shape[2] % parts == 0 else None
+
+    def local(query: Array, key: Array, value: Array, asking: Array, told: Array) -> Array:
+        if along:
+            key, value = (jax.lax.all_gather(x, along, axis=2, tiled=True) for x in (key, value))
+            told = jax.lax.all_gather(told, along, axis=1, tiled=True)
+        return _splash(query, key, value, asking, told, interpret=interpret)
+
+    whole, ids = P(rows, heads, along), P(rows, along)
+    return jax.shard_map(local, in_specs=(whole, whole, whole, ids, ids), out_specs=whole, check_vma=False)(
+        query_BHLK, key_BHMK, value_BHMK, *segments)
 
 
 def _splash(query: Array, key: Array, value: Array, query_segment: Array, key_segment: Array, *, interpret: bool) -> Array:

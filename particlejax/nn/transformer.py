@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from particlejax import tree
+from particlejax import sharding, tree
 from particlejax.nn import fusion, reduce, tuned
 from particlejax.nn.attention import Attention, Between, Style, between
 from particlejax.nn.reduce import Tokens
@@ -137,6 +137,7 @@ class Transformer(nn.Module):
         own = parts.names if parts and parts.separate else None
         layers = Layers(self._stacked("blocks", block, self.depth, inputs, own), {},
                         jnp.linspace(0.0, self.drop_path, self.depth), keys)
+        tokens = tokens._replace(x=sharding.spread(tokens.x))
         outputs, edges = [], [*(self.reduction.after if self.reduction else ()), self.depth]
         if parts and 0 < parts.fuse_from < self.depth:
             edges = [parts.fuse_from, self.depth]
