@@ -95,7 +95,8 @@ def test_a_sequence_divided_over_devices_is_the_same_and_its_keys_are_gathered(h
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4), program(params, one), alone)
     gathered = [each for each in hlo.cost(program.as_text(), dict(mesh.shape)).collectives
                 if each.op == "all-gather" and each.axes == ("sequence",)]
-    assert sum(each.sent for each in gathered) >= 2 * 2 * 2 * 15 * WIDTH * 4  # layers x keys and values x rows x slots of others
+    both = 2 if how == "splash" else 1  # keys and values; XLA may gather what they are made of instead
+    assert sum(each.sent for each in gathered) >= 2 * both * 2 * 15 * WIDTH * 4  # layers, rows, slots of others
 
 
 def test_rows_that_do_not_divide_stay_whole() -> None:
