@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from particlejax import sharding
 from particlejax.apps import pictures
 from particlejax.data import clips, pipeline, sources
 from particlejax.data.decode import Unreadable
@@ -33,7 +34,7 @@ def draw_masked(workdir: Path, name: str, mesh: Mesh) -> None:
     row = pipeline.row_of(stage.data, stage.particles)
     batch = stage.ready(pack.pack([pack.Clip(particles, -1, 0)], [0], row.slots, 1, row.clips))
     shape = type(spec)(**{**vars(spec), "predict": 1 - spec.keep})  # ask for everything that is hidden
-    predict = jax.jit(lambda p, b: masked.predict_masked(shape, p, stage.model, b, jax.random.key(0), False))
+    predict = jax.jit(sharding.on(mesh, lambda p, b: masked.predict_masked(shape, p, stage.model, b, jax.random.key(0), False)))
     answer = jax.tree.map(lambda x: np.asarray(x[0]), predict(params, jax.tree.map(np.asarray, batch)))
     folder = Path(workdir) / "report"
     folder.mkdir(exist_ok=True)
