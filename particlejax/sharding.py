@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mesh, and which part of it holds which part of an array: rules by parameter path."""
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -56,6 +57,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def on(mesh: Mesh, f: Callable[..., Any]) -> Callable[..., Any]:
     """f, in which what is written for each device by itself finds the mesh."""
 
+    @functools.wraps(f)
     def told(*args: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return f(*args)
