@@ -23,7 +23,7 @@ from particlejax.spec import MeshSpec
 from particlejax.typing import Params, UserError
 
 WIDTH, HEADS = 16, 2
-VARIANTS = {"plain words": Style(near=False), "near": Style(), "rotary": Style(rotary=True, qk_norm=True)}
+VARIANTS = {"words": Style(near=False), "near": Style(), "rotary": Style(rotary=True, qk_norm=True)}
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +42,11 @@ def tokens(rows: int, length: int, seed: int, mass: bool = False) -> Tokens:
                   jnp.asarray(rng.integers(1, 5, (rows, length)), jnp.float32) if mass else None)
 
 
+def close(found: Array, expected: Array) -> None:
+    """Equal as far as float32 sums in another order are: gradients of sharpness are small differences of large terms."""
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 + 1e-3 * float(jnp.abs(expected).max()))
+
+
 def found(style: Style, query: Tokens, key: Tokens, params: Params | None = None) -> tuple[Array, tuple]:
     """What is read, and the gradients of a sum of its squares by parameters and content."""
     module, where = Attention(WIDTH, HEADS, style), attention.between(query, key)
@@ -55,13 +60,12 @@ def found(style: Style, query: Tokens, key: Tokens, params: Params | None = None
     return read, grads
 
 
-@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("kernel", "variant"), [("splash", "near"), ("splash", "words"), ("cudnn", "near"), ("cudnn", "rotary")])
 def test_kernels_equal_the_plain_one_on_packed_rows(kernel: str, variant: str) -> None:
     style = VARIANTS[variant]
     query, key = tokens(2, 20, 0), tokens(2, 33, 1, mass=variant == "near")
     plain, kernels = (found(style._replace(attention=how), query, key) for how in ("plain", kernel))
-    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-4), kernels, plain)
+    jax.tree.map(close, kernels, plain)
     moved = jax.tree.map(lambda x: float(jnp.abs(x).max()), plain[1][0])
     assert min(moved["params"]["query"].values()) > 0 and all(np.isfinite(x).all() for x in jax.tree.leaves(kernels))
     if style.near:
@@ -72,40 +76,40 @@ def test_on_a_mesh_each_device_runs_its_own_rows_and_heads() -> None:
     mesh = sharding.make_mesh(MeshSpec(data=2, fsdp=2, tensor=2))
     one = tokens(4, 20, 0)
     module, where = Attention(WIDTH, HEADS, Style(attention="splash")), attention.between(one, one)
-    params = module.init(jax.random.key(0), one.x, one.x, where)
+    params = Attention(WIDTH, HEADS, Style()).init(jax.random.key(0), one.x, one.x, where)
     apply = lambda params, x: module.apply(params, x, x, where)  # noqa: E731
     rows = jax.device_put(one.x, sharding.batch_sharding(mesh))
     text = jax.jit(sharding.on(mesh, apply)).lower(params, rows)
     assert "manual_axes" in text.as_text() or "manual_computation" in text.as_text()
-    np.testing.assert_allclose(text.compile()(params, rows), apply(params, one.x), atol=2e-5)
+    plain = Attention(WIDTH, HEADS, Style()).apply(params, one.x, one.x, where)
+    np.testing.assert_allclose(text.compile()(params, rows), plain, atol=2e-5)
 
 
-@pytest.mark.parametrize("how", ["plain", "splash"])
-def test_a_sequence_divided_over_devices_is_the_same_and_its_keys_are_gathered(how: str) -> None:
+def test_a_sequence_divided_over_devices_is_the_same_and_its_keys_are_gathered() -> None:
     mesh, one = sharding.make_mesh(MeshSpec(data=2, sequence=4)), tokens(4, 20, 0)
-    body = Transformer(2, HEADS, 32, Style(attention=how), unroll=False)
-    params = body.init(jax.random.key(0), one)
+    plain, body = (Transformer(2, HEADS, 32, Style(attention=how), unroll=False) for how in ("plain", "splash"))
+    params = plain.init(jax.random.key(0), one)
 
-    def loss(params: Params, one: Tokens) -> Array:
+    def loss(body: Transformer, params: Params, one: Tokens) -> Array:
         return jnp.sum(jnp.sin(body.apply(params, one)[0].x))
 
-    alone = jax.jit(jax.value_and_grad(loss))(params, one)
-    divided = jax.jit(jax.value_and_grad(sharding.on(mesh, loss)), in_shardings=(None, sharding.batch_sharding(mesh)))
-    program = divided.lower(params, one).compile()
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4), program(params, one), alone)
+    alone = jax.jit(jax.value_and_grad(partial(loss, plain)))(params, one)
+    told = sharding.on(mesh, jax.value_and_grad(lambda params, one: loss(body, params, one)))
+    program = jax.jit(told, in_shardings=(None, sharding.batch_sharding(mesh))).lower(params, one).compile()
+    jax.tree.map(close, program(params, one), alone)
     gathered = [each for each in hlo.cost(program.as_text(), dict(mesh.shape)).collectives
                 if each.op == "all-gather" and each.axes == ("sequence",)]
-    both = 2 if how == "splash" else 1  # keys and values; XLA may gather what they are made of instead
-    assert sum(each.sent for each in gathered) >= 2 * both * 2 * 15 * WIDTH * 4  # layers, rows, slots of others
+    assert sum(each.sent for each in gathered) >= 2 * 2 * 2 * 15 * WIDTH * 4  # layers, keys and values, rows, slots of others
 
 
 def test_rows_that_do_not_divide_stay_whole() -> None:
     mesh, one = sharding.make_mesh(MeshSpec(data=8)), tokens(3, 20, 0)
     module, where = Attention(WIDTH, HEADS, Style(attention="splash")), attention.between(one, one)
+    plain = Attention(WIDTH, HEADS, Style())
+    params = plain.init(jax.random.key(0), one.x, one.x, where)
     with jax.set_mesh(mesh):
-        params = jax.jit(module.init)(jax.random.key(0), one.x, one.x, where)
         read = jax.jit(module.apply)(params, one.x, one.x, where)
-    np.testing.assert_allclose(read, module.apply(params, one.x, one.x, where), atol=2e-5)
+    np.testing.assert_allclose(read, plain.apply(params, one.x, one.x, where), atol=2e-5)
 
 
 def test_terms_of_place_keep_their_precision_in_bfloat16() -> None:
@@ -118,14 +122,6 @@ def test_terms_of_place_keep_their_precision_in_bfloat16() -> None:
     exact = -jnp.einsum("hk,bxlmk->bhlm", sharpness, far) + jnp.einsum("hk,blk->bhl", sharpness, one.place**2)[..., None]
     assert query.dtype == jnp.bfloat16 and float(jnp.abs(exact).max()) > 100
     assert float(jnp.abs(logits - exact).max()) < 0.02
-
-
-def test_a_transformer_with_parts_and_scanned_layers_is_the_same() -> None:
-    one = tokens(2, 20, 0)
-    bodies = [Transformer(2, HEADS, 32, Style(attention=how), unroll=False) for how in ("plain", "splash")]
-    params = bodies[0].init(jax.random.key(0), one)
-    a, b = (jax.jit(body.apply)(params, one)[0].x for body in bodies)
-    np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 @pytest.mark.parametrize("length", [1, 128, 129, 640, 1568])
