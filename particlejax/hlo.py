@@ -23,8 +23,9 @@ _TRIPS = re.compile(r'known_trip_count[^0-9]{1,12}(\d+)')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _INDIRECT = ("while", "conditional", "call", "async-start")  # what they do is done by what they call
 _FREE = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
-                   "iota", "async-done", "async-update", "copy-done", "opt-barrier", *_INDIRECT,
-                   *(f"{name}-done" for name in COLLECTIVES)})
+                   "iota", "opt-barrier",
+                   "async-update", *_INDIRECT})
+_NO_WORK = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast)"')
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -74,7 +75,7 @@ def cost(text: str, mesh: Mapping[str, int]) -> Cost:
                 entry[1] += times * _sent(op, program.read(computation, each), groups.shape[1])
         if fused:
             continue
-        endless += each.op == "while" and not _TRIPS.search(each.rest)
+        endless += each.op == "while" and not program.trips(each)
         stated = _CYCLES.search(each.rest)
         cycles += times * int(stated[1]) if stated else 0
         total += times * program.traffic(computation, each)
@@ -105,9 +106,18 @@ class Program:
             for each in self.computations.get(name, {}).values():
                 yield name, each, times, fused
                 if each.op in _INDIRECT or each.op == "fusion":
-                    trips = _TRIPS.search(each.rest) if each.op == "while" else None
-                    often = times * (int(trips[1]) if trips else 1)
+                    often = times * (self.trips(each) or 1)
                     waiting += [(called, often, fused or each.op == "fusion") for called in _called(each.rest)]
+
+    def trips(self, each: Instruction) -> int:
+        """How often a loop runs; 0 where nothing says it. TPU programs say it by the one number in the condition alone."""
+        known = _TRIPS.search(each.rest)
+        if known or each.op != "while":
+            return int(known[1]) if known else 0
+        condition = re.search(r"condition=%?([\w.\-]+)", each.rest)
+        numbers = [int(inner.operands[0]) for inner in self.computations.get(condition[1], {}).values()
+                   if inner.op == "constant" and inner.shape.startswith("s32[]")]
+        return numbers[0] if len(numbers) == 1 else 0
 
     def read(self, computation: str, each: Instruction) -> float:
         """Bytes of all operands."""
@@ -116,7 +126,7 @@ class Program:
 
     def traffic(self, computation: str, each: Instruction) -> float:
         """Bytes that an instruction reads from and writes to the main memory; of a slice, what is sliced."""
-        if each.op in _FREE:
+        if each.op in _FREE or each.op.endswith("-done") or _NO_WORK.search(each.rest):
             return 0.0
         known = self.computations[computation]
         operands = [known[name].shape for name in each.operands if name in known]
@@ -125,7 +135,9 @@ class Program:
         if each.op == "dynamic-update-slice":
             return 2 * size(operands[1], main=True)
         if each.op.endswith("-start"):  # its result holds its operand, too
-            return sum(size(shape, main=True) for shape in operands) + size(_first(each.shape), main=True)
+            made = next((found for found in _arrays(each.shape) if found not in operands), "")
+            read = size(made) if each.op == "slice-start" and _in_main(operands[0]) else sum(size(o, main=True) for o in operands)
+            return read + size(made, main=True)
         if each.op == "fusion":
             return self._fusion(each, operands)
         return size(each.shape, main=True) + sum(size(shape, main=True) for shape in operands)
@@ -143,12 +155,11 @@ class Program:
             shape = operands[int(inner.operands[0])] if int(inner.operands[0]) < len(operands) else inner.shape
             if _in_main(shape):
                 total += min(size(shape), _needed(inner.name, users))
-        root = next((inner for inner in body.values() if inner.root), None)
-        while root is not None and root.op == "bitcast":
-            root = body.get(root.operands[0])
-        if root is not None and root.op == "dynamic-update-slice" and _in_main(each.shape):
-            return total + size(body[root.operands[1]].shape)  # written in place
-        return total + size(each.shape, main=True)
+        root = next((inner for inner in body.values() if inner.root), each)
+        makers = root.operands if root.op == "tuple" else (root.name,)
+        for made, name in zip(_arrays(each.shape), makers, strict=False):
+            total += _written(body, name, made) if _in_main(made) else 0.0
+        return total
 
 
 def size(shape: str, main: bool = False) -> float:
@@ -179,9 +190,18 @@ def _bits(kind: str) -> int:
     return _BITS.get(kind) or (0 if kind in _BITS else int(re.sub(r"^[a-z]+(\d+).*", r"\1", kind)))
 
 
-def _first(shape: str) -> str:
-    found = _ARRAY.search(shape)
-    return found[0] if found else ""
+def _arrays(shape: str) -> list[str]:
+    return [found[0] for found in _ARRAY.finditer(shape)]
+
+
+def _written(body: Mapping[str, Instruction], name: str, shape: str) -> float:
+    """Bytes that a fusion writes of a result: those of the slice where it is updated in place."""
+    made = body.get(name)
+    while made is not None and made.op in ("bitcast", "copy") and made.operands:
+        made = body.get(made.operands[0])
+    if made is not None and made.op == "dynamic-update-slice":
+        return size(body[made.operands[1]].shape)
+    return size(shape)
 
 
 def _parsed(line: str) -> Instruction:
@@ -192,7 +212,7 @@ def _parsed(line: str) -> Instruction:
     start = line.index("(", stop)
     end = _closing(line, start)
     inner = line[start + 1:end - 1]
-    operands = (inner,) if op == "parameter" else tuple(re.findall(r"%([\w.\-]+)", inner))
+    operands = (inner,) if op in ("parameter", "constant") else tuple(re.findall(r"%([\w.\-]+)", inner))
     return Instruction(head[2], shape, op, operands, line[end:], bool(head[1]))
 
 
@@ -219,6 +239,13 @@ def _groups(rest: str, devices: int) -> np.ndarray:
     if iota:
         shape, dims, order = ([int(n) for n in part.split(",")] if part else None for part in iota.groups())
         return np.arange(math.prod(dims)).reshape(dims).transpose(order or range(len(dims))).reshape(shape[0], -1)
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest)
+    if named:  # axes of the program's own mesh, which has the same order of devices
+        sizes = {axis: int(number) for axis, number in re.findall(r"'([^']+)'=(\d+)", named[1])}
+        over = [axis for axis in sizes if f"'{axis}'" in named[2]]
+        order = [list(sizes).index(axis) for axis in (*(axis for axis in sizes if axis not in over), *over)]
+        members = math.prod(sizes[axis] for axis in over)
+        return np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values())).transpose(order).reshape(-1, members)
     listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", rest)
     if not listed:
         return np.arange(devices)[None]

@@ -51,6 +51,11 @@ HloModule step, is_scheduled=true
   ROOT %out = (s32[], bf16[12,64]{1,0}, f32[16]{0}) tuple(%i, %w, %all)
 }
 
+%c (state: (s32[], bf16[12,64], f32[16])) -> pred[] {
+  %n = s32[]{:T(128)} constant(12)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
 ENTRY %main (a: (s32[], bf16[12,64], f32[16])) -> f32[16] {
   %a = (s32[], bf16[12,64]{1,0}, f32[16]{0}) parameter(0)
   %loop = (s32[], bf16[12,64]{1,0}, f32[16]{0}) while(%a), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"12"}}
@@ -76,8 +81,14 @@ def test_a_program_is_read_with_its_loops_groups_and_slices() -> None:
         ("collective-permute", ("data",)): (1, 64),
     }
     assert cost.cycles == 12 * 50 and cost.endless == 0
+    by_condition = PROGRAM.replace('{"known_trip_count":{"n":"12"}}', "{}")  # as programs for TPUs say it
+    assert by_condition != PROGRAM and hlo.cost(by_condition, AXES) == cost
+    assert hlo.cost(by_condition.replace("constant(12)", "parameter(0)"), AXES).endless == 1
+    named = PROGRAM.replace("replica_groups=[4,2]<=[2,4]T(1,0)", "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}")
+    assert named != PROGRAM and hlo.cost(named, AXES) == cost
     inside = 128 + 4 + (64 + 16) + (16 + 16)  # a slice into fast memory with its index, the sum, what is gathered as it is sent
-    assert cost.bytes == 12 * inside + 2 * 128
+    compared = 4 + 1
+    assert cost.bytes == 12 * (inside + compared) + 2 * 128
 
 
 def test_types_have_their_sizes() -> None:

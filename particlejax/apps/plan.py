@@ -257,7 +257,8 @@ def _times(found: dict[str, dict[str, Any]]) -> Iterator[str]:
         yield "This kind of device is not in chips.py, so no time is estimated."
         return
     rates = "measured on this machine in float32" if next(iter(timed.values()))["estimates"]["rates_measured"] else "as published"
-    yield from (f"Estimates in ms, at the chip's best rates ({rates}); no step was run:", "")
+    yield from (f"Estimates in ms, at the chip's best rates ({rates}); no step was run. The compiler's leaves out kernels of "
+                "attention, what is streamed is counted high where a chip keeps it in fast memory:", "")
     rows = []
     for label, each in timed.items():
         guess = each["estimates"]
