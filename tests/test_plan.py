@@ -86,7 +86,7 @@ def test_a_program_is_read_with_its_loops_groups_and_slices() -> None:
     assert hlo.cost(by_condition.replace("constant(12)", "parameter(0)"), AXES).endless == 1
     named = PROGRAM.replace("replica_groups=[4,2]<=[2,4]T(1,0)", "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}")
     assert named != PROGRAM and hlo.cost(named, AXES) == cost
-    inside = 128 + 4 + (64 + 16) + (16 + 16)  # a slice into fast memory with its index, the sum, what is gathered as it is sent
+    inside = 128 + 4 + (64 + 16) + (16 + 64)  # a slice into fast memory with its index, the sum, what is gathered
     compared = 4 + 1
     assert cost.bytes == 12 * (inside + compared) + 2 * 128
 
