@@ -29,6 +29,11 @@ def _equation(eqn: Any) -> int:
     if name == "cond":
         return max(count(branch) for branch in params["branches"])
     times = params["length"] if name == "scan" else 1
+    if name == "shard_map":  # its shapes are those of one device
+        axes = params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]
+        times = math.prod(params["mesh"].shape[axis] for axis in axes)
+    if name == "pallas_call":  # its body is one cell of the grid
+        times = math.prod(params["grid_mapping"].grid)
     return times * sum(count(inner) for inner in _inner(params))
 
 

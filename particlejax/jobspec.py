@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from particlejax.fields import at_least
-from particlejax.spec import Experiment, make, one_of
+from particlejax.spec import Experiment, MeshSpec, make, one_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +98,22 @@ class FeaturesSpec:
     max_bad: int = at_least(100, 0)  # unreadable clips after which it stops
 
 
-Job = Experiment | ImportSpec | RecogniseSpec | ProbeSpec | BackboneProbeSpec | FeaturesSpec
+@dataclasses.dataclass(frozen=True)
+class PlanSpec:
+    """Job plan: what the train step of an experiment would need and take, compiled for devices that need not be there."""
+
+    job: str = one_of("plan")
+    experiment: str = ""  # its file, with the argument: experiments/quickstart.py:tiny
+    settings: tuple[str, ...] = ()  # that differ from the file's, each 'some.key=value', such as 'model.depth=24'
+    stage: str = ""  # '': the first
+    topology: str = "here"  # devices: those at hand, or TPUs such as v5e:16x16; several with commas between them
+    meshes: tuple[MeshSpec, ...] = ()  # to compare; (): data alone, fsdp alone, both, and fsdp with tensor
+    rows: int = at_least(0, 0)  # of a batch for each device; 0: the stage's rows, whatever the number of devices
+
+
+Job = Experiment | ImportSpec | RecogniseSpec | ProbeSpec | BackboneProbeSpec | FeaturesSpec | PlanSpec
 _OWN = {"import_weights": ImportSpec, "recognise": RecogniseSpec, "probe": ProbeSpec, "probe_backbone": BackboneProbeSpec,
-        "features": FeaturesSpec}
+        "features": FeaturesSpec, "plan": PlanSpec}
 
 
 def of(config: Mapping[str, Any]) -> Job:

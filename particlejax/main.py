@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m particlejax.main --config experiments/NAME.py[:tiny] [--config.some.key=value] [--workdir DIR]`."""
 
-import difflib
 import hashlib
 import os
 import re
-import runpy
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +20,9 @@ from particlejax.apps import (
     evaluate,
     features,
     few,
+    files,
     import_weights,
+    plan,
     prepare,
     probe,
     probe_backbone,
@@ -54,7 +54,8 @@ JOBS = {"train": train.train, "sweep": sweep.sweep, "evaluate": evaluate.evaluat
         "bench_faults": bench_faults.bench,
         "import_weights": import_weights.import_weights, "recognise": recognise.recognise,
         "probe": probe.probe, "probe_backbone": probe_backbone.probe, "features": features.features,
-        "soup": soup.soup, "prototypes": few.prototypes, "label_next": few.label_next}
+        "soup": soup.soup, "prototypes": few.prototypes, "label_next": few.label_next,
+        "plan": plan.plan}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -100,7 +101,7 @@ def _parse(argv: Sequence[str]) -> Asked:
     config_flags.DEFINE_config_file("config", None, "Experiment file.", lock_config=True, flag_values=values)
     flags.DEFINE_string("workdir", "", "Where the run lives; by default runs/ and the experiment's name.",
                         flag_values=values)
-    _load(_file(argv))  # first by ourselves: ml_collections buries what goes wrong in the file
+    files.load(_file(argv))  # first by ourselves: ml_collections buries what goes wrong in the file
     before, sys.argv = sys.argv, list(argv)  # where ml_collections looks for the settings
     try:
         rest = values(list(argv))[1:]
@@ -124,22 +125,9 @@ def _file(argv: Sequence[str]) -> str:
     return argv[at].split("=", 1)[1] if "=" in argv[at] else "".join(argv[at + 1 : at + 2])
 
 
-def _load(file: str) -> ml_collections.ConfigDict:
-    """The config of an experiment file before any setting is changed."""
-    path, _, arg = file.partition(":")
-    if not path:
-        raise UserError("no experiment: add --config experiments/quickstart.py or another file of experiments/.")
-    if not Path(path).is_file():
-        near = difflib.get_close_matches(path, [str(p) for p in Path("experiments").rglob("*.py")], 1)
-        remedy = f"did you mean {near[0]}?" if near else "check its path."
-        raise UserError(f"the experiment file {path!r} is not there: {remedy}")
-    make = runpy.run_path(path)["get_config"]
-    return make(arg) if arg else make()
-
-
 def _unknown_override(argv: Sequence[str]) -> str:
     """The sentence for the first --config.KEY that the experiment file does not have."""
-    config = _load(_file(argv))
+    config = files.load(_file(argv))
     for text in argv:
         found = re.match(r"--?(?:no)?config\.([\w.]+)", text)
         node, where = config, "config"

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mesh, and which part of it holds which part of an array: rules by parameter path."""
 
+import functools
 import math
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,9 +31,9 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
-def make_mesh(spec: MeshSpec) -> Mesh:
-    """All devices in a mesh of the four named axes. Raises UserError when their number does not fit."""
-    sizes, devices = [getattr(spec, axis) for axis in AXES], jax.device_count()
+def make_mesh(spec: MeshSpec, of: Sequence[jax.Device] | None = None) -> Mesh:
+    """These devices, by default all, in a mesh of the four named axes. Raises UserError when their number does not fit."""
+    sizes, devices = [getattr(spec, axis) for axis in AXES], jax.device_count() if of is None else len(of)
     if sizes.count(-1) > 1:
         raise UserError(f"config.mesh gives -1 to {sizes.count(-1)} axes: only one can be the rest.")
     rest, over = divmod(devices, math.prod(size for size in sizes if size != -1))
@@ -38,7 +41,7 @@ def make_mesh(spec: MeshSpec) -> Mesh:
     if over or math.prod(sizes) != devices:
         raise UserError(f"config.mesh wants {dict(zip(AXES, sizes, strict=True))} but there are {devices} devices: make "
                         "their product that number, or one of them -1.")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=of)
 
 
 def param_shardings(shapes: Any, mesh: Mesh) -> Any:
@@ -49,6 +52,30 @@ def param_shardings(shapes: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows divided over data and fsdp, everything else whole."""
     return NamedSharding(mesh, P(ROWS))
+
+
+def on(mesh: Mesh, f: Callable[..., Any]) -> Callable[..., Any]:
+    """f, in which what is written for each device by itself finds the mesh."""
+
+    @functools.wraps(f)
+    def told(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return f(*args)
+
+    return told
+
+
+def spread(x_BLD: jax.Array) -> jax.Array:
+    """Tokens divided over rows and along the sequence, where the mesh that `on` tells of has an axis for that."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["sequence"] == 1:
+        return x_BLD
+    if x_BLD.shape[1] % mesh.shape["sequence"]:
+        warnings.warn(f"config.mesh.sequence={mesh.shape['sequence']} does not divide rows of {x_BLD.shape[1]} tokens, which "
+                      "each of its devices computes whole.", stacklevel=2)
+        return x_BLD
+    rows = ROWS if x_BLD.shape[0] % math.prod(mesh.shape[axis] for axis in ROWS) == 0 else None
+    return jax.lax.with_sharding_constraint(x_BLD, P(rows, "sequence"))
 
 
 def check_rows(rows: int, mesh: Mesh, key: str) -> None:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from particlejax import cluster
+from particlejax import cluster, sharding
 from particlejax.apps import pictures
 from particlejax.data import clips, pipeline, sources
 from particlejax.data.decode import Unreadable
@@ -60,7 +60,7 @@ def _draw_masked(shown: _Shown, folder: Path, mesh: Mesh) -> None:
     stage, params, frames, times, batch = shown
     spec, name = stage.spec.objectives["masked"], stage.name
     shape = type(spec)(**{**vars(spec), "predict": 1 - spec.keep})  # ask for everything that is hidden
-    predict = jax.jit(lambda p, b: masked.predict_masked(shape, p, stage.model, b, jax.random.key(0), False),
+    predict = jax.jit(sharding.on(mesh, lambda p, b: masked.predict_masked(shape, p, stage.model, b, jax.random.key(0), False)),
                       out_shardings=NamedSharding(mesh, PartitionSpec()))
     answer = jax.tree.map(lambda x: np.asarray(x[0]), predict(params, batch))
     if not cluster.first():
@@ -74,10 +74,10 @@ def _draw_masked(shown: _Shown, folder: Path, mesh: Mesh) -> None:
 def _draw_next(shown: _Shown, folder: Path, mesh: Mesh) -> None:
     """NAME_rollout.png: the second half of the clip, step by step from the first."""
     stage, params, frames, times, batch = shown
-    whole = batch.particles[clips.VISION]
+    spec, whole = stage.spec.objectives["next_frame"], batch.particles[clips.VISION]
     duration = whole.extent[whole.segment > 0][:, 0].max()
     steps = max(1, round(float((times[-1] - times[0]) * _LATER / duration)))
-    roll = jax.jit(lambda p, b: masked.rollout(stage.spec.objectives["next_frame"], p, stage.model, b, 1 - _LATER, steps),
+    roll = jax.jit(sharding.on(mesh, lambda p, b: masked.rollout(spec, p, stage.model, b, 1 - _LATER, steps)),
                    out_shardings=NamedSharding(mesh, PartitionSpec()))
     payload, made = (np.asarray(x[0]) for x in roll(params, batch))
     if not cluster.first():

@@ -277,7 +277,7 @@ class Decoder(nn.Module):
 def style_of(spec: ModelSpec) -> attention.Style:
     """What the blocks of a model are made of."""
     return attention.Style(spec.near, spec.rotary, spec.qk_norm, spec.gate == "swiglu", spec.layer_scale, spec.dropout,
-                             policy.PRECISIONS[spec.dtype].compute)
+                             policy.PRECISIONS[spec.dtype].compute, spec.attention)
 
 
 def part_of(tokens: Tokens, particles: Mapping[str, Particles], modality: str) -> Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from particlejax.nn import rotary, tuned
+from particlejax.nn import flash, rotary, tuned
 from particlejax.nn.reduce import Tokens
 
 _FAR = -1e9  # the logit of what must not count; finite, so that an empty slot's softmax stays finite
@@ -30,11 +30,12 @@ class Between(NamedTuple):
     key: Array
     may: Array  # bool [B, L, M]
     mass: Array | None = None  # float32 [B, M], how many particles a key stands for; None: each for one
+    segments: tuple[Array, Array] | None = None  # of queries [B, L] and keys [B, M], for kernels that make `may` of them
 
 
 def between(query: Tokens, key: Tokens) -> Between:
     """The relation of queries to keys, each within its segment."""
-    return Between(query.place, key.place, same_segment(query.segment, key.segment), key.mass)
+    return Between(query.place, key.place, same_segment(query.segment, key.segment), key.mass, (query.segment, key.segment))
 
 
 class Nearness(nn.Module):
@@ -46,10 +47,15 @@ class Nearness(nn.Module):
 
     heads: int
 
-    @nn.compact
+    def setup(self) -> None:
+        self.log_sharpness = self.param("log_sharpness", _spread, (self.heads, 3))
+
+    def sharpness(self) -> Array:
+        """How fast each head's logits fall along each axis, [H, 3]."""
+        return jnp.exp(self.log_sharpness)
+
     def __call__(self, where: Between) -> Array:
-        log_sharpness = self.param("log_sharpness", _spread, (self.heads, 3))
-        sharpness = jnp.exp(log_sharpness)
+        sharpness = self.sharpness()
         # -s (q - k)^2 without the term in q alone, which softmax does not see
         query = 2 * where.query[:, None] * sharpness[None, :, None]
         cross = jnp.einsum("bhlk,bmk->bhlm", query, where.key)
@@ -74,6 +80,7 @@ class Style(NamedTuple):
     layer_scale: float = 0.0  # that branches start with (arXiv:2103.17239); 0: none
     dropout: float = 0.0
     dtype: Any = jnp.float32
+    attention: str = "plain"  # or a kernel that never writes the logits: auto, splash, cudnn (nn/flash.py)
 
 
 class Attention(nn.Module):
@@ -112,21 +119,30 @@ class Attention(nn.Module):
     def answer(self, query: Array, key: Array, value: Array, where: Between) -> Array:
         """What the queries read, [B, L, D]."""
         scaled = query * query.shape[-1] ** -0.5
+        prefix = self.get_variable("params", "prefix")  # only where fine-tuning has put one
+        how = "plain" if prefix is not None else flash.chosen(self.style.attention, scaled.dtype)
+        mixed = self._plain(scaled, key, value, where, prefix) if how == "plain" else self._flash(how, scaled, key, value, where)
+        some = where.may.any(axis=-1)[:, None, :, None]  # who may read nothing would else read the mean of the whole row
+        return self.out(jnp.where(some, mixed, 0).swapaxes(1, 2))
+
+    def _flash(self, how: str, scaled: Array, key: Array, value: Array, where: Between) -> Array:
+        sharpness = self.nearness.sharpness() if self.style.near else None
+        scaled, key = flash.fold(scaled, key, (where.query, where.key), sharpness, where.mass)
+        return flash.splash(scaled, key, value, where.segments) if how == "splash" else flash.cudnn(scaled, key, value, where.may)
+
+    def _plain(self, scaled: Array, key: Array, value: Array, where: Between, prefix: Any) -> Array:
         logits = jnp.einsum("bhlk,bhmk->bhlm", scaled, key, preferred_element_type=jnp.float32)
         if self.style.near:
             logits += self.nearness(where)
         if where.mass is not None:  # a merged token counts as what it was merged from (arXiv:2210.09461, section 3)
             logits += jnp.log(jnp.maximum(where.mass, 1.0))[:, None, None]
         logits = jnp.where(where.may[:, None], logits, _FAR)
-        prefix = self.get_variable("params", "prefix")  # only where fine-tuning has put one
         if prefix is not None:
-            sharpness = jnp.exp(self.get_variable("params", "nearness")["log_sharpness"]) if self.style.near else None
+            sharpness = self.nearness.sharpness() if self.style.near else None
             logits = jnp.concatenate([logits, tuned.prefix_logits(scaled, prefix, sharpness, where.query)], axis=-1)
             value = _append(value, prefix["value"])
         weights = jax.nn.softmax(logits).astype(self.style.dtype)
-        mixed = jnp.einsum("bhlm,bhmk->bhlk", weights, value)
-        some = where.may.any(axis=-1)[:, None, :, None]  # who may read nothing would else read the mean of the whole row
-        return self.out(jnp.where(some, mixed, 0).swapaxes(1, 2))
+        return jnp.einsum("bhlm,bhmk->bhlk", weights, value)
 
 
 def _append(value_BHMK: Array, more_ZHK: Array) -> Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from particlejax import tree
+from particlejax import sharding, tree
 from particlejax.nn import fusion, policy, reduce, tuned
 from particlejax.nn.attention import Attention, Between, Style, between
 from particlejax.nn.reduce import Tokens
@@ -138,6 +138,7 @@ class Transformer(nn.Module):
         own = parts.names if parts and parts.separate else None
         layers = Layers(self._stacked("blocks", block, self.depth, inputs, own), {},
                         jnp.linspace(0.0, self.drop_path, self.depth), keys)
+        tokens = tokens._replace(x=sharding.spread(tokens.x))
         outputs, edges = [], [*(self.reduction.after if self.reduction else ()), self.depth]
         if parts and 0 < parts.fuse_from < self.depth:
             edges = [parts.fuse_from, self.depth]
@@ -211,8 +212,10 @@ def over_parts(block: Block, params: Mapping[str, Any], x: Array, where: Between
             continue
         key, value = (jnp.concatenate([made[j][k] for j in reads[i]], axis=2) for k in (1, 2))
         rows = [spans[j] for j in reads[i]]
+        asking, told = where.segments
         there = Between(where.query[:, span], jnp.concatenate([where.key[:, s] for s in rows], axis=1),
-                        jnp.concatenate([where.may[:, span, s] for s in rows], axis=2))
+                        jnp.concatenate([where.may[:, span, s] for s in rows], axis=2),
+                        segments=(asking[:, span], jnp.concatenate([told[:, s] for s in rows], axis=1)))
         rngs = {} if layer.key is None else {"dropout": jax.random.fold_in(layer.key, 2 * i + salt)}
         outputs.append(block.apply(p, x[:, span], made[i][0], key, value, there, layer.drop_path, rngs=rngs, method="finish"))
     return jnp.concatenate(outputs, axis=1)

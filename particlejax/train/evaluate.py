@@ -30,7 +30,7 @@ def jit_measure(objective: Objective, model: Model, mesh: Mesh) -> Callable[[Par
         _, metrics = objective(params, model, batch, key, False)
         return metrics, jnp.sum(batch.clip >= 0)
 
-    return jax.jit(measure, out_shardings=NamedSharding(mesh, P()))
+    return jax.jit(sharding.on(mesh, measure), out_shardings=NamedSharding(mesh, P()))
 
 
 def metrics_of(measure: Callable, params: Params, views: pipeline.Views, mesh: Mesh, watch: Watch) -> dict[str, float]:
@@ -54,7 +54,7 @@ def jit_predict(model: Model, ready: Callable[[Batch], Batch], mesh: Mesh, answe
         tokens, _ = model.apply(params, "encode", ready(batch).particles, batch.clip.shape[1])
         return answers(model.apply(params, "classify", tokens, batch.clip.shape[1])), batch.clip
 
-    return jax.jit(predict, out_shardings=NamedSharding(mesh, P()))
+    return jax.jit(sharding.on(mesh, predict), out_shardings=NamedSharding(mesh, P()))
 
 
 def jit_features(model: Model, ready: Callable[[Batch], Batch], mesh: Mesh, modalities: tuple[str, ...] = ("",),
@@ -77,7 +77,7 @@ def jit_features(model: Model, ready: Callable[[Batch], Batch], mesh: Mesh, moda
                 found[f"embed/{name}"], *_ = model.apply(params, "embed", tokens, clips, name)
         return found, batch.clip
 
-    return jax.jit(features, out_shardings=NamedSharding(mesh, P()))
+    return jax.jit(sharding.on(mesh, features), out_shardings=NamedSharding(mesh, P()))
 
 
 def probabilities(predict: Callable, params: Params, views: pipeline.Views, mesh: Mesh, watch: Watch, name: str

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -22,14 +21,12 @@ from particlejax.adapt import load, tune
 from particlejax.checkpoint import Checkpoints
 from particlejax.data import few, pipeline, sources
 from particlejax.data.plan import Stand
-from particlejax.objectives import objectives
-from particlejax.objectives.targets import Targets
 from particlejax.spec import Experiment
-from particlejax.train import answers, evaluate, run
+from particlejax.train import answers, evaluate, program, run
 from particlejax.train.finite import Finite
 from particlejax.train.gauge import Compilations, Gauge, Trace, peak_of
 from particlejax.train.log import MetricLog, Progress, say
-from particlejax.train.state import Step, TrainState, abstract, initialise, jit_step, make_step, saved
+from particlejax.train.state import TrainState, abstract, initialise, jit_step, saved
 from particlejax.typing import UserError
 
 
@@ -122,16 +119,14 @@ class _Trainer:
         self.batches = self.stage.batches(self.source, math.ceil(clips * spec.epochs))
         self.steps = spec.steps or self.batches.plan.batches()
         self.bad = run.BadClips(data.max_bad)
-        layered = optim.layered(spec.tune, experiment.model_of(spec).depth, self.steps)
-        self.optimizer = optim.build(spec.optim, self.steps, layered)
         self.targets = run.weighted(self.stage, self.source)
-        state = initialise(self.stage.model, self.optimizer, self.stage.example, experiment.seed, spec.ema, mesh, spec.tune)
+        made = program.of(self.stage, self.targets, self.steps)
+        state = initialise(self.stage.model, made.optimizer, self.stage.example, experiment.seed, spec.ema, mesh, spec.tune)
         self.whole = jax.jit(lambda params, frozen: tune.whole(spec.tune, params, frozen))
-        self.step = jit_step(_step_of(self.stage, self.optimizer, self.targets), state, mesh)
+        self.step = jit_step(made.step, state, mesh)
         self.finite = Finite(self.context.workdir, self.name, experiment.on_nan, self._clips)
         self.gauge = Gauge(self._operations, peak_of(experiment.log.peak, experiment.model_of(spec).dtype), self.stage.reader[1])
-        objective = run.on_ready(self.stage, objectives.combine(spec.objectives, self.targets))
-        self.measure = evaluate.jit_measure(objective, self.stage.model, mesh)
+        self.measure = evaluate.jit_measure(run.on_ready(self.stage, made.objective), self.stage.model, mesh)
         self._restore(state)
         each = self.batches.plan.seen(self.steps) / self.steps
         trained, still = tree.count(self.state.params), tree.count(self.state.frozen)
@@ -359,7 +354,7 @@ class _Trainer:
         experiment = replace(self.context.experiment, stages={
             self.name: replace(self.stage.spec, model={**self.stage.spec.model, "remat": "none"})})
         plain = run.build(experiment, self.name, self.stage.classes)
-        return flops.count(jax.make_jaxpr(_step_of(plain, self.optimizer, self.targets))(abstract(self.state), batch))
+        return flops.count(jax.make_jaxpr(program.of(plain, self.targets, self.steps).step)(abstract(self.state), batch))
 
     def _classify(self, split: str) -> dict[str, Any]:
         params = self._whole(self.state)
@@ -367,12 +362,6 @@ class _Trainer:
             found = self.best.restore(abstract(saved(self.state)))
             params = self._whole(replace(found[1], frozen=self.state.frozen)) if found else params
         return classify(self.stage, params, self._open(split), self.context, f"{self.name}_{split}", self._watch)
-
-
-def _step_of(stage: run.Stage, optimizer: optax.GradientTransformation, targets: Targets | None) -> Step:
-    spec, objective = stage.spec, objectives.combine(stage.spec.objectives, targets)
-    return make_step(stage.model, objective, optimizer, ema=spec.ema, accumulate=spec.accumulate, tuning=spec.tune,
-                     robust=spec.robust, ready=stage.ready, on_nan=stage.experiment.on_nan)
 
 
 def classify(stage: run.Stage, params: Any, source: sources.Source, context: Context, name: str, watch: evaluate.Watch

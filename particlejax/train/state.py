@@ -50,17 +50,28 @@ class TrainState:
 def initialise(model: Model, optimizer: optax.GradientTransformation, batch: Batch, seed: int, ema: float, mesh: Mesh,
                tuning: TuneSpec = _ALL) -> TrainState:
     """A state born sharded: no device ever holds more than its part."""
+    shardings = jax.tree.map(lambda x: x.sharding, described(model, optimizer, batch, ema, mesh, tuning))
+    with jax.set_mesh(mesh):
+        return jax.jit(_born(model, optimizer, batch, ema, tuning), out_shardings=shardings)(np.uint32(seed % 2**32))
 
+
+def described(model: Model, optimizer: optax.GradientTransformation, batch: Batch, ema: float, mesh: Mesh,
+              tuning: TuneSpec = _ALL) -> TrainState:
+    """Shapes, types and shardings of the state that `initialise` makes; nothing is computed, and no device is needed."""
+    shapes = jax.eval_shape(_born(model, optimizer, batch, ema, tuning), np.uint32(0))
+    return jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), shapes,
+                        sharding.param_shardings(shapes, mesh))
+
+
+def _born(model: Model, optimizer: optax.GradientTransformation, batch: Batch, ema: float, tuning: TuneSpec
+          ) -> Callable[[Array], TrainState]:
     def init(seed: Array) -> TrainState:
         key = jax.random.key(seed)
         params, frozen = tune.split(tuning, model.init(key, batch), key)
         average = jax.tree.map(jnp.copy, params) if ema else ()
         return TrainState(jnp.zeros((), jnp.int32), seed, params, optimizer.init(params), average, frozen)
 
-    number = np.uint32(seed % 2**32)
-    shardings = sharding.param_shardings(jax.eval_shape(init, number), mesh)
-    with jax.set_mesh(mesh):
-        return jax.jit(init, out_shardings=shardings)(number)
+    return init
 
 
 def abstract(state: TrainState) -> TrainState:
@@ -152,5 +163,5 @@ def accumulated(gradient: Callable, parts: int) -> Callable:
 def jit_step(step: Step, state: TrainState, mesh: Mesh) -> Step:
     """The step compiled for the mesh, its state donated."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(step, in_shardings=(shardings, sharding.batch_sharding(mesh)), out_shardings=(shardings, None),
-                   donate_argnums=0)
+    return jax.jit(sharding.on(mesh, step), in_shardings=(shardings, sharding.batch_sharding(mesh)),
+                   out_shardings=(shardings, None), donate_argnums=0)

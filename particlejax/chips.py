@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a chip can do at best, as its maker publishes it; of a CPU, as measured."""
+
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_SIDE, _PIECE, _BEST_OF = 1024, 2**26, 3  # of the product, numbers of the copy, repetitions
+
+
+class Chip(NamedTuple):
+    """memory: bytes. product: bfloat16 operations a second. stream: bytes a second from and to the main memory.
+
+    wire: bytes a second that it sends to other chips over all its links. clock: Hz of the compiler's cycles. 0: not known.
+    """
+
+    memory: float
+    product: float
+    stream: float
+    wire: float
+    clock: float = 0.0
+    measured: bool = False
+
+
+# By the beginning of a device's kind, the longest first where one begins like another. TPU: cloud.google.com/tpu/docs (system
+# architecture; links in bits there), clocks from products = clock x units x side^2 x 2. GPU: data sheets, dense, NVLink one way.
+CHIPS: dict[str, Chip] = {
+    "TPU v4": Chip(32 * 2**30, 275e12, 1228e9, 300e9, 1.05e9),
+    "TPU v5 lite": Chip(16 * 2**30, 197e12, 819e9, 200e9, 1.5e9),
+    "TPU v5e": Chip(16 * 2**30, 197e12, 819e9, 200e9, 1.5e9),
+    "TPU v5": Chip(95 * 2**30, 459e12, 2765e9, 600e9, 1.75e9),
+    "TPU v6": Chip(32 * 2**30, 918e12, 1640e9, 448e9, 1.75e9),
+    "NVIDIA A100": Chip(80 * 2**30, 312e12, 2039e9, 300e9),
+    "NVIDIA H100": Chip(80 * 2**30, 989e12, 3350e9, 450e9),
+    "NVIDIA H200": Chip(141e9, 989e12, 4800e9, 450e9),
+    "NVIDIA B200": Chip(180e9, 2250e12, 8000e9, 900e9),
+}
+
+
+def of(device: jax.Device, devices: int) -> Chip | None:
+    """The chip of a device; of a CPU, an equal share for each of its devices. None for a kind that is not in the table."""
+    if device.platform == "cpu":
+        whole = measured()
+        return whole._replace(product=whole.product / devices, stream=whole.stream / devices)
+    return next((chip for kind, chip in CHIPS.items() if device.device_kind.startswith(kind)), None)
+
+
+def measured() -> Chip:
+    """The machine at hand: float32 products and copies, the best of some; links between its devices are its memory."""
+    side, piece = jnp.ones((_SIDE, _SIDE)), jnp.ones(_PIECE // 4)
+    product = 2 * _SIDE**3 / _seconds(jax.jit(jnp.matmul).lower(side, side).compile(), side, side)
+    stream = 2 * piece.nbytes / _seconds(jax.jit(lambda x: x + 1).lower(piece).compile(), piece)
+    return Chip(0.0, product, stream, 0.0, measured=True)
+
+
+def _seconds(run: jax.stages.Compiled, *args: jax.Array) -> float:
+    found = []
+    for _ in range(_BEST_OF):
+        begun = time.perf_counter()
+        run(*args).block_until_ready()
+        found.append(time.perf_counter() - begun)
+    return min(found)

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program of a stage, which the loop runs and a plan compiles: one place, so that both are the same."""
+
+from typing import NamedTuple
+
+import optax
+
+from particlejax import optim
+from particlejax.objectives import objectives, targets
+from particlejax.objectives.types import Objective
+from particlejax.train.run import Stage
+from particlejax.train.state import Step, make_step
+
+
+class Program(NamedTuple):
+    """objective: of a batch that is ready. step: pure, (state, batch) -> (state, metrics)."""
+
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    step: Step
+
+
+def of(stage: Stage, goal: targets.Targets | None, steps: int) -> Program:
+    """The stage's program over so many steps; goal: what labels ask of the head, None where there is none."""
+    spec = stage.spec
+    objective = objectives.combine(spec.objectives, goal)
+    layered = optim.layered(spec.tune, stage.experiment.model_of(spec).depth, steps)
+    optimizer = optim.build(spec.optim, steps, layered)
+    step = make_step(stage.model, objective, optimizer, ema=spec.ema, accumulate=spec.accumulate, tuning=spec.tune,
+                     robust=spec.robust, ready=stage.ready, on_nan=stage.experiment.on_nan)
+    return Program(objective, optimizer, step)

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention by kernels equals the plain one on packed rows, forward and backward, alone and on a mesh.
+
+Splash attention runs in its interpret mode; of cuDNN's what is around the kernel, with XLA's in its place.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+
+from particlejax import hlo, sharding
+from particlejax.fields import make
+from particlejax.modelspec import ModelSpec
+from particlejax.nn import attention, flash
+from particlejax.nn.attention import Attention, Style
+from particlejax.nn.reduce import Tokens
+from particlejax.nn.transformer import Transformer
+from particlejax.spec import MeshSpec
+from particlejax.typing import Params, UserError
+
+WIDTH, HEADS = 16, 2
+VARIANTS = {"words": Style(near=False), "near": Style(), "rotary": Style(rotary=True, qk_norm=True)}
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash, "splash", partial(flash.splash, interpret=True))
+    monkeypatch.setattr(flash, "cudnn", partial(flash.cudnn, implementation="xla"))
+
+
+def tokens(rows: int, length: int, seed: int, mass: bool = False) -> Tokens:
+    """Rows of two clips, of the second a single token, and of empty slots."""
+    rng = np.random.default_rng(seed)
+    segment = np.where(np.arange(length) < length // 2, 1, np.where(np.arange(length) < length // 2 + 1, 2, 0))
+    place = rng.uniform(0, 1, (rows, length, 3)) * np.array([8.0, 1, 1])
+    return Tokens(jnp.asarray(rng.normal(size=(rows, length, WIDTH)), jnp.float32), jnp.asarray(place, jnp.float32),
+                  jnp.asarray(np.tile(segment, (rows, 1)), jnp.int32),
+                  jnp.asarray(rng.integers(1, 5, (rows, length)), jnp.float32) if mass else None)
+
+
+def close(found: Array, expected: Array) -> None:
+    """Equal as far as float32 sums in another order are: gradients of sharpness are small differences of large terms."""
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 + 1e-3 * float(jnp.abs(expected).max()))
+
+
+def found(style: Style, query: Tokens, key: Tokens, params: Params | None = None) -> tuple[Array, tuple]:
+    """What is read, and the gradients of a sum of its squares by parameters and content."""
+    module, where = Attention(WIDTH, HEADS, style), attention.between(query, key)
+    params = params or module.init(jax.random.key(0), query.x, key.x, where)
+
+    def loss(params: Params, x: Array, y: Array) -> tuple[Array, Array]:
+        read = module.apply(params, x, y, where)
+        return jnp.sum(jnp.sin(read)), read
+
+    grads, read = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(params, query.x, key.x)
+    return read, grads
+
+
+@pytest.mark.parametrize(("kernel", "variant"), [("splash", "near"), ("splash", "words"), ("cudnn", "near"), ("cudnn", "rotary")])
+def test_kernels_equal_the_plain_one_on_packed_rows(kernel: str, variant: str) -> None:
+    style = VARIANTS[variant]
+    query, key = tokens(2, 20, 0), tokens(2, 33, 1, mass=variant == "near")
+    plain, kernels = (found(style._replace(attention=how), query, key) for how in ("plain", kernel))
+    jax.tree.map(close, kernels, plain)
+    moved = jax.tree.map(lambda x: float(jnp.abs(x).max()), plain[1][0])
+    assert min(moved["params"]["query"].values()) > 0 and all(np.isfinite(x).all() for x in jax.tree.leaves(kernels))
+    if style.near:
+        assert moved["params"]["nearness"]["log_sharpness"] > 1e-3
+
+
+def test_on_a_mesh_each_device_runs_its_own_rows_and_heads() -> None:
+    mesh = sharding.make_mesh(MeshSpec(data=2, fsdp=2, tensor=2))
+    one = tokens(4, 20, 0)
+    module, where = Attention(WIDTH, HEADS, Style(attention="splash")), attention.between(one, one)
+    params = Attention(WIDTH, HEADS, Style()).init(jax.random.key(0), one.x, one.x, where)
+    apply = lambda params, x: module.apply(params, x, x, where)  # noqa: E731
+    rows = jax.device_put(one.x, sharding.batch_sharding(mesh))
+    text = jax.jit(sharding.on(mesh, apply)).lower(params, rows)
+    assert "manual_axes" in text.as_text() or "manual_computation" in text.as_text()
+    plain = Attention(WIDTH, HEADS, Style()).apply(params, one.x, one.x, where)
+    np.testing.assert_allclose(text.compile()(params, rows), plain, atol=2e-5)
+
+
+def test_a_sequence_divided_over_devices_is_the_same_and_its_keys_are_gathered() -> None:
+    mesh, one = sharding.make_mesh(MeshSpec(data=2, sequence=4)), tokens(4, 20, 0)
+    plain, body = (Transformer(2, HEADS, 32, Style(attention=how), unroll=False) for how in ("plain", "splash"))
+    params = plain.init(jax.random.key(0), one)
+
+    def loss(body: Transformer, params: Params, one: Tokens) -> Array:
+        return jnp.sum(jnp.sin(body.apply(params, one)[0].x))
+
+    alone = jax.jit(jax.value_and_grad(partial(loss, plain)))(params, one)
+    told = sharding.on(mesh, jax.value_and_grad(lambda params, one: loss(body, params, one)))
+    program = jax.jit(told, in_shardings=(None, sharding.batch_sharding(mesh))).lower(params, one).compile()
+    jax.tree.map(close, program(params, one), alone)
+    gathered = [each for each in hlo.cost(program.as_text(), dict(mesh.shape)).collectives
+                if each.op == "all-gather" and each.axes == ("sequence",)]
+    assert sum(each.sent for each in gathered) >= 2 * 2 * 2 * 15 * WIDTH * 4  # layers, keys and values, rows, slots of others
+
+
+def test_rows_that_do_not_divide_stay_whole() -> None:
+    mesh, one = sharding.make_mesh(MeshSpec(data=8)), tokens(3, 20, 0)
+    module, where = Attention(WIDTH, HEADS, Style(attention="splash")), attention.between(one, one)
+    plain = Attention(WIDTH, HEADS, Style())
+    params = plain.init(jax.random.key(0), one.x, one.x, where)
+    with jax.set_mesh(mesh):
+        read = jax.jit(module.apply)(params, one.x, one.x, where)
+    np.testing.assert_allclose(read, plain.apply(params, one.x, one.x, where), atol=2e-5)
+
+
+def test_terms_of_place_keep_their_precision_in_bfloat16() -> None:
+    one = tokens(1, 64, 3)
+    sharpness = jnp.asarray([[5.0, 50.0, 50.0], [0.1, 0.5, 0.5]])
+    nothing = jnp.zeros((1, HEADS, 64, 4), jnp.bfloat16)
+    query, key = flash.fold(nothing, nothing, (one.place, one.place), sharpness, None)
+    logits = jnp.einsum("bhlk,bhmk->bhlm", query, key, preferred_element_type=jnp.float32)
+    far = (one.place[:, None, :, None] - one.place[:, None, None]) ** 2
+    exact = -jnp.einsum("hk,bxlmk->bhlm", sharpness, far) + jnp.einsum("hk,blk->bhl", sharpness, one.place**2)[..., None]
+    assert query.dtype == jnp.bfloat16 and float(jnp.abs(exact).max()) > 100
+    assert float(jnp.abs(logits - exact).max()) < 0.02
+
+
+@pytest.mark.parametrize("length", [1, 128, 129, 640, 1568])
+def test_blocks_divide_what_is_padded_least(length: int) -> None:
+    block = flash._block(length)
+    padded = flash._padded(jnp.zeros((1, length)), block, 1).shape[1]
+    assert block % 128 == 0 and block <= 512 and padded % block == 0 and padded - length < 128
+
+
+def test_auto_is_what_the_backend_runs_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert flash.chosen("auto", jnp.float32) == "plain" and flash.chosen("splash", jnp.float32) == "splash"
+    for backend, dtype, best in (("tpu", jnp.float32, "splash"), ("gpu", jnp.bfloat16, "cudnn"), ("gpu", jnp.float32, "plain")):
+        monkeypatch.setattr(jax, "default_backend", lambda name=backend: name)
+        assert flash.chosen("auto", jnp.dtype(dtype)) == best
+    with pytest.raises(UserError, match="config.attention is 'fast': choose one of auto, plain, splash, cudnn"):
+        make(ModelSpec, {"attention": "fast"}, "config")
