@@ -45,7 +45,7 @@ def get_config(arg: str = "") -> ConfigDict:
     train = section(
         StageSpec, steps=2 if tiny else 600, rows=8 if tiny else 16, val="", ema=0.99,
         objectives={"classify": {"label_smoothing": 0.1}}, optim=section(OptimSpec, rate=1e-3, b2=0.999))
-    size = {"width": 24, "depth": 2, "heads": 2, "unroll": False} if tiny else {"width": 96, "depth": 3, "heads": 3}
+    size = {"width": 24, "depth": 3, "heads": 2, "unroll": False} if tiny else {"width": 96, "depth": 3, "heads": 3}
     split = "test" if toybox else "val"
     return ConfigDict(section(
         Experiment,

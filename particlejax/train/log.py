@@ -34,8 +34,8 @@ class MetricLog:
         self._metrics, self._timing = workdir / "metrics.jsonl", workdir / "timing.jsonl"
         self._kept: list[dict[str, Any]] = list(_lines(self._metrics))
         self._first = cluster.first()
-        self._board = _Board(workdir / "tensorboard") if self._first else None
         self._wandb = _wandb_run(spec, name, config, workdir) if spec.wandb and self._first else None
+        self._board = _Board(workdir / "tensorboard") if self._first else None
 
     def write(self, stage: str, step: int, split: str, values: Mapping[str, float]) -> None:
         """One line of metrics; NaN and infinities become strings, which JSON can hold."""
