@@ -3,8 +3,8 @@
 
     python -m particlejax.main --config experiments/pretrain/everything.py
 
-One step computes them all, each on its own masks; modalities are left out now and then, so that any subset can be used. It has been run
-shrunk only: what it reaches on the toybox is not measured yet.
+One step computes them all, each on its own masks; modalities are left out now and then, so that any subset can be used.
+It has been run shrunk only: what it reaches on the toybox is not measured yet.
 """
 
 from ml_collections import ConfigDict
