@@ -43,5 +43,5 @@ def get_config(arg: str = "") -> ConfigDict:
         cluster=section(ClusterSpec, heartbeat=10),
         log=section(LogSpec, every=1),
         bench=section(BenchSpec, repetitions=1 if tiny else 20,
-                      faults=("damage", "disk") if tiny else ("kill", "term", "damage", "disk", "pair")),
+                      faults=("disk",) if tiny else ("kill", "term", "damage", "disk", "pair")),
     ))
