@@ -136,7 +136,7 @@ def _compare(work: Work, repetitions: int, title: str) -> dict[str, Any]:
 
 
 def _others(wanted: Wanted, side: int) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
-    """Other packages that decode the same frames, each tried on one clip; and why an installed one cannot be used."""
+    """Other packages that decode the same frames, each tried on all clips first; and why an installed one cannot be used."""
     found: dict[str, Callable[..., Any]] = {}
     unusable: dict[str, str] = {}
     for name, decode in {"torchcodec, exact seeks": partial(_torchcodec, mode="exact"),
@@ -144,7 +144,8 @@ def _others(wanted: Wanted, side: int) -> tuple[dict[str, Callable[..., Any]], d
         if importlib.util.find_spec(name.split(",")[0]):
             decode = partial(decode, side=side)
             try:
-                decode(*wanted[0])
+                for each in wanted:  # some fail at the end of a file
+                    decode(*each)
                 found[f"{name}, decodes and resizes"] = decode
             except Exception as error:  # noqa: BLE001 - whatever it lacks on this machine, the others are measured
                 unusable[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
