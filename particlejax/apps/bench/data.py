@@ -244,7 +244,9 @@ def _torchcodec(file: str | bytes, times: np.ndarray, side: int, mode: str) -> A
     import torch
     from torchcodec.decoders import VideoDecoder
 
-    found = VideoDecoder(file, num_ffmpeg_threads=1, seek_mode=mode).get_frames_played_at(list(times)).data
+    decoder = VideoDecoder(file, num_ffmpeg_threads=1, seek_mode=mode)
+    times = np.minimum(times, decoder.metadata.end_stream_seconds - 1e-3)  # past it, it refuses where we show the last frame
+    found = decoder.get_frames_played_at(list(times)).data
     return torch.nn.functional.interpolate(found, size=(side, side), mode="bilinear", antialias=True)  # of bytes, as ours
 
 
