@@ -38,7 +38,6 @@ _SIDE = 112  # pixels of the short side in random access
 _BARE, _DROPS = "PyAV, decodes only", "PyAV, decodes only and drops what no other frame needs"
 _LEAST = "PyAV, decodes and scales what is wanted"  # the least that any consumer asks for
 
-
 Wanted = Sequence[tuple[str | bytes, np.ndarray]]  # of each clip the file and the times of its frames, seconds
 
 
@@ -123,8 +122,15 @@ def _compare(work: Work, repetitions: int, title: str) -> dict[str, Any]:
     rivals |= {name: partial(_each, decode, wanted, work.threads) for name, decode in others.items()}
     times: dict[str, list[Timed]] = {name: [] for name in rivals}
     for repetition in range(repetitions + 1):
-        for name, go in rivals.items():
-            timed = _timed(go)
+        for name, go in list(rivals.items()):
+            try:
+                timed = _timed(go)
+            except Exception as error:  # noqa: BLE001 - another package gives up on one of the clips
+                if name not in others:
+                    raise
+                del rivals[name], times[name]
+                unusable[name] = _why(error)
+                continue
             if repetition:  # the first one warms files and code
                 times[name].append(timed)
         say(f"{title}: repetition {repetition} of {repetitions}")
@@ -147,9 +153,13 @@ def _others(wanted: Wanted, side: int) -> tuple[dict[str, Callable[..., Any]], d
                 decode(*wanted[0])
                 found[f"{name}, decodes and resizes"] = decode
             except Exception as error:  # noqa: BLE001 - whatever it lacks on this machine, the others are measured
-                unusable[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+                unusable[name] = _why(error)
                 say(f"{name} is installed but cannot be used ({unusable[name]}): it is left out.")
     return found, unusable
+
+
+def _why(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
 def _timed(go: Callable[[], Any]) -> Timed:
