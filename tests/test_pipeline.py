@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from particlejax.apps.bench import data as bench
+from particlejax.apps.bench import decoders
 from particlejax.data import clips, memory, pipeline, sources
 from particlejax.data.decode import Video
 from particlejax.particles.types import Particles
@@ -241,7 +242,7 @@ def test_the_benchmark_goes_on_without_a_package_that_is_broken(tmp_path: Path, 
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
         if name != "torch":
             del sys.modules[name]
-    found, unusable = bench._others([(b"the bytes of a file", np.array([0.1]))], 8)
+    found, unusable = decoders.others([(b"the bytes of a file", np.array([0.1]))], 8)
     assert list(found) == ["decord, decodes and resizes"], "which takes bytes as a file"
     assert set(unusable) == {"torchcodec, exact seeks", "torchcodec, approximate seeks"}
     assert set(unusable.values()) == {"OSError: libavutil.so is not there"}
@@ -269,4 +270,4 @@ def test_the_benchmark_measures_a_worker_process(cache_dir: str) -> None:
 def test_the_bare_loop_that_drops_decodes_less(tmp_path: Path) -> None:
     bench._make(tmp_path / "a.mp4", (64, 48), 2)
     times = np.array([0.1, 1.5])
-    assert bench._bare(str(tmp_path / "a.mp4"), times, drop=True) < 0.7 * bench._bare(str(tmp_path / "a.mp4"), times)
+    assert decoders.bare(str(tmp_path / "a.mp4"), times, drop=True) < 0.7 * decoders.bare(str(tmp_path / "a.mp4"), times)

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast clips come out of the data floor, beside a bare loop that only decodes the same frames, and other decoders."""
 
-import importlib.util
-import io
 import math
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import active_children
@@ -17,11 +16,11 @@ from typing import Any, NamedTuple
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 
+from particlejax.apps.bench import decoders
 from particlejax.apps.report import table
 from particlejax.data import clips, pipeline, sources
-from particlejax.data.decode import Video, open_file
+from particlejax.data.decode import Video
 from particlejax.data.sources import Listed, Record
 from particlejax.spec import DataSpec, Experiment, ParticleSpec
 from particlejax.train import run
@@ -34,12 +33,13 @@ _HD_SECONDS = 20
 _STRIDE = 2  # frames from one wanted frame to the next in the long files
 _POSITIONS = 12  # random places tried in a repetition
 _MEMORY_STEPS = 10
+_READ_AHEAD = 12  # batches that a process may have ready before they are asked for, and one
+_ENDLESS = 10**6  # batches
 _SIDE = 112  # pixels of the short side in random access
 _BARE, _DROPS = "PyAV, decodes only", "PyAV, decodes only and drops what no other frame needs"
+_PROCESSES = "particlejax, whole pipeline in as many processes as threads"
 _LEAST = "PyAV, decodes and scales what is wanted"  # the least that any consumer asks for
 
-
-Wanted = Sequence[tuple[str | bytes, np.ndarray]]  # of each clip the file and the times of its frames, seconds
 
 
 class Timed(NamedTuple):
@@ -56,9 +56,10 @@ class Work:
     batches: pipeline.Batches
     steps: int
     threads: int
+    processes: bool = False  # whether they are tried, too: with large frames threads keep the cores busy as well
 
     @property
-    def wanted(self) -> Wanted:
+    def wanted(self) -> decoders.Wanted:
         """File and times in seconds of every frame that the pipeline will ask for, in its order."""
         found = []
         for k in range(self.steps):
@@ -95,7 +96,7 @@ def _works(experiment: Experiment, workdir: Path) -> Iterator[tuple[str, Work]]:
     data, spec = experiment.data, experiment.bench
     source = sources.open_source(data.source, data.split, data.cache_dir)
     batches = pipeline.Batches(source, data, experiment.particles, experiment.seed, spec.rows)
-    yield "short clips", Work(batches, max(1, spec.clips // spec.rows), data.threads)
+    yield "short clips", Work(batches, max(1, spec.clips // spec.rows), data.threads, processes=True)
     path = workdir / "hd.mp4"
     _make(path, _HD, _HD_SECONDS if spec.clips > 50 else 2)
     with Video(str(path)) as video:
@@ -114,17 +115,27 @@ def _compare(work: Work, repetitions: int, title: str) -> dict[str, Any]:
     wanted = work.wanted
     rivals: dict[str, Callable[[], Any]] = {
         "particlejax, whole pipeline": lambda: _drain(work),
-        f"particlejax, whole pipeline in {work.threads} processes": lambda: _steady(work),
-        _BARE: lambda: _each(_bare, wanted, work.threads),
-        _LEAST: lambda: _each(partial(_least, side=work.batches.data.size), wanted, work.threads),
-        _DROPS: lambda: _each(partial(_bare, drop=True), wanted, work.threads),
+        _BARE: lambda: _each(decoders.bare, wanted, work.threads),
+        _LEAST: lambda: _each(partial(decoders.least, side=work.batches.data.size), wanted, work.threads),
+        _DROPS: lambda: _each(partial(decoders.bare, drop=True), wanted, work.threads),
     }
-    others, unusable = _others(wanted, work.batches.data.decode_side or work.batches.data.size)
+    if work.processes:
+        rivals[_PROCESSES] = lambda: _steady(work)
+    others, unusable = decoders.others(wanted, work.batches.data.decode_side or work.batches.data.size)
     rivals |= {name: partial(_each, decode, wanted, work.threads) for name, decode in others.items()}
     times: dict[str, list[Timed]] = {name: [] for name in rivals}
     for repetition in range(repetitions + 1):
-        for name, go in rivals.items():
-            timed = _timed(go)
+        for name, go in list(rivals.items()):
+            if name == _PROCESSES and not repetition:
+                continue  # they start anew each time
+            try:
+                timed = _timed(go)
+            except Exception as error:  # noqa: BLE001 - another package gives up on one of the clips
+                if name not in others:
+                    raise
+                del rivals[name], times[name]
+                unusable[name] = decoders.why(error)
+                continue
             if repetition:  # the first one warms files and code
                 times[name].append(timed)
         say(f"{title}: repetition {repetition} of {repetitions}")
@@ -133,24 +144,6 @@ def _compare(work: Work, repetitions: int, title: str) -> dict[str, Any]:
                    "of_bare": walls[_BARE] / walls[name], "of_dropping": walls[_DROPS] / walls[name],
                    "all_seconds": [round(t.wall, 3) for t in each]} for name, each in times.items()}
     return {"rows": rows, "unusable": unusable}
-
-
-def _others(wanted: Wanted, side: int) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
-    """Other packages that decode the same frames, each tried on all clips first; and why an installed one cannot be used."""
-    found: dict[str, Callable[..., Any]] = {}
-    unusable: dict[str, str] = {}
-    for name, decode in {"torchcodec, exact seeks": partial(_torchcodec, mode="exact"),
-                         "torchcodec, approximate seeks": partial(_torchcodec, mode="approximate"), "decord": _decord}.items():
-        if importlib.util.find_spec(name.split(",")[0]):
-            decode = partial(decode, side=side)
-            try:
-                for each in wanted:  # some fail at the end of a file
-                    decode(*each)
-                found[f"{name}, decodes and resizes"] = decode
-            except Exception as error:  # noqa: BLE001 - whatever it lacks on this machine, the others are measured
-                unusable[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-                say(f"{name} is installed but cannot be used ({unusable[name]}): it is left out.")
-    return found, unusable
 
 
 def _timed(go: Callable[[], Any]) -> Timed:
@@ -176,85 +169,36 @@ def _cpu_of(pid: int) -> float:
 
 def _drain(work: Work) -> None:
     for loaded in pipeline.read(work.batches, 0, work.steps, work.batches.data):
-        if loaded.bad:
-            raise RuntimeError(f"the benchmark's clips must decode: {loaded.bad[0]}")
+        _refuse(loaded)
 
 
 def _steady(work: Work) -> Timed:
-    """The same in as many processes as threads, each with one thread, as if they had been running for long.
+    """The same in as many processes as threads, each with one thread, as if they ran for ever.
 
-    Counted from the first batches on, because a process starts once a training; from then on the reader waits, so none of the
-    later ones was ready before.
+    Counted once more batches have come than they may have read ahead, and the data goes on after the last one counted: what was
+    ready before is then as much as what is ready after.
     """
-    first, last = 2 * work.threads, work.steps + 2 * work.threads
-    data = replace(work.batches.data, workers=work.threads, threads=1)
-    for k, loaded in enumerate(pipeline.read(work.batches, 0, last, data), 1):
-        if loaded.bad:
-            raise RuntimeError(f"the benchmark's clips must decode: {loaded.bad[0]}")
-        if k == first:
-            wall, cpu = time.perf_counter(), _cpu()
-        if k == last:
-            return Timed(time.perf_counter() - wall, _cpu() - cpu)
-    raise AssertionError("the data ended early")
+    first = _READ_AHEAD * work.threads
+    data, last = replace(work.batches.data, workers=work.threads, threads=1), first + work.steps
+    with closing(pipeline.read(work.batches, 0, _ENDLESS, data)) as stream:
+        for k, loaded in enumerate(stream, 1):
+            _refuse(loaded)
+            if k == first:
+                wall, cpu = time.perf_counter(), _cpu()
+            if k == last:
+                return Timed(time.perf_counter() - wall, _cpu() - cpu)
+    raise AssertionError("the data ended")
 
 
-def _each(decode: Callable[..., Any], wanted: Wanted, threads: int) -> None:
+def _refuse(loaded: pipeline.Loaded) -> None:
+    if loaded.bad:
+        raise RuntimeError(f"the benchmark's clips must decode: {loaded.bad[0]}")
+
+
+def _each(decode: Callable[..., Any], wanted: decoders.Wanted, threads: int) -> None:
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(lambda each: decode(*each), wanted):
             pass
-
-
-def _bare(file: str | bytes, times: np.ndarray, drop: bool = False) -> int:
-    """Frames decoded on the way to the last wanted one, from the keyframe before the first; nothing is converted.
-
-    drop: frames that no other needs are not looked at, not even the wanted ones among them: less than anyone can do.
-    """
-    with open_file(file) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "NONE"
-        if drop:
-            stream.codec_context.skip_frame = "NONREF"
-        if times[0] > 1:
-            container.seek(int(times[0] / stream.time_base), stream=stream)
-        count = 0
-        for frame in container.decode(stream):
-            count += 1
-            if frame.time >= times[-1]:
-                break
-        return count
-
-
-def _least(file: str | bytes, times: np.ndarray, side: int) -> list[np.ndarray]:
-    """The frames that `_bare` decodes; those that are wanted become pictures of `side` by `side` pixels."""
-    scaler, left, found = VideoReformatter(), list(times), []
-    with open_file(file) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "NONE"
-        if times[0] > 1:
-            container.seek(int(times[0] / stream.time_base), stream=stream)
-        for frame in container.decode(stream):
-            if frame.time >= left[0]:
-                found.append(scaler.reformat(frame, side, side, "rgb24", interpolation="AREA", threads=1).to_ndarray())
-                left = [t for t in left if t > frame.time]
-            if not left:
-                break
-    return found
-
-
-def _torchcodec(file: str | bytes, times: np.ndarray, side: int, mode: str) -> Any:
-    import torch
-    from torchcodec.decoders import VideoDecoder
-
-    found = VideoDecoder(file, num_ffmpeg_threads=1, seek_mode=mode).get_frames_played_at(list(times)).data
-    return torch.nn.functional.interpolate(found, size=(side, side), mode="bilinear", antialias=True)  # of bytes, as ours
-
-
-def _decord(file: str | bytes, times: np.ndarray, side: int) -> Any:
-    import decord
-
-    opened = io.BytesIO(file) if isinstance(file, bytes) else file
-    reader = decord.VideoReader(opened, width=side, height=side, num_threads=1)
-    return reader.get_batch([min(int(t * reader.get_avg_fps()), len(reader) - 1) for t in times]).asnumpy()
 
 
 # -- random access
