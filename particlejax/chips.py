@@ -33,6 +33,7 @@ CHIPS: dict[str, Chip] = {
     "TPU v5": Chip(95 * 2**30, 459e12, 2765e9, 600e9, 1.75e9),
     "TPU v6": Chip(32 * 2**30, 918e12, 1640e9, 448e9, 1.75e9),
     "NVIDIA A100": Chip(80 * 2**30, 312e12, 2039e9, 300e9),
+    "NVIDIA H100 PCIe": Chip(80 * 2**30, 756e12, 2039e9, 64e9),  # its way to others is the bus
     "NVIDIA H100": Chip(80 * 2**30, 989e12, 3350e9, 450e9),
     "NVIDIA H200": Chip(141e9, 989e12, 4800e9, 450e9),
     "NVIDIA B200": Chip(180e9, 2250e12, 8000e9, 900e9),
@@ -44,7 +45,12 @@ def of(device: jax.Device, devices: int) -> Chip | None:
     if device.platform == "cpu":
         whole = measured()
         return whole._replace(product=whole.product / devices, stream=whole.stream / devices)
-    return next((chip for kind, chip in CHIPS.items() if device.device_kind.startswith(kind)), None)
+    return known(device.device_kind)
+
+
+def known(kind: str) -> Chip | None:
+    """The chip of a kind as JAX names it. None for one that is not in the table."""
+    return next((chip for name, chip in CHIPS.items() if kind.startswith(name)), None)
 
 
 def measured() -> Chip:

@@ -44,8 +44,7 @@ def squared_error(predicted: Float[Array, "B L P"], target: Float[Array, "B L P"
 
 def cross_entropy(logits: Float[Array, "... C"], label: Int[Array, "..."], smoothing: float = 0.0) -> Float[Array, "..."]:
     """Softmax cross-entropy; `smoothing` is the share of the target spread over all classes (arXiv:1512.00567)."""
-    target = optax.smooth_labels(jax.nn.one_hot(label, logits.shape[-1]), smoothing)
-    return optax.softmax_cross_entropy(logits, target)
+    return soft_cross_entropy(logits, optax.smooth_labels(jax.nn.one_hot(label, logits.shape[-1]), smoothing))
 
 
 def soft_cross_entropy(logits: Float[Array, "... C"], target: Float[Array, "... C"], focus: float = 0.0) -> Float[Array, "..."]:

@@ -5,7 +5,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ from particlejax.apps import (
 from particlejax.apps.bench import data as bench_data
 from particlejax.apps.bench import faults as bench_faults
 from particlejax.apps.bench import particles as bench_particles
-from particlejax.spec import Experiment, unknown_key
+from particlejax.spec import Experiment
 from particlejax.train import loop, run, workdir
 from particlejax.train.log import say
 from particlejax.typing import UserError
@@ -130,11 +130,11 @@ def _unknown_override(argv: Sequence[str]) -> str:
     config = files.load(_file(argv))
     for text in argv:
         found = re.match(r"--?(?:no)?config\.([\w.]+)", text)
-        node, where = config, "config"
-        for part in found[1].split(".") if found else ():
-            if not isinstance(node, Mapping | ml_collections.ConfigDict) or part not in node:
-                return unknown_key(part, where, list(node) if isinstance(node, ml_collections.ConfigDict) else ())
-            node, where = node[part], f"{where}.{part}"
+        if found:
+            try:
+                files.place(config, found[1])
+            except UserError as error:
+                return str(error)
     return f"the experiment file and the settings given to it do not fit: {' '.join(argv[1:])}."
 
 

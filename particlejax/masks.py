@@ -4,8 +4,6 @@
 Legend: B rows, L slots, K visible, Q asked for.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
@@ -31,9 +29,6 @@ def ranked_scores(key: PRNGKeyArray, value: Float[Array, "B L"], segment: Int[Ar
     Half of a score is its rank, half is drawn.
     """
     return (share_rank(value, segment) + jax.random.uniform(key, value.shape)) / 2
-
-
-SCORES: dict[str, Callable] = {"random": random_scores, "tube": tube_scores}
 
 
 def share_rank(scores: Float[Array, "B L"], segment: Int[Array, "B L"]) -> Float[Array, "B L"]:

@@ -44,14 +44,20 @@ class ModelSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedSpec:
-    """Masked particle prediction: an encoder on the visible, a decoder that is asked for the hidden."""
+class HiddenSpec:
+    """What is hidden of a modality, and how much of that is asked for."""
 
     weight: float = 1.0
     modality: str = "vision"
-    mask: str = one_of("tube", "random", "motion", "adaptive")  # the more a particle changes, the less it says: hidden more often
-    keep: float = 0.25  # share of the particles that the encoder sees
-    predict: float = 0.5  # share of the particles that the decoder is asked for
+    mask: str = one_of("tube", "random", "motion", "adaptive")  # hidden more often is what changes most; what says least
+    keep: float = between(0.25, 0, 1)  # share of the particles that the encoder sees
+    predict: float = between(0.5, 0, 1)  # share of the particles that are asked for
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedSpec(HiddenSpec):
+    """Masked particle prediction: an encoder on the visible, a decoder that is asked for the hidden."""
+
     normalise: bool = True  # targets normalised per particle (arXiv:2111.06377, section 4.1)
 
 
@@ -68,14 +74,8 @@ class ClassifySpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class LatentSpec:
+class LatentSpec(HiddenSpec):
     """Masked prediction of a teacher's features; the teacher is the stage's average, so `ema` is above 0."""
-
-    weight: float = 1.0
-    modality: str = "vision"
-    mask: str = one_of("tube", "random", "motion", "adaptive")
-    keep: float = between(0.25, 0, 1)  # share of the particles that the encoder sees
-    predict: float = between(0.5, 0, 1)  # share of the particles that are asked for
 
 
 @dataclasses.dataclass(frozen=True)

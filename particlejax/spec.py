@@ -109,7 +109,7 @@ class DataSpec:
     features: FeatureSpec = FeatureSpec()
     mean: float = 0.45  # of pixels in [0, 1]
     std: float = at_least(0.225, 1e-4)
-    still: float = between(1.0, 0, 1)  # share of a particle's mean over time that stays in its payload: below 1 change counts for more
+    still: float = between(1.0, 0, 1)  # share of a particle's mean over time that stays in it: below 1 change counts for more
     clips_per_row: int = at_least(1, 1)
     max_bad: int = at_least(100, 0)  # unreadable clips after which the run stops
     memory_gib: float = at_least(0.0, 0)  # of memory in each worker for clips decoded before; 0: decode anew each time
@@ -368,8 +368,8 @@ def check(experiment: Experiment) -> Experiment:
                             "such as to 0.99, and leave model.reduce_after empty.")
         tunespec.check(stage.tune, experiment.model_of(stage).pool, where)
         if stage.tune.how in ("lora", "ia3", "adapter", "prefix") and experiment.model_of(stage).separate:
-            raise UserError(f"{where}.tune.how={stage.tune.how!r} changes blocks that all modalities share: set model.separate=False, "
-                            "or tune.how to full, bitfit, probe or linear.")
+            raise UserError(f"{where}.tune.how={stage.tune.how!r} changes blocks that all modalities share: set "
+                            "model.separate=False, or tune.how to full, bitfit, probe or linear.")
     if experiment.checkpoint.keep < 2:
         raise UserError(f"config.checkpoint.keep={experiment.checkpoint.keep} would leave no whole checkpoint while the "
                         "next is written: use 2 or more.")

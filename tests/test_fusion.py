@@ -55,7 +55,7 @@ def rows_of(clips: list[pack.Clip], per_row: int = 4) -> Batch:
 @functools.cache
 def built(name: str) -> tuple[models.Model, dict]:
     spec = dataclasses.replace(SPEC, **VARIANTS[name])
-    model = models.build(spec, {m: models.Payload(size) for m, size in SIZES.items()}, classes=5, decoder=True)
+    model = models.build(spec, {m: models.Payload(size) for m, size in SIZES.items()}, classes=5, needs=models.Needs(decoder=True))
     return model, jax.jit(model.init)(jax.random.key(0), rows_of(CLIPS[:3]))
 
 
@@ -182,7 +182,7 @@ def test_rotary_places_know_distances_alone() -> None:
 def test_scan_equals_unroll_where_parts_fuse_late() -> None:
     _, params = built("bottleneck")
     spec = dataclasses.replace(SPEC, **VARIANTS["bottleneck"], unroll=True)
-    model = models.build(spec, {m: models.Payload(size) for m, size in SIZES.items()}, classes=5, decoder=True)
+    model = models.build(spec, {m: models.Payload(size) for m, size in SIZES.items()}, classes=5, needs=models.Needs(decoder=True))
     batch = rows_of(CLIPS[:3])
     found = jax.jit(lambda p: [logits(each, p, batch) for each in (model, built("bottleneck")[0])])(params)
     np.testing.assert_allclose(*found, atol=1e-5)

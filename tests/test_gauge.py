@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run tells of itself: seconds add up, utilisation is a share of the peak, a step compiled anew is said."""
 
-import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,29 +21,33 @@ def batch(clips: int, particles: int) -> Batch:
     return Batch({"vision": Particles(empty, empty, empty, segment)}, clip, clip, clip.astype(np.float32), clip)
 
 
-def test_seconds_of_a_step_add_up_and_rates_count_what_is_there() -> None:
-    it = Gauge(lambda: 8e9, peak=1e12)
-    begun = time.monotonic()
-    for on, seconds in (("data", 0.02), ("save", 0.04), ("measure", 0.2)):
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that a gauge reads: its one number."""
+    now = [100.0]
+    monkeypatch.setattr(gauge, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def test_seconds_of_a_step_add_up_and_rates_count_what_is_there(clock: list[float]) -> None:
+    it = Gauge(lambda: 8e9, peak=1e12, clock=clock[0])
+    for on, seconds in (("data", 0.5), ("save", 1.0), ("measure", 20.0)):
         with it.spent(on):
-            time.sleep(seconds)
+            clock[0] += seconds
     with it.spent("data", unless=lambda: True):  # the device had work meanwhile
-        time.sleep(0.05)
+        clock[0] += 2.5
     it.add(batch(3, 25))
     it.add(batch(1, 5))
     found = it.figures()
-    whole = time.monotonic() - begun
-    assert 0.01 <= found["seconds_data"] < 0.02 and 0.02 <= found["seconds_save"] < 0.04 and found["seconds_compute"] >= 0.025
-    parts = sum(found[f"seconds_{part}"] for part in ("data", "save", "compute"))
-    np.testing.assert_allclose(parts, found["seconds_per_step"])
-    assert 2 * found["seconds_per_step"] <= whole - 0.2 + 1e-3, "measuring is not training time"
-    np.testing.assert_allclose(found["clips_per_second"], 4 / (2 * found["seconds_per_step"]))
-    np.testing.assert_allclose(found["particles_per_second"], 30 / (2 * found["seconds_per_step"]))
-    np.testing.assert_allclose([found["fill"], found["particles_per_clip"]], [30 / 80, 30 / 4])
-    np.testing.assert_allclose(found["mfu"], 8e9 / (found["seconds_per_step"] * 1e12 * jax.device_count()))
+    each = {"seconds_per_step": 2.0, "seconds_data": 0.25, "seconds_save": 0.5, "seconds_compute": 1.25, "data_wait_share": 0.125,
+            "clips_per_second": 1.0, "particles_per_second": 7.5, "fill": 30 / 80, "particles_per_clip": 7.5,
+            "mfu": 8e9 / (2.0 * 1e12 * jax.device_count())}  # measuring is not training time
+    assert {name: pytest.approx(value) for name, value in each.items()} == {name: found[name] for name in each}
     assert found["host_mib"] > 50
     it.add(batch(4, 40))
-    assert it.figures()["fill"] == 1.0, "each line begins anew"
+    clock[0] += 1
+    again = it.figures()
+    assert again["fill"] == 1.0 and again["seconds_per_step"] == pytest.approx(1.0), "each line begins anew"
 
 
 def test_the_peak_is_known_measured_or_neither(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ def rows_of(clips: list[pack.Clip], rows: int, length: int, per_row: int) -> Bat
 
 @pytest.fixture(scope="module")
 def built() -> tuple[models.Model, dict]:
-    model = models.build(SPEC, {"vision": models.Payload(PAYLOAD)}, classes=5, decoder=True)
+    model = models.build(SPEC, {"vision": models.Payload(PAYLOAD)}, classes=5, needs=models.Needs(decoder=True))
     return model, jax.jit(model.init)(jax.random.key(0), rows_of(CLIPS, 1, 40, 3))
 
 
@@ -64,10 +64,11 @@ def test_packed_equals_unpacked(built: tuple) -> None:
 @pytest.mark.parametrize("how", ["drop", "merge"])
 def test_fewer_tokens_in_depth_are_still_each_clip_s_own(how: str) -> None:
     spec = dataclasses.replace(SPEC, reduce=how, reduce_after=(1,), reduce_keep=0.5)
-    model = models.build(spec, {"vision": models.Payload(PAYLOAD)}, classes=5, decoder=True)
+    model = models.build(spec, {"vision": models.Payload(PAYLOAD)}, classes=5, needs=models.Needs(decoder=True))
     batch = rows_of(CLIPS, 1, 48, 4)
     params = jax.jit(model.init)(jax.random.key(0), batch)
-    whole = models.build(dataclasses.replace(spec, reduce_after=()), {"vision": models.Payload(PAYLOAD)}, classes=5, decoder=True)
+    whole = models.build(dataclasses.replace(spec, reduce_after=()), {"vision": models.Payload(PAYLOAD)}, classes=5,
+                         needs=models.Needs(decoder=True))
     assert jax.tree.structure(models.parameter_shapes(whole, batch)) == jax.tree.structure(params), "the same parameters"
     tokens, inner = jax.jit(lambda p: model.apply(params, "encode", p))(batch.particles)
     assert [each.shape[2] for each in inner["blocks"]] == [48, 24] and tokens.x.shape[1] == 24
@@ -84,9 +85,9 @@ def test_merging_twins_changes_nothing(built: tuple) -> None:
     vision = CLIPS[0].particles["vision"]
     twins = pack.Clip({"vision": vision.take(np.repeat(np.arange(8), 2))}, 0, 0)
     batch = rows_of([twins, CLIPS[1]], 1, 50, 2)
-    model = models.build(SPEC, {"vision": models.Payload(PAYLOAD)}, classes=5, decoder=True)
+    model = models.build(SPEC, {"vision": models.Payload(PAYLOAD)}, classes=5, needs=models.Needs(decoder=True))
     merged = models.build(dataclasses.replace(SPEC, reduce="merge", reduce_after=(1,)), {"vision": models.Payload(PAYLOAD)},
-                          classes=5, decoder=True)
+                          classes=5, needs=models.Needs(decoder=True))
     np.testing.assert_allclose(logits(model, params, batch)[0, 0], logits(merged, params, batch)[0, 0], atol=2e-5)
     assert jnp.abs(logits(model, params, batch)[0, 1] - logits(merged, params, batch)[0, 1]).max() > 1e-4
 
@@ -157,7 +158,7 @@ def test_a_clip_of_which_nothing_is_visible_is_told_of_no_other(built: tuple) ->
 def test_scan_equals_unroll(built: tuple) -> None:
     model, params = built
     unrolled = models.build(dataclasses.replace(SPEC, unroll=True), {"vision": models.Payload(PAYLOAD)}, classes=5,
-                          decoder=True)
+                          needs=models.Needs(decoder=True))
     batch = rows_of(CLIPS, 1, 40, 3)
     np.testing.assert_allclose(logits(model, params, batch), logits(unrolled, params, batch), atol=1e-5)
 
@@ -165,7 +166,7 @@ def test_scan_equals_unroll(built: tuple) -> None:
 def test_a_key_switches_dropout_on(built: tuple) -> None:
     _, params = built
     model = models.build(dataclasses.replace(SPEC, dropout=0.5, drop_path=0.3), {"vision": models.Payload(PAYLOAD)},
-                         classes=5, decoder=True)
+                         classes=5, needs=models.Needs(decoder=True))
     batch = rows_of(CLIPS[:1], 1, 8, 1)
     encode = jax.jit(lambda key: model.apply(params, "encode", batch.particles, key=key)[0].x)
     still, again, one, other = (encode(key) for key in (None, None, jax.random.key(1), jax.random.key(2)))

@@ -115,7 +115,8 @@ def setup(name: str, **changes: object) -> tuple[objectives.Objective, models.Mo
     case = CASES[name]
     specs = {name: make(OBJECTIVES[name], case.spec | changes, name)}
     payloads = {m: models.Payload(SLOTS[m].size, WORDS * (m == "text"), BASES.get(m, ())) for m in case.modalities}
-    model = models.build(case.model, payloads, classes=CLASSES if objectives.classifies(specs) else 0, needs=objectives.parts(specs))
+    model = models.build(case.model, payloads, classes=CLASSES if objectives.classifies(specs) else 0,
+                         needs=objectives.parts(specs))
     objectives.check(specs, payloads)
     return objectives.combine(specs), model
 
@@ -222,11 +223,12 @@ def test_a_rollout_reads_the_past_and_what_it_made_itself() -> None:
 
     def made(payload: jax.Array) -> tuple[jax.Array, jax.Array]:
         new = dataclasses.replace(batch, particles={"vision": dataclasses.replace(vision, payload=payload)})
-        payload, asked = masked.rollout(spec, params, model, new, 0.5, 3)
-        return jnp.where(asked[..., None], payload, 0).sum(), (payload, asked)
+        payload, seen, asked = masked.rollout(spec, params, model, new, 0.5, 3)
+        return jnp.where(asked[..., None], payload, 0).sum(), (payload, seen, asked)
 
-    grads, (payload, asked) = jax.jit(jax.grad(made, has_aux=True))(vision.payload)
+    grads, (payload, seen, asked) = jax.jit(jax.grad(made, has_aux=True))(vision.payload)
     np.testing.assert_array_equal(asked, later & (vision.segment > 0))
+    np.testing.assert_array_equal(seen, ~later & (vision.segment > 0))
     np.testing.assert_array_equal(payload[~later], vision.payload[~later])
     assert (grads[later] == 0).all() and (jnp.abs(grads[~later]).sum(-1) > 0).any()
 

@@ -130,7 +130,7 @@ def test_a_row_is_never_given_more_than_it_holds() -> None:
 def test_masks_give_every_clip_its_share() -> None:
     segment = jnp.array([[1] * 16 + [2] * 8 + [0] * 8, [1] * 32])
     place = jnp.asarray(np.random.default_rng(0).random((2, 32, 3)), jnp.float32)
-    for name, scores in masks.SCORES.items():
+    for name, scores in (("random", masks.random_scores), ("tube", masks.tube_scores)):
         visible, asked, shown = masks.split(scores(jax.random.key(0), place), segment, 0.25, 0.5)
         assert [int((shown[0] == s).sum()) for s in (1, 2)] == [4, 2], name
         assert int((shown[1] == 1).sum()) == 8, name

@@ -120,7 +120,8 @@ def test_memory_and_decoder_agree_on_what_is_on_display(source: sources.Source) 
 
 def test_resizing_together_is_resizing_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
-    for height, width, box, size in ((48, 40, (3.3, 5.1, 33.0, 44.7), 32), (20, 90, (0, 0, 20, 20), 33), (64, 64, (9, 1, 50, 63), 8)):
+    for height, width, box, size in ((48, 40, (3.3, 5.1, 33.0, 44.7), 32), (20, 90, (0, 0, 20, 20), 33),
+                                     (64, 64, (9, 1, 50, 63), 8)):
         frames = rng.integers(0, 256, (5, height, width, 3), np.uint8)
         together = clips.crop_resize(frames, box, size)
         np.testing.assert_array_equal(clips.crop_resize(frames, box, size, True), together[:, :, ::-1])

@@ -40,7 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, keep: Path, workdir: Path, *more: str) -> dict:
     """The job's results, from random weights."""
-    assert entry.main(["main", "--config=experiments/probe_backbone.py:tiny", f"--config.source=folder:{folder}", "--config.test=val",
+    assert entry.main(["main", "--config=experiments/probe_backbone.py:tiny", f"--config.source=folder:{folder}",
+                       "--config.test=val",
                        f"--config.keep={keep}", f"--workdir={workdir}", *more]) == 0
     return json.loads((workdir / "results.json").read_text())
 

@@ -145,7 +145,8 @@ def test_a_stage_of_many_scales_compiles_once_and_is_measured_at_any(cache_dir: 
     assert np.mean(fill) > 0.8
     for name, setting in (("small", "size=16"), ("large", "size=48"), ("fewer", "budget=5")):
         code = entry.main(["main", "--config=experiments/evaluate.py:tiny", f"--config.run={tmp_path / 'run'}",
-                           f"--config.data.cache_dir={cache_dir}", f"--config.evaluate.scale.{setting}", "--workdir", str(tmp_path / name)])
+                           f"--config.data.cache_dir={cache_dir}", f"--config.evaluate.scale.{setting}",
+                           "--workdir", str(tmp_path / name)])
         assert code == 0, capfd.readouterr().err
         assert json.loads((tmp_path / name / "results.json").read_text())["finetune"]["val"]["clips"] == 24
 

@@ -40,7 +40,7 @@ def one_device() -> jax.sharding.Mesh:
 
 def losses(mesh: jax.sharding.Mesh, accumulate: int = 1, specs: dict = BOTH, missing: tuple[int, ...] = ()
            ) -> tuple[list[float], TrainState]:
-    model = models.build(MODEL, {"vision": models.Payload(96)}, classes=3, decoder=True)
+    model = models.build(MODEL, {"vision": models.Payload(96)}, classes=3, needs=models.Needs(decoder=True))
     optimizer = optim.build(OptimSpec(rate=1e-2, warmup=0), 10)
     state = initialise(model, optimizer, jax.tree.map(lambda x: x[:1], batch()), 0, 0.9, mesh)
     step = make_step(model, objectives.combine(specs), optimizer, ema=0.9, accumulate=accumulate)

@@ -77,7 +77,8 @@ def test_the_front_is_what_nothing_cheaper_matches() -> None:
     assert sweep.front(figures, "particles") == ["a", "c"]
 
 
-def test_a_run_that_fails_is_named_and_the_others_are_run(trained: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_fails_is_named_and_the_others_are_run(trained: list[str], tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     good = sweep.train
 
     def some(each: Experiment, folder: Path, name: str) -> None:

@@ -68,7 +68,8 @@ def get_config(arg: str = "") -> ConfigDict:
         job="sweep",
         data=data,
         particles=section(ParticleSpec, policy="grid", base=FINE["base"], levels=3),
-        model=section(ModelSpec, width=32, depth=2, heads=2, unroll=False) if tiny else section(ModelSpec, width=64, depth=3, heads=2),
+        model=(section(ModelSpec, width=32, depth=2, heads=2, unroll=False) if tiny
+               else section(ModelSpec, width=64, depth=3, heads=2)),
         evaluate=section(EvaluateSpec, splits=(split,), views=(2, 1) if real else (1, 1), rows=8 if tiny else 16),
         stages={"train": train},
         sweep=section(SweepSpec, runs=runs, seeds=(0,) if tiny else (0, 1, 2), metric=f"train/{split}/top1"),

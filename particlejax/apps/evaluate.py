@@ -13,18 +13,13 @@ from particlejax.train import loop, run
 from particlejax.train.log import MetricLog, say
 from particlejax.typing import UserError
 
-_OURS = ("split", "cache_dir", "max_bad", "threads", "workers")  # the rest is as the run was trained
-
 
 def evaluate(experiment: Experiment, workdir: Path, name: str) -> None:
     """Job 'evaluate': `config.run` on `config.data.source` and `.split`; frames and particles are the run's own."""
     if not experiment.run:
         raise UserError("config.run is empty: name the run to evaluate with --config.run=RUN_DIR.")
     mesh = sharding.make_mesh(experiment.mesh)
-    said = {key: getattr(experiment.data, key) for key in _OURS}
-    if experiment.data.source:
-        said["source"] = experiment.data.source
-    stage, params = run.load_trained(experiment.run, mesh, said)
+    stage, params = run.load_trained(experiment.run, mesh, run.asked(experiment.data))
     if not stage.classes or "classify" not in stage.spec.objectives:
         raise UserError(f"stage {stage.name} of {experiment.run} does not classify: name one that does as RUN_DIR:STAGE.")
     known = stage.classes if stage.targets.loss == "softmax" else None  # else other numbers and combinations are none the worse

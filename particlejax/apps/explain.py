@@ -79,13 +79,11 @@ def _draw_next(shown: _Shown, folder: Path, mesh: Mesh) -> None:
     steps = max(1, round(float((times[-1] - times[0]) * _LATER / duration)))
     roll = jax.jit(sharding.on(mesh, lambda p, b: masked.rollout(spec, p, stage.model, b, 1 - _LATER, steps)),
                    out_shardings=NamedSharding(mesh, PartitionSpec()))
-    payload, made = (np.asarray(x[0]) for x in roll(params, batch))
+    payload, seen, made = (np.asarray(x[0]) for x in roll(params, batch))
     if not cluster.first():
         return
     row = jax.tree.map(lambda x: x[0], whole)
-    known = np.where(made | (row.place[:, 0] + row.extent[:, 0] / 2 > times[0] + (times[-1] - times[0]) * (1 - _LATER) + duration), 0,
-                     row.segment)
-    past = _paint(replace(row, segment=known), row.payload, np.full(frames.shape, 0.5), stage, times)
+    past = _paint(replace(row, segment=np.where(seen, row.segment, 0)), payload, np.full(frames.shape, 0.5), stage, times)
     future = _paint(replace(row, segment=np.where(made, row.segment, 0)), payload, past, stage, times)
     pixels = {"original": frames / 255, "the past": past, "rollout": future}
     pictures.reconstruction({name: np.clip(video * 255, 0, 255).round().astype(np.uint8) for name, video in pixels.items()}, times,
@@ -120,5 +118,6 @@ def _rows(frames: np.ndarray, times: np.ndarray, answer: masked.Prediction, stag
     made = _paint(answer.query, payload, seen, stage, times)
     pixels = {"original": frames / 255, "seen by the\nencoder": seen, "reconstruction": made}
     if stage.data.still < 1:  # what stands still was hardly asked for: show what moves by itself
-        pixels |= {f"{name},\nwhat moves": 0.5 + pixels[name] - pixels[name].mean(axis=0) for name in ("original", "reconstruction")}
+        pixels |= {f"{name},\nwhat moves": 0.5 + pixels[name] - pixels[name].mean(axis=0)
+                   for name in ("original", "reconstruction")}
     return {name: np.clip(video * 255, 0, 255).round().astype(np.uint8) for name, video in pixels.items()}

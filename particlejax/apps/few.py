@@ -4,9 +4,6 @@
 Legend: N clips, D width, C classes.
 """
 
-import csv
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +13,9 @@ from particlejax import sharding
 from particlejax.apps import report
 from particlejax.data import few, sources
 from particlejax.spec import Experiment
-from particlejax.train import evaluate, features, run, scores
+from particlejax.train import choosing, evaluate, run, scores
 from particlejax.train.log import say
 from particlejax.typing import UserError
-
-_OURS = ("split", "cache_dir", "max_bad", "threads", "workers")
 
 
 class _Trained:
@@ -31,10 +26,7 @@ class _Trained:
             raise UserError("config.run is empty: name the run whose features count with --config.run=RUN_DIR.")
         self.spec, self.mesh = experiment.evaluate, sharding.make_mesh(experiment.mesh)
         sharding.check_rows(self.spec.rows, self.mesh, "config.evaluate.rows")
-        said = {key: getattr(experiment.data, key) for key in _OURS}
-        if experiment.data.source:
-            said["source"] = experiment.data.source
-        self.stage, self.params = run.load_trained(experiment.run, self.mesh, said)
+        self.stage, self.params = run.load_trained(experiment.run, self.mesh, run.asked(experiment.data))
         self.bad = run.BadClips(self.stage.data.max_bad)
 
     def open(self, split: str, classes: tuple[str, ...] | None) -> sources.Source:
@@ -59,12 +51,12 @@ def prototypes(experiment: Experiment, workdir: Path, name: str) -> None:
     if not known.classes:
         raise UserError(f"{trained.stage.data.source} has no labels: give clips.csv a column 'label'.")
     numbers, found = trained.look(known, predict, "features")
-    centres = features.centres(found[""], few.labels(known)[numbers], len(known.classes))
+    centres = choosing.centres(found[""], few.labels(known)[numbers], len(known.classes))
     figures: dict[str, Any] = {"known": {"clips": len(numbers), "classes": len(known.classes)}}
     for split in experiment.evaluate.splits:
         asked = trained.open(split, known.classes)
         numbers, found = trained.look(asked, predict, f"features of {split}")
-        probabilities, label = features.nearest(found[""], centres), few.labels(asked)[numbers]
+        probabilities, label = choosing.nearest(found[""], centres), few.labels(asked)[numbers]
         names = [asked[int(n)].name for n in numbers]
         scores.write_predictions(workdir / f"predictions_{split}.csv", names, label, probabilities, known.classes)
         figures[split] = scores.scores(probabilities, label, known.classes)
@@ -93,11 +85,11 @@ def label_next(experiment: Experiment, workdir: Path, name: str) -> None:
     if not open_to.any():
         raise UserError(f"every clip of {trained.stage.data.source} has a label: name those that count as known in "
                         "config.data.listed, or another config.data.split.")
-    wanted = features.SELECT[spec.how](probabilities, found[""], open_to, spec.number, experiment.seed)
+    wanted = choosing.SELECT[spec.how](probabilities, found[""], open_to, spec.number, experiment.seed)
     best = probabilities.argmax(axis=1)
     rows = [[source[int(numbers[i])].name, source.classes[best[i]], f"{probabilities[i, best[i]]:.4f}"] for i in wanted]
-    _write(workdir / "next.csv", ["path", "predicted", "probability"], rows)
-    _write(workdir / "listed.csv", ["path"], [[source[int(n)].name] for n in known] + [row[:1] for row in rows])
+    scores.write_table(workdir / "next.csv", ["path", "predicted", "probability"], rows)
+    scores.write_table(workdir / "listed.csv", ["path"], [[source[int(n)].name] for n in known] + [row[:1] for row in rows])
     figures = {"known": len(known), "chosen": len(rows), "left": int(open_to.sum()) - len(rows)}
     run.add_results(workdir, "label_next", {"round": figures}, trained.bad.all())
     say(f"{len(rows)} clips to label next, by {spec.how}: {workdir / 'next.csv'}")
@@ -110,9 +102,3 @@ def _known(source: sources.Source, experiment: Experiment) -> np.ndarray:
         return few.read_list(source, data.listed)
     return few.draw(label, data.shots, experiment.seed, source.classes) if data.shots else np.flatnonzero(label >= 0)
 
-
-def _write(path: Path, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    fresh = Path(f"{path}.tmp")
-    with open(fresh, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([head, *rows])
-    os.replace(fresh, path)

@@ -30,17 +30,21 @@ def change(config: ml_collections.ConfigDict, settings: Sequence[str]) -> None:
     """Puts 'some.key=value' into the config, values written as in Python or plain. Raises UserError for a key it lacks."""
     for text in settings:
         key, _, value = text.partition("=")
-        *above, last = key.strip().split(".")
-        node, where = config, "config"
-        for part in (*above, last):
-            if not isinstance(node, ml_collections.ConfigDict) or part not in node:
-                known = list(node) if isinstance(node, ml_collections.ConfigDict) else ()
-                raise UserError(unknown_key(part, where, known))
-            parent, node, where = node, node[part], f"{where}.{part}"
+        parent, last = place(config, key.strip())
         try:
             parent[last] = _value(value)
         except TypeError as error:
             raise UserError(f"{text!r} does not fit: {' '.join(str(error).split())}.") from error
+
+
+def place(config: ml_collections.ConfigDict, key: str) -> tuple[ml_collections.ConfigDict, str]:
+    """The section that holds 'some.key', and the last part of it. Raises UserError for a key that the config lacks."""
+    node, where = config, "config"
+    for part in key.split("."):
+        if not isinstance(node, ml_collections.ConfigDict) or part not in node:
+            raise UserError(unknown_key(part, where, list(node) if isinstance(node, ml_collections.ConfigDict) else ()))
+        parent, node, where = node, node[part], f"{where}.{part}"
+    return parent, part
 
 
 def _value(text: str) -> object:

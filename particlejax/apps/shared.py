@@ -63,7 +63,8 @@ def _optuna() -> Any:
     try:
         import optuna
     except ImportError as error:
-        raise UserError("config.sweep.storage and search need Optuna: run `pip install particlejax[optuna]`, or leave them.") from error
+        raise UserError("config.sweep.storage and search need Optuna: run `pip install particlejax[optuna]`, or leave "
+                        "them.") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 

@@ -23,7 +23,6 @@ from particlejax.train.log import say
 from particlejax.typing import Params, UserError
 
 MODEL = "model"  # folder of the run that comes out
-_OURS = ("split", "cache_dir", "max_bad", "threads", "workers")  # the rest is as the runs were trained
 _FIGURES = ("top1", "map", "r2")  # by which runs are ordered, the first that there is
 
 
@@ -34,10 +33,7 @@ def soup(experiment: Experiment, workdir: Path, name: str) -> None:
         raise UserError("config.runs is empty: name the runs, as in --config.runs=\"('runs/a','runs/b:finetune')\".")
     mesh = sharding.make_mesh(experiment.mesh)
     sharding.check_rows(experiment.evaluate.rows, mesh, "config.evaluate.rows")
-    said = {key: getattr(experiment.data, key) for key in _OURS}
-    if experiment.data.source:
-        said["source"] = experiment.data.source
-    kitchen = _Kitchen(experiment, workdir, mesh, *_ingredients(experiment, mesh, said))
+    kitchen = _Kitchen(experiment, workdir, mesh, *_ingredients(experiment, mesh, run.asked(experiment.data)))
     each = {label: kitchen.figures(params, label) for label, params in kitchen.params.items()}
     together = _TABLE[experiment.soup.how](kitchen, each)
     split = kitchen.stage.data.split

@@ -47,7 +47,8 @@ def sweep(experiment: Experiment, top: Path, name: str) -> None:
     if spec.search:
         runs = _search(experiment, top)
     elif spec.storage:
-        shared.each(spec.storage, str(top.absolute()), [f"{each.name}/seed{each.seed}" for each in runs], lambda i: _one(runs[i], top))
+        names = [f"{each.name}/seed{each.seed}" for each in runs]
+        shared.each(spec.storage, str(top.absolute()), names, lambda i: _one(runs[i], top))
     else:
         for i, each in enumerate(runs):
             say(f"sweep: run {i + 1} of {len(runs)}, {each.name}, seed {each.seed}")
@@ -132,7 +133,8 @@ def collect(runs: list[Run], metric: str, top: Path) -> dict[str, dict[str, Any]
     stage, split, figure = metric.split("/", 2)
     found: dict[str, dict[str, Any]] = {}
     for each in runs:
-        row = found.setdefault(each.name, {"seeds": [], "values": [], "error": "", **{key: [] for key in _COSTS}, "clips_per_second": []})
+        row = found.setdefault(each.name, {"seeds": [], "values": [], "error": "", **{key: [] for key in _COSTS},
+                                           "clips_per_second": []})
         folder = each.folder(top)
         if (folder / "error.txt").exists():
             row["error"] = (folder / "error.txt").read_text(encoding="utf-8")

@@ -184,14 +184,16 @@ class Video:
         decoder, last, skipping = self._stream.codec_context, None, None
         self._ahead = Ahead(self._packets(), tick, self._wanted if self._drops else None)
         for packet, shown in self._ahead:
+            if packet is not None and packet.has_sidedata("encryption_info"):  # a decoder may take it for a picture
+                self._damage = self._damage or "encrypted"
+                continue
             try:
                 if self._drops and skipping is not (not shown):
                     skipping = not shown
                     decoder.skip_frame = "NONREF" if skipping else "DEFAULT"
                 frames = decoder.decode(packet)
             except av.FFmpegError as error:
-                locked = packet is not None and packet.has_sidedata("encryption_info")
-                self._damage = self._damage or ("encrypted" if locked else f"damaged: {error.strerror}")
+                self._damage = self._damage or f"damaged: {error.strerror}"
                 continue
             for frame in frames:
                 stamp = frame.pts if frame.pts is not None else frame.dts

@@ -166,7 +166,8 @@ def _bytes(file: str | bytes) -> bytes:
 def _check_room(shard: Shard, source: sources.Source) -> None:
     """Fails before the writer does: it reports a full disk by ending the process."""
     videos = (source[i].video for i in range(shard.first, shard.last))
-    needed = sum(len(v) if isinstance(v, bytes) else os.path.getsize(v) for v in videos if isinstance(v, bytes) or os.path.exists(v))
+    needed = sum(len(v) if isinstance(v, bytes) else os.path.getsize(v)
+                 for v in videos if isinstance(v, bytes) or os.path.exists(v))
     room = os.statvfs(Path(shard.path).parent)
     if needed * 1.05 > room.f_bavail * room.f_frsize:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

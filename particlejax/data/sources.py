@@ -296,8 +296,8 @@ def _fields(features: Mapping[str, Any], source: str) -> dict[str, str]:
     if "label" in labels or len(labels) == 1:
         fields["label"] = "label" if "label" in labels else labels[0]
     texts = {name for name, feature in features.items() if type(feature).__name__ == "Text"} - {videos[0]}
-    caption = [name for name in _CAPTION_NAMES if name in texts]
-    fields |= {"caption": name for name in caption[:1]}
+    if caption := [name for name in _CAPTION_NAMES if name in texts]:
+        fields["caption"] = caption[0]
     ours = {"start", "end"} if {"start", "end", "series"} <= set(features) else set()  # a data set made by `prepare`
     return fields | {name: name for name in ("name", "group", "series") if name in texts} | {name: name for name in ours}
 

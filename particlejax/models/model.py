@@ -44,6 +44,9 @@ class Needs(NamedTuple):
     each: tuple[tuple[str, int], ...] = ()
 
 
+_ENCODER = Needs()  # that alone
+
+
 class Model(NamedTuple):
     """init(key, batch) -> params; apply(params, method, *args, key=None) -> what the method of `ParticleModel` returns.
 
@@ -55,10 +58,8 @@ class Model(NamedTuple):
     payloads: Mapping[str, Payload]
 
 
-def build(spec: ModelSpec, payloads: Mapping[str, Payload], *, classes: int = 0, decoder: bool = False,
-          needs: Needs | None = None) -> Model:
+def build(spec: ModelSpec, payloads: Mapping[str, Payload], *, classes: int = 0, needs: Needs = _ENCODER) -> Model:
     """The model of a spec for these modalities; with a classification head where classes > 0."""
-    needs = needs or Needs(decoder=decoder)
     module = ParticleModel(spec, tuple(sorted(payloads.items())), classes, needs)
 
     def init(key: Array, batch: Batch) -> Params:
@@ -265,7 +266,8 @@ class Decoder(nn.Module):
         x = embed.Place(width, dtype, name="place")(query.place, query.extent)
         x += embed.Modality(width, names, name="modality")(modality).astype(dtype)
         body = transformer.Transformer(spec.decoder_depth, spec.decoder_heads, spec.mlp * width,
-                                       style_of(spec)._replace(dropout=0.0), unroll=spec.unroll, remat=spec.remat, name="transformer")
+                                       style_of(spec)._replace(dropout=0.0), unroll=spec.unroll, remat=spec.remat,
+                                       name="transformer")
         answers, _ = body(Tokens(x, query.place, query.segment), tokens._replace(x=context))
         if self.features:
             return nn.Dense(spec.width, dtype=jnp.float32, name="features")(answers.x.astype(jnp.float32))

@@ -95,16 +95,10 @@ class VideoMAE(Video):
         return self.logits(pooled), endpoints(blocks, x)
 
 
-class VideoMAEPretraining(Video):
-    """arXiv:2203.12602, pretraining: what cuboids that are hidden look like, from those that are not.
-
-    Takes the video and the indices of visible [B, V] and of hidden cuboids [B, M]; returns predictions [B, M, P] of what
-    `pixel_targets` gives, and the encoder's features of the visible ones.
-    """
+class Pretraining(Video):
+    """What hidden cuboids are, from visible ones: takes the indices of both beside the clip."""
 
     classes: int = 0
-    style: Style = _NO_KEY_BIAS
-    decoder_size: Size = Size(384, 4, 6, 1536)
 
     @property
     def inputs(self) -> Inputs:
@@ -112,6 +106,17 @@ class VideoMAEPretraining(Video):
         number = int(np.prod(self.grid))
         visible = max(1, number // 10)
         return (*super().inputs, ((visible,), "int32"), ((number - visible,), "int32"))
+
+
+class VideoMAEPretraining(Pretraining):
+    """arXiv:2203.12602, pretraining: what cuboids that are hidden look like, from those that are not.
+
+    Takes the video and the indices of visible [B, V] and of hidden cuboids [B, M]; returns predictions [B, M, P] of what
+    `pixel_targets` gives, and the encoder's features of the visible ones.
+    """
+
+    style: Style = _NO_KEY_BIAS
+    decoder_size: Size = Size(384, 4, 6, 1536)
 
     @nn.compact
     def __call__(self, x_BTHWC: Array, visible_BV: Array, hidden_BM: Array) -> tuple[Array, Endpoints]:
@@ -210,27 +215,19 @@ class VJEPA2(Video):
         return self.logits(y[:, 0]), endpoints(blocks, last)
 
 
-class VJEPA2Pretraining(Video):
+class VJEPA2Pretraining(Pretraining):
     """arXiv:2506.09985, pretraining: the features of hidden cuboids from those of visible ones.
 
     Takes the video and the indices of visible [B, V] and of hidden cuboids [B, M]; the encoder sees the whole video, as in
     the published action-free forward pass. Returns predicted features [B, M, D], and features by name.
     """
 
-    classes: int = 0
     frames: int = 64
     rows: int = 256
     columns: int = 256
     size: Size = Size(1024, 24, 16, 4096)
     predictor_size: Size = Size(384, 12, 12, 1536)
     mask_tokens: int = 10  # of which the second is used
-
-    @property
-    def inputs(self) -> Inputs:
-        """As the base class; a tenth of the cuboids is visible."""
-        number = int(np.prod(self.grid))
-        visible = max(1, number // 10)
-        return (*super().inputs, ((visible,), "int32"), ((number - visible,), "int32"))
 
     @nn.compact
     def __call__(self, x_BTHWC: Array, visible_BV: Array, hidden_BM: Array) -> tuple[Array, Endpoints]:

@@ -4,7 +4,7 @@
 Legend: B rows, L slots, K visible, Q asked for, S clips of a row.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from jax import Array
 
 from particlejax import losses, masks
 from particlejax.models.model import Model
-from particlejax.modelspec import LatentSpec, MaskedSpec, NextFrameSpec
+from particlejax.modelspec import HiddenSpec, MaskedSpec, NextFrameSpec
 from particlejax.objectives import clock
 from particlejax.objectives.types import Objective
 from particlejax.particles.types import Batch, Particles
@@ -69,14 +69,9 @@ def predict_masked(spec: MaskedSpec, params: Params, model: Model, batch: Batch,
     return Prediction(query, predicted, _target(query, spec.normalise), seen)
 
 
-def hide(spec: MaskedSpec | LatentSpec, model: Model, whole: Particles, key: Array) -> tuple[Particles, Array]:
+def hide(spec: HiddenSpec, model: Model, whole: Particles, key: Array) -> tuple[Particles, Array]:
     """What of one modality stays visible, and the slots [B, Q] that are asked for."""
-    if spec.mask == "motion":
-        scores = masks.ranked_scores(key, change(whole, model.payloads[spec.modality].base), whole.segment)
-    elif spec.mask == "adaptive":  # what says most is seen more often, as AdaMAE learns to choose it (arXiv:2211.09120)
-        scores = masks.ranked_scores(key, -whole.payload.std(axis=-1), whole.segment)
-    else:
-        scores = masks.SCORES[spec.mask](key, whole.place)
+    scores = SCORES[spec.mask](key, whole, model.payloads[spec.modality].base)
     visible, asked, visible_segment = masks.split(scores, whole.segment, spec.keep, spec.predict)
     return Particles(**{**vars(whole.take(visible)), "segment": visible_segment}), asked
 
@@ -90,6 +85,15 @@ def change(particles: Particles, base: tuple[int, ...]) -> Array:
     same = (particles.segment[:, :, None] == particles.segment[:, None]).astype(jnp.float32)
     mean = jnp.einsum("blm,bmp->blp", same, payload) / same.sum(axis=-1, keepdims=True)
     return jnp.abs(payload - mean).mean(axis=-1)
+
+
+SCORES: dict[str, Callable[[Array, Particles, tuple[int, ...]], Array]] = {  # the higher, the more often hidden
+    "random": lambda key, whole, base: masks.random_scores(key, whole.place),
+    "tube": lambda key, whole, base: masks.tube_scores(key, whole.place),
+    "motion": lambda key, whole, base: masks.ranked_scores(key, change(whole, base), whole.segment),
+    # What says most is seen more often, as AdaMAE learns to choose it (arXiv:2211.09120).
+    "adaptive": lambda key, whole, base: masks.ranked_scores(key, -whole.payload.std(axis=-1), whole.segment),
+}
 
 
 def ask(params: Params, model: Model, particles: Mapping[str, Particles], query: Particles, modality: str, batch: Batch,
@@ -117,31 +121,32 @@ def predict_next(spec: NextFrameSpec, params: Params, model: Model, batch: Batch
     return Prediction(query, predicted, _target(query, spec.normalise), past[spec.modality])
 
 
-def rollout(spec: NextFrameSpec, params: Params, model: Model, batch: Batch, share: float, steps: int) -> tuple[Array, Array]:
+def rollout(spec: NextFrameSpec, params: Params, model: Model, batch: Batch, share: float, steps: int
+            ) -> tuple[Array, Array, Array]:
     """What follows the first `share` of each clip, in `steps` steps that each read what the ones before have predicted.
 
-    Returns payloads [B, L, P], those of the past as they are, and bool [B, L], which were predicted. A step is as long as the
-    clip's longest particle. Where targets are normalised, each particle's own mean and deviation are lent to it.
+    Returns payloads [B, L, P], those of the past as they are, and bool [B, L], which are of the past and which were predicted.
+    A step is as long as the clip's longest particle. Where targets are normalised, each particle's own mean and deviation are
+    lent to it.
     """
     whole, clips = batch.particles[spec.modality], batch.clip.shape[1]
     first, last = clock.span(whole, clips)
     step = clock.of_particle(clock.longest(whole, last - first), whole)
     begin = clock.of_particle(first, whole) + jnp.round(share * clock.of_particle(last - first, whole) / step) * step
+    past = {name: clock.keep(p, clock.end(p) <= clock.of_particle(first + share * (last - first), p))
+            for name, p in batch.particles.items()}
     payload, asked = whole.payload, jnp.zeros(whole.segment.shape, bool)
     for number in range(steps):
         moment = begin + number * step
-        known = replace(whole, payload=payload)
-        past = {name: clock.keep(p, clock.end(p) <= clock.of_particle(first, p) + share * clock.of_particle(last - first, p))
-                for name, p in batch.particles.items()}
-        past[spec.modality] = clock.keep(known, clock.end(whole) <= moment + clock.SLACK)
+        known = clock.keep(replace(whole, payload=payload), clock.end(whole) <= moment + clock.SLACK)
         since = clock.start(whole) - moment
         query = clock.keep(whole, (since >= -clock.SLACK) & (since < step - clock.SLACK))
-        predicted = ask(params, model, past, query, spec.modality, batch, None)
+        predicted = ask(params, model, {**past, spec.modality: known}, query, spec.modality, batch, None)
         if spec.normalise:
             predicted = predicted * whole.payload.std(axis=-1, keepdims=True) + whole.payload.mean(axis=-1, keepdims=True)
         now = query.segment > 0
         payload, asked = jnp.where(now[..., None], predicted, payload), asked | now
-    return payload, asked
+    return payload, (clock.end(whole) <= begin + clock.SLACK) & (whole.segment > 0), asked
 
 
 def _target(query: Particles, normalise: bool) -> Array:

@@ -6,6 +6,7 @@ a grid's or a pyramid's particles the same for each answer. Legend: B rows, L sl
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
 import jax
@@ -28,61 +29,41 @@ TRANSFORMS = 8  # quarter turns, and the same mirrored
 def arrow(spec: ArrowSpec) -> Objective:
     """Does time run forward or backward (arXiv:1803.09490)? Metrics: loss, top1, asked."""
     del spec
-
-    def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
-        whole, label, key = _drawn(batch, key, 2)
-        shown = reverse(whole, label > 0, _base(model, "arrow"))
-        asked = _known(whole, batch)
-        return questions.answer("arrow", params, model, {VISION: shown}, batch, label, asked, key if train else None)
-
-    return objective
+    return _pretext("arrow", 2, lambda whole, label, base, key: (reverse(whole, label > 0, base), None))
 
 
 def transform(spec: TransformSpec) -> Objective:
     """By which of eight turns and mirrorings was the clip changed (arXiv:1803.07728)? Metrics: loss, top1, asked."""
     del spec
-
-    def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
-        whole, label, key = _drawn(batch, key, TRANSFORMS)
-        shown = turn(whole, label, _base(model, "transform"))
-        asked = _known(whole, batch)
-        return questions.answer("transform", params, model, {VISION: shown}, batch, label, asked, key if train else None)
-
-    return objective
+    return _pretext("transform", TRANSFORMS, lambda whole, label, base, key: (turn(whole, label, base), None))
 
 
 def order(spec: OrderSpec) -> Objective:
     """In which order do the clip's thirds stand (arXiv:1603.08561)? Metrics: loss, top1, asked."""
     del spec
-
-    def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
-        whole, label, key = _drawn(batch, key, len(PERMUTATIONS))
-        shown, asked = shuffle(whole, label)
-        return questions.answer("order", params, model, {VISION: shown}, batch, label, asked, key if train else None)
-
-    return objective
+    return _pretext("order", len(PERMUTATIONS), lambda whole, label, base, key: shuffle(whole, label))
 
 
 def speed(spec: SpeedSpec) -> Objective:
     """How often was the speed doubled (arXiv:2004.06130)? Metrics: loss, top1, asked."""
 
+    def change(whole: Particles, label: Array, base: tuple[int, ...], key: Array) -> tuple[Particles, Array]:
+        return faster(whole, label, jax.random.uniform(key, label.shape), spec.doublings, base)
+
+    return _pretext("speed", spec.doublings + 1, change)
+
+
+def _pretext(name: str, answers: int, change: Callable[..., tuple[Particles, Array | None]]) -> Objective:
+    """What was done? change: (particles, label [B, S], base, key) -> what is shown, and which clips can be asked; None: all."""
+
     def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
-        window_key, key = jax.random.split(key)
-        whole, label, key = _drawn(batch, key, spec.doublings + 1)
-        where = jax.random.uniform(window_key, label.shape)
-        shown, asked = faster(whole, label, where, spec.doublings, _base(model, "speed"))
-        return questions.answer("speed", params, model, {VISION: shown}, batch, label, asked, key if train else None)
+        label_key, change_key, key = jax.random.split(key, 3)
+        whole, label = batch.particles[VISION], jax.random.randint(label_key, batch.clip.shape, 0, answers)
+        shown, asked = change(whole, label, _base(model, name), change_key)
+        asked = clock.present(whole, batch.clip.shape[1]) if asked is None else asked
+        return questions.answer(name, params, model, {VISION: shown}, batch, label, asked, key if train else None)
 
     return objective
-
-
-def _drawn(batch: Batch, key: Array, answers: int) -> tuple[Particles, Array, Array]:
-    label_key, key = jax.random.split(key)
-    return batch.particles[VISION], jax.random.randint(label_key, batch.clip.shape, 0, answers), key
-
-
-def _known(whole: Particles, batch: Batch) -> Array:
-    return clock.present(whole, batch.clip.shape[1])
 
 
 def _base(model: Model, name: str) -> tuple[int, ...]:

@@ -4,8 +4,6 @@
 Legend: N clips, O outputs of the head.
 """
 
-import csv
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,8 @@ from particlejax.objectives.targets import SEVERAL, Targets
 from particlejax.train import scores
 
 
-def score(targets: Targets, path: Path | None, names: Sequence[str], label: np.ndarray, answers: np.ndarray, classes: tuple[str, ...]
-          ) -> dict[str, Any]:
+def score(targets: Targets, path: Path | None, names: Sequence[str], label: np.ndarray, answers: np.ndarray,
+          classes: tuple[str, ...]) -> dict[str, Any]:
     """Figures of answers float [N, O] for labels int [N], -1 for none; a line for each clip goes to the CSV `path`, if any."""
     if targets.loss == "softmax":
         if path is not None:
@@ -55,14 +53,12 @@ def numbers(found: np.ndarray, true: np.ndarray) -> dict[str, Any]:
 
 
 def _write(targets: Targets, path: Path, names: Sequence[str], label: Sequence[str], answers: np.ndarray) -> None:
-    fresh = Path(f"{path}.tmp")
-    with open(fresh, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "label", "predicted", *(f"p:{name}" for name in targets.names if targets.loss == "binary")])
-        for name, true, each in zip(names, label, answers, strict=True):
-            if targets.loss == "binary":
-                said = SEVERAL.join(one for one, p in zip(targets.names, each, strict=True) if p > 0.5)
-                writer.writerow([name, true, said, *(f"{p:.6g}" for p in each)])
-            else:
-                writer.writerow([name, true, f"{each[0]:.6g}"])
-    os.replace(fresh, path)
+    rows = []
+    for name, true, each in zip(names, label, answers, strict=True):
+        if targets.loss == "binary":
+            said = SEVERAL.join(one for one, p in zip(targets.names, each, strict=True) if p > 0.5)
+            rows.append([name, true, said, *(f"{p:.6g}" for p in each)])
+        else:
+            rows.append([name, true, f"{each[0]:.6g}"])
+    head = ["path", "label", "predicted", *(f"p:{name}" for name in targets.names if targets.loss == "binary")]
+    scores.write_table(path, head, rows)

@@ -13,15 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from particlejax import chips
 from particlejax.particles.types import Batch
 from particlejax.train.log import say
 
-# Matrix products per second of a device in bfloat16, dense, by the start of its name as JAX gives it (makers' data sheets).
-PEAKS = {
-    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12, "TPU7x": 2307e12, "NVIDIA A100": 312e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12,
-}
 _SIDE, _TIMES = 2048, 5  # of the square products that a device's rate is measured with
 _MIB = 2**20
 
@@ -102,8 +97,8 @@ def peak_of(how: str, dtype: Any) -> float:
     """Operations per second of one device: 'known' by its kind, 0 where it is not; or 'measured' by products of `dtype`."""
     if how == "measured":
         return _measured(jnp.dtype(dtype))
-    kind = jax.devices()[0].device_kind
-    return next((rate for name, rate in PEAKS.items() if kind.startswith(name)), 0.0)
+    chip = chips.known(jax.devices()[0].device_kind)
+    return chip.product if chip else 0.0
 
 
 def _measured(dtype: Any) -> float:

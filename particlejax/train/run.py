@@ -24,6 +24,7 @@ from particlejax.train.log import say, say_here
 from particlejax.typing import Params, UserError
 
 CONFIG, RESULTS = "config.json", "results.json"
+_ASKED = ("split", "cache_dir", "max_bad", "threads", "workers")  # of the data, what is not as the run was trained
 _AS_THERE = {"model": ("width", "depth", "heads", "near", "mlp"), "data": ("mean", "std", "still"), "particles": ("base",)}
 
 
@@ -226,6 +227,11 @@ def add_results(workdir: Path, stage: str, figures: Mapping[str, Any], bad: Mapp
     results[stage] = results.get(stage, {}) | dict(figures)
     results["bad"] = [{"path": path, "reason": reason} for path, reason in known.items()]
     checkpoint.write_json(Path(workdir) / RESULTS, results)
+
+
+def asked(data: DataSpec) -> dict[str, Any]:
+    """What somebody who asks a trained run puts into its data section, for `load_trained`: another source, where one is named."""
+    return {key: getattr(data, key) for key in _ASKED} | ({"source": data.source} if data.source else {})
 
 
 def load_trained(text: str, mesh: Mesh, source: Mapping[str, Any], step: int | None = None) -> tuple[Stage, Params]:

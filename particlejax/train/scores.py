@@ -6,7 +6,7 @@ Legend: N clips, C classes.
 
 import csv
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +56,16 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
 def write_predictions(path: Path, names: Sequence[str], label: np.ndarray, probabilities: np.ndarray,
                       classes: Sequence[str]) -> None:
     """A line a clip: path, label ('' where there is none), predicted, and each class's probability as p:CLASS."""
+    rows = ([name, classes[int(true)] if true >= 0 else "", classes[int(each.argmax())], *(f"{p:.6g}" for p in each)]
+            for name, true, each in zip(names, label, probabilities, strict=True))
+    write_table(path, ["path", "label", "predicted", *(f"p:{name}" for name in classes)], rows)
+
+
+def write_table(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A CSV, whole or not at all."""
     fresh = Path(f"{path}.tmp")
     with open(fresh, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "label", "predicted", *(f"p:{name}" for name in classes)])
-        for name, true, each in zip(names, label, probabilities, strict=True):
-            shown = classes[int(true)] if true >= 0 else ""
-            writer.writerow([name, shown, classes[int(each.argmax())], *(f"{p:.6g}" for p in each)])
+        csv.writer(file).writerows([head, *rows])
     os.replace(fresh, path)
 
 

@@ -219,9 +219,9 @@ def _random_access(workdir: Path, repetitions: int, experiment: Experiment) -> d
             starts = rng.uniform(0, length - span, _POSITIONS)
             seconds = _timed(lambda p=path, s=starts: [_clip(p, start, span, data) for start in s]).wall / _POSITIONS
             found.setdefault(f"out of {length} s", []).append(1000 * seconds)
-        start = lengths[0] - span
+        end = lengths[0] - span
         found.setdefault(f"the end of {lengths[0]} s, decoded from its start", []).append(
-            1000 * _timed(lambda: _from_start(paths[0], start, span, frames)).wall)
+            1000 * _timed(partial(_from_start, paths[0], end, span, frames)).wall)
     return {name: {"milliseconds": float(np.median(each))} for name, each in found.items()}
 
 

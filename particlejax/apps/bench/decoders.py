@@ -17,7 +17,7 @@ Wanted = Sequence[tuple[str | bytes, np.ndarray]]  # of each clip the file and t
 
 
 def others(wanted: Wanted, side: int) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
-    """Other packages that decode the same frames, each tried on one clip; and why an installed one cannot be used."""
+    """Other packages that decode the same frames, each tried on one clip first; and why an installed one cannot be used."""
     found: dict[str, Callable[..., Any]] = {}
     unusable: dict[str, str] = {}
     for name, decode in {"torchcodec, exact seeks": partial(_torchcodec, mode="exact"),

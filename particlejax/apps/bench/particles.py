@@ -123,7 +123,8 @@ def _step(experiment: Experiment, spec: ParticleSpec) -> Callable[[], Any]:
     model = models.build(experiment.model, {"vision": models.Payload(vision.payload.shape[-1])}, classes=_CLASSES)
     mesh, optimizer = sharding.make_mesh(MeshSpec()), optim.build(OptimSpec(), 100)
     state = initialise(model, optimizer, jax.tree.map(lambda x: x[:1], batch), 0, 0.0, mesh)
-    step = jit_step(make_step(model, objectives.combine({"classify": ClassifySpec()}), optimizer, ema=0.0, accumulate=1), state, mesh)
+    classify = objectives.combine({"classify": ClassifySpec()})
+    step = jit_step(make_step(model, classify, optimizer, ema=0.0, accumulate=1), state, mesh)
     held, placed = [state], sharding.put(batch, mesh)
 
     def once() -> None:

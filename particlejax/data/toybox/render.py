@@ -227,7 +227,7 @@ def _swapped(rng: np.random.Generator, look: Look, quirk: str | None) -> Look:
 def _perform(rng: np.random.Generator, frames: np.ndarray, looks: list[Look], staged: Play, pose: Pose) -> None:
     # paints the acting bodies, as they look before and after a quirk
     split = int(np.searchsorted(FRAME_TIMES, staged.when))
-    for look, centres in zip(looks, pose.centres):
+    for look, centres in zip(looks, pose.centres, strict=False):  # one body or two
         after = _swapped(rng, look, staged.quirk)
         for part, seen in ((slice(None, split), look), (slice(split, None), after)):
             if len(centres[part]):
@@ -254,7 +254,7 @@ def render(seed: int, split_id: int, index: int, split: str = "") -> Clip:
     frames = _film(world[0], camera)
     looks = [actor, second if action == "collide" else actor]
     _perform(rng, frames, looks, staged, shaken)
-    tracks = [boxes(look, c, pose.scale, pose.angle) for look, c in zip(looks, shaken.centres)]
+    tracks = [boxes(look, c, pose.scale, pose.angle) for look, c in zip(looks, shaken.centres, strict=False)]
     tracks += [boxes(look, place + camera, np.ones(len(camera)), np.zeros(len(camera))) for look, place in others]
     caption = str(rng.choice(TEMPLATES)).format(look=actor.words, verb=rng.choice(VERBS[action]))
     return Clip(
