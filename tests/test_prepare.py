@@ -216,7 +216,7 @@ def test_a_mixture_draws_by_weight_and_each_part_once_an_epoch(folder: Path, cac
     mixed = sources.open_source(f"mix:1*folder:{folder},3*toybox:tiny", "train", cache_dir)
     assert len(mixed) == 7 + 48 and mixed.classes == tuple(sorted({"a", "b", *builder.ACTIONS}))
     assert mixed.classes[mixed[0].label] == "a" and mixed.classes[mixed[7].label] in builder.ACTIONS
-    order = pipeline.Batches(mixed, DataSpec(), ParticleSpec(), seed=0, rows=1)._order()
+    order = pipeline.Batches(mixed, DataSpec(), ParticleSpec(), seed=0, rows=1).order
     drawn = [int(order[i]) for i in range(7 * 4 * 8)]
     mine = [i for i in drawn if i < 7]
     assert len(mine) == len(drawn) / 4

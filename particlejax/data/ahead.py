@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packets read ahead of the decoder: which hold a frame that somebody wants to see, and after which nobody wants any more."""
 
+import math
 from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 
 import av
 import numpy as np
 
 from particlejax.data import opening
 
-_TOGETHER = 16  # packets judged at once: a judgement costs as much as a small frame's conversion
+_TOGETHER = 64  # packets judged at once: a judgement costs as much as a small frame's conversion
 _END = 2**62  # the stamp of an empty packet, which ends a stream: after everything
 _HAIR = 1e-6  # seconds by which a wanted time may miss a frame's
 
@@ -66,9 +68,9 @@ class Ahead:
         count = len(self._waiting) - (0 if self._ended else opening.REORDER)
         if wanted is None:
             return [True] * count
-        known = np.array([stamp for stamp in (*self._past, *self._stamps) if stamp is not None], np.int64)
-        edges = np.append(np.unique(known) * self._tick, np.inf)
+        known = sorted({stamp for stamp in (*self._past, *self._stamps) if stamp is not None})
+        edges = np.array([*known, math.inf]) * self._tick
         first = np.searchsorted(wanted, edges[:-1] - _HAIR)  # the first time that is wanted from each frame on
         until = np.append(wanted, np.inf)[first]
-        seen = dict(zip(np.unique(known).tolist(), (until < edges[1:] + _HAIR).tolist(), strict=True))
-        return [stamp == _END or seen.get(stamp, True) for _, stamp in zip(range(count), self._stamps, strict=False)]
+        seen = dict(zip(known, (until < edges[1:] + _HAIR).tolist(), strict=True))
+        return [stamp == _END or seen.get(stamp, True) for stamp in islice(self._stamps, count)]

@@ -22,7 +22,8 @@ Picture = Callable[[Image.Image], Image.Image]
 def pictures(frames: np.ndarray, spec: AugmentSpec, rng: np.random.Generator) -> np.ndarray:
     """Colour jitter, RandAugment and erasing, in this order."""
     steps = [*_jitter(spec.jitter, rng)] if spec.jitter else []
-    steps += [_operation(name, spec.magnitude, rng) for name in rng.choice(sorted(_OPERATIONS), spec.operations)]
+    if spec.operations:
+        steps += [_operation(name, spec.magnitude, rng) for name in rng.choice(sorted(_OPERATIONS), spec.operations)]
     if steps:
         frames = np.stack([np.asarray(_apply(steps, frame)) for frame in frames])
     if spec.erase and rng.random() < spec.erase:

@@ -181,10 +181,12 @@ class Video:
     def _decode(self) -> Iterator[_Timed]:
         """Frames in the order they are shown in; a packet that does not decode gives none."""
         tick, step = self._tick, 1 / opening.rate(self._stream)
-        decoder, last, skipping = self._stream.codec_context, None, None
+        decoder, last, skipping, locked = self._stream.codec_context, None, None, False
         self._ahead = Ahead(self._packets(), tick, self._wanted if self._drops else None)
         for packet, shown in self._ahead:
-            if packet is not None and packet.has_sidedata("encryption_info"):  # a decoder may take it for a picture
+            if packet is not None and packet.is_keyframe:  # asking each one costs as much as a small frame's conversion
+                locked = packet.has_sidedata("encryption_info")
+            if locked:  # a decoder may take it for a picture
                 self._damage = self._damage or "encrypted"
                 continue
             try:

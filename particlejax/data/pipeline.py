@@ -69,8 +69,8 @@ class Batches:
     def __getitem__(self, k: int) -> Loaded:
         rows = self.rows // self.processes
         mine = range(self.process * rows, (self.process + 1) * rows)
-        order, scales = self._order(), self.plan.schedule.scales
-        wanted = [_Wanted(int(order[p]), np.random.default_rng((self.seed, p)), scales[scale], row - mine.start)
+        scales = self.plan.schedule.scales
+        wanted = [_Wanted(int(self.order[p]), np.random.default_rng((self.seed, p)), scales[scale], row - mine.start)
                   for p, row, scale in self.plan.batch(k) if row in mine]
         return _load(self.source, wanted, self.plan.schedule.row, rows)
 
@@ -81,10 +81,11 @@ class Batches:
 
     def clips(self, k: int) -> list[int]:
         """Which clips batch k holds on all processes."""
-        order = self._order()
-        return [int(order[placed.position]) for placed in self.plan.batch(k)]
+        return [int(self.order[placed.position]) for placed in self.plan.batch(k)]
 
-    def _order(self) -> grain.MapDataset:
+    @cached_property
+    def order(self) -> grain.MapDataset:
+        """Which clip stands at each position, for ever."""
         parts, seed = parts_of(self.source), self.seed % 2**32
         orders = [grain.MapDataset.source(first + chosen_clips(count, self.data.fraction)).seed(seed).shuffle().repeat(None)
                   for first, count, _ in parts]

@@ -7,17 +7,19 @@ split explains is a difference of sums of squares, and the order in which a gree
 comes no earlier than its parent (tree-structured growing, Riskin and Gray 1991). Numpy and jax choose alike to the
 last bit: cells are rounded so that sums over a node are exact, and nodes are summed in one order.
 
-Legend: T frames, H rows, W columns, C channels; nodes of a level are arrays [t, h, w].
+Legend: T frames, H rows, W columns, C channels; N nodes of all levels, from coarse to fine; those of one are [t, h, w].
 """
 
 import functools
 import itertools
 import math
+import operator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from einops import rearrange, reduce
-from jaxtyping import Float, Int, Num
+from jaxtyping import Bool, Float, Int, Num
 
 from particlejax.particles.cut import Shape, Tube, edges, lattice
 from particlejax.particles.types import Particles, numpy_of
@@ -35,13 +37,15 @@ _LATER = 1e-3  # of gains that lead as far, the one that tells more at once is t
 class Tree(NamedTuple):
     """What does not depend on pixels: the levels from coarse to fine, and each one's nodes along each axis.
 
-    Of all N nodes, level by level: cells int32 [N, prod(base)] are the rows of `_pyramid` that they show, frames int32 [N, 2]
-    their first frame and the one after the last, centre and size float32 [N, 2] where they are in the picture.
+    Of all N nodes: cells [N, prod(base)] are the cells of `_pyramid` that they show, parents int32 [N, kinds] the node
+    whose split of each kind makes them, -1 where there is none. frames int32 [N, 2] are their first frame and the one
+    after the last, centre and size float32 [N, 2] where they are in the picture.
     """
 
     levels: tuple[Level, ...]
     counts: tuple[Shape, ...]
     cells: np.ndarray
+    parents: np.ndarray
     frames: np.ndarray
     centre: np.ndarray
     size: np.ndarray
@@ -67,19 +71,32 @@ def tree(size: Shape, spec: ParticleSpec) -> Tree:
     picture = np.array(size[1:], np.float32)
     wide = [np.broadcast_to(np.array(shape[1:], np.float32), (len(at), 2)) for at, shape in zip(corners, shapes, strict=True)]
     middle = [at[:, 1:] + each / 2 for at, each in zip(corners, wide, strict=True)]
-    return Tree(levels, counts, _cells(size, levels, spec), frames, (np.concatenate(middle) / picture).astype(np.float32),
-                np.concatenate(wide) / picture)
+    return Tree(levels, counts, _cells(size, levels, spec), _parents(levels, counts, spec), frames,
+                (np.concatenate(middle) / picture).astype(np.float32), np.concatenate(wide) / picture)
 
 
 def _cells(size: Shape, levels: tuple[Level, ...], spec: ParticleSpec) -> np.ndarray:
     rows, start = [], 0
     for level in levels:
         shape = tuple(n // s for n, s in zip(size, _scale(level, spec), strict=True))
-        index = start + np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
+        index = start + np.arange(np.prod(shape)).reshape(shape)
         a, b, d = spec.base
         rows.append(rearrange(index, "(t a) (h b) (w d) -> (t h w) (a b d)", a=a, b=b, d=d))
         start += index.size
     return np.concatenate(rows)
+
+
+def _parents(levels: tuple[Level, ...], counts: tuple[Shape, ...], spec: ParticleSpec) -> np.ndarray:
+    starts = np.cumsum([0, *(np.prod(count) for count in counts)])
+    numbers = {level: starts[i] + np.arange(np.prod(counts[i]), dtype=np.int32).reshape(counts[i])
+               for i, level in enumerate(levels)}
+    found = np.full((starts[-1], len(spec.splits)), -1, np.int32)
+    for (i, level), (kind, split) in itertools.product(enumerate(levels), enumerate(spec.splits)):
+        step = _STEPS[split]
+        parent = numbers.get((level[0] + step[0], level[1] + step[1]))
+        if parent is not None:
+            found[starts[i] : starts[i + 1], kind] = _spread(parent, _scale(step, spec)).reshape(-1)
+    return found
 
 
 def root(spec: ParticleSpec) -> Shape:
@@ -105,20 +122,20 @@ def adaptive(video_THWC: Num[Array, "T H W C"], times_T: Float[Array, "T"], spec
     kept = choose(energies(video_THWC, plan, spec), plan, spec)
     order, segment = slots(kept, spec.budget)
     place, extent = _where(times_T, plan, order)
-    payload = _pyramid(video_THWC, plan, spec)[_at(plan.cells, order)]
+    cells, planes = _at(plan.cells, order), _pyramid(video_THWC, plan, spec)
+    payload = numpy_of(planes).stack([plane[cells] for plane in planes], axis=-1)
     return Particles(payload.reshape(len(order), -1), place, extent, segment)
 
 
-def slots(kept: list[Array], budget: int) -> tuple[Int[Array, "K"], Int[Array, "K"]]:
+def slots(kept: Bool[Array, "N"], budget: int) -> tuple[Int[Array, "K"], Int[Array, "K"]]:
     """Numbers of what is kept, in order, and segment 1; in jax `budget` of them, those that stay free with segment 0."""
-    xp = numpy_of(kept[0])
-    flat = xp.concatenate([each.reshape(-1) for each in kept])
+    xp = numpy_of(kept)
     if xp is np:
-        chosen = np.flatnonzero(flat)
+        chosen = np.flatnonzero(kept)
         return chosen, np.ones(len(chosen), np.int32)
-    slot = xp.where(flat, xp.cumsum(flat) - 1, budget)  # the others fall off the end
-    order = xp.zeros(budget, np.int32).at[slot].set(xp.arange(len(flat), dtype=np.int32), mode="drop")
-    return order, (xp.arange(budget) < flat.sum()).astype(np.int32)
+    slot = xp.where(kept, xp.cumsum(kept) - 1, budget)  # the others fall off the end
+    order = xp.zeros(budget, np.int32).at[slot].set(xp.arange(len(kept), dtype=np.int32), mode="drop")
+    return order, (xp.arange(budget) < kept.sum()).astype(np.int32)
 
 
 def _at(table: np.ndarray, order: Array) -> Array:
@@ -136,19 +153,22 @@ def _where(times: Array, plan: Tree, order: Array) -> tuple[Array, Array]:
 
 
 def _pyramid(video: Array, plan: Tree, spec: ParticleSpec) -> Array:
-    """The clip averaged down to every level of the plan, [cells, C], one level after the other; whole numbers are rounded."""
+    """The clip averaged down to every level of the plan, [C, cells], level after level; whole numbers are rounded."""
     most, whole = math.prod(_scale(plan.levels[0], spec)), np.issubdtype(video.dtype, np.integer)
     wide = np.float32 if not whole else np.uint16 if most <= 2**8 else np.uint32  # the narrowest that holds sums of bytes
-    sums, rows = _all_sums(video.astype(wide), plan, spec), []
+    planes = numpy_of(video).moveaxis(video, -1, 0).astype(wide)
+    if isinstance(planes, np.ndarray):
+        planes = np.ascontiguousarray(planes)  # sums of neighbours take long where colours lie between them
+    sums, rows = _all_sums(planes, plan, spec), []
     for level in plan.levels:
         count = math.prod(_scale(level, spec))
         mean = (sums[level] + wide(count // 2)) // wide(count) if whole else sums[level] * np.float32(1 / count)
-        rows.append((video if count == 1 else mean.astype(video.dtype)).reshape(-1, video.shape[-1]))
-    return numpy_of(video).concatenate(rows)
+        rows.append(mean.astype(video.dtype).reshape(video.shape[-1], -1))
+    return numpy_of(video).concatenate(rows, axis=1)
 
 
 def _all_sums(x: Array, plan: Tree, spec: ParticleSpec) -> dict[Level, Array]:
-    """[T, H, W, ...] summed over the cells of every level, each from the next finer one."""
+    """[..., T, H, W] summed over the cells of every level, each from the next finer one."""
     top, sums = plan.levels[0], {(0, 0): x}
     for level in sorted(itertools.product(range(top[0] + 1), range(top[1] + 1)), key=sum):
         if level != (0, 0):  # levels that are only on the way cost little
@@ -175,7 +195,8 @@ def energies(video: Num[Array, "T H W C"], plan: Tree, spec: ParticleSpec) -> di
     else:
         reference = _spread(_rounded(_sums(grey, scale), int(np.prod(scale))), scale)
     sums = _all_sums(grey - reference, plan, spec)
-    return {level: _energy(sums[level], level, spec) for level in plan.levels}
+    return _together(sums, plan, spec) if numpy_of(grey) is np else {
+        level: _sums(_powers(sums[level], level, spec), spec.base).astype(np.float32) * _unit(level, spec) for level in plan.levels}
 
 
 def _grey(video: Array) -> Array:
@@ -186,12 +207,29 @@ def _grey(video: Array) -> Array:
     return _rounded(total, video.shape[-1])
 
 
-def _energy(sums: Array, level: Level, spec: ParticleSpec) -> Array:
-    cells, payload = math.prod(_scale(level, spec)), int(np.prod(spec.base))
-    power = 1 if spec.measure == "absolute" else 2
-    fine = 2.0 ** np.floor(np.log2(_EXACT / payload) / power - 8)  # steps of a cell per grey level; deviations are below 2^8
-    value = abs(_rounded(sums * np.float32(fine), cells)).astype(np.int32) ** power
-    return _sums(value, spec.base).astype(np.float32) * np.float32(cells / fine**power)
+def _together(sums: dict[Level, np.ndarray], plan: Tree, spec: ParticleSpec) -> dict[Level, np.ndarray]:
+    """The energies of all levels: numpy's time goes into its calls, and whole numbers have the same sum in any order."""
+    powers = np.concatenate([_powers(sums[level], level, spec).reshape(-1) for level in plan.levels])
+    energy = powers[plan.cells].sum(axis=1, dtype=np.int32).astype(np.float32)
+    ends = np.cumsum([np.prod(count) for count in plan.counts])
+    return {level: each.reshape(count) * _unit(level, spec)
+            for level, each, count in zip(plan.levels, np.split(energy, ends[:-1]), plan.counts, strict=True)}
+
+
+def _powers(sums: Array, level: Level, spec: ParticleSpec) -> Array:
+    """Deviations of a level's cells to the power that is summed, in whole steps, int32."""
+    steps = sums * np.float32(_fine(spec) / math.prod(_scale(level, spec)))
+    value = abs(numpy_of(sums).round(steps)).astype(np.int32)
+    return value if spec.measure == "absolute" else value * value
+
+
+def _unit(level: Level, spec: ParticleSpec) -> np.float32:
+    return np.float32(math.prod(_scale(level, spec)) / _fine(spec) ** (1 if spec.measure == "absolute" else 2))
+
+
+def _fine(spec: ParticleSpec) -> float:
+    """Steps of a cell per grey level, a power of two; deviations are below 2^8."""
+    return 2.0 ** np.floor(np.log2(_EXACT / int(np.prod(spec.base))) / (1 if spec.measure == "absolute" else 2) - 8)
 
 
 def _rounded(sums: Array, count: int) -> Array:
@@ -199,21 +237,20 @@ def _rounded(sums: Array, count: int) -> Array:
 
 
 def _sums(x: Array, by: Shape) -> Array:
-    """[t, h, w, ...] summed over blocks, where every partial sum is exact."""
+    """[..., t, h, w] summed over blocks, where every partial sum is exact."""
     if numpy_of(x) is np:
         return _tree_sums(x, by)
     a, b, d = by
-    return reduce(x, "(t a) (h b) (w d) ... -> t h w ...", "sum", a=a, b=b, d=d)
+    return reduce(x, "... (t a) (h b) (w d) -> ... t h w", "sum", a=a, b=b, d=d)
 
 
 def _tree_sums(x: Array, by: Shape) -> Array:
-    """[t, h, w, ...] summed over blocks by halves: an order that numpy and XLA share, and fast in numpy."""
+    """[..., t, h, w] summed over blocks by halves: an order that numpy and XLA share, and fast in numpy."""
     for axis, count in enumerate(by):
         while count > 1:
             f = next((p for p in (2, 3, 5, 7) if count % p == 0), count)
-            parts = x.reshape(*x.shape[:axis], x.shape[axis] // f, f, *x.shape[axis + 1 :])
-            index = (slice(None),) * (axis + 1)
-            x = functools.reduce(lambda a, b: a + b, [parts[(*index, i)] for i in range(f)])
+            after = (slice(None),) * (2 - axis)
+            x = functools.reduce(operator.add, [x[(..., slice(i, None, f), *after)] for i in range(f)])
             count //= f
     return x
 
@@ -232,23 +269,33 @@ def _scale(by: Level, spec: ParticleSpec) -> Shape:
 # -- which nodes are split
 
 
-def choose(energy: dict[Level, Array], plan: Tree, spec: ParticleSpec) -> list[Array]:
-    """Which nodes stand in the end, bool [t, h, w] for each level of the plan; they tile the clip."""
+def choose(energy: dict[Level, Array], plan: Tree, spec: ParticleSpec) -> Bool[Array, "N"]:
+    """Which nodes stand in the end; they tile the clip."""
     xp = numpy_of(energy[plan.levels[0]])
-    gains = {level: _gains(told, level, spec) for level, told in _told(energy, plan, spec).items()}
-    kinds = {level: xp.argmax(each, axis=0) for level, each in gains.items()}
-    rank: dict[Level, Array] = {}
-    for level, counts in zip(plan.levels, plan.counts, strict=True):
-        reach = _from_parents(level, counts, kinds, rank, spec, xp, -np.inf, np.inf)
-        rank[level] = xp.minimum(gains[level].max(axis=0), reach)
-    flat = xp.concatenate([rank[level].reshape(-1) for level in plan.levels])
+    told = _told(energy, plan, spec)
+    gains = xp.concatenate([_gains(told[level], level, spec).reshape(len(spec.splits), -1) for level in plan.levels], axis=1)
+    kinds, gain = xp.argmax(gains, axis=0), gains.max(axis=0)
+    made = (kinds[plan.parents] == np.arange(len(spec.splits))[None]) & (plan.parents >= 0)
+    rank = _down(plan, gain, lambda mine, above, by: xp.minimum(mine, xp.where(by, above, -np.inf).max(axis=1)), made)
     price = xp.asarray([math.prod(_scale(_STEPS[kind], spec)) - 1 for kind in spec.splits], np.int32)
-    cost = xp.concatenate([price[kinds[level]].reshape(-1) for level in plan.levels])
-    order = xp.argsort(-flat, stable=True)
-    worth = flat[order] > 0
-    spent = int(np.prod(plan.counts[0])) + xp.cumsum(xp.where(worth, cost[order], 0))
-    taken = (spent <= spec.budget) & worth
-    return _leaves(unsort(taken, order), kinds, plan, spec, xp)
+    order = xp.argsort(-rank, stable=True)
+    worth = rank[order] > 0
+    spent = int(np.prod(plan.counts[0])) + xp.cumsum(xp.where(worth, price[kinds][order], 0))
+    splits = unsort((spent <= spec.budget) & worth, order)
+    split = _down(plan, splits, lambda mine, above, by: mine & (by & above).any(axis=1), made)
+    first = int(np.prod(plan.counts[0]))
+    exists = xp.concatenate([xp.ones(first, bool), (made & split[plan.parents])[first:].any(axis=1)])
+    return exists & ~split
+
+
+def _down(plan: Tree, own: Array, combine: Callable[[Array, Array, Array], Array], made: Array) -> Array:
+    """[N] from the coarsest level to the finest: `combine` of each node's own value, its parents' and which of them made it."""
+    ends = np.cumsum([np.prod(count) for count in plan.counts])
+    found = own[: ends[0]]
+    for start, stop in itertools.pairwise(ends):
+        above = found[np.maximum(plan.parents[start:stop], 0)]
+        found = numpy_of(own).concatenate([found, combine(own[start:stop], above, made[start:stop])])
+    return found
 
 
 def unsort(values: Array, order: Array) -> Array:
@@ -293,24 +340,3 @@ def _told(energy: dict[Level, Array], plan: Tree, spec: ParticleSpec) -> dict[Le
         found[level] = {by: xp.where(each - own > np.float32(_NOISE) * each, each - own, np.float32(0))
                         for by, each in more.items()}
     return found
-
-
-def _from_parents(level: Level, counts: Shape, kinds: dict[Level, Array], value: dict[Level, Array], spec: ParticleSpec,
-                  xp: object, nothing: float | bool, root: float | bool) -> Array:
-    """Each node's `value` of the parent whose kind of split makes it; `nothing` where no parent does."""
-    parents = [(k, (level[0] + _STEPS[kind][0], level[1] + _STEPS[kind][1])) for k, kind in enumerate(spec.splits)]
-    found = [_spread(xp.where(kinds[parent] == k, value[parent], nothing), _scale(_STEPS[spec.splits[k]], spec))
-             for k, parent in parents if parent in value]
-    return functools.reduce(xp.maximum, found) if found else xp.full(counts, root)
-
-
-def _leaves(splits: Array, kinds: dict[Level, Array], plan: Tree, spec: ParticleSpec, xp: object) -> list[Array]:
-    split: dict[Level, Array] = {}
-    leaves, start = [], 0
-    for level, counts in zip(plan.levels, plan.counts, strict=True):
-        number = int(np.prod(counts))
-        exists = _from_parents(level, counts, kinds, split, spec, xp, False, True)
-        split[level] = splits[start : start + number].reshape(counts) & exists
-        leaves.append(exists & ~split[level])
-        start += number
-    return leaves

@@ -35,7 +35,7 @@ def runs(video_THWC: Num[Array, "T H W C"], times_T: Float[Array, "T"], spec: Pa
     start = place[..., 0] - extent[..., 0] / 2
     place = xp.concatenate([(start + length / 2)[..., None], place[..., 1:]], axis=-1).reshape(-1, 3)
     extent = xp.concatenate([length[..., None], extent[..., 1:]], axis=-1).reshape(-1, 3)
-    order, segment = slots([begins], spec.budget or begins.size)
+    order, segment = slots(begins.reshape(-1), spec.budget or begins.size)
     return Particles(whole.payload[order], place[order], extent[order], segment)
 
 
