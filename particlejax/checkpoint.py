@@ -30,9 +30,24 @@ _MANIFEST = "manifest.json"
 _STATE, _DATA = "state", "data"
 _PARTIAL = "*.orbax-checkpoint-tmp*"  # what Orbax has begun and not finished
 _READERS = 4  # threads that compute checksums
+_DIVIDED = 2**20  # bytes of a copy's slice from which it is worth writing by itself
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _FULL_TEXTS = tuple(os.strerror(number) for number in _FULL) + ("RESOURCE_EXHAUSTED",)  # TensorStore has no error numbers
 _FOREIGN = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")  # of a folder that Orbax wrote without us
+
+
+def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
+    """Orbax's own, but where devices hold copies they divide only large arrays: each slice's shape is compiled."""
+    kinds = [(kind, ocp.type_handlers.ScalarHandler()) for kind in (int, float, np.number)]
+    kinds += [(np.ndarray, ocp.type_handlers.NumpyHandler()),
+              (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_DIVIDED))]
+    arrays = ocp.PyTreeCheckpointHandler(type_handler_registry=ocp.type_handlers.create_type_handler_registry(*kinds))
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for args in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
+        registry.add(_STATE, args, arrays)
+    for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
+        registry.add(_DATA, args, ocp.JsonCheckpointHandler())
+    return registry
 
 
 def _say(sentence: str) -> None:
@@ -56,7 +71,7 @@ class Checkpoints:
             self._set_aside_damaged()
         cluster.barrier(f"open {self.folder}")  # the others look when what is damaged is out of the way
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=_handlers())
 
     def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
         """Starts writing `step`, unless it is there; the state may be changed or donated as soon as this returns.
