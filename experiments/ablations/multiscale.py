@@ -5,7 +5,7 @@
     python -m particlejax.main --config experiments/ablations/multiscale.py:toybox --workdir runs/multiscale-toybox
 
 Rows keep their shape, so a step costs the model the same whatever it holds: one large clip a row or eight small ones.
-`fixed-480` trains at the largest scale; the others have a third or a half of its steps, and are measured at that scale too.
+`fixed-720` trains at the largest scale; the others have a third or a half of its steps, and are measured at that scale too.
 One compilation each. README.md beside this file has the tables.
 """
 
@@ -21,7 +21,7 @@ from particlejax.spec import ScaleSpec, ScheduleSpec, SweepSpec, arguments, sect
 HERE = Path(__file__).parent
 
 
-STEPS = 360  # of the run that the others are compared with
+STEPS = 720  # of the run that the others are compared with
 
 
 def sweep() -> Iterator[tuple[str, dict[str, Any]]]:

@@ -59,7 +59,7 @@ def get_config(arg: str = "") -> ConfigDict:
                    size=64, decode_side=80 if real else 0, still=0.4, memory_gib=0.0 if tiny else 4.0,
                    augment={"crop": (0.4, 1.0), "flip": 0.5})
     train = section(
-        StageSpec, steps=2 if tiny else 0, epochs=0 if tiny else 8 if real else 6, rows=8 if tiny else 16, val="",
+        StageSpec, steps=2 if tiny else 0, epochs=0 if tiny else 12, rows=8 if tiny else 16, val="",
         objectives={"classify": {"label_smoothing": 0.1}}, ema=0.99,
         optim=section(OptimSpec, rate=1e-3, weight_decay=0.05, b2=0.999))
     split = "val" if real else "test"
