@@ -16,6 +16,7 @@ from jax import Array
 from particlejax import losses
 from particlejax.modelspec import ModelSpec
 from particlejax.nn import attention, embed, fusion, heads, policy, reduce, transformer
+from particlejax.nn.dense import Dense
 from particlejax.nn.reduce import Tokens
 from particlejax.particles.types import Batch, Particles
 from particlejax.typing import Params
@@ -181,7 +182,7 @@ class Encoder(nn.Module):
             if name in particles:
                 p = particles[name]
                 each = embed.Payload(spec.width, payload.vocabulary, dtype, name=f"payload_{name}")(p.payload)
-                content.append(each + place(p.place, p.extent) + modality(name).astype(dtype))
+                content.append((each + place(p.place, p.extent) + modality(name)).astype(dtype))
         names = tuple(name for name, _ in self.payloads if name in particles)
         places = jnp.concatenate([particles[name].place for name in names], axis=1)
         segments = [particles[name].segment for name in names]
@@ -262,9 +263,9 @@ class Decoder(nn.Module):
         names = tuple(name for name, _ in self.payloads)
         if tokens.kind is not None and spec.fusion in ("late", "bottleneck"):
             tokens = tokens._replace(segment=jnp.where(tokens.kind == names.index(modality), tokens.segment, 0))
-        context = nn.Dense(width, dtype=dtype, name="context")(tokens.x)
+        context = Dense(width, dtype=dtype, name="context")(tokens.x)
         x = embed.Place(width, dtype, name="place")(query.place, query.extent)
-        x += embed.Modality(width, names, name="modality")(modality).astype(dtype)
+        x = (x + embed.Modality(width, names, name="modality")(modality)).astype(dtype)
         body = transformer.Transformer(spec.decoder_depth, spec.decoder_heads, spec.mlp * width,
                                        style_of(spec)._replace(dropout=0.0), unroll=spec.unroll, remat=spec.remat,
                                        name="transformer")

@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from particlejax.nn import flash, rotary, tuned
+from particlejax.nn.dense import DenseGeneral
 from particlejax.nn.reduce import Tokens
 
 _FAR = -1e9  # the logit of what must not count; finite, so that an empty slot's softmax stays finite
@@ -92,12 +93,12 @@ class Attention(nn.Module):
 
     def setup(self) -> None:
         split, dtype = (self.heads, self.width // self.heads), self.style.dtype
-        self.query, self.key, self.value = (nn.DenseGeneral(split, dtype=dtype) for _ in range(3))
+        self.query, self.key, self.value = (DenseGeneral(split, dtype=dtype) for _ in range(3))
         if self.style.qk_norm:
             self.query_norm, self.key_norm = nn.RMSNorm(dtype=dtype), nn.RMSNorm(dtype=dtype)
         if self.style.near:
             self.nearness = Nearness(self.heads)
-        self.out = nn.DenseGeneral(self.width, axis=(-2, -1), dtype=dtype)
+        self.out = DenseGeneral(self.width, axis=(-2, -1), dtype=dtype)
 
     def __call__(self, x_BLD: Array, y_BMD: Array, where: Between) -> Array:
         return self.answer(self.ask(x_BLD, where.query), *self.tell(y_BMD, where.key), where)
@@ -147,6 +148,5 @@ class Attention(nn.Module):
 
 def _append(value_BHMK: Array, more_ZHK: Array) -> Array:
     """Values that every row may read, behind its own."""
-    more = jnp.broadcast_to(more_ZHK.astype(value_BHMK.dtype).swapaxes(0, 1)[None], (*value_BHMK.shape[:2], more_ZHK.shape[0],
-                                                                                     value_BHMK.shape[3]))
-    return jnp.concatenate([value_BHMK, more], axis=2)
+    more = jnp.broadcast_to(more_ZHK.swapaxes(0, 1)[None], (*value_BHMK.shape[:2], *more_ZHK.shape[::2]))
+    return jnp.concatenate([value_BHMK, more.astype(value_BHMK.dtype)], axis=2)  # cast last: the gradient is a float32 sum

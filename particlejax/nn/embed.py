@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from particlejax.nn.dense import Dense
+
 _SECONDS = (1 / 8, 32.0)  # shortest and longest wavelength of the code of time
 _FRACTION = (1 / 16, 2.0)  # the same for row and column, in frames
 _FREQUENCIES = 8  # per axis
@@ -37,7 +39,7 @@ class Place(nn.Module):
     @nn.compact
     def __call__(self, place_BL3: Array, extent_BL3: Array) -> Array:
         features = place_features(place_BL3, extent_BL3)
-        return nn.Dense(self.width, dtype=self.dtype, name="project")(features)
+        return Dense(self.width, dtype=self.dtype, name="project")(features)
 
 
 class Payload(nn.Module):
@@ -50,8 +52,8 @@ class Payload(nn.Module):
     @nn.compact
     def __call__(self, payload_BLP: Array) -> Array:
         if self.vocabulary:
-            return nn.Embed(self.vocabulary, self.width, dtype=self.dtype, name="table")(payload_BLP[..., 0])
-        return nn.Dense(self.width, dtype=self.dtype, name="project")(payload_BLP)
+            return nn.Embed(self.vocabulary, self.width, name="table")(payload_BLP[..., 0]).astype(self.dtype)
+        return Dense(self.width, dtype=self.dtype, name="project")(payload_BLP)
 
 
 class Modality(nn.Module):

@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from particlejax import losses
+from particlejax.nn.dense import Dense, DenseGeneral
 
 
 class AttentivePool(nn.Module):
@@ -27,8 +28,8 @@ class AttentivePool(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: Array, segment_BL: Array, clips: int) -> Array:
         width = x_BLD.shape[-1]
-        logits = nn.Dense(self.heads, dtype=self.dtype, name="score")(x_BLD).astype(jnp.float32)
-        value = nn.DenseGeneral((self.heads, width // self.heads), dtype=self.dtype, name="value")(x_BLD)
+        logits = Dense(self.heads, dtype=self.dtype, name="score")(x_BLD).astype(jnp.float32)
+        value = DenseGeneral((self.heads, width // self.heads), dtype=self.dtype, name="value")(x_BLD)
         member = losses.membership(segment_BL, clips).swapaxes(1, 2)[..., None]  # [B, S, L, 1]
         weights = jax.nn.softmax(jnp.where(member > 0, logits[:, None], -1e9), axis=2) * member
         pooled = jnp.einsum("bslh,blhk->bshk", weights, value.astype(jnp.float32))
@@ -44,7 +45,7 @@ class Question(nn.Module):
     @nn.compact
     def __call__(self, pooled_BSD: Array) -> Array:
         normed = nn.LayerNorm(dtype=self.dtype, name="norm")(pooled_BSD)
-        return nn.Dense(self.answers, kernel_init=nn.initializers.normal(0.02), name="out")(normed).astype(jnp.float32)
+        return Dense(self.answers, kernel_init=nn.initializers.normal(0.02), name="out")(normed).astype(jnp.float32)
 
 
 class Embed(nn.Module):
@@ -59,6 +60,6 @@ class Embed(nn.Module):
         log_sharpness = self.param("log_sharpness", nn.initializers.constant(np.log(10.0)), ())
         bias = self.param("bias", nn.initializers.constant(-10.0), ())  # both start as in SigLIP (arXiv:2303.15343)
         normed = nn.LayerNorm(dtype=self.dtype, name=f"norm_{modality}")(pooled_BSD)
-        x = nn.Dense(self.width, dtype=jnp.float32, name=f"project_{modality}")(normed)
+        x = Dense(self.width, dtype=jnp.float32, name=f"project_{modality}")(normed)
         unit = x / jnp.sqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-6)
         return unit, jnp.exp(jnp.minimum(log_sharpness, np.log(100.0))), bias

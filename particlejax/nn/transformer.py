@@ -15,6 +15,7 @@ from jax import Array
 from particlejax import sharding, tree
 from particlejax.nn import fusion, policy, reduce, tuned
 from particlejax.nn.attention import Attention, Between, Style, between
+from particlejax.nn.dense import Dense
 from particlejax.nn.reduce import Tokens
 
 
@@ -28,12 +29,12 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: Array) -> Array:
         number = self.hidden * 2 // 3 if self.gated else self.hidden
-        hidden = nn.Dense(number, dtype=self.dtype, name="up")(x_BLD)
+        hidden = Dense(number, dtype=self.dtype, name="up")(x_BLD)
         if self.gated:
-            hidden *= nn.silu(nn.Dense(number, dtype=self.dtype, name="gate")(x_BLD))
+            hidden *= nn.silu(Dense(number, dtype=self.dtype, name="gate")(x_BLD))
         else:
             hidden = nn.gelu(hidden)
-        return nn.Dense(x_BLD.shape[-1], dtype=self.dtype, name="down")(hidden)
+        return Dense(x_BLD.shape[-1], dtype=self.dtype, name="down")(hidden)
 
 
 class Scale(nn.Module):

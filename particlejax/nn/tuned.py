@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from particlejax.nn import dense
+
 
 def adapted(x_BLD: Array, params: Mapping[str, Mapping[str, Array]] | None) -> Array:
     """x + up(GELU(down(x))), the bottleneck of arXiv:1902.00751; x where there are no parameters."""
     if params is None:
         return x_BLD
-    down, up = (jax.tree.map(lambda p: p.astype(x_BLD.dtype), params[name]) for name in ("down", "up"))
-    hidden = jax.nn.gelu(x_BLD @ down["kernel"] + down["bias"][None, None])
-    return x_BLD + hidden @ up["kernel"] + up["bias"][None, None]
+    return x_BLD + dense.affine(jax.nn.gelu(dense.affine(x_BLD, params["down"])), params["up"])
 
 
 def prefix_logits(query_BHLK: Array, prefix: Mapping[str, Array], sharpness_H3: Array | None, place_BL3: Array) -> Array:
@@ -26,8 +26,8 @@ def prefix_logits(query_BHLK: Array, prefix: Mapping[str, Array], sharpness_H3: 
     A prefix is everywhere: where attention falls with distance, it stands at each query's own place. The block's logits
     leave out what depends on the query alone, so that term is added here.
     """
-    key_ZHK = prefix["key"].astype(query_BHLK.dtype)
-    logits = jnp.einsum("bhlk,zhk->bhlz", query_BHLK, key_ZHK, preferred_element_type=jnp.float32)
+    key_BZHK = jnp.broadcast_to(prefix["key"][None], (query_BHLK.shape[0], *prefix["key"].shape)).astype(query_BHLK.dtype)
+    logits = jnp.einsum("bhlk,bzhk->bhlz", query_BHLK, key_BZHK, preferred_element_type=jnp.float32)
     if sharpness_H3 is None:
         return logits
     return logits + jnp.einsum("hk,blk->bhl", sharpness_H3, place_BL3**2)[..., None]

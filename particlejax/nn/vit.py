@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from particlejax.nn.dense import Dense, DenseGeneral, product
+
 Turn = tuple[Array, Array]  # cosines and sines [B or 1, L, K] by which queries and keys are rotated
 _FAR = -1e9  # the logit of what must not count
 _SMALL = nn.initializers.truncated_normal(0.02)
@@ -85,7 +87,7 @@ class Attention(nn.Module):
         inner = self.inner or x_BLD.shape[-1]
         split = (self.heads, inner // self.heads)
         query, key, value = (
-            nn.DenseGeneral(split, use_bias=bias, dtype=self.dtype, kernel_init=_SMALL, name=name)(of).swapaxes(1, 2)
+            DenseGeneral(split, use_bias=bias, dtype=self.dtype, kernel_init=_SMALL, name=name)(of).swapaxes(1, 2)
             for name, of, bias in zip(("query", "key", "value"), (x_BLD, y_BMD, y_BMD), self.style.bias, strict=True))
         if turn is not None:
             query, key = rotated(query, turn), rotated(key, turn)
@@ -102,7 +104,7 @@ class Attention(nn.Module):
         mixed = jnp.einsum("bhlm,bhmk->bhlk", weights, value).swapaxes(1, 2)
         if not self.out:
             return mixed.reshape(*mixed.shape[:2], -1)
-        return nn.DenseGeneral(x_BLD.shape[-1], axis=(-2, -1), dtype=self.dtype, kernel_init=_SMALL, name="out")(mixed)
+        return DenseGeneral(x_BLD.shape[-1], axis=(-2, -1), dtype=self.dtype, kernel_init=_SMALL, name="out")(mixed)
 
 
 def rotated(x_BHLK: Array, turn: Turn) -> Array:
@@ -122,9 +124,9 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: Array) -> Array:
-        hidden = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=_SMALL, name="up")(x_BLD)
+        hidden = Dense(self.hidden, dtype=self.dtype, kernel_init=_SMALL, name="up")(x_BLD)
         hidden = ACTIVATIONS[self.style.activation](hidden)
-        return nn.Dense(x_BLD.shape[-1], dtype=self.dtype, kernel_init=_SMALL, name="down")(hidden)
+        return Dense(x_BLD.shape[-1], dtype=self.dtype, kernel_init=_SMALL, name="down")(hidden)
 
 
 class Block(nn.Module):
@@ -169,7 +171,7 @@ class Divided(nn.Module):
         s = grid.shape[2]
         read = Norm(style.epsilon, name="time_norm")(grid.swapaxes(1, 2).reshape(b * s, t, d))
         seen = Attention(self.heads, style, dtype=self.dtype, name="time_attention")(read, read)
-        seen = nn.Dense(d, dtype=self.dtype, kernel_init=_SMALL, name="time_project")(seen)
+        seen = Dense(d, dtype=self.dtype, kernel_init=_SMALL, name="time_project")(seen)
         grid += seen.reshape(b, s, t, d).swapaxes(1, 2)
         frame = jnp.concatenate([jnp.repeat(token, t, axis=1)[:, :, None], grid], axis=2).reshape(b * t, s + 1, d)
         read = Norm(style.epsilon, name="attention_norm")(frame)
@@ -235,12 +237,12 @@ class Patches(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTHWC: Array) -> Array:
-        kernel = self.param("kernel", _SMALL, (*self.size, x_BTHWC.shape[-1], self.width)).astype(self.dtype)
+        kernel = self.param("kernel", _SMALL, (*self.size, x_BTHWC.shape[-1], self.width))
         cut = cuboids(x_BTHWC.astype(self.dtype), self.size, self.stride)
-        y = cut.reshape(*cut.shape[:4], -1) @ kernel.reshape(-1, self.width)
+        y = product(cut.reshape(*cut.shape[:4], -1), kernel.reshape(-1, self.width), 1)
         if self.bias:
-            y += self.param("bias", nn.initializers.zeros, (self.width,)).astype(self.dtype)[(None,) * 4]
-        return y
+            y += self.param("bias", nn.initializers.zeros, (self.width,))[(None,) * 4]
+        return y.astype(self.dtype)
 
 
 def sinusoids(number: int, width: int, halves: bool = False) -> Array:

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dense layers that compute in one type and whose parameters' gradients are sums in the parameters' own.
+
+Rows are divided over devices, so a gradient is a sum over devices, too. Were a float32 kernel cast to bfloat16 before the
+product, every device's part would be rounded to bfloat16 and the parts be added up in it: gradients that shrink with the
+number of devices they are split over. Here the cast is inside the product, whose backward pass leaves the kernel's part as the
+matrix units make it, in float32.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x: Array, kernel: Array, axes: int) -> Array:
+    """The last `axes` axes of x times the first of the kernel, in the type of x; the kernel's gradient is in the kernel's."""
+    return _dot(x, kernel.astype(x.dtype), range(x.ndim - axes, x.ndim), range(axes), x.dtype)
+
+
+def _forward(x: Array, kernel: Array, axes: int) -> tuple[Array, tuple[Array, Array]]:
+    return product(x, kernel, axes), (x, kernel)
+
+
+def _backward(axes: int, kept: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+    rows = range(x.ndim - axes)
+    dx = _dot(grad, kernel.astype(x.dtype), range(len(rows), grad.ndim), range(axes, kernel.ndim), x.dtype)
+    return dx, _dot(x, grad, rows, rows, kernel.dtype)
+
+
+product.defvjp(_forward, _backward)
+
+
+def _dot(a: Array, b: Array, of_a: range, of_b: range, dtype: Any) -> Array:
+    return lax.dot_general(a, b, ((tuple(of_a), tuple(of_b)), ((), ())), preferred_element_type=dtype)
+
+
+def affine(x: Array, params: Mapping[str, Array]) -> Array:
+    """x times the kernel [D, E], and the bias [E], in the type of x."""
+    y = product(x, params["kernel"], 1)
+    return (y + params["bias"][(None,) * (y.ndim - 1)]).astype(x.dtype)
+
+
+def _along(x: Array, kernel: Array, dims: Any, precision: Any = None) -> Array:
+    """`product` as linen's layers call a product."""
+    del precision
+    (mine, _), _ = dims
+    assert tuple(mine) == tuple(range(x.ndim - len(mine), x.ndim))
+    return product(x, kernel, len(mine))
+
+
+def _inputs(x: Array, kernel: Array, bias: Array | None, dtype: Any) -> tuple[Array, Array, Array | None]:
+    return x.astype(dtype), kernel, bias  # the bias is added in its own type, so that its gradient is a sum in that
+
+
+class Dense(nn.Dense):
+    """nn.Dense that answers in `dtype`, with gradients of its parameters as this file says."""
+
+    dtype: Any = jnp.float32
+    promote_dtype: Any = _inputs
+    dot_general: Any = _along
+
+    def __call__(self, x: Array) -> Array:
+        return super().__call__(x).astype(self.dtype)
+
+
+class DenseGeneral(nn.DenseGeneral):
+    """nn.DenseGeneral over the last axes, likewise."""
+
+    dtype: Any = jnp.float32
+    promote_dtype: Any = _inputs
+    dot_general: Any = _along
+
+    def __call__(self, x: Array) -> Array:
+        return super().__call__(x).astype(self.dtype)
