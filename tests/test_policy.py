@@ -87,6 +87,7 @@ def test_in_bfloat16_products_are_and_parameters_and_sums_are_not(plain: tuple) 
     small = [each for each in products if each.invars[0].aval.dtype == jnp.bfloat16]
     work = [sum(each.outvars[0].aval.size for each in which) for which in (small, products)]
     assert work[0] > 0.8 * work[1], "all but the codes of places, the means over clips and the head"
+    found += equations(jax.make_jaxpr(jax.grad(loss))(params))
     sums = [each for each in found if each.primitive.name in ("reduce_sum", "reduce_max", "exp", "log", "rsqrt")]
     assert sums and all(each.invars[0].aval.dtype == jnp.float32 for each in sums if each.invars[0].aval.dtype.kind != "i")
     rough, grads = jax.jit(jax.value_and_grad(loss))(params)

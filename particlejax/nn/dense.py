@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+Asked = jax.custom_derivatives.CustomVJPPrimal
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x: Array, kernel: Array, axes: int) -> Array:
@@ -23,18 +25,24 @@ def product(x: Array, kernel: Array, axes: int) -> Array:
     return _dot(x, kernel.astype(x.dtype), range(x.ndim - axes, x.ndim), range(axes), x.dtype)
 
 
-def _forward(x: Array, kernel: Array, axes: int) -> tuple[Array, tuple[Array, Array]]:
-    return product(x, kernel, axes), (x, kernel)
+def _forward(x: Asked, kernel: Asked, axes: int) -> tuple[Array, tuple[Array | None, Array | None, Array]]:
+    """Remembers what is needed alone: of a frozen kernel no input, where nothing before it learns no kernel."""
+    kept = (x.value if kernel.perturbed else None, kernel.value if x.perturbed else None, jnp.zeros((), kernel.value.dtype))
+    return product(x.value, kernel.value, axes), kept
 
 
-def _backward(axes: int, kept: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
-    x, kernel = kept
-    rows = range(x.ndim - axes)
-    dx = _dot(grad, kernel.astype(x.dtype), range(len(rows), grad.ndim), range(axes, kernel.ndim), x.dtype)
-    return dx, _dot(x, grad, rows, rows, kernel.dtype)
+def _backward(axes: int, kept: tuple[Array | None, Array | None, Array], grad: Array) -> tuple[Array | None, Array | None]:
+    x, kernel, like = kept
+    dx = dkernel = None  # as good as zero
+    if kernel is not None:
+        dx = _dot(grad, kernel.astype(grad.dtype), range(grad.ndim - kernel.ndim + axes, grad.ndim), range(axes, kernel.ndim),
+                  grad.dtype)
+    if x is not None:
+        dkernel = _dot(x, grad, range(x.ndim - axes), range(x.ndim - axes), like.dtype)
+    return dx, dkernel
 
 
-product.defvjp(_forward, _backward)
+product.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _dot(a: Array, b: Array, of_a: range, of_b: range, dtype: Any) -> Array:
