@@ -100,20 +100,23 @@ class FeaturesSpec:
 
 @dataclasses.dataclass(frozen=True)
 class PlanSpec:
-    """Job plan: what the train step of an experiment would need and take, compiled for devices that need not be there."""
+    """Job plan: what the train step of an experiment would need and take, compiled for devices that need not be there.
 
-    job: str = one_of("plan")
+    Job bench_scaling: the same, as tables of what is sent against the number of devices.
+    """
+
+    job: str = one_of("plan", "bench_scaling")
     experiment: str = ""  # its file, with the argument: experiments/quickstart.py:tiny
     settings: tuple[str, ...] = ()  # that differ from the file's, each 'some.key=value', such as 'model.depth=24'
     stage: str = ""  # '': the first
-    topology: str = "here"  # devices: those at hand, or TPUs such as v5e:16x16; several with commas between them
+    topology: str = "here"  # devices: those at hand, here:4 the first four; TPUs such as v5e:16x16; several with commas between
     meshes: tuple[MeshSpec, ...] = ()  # to compare; (): data alone, fsdp alone, both, and fsdp with tensor
     rows: int = at_least(0, 0)  # of a batch for each device; 0: the stage's rows, whatever the number of devices
 
 
 Job = Experiment | ImportSpec | RecogniseSpec | ProbeSpec | BackboneProbeSpec | FeaturesSpec | PlanSpec
 _OWN = {"import_weights": ImportSpec, "recognise": RecogniseSpec, "probe": ProbeSpec, "probe_backbone": BackboneProbeSpec,
-        "features": FeaturesSpec, "plan": PlanSpec}
+        "features": FeaturesSpec, "plan": PlanSpec, "bench_scaling": PlanSpec}
 
 
 def of(config: Mapping[str, Any]) -> Job:

@@ -34,6 +34,7 @@ from particlejax.apps import (
 from particlejax.apps.bench import data as bench_data
 from particlejax.apps.bench import faults as bench_faults
 from particlejax.apps.bench import particles as bench_particles
+from particlejax.apps.bench import scaling as bench_scaling
 from particlejax.spec import Experiment
 from particlejax.train import loop, run, workdir
 from particlejax.train.log import say
@@ -55,7 +56,7 @@ JOBS = {"train": train.train, "sweep": sweep.sweep, "evaluate": evaluate.evaluat
         "import_weights": import_weights.import_weights, "recognise": recognise.recognise,
         "probe": probe.probe, "probe_backbone": probe_backbone.probe, "features": features.features,
         "soup": soup.soup, "prototypes": few.prototypes, "label_next": few.label_next,
-        "plan": plan.plan}
+        "plan": plan.plan, "bench_scaling": bench_scaling.bench}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -117,7 +117,7 @@ def test_every_experiment_file_runs_shrunk(name: str, quickstart: Path, clips_fo
     video = [f"--config.video={next((clips_folder / 'train').rglob('*.mp4'))}"]
     trained = [*cache, f"--config.run={quickstart}"]
     more = {"evaluate.py": trained, "prototypes.py": trained, "label_next.py": trained, "import_weights.py": [],
-            "soup.py": [*cache, f"--config.runs=('{quickstart}',)"], "recognise.py": video, "plan.py": [],
+            "soup.py": [*cache, f"--config.runs=('{quickstart}',)"], "recognise.py": video, "plan.py": [], "bench/scaling.py": [],
             "features.py": [f"--config.cache_dir={cache_dir}"],
             "finetune_features.py": [*cache, f"--config.data.features.folder={tmp_path / 'kept'}"],
             "probe_backbone.py": [f"--config.cache_dir={cache_dir}"],

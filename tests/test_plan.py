@@ -222,6 +222,19 @@ def test_what_cannot_be_planned_gets_a_sentence(spec: PlanSpec, sentence: str) -
         plan.stage_of(spec, "auto")
 
 
+def test_scaling_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ["main", "--config=experiments/bench/scaling.py:tiny", f"--workdir={tmp_path}", "--config.topology=here:2"]
+    assert entry.main(argv) == 0
+    results, report = ((tmp_path / name).read_text() for name in ("results.json", "report.md"))
+    each = json.loads(results)["bench_scaling"]["here:2 fsdp=2"]
+    assert each["devices"] == 2 and f"{each['bytes']['sent'] / 2**20:.2f}" in report and "Divided by fsdp" in report
+    monkeypatch.setattr(plan, "prepare", None)  # nothing is left to prepare for
+    assert entry.main(argv) == 0
+    assert ((tmp_path / "results.json").read_text(), (tmp_path / "report.md").read_text()) == (results, report)
+    with pytest.raises(UserError, match="of the devices at hand name 1 to 8, as in here:1"):
+        plan.devices_of("here:9")
+
+
 def test_without_the_compiler_one_sentence_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "libtpu" else find(name, *more))

@@ -54,14 +54,14 @@ def plan(spec: PlanSpec, workdir: Path, name: str) -> None:
     """Job 'plan': each topology with each mesh; results.json and report.md. Raises UserError where it cannot."""
     del name
     found: dict[str, dict[str, Any]] = {}
-    for topology in spec.topology.split(","):
-        devices = devices_of(topology.strip())
+    for topology in topologies(spec):
+        devices = devices_of(topology)
         chip = chips.of(devices[0], len(devices))
         prepared = prepare(spec, devices)
         stage = prepared.stage
         for mesh_spec in spec.meshes or candidates(len(devices)):
             mesh = sharding.make_mesh(mesh_spec, devices)
-            label = f"{topology.strip()} {_label(mesh)}"
+            label = f"{topology} {title(mesh)}"
             begun = time.monotonic()
             found[label] = figures(prepared, mesh, chip)
             found[label]["seconds_to_compile"] = round(time.monotonic() - begun, 1)
@@ -109,10 +109,19 @@ def stage_of(spec: PlanSpec, attention: str) -> tuple[run.Stage, Any]:
     return stage, run.weighted(stage, source)
 
 
+def topologies(spec: PlanSpec) -> list[str]:
+    """Their names, one by one."""
+    return [each.strip() for each in spec.topology.split(",")]
+
+
 def devices_of(topology: str) -> Sequence[jax.Device]:
-    """The devices at hand for 'here', else those of a TPU topology. Raises UserError without the compiler for it."""
-    if topology == HERE:
-        return jax.devices()
+    """The devices at hand for 'here', of 'here:N' the first N, else those of a TPU topology. Raises UserError where it cannot."""
+    place, _, number = topology.partition(":")
+    if place == HERE:
+        devices = jax.devices()
+        if number and not (number.isdigit() and 0 < int(number) <= len(devices)):
+            raise UserError(f"config.topology={topology!r}: of the devices at hand name 1 to {len(devices)}, as in {HERE}:1.")
+        return devices[:int(number)] if number else devices
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"config.topology={topology!r} wants the TPU's compiler: run `pip install particlejax[plan]`, or plan for "
                         f"{HERE!r}.")
@@ -219,7 +228,7 @@ def best(found: dict[str, dict[str, Any]]) -> dict[str, str]:
     return {topology: mesh for topology, (_, mesh) in chosen.items()}
 
 
-def _label(mesh: Mesh) -> str:
+def title(mesh: Mesh) -> str:
     return " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "alone"
 
 
