@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes: how they find each other, and that two of them train as one, stop as one and end as one."""
+"""Several processes: how they find each other, and that they train as one, stop as one and end as one."""
 
 import json
 import os
@@ -85,16 +85,16 @@ def test_rows_that_are_half_shared_are_refused() -> None:
         sharding.reader(_Mesh(3, 1, 2, 1, processes=[0, 0, 0, 1, 1, 1]))
 
 
-def pair(command: list[str], log: Path) -> list[subprocess.Popen]:
-    """Two processes with a device each; what each says is in LOG.0 and LOG.1."""
+def several(number: int, command: list[str], log: Path) -> list[subprocess.Popen]:
+    """Processes with a device each; what each says is in LOG.0, LOG.1, ..."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"}
     started = []
-    for process in range(2):
+    for process in range(number):
         with open(f"{log}.{process}", "a") as to:
-            me = {**environment, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(process)}
+            me = {**environment, "JAX_NUM_PROCESSES": str(number), "JAX_PROCESS_ID": str(process)}
             started.append(subprocess.Popen(command, cwd=ROOT, env=me, stdout=to, stderr=to))
     return started
 
@@ -123,7 +123,7 @@ except Exception as error:
 @pytest.mark.parametrize(("victim", "how"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)])  # dead, or silent
 def test_one_is_lost_and_the_other_ends_with_a_sentence(victim: int, how: signal.Signals, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    two = pair([sys.executable, "-c", LOOP], log)
+    two = several(2, [sys.executable, "-c", LOOP], log)
     until = time.monotonic() + 60
     while said(log).count("(6, 2) 6.0") < 4 and time.monotonic() < until:
         time.sleep(0.02)
@@ -161,12 +161,12 @@ def command(workdir: Path, cache_dir: str) -> list[str]:
             "--config.model.depth=1", "--config.evaluate.splits=()"]
 
 
-def test_two_processes_train_and_stop_as_one(cache_dir: str, tmp_path: Path) -> None:
+def test_four_processes_train_and_stop_as_one(cache_dir: str, tmp_path: Path) -> None:
     workdir, log = tmp_path / "run", tmp_path / "log"
-    two = pair([sys.executable, "-m", *command(workdir, cache_dir)], log)
-    wait_for(workdir, 4, two[0])
-    two[1].send_signal(signal.SIGTERM)  # to one of them
-    assert [each.wait(timeout=60) for each in two] == [0, 0], said(log)
+    four = several(4, [sys.executable, "-m", *command(workdir, cache_dir)], log)
+    wait_for(workdir, 4, four[0])
+    four[2].send_signal(signal.SIGTERM)  # to one of them
+    assert [each.wait(timeout=60) for each in four] == [0] * 4, said(log)
     stopped = int(re.search(r"SIGTERM: finetune is saved at step (\d+)", said(log))[1])
     assert said(log).count("is saved at step") == 1, "one of them speaks"
     before = lines(workdir)
