@@ -53,9 +53,10 @@ class ProbeSpec:
     alone: bool = True  # each modality by itself, too
     neighbours: int = at_least(10, 1)  # of the k-NN probe, by cosine
     penalty: float = at_least(1.0, 1e-9)  # of the linear probe's squared weights
+    attentive: int = at_least(400, 0)  # steps of the attentive probe, on all tokens of all clips, in memory; 0: none
     rows: int = at_least(32, 1)
     max_bad: int = at_least(100, 0)  # unreadable clips after which it stops
-    seed: int = 0  # of random weights
+    seed: int = 0  # of random weights, and of the attentive probe
 
 
 @dataclasses.dataclass(frozen=True)

@@ -145,7 +145,8 @@ class MatchSpec:
 
     weight: float = 1.0
     modality: str = "text"
-    other: float = between(0.5, 0, 1)  # share of rows with the text of another
+    other: float = between(0.5, 0, 1)  # share of clips that are shown the text of another
+    negatives: str = one_of("next", "hard")  # whose: the next row's, or drawn by how alike the encoder finds the clips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,10 +167,27 @@ class WordsSpec:
     keep: float = between(0.7, 0, 1)  # share of the words that the encoder sees; the others are asked for
 
 
+@dataclasses.dataclass(frozen=True)
+class VisualWordsSpec(HiddenSpec):
+    """Masked prediction of clusters: k-means over payloads, found before the first step, makes words of a modality of numbers."""
+
+    codes: int = at_least(256, 2)  # clusters
+    examples: int = at_least(16384, 2)  # particles that they are found among
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceSpec:
+    """The channels of a series, or the spectrum of a sound, at each moment, told from what the clip holds besides them."""
+
+    weight: float = 1.0
+    modality: str = one_of("series", "audio")
+    loss: str = one_of("squared", "binary")  # binary: channels of 0 and 1, such as whether a moment belongs to the summary
+
+
 OBJECTIVES = {
     "masked": MaskedSpec, "latent": LatentSpec, "next_frame": NextFrameSpec, "order": OrderSpec, "speed": SpeedSpec,
     "arrow": ArrowSpec, "transform": TransformSpec, "sync": SyncSpec, "contrast": ContrastSpec, "match": MatchSpec,
-    "words": WordsSpec, "align": AlignSpec, "classify": ClassifySpec,
+    "words": WordsSpec, "visual_words": VisualWordsSpec, "align": AlignSpec, "trace": TraceSpec, "classify": ClassifySpec,
     "pseudo": tunespec.PseudoSpec,
 }
 

@@ -13,10 +13,10 @@ from particlejax.tunespec import TuneSpec
 from particlejax.typing import Array, Params
 
 # Norms, biases and lone vectors are not decayed: their size says nothing about complexity (arXiv:1706.05350).
-# Statistics (mean, var) must stay as they came.
+# Statistics (mean, var) and a codebook's centres must stay as they came.
 _STACKED = re.compile(r"(^|/)encoder/transformer/(blocks|tuned)/")  # leading axis: blocks, from the bottom
 _BELOW = re.compile(r"(^|/)encoder/(?!transformer/)")  # what makes the tokens
-_SPARED = re.compile(r"(^|/)(bias|scale|token|log_sharpness|mean|var)$")
+_SPARED = re.compile(r"(^|/)(bias|scale|token|log_sharpness|centres|mean|var)$")
 
 
 def decay_mask(params: Params) -> Params:

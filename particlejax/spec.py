@@ -361,8 +361,12 @@ def check(experiment: Experiment) -> Experiment:
         experiment.particles_of(stage)
         _check_schedule(stage.schedule, f"{where}.schedule")
         check_model(experiment.model_of(stage))
-        if "align" in stage.objectives and experiment.model_of(stage).reduce_after:
-            raise UserError(f"{where}.objectives.align asks about every particle: leave model.reduce_after empty.")
+        for asks in {"align", "trace"} & set(stage.objectives):
+            if experiment.model_of(stage).reduce_after:
+                raise UserError(f"{where}.objectives.{asks} asks about every particle: leave model.reduce_after empty.")
+        if "visual_words" in stage.objectives and (stage.tune.how != "full" or stage.objectives["visual_words"].modality == "text"):
+            raise UserError(f"{where}.objectives.visual_words finds clusters of numbers, which are kept beside parameters that all "
+                            "train: leave tune.how at 'full', and name a modality other than text.")
         if "latent" in stage.objectives and (not stage.ema or experiment.model_of(stage).reduce_after):
             raise UserError(f"{where}.objectives.latent learns from the average of the parameters, slot by slot: set {where}.ema, "
                             "such as to 0.99, and leave model.reduce_after empty.")

@@ -21,16 +21,17 @@ from particlejax import losses, masks, tree
 from particlejax.models import model as models
 from particlejax.modelspec import OBJECTIVES, ModelSpec
 from particlejax.objectives import masked, objectives, pairs
+from particlejax.objectives import words as hidden_words
 from particlejax.objectives.types import TEACHER
-from particlejax.particles import pack, policies
+from particlejax.particles import cut, pack, policies
 from particlejax.particles.types import Batch, Particles
 from particlejax.spec import Experiment, ParticleSpec, make
 from particlejax.typing import UserError
 
 MODEL = ModelSpec(width=32, depth=2, heads=2, mlp=2, decoder_width=32, decoder_depth=1, decoder_heads=1, embedding=16,
                   unroll=False)  # compiles sooner
-BASES = {"vision": (2, 4, 4), "audio": (2, 2, 1)}
-SLOTS = {"audio": pack.Slots(12, 4), "text": pack.Slots(6, 1, "int32"), "vision": pack.Slots(24, 96)}
+BASES = {"vision": (2, 4, 4), "audio": (2, 2, 1), "series": (2, 1, 1)}
+SLOTS = {"audio": pack.Slots(12, 4), "series": pack.Slots(6, 4), "text": pack.Slots(6, 1, "int32"), "vision": pack.Slots(24, 96)}
 CLASSES, WORDS, ROWS = 4, 20, 8
 
 
@@ -65,6 +66,9 @@ CASES = {
                   model=dataclasses.replace(MODEL, width=64, heads=4)),
     "align": Case(dict(modality="vision", bins=3), floor=0.9 * math.log(3)),
     "words": Case(dict(keep=0.5), ("text", "vision"), 0.9 * math.log(WORDS - 2), dead=("decoder/payload_vision",)),
+    "visual_words": Case(dict(keep=0.5, predict=0.5, mask="random", codes=6), ("text", "vision"), 0.9 * math.log(6),
+                         dead=("codebook",)),
+    "trace": Case(dict(), ("series", "vision"), 0.95, dead=("encoder/payload_series",)),
     "classify": Case(dict(label_smoothing=0.1), floor=0.9 * math.log(CLASSES)),
     "pseudo": Case(dict(threshold=0.0)),
 }
@@ -78,7 +82,7 @@ def video(i: int, frames: int = 12) -> np.ndarray:
 
 
 def clip(i: int, modalities: tuple[str, ...], policy: str = "grid", frames: int = 12) -> pack.Clip:
-    """`frames` of half a second each, a patch of sound for each, six words."""
+    """`frames` of half a second each, a patch of sound and a value of the series for each, six words."""
     times = np.arange(frames, dtype=np.float32) / 2
     made = {}
     if "vision" in modalities:
@@ -88,6 +92,10 @@ def clip(i: int, modalities: tuple[str, ...], policy: str = "grid", frames: int 
         place = np.stack([times + 0.25, 0.5 + 0 * times, 0.5 + 0 * times], axis=-1)
         made["audio"] = Particles(np.repeat(loud[:, None], 4, 1), place, np.full((frames, 3), [0.5, 1, 1], np.float32),
                                   np.ones(frames, np.int32))
+    if "series" in modalities:  # when it flashes, and which clip it is
+        values = np.stack([2.0 * (np.arange(frames) // 2 == 1 + i % 4), np.full(frames, 0.5 * (i % CLASSES))], axis=-1)
+        base = BASES["series"]
+        made["series"] = cut.cut(values[:, None, None].astype(np.float32), times, cut.Tube(base, base), base)
     if "text" in modalities:
         row = np.stack([np.full(6, 3.0), (np.arange(6) + 0.5) / 6, np.full(6, 0.5)], axis=-1).astype(np.float32)
         ids = (2 + 4 * (np.arange(6) % 4) + i % 4).astype(np.int32)
@@ -122,8 +130,8 @@ def setup(name: str, **changes: object) -> tuple[objectives.Objective, models.Mo
 
 
 @functools.cache
-def trained(name: str) -> tuple[dict, np.ndarray, np.ndarray, dict, dict]:
-    """Start, losses on what can be learnt and on noise, last metrics, and the largest gradient of each parameter."""
+def trained(name: str) -> tuple[dict, np.ndarray, np.ndarray, dict, dict, dict]:
+    """Start, losses on what can be learnt and on noise, last metrics, the largest gradient of each parameter, and the end."""
     objective, model = setup(name)
     batch, optimizer = make_batch(CASES[name].modalities), optax.adam(CASES[name].rate)
     if name == "pseudo":
@@ -144,13 +152,13 @@ def trained(name: str) -> tuple[dict, np.ndarray, np.ndarray, dict, dict]:
             return (params, moments, average, jax.tree.map(lambda m, g: jnp.maximum(m, jnp.abs(g).max()), most, grads)), metrics
 
         most = jax.tree.map(lambda p: jnp.zeros(()), params)
-        (_, _, _, most), metrics = jax.lax.scan(step, (params, optimizer.init(params), params, most),
-                                                jax.random.split(jax.random.key(1), CASES[name].steps))
-        return metrics, most
+        (params, _, _, most), metrics = jax.lax.scan(step, (params, optimizer.init(params), params, most),
+                                                     jax.random.split(jax.random.key(1), CASES[name].steps))
+        return metrics, most, params
 
-    metrics, most = run(start, jnp.zeros(()))
-    noise, _ = run(start, jnp.ones(())) if CASES[name].floor else (metrics, None)
-    return start, np.asarray(metrics["loss"]), np.asarray(noise["loss"]), metrics, most
+    metrics, most, end = run(start, jnp.zeros(()))
+    noise = run(start, jnp.ones(()))[0] if CASES[name].floor else metrics
+    return start, np.asarray(metrics["loss"]), np.asarray(noise["loss"]), metrics, most, end
 
 
 def test_the_battery_knows_every_objective() -> None:
@@ -159,7 +167,7 @@ def test_the_battery_knows_every_objective() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_finite_and_gradients_reach_every_parameter(name: str) -> None:
-    *_, metrics, most = trained(name)
+    *_, metrics, most, _ = trained(name)
     assert all(np.isfinite(values).all() for values in metrics.values())
     dead = {path for path, g in tree.flatten(most).items() if not g > 0}
     expected = {path for path in tree.flatten(most) if path.startswith(CASES[name].dead)} if CASES[name].dead else set()
@@ -169,7 +177,7 @@ def test_finite_and_gradients_reach_every_parameter(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_it_learns_what_can_be_learnt(name: str) -> None:
-    _, seen, _, metrics, _ = trained(name)
+    _, seen, _, metrics, *_ = trained(name)
     assert np.mean(seen[-10:]) < CASES[name].falls * np.mean(seen[:3]), seen
     if name == "latent":
         assert metrics["latent/spread"][-1] > 0.2, "features have not collapsed"
@@ -181,27 +189,29 @@ def test_it_does_not_learn_what_cannot_be_learnt(name: str) -> None:
     assert np.mean(noise[-10:]) > CASES[name].floor, noise
 
 
-@pytest.mark.parametrize("name", ["classify", "contrast", "words"])
+@pytest.mark.parametrize("name", ["classify", "contrast", "words", "visual_words", "trace"])
 def test_rows_without_a_clip_count_for_nothing(name: str) -> None:
     objective, model = setup(name)
     params = trained(name)[0]
     loss = jax.jit(lambda b: objective(params, model, b, jax.random.key(1), False)[0])
     assert loss(make_batch(CASES[name].modalities, empty_rows=ROWS)) == 0
-    if name != "words":  # whose masks are drawn for the whole batch: fewer rows draw others
+    if "words" not in name:  # whose masks are drawn for the whole batch: fewer rows draw others
         partly = make_batch(CASES[name].modalities, empty_rows=3)
         np.testing.assert_allclose(loss(partly), loss(jax.tree.map(lambda x: x[:5], partly)), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name, mask", [("masked", "random"), ("masked", "tube"), ("masked", "motion"), ("next_frame", "")])
+@pytest.mark.parametrize("name, mask", [("masked", "random"), ("masked", "tube"), ("masked", "motion"), ("next_frame", ""),
+                                        ("visual_words", "random"), ("visual_words", "motion")])
 def test_what_is_asked_for_is_never_seen(name: str, mask: str) -> None:
     _, model = setup(name)
-    params, batch = trained(name)[0], make_batch(("vision",))
+    params, batch = trained(name)[0], make_batch(CASES[name].modalities)
     spec = make(OBJECTIVES[name], {"keep": 0.5, "mask": mask} if mask else {"moment": (0.4, 0.7)}, name)
-    predict = masked.predict_masked if mask else masked.predict_next
+    predict = {"masked": masked.predict_masked, "next_frame": masked.predict_next,
+               "visual_words": hidden_words.predict_codes}[name]
     vision = batch.particles["vision"]
 
     def predicted(payload: jax.Array) -> tuple[jax.Array, masked.Prediction]:
-        new = dataclasses.replace(batch, particles={"vision": dataclasses.replace(vision, payload=payload)})
+        new = dataclasses.replace(batch, particles={**batch.particles, "vision": dataclasses.replace(vision, payload=payload)})
         found = predict(spec, params, model, new, jax.random.key(3), False)
         return jnp.sin(found.predicted).sum(), found
 
@@ -268,6 +278,26 @@ def test_contrast_over_eight_devices_equals_one(loss: str) -> None:
     together, others = compute(jax.device_put(params, NamedSharding(mesh, P())), spread)
     np.testing.assert_allclose(together, alone, rtol=2e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), grads, others)
+
+
+def test_hard_negatives_are_harder_and_are_learnt_too() -> None:
+    (objective, model), (easy, _) = setup("match", negatives="hard"), setup("match")
+    batch, optimizer, end = make_batch(("text", "vision")), optax.adam(1e-3), trained("match")[-1]
+
+    @jax.jit
+    def run(params: dict) -> tuple:
+        def step(state: tuple, key: jax.Array) -> tuple:
+            params, moments = state
+            next_one = easy(params, model, batch, key, False)[0]
+            loss, grads = jax.value_and_grad(lambda p: objective(p, model, batch, key, True)[0])(params)
+            updates, moments = optimizer.update(grads, moments)
+            return (optax.apply_updates(params, updates), moments), (loss, next_one)
+
+        return jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(jax.random.key(2), 120))[1]
+
+    loss, next_one = run(end)
+    assert np.isfinite(loss).all() and np.mean(loss[:20]) > np.mean(next_one[:20]) + 0.05
+    assert np.mean(loss[-20:]) < 0.7 * np.mean(loss[:20]), loss
 
 
 def test_contrast_losses_against_hand_computation() -> None:

@@ -5,7 +5,7 @@
     python -m particlejax.main --config experiments/probe.py --config.run=runs/one-sync --workdir runs/one-sync-probe
 
 The argument names the objective; README.md has the table. `frames` is synchrony of the picture's halves, `views` contrast of
-two masked views of one clip.
+two masked views of one clip, `hard` matching with negatives drawn by likeness, `codes` visual words.
 """
 
 from ml_collections import ConfigDict
@@ -28,7 +28,9 @@ ONE = {  # what the encoder is given, the objective and its settings
     "hear": (HEARD, "contrast", {"pair": ("vision", "audio")}),
     "contrast": (READ, "contrast", {"pair": ("vision", "text")}),
     "match": (READ, "match", {}),
+    "hard": (READ, "match", {"negatives": "hard"}),
     "words": (READ, "words", {}),
+    "codes": (READ, "visual_words", {"mask": "tube", "keep": 0.25, "predict": 0.5, "codes": 64}),
 }
 
 

@@ -15,7 +15,7 @@ from particlejax.spec import DataSpec, Experiment, ModelSpec, OptimSpec, Particl
 def get_config(arg: str = "") -> ConfigDict:
     """The experiment; arg: '' or 'tiny'."""
     tiny = arguments(arg, "tiny")["tiny"]
-    objectives = {"contrast": {"pair": ("vision", "text")}, "match": {}, "words": {"weight": 0.5}}
+    objectives = {"contrast": {"pair": ("vision", "text")}, "match": {"negatives": "hard"}, "words": {"weight": 0.5}}
     stage = section(
         StageSpec, steps=4 if tiny else 1200, rows=8 if tiny else 16, val="" if tiny else "val", val_every=300,
         objectives={name: objectives[name] for name in objectives if not tiny or name == "contrast"},  # one compiles sooner

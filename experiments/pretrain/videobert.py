@@ -1,23 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masked language modelling given the video, and masked video given the words (VideoBERT): one encoder reads both.
+"""Masked words given the video, and masked visual words given the text (VideoBERT): one encoder reads both.
 
     python -m particlejax.main --config experiments/pretrain/videobert.py
+
+Visual words are clusters that k-means finds among the particles of the first batches. As in the paper they may be those of a
+frozen network: compute experiments/features.py, then --config.data.modalities="('features','text')"
+--config.data.features.folder=FOLDER --config.stages.pretrain.objectives.visual_words.modality=features.
 
 It has been run shrunk only: what it reaches on the toybox is not measured yet.
 """
 
 from ml_collections import ConfigDict
 
+from particlejax.modelspec import VisualWordsSpec
 from particlejax.spec import DataSpec, Experiment, ModelSpec, OptimSpec, ParticleSpec, StageSpec, arguments, section
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The experiment; arg: '' or 'tiny'."""
     tiny = arguments(arg, "tiny")["tiny"]
-    objectives = {"words": {"keep": 0.7}, "masked": {"mask": "random", "keep": 0.4, "predict": 0.3}, "match": {}}
+    seen = section(VisualWordsSpec, mask="random", keep=0.4, predict=0.3, codes=16 if tiny else 64)
+    objectives = {"words": {"keep": 0.7}, "visual_words": seen, "match": {"negatives": "hard"}}
     stage = section(
         StageSpec, steps=4 if tiny else 1200, rows=8 if tiny else 16, val="" if tiny else "val", val_every=300,
-        objectives={name: objectives[name] for name in objectives if not tiny or name == "words"},  # one compiles sooner
+        objectives={name: objectives[name] for name in objectives if not tiny or name != "match"},  # fewer compile sooner
         optim=section(OptimSpec, rate=1e-3))
     small = section(ModelSpec, width=24, depth=1, heads=2, decoder_width=24, decoder_depth=1, unroll=False)
     return ConfigDict(section(

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the frozen encoder of a run knows: k-NN and linear probes of the classes, retrieval between modalities, and how well
-the run's own objectives do on clips that it has not seen.
+"""What the frozen encoder of a run knows: k-NN, linear and attentive probes of the classes, retrieval between modalities,
+and how well the run's own objectives do on clips that it has not seen.
 
 Legend: N clips, D width, E width of an embedding, C classes.
 """
@@ -18,6 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from particlejax import sharding
+from particlejax.apps import attentive
 from particlejax.apps.report import table
 from particlejax.data import sources
 from particlejax.jobspec import ProbeSpec
@@ -50,7 +51,12 @@ def probe(spec: ProbeSpec, workdir: Path, name: str) -> None:
         params = jax.jit(stage.model.init)(jax.random.key(spec.seed), stage.example)
     bad = run.BadClips(spec.max_bad)
     learnt, asked = (tell(stage, params, spec, split, bad) for split in (spec.train, spec.test))
-    figures = {"classes": classes(learnt, asked, spec), "retrieval": retrieval(asked.features),
+    answers = classes(learnt, asked, spec)
+    if answers and spec.attentive:
+        tokens = (attentive.tokens(stage, params, spec, split, tuple(answers), bad) for split in (spec.train, spec.test))
+        for shown, top1 in attentive.accuracy(*tokens, spec).items():
+            answers[shown]["attentive"] = top1
+    figures = {"classes": answers, "retrieval": retrieval(asked.features),
                "objectives": measured(stage, params, spec, bad)}
     run.add_results(workdir, "probe", {"run": spec.run, "weights": spec.weights, "clips": len(asked.label), **figures}, bad.all())
     lines = list(_lines(spec, figures))

@@ -35,7 +35,8 @@ class Payload(NamedTuple):
 
 class Needs(NamedTuple):
     """What objectives want of a model besides the encoder: a decoder, a predictor of features, questions about a clip with
-    as many answers each, the modalities that are compared ((): none), and questions about each particle.
+    as many answers each, the modalities that are compared ((): none), and questions about each particle. codebooks: of which
+    modalities, and of how many codes; traced: modalities whose every moment is told from the others.
     """
 
     decoder: bool = False
@@ -43,6 +44,8 @@ class Needs(NamedTuple):
     questions: tuple[tuple[str, int], ...] = ()
     compared: tuple[str, ...] = ()
     each: tuple[tuple[str, int], ...] = ()
+    codebooks: tuple[tuple[str, int], ...] = ()
+    traced: tuple[str, ...] = ()
 
 
 _ENCODER = Needs()  # that alone
@@ -97,6 +100,9 @@ class ParticleModel(nn.Module):
         self.each = {name: heads.Question(count, dtype) for name, count in needs.each}
         if needs.compared:
             self.compare = heads.Embed(spec.embedding, needs.compared, dtype)
+        known = dict(self.payloads)
+        self.codebook = {name: heads.Codebook(count, known[name].size) for name, count in needs.codebooks}
+        self.moment = {name: heads.Moment(spec.width, known[name].size // known[name].base[0], dtype) for name in needs.traced}
 
     def __call__(self, batch: Batch) -> None:
         """Touches every parameter once, for `init`."""
@@ -114,6 +120,10 @@ class ParticleModel(nn.Module):
             self.ask_each(tokens, batch.particles, next(iter(batch.particles)), name)
         for name in self.needs.compared:
             self.embed(tokens, clips, name)
+        for name, _ in self.needs.codebooks:
+            self.code(batch.particles[name].payload, name)
+        for name in self.needs.traced:
+            self.trace(tokens, batch.particles, batch.particles[name], name)
 
     def encode(self, particles: Mapping[str, Particles], clips: int | None = None
                ) -> tuple[Tokens, dict[str, tuple[Array, ...]]]:
@@ -159,6 +169,22 @@ class ParticleModel(nn.Module):
     def ask_each(self, tokens: Tokens, particles: Mapping[str, Particles], modality: str, question: str) -> Array:
         """Logits of an objective's own question about each particle of a modality, float32 [B, l, C]."""
         return self.each[question](part_of(tokens, particles, modality))
+
+    def ask_hidden(self, tokens: Tokens, query: Particles, modality: str, question: str) -> Array:
+        """Logits of the same about particles that were not shown, at the queries' places, float32 [B, Q, C]."""
+        return self.each[question](self.predict(tokens, query, modality))
+
+    def code(self, payload: Array, modality: str) -> Array:
+        """The number of the code nearest to each payload, int32 [B, L]; nothing learns from it."""
+        return self.codebook[modality](payload)
+
+    def trace(self, tokens: Tokens, particles: Mapping[str, Particles], moments: Particles, modality: str) -> tuple[Array, Array]:
+        """A modality's channels at moments [B, M] of no payload, float32 [B, M, C], and at which some particle stands, bool [B, M].
+
+        particles: those that the tokens are of.
+        """
+        extent = jnp.concatenate([particles[name].extent for name, _ in self.payloads if name in particles], axis=1)
+        return self.moment[modality](tokens, extent, moments.place, moments.extent, moments.segment)
 
     def embed(self, tokens: Tokens, clips: int, modality: str) -> tuple[Array, Array, Array]:
         """Unit vectors of each clip, float32 [B, S, E], to be compared with another modality's; sharpness and bias of that."""

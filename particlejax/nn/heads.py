@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the tokens of a clip to one vector, and from that to answers and to embeddings.
 
-Legend: B rows, L slots, S clips of a row, D width, H heads, K width of a head, C answers, E width of an embedding.
+Legend: B rows, L slots, S clips of a row, D width, H heads, K width of a head, C answers, E width of an embedding, M moments,
+P numbers of a payload.
 """
 
 from typing import Any
@@ -13,7 +14,9 @@ import numpy as np
 from jax import Array
 
 from particlejax import losses
+from particlejax.nn import embed
 from particlejax.nn.dense import Dense, DenseGeneral
+from particlejax.nn.reduce import Tokens
 
 
 class AttentivePool(nn.Module):
@@ -34,6 +37,18 @@ class AttentivePool(nn.Module):
         weights = jax.nn.softmax(jnp.where(member > 0, logits[:, None], -1e9), axis=2) * member
         pooled = jnp.einsum("bslh,blhk->bshk", weights, value.astype(jnp.float32))
         return pooled.reshape(*pooled.shape[:2], width)
+
+
+class AttentiveProbe(nn.Module):
+    """Logits float32 [B, C] of clips of one row each, from frozen tokens: attentive pooling, and a linear map of that."""
+
+    classes: int
+    heads: int
+
+    @nn.compact
+    def __call__(self, x_BLD: Array, segment_BL: Array) -> Array:
+        pooled = AttentivePool(self.heads, name="pool")(nn.LayerNorm(name="norm")(x_BLD), segment_BL, 1)
+        return Question(self.classes, name="question")(pooled)[:, 0]
 
 
 class Question(nn.Module):
@@ -63,3 +78,40 @@ class Embed(nn.Module):
         x = Dense(self.width, dtype=jnp.float32, name=f"project_{modality}")(normed)
         unit = x / jnp.sqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-6)
         return unit, jnp.exp(jnp.minimum(log_sharpness, np.log(100.0))), bias
+
+
+class Codebook(nn.Module):
+    """The number of the centre nearest to a payload, int32 [B, L]. Centres are found by k-means, not by gradients."""
+
+    codes: int
+    size: int
+
+    @nn.compact
+    def __call__(self, payload_BLP: Array) -> Array:
+        centres = jax.lax.stop_gradient(self.param("centres", nn.initializers.normal(0.02), (self.codes, self.size)))
+        near = jnp.einsum("blp,cp->blc", payload_BLP.astype(jnp.float32), centres) - jnp.square(centres).sum(-1)[None, None] / 2
+        return near.argmax(axis=-1)
+
+
+class Moment(nn.Module):
+    """Numbers float32 [B, M, C] of each moment, of the mean of the tokens whose time covers it; and where any does, bool [B, M].
+
+    A token of several frames covers several moments, which the place of the moment tells apart.
+    """
+
+    width: int
+    channels: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Tokens, extent_BL3: Array, place_BM3: Array, size_BM3: Array, segment_BM: Array
+                 ) -> tuple[Array, Array]:
+        away = jnp.abs(place_BM3[..., None, 0] - tokens.place[:, None, :, 0])
+        own = (segment_BM[..., None] == tokens.segment[:, None]) & (segment_BM > 0)[..., None]
+        covers = (own & (away <= extent_BL3[:, None, :, 0] / 2)).astype(jnp.float32)  # [B, M, L]
+        number = covers.sum(axis=-1)
+        seen = jnp.einsum("bml,bld->bmd", covers, tokens.x.astype(jnp.float32)) / jnp.maximum(number, 1.0)[..., None]
+        x = nn.LayerNorm(dtype=self.dtype, name="norm")(seen)
+        x += embed.Place(self.width, self.dtype, name="place")(place_BM3, size_BM3)
+        x = jax.nn.gelu(Dense(self.width, dtype=self.dtype, name="hidden")(x))
+        return Dense(self.channels, kernel_init=nn.initializers.normal(0.02), name="out")(x).astype(jnp.float32), number > 0

@@ -13,15 +13,17 @@ import jax.numpy as jnp
 from jax import Array
 
 from particlejax.models.model import Model, Needs
-from particlejax.modelspec import ContrastSpec
+from particlejax.modelspec import ContrastSpec, TraceSpec, VisualWordsSpec
 from particlejax.objectives import pairs, temporal
 from particlejax.objectives.classify import classify
 from particlejax.objectives.latent import latent
 from particlejax.objectives.masked import masked, next_frame
+from particlejax.objectives.match import match
 from particlejax.objectives.pseudo import pseudo
 from particlejax.objectives.targets import Targets
+from particlejax.objectives.trace import trace
 from particlejax.objectives.types import Objective
-from particlejax.objectives.words import words
+from particlejax.objectives.words import visual_words, words
 from particlejax.particles.types import Batch
 from particlejax.typing import Metrics, Params, UserError
 
@@ -54,9 +56,11 @@ TABLE: dict[str, Entry] = {
     "sync": Entry(pairs.sync, lambda spec: spec.pair,
                   answers=lambda spec: 2 * spec.shifts + 1 + (spec.other > 0)),
     "contrast": Entry(pairs.contrast, lambda spec: spec.pair),
-    "match": Entry(pairs.match, answers=lambda spec: 2),
+    "match": Entry(match, answers=lambda spec: 2),
     "align": Entry(pairs.align, each=lambda spec: spec.bins),
     "words": Entry(words, decoder=True),
+    "visual_words": Entry(visual_words, predictor=True, each=lambda spec: spec.codes),
+    "trace": Entry(trace),
     "classify": Entry(classify, lambda spec: (), head=True),
     "pseudo": Entry(pseudo, lambda spec: (), head=True),
 }
@@ -86,7 +90,9 @@ def parts(specs: Mapping[str, Any]) -> Needs:
     each = tuple((name, TABLE[name].each(spec)) for name, spec in specs.items() if TABLE[name].each(spec))
     compared = {name for spec in specs.values() if isinstance(spec, ContrastSpec) for name in spec.pair}
     return Needs(any(TABLE[name].decoder for name in specs), any(TABLE[name].predictor for name in specs), asked,
-                 tuple(sorted(compared)), each)
+                 tuple(sorted(compared)), each,
+                 tuple((spec.modality, spec.codes) for spec in specs.values() if isinstance(spec, VisualWordsSpec)),
+                 tuple(spec.modality for spec in specs.values() if isinstance(spec, TraceSpec)))
 
 
 def classifies(specs: Mapping[str, Any]) -> bool:

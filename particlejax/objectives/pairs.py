@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What belongs together: sound and sight in time, modalities of one clip among all clips, a text and its clip.
+"""What belongs together: sound and sight in time, modalities of one clip among all clips, words and their moment.
 
 Another clip is the same place in the next row, so that packed rows stay what they are. Legend: B rows, L slots, S clips of a
 row, E width of an embedding, N clips of the batch.
@@ -13,7 +13,7 @@ from jax import Array
 
 from particlejax import losses, masks
 from particlejax.models.model import Model
-from particlejax.modelspec import AlignSpec, ContrastSpec, MatchSpec, SyncSpec
+from particlejax.modelspec import AlignSpec, ContrastSpec, SyncSpec
 from particlejax.objectives import clock, questions
 from particlejax.objectives.types import Objective
 from particlejax.particles.types import Batch, Particles
@@ -101,22 +101,6 @@ def align(spec: AlignSpec) -> Objective:
     return objective
 
 
-def match(spec: MatchSpec) -> Objective:
-    """Does the text belong to the clip or to another one (ALBEF's matching, arXiv:2107.07651)? Metrics: loss, top1, asked."""
-
-    def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
-        swap_key, key = jax.random.split(key)
-        clips, text = batch.clip.shape[1], batch.particles[spec.modality]
-        swapped = _swapped(swap_key, batch, spec.other)
-        shown = _choose(swapped, text, _next(text))
-        label = (~swapped | ~_differs(text, clips)).astype(jnp.int32)  # the same words of another clip belong, too
-        rest = {name: each for name, each in batch.particles.items() if name != spec.modality}
-        asked = clock.present(shown, clips) & jnp.stack([clock.present(each, clips) for each in rest.values()]).any(axis=0)
-        return questions.answer("match", params, model, {**rest, spec.modality: shown}, batch, label, asked, key if train else None)
-
-    return objective
-
-
 def _next(tree: Particles | Array) -> Particles | Array:
     """What stands in the next row."""
     return jax.tree.map(lambda x: jnp.roll(x, -1, axis=0), tree)
@@ -132,14 +116,6 @@ def _swapped(key: Array, batch: Batch, share: float) -> Array:
 def _choose(swapped_BS: Array, own: Particles, other: Particles) -> Particles:
     row = swapped_BS[:, 0]
     return jax.tree.map(lambda a, b: jnp.where(row.reshape(-1, *(1,) * (a.ndim - 1)), b, a), own, other)
-
-
-def _differs(text: Particles, clips: int) -> Array:
-    """Whether each clip's slots hold something else in the next row, [B, S]."""
-    other = _next(text)
-    same = (text.payload == other.payload).all(axis=-1) & (text.segment == other.segment)
-    return (clock.member(text, clips) & ~same[..., None]).any(axis=1) | (
-        clock.present(text, clips) != clock.present(other, clips))
 
 
 def contrast(spec: ContrastSpec) -> Objective:

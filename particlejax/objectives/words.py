@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masked language modelling given everything else of the clip (VideoBERT, arXiv:1904.01766)."""
+"""Hidden words told from everything else of the clip (VideoBERT, arXiv:1904.01766): those of a text, and those that k-means makes
+of what is seen.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +9,8 @@ from jax import Array
 
 from particlejax import losses, masks
 from particlejax.models.model import Model
-from particlejax.modelspec import WordsSpec
-from particlejax.objectives.masked import ask
+from particlejax.modelspec import VisualWordsSpec, WordsSpec
+from particlejax.objectives.masked import Prediction, ask, hide
 from particlejax.objectives.types import Objective
 from particlejax.particles.types import Batch, Particles
 from particlejax.typing import Metrics, Params
@@ -22,18 +24,53 @@ def words(spec: WordsSpec) -> Objective:
 
     def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
         mask_key, dropout_key = jax.random.split(key)
-        whole, clips = batch.particles[spec.modality], batch.clip.shape[1]
+        whole = batch.particles[spec.modality]
         scores = masks.random_scores(mask_key, whole.place)
         visible, asked, segment = masks.split(scores, whole.segment, spec.keep, 1 - spec.keep)
         query = whole.take(asked)
         seen = Particles(**{**vars(whole.take(visible)), "segment": segment})
         logits = ask(params, model, {**batch.particles, spec.modality: seen}, query, spec.modality, batch,
                      dropout_key if train else None)
-        word = query.payload[..., 0]
-        each = losses.clip_mean(losses.cross_entropy(logits, word), query.segment, clips)
-        right = losses.clip_mean((logits.argmax(axis=-1) == word).astype(jnp.float32), query.segment, clips)
-        there = losses.membership(query.segment, clips).any(axis=1) & (batch.clip >= 0)
-        loss = losses.mean(each, there)
-        return loss, {"loss": loss, "top1": losses.mean(right, there)}
+        return _told(Prediction(query, logits, query.payload[..., 0], seen), batch)
 
     return objective
+
+
+def visual_words(spec: VisualWordsSpec) -> Objective:
+    """Into which cluster a hidden particle falls; metrics: loss, top1, codes (how many are used; see `used`)."""
+
+    def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
+        found = predict_codes(spec, params, model, batch, key, train)
+        loss, metrics = _told(found, batch)
+        return loss, metrics | {"codes": used(found.target, found.query.segment, spec.codes)}
+
+    return objective
+
+
+def predict_codes(spec: VisualWordsSpec, params: Params, model: Model, batch: Batch, key: Array, train: bool) -> Prediction:
+    """Masks a batch, encodes what is left and tells the codes [B, Q] of what is asked for, as logits [B, Q, C]."""
+    mask_key, dropout_key = jax.random.split(key)
+    whole = batch.particles[spec.modality]
+    seen, asked = hide(spec, model, whole, mask_key)
+    query = whole.take(asked)
+    tokens, _ = model.apply(params, "encode", {**batch.particles, spec.modality: seen}, batch.clip.shape[1],
+                            key=dropout_key if train else None)
+    logits = model.apply(params, "ask_hidden", tokens, query, spec.modality, "visual_words")
+    return Prediction(query, logits, model.apply(params, "code", query.payload, spec.modality), seen)
+
+
+def used(codes_BQ: Array, segment: Array, count: int) -> Array:
+    """How many codes of like frequency would tell as much as these, by their entropy: 1 in a collapse."""
+    number = jnp.einsum("bqc,bq->c", jax.nn.one_hot(codes_BQ, count), (segment > 0).astype(jnp.float32))
+    share = number / jnp.maximum(number.sum(), 1)
+    return jnp.exp(-jnp.sum(jax.scipy.special.xlogy(share, share)))
+
+
+def _told(found: Prediction, batch: Batch) -> tuple[Array, Metrics]:
+    """Cross-entropy of what was asked for; metrics: loss, top1."""
+    segment, clips = found.query.segment, batch.clip.shape[1]
+    each = losses.clip_mean(losses.cross_entropy(found.predicted, found.target), segment, clips)
+    right = losses.clip_mean((found.predicted.argmax(axis=-1) == found.target).astype(jnp.float32), segment, clips)
+    there = losses.membership(segment, clips).any(axis=1) & (batch.clip >= 0)
+    loss = losses.mean(each, there)
+    return loss, {"loss": loss, "top1": losses.mean(right, there)}

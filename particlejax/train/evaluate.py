@@ -80,6 +80,23 @@ def jit_features(model: Model, ready: Callable[[Batch], Batch], mesh: Mesh, moda
     return jax.jit(sharding.on(mesh, features), out_shardings=NamedSharding(mesh, P()))
 
 
+def jit_tokens(model: Model, ready: Callable[[Batch], Batch], mesh: Mesh, modalities: tuple[str, ...] = ("",)
+               ) -> Callable[[Params, Batch], Any]:
+    """(params, batch) -> under each of `modalities`, '' for all together, a frozen encoder's tokens float16 [B, L, D] where only
+    that is shown and their segments [B, L]; and clips [B, S].
+    """
+
+    def compute(params: Params, batch: Batch) -> tuple[dict[str, Any], Any]:
+        batch, found = ready(batch), {}
+        for name in modalities:
+            shown = {name: batch.particles[name]} if name else batch.particles
+            tokens, _ = model.apply(params, "encode", shown, batch.clip.shape[1])
+            found[name] = tokens.x.astype(jnp.float16), tokens.segment
+        return found, batch.clip
+
+    return jax.jit(sharding.on(mesh, compute), out_shardings=NamedSharding(mesh, P()))
+
+
 def probabilities(predict: Callable, params: Params, views: pipeline.Views, mesh: Mesh, watch: Watch, name: str
                   ) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the clips that could be read, [N], and their probabilities averaged over all views, [N, C].

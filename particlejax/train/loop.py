@@ -22,7 +22,7 @@ from particlejax.checkpoint import Checkpoints
 from particlejax.data import few, pipeline, sources
 from particlejax.data.plan import Stand
 from particlejax.spec import Experiment
-from particlejax.train import answers, evaluate, program, run
+from particlejax.train import answers, codebook, evaluate, program, run
 from particlejax.train.finite import Finite
 from particlejax.train.gauge import Compilations, Gauge, Trace, peak_of
 from particlejax.train.log import MetricLog, Progress, say
@@ -151,7 +151,7 @@ class _Trainer:
             self.bad.reasons.update(data["bad"])
             self.batches = replace(self.batches, since=Stand.of(data["stand"]))
         else:
-            self.done, self.state = 0, self._start(state)
+            self.done, self.state = 0, self._start(codebook.fitted(state, self.stage, self.batches))
         self.best.forget_after(self.done)
         stages = list(self.context.experiment.stages)
         self.context.log.cut(self.name, self.done, tuple(stages[stages.index(self.name) + 1:]))

@@ -99,7 +99,7 @@ def build(experiment: Experiment, name: str, classes: tuple[str, ...], mesh: Mes
         raise UserError(f"stage {name} classifies but {data.source} has no labels: give clips.csv a column 'label', or "
                         "put the clips into one folder a class.")
     ids = pipeline.vocabularies(data)
-    bases = {clips.VISION: particles.base, clips.AUDIO: (*data.audio.patch, 1)}
+    bases = {clips.VISION: particles.base, clips.AUDIO: (*data.audio.patch, 1), clips.SERIES: (data.series.window, 1, 1)}
     payloads = {modality: models.Payload(each.size, ids.get(modality, 0), bases.get(modality, ()))
                 for modality, each in row.slots.items()}
     _check_objectives(spec, experiment.model_of(spec), f"config.stages.{name}")

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is told of each moment comes from what covers it, never from the series itself."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_objectives import MODEL, SLOTS, clip, make_batch, setup
+
+from particlejax.models import model as models
+from particlejax.modelspec import TraceSpec
+from particlejax.objectives import objectives, trace
+from particlejax.particles import pack
+from particlejax.particles.types import Batch
+from particlejax.spec import Experiment
+from particlejax.typing import UserError
+
+PAIR = ("series", "vision")
+
+
+def begun(loss: str = "squared") -> tuple[objectives.Objective, models.Model, dict]:
+    """The objective, the model and its parameters before any step."""
+    objective, model = setup("trace", loss=loss)
+    return objective, model, jax.jit(model.init)(jax.random.key(0), make_batch(PAIR))
+
+
+def lacking(batch: Batch, modality: str, row: int) -> Batch:
+    gone = batch.particles[modality]
+    gone = dataclasses.replace(gone, segment=gone.segment.at[row].set(0))
+    return dataclasses.replace(batch, particles={**batch.particles, modality: gone})
+
+
+def test_moments_are_the_values_of_the_series_where_they_were_read() -> None:
+    batch = make_batch(PAIR)
+    each, target = trace.moments(batch.particles["series"], 2)
+    np.testing.assert_allclose(each.place[0, :, 0], np.arange(12) / 2 + 0.25, atol=1e-5)
+    np.testing.assert_allclose(each.extent[0, :, 0], 0.5, atol=1e-5)
+    for i in range(len(target)):
+        np.testing.assert_array_equal(target[i, :, 0] > 0, np.arange(12) // 2 == 1 + i % 4)
+        np.testing.assert_array_equal(target[i, :, 1], np.full(12, 0.5 * (i % 4)))
+
+
+def test_a_moment_reads_the_tokens_that_cover_it_and_no_others() -> None:
+    _, model, params = begun()
+    batch = make_batch(PAIR)
+    rest = {"vision": batch.particles["vision"]}
+    each, _ = trace.moments(batch.particles["series"], 2)
+    tokens, _ = model.apply(params, "encode", rest, 1)
+    told = jax.jit(lambda x, m: model.apply(params, "trace", tokens._replace(x=x), rest, each, "series")[0][0, m].sum())
+    middle, half = rest["vision"].place[0, :, 0], rest["vision"].extent[0, :, 0] / 2
+    for m in (0, 5, 11):
+        seen = jnp.abs(jax.grad(told)(tokens.x, m)[0]).sum(-1) > 0
+        np.testing.assert_array_equal(seen, (jnp.abs(middle - each.place[0, m, 0]) <= half) & (rest["vision"].segment[0] > 0))
+        assert seen.sum() == 4
+
+
+def test_the_series_itself_is_never_seen_and_lacking_ones_count_for_nothing() -> None:
+    objective, model, params = begun()
+    batch = make_batch(PAIR)
+    loss = jax.jit(lambda b: objective(params, model, b, jax.random.key(0), False)[0])
+
+    def told(payloads: dict) -> jax.Array:
+        new = {name: dataclasses.replace(p, payload=payloads[name]) for name, p in batch.particles.items()}
+        return jnp.sin(trace.predict(TraceSpec(), params, model, dataclasses.replace(batch, particles=new), None)[0]).sum()
+
+    grads = jax.jit(jax.grad(told))({name: p.payload for name, p in batch.particles.items()})
+    assert (grads["series"] == 0).all() and (jnp.abs(grads["vision"]).sum((1, 2)) > 0).all()
+    alone = jax.tree.map(lambda x: x[1:], batch)
+    for modality in PAIR:  # nothing to tell, or nothing to tell it from
+        np.testing.assert_allclose(loss(lacking(batch, modality, 0)), loss(alone), rtol=1e-5)
+    with pytest.raises(UserError, match="has none: add one there"):
+        trace.predict(TraceSpec(), params, model, make_batch(("series",)), None)
+
+
+def test_packed_clips_are_told_as_alone_and_binary_channels_are_classes() -> None:
+    objective, model, params = begun("binary")
+    slots = {name: SLOTS[name]._replace(length=2 * SLOTS[name].length) for name in PAIR}
+    two = jax.tree.map(jnp.asarray, pack.pack([clip(i, PAIR) for i in range(8)], [i // 2 for i in range(8)], slots, 4, 2))
+    measure = jax.jit(lambda batch: objective(params, model, batch, jax.random.key(0), False))
+    (loss, metrics), (alone, _) = measure(two), measure(make_batch(PAIR))
+    np.testing.assert_allclose(loss, alone, rtol=1e-4)
+    assert 0 <= metrics["trace/right"] <= 1
+
+
+def test_tokens_that_are_fewer_stand_at_no_moment() -> None:
+    with pytest.raises(UserError, match="trace asks about every particle"):
+        Experiment.of({"model": dataclasses.asdict(dataclasses.replace(MODEL, reduce_after=(1,))),
+                       "stages": {"one": {"steps": 1, "objectives": {"trace": {}}}}})
