@@ -24,5 +24,5 @@ def test_an_attentive_probe_finds_the_token_that_a_mean_drowns() -> None:
     means = [np.average(x.astype(float), axis=1, weights=np.broadcast_to(segment[..., None], x.shape))
              for x, segment in (learnt.x["all"], asked.x["all"])]
     linear = LogisticRegression().fit(means[0][:-3], learnt.label[:-3]).score(means[1][:-3], asked.label[:-3])
-    assert found > 0.95 > linear + 0.1, (found, linear)
+    assert found > 0.8 > linear + 0.2, (found, linear)
     assert attentive.accuracy(learnt, asked, ProbeSpec(attentive=150))["all"] == found

@@ -34,21 +34,22 @@ def test_a_code_is_the_nearest_centre_and_k_means_finds_what_is_there() -> None:
         codebook.centres(points[[0, 1, 2, 2]], VisualWordsSpec(codes=4), 0)
 
 
-def videobert(workdir: Path, cache_dir: str) -> dict[str, np.ndarray]:
-    """Runs, or continues, the experiment; its parameters."""
-    assert entry.main(["main", "--config=experiments/pretrain/videobert.py:tiny", f"--config.data.cache_dir={cache_dir}",
-                       "--config.checkpoint.every=2", "--config.stages.pretrain.ema=0.5", "--workdir", str(workdir)]) == 0
+def trained(workdir: Path, cache_dir: str) -> dict[str, np.ndarray]:
+    """Runs, or continues, the experiment; the average of its parameters."""
+    assert entry.main(["main", "--config=experiments/pretrain/one.py:codes,tiny", f"--config.data.cache_dir={cache_dir}",
+                       "--config.checkpoint.every=2", "--config.stages.pretrain.val=", "--config.data.modalities=('vision',)",
+                       "--config.stages.pretrain.objectives.visual_words.codes=16", "--workdir", str(workdir)]) == 0
     return jax.tree.map(np.asarray, tree.flatten(run.load_trained(str(workdir), make_mesh(MeshSpec()), {})[1]))
 
 
 def test_a_codebook_is_the_same_after_training_and_after_a_resume(cache_dir: str, tmp_path: Path) -> None:
-    whole = videobert(tmp_path, cache_dir)
+    whole = trained(tmp_path, cache_dir)
     newest = max((each for each in (tmp_path / "checkpoints/pretrain/latest").iterdir() if each.name.isdigit()),
                  key=lambda each: int(each.name))
     assert newest.name == "4"
     shutil.rmtree(newest)  # as if the run had been killed before its last checkpoint
     (tmp_path / "results.json").unlink()
-    again = videobert(tmp_path, cache_dir)
+    again = trained(tmp_path, cache_dir)
     assert set(whole) == set(again)
     for name, leaf in whole.items():
         np.testing.assert_array_equal(leaf, again[name], err_msg=name)
@@ -56,8 +57,9 @@ def test_a_codebook_is_the_same_after_training_and_after_a_resume(cache_dir: str
     stage, _ = run.load_trained(str(tmp_path), make_mesh(MeshSpec()), {})
     source = sources.open_source(experiment.data.source, "train", experiment.data.cache_dir)
     spec, batches = stage.spec.objectives["visual_words"], stage.batches(source, 0)
-    np.testing.assert_array_equal(whole["codebook_vision/centres"],
-                                  codebook.centres(codebook.examples(spec, stage, batches), spec, experiment.seed))
+    found = codebook.centres(codebook.examples(spec, stage, batches), spec, experiment.seed)
+    # Averaging equal numbers rounds; weight decay would be a hundred times as much.
+    np.testing.assert_allclose(whole["codebook_vision/centres"], found, rtol=1e-6, atol=1e-6)
 
 
 def test_what_visual_words_cannot_be_made_of() -> None:
