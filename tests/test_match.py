@@ -106,11 +106,9 @@ def test_hard_negatives_are_more_alike_than_random_ones_and_never_of_equal_words
     np.testing.assert_allclose(alike[np.arange(8), often][asked], nearest[asked], atol=0.05)
 
 
-def test_likeness_is_of_clips_not_of_rows_and_is_not_learnt_from(built: tuple) -> None:
+def test_likeness_is_of_clips_not_of_rows(built: tuple) -> None:
     model, params = built
     together = jax.jit(lambda p, b: match.alike(p, model, b, "text"))
     alone = together(params, packed(8, 1))
     np.testing.assert_allclose(together(params, packed()), alone, atol=1e-4)
     assert np.linalg.eigvalsh(np.asarray(alone))[0] > -1e-3 and float(jnp.abs(alone).max()) < 2 + 1e-3
-    grads = jax.jit(jax.grad(lambda p: match.alike(p, model, packed(), "text").sum()))(params)
-    assert all((g == 0).all() for g in jax.tree.leaves(grads))

@@ -2,6 +2,7 @@
 """What is told of each moment comes from what covers it, never from the series itself."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from test_objectives import MODEL, SLOTS, clip, make_batch, setup
 
 from particlejax.models import model as models
 from particlejax.modelspec import TraceSpec
+from particlejax.nn.reduce import Tokens
 from particlejax.objectives import objectives, trace
 from particlejax.particles import pack
 from particlejax.particles.types import Batch
@@ -20,6 +22,7 @@ from particlejax.typing import UserError
 PAIR = ("series", "vision")
 
 
+@functools.cache
 def begun(loss: str = "squared") -> tuple[objectives.Objective, models.Model, dict]:
     """The objective, the model and its parameters before any step."""
     objective, model = setup("trace", loss=loss)
@@ -47,7 +50,8 @@ def test_a_moment_reads_the_tokens_that_cover_it_and_no_others() -> None:
     batch = make_batch(PAIR)
     rest = {"vision": batch.particles["vision"]}
     each, _ = trace.moments(batch.particles["series"], 2)
-    tokens, _ = model.apply(params, "encode", rest, 1)
+    x = jax.random.normal(jax.random.key(1), (*rest["vision"].segment.shape, MODEL.width))
+    tokens = Tokens(x, rest["vision"].place, rest["vision"].segment)
     told = jax.jit(lambda x, m: model.apply(params, "trace", tokens._replace(x=x), rest, each, "series")[0][0, m].sum())
     middle, half = rest["vision"].place[0, :, 0], rest["vision"].extent[0, :, 0] / 2
     for m in (0, 5, 11):

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Visual words are the nearest of centres that k-means found, the same ones whenever the run was stopped."""
+"""Visual words are the nearest of centres that k-means finds before the first step, the same ones each time."""
 
-import json
-import shutil
+import runpy
 from pathlib import Path
 
 import jax
@@ -10,15 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from particlejax import main as entry
-from particlejax import tree
+from particlejax import optim, tree
 from particlejax.data import sources
 from particlejax.modelspec import VisualWordsSpec
 from particlejax.nn import heads
 from particlejax.sharding import make_mesh
 from particlejax.spec import Experiment, MeshSpec
 from particlejax.train import codebook, run
+from particlejax.train.state import initialise
 from particlejax.typing import UserError
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_a_code_is_the_nearest_centre_and_k_means_finds_what_is_there() -> None:
@@ -34,32 +35,30 @@ def test_a_code_is_the_nearest_centre_and_k_means_finds_what_is_there() -> None:
         codebook.centres(points[[0, 1, 2, 2]], VisualWordsSpec(codes=4), 0)
 
 
-def trained(workdir: Path, cache_dir: str) -> dict[str, np.ndarray]:
-    """Runs, or continues, the experiment; the average of its parameters."""
-    assert entry.main(["main", "--config=experiments/pretrain/one.py:codes,tiny", f"--config.data.cache_dir={cache_dir}",
-                       "--config.checkpoint.every=2", "--config.stages.pretrain.val=", "--config.data.modalities=('vision',)",
-                       "--config.stages.pretrain.objectives.visual_words.codes=16", "--workdir", str(workdir)]) == 0
-    return jax.tree.map(np.asarray, tree.flatten(run.load_trained(str(workdir), make_mesh(MeshSpec()), {})[1]))
-
-
-def test_a_codebook_is_the_same_after_training_and_after_a_resume(cache_dir: str, tmp_path: Path) -> None:
-    whole = trained(tmp_path, cache_dir)
-    newest = max((each for each in (tmp_path / "checkpoints/pretrain/latest").iterdir() if each.name.isdigit()),
-                 key=lambda each: int(each.name))
-    assert newest.name == "4"
-    shutil.rmtree(newest)  # as if the run had been killed before its last checkpoint
-    (tmp_path / "results.json").unlink()
-    again = trained(tmp_path, cache_dir)
-    assert set(whole) == set(again)
-    for name, leaf in whole.items():
-        np.testing.assert_array_equal(leaf, again[name], err_msg=name)
-    experiment = Experiment.of(json.loads((tmp_path / "config.json").read_text()))
-    stage, _ = run.load_trained(str(tmp_path), make_mesh(MeshSpec()), {})
-    source = sources.open_source(experiment.data.source, "train", experiment.data.cache_dir)
-    spec, batches = stage.spec.objectives["visual_words"], stage.batches(source, 0)
-    found = codebook.centres(codebook.examples(spec, stage, batches), spec, experiment.seed)
-    # Averaging equal numbers rounds; weight decay would be a hundred times as much.
-    np.testing.assert_allclose(whole["codebook_vision/centres"], found, rtol=1e-6, atol=1e-6)
+def test_a_stage_begins_with_centres_of_its_own_particles_and_keeps_them(cache_dir: str) -> None:
+    config = runpy.run_path(str(ROOT / "experiments/pretrain/one.py"))["get_config"]("codes,tiny").to_dict()
+    config["data"] |= {"cache_dir": cache_dir, "modalities": ("vision",)}
+    experiment, mesh = Experiment.of(config), make_mesh(MeshSpec())
+    source = sources.open_source(experiment.data.source, "train", cache_dir)
+    stage = run.build(experiment, "pretrain", source.classes, mesh)
+    optimizer = optim.build(stage.spec.optim, 4)
+    state = initialise(stage.model, optimizer, stage.example, 0, stage.spec.ema, mesh)
+    before = jax.tree.map(np.asarray, tree.flatten(state.params))
+    first, second = (codebook.fitted(state, stage, stage.batches(source, 0)) for _ in range(2))
+    spec = stage.spec.objectives["visual_words"]
+    for branch in (first.params, first.average, second.params):  # found anew they are the same: a run may stop before it saves
+        for name, leaf in tree.flatten(branch).items():
+            if name == "codebook_vision/centres":
+                assert leaf.shape == (spec.codes, stage.model.payloads["vision"].size)
+                np.testing.assert_array_equal(leaf, first.params["codebook_vision"]["centres"])
+            else:
+                np.testing.assert_array_equal(leaf, before[name], err_msg=name)
+    payloads = codebook.examples(spec, stage, stage.batches(source, 0))
+    found, start = (np.asarray(each["codebook_vision"]["centres"]) for each in (first.params, state.params))
+    apart = [np.linalg.norm(payloads[:500, None] - centres[None], axis=-1).min(axis=1).mean() for centres in (found, start)]
+    assert apart[0] < 0.9 * apart[1], apart
+    kept = tree.flatten(optim.decay_mask(state.params))
+    assert not kept["codebook_vision/centres"], "nothing shrinks them, and no gradient reaches them (test_objectives.py)"
 
 
 def test_what_visual_words_cannot_be_made_of() -> None:
