@@ -34,6 +34,7 @@ from particlejax.apps import (
 from particlejax.apps.bench import data as bench_data
 from particlejax.apps.bench import faults as bench_faults
 from particlejax.apps.bench import particles as bench_particles
+from particlejax.apps.bench import peer as bench_peer
 from particlejax.apps.bench import scaling as bench_scaling
 from particlejax.spec import Experiment
 from particlejax.train import loop, run, workdir
@@ -52,7 +53,7 @@ class Asked(NamedTuple):
 
 JOBS = {"train": train.train, "sweep": sweep.sweep, "evaluate": evaluate.evaluate, "prepare": prepare.prepare,
         "check_data": check.check_data, "bench_data": bench_data.bench, "bench_particles": bench_particles.bench,
-        "bench_faults": bench_faults.bench,
+        "bench_faults": bench_faults.bench, "bench_peer": bench_peer.bench,
         "import_weights": import_weights.import_weights, "recognise": recognise.recognise,
         "probe": probe.probe, "probe_backbone": probe_backbone.probe, "features": features.features,
         "soup": soup.soup, "prototypes": few.prototypes, "label_next": few.label_next,

@@ -276,6 +276,7 @@ class BenchSpec:
     clips: int = at_least(320, 1)  # of a repetition
     rows: int = at_least(16, 1)
     memory_clips: int = at_least(10000, 1)
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")  # that the peer and ours compute in
     faults: tuple[str, ...] = ("kill", "term", "damage", "disk", "pair")  # that are injected; `repetitions` are the kills
 
 
@@ -295,7 +296,7 @@ class Experiment:
     """Everything a run depends on, so that config.json is enough to run it again."""
 
     job: str = one_of("train", "sweep", "evaluate", "prepare", "check_data", "bench_data", "bench_particles", "bench_faults",
-                      "soup", "prototypes", "label_next")
+                      "bench_peer", "soup", "prototypes", "label_next")
     seed: int = 0
     run: str = ""  # jobs evaluate, prototypes, label_next: the run that is asked
     runs: tuple[str, ...] = ()  # job soup: the runs that are averaged, each RUN_DIR or RUN_DIR:STAGE
