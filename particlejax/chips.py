@@ -2,7 +2,7 @@
 """What a chip can do at best, as its maker publishes it; of a CPU, as measured."""
 
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,10 +55,16 @@ def known(kind: str) -> Chip | None:
 
 def measured() -> Chip:
     """The machine at hand: float32 products and copies, the best of some; links between its devices are its memory."""
-    side, piece = jnp.ones((_SIDE, _SIDE)), jnp.ones(_PIECE // 4)
-    product = 2 * _SIDE**3 / _seconds(jax.jit(jnp.matmul).lower(side, side).compile(), side, side)
+    piece = jnp.ones(_PIECE // 4)
     stream = 2 * piece.nbytes / _seconds(jax.jit(lambda x: x + 1).lower(piece).compile(), piece)
-    return Chip(0.0, product, stream, 0.0, measured=True)
+    return Chip(0.0, product(jnp.float32), stream, 0.0, measured=True)
+
+
+def product(dtype: Any, side: int = _SIDE) -> float:
+    """Operations a second of the first device in square products with float32 sums, the best of some."""
+    square = jnp.ones((side, side), dtype)
+    matmul = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
+    return 2 * side**3 / _seconds(matmul.lower(square, square).compile(), square, square)
 
 
 def _seconds(run: jax.stages.Compiled, *args: jax.Array) -> float:

@@ -32,11 +32,11 @@ def get_config(arg: str = "") -> ConfigDict:
         particles=section(ParticleSpec, policy="grid", base=(2, 16, 16), splits=("time",)),  # 112 is no multiple of 32
         model=section(ModelSpec, near=False, **dict(zip(names, _SIZES[size], strict=True))),  # as VideoMAE's attention
         stages={
-            "pretrain": section(StageSpec, steps=100, rows=2 if tiny else 8, optim=optim,
+            "pretrain": section(StageSpec, steps=100, rows=8, optim=optim,
                                 objectives={"masked": {"mask": "tube", "keep": 0.1, "predict": 0.9}}),
-            "finetune": section(StageSpec, steps=100, rows=2 if tiny else 8, optim=optim, objectives={"classify": {}}),
+            "finetune": section(StageSpec, steps=100, rows=8, optim=optim, objectives={"classify": {}}),
         },
         order=("pretrain", "finetune"),
-        bench=(section(BenchSpec, repetitions=1, clips=2, dtypes=("float32",)) if tiny
+        bench=(section(BenchSpec, repetitions=1, clips=8, dtypes=("float32",)) if tiny
                else section(BenchSpec, repetitions=5, clips=8)),
     ))

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark beside VideoMAE: works are the same size, are counted by the same rule, and are compared within a repetition."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from particlejax.apps import files
+from particlejax.apps.bench import peer, videomae
+from particlejax.modelspec import MaskedSpec
+from particlejax.spec import BenchSpec, Experiment
+from particlejax.typing import UserError
+
+
+@pytest.fixture(scope="module")
+def experiment() -> Experiment:
+    return Experiment.of(files.load("experiments/bench/peer.py:tiny").to_dict())
+
+
+def test_the_peer_and_ours_count_the_same_products(experiment: Experiment) -> None:
+    """Where all tokens go through the encoder the formula for VideoMAE is what our forward pass asks for, but for its places."""
+    model = experiment.model
+    task = peer._task(experiment, "finetune", False)
+    stage = peer.run.build(experiment, "finetune", peer._CLASSES)
+    ours = peer._operations(experiment, "finetune", peer._batch(stage)) / task.rows
+    places = 2 * task.tokens * 51 * model.width
+    assert task.tokens == 32 and task.payload == 1536 and task.hidden == 0
+    pooling = 2 * task.tokens * model.width  # the mean of a clip is a product with who belongs to it
+    assert ours == videomae.operations(model, task) + places + pooling
+    assert videomae.operations(model, task._replace(train=True)) == 3 * videomae.operations(model, task)
+
+
+def test_of_a_masked_task_the_encoder_sees_little(experiment: Experiment) -> None:
+    task = peer._task(experiment, "pretrain", True)
+    assert task.hidden == 29 and isinstance(task.masked, MaskedSpec)
+    deep = replace(experiment.model, depth=experiment.model.depth + 1)
+    block = 3 * (2 * 3 * 32**2 * 12 + 4 * 3**2 * 32)  # three tokens, width 32
+    assert videomae.operations(deep, task) - videomae.operations(experiment.model, task) == block
+
+
+def test_ours_is_the_step_that_trains(experiment: Experiment, capfd: pytest.CaptureFixture) -> None:
+    """Half as many adaptive particles are at most half, and works are timed in turns."""
+    task = peer._task(experiment, "finetune", True)
+    half = replace(experiment.particles, policy="adaptive", budget=task.tokens // 2)
+    stage = peer.run.build(replace(experiment, particles=half), "finetune", peer._CLASSES)
+    filled = (peer._batch(stage).particles["vision"].segment > 0).sum(axis=1)
+    assert (filled <= task.tokens // 2).all() and (filled > task.tokens // 4).all()
+    turns: list[str] = []
+    works = {name: peer.Work(lambda number, name=name: turns.append(name), 10, 1, "float32")
+             for name in ("ours, float32", "VideoMAE, float32")}
+    found = peer._measured(replace(experiment, bench=BenchSpec(repetitions=2, clips=8, dtypes=("float32",))), works, 8, "task")
+    assert turns == [*works] * 3
+    assert set(found["ours, float32"]["times"]) == {"VideoMAE, float32"} and found["VideoMAE, float32"]["times"] == {
+        "VideoMAE, float32": 1.0}
+    assert "repetition 2 of 2" in "".join(capfd.readouterr())
+
+
+def test_ratios_are_of_the_same_repetition() -> None:
+    """A machine that is slow for one repetition changes nothing."""
+    seconds = {"ours, float32": [1.0, 5.0, 2.0], "VideoMAE, float32": [2.0, 10.0, 4.0]}
+    assert peer._beside(seconds, "ours, float32") == {"times": {"VideoMAE, float32": 2.0}}
+    work = peer.Work(lambda number: None, 100, 7, "float32")
+    found = peer._figures(work, seconds["ours, float32"], [200.0, 40.0, 100.0])
+    assert found["utilisation"] == 0.5 and found["clips_per_second"] == 0.5 and found["flops_per_second"] == 50.0
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    ({"objectives": {"order": {}}}, "VideoMAE knows 'masked' and 'classify'"),
+    ({"particles": {"budget": 8}}, "leave the policy 'grid'"),
+])
+def test_what_videomae_does_not_do_is_said(experiment: Experiment, change: dict, sentence: str) -> None:
+    stages = {"finetune": replace(experiment.stages["finetune"], **change)}
+    with pytest.raises(UserError, match=sentence):
+        peer._task(replace(experiment, stages=stages), "finetune", True)
+
+
+def test_a_type_that_does_not_pay_is_left_out(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(videomae, "_PACKAGES", ())
+    both = replace(experiment, bench=BenchSpec(dtypes=("float32", "bfloat16")))
+    for rate, kept in ((50e9, ("float32",)), (500e9, ("float32", "bfloat16"))):
+        monkeypatch.setattr(peer, "_rate", lambda dtype, rate=rate: rate if dtype == "bfloat16" else 100e9)
+        chosen, said = peer._worthwhile(both)
+        assert chosen.bench.dtypes == kept and len(said) == 2 - len(kept)
+    monkeypatch.setattr(peer, "_rate", lambda dtype: 50e9)
+    assert peer._worthwhile(replace(both, bench=BenchSpec(dtypes=("bfloat16",))))[1] == []
+
+
+def test_without_the_packages_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(videomae, "_PACKAGES", ("jax", "not_there_either"))
+    assert "not_there_either cannot be imported: run `pip install particlejax[peers]`" in videomae.missing()
+    monkeypatch.setattr(videomae, "_PACKAGES", ("jax",))
+    assert videomae.missing() == ""
+
+
+def test_the_peer_trains_and_answers_where_it_is_installed(experiment: Experiment) -> None:
+    """Its parameters move, and its own counter of products agrees with the formula for classifying."""
+    if videomae.missing():
+        pytest.skip("no torch here")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    task = peer._task(experiment, "finetune", False)
+    times, parameters = videomae.build(experiment.model, task, "float32", 0)
+    with FlopCounterMode(display=False) as counter:
+        answer = times(1)
+    assert np.isclose(counter.get_total_flops() / task.rows, videomae.operations(experiment.model, task), rtol=0.05)
+    assert parameters > 1e4 and np.allclose(answer.sum(-1), 1.0)
+    for masked in (None, experiment.stages["pretrain"].objectives["masked"]):
+        times, _ = videomae.build(experiment.model, task._replace(train=True, masked=masked), "bfloat16", 0)
+        first = float(times(1))
+        assert float(times(20)) < first and jax.default_backend() == "cpu"
