@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark beside VideoMAE: works are the same size, are counted by the same rule, and are compared within a repetition."""
 
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -40,21 +42,22 @@ def test_of_a_masked_task_the_encoder_sees_little(experiment: Experiment) -> Non
     assert videomae.operations(deep, task) - videomae.operations(experiment.model, task) == block
 
 
-def test_ours_is_the_step_that_trains(experiment: Experiment, capfd: pytest.CaptureFixture) -> None:
-    """Half as many adaptive particles are at most half, and works are timed in turns."""
-    task = peer._task(experiment, "finetune", True)
-    half = replace(experiment.particles, policy="adaptive", budget=task.tokens // 2)
+def test_half_as_many_adaptive_particles_are_at_most_half(experiment: Experiment) -> None:
+    half = replace(experiment.particles, policy="adaptive", budget=16)
     stage = peer.run.build(replace(experiment, particles=half), "finetune", peer._CLASSES)
     filled = (peer._batch(stage).particles["vision"].segment > 0).sum(axis=1)
-    assert (filled <= task.tokens // 2).all() and (filled > task.tokens // 4).all()
-    turns: list[str] = []
-    works = {name: peer.Work(lambda number, name=name: turns.append(name), 10, 1, "float32")
+    assert (filled <= 16).all() and (filled >= 15).all()
+
+
+def test_works_take_turns(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[tuple[str, int]] = []
+    monkeypatch.setattr(peer, "_rate", lambda dtype: 100e9)
+    works = {name: peer.Work(lambda number, name=name: turns.append((name, number)), 10, 1, "float32")
              for name in ("ours, float32", "VideoMAE, float32")}
-    found = peer._measured(replace(experiment, bench=BenchSpec(repetitions=2, clips=8, dtypes=("float32",))), works, 8, "task")
-    assert turns == [*works] * 3
-    assert set(found["ours, float32"]["times"]) == {"VideoMAE, float32"} and found["VideoMAE, float32"]["times"] == {
-        "VideoMAE, float32": 1.0}
-    assert "repetition 2 of 2" in "".join(capfd.readouterr())
+    twice = replace(experiment, bench=BenchSpec(repetitions=2, clips=24, dtypes=("float32",)))
+    found = peer._measured(twice, works, 8, "task")
+    assert turns == [(name, number) for number in (1, 3, 3) for name in works]
+    assert set(found) == {*works, "products"} and found["VideoMAE, float32"]["times"] == {"VideoMAE, float32": 1.0}
 
 
 def test_ratios_are_of_the_same_repetition() -> None:
@@ -68,7 +71,8 @@ def test_ratios_are_of_the_same_repetition() -> None:
 
 @pytest.mark.parametrize(("change", "sentence"), [
     ({"objectives": {"order": {}}}, "VideoMAE knows 'masked' and 'classify'"),
-    ({"particles": {"budget": 8}}, "leave the policy 'grid'"),
+    ({"particles": {"budget": 8}}, "leave config.particles.policy 'grid'"),
+    ({"model": {"depth": 2}}, "own data, particles and model empty"),
 ])
 def test_what_videomae_does_not_do_is_said(experiment: Experiment, change: dict, sentence: str) -> None:
     stages = {"finetune": replace(experiment.stages["finetune"], **change)}
@@ -92,6 +96,14 @@ def test_without_the_packages_there_is_a_sentence(monkeypatch: pytest.MonkeyPatc
     assert "not_there_either cannot be imported: run `pip install particlejax[peers]`" in videomae.missing()
     monkeypatch.setattr(videomae, "_PACKAGES", ("jax",))
     assert videomae.missing() == ""
+
+
+def test_torch_without_the_devices_of_jax_is_no_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(videomae, "_PACKAGES", ())
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for has, said in ((False, "this torch cannot use the GPU that JAX uses"), (True, "")):
+        monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda has=has: has)))
+        assert said in videomae.missing() and bool(said) == bool(videomae.missing())
 
 
 def test_the_peer_trains_and_answers_where_it_is_installed(experiment: Experiment) -> None:

@@ -2,12 +2,12 @@
 """Train steps and inference beside VideoMAE of `transformers` on torch, and as a share of the machine's own products.
 
     python -m particlejax.main --config experiments/bench/peer.py
-    XLA_PYTHON_CLIENT_PREALLOCATE=false python -m particlejax.main --config experiments/bench/peer.py:large \
-        --config.model.unroll=False --config.bench.clips=160
+    python -m particlejax.main --config experiments/bench/peer.py:large --config.model.unroll=False --config.bench.clips=160
 
-Ours in float32 and bfloat16 on the same tokens and on half as many adaptive particles. Five minutes on 2 cores; nothing else
-should run. The second is for a GPU, which torch shares. Without torch and transformers (`pip install particlejax[peers]`) ours
-alone is measured. `:base` and `:large` are VideoMAE's, at 224 pixels.
+Ours on the same tokens and on half as many adaptive particles, in float32 and, where that pays, bfloat16. Five minutes on 2 cores,
+most of it compiling; nothing else should run. The second is for a GPU, which torch shares: XLA_PYTHON_CLIENT_PREALLOCATE=false in
+the environment leaves it some memory. Without torch and transformers (`pip install particlejax[peers]`) ours alone is measured.
+`:base` and `:large` are VideoMAE's, at 224 pixels.
 """
 
 from ml_collections import ConfigDict

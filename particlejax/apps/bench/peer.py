@@ -44,6 +44,8 @@ def bench(experiment: Experiment, workdir: Path, name: str) -> None:
     figures: dict[str, Any] = {"device": jax.devices()[0].device_kind, "devices": jax.device_count(), "left_out": said}
     for sentence in said:
         say(sentence)
+    for _, stage, train in _tasks(experiment):
+        _task(experiment, stage, train)  # raises before minutes have passed
     for task, stage, train in _tasks(experiment):
         figures[task] = _measured(experiment, _works(experiment, stage, train), experiment.stages[stage].rows, task)
         run.add_results(workdir, "bench_peer", figures, {})  # each may take minutes
@@ -96,9 +98,9 @@ def _task(experiment: Experiment, name: str, train: bool) -> videomae.Task:
     if set(spec.objectives) not in ({"masked"}, {"classify"}):
         raise UserError(f"config.stages.{name} has the objectives {', '.join(spec.objectives)}, and VideoMAE knows 'masked' and "
                         "'classify': give each stage one of these.")
-    if experiment.particles.policy != "grid" or spec.particles:
-        raise UserError("config.particles is cut in another way than VideoMAE's: leave the policy 'grid', and each stage's own "
-                        "particles empty.")
+    if experiment.particles.policy != "grid" or spec.data or spec.particles or spec.model:
+        raise UserError(f"config.stages.{name} is other work than VideoMAE's: leave config.particles.policy 'grid', and the "
+                        "stage's own data, particles and model empty.")
     return videomae.Task((data.frames, data.size, data.size), experiment.particles.base, spec.rows, len(_CLASSES),
                          spec.objectives.get("masked"), train)
 
