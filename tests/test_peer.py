@@ -18,7 +18,8 @@ from particlejax.typing import UserError
 
 @pytest.fixture(scope="module")
 def experiment() -> Experiment:
-    return Experiment.of(files.load("experiments/bench/peer.py:tiny").to_dict())
+    config = files.load("experiments/bench/peer.py:tiny").to_dict()
+    return Experiment.of(config | {"order": ("pretrain", "finetune")})
 
 
 def test_the_peer_and_ours_count_the_same_products(experiment: Experiment) -> None:

@@ -36,7 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
                                 objectives={"masked": {"mask": "tube", "keep": 0.1, "predict": 0.9}}),
             "finetune": section(StageSpec, steps=100, rows=8, optim=optim, objectives={"classify": {}}),
         },
-        order=("pretrain", "finetune"),
+        order=("finetune",) if tiny else ("pretrain", "finetune"),
         bench=(section(BenchSpec, repetitions=1, clips=8, dtypes=("float32",)) if tiny
                else section(BenchSpec, repetitions=5, clips=8)),
     ))
