@@ -235,6 +235,15 @@ def test_scaling_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytes
         plan.devices_of("here:9")
 
 
+def test_a_compiler_of_another_version_gets_a_sentence() -> None:
+    class Unreadable:
+        def as_text(self) -> str:
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+    with pytest.raises(UserError, match=f"pip install 'jax\\[tpu\\]=={jax.__version__}'"):
+        plan._text(Unreadable())
+
+
 def test_without_the_compiler_one_sentence_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "libtpu" else find(name, *more))

@@ -188,7 +188,7 @@ def _held(part: Any) -> int:
 
 
 def _measured(compiled: jax.stages.Compiled, known: dict[str, Any], mesh: Mesh, chip: chips.Chip | None) -> dict[str, Any]:
-    memory, cost = compiled.memory_analysis(), hlo.cost(compiled.as_text(), dict(mesh.shape))
+    memory, cost = compiled.memory_analysis(), hlo.cost(_text(compiled), dict(mesh.shape))
     whole = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
     sent = sum(each.sent for each in cost.collectives)
     found = {"bytes": known["bytes"] | {"arguments": memory.argument_size_in_bytes, "temporary": memory.temp_size_in_bytes,
@@ -196,6 +196,14 @@ def _measured(compiled: jax.stages.Compiled, known: dict[str, Any], mesh: Mesh, 
              "collectives": [each._asdict() for each in cost.collectives], "loops_counted_once": cost.endless,
              "fits": not (chip and chip.memory) or whole <= chip.memory}
     return found | {"estimates": estimates(known["flops"], cost, chip)} if chip else found
+
+
+def _text(compiled: jax.stages.Compiled) -> str:
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"JAX {jax.__version__} cannot read what this libtpu compiled: run `pip install 'jax[tpu]=={jax.__version__}'`, "
+                        "which brings the one that it knows.") from error
 
 
 def estimates(operations: float, cost: hlo.Cost, chip: chips.Chip) -> dict[str, Any]:
