@@ -202,8 +202,8 @@ def _text(compiled: jax.stages.Compiled) -> str:
     try:
         return compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"JAX {jax.__version__} cannot read what this libtpu compiled: run `pip install 'jax[tpu]=={jax.__version__}'`, "
-                        "which brings the one that it knows.") from error
+        raise UserError(f"JAX {jax.__version__} cannot read what this libtpu compiled: run `pip install "
+                        f"'jax[tpu]=={jax.__version__}'`, which brings the one that it knows.") from error
 
 
 def estimates(operations: float, cost: hlo.Cost, chip: chips.Chip) -> dict[str, Any]:
