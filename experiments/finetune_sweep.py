@@ -20,7 +20,8 @@ from ml_collections import ConfigDict
 from particlejax.spec import SweepSpec, arguments, section
 
 HERE = Path(__file__).parent
-WAYS = {"linear": 3e-3, "bitfit": 3e-3, "lora": 2e-3, "adapter": 2e-3, "prefix": 5e-3, "ia3": 5e-3, "full": 1e-3}  # learning rates
+WAYS = {"linear": 3e-3, "bitfit": 3e-3, "lora": 2e-3, "adapter": 2e-3, "prefix": 5e-3, "prompt": 5e-3, "prompt_deep": 5e-3,
+        "ia3": 5e-3, "full": 1e-3}  # learning rates
 
 
 def finetune(**more: Any) -> dict[str, Any]:

@@ -2,10 +2,25 @@
 """What an experiment may say about the model and about the objectives that train it."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from particlejax import tunespec
 from particlejax.fields import at_least, between, interval, one_of
 from particlejax.typing import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class StemSpec:
+    """A published 3D CNN between the pixels of each vision particle, which are a sub-clip, and its token.
+
+    It trains like the rest; `tune.freeze='payload_vision/network'` keeps it as it came. Its batch normalisation is by the
+    statistics that the weights brought, in training too.
+    """
+
+    network: str = ""  # c3d, i3d, i3d_r50, x3d_xs to x3d_l (models/variants.py); '': a Dense layer reads the pixels
+    endpoint: str = ""  # feature map whose mean becomes the token; '': the network's last
+    weights: str = ""  # of a stage that starts afresh: a file, or the --workdir of import_weights; '': a package's; or 'random'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +41,7 @@ class ModelSpec:
     latents: int = at_least(4, 1)  # per clip, that carry what crosses in bottleneck (arXiv:2107.00135)
     separate: bool = False  # blocks of their own for each modality
     modality_dropout: float = between(0.0, 0, 1)  # probability that training hides a modality of a clip, never all
+    stem: StemSpec = StemSpec()  # what reads the pixels of vision
     dropout: float = 0.0
     drop_path: float = 0.0  # stochastic depth of the last block, linear from 0 (arXiv:1603.09382)
     reduce: str = one_of("drop", "merge")  # what becomes of tokens after the blocks `reduce_after` (nn/reduce.py)
@@ -76,6 +92,18 @@ class ClassifySpec:
 @dataclasses.dataclass(frozen=True)
 class LatentSpec(HiddenSpec):
     """Masked prediction of a teacher's features; the teacher is the stage's average, so `ema` is above 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DistilSpec:
+    """What a published network says of sub-clips (job features), predicted from what the encoder sees of `modality`."""
+
+    weight: float = 1.0
+    modality: str = "vision"
+    teacher: str = "features"  # modality that holds the answers; the encoder never sees it
+    mask: str = one_of("random", "tube", "motion", "adaptive")  # hidden more often is what changes most; what says least
+    keep: float = between(0.5, 0.01, 1)  # share of the particles that the encoder sees
+    loss: str = one_of("smooth", "cosine")  # smooth L1, as masked video distillation has it, or the angle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +213,8 @@ class TraceSpec:
 
 
 OBJECTIVES = {
-    "masked": MaskedSpec, "latent": LatentSpec, "next_frame": NextFrameSpec, "order": OrderSpec, "speed": SpeedSpec,
+    "masked": MaskedSpec, "latent": LatentSpec, "distil": DistilSpec, "next_frame": NextFrameSpec, "order": OrderSpec,
+    "speed": SpeedSpec,
     "arrow": ArrowSpec, "transform": TransformSpec, "sync": SyncSpec, "contrast": ContrastSpec, "match": MatchSpec,
     "words": WordsSpec, "visual_words": VisualWordsSpec, "align": AlignSpec, "trace": TraceSpec, "classify": ClassifySpec,
     "pseudo": tunespec.PseudoSpec,
@@ -209,3 +238,21 @@ def check_model(model: ModelSpec) -> None:
     if not least <= model.reduce_keep < 1 or not model.reduce_keep:
         raise UserError(f"config.model.reduce_keep={model.reduce_keep:g} must be below 1 and "
                         + ("at least 0.5, as tokens merge in pairs." if least else "above 0."))
+
+
+def check_stage(objectives: Mapping[str, Any], tune: tunespec.TuneSpec, model: ModelSpec, where: str) -> None:
+    """Raises UserError where what a stage learns, or which parameters it trains, contradicts the model."""
+    tunespec.check(tune, model.pool, where)
+    if tune.how in ("lora", "ia3", "adapter", "prefix", "prompt", "prompt_deep") and model.separate:
+        raise UserError(f"{where}.tune.how={tune.how!r} changes blocks that all modalities share: set model.separate=False, or "
+                        "tune.how to full, bitfit, probe or linear.")
+    if tune.how == "prompt" and (model.fusion != "early" or model.reduce_after):
+        raise UserError(f"{where}.tune.how is 'prompt', whose tokens go through all blocks with a clip's own: set model.fusion to "
+                        "'early' and leave model.reduce_after empty, or tune.how to 'prompt_deep'.")
+    if "distil" in objectives and model.fusion in ("late", "bottleneck"):
+        raise UserError(f"{where}.objectives.distil asks for a modality that the encoder does not see, and the decoder of fusion "
+                        f"{model.fusion!r} reads that alone: set model.fusion to 'early' or 'cross'.")
+    distil = objectives.get("distil")
+    if distil and distil.modality == distil.teacher:
+        raise UserError(f"{where}.objectives.distil would hide {distil.teacher!r} from an encoder that is to see it: name another "
+                        "modality.")

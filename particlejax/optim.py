@@ -31,13 +31,20 @@ def schedule(spec: OptimSpec, steps: int) -> optax.Schedule:
                                               spec.rate * spec.final)
 
 
-def build(spec: OptimSpec, steps: int, after: optax.GradientTransformation | None = None) -> optax.GradientTransformation:
-    """Clipping, then AdamW or SGD with decoupled weight decay, over `steps` steps; `after` has the last word."""
+def build(spec: OptimSpec, steps: int, after: optax.GradientTransformation | None = None, freeze: str = ""
+          ) -> optax.GradientTransformation:
+    """Clipping, then AdamW or SGD with decoupled weight decay, over `steps` steps; `after` has the last word.
+
+    freeze: regular expression of paths that it passes over, their gradients as they are; it keeps no moments of them.
+    """
     rate = schedule(spec, steps)
     clip = optax.clip_by_global_norm(spec.clip_norm) if spec.clip_norm else optax.identity()
     decay = optax.add_decayed_weights(spec.weight_decay, decay_mask)
     direction = optax.trace(spec.momentum) if spec.name == "sgd" else optax.scale_by_adam(spec.b1, spec.b2)
-    return optax.chain(clip, direction, decay, optax.scale_by_learning_rate(rate), *([after] if after else []))
+    chain = optax.chain(clip, direction, decay, optax.scale_by_learning_rate(rate), *([after] if after else []))
+    if not freeze:
+        return chain
+    return optax.masked(chain, lambda params: tree.map_named(lambda name, _: not re.search(freeze, name), params))
 
 
 def layered(tune: TuneSpec, depth: int, steps: int) -> optax.GradientTransformation | None:

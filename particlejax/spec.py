@@ -11,7 +11,7 @@ from typing import Any
 
 from particlejax import tunespec
 from particlejax.fields import arguments, as_dict, at_least, between, interval, make, named, one_of, section, unknown_key
-from particlejax.modelspec import OBJECTIVES, ModelSpec, check_model
+from particlejax.modelspec import OBJECTIVES, ModelSpec, check_model, check_stage
 from particlejax.typing import UserError
 
 __all__ = ("arguments", "as_dict", "make", "one_of", "section", "unknown_key")  # what experiment files are written with
@@ -371,10 +371,7 @@ def check(experiment: Experiment) -> Experiment:
         if "latent" in stage.objectives and (not stage.ema or experiment.model_of(stage).reduce_after):
             raise UserError(f"{where}.objectives.latent learns from the average of the parameters, slot by slot: set {where}.ema, "
                             "such as to 0.99, and leave model.reduce_after empty.")
-        tunespec.check(stage.tune, experiment.model_of(stage).pool, where)
-        if stage.tune.how in ("lora", "ia3", "adapter", "prefix") and experiment.model_of(stage).separate:
-            raise UserError(f"{where}.tune.how={stage.tune.how!r} changes blocks that all modalities share: set "
-                            "model.separate=False, or tune.how to full, bitfit, probe or linear.")
+        check_stage(stage.objectives, stage.tune, experiment.model_of(stage), where)
     if experiment.checkpoint.keep < 2:
         raise UserError(f"config.checkpoint.keep={experiment.checkpoint.keep} would leave no whole checkpoint while the "
                         "next is written: use 2 or more.")

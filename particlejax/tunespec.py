@@ -12,15 +12,17 @@ class TuneSpec:
     """Which parameters train. What stands outside the encoder (head, pool, decoder) always does.
 
     linear: that alone. probe: that, with attention pooling. bitfit: and the encoder's biases (arXiv:2106.10199). lora
-    (arXiv:2106.09685), ia3 (arXiv:2205.05638), adapter (arXiv:1902.00751), prefix (arXiv:2101.00190): and new parameters.
+    (arXiv:2106.09685), ia3 (arXiv:2205.05638), adapter (arXiv:1902.00751), prefix (arXiv:2101.00190), prompt (tokens at the input,
+    VPT-shallow of arXiv:2203.12119), prompt_deep (at every block's, VPT-deep): and new parameters.
     """
 
-    how: str = one_of("full", "linear", "probe", "bitfit", "lora", "adapter", "prefix", "ia3")
+    how: str = one_of("full", "linear", "probe", "bitfit", "lora", "adapter", "prefix", "ia3", "prompt", "prompt_deep")
     also: str = ""  # regular expression of paths that train as well, such as 'norm/' or 'encoder/modality'; '': none
+    freeze: str = ""  # regular expression of paths that do not train whatever `how` says, such as 'payload_vision/network'
     rank: int = at_least(8, 1)  # of lora
     alpha: float = at_least(16.0, 0)  # of lora: its product counts alpha / rank
     targets: str = r"attention/(query|value)/kernel$"  # regular expression of the encoder's kernels that lora changes
-    size: int = at_least(16, 1)  # hidden width of an adapter; number of prefix vectors
+    size: int = at_least(16, 1)  # hidden width of an adapter; number of prefix vectors or prompts
     layer_decay: float = between(1.0, 0.01, 1)  # learning rate of a block over that of the next one above (arXiv:2106.08254)
     unfreeze: float = between(0.0, 0, 1)  # share of the steps in which blocks begin to train, from the top (arXiv:1801.06146)
 

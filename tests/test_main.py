@@ -120,10 +120,11 @@ def test_every_experiment_file_runs_shrunk(name: str, quickstart: Path, clips_fo
             "soup.py": [*cache, f"--config.runs=('{quickstart}',)"], "recognise.py": video, "plan.py": [], "bench/scaling.py": [],
             "features.py": [f"--config.cache_dir={cache_dir}"],
             "finetune_features.py": [*cache, f"--config.data.features.folder={tmp_path / 'kept'}"],
+            "pretrain/distil.py": [*cache, f"--config.data.features.folder={tmp_path / 'kept'}"],
             "probe_backbone.py": [f"--config.cache_dir={cache_dir}"],
             "probe.py": [f"--config.cache_dir={cache_dir}", f"--config.run={quickstart}:pretrain"],
             "finetune_sweep.py": [*cache, f"--config.init={quickstart}:pretrain"]}
-    if name == "finetune_features.py":  # which reads what another job wrote
+    if name in ("finetune_features.py", "pretrain/distil.py"):  # which reads what another job wrote
         kept = str(tmp_path / "kept")
         assert run(capfd, "--config=experiments/features.py:tiny", "--workdir", kept, *more["features.py"])[0] == 0
     code, said = run(capfd, "--config", f"experiments/{name}:tiny", "--workdir", str(tmp_path / "run"),

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from particlejax import losses, masks, tree
 from particlejax.models import model as models
 from particlejax.modelspec import OBJECTIVES, ModelSpec
-from particlejax.objectives import masked, objectives, pairs
+from particlejax.objectives import distil, masked, objectives, pairs
 from particlejax.objectives import words as hidden_words
 from particlejax.objectives.types import TEACHER
 from particlejax.particles import cut, pack, policies
@@ -31,7 +31,8 @@ from particlejax.typing import UserError
 MODEL = ModelSpec(width=32, depth=2, heads=2, mlp=2, decoder_width=32, decoder_depth=1, decoder_heads=1, embedding=16,
                   unroll=False)  # compiles sooner
 BASES = {"vision": (2, 4, 4), "audio": (2, 2, 1), "series": (2, 1, 1)}
-SLOTS = {"audio": pack.Slots(12, 4), "series": pack.Slots(6, 4), "text": pack.Slots(6, 1, "int32"), "vision": pack.Slots(24, 96)}
+SLOTS = {"audio": pack.Slots(12, 4), "features": pack.Slots(6, 5), "series": pack.Slots(6, 4),
+         "text": pack.Slots(6, 1, "int32"), "vision": pack.Slots(24, 96)}
 CLASSES, WORDS, ROWS = 4, 20, 8
 
 
@@ -55,6 +56,8 @@ class Case:
 CASES = {
     "masked": Case(dict(keep=0.5, predict=0.5, mask="random"), floor=0.97),
     "latent": Case(dict(keep=0.5, predict=0.5, mask="motion")),
+    # Noise of deviation one: a mean smooth L1 of 0.42 for who answers nothing.
+    "distil": Case(dict(keep=0.7), ("features", "vision"), 0.4, dead=("decoder/payload_vision",)),
     "next_frame": Case(floor=0.97),
     "order": Case(floor=0.9 * math.log(6), steps=200, rate=2e-3),
     "speed": Case(floor=0.9 * math.log(2)),
@@ -96,6 +99,11 @@ def clip(i: int, modalities: tuple[str, ...], policy: str = "grid", frames: int 
         values = np.stack([2.0 * (np.arange(frames) // 2 == 1 + i % 4), np.full(frames, 0.5 * (i % CLASSES))], axis=-1)
         base = BASES["series"]
         made["series"] = cut.cut(values[:, None, None].astype(np.float32), times, cut.Tube(base, base), base)
+    if "features" in modalities:  # of sub-clips of a second: how bright each fifth of its columns is
+        seen = video(i, frames).reshape(frames // 2, 2, 8, 8, 3).mean(axis=(1, 2, 4))[:, :5]
+        middle = np.stack([times[1::2], 0.5 + 0 * times[::2], 0.5 + 0 * times[::2]], axis=-1)
+        made["features"] = Particles(seen.astype(np.float32), middle, np.full((frames // 2, 3), 1, np.float32),
+                                     np.ones(frames // 2, np.int32))
     if "text" in modalities:
         row = np.stack([np.full(6, 3.0), (np.arange(6) + 0.5) / 6, np.full(6, 0.5)], axis=-1).astype(np.float32)
         ids = (2 + 4 * (np.arange(6) % 4) + i % 4).astype(np.int32)
@@ -267,6 +275,30 @@ def test_the_teacher_is_not_taught_and_its_features_do_not_leak() -> None:
     assert value != jax.jit(loss)(params, params, vision.payload), "the teacher's parameters count"
 
 
+@pytest.mark.parametrize("loss", ["smooth", "cosine"])
+def test_the_encoder_never_sees_what_it_is_to_say(loss: str) -> None:
+    """The teacher's features are the answer and nothing else; the share of the clip that is hidden counts for nothing."""
+    objective, model = setup("distil", loss=loss)
+    params, batch = trained("distil")[0], make_batch(("features", "vision"))
+
+    def answer(payloads: dict[str, jax.Array]) -> jax.Array:
+        new = {name: dataclasses.replace(p, payload=payloads[name]) for name, p in batch.particles.items()}
+        seen = {name: p for name, p in new.items() if name != "features"}
+        shown = {**seen, "vision": distil.visible(make(OBJECTIVES["distil"], CASES["distil"].spec, ""), model, seen["vision"],
+                                                  jax.random.key(0))}
+        whole = dataclasses.replace(batch, particles=new)
+        asked = masked.ask(params, model, shown, whole.particles["features"], "features", whole, None)
+        return jnp.sin(asked).sum()
+
+    payloads = {name: p.payload for name, p in batch.particles.items()}
+    grads = jax.jit(jax.grad(answer))(payloads)
+    assert (grads["features"] == 0).all()
+    assert ((jnp.abs(grads["vision"]).sum(-1) > 0).sum(axis=1) == round(0.7 * 24)).all()
+    assert "payload_features" not in params["encoder"] and params["encoder"]["modality"]["token"].shape[0] == 1, "it fits without"
+    value, metrics = jax.jit(lambda b: objective(params, model, b, jax.random.key(0), False))(batch)
+    assert value == metrics["loss"] and (loss == "smooth" or abs(value + metrics["cosine"] - 1) < 1e-5)
+
+
 @pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
 def test_contrast_over_eight_devices_equals_one(loss: str) -> None:
     objective, model = setup("contrast", loss=loss)
@@ -312,6 +344,9 @@ def test_contrast_losses_against_hand_computation() -> None:
 def test_settings_that_cannot_be_are_refused() -> None:
     with pytest.raises(UserError, match="add it there"):
         objectives.check({"words": OBJECTIVES["words"]()}, {"vision": None})
+    stage = {"steps": 1, "objectives": {"distil": {}}}
+    with pytest.raises(UserError, match="set model.fusion to 'early' or 'cross'"):
+        Experiment.of({"stages": {"one": stage}, "model": {"fusion": "late"}})
     with pytest.raises(UserError, match="set config.stages.one.ema"):
         Experiment.of({"stages": {"one": {"steps": 1, "objectives": {"latent": {}}}}})
 

@@ -22,6 +22,7 @@ from particlejax.jobspec import ImportSpec, RecogniseSpec
 from particlejax.models import backbones
 from particlejax.nn import video_vit, vit
 from particlejax.spec import MeshSpec
+from particlejax.train import published
 from particlejax.typing import Params, UserError
 
 FIXTURE = json.loads((make_fixtures.FOLDER / "transformers_tiny.json").read_text())
@@ -334,7 +335,7 @@ def test_import_and_export_by_command(tmp_path: Path, capfd: pytest.CaptureFixtu
 
 def test_a_sentence_encoder_without_a_head_is_imported(tmp_path: Path) -> None:
     formats.write(tmp_path / "bert.npz", weights("bert_tiny"))
-    backbone, params, _, report = import_weights.read(str(tmp_path / "bert.npz"), "bert_tiny")
+    backbone, params, _, report = published.read(str(tmp_path / "bert.npz"), "bert_tiny")
     assert not report.missing and backbone.spec.kind == "bert"
     import_weights.import_weights(ImportSpec(source=str(tmp_path / "bert.npz"), model="bert_tiny"), tmp_path, "")
     assert "bert_tiny, no classes, takes 12 int32 and 12 int32" in (tmp_path / "report.md").read_text()
@@ -356,7 +357,7 @@ def test_minilm_knows_what_actions_are_called() -> None:
         pytest.skip(str(error))
     from tokenizers import Tokenizer
 
-    backbone, params, _, report = import_weights.read(str(path), "minilm")
+    backbone, params, _, report = published.read(str(path), "minilm")
     assert not report.missing and report.unused in ([], ["embeddings.position_ids"])
     back, want = names.export_params(params, names.names_of("bert", params), report), formats.read(path)
     assert all(np.array_equal(back[key], want[key]) for key in back) and set(want) - set(back) == set(report.unused)

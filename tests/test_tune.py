@@ -22,6 +22,7 @@ from particlejax.adapt import load, peft, tune
 from particlejax.data import pipeline, sources
 from particlejax.models import model as models
 from particlejax.modelspec import ClassifySpec, ModelSpec
+from particlejax.nn import attention, transformer
 from particlejax.objectives import objectives
 from particlejax.particles import pack, policies
 from particlejax.particles.types import Batch
@@ -42,6 +43,8 @@ SPECS = {
     "lora": (TuneSpec("lora", rank=2, targets="kernel$"), N * (4 * (D * 2 + 2 * D) + 2 * (D * 2 + 2 * F))),
     "ia3": (TuneSpec("ia3"), N * (2 * D + F)),
     "adapter": (TuneSpec("adapter", size=3), N * 2 * (D * 3 + 3 + 3 * D + D)),
+    "prompt": (TuneSpec("prompt", size=3), 3 * D),
+    "prompt_deep": (TuneSpec("prompt_deep", size=3), N * 3 * D),
     "prefix": (TuneSpec("prefix", size=3, also="norm/(scale|bias)$"), N * 2 * 3 * D + N * 4 * D + 2 * D),
 }
 
@@ -71,7 +74,7 @@ def logits_of(clips: int) -> Any:
     model, _ = base()
 
     def logits(params: dict, particles: Any) -> jax.Array:
-        return model.apply(params, "classify", model.apply(params, "encode", particles)[0], clips)
+        return model.apply(params, "classify", model.apply(params, "encode", particles, clips)[0], clips)
 
     return jax.jit(logits)
 
@@ -143,7 +146,7 @@ def test_exactly_what_trains_changes(name: str) -> None:
 def test_it_begins_as_the_base(name: str) -> None:
     before, _, spec = tuned(name)
     same = np.array_equal(logits(whole(before, spec)), logits(base()[1]))
-    assert same == (name != "prefix"), "a prefix is read from the start"
+    assert same == (name not in ("prefix", "prompt", "prompt_deep")), "these are read from the start"
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -174,7 +177,7 @@ def write(folder: Path, state: Any, data: dict, step: int = 0) -> None:
     kept.close()
 
 
-@pytest.mark.parametrize("name", ["adapter", "prefix"])
+@pytest.mark.parametrize("name", ["adapter", "prefix", "prompt", "prompt_deep"])
 def test_packed_rows_stay_their_clips_own(name: str) -> None:
     _, after, spec = tuned(name)
     params, each = whole(after, spec), batch().particles["vision"]
@@ -211,6 +214,42 @@ def test_ia3_is_a_factor_of_what_flows() -> None:
             np.testing.assert_allclose(merged[f"{peft.BLOCKS}{part}/{leaf}"], 1.5 * flat[f"{peft.BLOCKS}{part}/{leaf}"])
     np.testing.assert_allclose(merged[f"{peft.BLOCKS}mlp/down/kernel"], 1.5 * flat[f"{peft.BLOCKS}mlp/down/kernel"])
     assert merged[f"{peft.BLOCKS}mlp/down/bias"] is flat[f"{peft.BLOCKS}mlp/down/bias"]
+
+
+def test_deep_prompts_are_tokens_that_every_block_has_of_its_own() -> None:
+    """One block over prompts and tokens, the prompts' outputs left out, and the block that reads what the merge makes of them."""
+    block = transformer.Block(D, 2, F, attention.Style(near=False, qk_norm=True))
+    rng = np.random.default_rng(0)
+    x, token = (rng.normal(size=(n, 5, D)).astype(np.float32) for n in (2, 1))
+
+    def where(queries: int, keys: int) -> attention.Between:
+        return attention.Between(jnp.zeros((2, queries, 3)), jnp.zeros((2, keys, 3)), jnp.ones((2, queries, keys), bool))
+
+    params = block.init(jax.random.key(0), x, where(5, 5))["params"]
+    params = tree.map_named(lambda name, leaf: leaf + 0.3 * jax.random.normal(jax.random.key(len(name)), leaf.shape), params)
+    stacked = {peft.BLOCKS + name: leaf[None] for name, leaf in tree.flatten(params).items()}
+    merged = peft.prompt_deep_merge(stacked, {peft.TUNED + "prompt/token": token}, TuneSpec("prompt_deep"))
+    prefix = {name.removeprefix(peft.TUNED): leaf[0] for name, leaf in merged.items() if name.startswith(peft.TUNED)}
+    assert set(prefix) == {"attention/prefix/key", "attention/prefix/value"}
+    found = block.apply({"params": tree.nest({**tree.flatten(params), **prefix})}, x, where(5, 5))
+    both = np.concatenate([np.repeat(token, 2, axis=0), x], axis=1)
+    np.testing.assert_allclose(found, block.apply({"params": params}, both, where(10, 10))[:, 5:], atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", ["attention", "token"])
+def test_prompts_leave_the_particles_their_places(pool: str) -> None:
+    """As many tokens as before, in their order, however a clip is pooled; and what a block says is said of particles alone."""
+    model = models.build(dataclasses.replace(MODEL, pool=pool), {"vision": models.Payload(96)}, classes=C)
+    params = jax.jit(model.init)(jax.random.key(0), batch())
+    merged = {**params, "encoder": {**params["encoder"], "prompts": {"token": jnp.ones((3, D))}}}
+    encode = jax.jit(lambda p: model.apply(p, "encode", batch().particles, 1))
+    (before, _), (after, outputs) = encode(params), encode(merged)
+    assert after.x.shape == before.x.shape and outputs["blocks"][0].shape == (N, 8, 8, D)
+    np.testing.assert_array_equal(after.place, before.place)
+    np.testing.assert_array_equal(after.segment, before.segment)
+    assert np.abs(after.x - before.x).max() > 1e-3
+    if pool == "token":
+        assert after.whole.shape == before.whole.shape and np.abs(after.whole - before.whole).max() > 1e-3
 
 
 def test_layers_train_at_their_rate_from_their_time_on() -> None:
@@ -309,7 +348,7 @@ def test_merged_it_is_a_run_that_says_the_same(grounds: Path, cache_dir: str, tm
     assert len(adapters) == 8 and all(np.abs(leaf).max() > 0 for leaf in adapters.values())
     plain = tree.nest({path: leaf for path, leaf in tree.flatten(run.load_trained(str(moved), mesh, {})[1]).items()
                        if path not in adapters})
-    with pytest.raises(UserError, match="has adapters or prefixes in its blocks, which this model would leave out"):
+    with pytest.raises(UserError, match="has adapters, prefixes or prompts in its encoder, which this model would leave out"):
         load.from_checkpoint(plain, run.checkpoint_folder(tmp_path / "s/model", "finetune"))
 
 
@@ -317,6 +356,8 @@ def test_merged_it_is_a_run_that_says_the_same(grounds: Path, cache_dir: str, tm
     (["tune.how=probe"], "set config.model.pool to 'attention'"),
     (["tune.how=lora"], "would freeze random parameters: name a run"),
     (["tune.how=loro"], "choose one of full, linear"),
+    (["tune.freeze=payload_visoin"], "tune.freeze='payload_visoin' names no parameter"),
+    (["tune.how=prompt", "model={'fusion': 'late'}"], "tune.how to 'prompt_deep'"),
 ])
 def test_what_cannot_be_tuned_is_refused(changes: list[str], sentence: str, cache_dir: str, tmp_path: Path,
                                          capfd: pytest.CaptureFixture) -> None:

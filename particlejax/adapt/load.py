@@ -68,9 +68,9 @@ def _plain(params: Params, folder: Path, step: int | None) -> tuple[Params, str]
     found, shapes = checkpoint.load_subtree(folder, want, _BRANCHES, step)
     fresh = [name for name in want if name not in found]
     _refuse(fresh, want, shapes, folder)
-    if any(name.startswith(peft.TUNED) and name not in want for name in shapes):
-        raise UserError(f"checkpoint {folder} has adapters or prefixes in its blocks, which this model would leave out: give "
-                        "config.stages.*.tune.how what that run had.")
+    if any(name.startswith((peft.TUNED, peft.PROMPTS)) and name not in want for name in shapes):
+        raise UserError(f"checkpoint {folder} has adapters, prefixes or prompts in its encoder, which this model would leave out: "
+                        "give config.stages.*.tune.how what that run had.")
     unused = sorted({name.split("/")[0] for name in shapes if name not in found})
     merged = tree.map_named(lambda name, leaf: found.get(name, leaf), params)
     return merged, _sentence(folder, found, fresh, unused)

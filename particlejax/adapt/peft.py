@@ -20,6 +20,9 @@ from particlejax.typing import UserError
 Flat = Mapping[str, Array]
 BLOCKS = "encoder/transformer/blocks/"
 TUNED = "encoder/transformer/tuned/"  # where nn/transformer.py looks for what its blocks may have besides
+PROMPTS = "encoder/prompts/"  # where models/model.py looks for tokens that every clip has besides its own
+_DEEP = f"{TUNED}prompt/token"
+_EPSILON = 1e-6  # of linen's norms
 _STD = 0.02  # of new vectors, as of the model's own
 
 
@@ -114,6 +117,38 @@ def prefix_init(key: Array, base: Flat, spec: TuneSpec) -> dict[str, Array]:
             for name, each in keys}
 
 
+def prompt_init(key: Array, base: Flat, spec: TuneSpec) -> dict[str, Array]:
+    """Tokens [Z, D] that go through the blocks with those of every clip."""
+    width = base[f"{BLOCKS}mlp/down/bias"].shape[-1]
+    return {f"{PROMPTS}token": jax.random.normal(key, (spec.size, width)) * _STD}
+
+
+def prompt_deep_init(key: Array, base: Flat, spec: TuneSpec) -> dict[str, Array]:
+    """Tokens [N, Z, D], of every block its own."""
+    return {_DEEP: jax.random.normal(key, (*base[f"{BLOCKS}mlp/down/bias"].shape[:1], spec.size,
+                                           base[f"{BLOCKS}mlp/down/bias"].shape[1])) * _STD}
+
+
+def prompt_deep_merge(base: Flat, extra: Flat, spec: TuneSpec) -> dict[str, Array]:
+    """What a block's tokens read of its prompts: as their outputs give way to the next block's, keys and values are all of it."""
+    del spec
+    norm = _normed(extra[_DEEP]) * base[f"{BLOCKS}attention_norm/scale"][:, None] + base[f"{BLOCKS}attention_norm/bias"][:, None]
+    merged = dict(base)
+    for name in ("key", "value"):
+        kernel, bias = (base[f"{BLOCKS}attention/{name}/{leaf}"] for leaf in ("kernel", "bias"))
+        merged[f"{TUNED}attention/prefix/{name}"] = jnp.einsum("nzd,ndhk->nzhk", norm, kernel) + bias[:, None]
+    if f"{BLOCKS}attention/key_norm/scale" in base:
+        key = merged[f"{TUNED}attention/prefix/key"]
+        root = jnp.sqrt(jnp.mean(jnp.square(key), axis=-1, keepdims=True) + _EPSILON)
+        merged[f"{TUNED}attention/prefix/key"] = key / root * base[f"{BLOCKS}attention/key_norm/scale"][:, None, None]
+    return merged
+
+
+def _normed(x_NZD: Array) -> Array:
+    """With mean 0 and variance 1, as linen's LayerNorm has it."""
+    return (x_NZD - x_NZD.mean(axis=-1, keepdims=True)) * jax.lax.rsqrt(x_NZD.var(axis=-1, keepdims=True) + _EPSILON)
+
+
 _TASK = r"^(?!encoder/)"
 TABLE: dict[str, Method] = {
     "full": Method("", no_init, beside),
@@ -124,4 +159,6 @@ TABLE: dict[str, Method] = {
     "ia3": Method(_TASK, ia3_init, ia3_merge),
     "adapter": Method(_TASK, adapter_init, beside),
     "prefix": Method(_TASK, prefix_init, beside),
+    "prompt": Method(_TASK, prompt_init, beside),
+    "prompt_deep": Method(_TASK, prompt_deep_init, prompt_deep_merge),
 }

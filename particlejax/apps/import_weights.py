@@ -14,13 +14,12 @@ from particlejax.adapt import formats, names, packages
 from particlejax.apps.report import table
 from particlejax.jobspec import ImportSpec
 from particlejax.models import backbones
-from particlejax.train import run
+from particlejax.train import published, run
 from particlejax.train.log import say
 from particlejax.typing import Params, UserError
 
 STAGE = "import"  # of the checkpoint
 _MOST = 30  # names of a list in the report
-_AS_PUBLISHED = ImportSpec()
 
 
 def import_weights(spec: ImportSpec, workdir: Path, name: str) -> None:
@@ -29,7 +28,7 @@ def import_weights(spec: ImportSpec, workdir: Path, name: str) -> None:
     if not spec.model:
         raise UserError("config.source or config.model is empty: add --config.source=PATH --config.model=NAME.")
     spec = dataclasses.replace(spec, source=spec.source or str(packages.find(spec.model, "source")))
-    backbone, params, known, report = read(spec.source, spec.model, spec)
+    backbone, params, known, report = published.read(spec.source, spec.model, spec)
     if report.missing:
         params = _filled(backbone, params, spec.seed)
     classes = getattr(backbone.spec.net, "classes", 0)
@@ -48,29 +47,6 @@ def import_weights(spec: ImportSpec, workdir: Path, name: str) -> None:
     path.write_text("\n".join(_lines(spec, backbone, figures)), encoding="utf-8")
     say(_sentence(report))
     say(f"report: {path}")
-
-
-def read(source: str, model: str, spec: ImportSpec = _AS_PUBLISHED
-         ) -> tuple[backbones.Backbone, Params, names.Names, names.Report]:
-    """A backbone with the parameters of a file or folder; those that it does not have are only their shapes.
-
-    spec: classes, sizes and grid, as published where none are named. Raises UserError where the weights do not fit.
-    """
-    found = backbones.find(model)
-    arrays = formats.read(source)
-    backbone = backbones.build(found, spec.classes, spec.frames, spec.size)
-    shapes = backbones.parameter_shapes(backbone)
-    known = names.names_of(found.kind, shapes, backbones.grids(backbone))
-    classes = spec.classes or names.head_classes(arrays, known)
-    if classes != getattr(backbone.spec.net, "classes", 0):
-        backbone = backbones.build(found, classes, spec.frames, spec.size)
-        shapes = backbones.parameter_shapes(backbone)
-    params, report = names.import_params(shapes, arrays, known, spec.grid)
-    before = formats.said_beside(source)
-    report.cast.update(before.get("cast", {}))
-    report.counters.update(before.get("counters", {}))
-    report.renamed.update(before.get("renamed", {}))
-    return backbone, params, known, report
 
 
 def _filled(backbone: backbones.Backbone, params: Params, seed: int) -> Params:

@@ -17,14 +17,13 @@ from sklearn.preprocessing import StandardScaler
 
 from particlejax import tree
 from particlejax.adapt import packages
-from particlejax.apps import import_weights
 from particlejax.apps.report import table
 from particlejax.data import clips, features, pipeline, sources
 from particlejax.data.decode import Unreadable
 from particlejax.jobspec import BackboneProbeSpec, FeaturesSpec
 from particlejax.models import backbones
 from particlejax.spec import DataSpec
-from particlejax.train import run
+from particlejax.train import published, run
 from particlejax.train.log import Progress, say
 from particlejax.train.scores import scores
 from particlejax.typing import Params, UserError
@@ -80,7 +79,7 @@ def load(spec: BackboneProbeSpec | FeaturesSpec) -> Frozen:
         params = jax.jit(backbone.init)(jax.random.key(0))
     else:
         path = spec.weights or str(packages.find(spec.model, "weights"))
-        backbone, params, _, report = import_weights.read(path, spec.model)
+        backbone, params, _, report = published.read(path, spec.model)
         lacking = [name for name in report.missing if not name.startswith("head")]
         if lacking:
             raise UserError(f"{path} lacks {len(lacking)} parameters of {spec.model} ({lacking[0]}, ...): name the model that "

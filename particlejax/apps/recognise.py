@@ -14,13 +14,13 @@ import numpy as np
 
 from particlejax import tree
 from particlejax.adapt import packages
-from particlejax.apps import import_weights, pictures
+from particlejax.apps import pictures
 from particlejax.apps.report import table
 from particlejax.data.decode import Unreadable, Video
 from particlejax.data.folder import VIDEO_SUFFIXES
 from particlejax.jobspec import RecogniseSpec
 from particlejax.models import backbones
-from particlejax.train import run
+from particlejax.train import published, run
 from particlejax.train.log import Progress, say
 from particlejax.typing import Params, UserError
 
@@ -88,7 +88,7 @@ def load(spec: RecogniseSpec) -> Recogniser:
         params = jax.jit(backbone.init)(jax.random.key(0))
         return Recogniser(backbone, params, _labels(spec, None, params))
     path = find_weights(spec)
-    backbone, params, _, report = import_weights.read(str(path), spec.model)
+    backbone, params, _, report = published.read(str(path), spec.model)
     if report.missing:
         raise UserError(f"{path} lacks {len(report.missing)} parameters of {spec.model} ({report.missing[0]}, ...): "
                         "name the model that they are of with config.model, or other weights with config.weights.")

@@ -56,7 +56,7 @@ def build(spec: BackboneSpec, classes: int = 0, frames: int = 0, size: int = 0) 
         inputs = [jax.ShapeDtypeStruct((1, *shape), dtype) for shape, dtype in spec.examples]
         if spec.inputs:  # a Transformer's parameters are stacked, and so few
             return net.init(key, *(jnp.zeros(each.shape, each.dtype) for each in inputs))["params"]
-        return _drawn(key, jax.eval_shape(net.init, key, *inputs)["params"])
+        return drawn(key, jax.eval_shape(net.init, key, *inputs)["params"])
 
     def apply(params: Params, *inputs: Array) -> tuple[Array, dict[str, Array]]:
         return net.apply({"params": params}, *inputs)
@@ -69,7 +69,7 @@ def grids(backbone: Backbone) -> Grids:
     return getattr(backbone.spec.net, "grids", {})
 
 
-def _drawn(key: Array, shapes: Any) -> Params:
+def drawn(key: Array, shapes: Any) -> Params:
     """Kernels by He's rule (arXiv:1502.01852), the head's small, scales and variances one, all else zero.
 
     One draw for all: linen's own, one for each kernel, takes XLA's CPU 100 seconds to compile for I3D.

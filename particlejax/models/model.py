@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from particlejax import losses
+from particlejax.models import stem
 from particlejax.modelspec import ModelSpec
 from particlejax.nn import attention, embed, fusion, heads, policy, reduce, transformer
 from particlejax.nn.dense import Dense
@@ -36,7 +37,8 @@ class Payload(NamedTuple):
 class Needs(NamedTuple):
     """What objectives want of a model besides the encoder: a decoder, a predictor of features, questions about a clip with
     as many answers each, the modalities that are compared ((): none), and questions about each particle. codebooks: of which
-    modalities, and of how many codes; traced: modalities whose every moment is told from the others.
+    modalities, and of how many codes; traced: modalities whose every moment is told from the others; unseen: modalities that
+    are asked for and never seen, which the encoder knows nothing of, so that it fits a stage without them.
     """
 
     decoder: bool = False
@@ -46,6 +48,7 @@ class Needs(NamedTuple):
     each: tuple[tuple[str, int], ...] = ()
     codebooks: tuple[tuple[str, int], ...] = ()
     traced: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = ()
 
 
 _ENCODER = Needs()  # that alone
@@ -63,7 +66,12 @@ class Model(NamedTuple):
 
 
 def build(spec: ModelSpec, payloads: Mapping[str, Payload], *, classes: int = 0, needs: Needs = _ENCODER) -> Model:
-    """The model of a spec for these modalities; with a classification head where classes > 0."""
+    """The model of a spec for these modalities; with a classification head where classes > 0.
+
+    Raises UserError where the stem cannot read the payloads.
+    """
+    if spec.stem.network:
+        stem.check(spec.stem, payloads[stem.VISION].base if stem.VISION in payloads else ())
     module = ParticleModel(spec, tuple(sorted(payloads.items())), classes, needs)
 
     def init(key: Array, batch: Batch) -> Params:
@@ -86,7 +94,7 @@ class ParticleModel(nn.Module):
 
     def setup(self) -> None:
         spec, dtype, needs = self.spec, policy.PRECISIONS[self.spec.dtype].compute, self.needs
-        self.encoder = Encoder(spec, self.payloads)
+        self.encoder = Encoder(spec, tuple(each for each in self.payloads if each[0] not in needs.unseen))
         if needs.decoder:
             self.decoder = Decoder(spec, self.payloads)
         if needs.predictor:
@@ -107,7 +115,8 @@ class ParticleModel(nn.Module):
     def __call__(self, batch: Batch) -> None:
         """Touches every parameter once, for `init`."""
         clips = batch.label.shape[1]
-        tokens, _ = self.encode(batch.particles, clips)
+        seen = {name: each for name, each in batch.particles.items() if name not in self.needs.unseen}
+        tokens, _ = self.encode(seen, clips)
         for part in ("decode", "predict"):
             if getattr(self.needs, {"decode": "decoder", "predict": "predictor"}[part]):
                 for name, particles in batch.particles.items():
@@ -117,13 +126,13 @@ class ParticleModel(nn.Module):
         for name, _ in self.needs.questions:
             self.ask(tokens, clips, name)
         for name, _ in self.needs.each:
-            self.ask_each(tokens, batch.particles, next(iter(batch.particles)), name)
+            self.ask_each(tokens, seen, next(iter(seen)), name)
         for name in self.needs.compared:
             self.embed(tokens, clips, name)
         for name, _ in self.needs.codebooks:
-            self.code(batch.particles[name].payload, name)
+            self.code(seen[name].payload, name)
         for name in self.needs.traced:
-            self.trace(tokens, batch.particles, batch.particles[name], name)
+            self.trace(tokens, seen, seen[name], name)
 
     def encode(self, particles: Mapping[str, Particles], clips: int | None = None
                ) -> tuple[Tokens, dict[str, tuple[Array, ...]]]:
@@ -207,7 +216,11 @@ class Encoder(nn.Module):
         for name, payload in self.payloads:
             if name in particles:
                 p = particles[name]
-                each = embed.Payload(spec.width, payload.vocabulary, dtype, name=f"payload_{name}")(p.payload)
+                if spec.stem.network and name == stem.VISION:
+                    read = stem.Stem(spec.stem, payload.base, spec.width, dtype, name=f"payload_{name}")
+                else:
+                    read = embed.Payload(spec.width, payload.vocabulary, dtype, name=f"payload_{name}")
+                each = read(p.payload)
                 content.append((each + place(p.place, p.extent) + modality(name)).astype(dtype))
         names = tuple(name for name, _ in self.payloads if name in particles)
         places = jnp.concatenate([particles[name].place for name in names], axis=1)
@@ -216,7 +229,11 @@ class Encoder(nn.Module):
             segments = fusion.hide(self.make_rng("dropout"), segments, self._known(clips), spec.modality_dropout)
         tokens = Tokens(jnp.concatenate(content, axis=1), places, jnp.concatenate(segments, axis=1))
         parts = self._parts(names, [each.shape[1] for each in segments])
-        first = 0
+        prompts = self.get_variable("params", "prompts")  # only where fine-tuning has put some
+        first = count = 0
+        if prompts is not None:
+            tokens, count = self._prompted(tokens, prompts["token"], clips)
+            parts = parts and parts._replace(lengths=(parts.lengths[0] + count, *parts.lengths[1:]))
         if parts:
             tokens, parts, first = self._lead(tokens, parts, clips)
         reduction = reduce.Reduction(spec.reduce, spec.reduce_after, spec.reduce_keep) if spec.reduce_after else None
@@ -225,6 +242,10 @@ class Encoder(nn.Module):
         tokens, blocks = body(tokens, parts=parts)
         if parts:
             tokens, blocks = self._without(tokens, first, clips), tuple(each[:, :, first:] for each in blocks)
+        if count:
+            tokens = tokens._replace(**{key: getattr(tokens, key)[:, count:] for key in ("x", "place", "segment")})
+            blocks = tuple(each[:, :, count:] for each in blocks)
+        if parts:
             tokens = tokens._replace(kind=self._kinds(names, segments))
         return tokens, {"blocks": blocks}
 
@@ -243,18 +264,20 @@ class Encoder(nn.Module):
         first, names, lengths = 0, (), ()
         for name, count in counts.items():
             if count:
-                number = self._known(clips)
                 learned = embed.Learned(self.spec.width, int(count), name=name)()
-                member = losses.membership(tokens.segment, number)
-                middle = losses.clip_mean(tokens.place, tokens.segment, number)
-                segment = jnp.where(member.any(axis=1), jnp.arange(1, number + 1)[None], 0)
-                rows = tokens.x.shape[0]
-                x = jnp.broadcast_to(jnp.tile(learned, (number, 1)), (rows, number * count, self.spec.width)).astype(tokens.x.dtype)
-                repeated = (jnp.repeat(each, count, axis=1) for each in (middle, segment))
-                lead = Tokens(x, *repeated)
-                tokens = Tokens(*(jnp.concatenate(pair, axis=1) for pair in zip(lead[:3], tokens[:3], strict=True)))
-                first, names, lengths = first + number * count, (name, *names), (number * count, *lengths)
+                tokens, more = self._prompted(tokens, learned, clips)
+                first, names, lengths = first + more, (name, *names), (more, *lengths)
         return tokens, parts._replace(names=names + parts.names, lengths=lengths + parts.lengths), first
+
+    def _prompted(self, tokens: Tokens, learned_ZD: Array, clips: int | None) -> tuple[Tokens, int]:
+        """The tokens behind learned ones of each clip, in the middle of its places; how many these are."""
+        number, count = self._known(clips), len(learned_ZD)
+        member = losses.membership(tokens.segment, number)
+        middle = losses.clip_mean(tokens.place, tokens.segment, number)
+        segment = jnp.where(member.any(axis=1), jnp.arange(1, number + 1)[None], 0)
+        x = jnp.broadcast_to(jnp.tile(learned_ZD, (number, 1)), (tokens.x.shape[0], number * count, self.spec.width))
+        lead = Tokens(x.astype(tokens.x.dtype), *(jnp.repeat(each, count, axis=1) for each in (middle, segment)))
+        return Tokens(*(jnp.concatenate(pair, axis=1) for pair in zip(lead[:3], tokens[:3], strict=True))), number * count
 
     def _without(self, tokens: Tokens, first: int, clips: int | None) -> Tokens:
         """The particles' tokens alone, the class tokens beside them. What latents know the particles' tokens have read."""

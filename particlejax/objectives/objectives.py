@@ -6,6 +6,7 @@ grouped by theme in the files beside this one.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +14,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from particlejax.models.model import Model, Needs
-from particlejax.modelspec import ContrastSpec, TraceSpec, VisualWordsSpec
+from particlejax.modelspec import ContrastSpec, DistilSpec, TraceSpec, VisualWordsSpec
 from particlejax.objectives import pairs, temporal
 from particlejax.objectives.classify import classify
+from particlejax.objectives.distil import distil
 from particlejax.objectives.latent import latent
 from particlejax.objectives.masked import masked, next_frame
 from particlejax.objectives.match import match
@@ -48,6 +50,7 @@ class Entry(NamedTuple):
 TABLE: dict[str, Entry] = {
     "masked": Entry(masked, decoder=True),
     "latent": Entry(latent, predictor=True),
+    "distil": Entry(distil, lambda spec: (spec.modality, spec.teacher), decoder=True),
     "next_frame": Entry(next_frame, decoder=True),
     "order": Entry(temporal.order, lambda spec: _VISION, answers=lambda spec: len(temporal.PERMUTATIONS)),
     "speed": Entry(temporal.speed, lambda spec: _VISION, answers=lambda spec: spec.doublings + 1),
@@ -72,11 +75,13 @@ def combine(specs: Mapping[str, Any], targets: Targets | None = None) -> Objecti
     targets: what labels ask of the head; None: each is a class.
     """
     made = {name: TABLE[name].make(spec, *([targets] if TABLE[name].head else [])) for name, spec in specs.items()}
+    unseen = _unseen(specs)
 
     def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
         total, metrics = jnp.zeros(()), {}
         for i, (name, each) in enumerate(made.items()):
-            loss, more = each(params, model, batch, jax.random.fold_in(key, i), train)
+            read = batch if isinstance(specs[name], DistilSpec) else _without(batch, unseen)
+            loss, more = each(params, model, read, jax.random.fold_in(key, i), train)
             total += specs[name].weight * loss
             metrics |= {f"{name}/{metric}": value for metric, value in more.items()}
         return total, {"loss": total} | metrics
@@ -92,7 +97,16 @@ def parts(specs: Mapping[str, Any]) -> Needs:
     return Needs(any(TABLE[name].decoder for name in specs), any(TABLE[name].predictor for name in specs), asked,
                  tuple(sorted(compared)), each,
                  tuple((spec.modality, spec.codes) for spec in specs.values() if isinstance(spec, VisualWordsSpec)),
-                 tuple(spec.modality for spec in specs.values() if isinstance(spec, TraceSpec)))
+                 tuple(spec.modality for spec in specs.values() if isinstance(spec, TraceSpec)), _unseen(specs))
+
+
+def _unseen(specs: Mapping[str, Any]) -> tuple[str, ...]:
+    """Modalities that are answers alone."""
+    return tuple(sorted({spec.teacher for spec in specs.values() if isinstance(spec, DistilSpec)}))
+
+
+def _without(batch: Batch, modalities: tuple[str, ...]) -> Batch:
+    return replace(batch, particles={name: each for name, each in batch.particles.items() if name not in modalities})
 
 
 def classifies(specs: Mapping[str, Any]) -> bool:

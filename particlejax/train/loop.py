@@ -22,7 +22,7 @@ from particlejax.checkpoint import Checkpoints
 from particlejax.data import few, pipeline, sources
 from particlejax.data.plan import Stand
 from particlejax.spec import Experiment
-from particlejax.train import answers, codebook, evaluate, program, run
+from particlejax.train import answers, codebook, evaluate, program, published, run
 from particlejax.train.finite import Finite
 from particlejax.train.gauge import Compilations, Gauge, Trace, peak_of
 from particlejax.train.log import MetricLog, Progress, say
@@ -129,9 +129,9 @@ class _Trainer:
         self.measure = evaluate.jit_measure(run.on_ready(self.stage, made.objective), self.stage.model, mesh)
         self._restore(state)
         each = self.batches.plan.seen(self.steps) / self.steps
-        trained, still = tree.count(self.state.params), tree.count(self.state.frozen)
-        some = f" ({trained / 1e6:.3g} M of them trained: {spec.tune.how})" if still else ""
-        say(f"{self.name}: {(trained + still) / 1e6:.2f} M parameters{some}, {clips} clips, {self.steps} steps of "
+        trained, every = tune.training(spec.tune, self.state.params), tree.count((self.state.params, self.state.frozen))
+        some = f" ({trained / 1e6:.3g} M of them trained: {spec.tune.how})" if trained < every else ""
+        say(f"{self.name}: {every / 1e6:.2f} M parameters{some}, {clips} clips, {self.steps} steps of "
             f"{each:.4g} clips" + (f", continuing at step {self.done}" if self.done else ""))
 
     def _open(self, split: str) -> sources.Source:
@@ -163,7 +163,7 @@ class _Trainer:
             raise UserError(f"config.stages.{self.name}.tune.how={tuning.how!r} would freeze random parameters: name a run to "
                             "start from in config.init, or an earlier stage in the stage's init.")
         if folder is None:
-            return state
+            return published.begun(state, self.stage)
         if tuning.how != "full":
             here = run.checkpoint_folder(self.context.workdir, self.name)
             self.base = {load.BASE: before or load.reference(folder, here, tuning)}
@@ -325,7 +325,7 @@ class _Trainer:
             "steps": self.done, "seconds_since_start": round(seconds, 1), "clips_seen": self.batches.plan.seen(self.done),
             "clips": len(pipeline.chosen_clips(len(self.source), stage.data.fraction)),
             "parameters": tree.count(tune.base(self.state.params, self.state.frozen)),
-            "parameters_trained": tree.count(self.state.params),
+            "parameters_trained": tune.training(stage.spec.tune, self.state.params),
             "parameters_saved": tree.count(saved(self.state).best_params), "compilations": self.step._cache_size(), **self._costs()}
         if "classify" in stage.spec.objectives:
             for split in self.context.experiment.evaluate.splits:

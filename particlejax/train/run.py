@@ -25,7 +25,7 @@ from particlejax.typing import Params, UserError
 
 CONFIG, RESULTS = "config.json", "results.json"
 _ASKED = ("split", "cache_dir", "max_bad", "threads", "workers")  # of the data, what is not as the run was trained
-_AS_THERE = {"model": ("width", "depth", "heads", "near", "mlp"), "data": ("mean", "std", "still"), "particles": ("base",)}
+_AS_THERE = {"model": ("width", "depth", "heads", "near", "mlp", "stem"), "data": ("mean", "std", "still"), "particles": ("base",)}
 
 
 @dataclass

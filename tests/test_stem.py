@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A 3D CNN inside the step: its tokens are its features, it trains or stays to the last bit, and published weights arrive in it."""
+
+import dataclasses
+import json
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from particlejax import checkpoint, optim, tree
+from particlejax import main as entry
+from particlejax.adapt import tune
+from particlejax.models import backbones, stem
+from particlejax.models import model as models
+from particlejax.modelspec import ClassifySpec, ModelSpec, StemSpec
+from particlejax.objectives import objectives
+from particlejax.particles import pack, policies
+from particlejax.particles.types import Batch
+from particlejax.spec import OptimSpec, ParticleSpec
+from particlejax.train import run
+from particlejax.train.state import TrainState, make_step
+from particlejax.tunespec import TuneSpec
+from particlejax.typing import UserError
+
+BASE, SIZE = (4, 32, 32), 4 * 32 * 32 * 3
+MODEL = ModelSpec(width=16, depth=1, heads=2, unroll=False, stem=StemSpec("x3d_tiny", weights="random"))
+ENDS = {"c3d_tiny": "pool4", "i3d_tiny": "Mixed_5c", "i3d_r50_tiny": "stage4", "x3d_tiny": "stage3"}
+
+
+@cache
+def batch() -> Batch:
+    rng, clips = np.random.default_rng(0), []
+    for i in range(2):
+        cut = policies.cut_clip(rng.normal(size=(8, 32, 32, 3)).astype(np.float32), np.arange(8, dtype=np.float32),
+                                ParticleSpec("grid", BASE))
+        clips.append(pack.Clip({"vision": cut}, i, i))
+    return pack.pack(clips, range(2), {"vision": pack.Slots(3, SIZE)}, 2, 1)
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_token_is_what_the_network_says_of_the_sub_clip(name: str) -> None:
+    """Of the whole published network, with the stem's parameters in it, the same features; no parameter is there for nothing."""
+    spec, base = StemSpec(name, ENDS[name]), (16, 32, 32)
+    payload = np.random.default_rng(0).normal(size=(1, 2, 16 * 32 * 32 * 3)).astype(np.float32)
+    module, whole = stem.Stem(spec, base, 8), backbones.build(backbones.find(name))
+    params = jax.jit(module.init)(jax.random.key(0), payload)["params"]
+    every = tree.flatten(jax.jit(whole.init)(jax.random.key(1)))
+    own = tree.flatten(params["network"])
+    assert set(own) < set(every) and not any(path.startswith("head") for path in own)
+
+    @jax.jit
+    def both(params: dict, payload: jax.Array) -> tuple:
+        maps = whole.apply(tree.nest({**every, **tree.flatten(params["network"])}), payload.reshape(2, *base, 3))[1][ENDS[name]]
+        norm = maps.mean(axis=(1, 2, 3)) - maps.mean(axis=(1, 2, 3, 4))[:, None]
+        norm /= jnp.sqrt(jnp.square(norm).mean(axis=1, keepdims=True) + 1e-6)
+        token = module.apply({"params": params}, payload)
+        grads = jax.grad(lambda p: jnp.sin(module.apply({"params": p}, payload)).sum())(params)
+        return norm @ params["project"]["kernel"], token[0], jax.tree.map(lambda g: jnp.abs(g).max(), grads)
+
+    wanted, found, most = both(params, payload)
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    dead = {path for path, g in tree.flatten(most).items() if not g > 0}
+    assert all(path.endswith(("norm/mean", "mean", "var")) for path in dead), dead
+
+
+def states(tuning: TuneSpec) -> tuple[TrainState, TrainState]:
+    """Before and after two steps; weight decay is strong."""
+    model = models.build(MODEL, {"vision": models.Payload(SIZE, base=BASE)}, classes=2)
+    optimizer = optim.build(OptimSpec(rate=0.1, warmup=0.0, weight_decay=0.5), 10, freeze=tuning.freeze)
+
+    def start(key: jax.Array) -> TrainState:
+        trained, frozen = tune.split(tuning, model.init(key, batch()), key)
+        return TrainState(jnp.zeros((), jnp.int32), jnp.uint32(0), trained, optimizer.init(trained), (), frozen)
+
+    step = jax.jit(make_step(model, objectives.combine({"classify": ClassifySpec()}), optimizer, ema=0.0, accumulate=1,
+                             tuning=tuning))
+    before = jax.jit(start)(jax.random.key(0))
+    after, _ = step(before, batch())
+    after, metrics = step(after, batch())
+    assert np.isfinite(metrics["loss"])
+    return before, after
+
+
+@pytest.mark.parametrize("freeze", ["", "payload_vision/network"])
+def test_it_trains_or_stays_to_the_last_bit(freeze: str) -> None:
+    tuning = TuneSpec(freeze=freeze)
+    before, after = states(tuning)
+    first, network = tree.flatten(before.params), 0
+    for path, leaf in tree.flatten(after.params).items():
+        same = np.array_equal(leaf, first[path])
+        if path.startswith(stem.PATH):
+            network += leaf.size
+            assert same == bool(freeze or path.endswith(("mean", "var"))), path
+        elif not path.endswith("key/bias"):
+            assert not same, path
+    every = tree.count(after.params)
+    assert tune.training(tuning, after.params) == every - bool(freeze) * network
+    moments = sum(leaf.size for path, leaf in tree.flatten(after.opt_state).items() if "/mu/" in path)
+    assert moments == every - bool(freeze) * network > 0, "no moments of what does not train"
+
+
+@pytest.mark.parametrize("spec, base, sentence", [
+    (StemSpec("videomae_tiny"), BASE, "is no 3D CNN"),
+    (StemSpec("x3d_tin"), BASE, "did you mean x3d_tiny"),
+    (StemSpec("x3d_tiny", "stage9"), BASE, "no feature map of x3d_tiny: choose one of stem, stage1"),
+    (StemSpec("x3d_tiny"), (), "add it to config.data.modalities"),
+    (StemSpec("c3d_tiny", "conv5b"), (2, 8, 8), "too small for c3d_tiny"),
+])
+def test_what_cannot_be_read_is_refused(spec: StemSpec, base: tuple[int, ...], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        payloads = {"vision": models.Payload(1, base=base)} if base else {"audio": models.Payload(4)}
+        models.build(dataclasses.replace(MODEL, stem=spec), payloads)
+
+
+def command(cache_dir: str, workdir: Path, *more: str) -> list[str]:
+    return ["main", "--config=experiments/finetune_cnn.py:tiny", f"--config.data.cache_dir={cache_dir}", "--workdir", str(workdir),
+            *more]
+
+
+def test_published_weights_are_read_kept_and_handed_on(cache_dir: str, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """Imported, then frozen in a run, then trained in a run that starts from that."""
+    network = backbones.build(backbones.find("x3d_tiny"))
+    params = jax.device_get(jax.jit(network.init)(jax.random.key(3)))
+    kept = checkpoint.Checkpoints(run.checkpoint_folder(tmp_path / "import", "import"), 2)
+    kept.save(0, {"params": params}, {"model": "x3d_tiny"})
+    kept.close()
+    weights = f"--config.model.stem.weights={tmp_path}/import"
+    still = "--config.stages.finetune.tune.freeze=payload_vision/network"
+    assert entry.main(command(cache_dir, tmp_path / "frozen", weights, still)) == 0
+    assert "arrays of x3d_tiny from" in capfd.readouterr().err
+    figures = json.loads((tmp_path / "frozen" / "results.json").read_text())["finetune"]["train"]
+    held = checkpoint.load_arrays(run.checkpoint_folder(tmp_path / "frozen", "finetune"))
+    held = {path.removeprefix(stem.PATH): leaf for path, leaf in held.items() if path.startswith(stem.PATH)}
+    assert figures["parameters"] - figures["parameters_trained"] == sum(leaf.size for leaf in held.values())
+    assert figures["compilations"] == 1
+    for path, leaf in held.items():
+        np.testing.assert_allclose(leaf, tree.flatten(params)[path], rtol=1e-6, err_msg=path)
+    assert entry.main(command(cache_dir, tmp_path / "on", f"--config.init={tmp_path}/frozen", weights)) == 0
+    trained = checkpoint.load_arrays(run.checkpoint_folder(tmp_path / "on", "finetune"))
+    apart = [np.abs(trained[stem.PATH + path] - leaf).max() for path, leaf in held.items() if path.endswith("kernel")]
+    assert 0 < min(apart) and max(apart) < 0.1, "it went on from there"
+    for more, sentence in ((["--config.data.still=0.4"], "want config.data.mean, std and still to be"),
+                           (["--config.model.stem.weights="], "there are no weights for x3d_tiny: add --config.model.stem.weights"),
+                           (["--config.model.stem.network=i3d_r50_tiny"], "of i3d_r50_tiny")):
+        assert entry.main(command(cache_dir, tmp_path / "wrong", weights, *more)) == 2
+        assert sentence in capfd.readouterr().err.strip().splitlines()[-1]
