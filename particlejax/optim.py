@@ -2,6 +2,7 @@
 """Optimisers and schedules: an OptimSpec becomes one optax transformation."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ def build(spec: OptimSpec, steps: int, after: optax.GradientTransformation | Non
           ) -> optax.GradientTransformation:
     """Clipping, then AdamW or SGD with decoupled weight decay, over `steps` steps; `after` has the last word.
 
-    freeze: regular expression of paths that it passes over, their gradients as they are; it keeps no moments of them.
+    freeze: regular expression of paths whose update is zero and of which no moments are kept; '': none.
     """
     rate = schedule(spec, steps)
     clip = optax.clip_by_global_norm(spec.clip_norm) if spec.clip_norm else optax.identity()
@@ -44,7 +45,11 @@ def build(spec: OptimSpec, steps: int, after: optax.GradientTransformation | Non
     chain = optax.chain(clip, direction, decay, optax.scale_by_learning_rate(rate), *([after] if after else []))
     if not freeze:
         return chain
-    return optax.masked(chain, lambda params: tree.map_named(lambda name, _: not re.search(freeze, name), params))
+
+    def named(wanted: bool) -> Callable[[Params], Params]:
+        return lambda params: tree.map_named(lambda name, _: bool(re.search(freeze, name)) == wanted, params)
+
+    return optax.chain(optax.masked(chain, named(False)), optax.masked(optax.set_to_zero(), named(True)))
 
 
 def layered(tune: TuneSpec, depth: int, steps: int) -> optax.GradientTransformation | None:

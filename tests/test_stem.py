@@ -27,8 +27,8 @@ from particlejax.tunespec import TuneSpec
 from particlejax.typing import UserError
 
 BASE, SIZE = (4, 32, 32), 4 * 32 * 32 * 3
-MODEL = ModelSpec(width=16, depth=1, heads=2, unroll=False, stem=StemSpec("x3d_tiny", weights="random"))
-ENDS = {"c3d_tiny": "pool4", "i3d_tiny": "Mixed_5c", "i3d_r50_tiny": "stage4", "x3d_tiny": "stage3"}
+MODEL = ModelSpec(width=16, depth=1, heads=2, unroll=False, stem=StemSpec("x3d_tiny", "stage2", "random"))
+ENDS = {"c3d_tiny": "pool4", "i3d_tiny": "Mixed_3b", "i3d_r50_tiny": "stage2", "x3d_tiny": "stage2"}
 
 
 @cache
@@ -43,7 +43,7 @@ def batch() -> Batch:
 
 @pytest.mark.parametrize("name", ENDS)
 def test_a_token_is_what_the_network_says_of_the_sub_clip(name: str) -> None:
-    """Of the whole published network, with the stem's parameters in it, the same features; no parameter is there for nothing."""
+    """Of the whole published network, with the stem's parameters in it, the same features, and nothing of what comes after."""
     spec, base = StemSpec(name, ENDS[name]), (16, 32, 32)
     payload = np.random.default_rng(0).normal(size=(1, 2, 16 * 32 * 32 * 3)).astype(np.float32)
     module, whole = stem.Stem(spec, base, 8), backbones.build(backbones.find(name))
@@ -57,14 +57,10 @@ def test_a_token_is_what_the_network_says_of_the_sub_clip(name: str) -> None:
         maps = whole.apply(tree.nest({**every, **tree.flatten(params["network"])}), payload.reshape(2, *base, 3))[1][ENDS[name]]
         norm = maps.mean(axis=(1, 2, 3)) - maps.mean(axis=(1, 2, 3, 4))[:, None]
         norm /= jnp.sqrt(jnp.square(norm).mean(axis=1, keepdims=True) + 1e-6)
-        token = module.apply({"params": params}, payload)
-        grads = jax.grad(lambda p: jnp.sin(module.apply({"params": p}, payload)).sum())(params)
-        return norm @ params["project"]["kernel"], token[0], jax.tree.map(lambda g: jnp.abs(g).max(), grads)
+        return norm @ params["project"]["kernel"], module.apply({"params": params}, payload)[0]
 
-    wanted, found, most = both(params, payload)
+    wanted, found = both(params, payload)
     np.testing.assert_allclose(found, wanted, atol=1e-4)
-    dead = {path for path, g in tree.flatten(most).items() if not g > 0}
-    assert all(path.endswith(("norm/mean", "mean", "var")) for path in dead), dead
 
 
 def states(tuning: TuneSpec) -> tuple[TrainState, TrainState]:
@@ -145,6 +141,6 @@ def test_published_weights_are_read_kept_and_handed_on(cache_dir: str, tmp_path:
     assert 0 < min(apart) and max(apart) < 0.1, "it went on from there"
     for more, sentence in ((["--config.data.still=0.4"], "want config.data.mean, std and still to be"),
                            (["--config.model.stem.weights="], "there are no weights for x3d_tiny: add --config.model.stem.weights"),
-                           (["--config.model.stem.network=i3d_r50_tiny"], "of i3d_r50_tiny")):
+                           (["--config.model.stem.weights=/no/such.npz"], "/no/such.npz does not exist")):
         assert entry.main(command(cache_dir, tmp_path / "wrong", weights, *more)) == 2
         assert sentence in capfd.readouterr().err.strip().splitlines()[-1]

@@ -252,6 +252,14 @@ def test_prompts_leave_the_particles_their_places(pool: str) -> None:
         assert after.whole.shape == before.whole.shape and np.abs(after.whole - before.whole).max() > 1e-3
 
 
+def test_prompts_want_blocks_that_all_modalities_share() -> None:
+    stages = {"one": {"steps": 1, "objectives": {"classify": {}}, "tune": {"how": "prompt"}}}
+    with pytest.raises(UserError, match="or tune.how to 'prompt_deep'"):
+        Experiment.of({"stages": stages, "model": {"fusion": "late"}})
+    with pytest.raises(UserError, match="set model.separate=False"):
+        Experiment.of({"stages": stages, "model": {"separate": True}})
+
+
 def test_layers_train_at_their_rate_from_their_time_on() -> None:
     """Layer-wise decay and gradual unfreezing: before its time a block is the same to the last bit."""
     params = {"encoder": {"place": {"kernel": jnp.ones(2)}, "transformer": {"blocks": {"kernel": jnp.ones((3, 2))},
@@ -357,7 +365,6 @@ def test_merged_it_is_a_run_that_says_the_same(grounds: Path, cache_dir: str, tm
     (["tune.how=lora"], "would freeze random parameters: name a run"),
     (["tune.how=loro"], "choose one of full, linear"),
     (["tune.freeze=payload_visoin"], "tune.freeze='payload_visoin' names no parameter"),
-    (["tune.how=prompt", "model={'fusion': 'late'}"], "tune.how to 'prompt_deep'"),
 ])
 def test_what_cannot_be_tuned_is_refused(changes: list[str], sentence: str, cache_dir: str, tmp_path: Path,
                                          capfd: pytest.CaptureFixture) -> None:

@@ -54,7 +54,9 @@ def still(spec: TuneSpec, name: str) -> bool:
 
 
 def training(spec: TuneSpec, trained: Params) -> int:
-    """How many numbers train."""
+    """How many numbers train of those that `split` calls trained."""
+    if spec.how != "full":
+        return tree.count(trained)
     return sum(leaf.size for name, leaf in tree.flatten(trained).items() if not still(spec, name))
 
 

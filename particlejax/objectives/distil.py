@@ -45,5 +45,5 @@ def visible(spec: DistilSpec, model: Model, whole: Particles, key: Array) -> Par
     if spec.keep == 1:
         return whole
     scores = masked.SCORES[spec.mask](key, whole, model.payloads[spec.modality].base)
-    visible, _, segment = masks.split(scores, whole.segment, spec.keep, 0.0)
-    return Particles(**{**vars(whole.take(visible)), "segment": segment})
+    slots, _, segment = masks.split(scores, whole.segment, spec.keep, 0.0)
+    return Particles(**{**vars(whole.take(slots)), "segment": segment})

@@ -25,7 +25,7 @@ def of(stage: Stage, goal: targets.Targets | None, steps: int) -> Program:
     spec = stage.spec
     objective = objectives.combine(spec.objectives, goal)
     layered = optim.layered(spec.tune, stage.experiment.model_of(spec).depth, steps)
-    optimizer = optim.build(spec.optim, steps, layered, spec.tune.freeze)
+    optimizer = optim.build(spec.optim, steps, layered, spec.tune.freeze if spec.tune.how == "full" else "")
     step = make_step(stage.model, objective, optimizer, ema=spec.ema, accumulate=spec.accumulate, tuning=spec.tune,
                      robust=spec.robust, ready=stage.ready, on_nan=stage.experiment.on_nan)
     return Program(objective, optimizer, step)
