@@ -133,6 +133,9 @@ def test_published_weights_are_read_kept_and_handed_on(cache_dir: str, tmp_path:
     held = {path.removeprefix(stem.PATH): leaf for path, leaf in held.items() if path.startswith(stem.PATH)}
     assert figures["parameters"] - figures["parameters_trained"] == sum(leaf.size for leaf in held.values())
     assert figures["compilations"] == 1
+    (tmp_path / "frozen" / "results.json").unlink()
+    assert entry.main(command(cache_dir, tmp_path / "frozen", weights, still)) == 0
+    assert "continuing at step 2" in capfd.readouterr().err, "a state without some moments is restored"
     for path, leaf in held.items():
         np.testing.assert_allclose(leaf, tree.flatten(params)[path], rtol=1e-6, err_msg=path)
     assert entry.main(command(cache_dir, tmp_path / "on", f"--config.init={tmp_path}/frozen", weights)) == 0
