@@ -28,7 +28,7 @@ from particlejax.typing import UserError
 
 BASE, SIZE = (4, 32, 32), 4 * 32 * 32 * 3
 MODEL = ModelSpec(width=16, depth=1, heads=2, unroll=False, stem=StemSpec("x3d_tiny", "stage2", "random"))
-ENDS = {"c3d_tiny": "pool4", "i3d_tiny": "Mixed_3b", "i3d_r50_tiny": "stage2", "x3d_tiny": "stage2"}
+ENDS = {"c3d_tiny": "pool4", "i3d_tiny": "Mixed_3b", "slowfast_tiny": "stage2", "x3d_tiny": "stage2"}
 
 
 @cache
