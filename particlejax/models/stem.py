@@ -52,7 +52,7 @@ def check(spec: StemSpec, base: tuple[int, ...]) -> None:
     """Raises UserError where the network is none of sub-clips, or has no such map of cuboids of this size ((): of none)."""
     found = backbones.find(spec.network)
     if found.inputs:
-        raise UserError(f"config.model.stem.network={spec.network!r} is no 3D CNN: choose c3d, i3d, i3d_r50, slowfast_r50 or an x3d.")
+        raise UserError(f"config.model.stem.network={spec.network!r} is no 3D CNN: choose one, such as i3d or x3d_xs.")
     if len(base) != 3:
         raise UserError(f"config.model.stem reads sub-clips and there is no modality {VISION!r}: add it to config.data.modalities, "
                         "or leave config.model.stem.network empty.")
