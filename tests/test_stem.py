@@ -27,7 +27,7 @@ from particlejax.tunespec import TuneSpec
 from particlejax.typing import UserError
 
 BASE, SIZE = (4, 32, 32), 4 * 32 * 32 * 3
-MODEL = ModelSpec(width=16, depth=1, heads=2, unroll=False, stem=StemSpec("x3d_tiny", "stage2", "random"))
+MODEL = ModelSpec(width=16, depth=1, heads=2, unroll=False, stem=StemSpec("x3d_tiny", "stage1", "random"))
 ENDS = {"c3d_tiny": "pool4", "i3d_tiny": "Mixed_3b", "slowfast_tiny": "stage2", "x3d_tiny": "stage2"}
 
 
@@ -145,5 +145,5 @@ def test_published_weights_are_read_kept_and_handed_on(cache_dir: str, tmp_path:
     for more, sentence in ((["--config.data.still=0.4"], "want config.data.mean, std and still to be"),
                            (["--config.model.stem.weights="], "there are no weights for x3d_tiny: add --config.model.stem.weights"),
                            (["--config.model.stem.weights=/no/such.npz"], "/no/such.npz does not exist")):
-        assert entry.main(command(cache_dir, tmp_path / "wrong", weights, *more)) == 2
+        assert entry.main(command(cache_dir, tmp_path / str(len(sentence)), weights, *more)) == 2
         assert sentence in capfd.readouterr().err.strip().splitlines()[-1]
