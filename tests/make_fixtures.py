@@ -28,7 +28,6 @@ def references() -> dict[str, tuple[Any, tuple[int, int, int]]]:
     without_torchvision()
     import torch
     from pytorchvideo.models.resnet import create_resnet
-    from pytorchvideo.models.slowfast import create_slowfast
     from pytorchvideo.models.x3d import create_x3d
 
     torch.manual_seed(0)
@@ -37,27 +36,10 @@ def references() -> dict[str, tuple[Any, tuple[int, int, int]]]:
                         stage1_pool=torch.nn.MaxPool3d, stage_conv_a_kernel_size=spans, head_pool_kernel_size=(2, 1, 1))
     x3d = create_x3d(input_clip_length=4, input_crop_size=32, model_num_class=10, width_factor=1.0, depth_factor=0.5,
                      stem_dim_in=4, head_dim_out=32)
-    slowfast = packed(create_slowfast(model_num_class=10, slowfast_channel_reduction_ratio=(2,), stem_dim_outs=(2, 1),
-                                      head_pool_kernel_sizes=((2, 1, 1), (8, 1, 1))))
-    made = {"i3d_r50_tiny": (r50, (4, 32, 32)), "x3d_tiny": (x3d, (4, 32, 32)), "c3d_tiny": (c3d(torch), (16, 32, 32)),
-            "slowfast_tiny": (slowfast, (8, 32, 32))}
+    made = {"i3d_r50_tiny": (r50, (4, 32, 32)), "x3d_tiny": (x3d, (4, 32, 32)), "c3d_tiny": (c3d(torch), (16, 32, 32))}
     for net, _ in made.values():
         randomise(net)
     return made
-
-
-def packed(net: Any) -> Any:
-    """SlowFast that takes one video, of which its slow pathway sees a quarter, as pytorchvideo's tutorial packs them."""
-    import torch
-
-    both = net.forward
-
-    def forward(video: Any) -> Any:
-        number = video.shape[2]
-        return both([video[:, :, torch.linspace(0, number - 1, number // 4).long()], video])
-
-    net.forward = forward
-    return net
 
 
 def randomise(net: Any) -> None:

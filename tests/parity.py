@@ -29,7 +29,7 @@ from particlejax.models import backbones
 REPETITIONS = 7
 
 
-CNNS = ("x3d_xs", "x3d_s", "x3d_m", "x3d_l", "i3d_r50", "slowfast_r50", "c3d")
+CNNS = ("x3d_xs", "x3d_s", "x3d_m", "x3d_l", "i3d_r50", "c3d")
 TRANSFORMERS = ("videomae_base", "videomae_pretraining_base", "vivit_base", "timesformer_base", "vjepa2_large",
                 "videoprism_base", "videoprism_text_base", "ast_base", "minilm", "clip_base_32", "siglip_base_16")
 
@@ -44,8 +44,6 @@ def cnn(name: str) -> Any:
     wide = ((64,), (128,), (256, 256), (512, 512), (512, 512))
     net = make_fixtures.c3d(torch, wide, (8192, 4096, 4096, 487)) if name == "c3d" else getattr(hub, name)()
     make_fixtures.randomise(net)
-    if name == "slowfast_r50":
-        make_fixtures.packed(net)
     if name.startswith("x3d"):
         net.blocks[5].activation = None  # the softmax, which would hide differences
     return net

@@ -26,7 +26,7 @@ from particlejax.typing import Params, UserError
 HERE = Path(__file__).parent
 SHARED = HERE.parent / ".." / "shared"
 I3D = SHARED / "weights" / "i3d-inception-kinetics400"
-TINY = ("c3d_tiny", "i3d_r50_tiny", "slowfast_tiny", "x3d_tiny")
+TINY = ("c3d_tiny", "i3d_r50_tiny", "x3d_tiny")
 
 
 @cache
@@ -98,9 +98,9 @@ def test_names_go_both_ways_exactly(name: str) -> None:
         assert array.dtype == arrays[key].dtype and np.array_equal(array, arrays[key]), key
 
 
-@pytest.mark.parametrize("model", ["i3d_r50", "slowfast_r50", "x3d_xs", "x3d_m"])
-def test_published_sizes_have_the_references_names_and_shapes(model: str) -> None:
-    path = SHARED / "reference" / f"pytorchvideo_{model}.txt"
+@pytest.mark.parametrize(("model", "file"), [("i3d_r50", "i3d_r50"), ("x3d_xs", "x3d_xs"), ("x3d_m", "x3d_m")])
+def test_published_sizes_have_the_references_names_and_shapes(model: str, file: str) -> None:
+    path = SHARED / "reference" / f"pytorchvideo_{file}.txt"
     if not path.exists():
         pytest.skip("no list of the reference's names here")
     lines = [line for line in path.read_text().splitlines() if line.startswith("blocks.")]
@@ -119,7 +119,7 @@ def test_published_sizes() -> None:
                                 if not k.endswith(("/mean", "/var"))})
               for name, spec in backbones.VARIANTS.items() if "tiny" not in name and not spec.inputs}
     assert round(counts["c3d"] / 1e6, 1) == 80.0 and counts["i3d"] == 12_689_984
-    assert round(counts["i3d_r50"] / 1e6, 3) == 28.043 and round(counts["slowfast_r50"] / 1e6, 3) == 34.566
+    assert round(counts["i3d_r50"] / 1e6, 3) == 28.043
     assert all(round(counts[f"x3d_{size}"] / 1e6, 3) == 3.794 for size in ("xs", "s", "m"))
     assert round(counts["x3d_l"] / 1e6, 2) == 6.15
 

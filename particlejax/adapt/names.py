@@ -3,7 +3,7 @@
 
 A mapping is made from the shapes of our parameters: rules turn a module's path into the reference's, a second table
 turns its leaf's name, and a layout turns the axes. C3D goes by the names of its common PyTorch ports, I3D by those of
-its Flax port, I3D-R50 (`resnet`), SlowFast and X3D by pytorchvideo's, Transformers (`transformer_names`) by those of transformers.
+its Flax port, I3D-R50 (`resnet`) and X3D by pytorchvideo's, Transformers (`transformer_names`) by those of transformers.
 """
 
 import re
@@ -41,21 +41,10 @@ _BRANCH: Rules = ((r"([abc])", r"branch2.conv_\1"), (r"norm_([ac])", r"branch2.n
                   (r"shortcut", r"branch1_conv"), (r"shortcut_norm", r"branch1_norm"))
 
 
-def _staged(block: Mapping[int, int], inner: Rules, ours_way: str = "", way: str = "") -> Rules:
-    """The rules of what is within a block, for every block of every stage: {our stage: the reference's}.
-
-    ours_way, way: what our names begin with and what theirs have before a block, where there are several pathways.
-    """
-    return tuple((rf"{ours_way}stage{stage}_block(\d+)/{ours}",
-                  rf"blocks.{at}.{way}res_blocks.\1." + theirs.replace(r"\1", r"\2"))
+def _staged(block: Mapping[int, int], inner: Rules) -> Rules:
+    """The rules of what is within a block, for every block of every stage: {our stage: the reference's}."""
+    return tuple((rf"stage{stage}_block(\d+)/{ours}", rf"blocks.{at}.res_blocks.\1." + theirs.replace(r"\1", r"\2"))
                  for stage, at in block.items() for ours, theirs in inner)
-
-
-def _pathway(name: str, number: int) -> Rules:
-    """The rules of one of SlowFast's two."""
-    way = f"multipathway_blocks.{number}."
-    return ((rf"{name}_stem", rf"blocks.0.{way}conv"), (rf"{name}_stem_norm", rf"blocks.0.{way}norm"),
-            *_staged({1: 1, 2: 2, 3: 3, 4: 4}, (*_BRANCH, (r"norm_b", r"branch2.norm_b")), f"{name}_", way))
 
 
 _RULES: dict[str, Rules] = {
@@ -65,8 +54,6 @@ _RULES: dict[str, Rules] = {
             (r"(Conv3d_\w+)/norm", r"\1.BatchNorm_0")),
     "resnet": ((r"stem", r"blocks.0.conv"), (r"stem_norm", r"blocks.0.norm"), (r"head", r"blocks.6.proj"),
                *_staged({1: 1, 2: 3, 3: 4, 4: 5}, (*_BRANCH, (r"norm_b", r"branch2.norm_b")))),  # blocks.2 is a pool
-    "slowfast": ((r"head", r"blocks.6.proj"), (r"fuse(\d)", r"blocks.\1.multipathway_fusion.conv_fast_to_slow"),
-                 (r"fuse(\d)_norm", r"blocks.\1.multipathway_fusion.norm"), *_pathway("slow", 0), *_pathway("fast", 1)),
     # pytorchvideo calls the stem's convolution in space conv_t and that in time conv_xy.
     "x3d": ((r"stem_space", r"blocks.0.conv.conv_t"), (r"stem_time", r"blocks.0.conv.conv_xy"),
             (r"stem_norm", r"blocks.0.norm"), (r"last", r"blocks.5.pool.pre_conv"),
@@ -80,7 +67,7 @@ _RULES: dict[str, Rules] = {
 def names_of(kind: str, shapes: Params, grids: Mapping[str, Grid] | None = None) -> Names:
     """The names of an architecture whose parameters have these shapes.
 
-    kind: 'c3d', 'i3d', 'resnet', 'slowfast', 'x3d' or one of `transformer_names.KINDS`. grids: of tables of positions, by path.
+    kind: 'c3d', 'i3d', 'resnet', 'x3d' or one of `transformer_names.KINDS`. grids: of tables of positions, by path.
     """
     flat = tree.flatten(shapes)
     if kind in transformer_names.KINDS:

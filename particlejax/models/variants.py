@@ -8,7 +8,6 @@ import flax.linen as nn
 
 from particlejax.nn.cnn import C3D, I3D
 from particlejax.nn.resnet3d import X3D, ResNet
-from particlejax.nn.slowfast import SlowFast
 from particlejax.nn.towers import AST, Bert, ImageText, ImageTower, TextTower, VideoText
 from particlejax.nn.video_vit import (
     VJEPA2,
@@ -74,11 +73,9 @@ _CNNS: dict[str, BackboneSpec] = {
     "x3d_s": BackboneSpec("x3d", X3D(400, window=(13, 5, 5)), 13, 160, "stage4"),
     "x3d_m": BackboneSpec("x3d", X3D(400), 16, 224, "stage4"),
     "x3d_l": BackboneSpec("x3d", X3D(400, depths=(5, 10, 25, 15), window=(16, 10, 10)), 16, 312, "stage4"),
-    "slowfast_r50": BackboneSpec("slowfast", SlowFast(400), 32, 224, "joined"),
     "c3d_tiny": BackboneSpec("c3d", C3D(10, ((4,), (4,), (4, 4), (8, 8), (8, 8)), 16), 16, 32, "fc6"),
     "i3d_tiny": BackboneSpec("i3d", I3D(400, share=16), 16, 32, "Mixed_5c", 0.5, 0.5),
     "i3d_r50_tiny": BackboneSpec("resnet", ResNet(10, 2, window=(2, 1, 1)), 4, 32, "stage4"),
-    "slowfast_tiny": BackboneSpec("slowfast", SlowFast(10, 2, 2, window=(1, 1)), 8, 32, "joined"),
     "x3d_tiny": BackboneSpec("x3d", X3D(10, (1, 1, 3, 2), (8, 8, 16, 32), (18, 18, 36, 72), (8, 8, 8, 8), 32,
                                         (4, 1, 1)), 4, 32, "stage4"),
 }
