@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
         val_every=0 if tiny else 200,
         objectives={"classify": {"label_smoothing": 0.1}}, tune={"freeze": "payload_vision/network" if args["frozen"] else ""},
         optim=section(OptimSpec, rate=1e-3 if args["frozen"] else 1e-4, weight_decay=0.05, b2=0.999))
-    stem = section(StemSpec, network="x3d_tiny" if tiny else "x3d_xs", endpoint="stage1" if tiny else "",
+    stem = section(StemSpec, network="x3d_tiny" if tiny else "x3d_xs", endpoint="stem" if tiny else "",
                    weights="random" if tiny else "")
     return ConfigDict(section(
         Experiment,

@@ -8,27 +8,28 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import make_fixtures
 import numpy as np
 import pytest
 
 from particlejax import checkpoint, optim, tree
 from particlejax import main as entry
-from particlejax.adapt import tune
+from particlejax.adapt import formats, tune
 from particlejax.models import backbones, stem
 from particlejax.models import model as models
 from particlejax.modelspec import ClassifySpec, ModelSpec, StemSpec
 from particlejax.objectives import objectives
 from particlejax.particles import pack, policies
 from particlejax.particles.types import Batch
-from particlejax.spec import OptimSpec, ParticleSpec
-from particlejax.train import run
+from particlejax.spec import Experiment, OptimSpec, ParticleSpec, as_dict
+from particlejax.train import published, run
 from particlejax.train.state import TrainState, make_step
 from particlejax.tunespec import TuneSpec
 from particlejax.typing import UserError
 
 BASE, SIZE = (4, 32, 32), 4 * 32 * 32 * 3
 MODEL = ModelSpec(width=16, depth=1, heads=2, unroll=False, stem=StemSpec("x3d_tiny", "stage1", "random"))
-ENDS = {"c3d_tiny": "pool4", "i3d_tiny": "Mixed_3b", "i3d_r50_tiny": "stage2", "x3d_tiny": "stage2"}
+ENDS = {"c3d_tiny": "pool4", "i3d_tiny": "Conv3d_2c_3x3", "i3d_r50_tiny": "stage1", "x3d_tiny": "stage1"}
 
 
 @cache
@@ -41,14 +42,26 @@ def batch() -> Batch:
     return pack.pack(clips, range(2), {"vision": pack.Slots(3, SIZE)}, 2, 1)
 
 
+def drawn(shapes: dict) -> dict:
+    """Parameters as `backbones.drawn` draws them, with nothing to compile."""
+    rng = np.random.default_rng(0)
+
+    def leaf(name: str, shape: jax.ShapeDtypeStruct) -> np.ndarray:
+        if name.endswith("kernel"):
+            return rng.normal(0, np.sqrt(2 * shape.shape[-1] / shape.size), shape.shape).astype(np.float32)
+        return (np.ones if name.endswith(("scale", "var")) else np.zeros)(shape.shape, np.float32)
+
+    return tree.map_named(leaf, shapes)
+
+
 @pytest.mark.parametrize("name", ENDS)
 def test_a_token_is_what_the_network_says_of_the_sub_clip(name: str) -> None:
     """Of the whole published network, with the stem's parameters in it, the same features, and nothing of what comes after."""
     spec, base = StemSpec(name, ENDS[name]), (16, 32, 32)
     payload = np.random.default_rng(0).normal(size=(1, 2, 16 * 32 * 32 * 3)).astype(np.float32)
     module, whole = stem.Stem(spec, base, 8), backbones.build(backbones.find(name))
-    params = jax.jit(module.init)(jax.random.key(0), payload)["params"]
-    every = tree.flatten(jax.jit(whole.init)(jax.random.key(1)))
+    params = drawn(jax.eval_shape(module.init, jax.random.key(0), payload)["params"])
+    every = tree.flatten(drawn(backbones.parameter_shapes(whole)))
     own = tree.flatten(params["network"])
     assert set(own) < set(every) and not any(path.startswith("head") for path in own)
 
@@ -63,34 +76,17 @@ def test_a_token_is_what_the_network_says_of_the_sub_clip(name: str) -> None:
     np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "endpoint"), [("x3d_xs", "stage2"), ("i3d_r50", "stage1")])
-def test_gradients_reach_every_parameter_of_the_network(name: str, endpoint: str) -> None:
-    """Of published widths, where no ReLU is dead; statistics alone have none."""
-    module = stem.Stem(StemSpec(name, endpoint), BASE, 8)
-    payload = np.random.default_rng(0).normal(size=(1, 4, SIZE)).astype(np.float32)
-
-    @jax.jit
-    def largest(key: jax.Array) -> dict:
-        params = module.init(key, payload)["params"]
-        grads = jax.grad(lambda p: jnp.sin(module.apply({"params": p}, payload)).sum())(params)
-        return {path: jnp.abs(g).max() for path, g in tree.flatten(grads).items()}
-
-    most = largest(jax.random.key(0))
-    assert {path for path, g in most.items() if not g > 0} == {path for path in most if path.endswith(("mean", "var"))}
-
-
+@cache
 def states(tuning: TuneSpec) -> tuple[TrainState, TrainState]:
-    """Before and after two steps; weight decay is strong."""
+    """Before and after two steps. Weight decay is strong where something must stay, and none where gradients alone shall move."""
     model = models.build(MODEL, {"vision": models.Payload(SIZE, base=BASE)}, classes=2)
-    optimizer = optim.build(OptimSpec(rate=0.1, warmup=0.0, weight_decay=0.5), 10, freeze=tuning.freeze)
-
-    def start(key: jax.Array) -> TrainState:
-        trained, frozen = tune.split(tuning, model.init(key, batch()), key)
-        return TrainState(jnp.zeros((), jnp.int32), jnp.uint32(0), trained, optimizer.init(trained), (), frozen)
-
+    spec = OptimSpec(rate=0.1, warmup=0.0, weight_decay=0.5 if tuning.freeze else 0.0)
+    optimizer = optim.build(spec, 10, freeze=tuning.freeze)
+    params = drawn(jax.eval_shape(model.init, jax.random.key(0), batch()))
     step = jax.jit(make_step(model, objectives.combine({"classify": ClassifySpec()}), optimizer, ema=0.0, accumulate=1,
                              tuning=tuning))
-    before = jax.jit(start)(jax.random.key(0))
+    trained, frozen = tune.split(tuning, params, jax.random.key(0))
+    before = TrainState(jnp.zeros((), jnp.int32), jnp.uint32(0), trained, jax.jit(optimizer.init)(trained), (), frozen)
     after, _ = step(before, batch())
     after, metrics = step(after, batch())
     assert np.isfinite(metrics["loss"])
@@ -115,10 +111,20 @@ def test_it_trains_or_stays_to_the_last_bit(freeze: str) -> None:
     assert moments == every - bool(freeze) * network > 0, "no moments of what does not train"
 
 
+def test_gradients_reach_every_parameter() -> None:
+    """Every channel's, but those of a ReLU that is below zero everywhere."""
+    _, after = states(TuneSpec())
+    moments = {path.split("/mu/")[1]: leaf for path, leaf in tree.flatten(after.opt_state).items() if "/mu/" in path}
+    own = {path: np.asarray(leaf) for path, leaf in moments.items() if path.startswith(stem.PATH)}
+    assert set(own) == {path for path in tree.flatten(after.params) if path.startswith(stem.PATH)} != set()
+    for path, leaf in own.items():
+        assert (np.mean(leaf != 0) > 0.5) == (not path.endswith(("mean", "var"))), path
+
+
 @pytest.mark.parametrize("spec, base, sentence", [
     (StemSpec("videomae_tiny"), BASE, "is no 3D CNN"),
     (StemSpec("x3d_tin"), BASE, "did you mean x3d_tiny"),
-    (StemSpec("x3d_tiny", "stage9"), BASE, "no feature map of x3d_tiny: choose one of stem, stage1"),
+    (StemSpec("x3d_tiny", "stage9"), BASE, "no feature map of x3d_tiny: choose one of last, project, stage1"),
     (StemSpec("x3d_tiny"), (), "add it to config.data.modalities"),
     (StemSpec("c3d_tiny", "conv5b"), (2, 8, 8), "too small for c3d_tiny"),
 ])
@@ -135,8 +141,7 @@ def command(cache_dir: str, workdir: Path, *more: str) -> list[str]:
 
 def test_published_weights_are_read_kept_and_handed_on(cache_dir: str, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     """Imported, then frozen in a run, then trained in a run that starts from that."""
-    network = backbones.build(backbones.find("x3d_tiny"))
-    params = jax.device_get(jax.jit(network.init)(jax.random.key(3)))
+    params = drawn(backbones.parameter_shapes(backbones.build(backbones.find("x3d_tiny"))))
     kept = checkpoint.Checkpoints(run.checkpoint_folder(tmp_path / "import", "import"), 2)
     kept.save(0, {"params": params}, {"model": "x3d_tiny"})
     kept.close()
@@ -158,8 +163,21 @@ def test_published_weights_are_read_kept_and_handed_on(cache_dir: str, tmp_path:
     trained = checkpoint.load_arrays(run.checkpoint_folder(tmp_path / "on", "finetune"))
     apart = [np.abs(trained[stem.PATH + path] - leaf).max() for path, leaf in held.items() if path.endswith("kernel")]
     assert 0 < min(apart) and max(apart) < 0.1, "it went on from there"
-    for more, sentence in ((["--config.data.still=0.4"], "want config.data.mean, std and still to be"),
-                           (["--config.model.stem.weights="], "there are no weights for x3d_tiny: add --config.model.stem.weights"),
-                           (["--config.model.stem.weights=/no/such.npz"], "/no/such.npz does not exist")):
-        assert entry.main(command(cache_dir, tmp_path / str(len(sentence)), weights, *more)) == 2
-        assert sentence in capfd.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("data, weights, sentence", [
+    ({"still": 0.4}, "fixture", "want config.data.mean, std and still to be"),
+    ({}, "", "there are no weights for x3d_tiny: add --config.model.stem.weights"),
+    ({}, "/no/such.npz", "/no/such.npz does not exist"),
+    ({}, "part", r"part.npz lacks 1 parameters of x3d_tiny \(stem_space/kernel"),
+])
+def test_weights_that_do_not_fit_are_refused(data: dict, weights: str, sentence: str, tmp_path: Path) -> None:
+    arrays = formats.read(make_fixtures.FOLDER / "x3d_tiny.safetensors")
+    formats.write(tmp_path / "part.npz", {name: each for name, each in arrays.items() if name != "blocks.0.conv.conv_t.weight"})
+    path = {"fixture": str(make_fixtures.FOLDER / "x3d_tiny.safetensors"), "part": str(tmp_path / "part.npz")}.get(weights, weights)
+    model = as_dict(dataclasses.replace(MODEL, stem=dataclasses.replace(MODEL.stem, weights=path)))
+    experiment = Experiment.of({
+        "data": {"frames": 8, "size": 32, "mean": 0.45, "std": 0.225} | data, "particles": {"policy": "grid", "base": BASE},
+        "model": model, "stages": {"one": {"steps": 1, "objectives": {"classify": {}}}}})
+    with pytest.raises(UserError, match=sentence):
+        published.begun(states(TuneSpec())[0], run.build(experiment, "one", ("a", "b")))

@@ -29,7 +29,7 @@ def distil(spec: DistilSpec) -> Objective:
         seen[spec.modality] = visible(spec, model, seen[spec.modality], mask_key)
         predicted = masked.ask(params, model, seen, query, spec.teacher, batch, dropout_key if train else None)
         alike = optax.cosine_similarity(predicted, query.payload, epsilon=1e-6)
-        error = 1 - alike if spec.loss == "cosine" else optax.huber_loss(predicted, query.payload, _KNEE).mean(axis=-1)
+        error = 1 - alike if spec.loss == "cosine" else optax.huber_loss(predicted, query.payload, delta=_KNEE).mean(axis=-1)
         there = losses.membership(query.segment, clips).any(axis=1) & (batch.clip >= 0)
 
         def of_clips(values: Array) -> Array:
