@@ -43,10 +43,10 @@ def space() -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"how-{how}", finetune(tune={"how": how})
     for name, values in (("rate", (3e-4, 1e-3, 3e-3, 1e-2)), ("warmup", (0.0, 0.1, 0.3)), ("final", (0.01, 0.1, 1.0)),
                          ("weight_decay", (0.0, 0.05, 0.2))):
-        for value in values:
-            yield f"{name}-{value:g}", finetune(optim={name: value})
-    for value in (0.6, 0.8, 1.0):
-        yield f"layer_decay-{value:g}", finetune(tune={"layer_decay": value})
+        for i, value in enumerate(values):  # no name may have a dot
+            yield f"{name}-{i}", finetune(optim={name: value})
+    for i, value in enumerate((0.6, 0.8, 1.0)):
+        yield f"layer_decay-{i}", finetune(tune={"layer_decay": value})
 
 
 def get_config(arg: str = "") -> ConfigDict:

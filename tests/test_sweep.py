@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import runpy
 import subprocess
 import sys
 from collections import Counter
@@ -11,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from particlejax import tree
 from particlejax.apps import shared, sweep
-from particlejax.spec import Experiment
+from particlejax.spec import Experiment, as_dict
 from particlejax.train import loop, run
 from particlejax.typing import UserError
 
@@ -144,5 +146,16 @@ def test_a_search_combines_what_the_runs_differ_in(trained: list[str], tmp_path:
     assert len(trained) == 6
     tried = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("runs/trial*/seed0/config.json"))]
     assert len(tried) == 6 and all(each["particles"]["budget"] in (8, 4) and each["model"]["width"] == 384 for each in tried)
+    found = (tmp_path / "results.json").read_text()
+    assert len(json.loads(found)["sweep"]) == 6
     sweep.sweep(experiment(search=6), tmp_path, "s")
     assert len(trained) == 6, "done before"
+    assert (tmp_path / "results.json").read_text() == found, "and still told of"
+
+
+def test_every_setting_of_the_search_that_is_shipped_is_one_of_an_experiment() -> None:
+    config = runpy.run_path("experiments/finetune_sweep.py")["get_config"]("tiny,search")
+    changed = {path: value for each in sweep.plan(Experiment.of(config.to_dict()))
+               for path, value in tree.flatten(config.sweep.runs[each.name].to_dict()).items()
+               if tree.flatten(as_dict(each.experiment))[path] == value}
+    assert {path.rsplit("/", 1)[1] for path in changed} == {"how", "rate", "warmup", "final", "weight_decay", "layer_decay"}

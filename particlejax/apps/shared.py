@@ -41,22 +41,31 @@ def each(storage: str, name: str, labels: Sequence[str], work: Callable[[int], A
 
 
 def search(storage: str, name: str, trials: int, seed: int, space: Mapping[str, Sequence[Any]],
-           measure: Callable[[dict[str, Any], int], float]) -> None:
-    """TPE over `space`, path names to the values they may have; `measure` of a choice and the trial's number is maximised."""
+           measure: Callable[[dict[str, Any], int], float]) -> dict[int, dict[str, Any]]:
+    """TPE over `space`, path names to the values they may have; `measure` of a choice and the trial's number is maximised.
+
+    What was chosen in each trial that is over, whoever ran it and whenever, by its number.
+    """
     optuna = _optuna()
     study = optuna.create_study(storage=_storage(optuna, storage), study_name=name, direction="maximize", load_if_exists=True,
                                 sampler=optuna.samplers.TPESampler(seed=seed))
 
     def objective(trial: Any) -> float:
-        chosen = {key: json.loads(trial.suggest_categorical(key, [json.dumps(v) for v in values])) for key, values in space.items()}
+        for key, values in space.items():
+            trial.suggest_categorical(key, [json.dumps(v) for v in values])
         try:
-            return measure(chosen, trial.number)
+            return measure(_chosen(trial), trial.number)
         except UserError as error:  # settings that do not go together
             raise optuna.TrialPruned(str(error)) from error
 
     states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
     if len(study.get_trials(states=states)) < trials:
         study.optimize(objective, callbacks=[optuna.study.MaxTrialsCallback(trials, states=states)])
+    return {trial.number: _chosen(trial) for trial in study.get_trials(states=states)}
+
+
+def _chosen(trial: Any) -> dict[str, Any]:
+    return {key: json.loads(value) for key, value in trial.params.items()}
 
 
 def _optuna() -> Any:

@@ -82,24 +82,28 @@ def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
 
 def _search(experiment: Experiment, top: Path) -> list[Run]:
     """Trials in which each setting that the runs differ in takes any of the values that it has in one of them."""
-    spec, made = experiment.sweep, []
+    spec = experiment.sweep
     space: dict[str, list[Any]] = {}
     for changes in spec.runs.values():
         for key, value in _flat(changes):
             if value not in space.setdefault(key, []):
                 space[key].append(value)
 
+    def trial(chosen: dict[str, Any], number: int) -> Run:
+        return _run(experiment, f"trial{number:03d}", tree.nest(chosen), spec.seeds[0])
+
     def measure(chosen: dict[str, Any], number: int) -> float:
-        made.append(_run(experiment, f"trial{number:03d}", tree.nest(chosen), spec.seeds[0]))
-        _one(made[-1], top)
-        row = collect(made[-1:], spec.metric, top)[made[-1].name]
+        made = trial(chosen, number)
+        _one(made, top)
+        row = collect([made], spec.metric, top)[made.name]
         if row["error"]:
             raise UserError(row["error"])
         return row["mean"]
 
-    shared.search(spec.storage or str(top.absolute() / "search.journal"), str(top.absolute()), spec.search, experiment.seed, space,
-                  measure)
-    return made
+    tried = shared.search(spec.storage or str(top.absolute() / "search.journal"), str(top.absolute()), spec.search, experiment.seed,
+                          space, measure)
+    began = {number: chosen for number, chosen in tried.items() if (top / "runs" / f"trial{number:03d}").exists()}
+    return [trial(chosen, number) for number, chosen in began.items()]  # the others' settings do not go together
 
 
 def _flat(changes: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
