@@ -127,10 +127,14 @@ def noisy(batch: Batch, key: jax.Array, noise: jax.Array) -> Batch:
     return dataclasses.replace(batch, particles=made)
 
 
+def payloads_of(modalities: tuple[str, ...]) -> dict[str, models.Payload]:
+    return {m: models.Payload(SLOTS[m].size, WORDS * (m == "text"), BASES.get(m, ())) for m in modalities}
+
+
 def setup(name: str, **changes: object) -> tuple[objectives.Objective, models.Model]:
     case = CASES[name]
     specs = {name: make(OBJECTIVES[name], case.spec | changes, name)}
-    payloads = {m: models.Payload(SLOTS[m].size, WORDS * (m == "text"), BASES.get(m, ())) for m in case.modalities}
+    payloads = payloads_of(case.modalities)
     model = models.build(case.model, payloads, classes=CLASSES if objectives.classifies(specs) else 0,
                          needs=objectives.parts(specs))
     objectives.check(specs, payloads)
@@ -297,6 +301,17 @@ def test_the_encoder_never_sees_what_it_is_to_say(loss: str) -> None:
     assert "payload_features" not in params["encoder"] and params["encoder"]["modality"]["token"].shape[0] == 1, "it fits without"
     value, metrics = jax.jit(lambda b: objective(params, model, b, jax.random.key(0), False))(batch)
     assert value == metrics["distil/loss"] and (loss == "smooth" or abs(value + metrics["distil/cosine"] - 1) < 1e-5)
+
+
+def test_what_is_never_seen_stands_in_no_other_objectives_way() -> None:
+    together = ("align", "distil", "masked", "trace", "visual_words")
+    specs = {name: make(OBJECTIVES[name], CASES[name].spec, name) for name in together}
+    modalities = ("features", "series", "vision")
+    model = models.build(MODEL, payloads_of(modalities), needs=objectives.parts(specs))
+    batch, key = make_batch(modalities), jax.random.key(0)
+    params = jax.eval_shape(model.init, key, batch)
+    loss, metrics = jax.eval_shape(lambda p: objectives.combine(specs)(p, model, batch, key, True), params)
+    assert loss.shape == () and {f"{name}/loss" for name in specs} <= set(metrics)
 
 
 @pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
