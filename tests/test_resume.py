@@ -21,7 +21,8 @@ OVERRIDES = [f"--config.stages.finetune.steps={STEPS}", "--config.stages.finetun
 
 def start(workdir: Path, cache_dir: str) -> subprocess.Popen:
     """The command in a process of its own, its output in a file beside the folder."""
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     with open(f"{workdir}.log", "a") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "particlejax.main", "--config", "tests/experiments/mixed.py", "--workdir", str(workdir),
