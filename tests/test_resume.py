@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STEPS, KILLS = 24, 5
+STEPS, KILLS = 24, 3
 OVERRIDES = [f"--config.stages.finetune.steps={STEPS}", "--config.stages.finetune.val_every=8", "--config.log.every=1",
              "--config.stages.finetune.accumulate=2", "--config.checkpoint.every=5", "--config.model.dropout=0.2",
              "--config.stages.finetune.select=classify/top1", "--config.data.workers=0"]
