@@ -2,12 +2,13 @@
 """What a chip can do at best, as its maker publishes it; of a CPU, as measured."""
 
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-_SIDE, _PIECE, _BEST_OF = 1024, 2**26, 3  # of the product, numbers of the copy, repetitions
+_SIDE, _LARGE, _PIECE, _BEST_OF = 1024, 8192, 2**26, 5  # of products on CPUs and others, numbers of the copy, repetitions
 
 
 class Chip(NamedTuple):
@@ -55,22 +56,26 @@ def known(kind: str) -> Chip | None:
 
 def measured() -> Chip:
     """The machine at hand: float32 products and copies, the best of some; links between its devices are its memory."""
-    piece = jnp.ones(_PIECE // 4)
-    stream = 2 * piece.nbytes / _seconds(jax.jit(lambda x: x + 1).lower(piece).compile(), piece)
-    return Chip(0.0, product(jnp.float32), stream, 0.0, measured=True)
+    piece, copy = jnp.ones(_PIECE // 4), jax.jit(lambda x: x + 1)
+    stream = 2 * piece.nbytes / _seconds(lambda: copy(piece))
+    return Chip(0.0, jax.local_device_count() * product(jnp.float32), stream, 0.0, measured=True)
 
 
-def product(dtype: Any, side: int = _SIDE) -> float:
-    """Operations a second of the first device in square products with float32 sums, the best of some."""
-    square = jnp.ones((side, side), dtype)
-    matmul = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
-    return 2 * side**3 / _seconds(matmul.lower(square, square).compile(), square, square)
+def product(dtype: Any) -> float:
+    """Operations a second of one local device in square products with float32 sums, the best of some.
+
+    All devices multiply at once, as they do while training: they may share cores.
+    """
+    side = _SIDE if jax.default_backend() == "cpu" else _LARGE
+    squares = [jax.device_put(jnp.ones((side, side), dtype), device) for device in jax.local_devices()]
+    matmul = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
+    return 2.0 * side**3 / _seconds(lambda: [matmul(square) for square in squares])
 
 
-def _seconds(run: jax.stages.Compiled, *args: jax.Array) -> float:
+def _seconds(run: Callable[[], Any]) -> float:
     found = []
-    for _ in range(_BEST_OF):
+    for _ in range(_BEST_OF + 1):  # the first one compiles
         begun = time.perf_counter()
-        run(*args).block_until_ready()
+        jax.block_until_ready(run())
         found.append(time.perf_counter() - begun)
     return min(found)

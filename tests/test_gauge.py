@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from particlejax import chips
 from particlejax.particles.types import Batch, Particles
 from particlejax.train import gauge
 from particlejax.train.gauge import Compilations, Gauge
@@ -53,7 +54,7 @@ def test_seconds_of_a_step_add_up_and_rates_count_what_is_there(clock: list[floa
 def test_the_peak_is_known_measured_or_neither(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gauge.peak_of("known", "float32") == 0.0, "of a CPU nobody knows it"
     assert "mfu" not in _figures(0.0)
-    monkeypatch.setattr(gauge, "_SIDE", 128)
+    monkeypatch.setattr(chips, "_SIDE", 128)
     assert gauge.peak_of("measured", "float32") > 1e6
 
     class Chip:

@@ -5,7 +5,7 @@
     python -m particlejax.main --config experiments/ablations/particles.py:toybox --workdir runs/particles-toybox
 
 `grid` at several strides, `tubes`, `random` (a part of the grid), `runs` and `adaptive`, at a whole, a half and a quarter of the
-full grid's 256 particles; three seeds. About 25 minutes each on 2 cores; README.md beside this file has the tables.
+full grid's 256 particles; three seeds. The toybox took 50 minutes on 2 cores; README.md beside this file has the table.
 """
 
 from collections.abc import Iterator

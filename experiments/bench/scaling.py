@@ -3,7 +3,7 @@
 
     python -m particlejax.main --config experiments/bench/scaling.py
 
-TPUs want `pip install particlejax[plan]`, and none need be there. About a minute a mesh on one core; the same command goes on
+TPUs want `pip install particlejax[plan]`, and none need be there. Two to four minutes a mesh on one core; the same command goes on
 where it was stopped. Of ViT-g: --config.experiment=experiments/pretrain/mae_base.py:giant --config.rows=8.
 """
 

@@ -101,4 +101,3 @@ def _known(source: sources.Source, experiment: Experiment) -> np.ndarray:
     if data.listed:
         return few.read_list(source, data.listed)
     return few.draw(label, data.shots, experiment.seed, source.classes) if data.shots else np.flatnonzero(label >= 0)
-

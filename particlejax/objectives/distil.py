@@ -5,7 +5,7 @@ import jax
 import optax
 from jax import Array
 
-from particlejax import losses, masks
+from particlejax import losses
 from particlejax.models.model import Model
 from particlejax.modelspec import DistilSpec
 from particlejax.objectives import masked
@@ -44,6 +44,4 @@ def visible(spec: DistilSpec, model: Model, whole: Particles, key: Array) -> Par
     """What of the modality the encoder sees."""
     if spec.keep == 1:
         return whole
-    scores = masked.SCORES[spec.mask](key, whole, model.payloads[spec.modality].base)
-    slots, _, segment = masks.split(scores, whole.segment, spec.keep, 0.0)
-    return Particles(**{**vars(whole.take(slots)), "segment": segment})
+    return masked.part(masked.SCORES[spec.mask](key, whole, model.payloads[spec.modality].base), whole, spec.keep, 0.0)[0]

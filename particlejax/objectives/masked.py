@@ -71,9 +71,13 @@ def predict_masked(spec: MaskedSpec, params: Params, model: Model, batch: Batch,
 
 def hide(spec: HiddenSpec, model: Model, whole: Particles, key: Array) -> tuple[Particles, Array]:
     """What of one modality stays visible, and the slots [B, Q] that are asked for."""
-    scores = SCORES[spec.mask](key, whole, model.payloads[spec.modality].base)
-    visible, asked, visible_segment = masks.split(scores, whole.segment, spec.keep, spec.predict)
-    return Particles(**{**vars(whole.take(visible)), "segment": visible_segment}), asked
+    return part(SCORES[spec.mask](key, whole, model.payloads[spec.modality].base), whole, spec.keep, spec.predict)
+
+
+def part(scores: Array, whole: Particles, keep: float, predict: float) -> tuple[Particles, Array]:
+    """The share `keep` of lowest scores [B, L], and the slots [B, Q] of the share `predict` of the highest."""
+    visible, asked, segment = masks.split(scores, whole.segment, keep, predict)
+    return replace(whole.take(visible), segment=segment), asked
 
 
 def change(particles: Particles, base: tuple[int, ...]) -> Array:

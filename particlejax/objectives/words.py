@@ -10,9 +10,9 @@ from jax import Array
 from particlejax import losses, masks
 from particlejax.models.model import Model
 from particlejax.modelspec import VisualWordsSpec, WordsSpec
-from particlejax.objectives.masked import Prediction, ask, hide
+from particlejax.objectives.masked import Prediction, ask, hide, part
 from particlejax.objectives.types import Objective
-from particlejax.particles.types import Batch, Particles
+from particlejax.particles.types import Batch
 from particlejax.typing import Metrics, Params
 
 
@@ -25,10 +25,8 @@ def words(spec: WordsSpec) -> Objective:
     def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
         mask_key, dropout_key = jax.random.split(key)
         whole = batch.particles[spec.modality]
-        scores = masks.random_scores(mask_key, whole.place)
-        visible, asked, segment = masks.split(scores, whole.segment, spec.keep, 1 - spec.keep)
+        seen, asked = part(masks.random_scores(mask_key, whole.place), whole, spec.keep, 1 - spec.keep)
         query = whole.take(asked)
-        seen = Particles(**{**vars(whole.take(visible)), "segment": segment})
         logits = ask(params, model, {**batch.particles, spec.modality: seen}, query, spec.modality, batch,
                      dropout_key if train else None)
         return _told(Prediction(query, logits, query.payload[..., 0], seen), batch)

@@ -113,7 +113,7 @@ def _shape(level: Level, spec: ParticleSpec) -> Shape:
     return tuple(b * s for b, s in zip(spec.base, _scale(level, spec), strict=True))
 
 
-def adaptive(video_THWC: Num[Array, "T H W C"], times_T: Float[Array, "T"], spec: ParticleSpec) -> Particles:
+def adaptive(video_THWC: Num[Array, "T H W C"], times_T: Float[Array, " T"], spec: ParticleSpec) -> Particles:
     """At most `spec.budget` particles that tile the clip, fewer where splitting would tell nothing more.
 
     Pixels are 0 to 255. Slots that stay free have segment 0 and come last; numpy gives only the others.
@@ -127,7 +127,7 @@ def adaptive(video_THWC: Num[Array, "T H W C"], times_T: Float[Array, "T"], spec
     return Particles(payload.reshape(len(order), -1), place, extent, segment)
 
 
-def slots(kept: Bool[Array, "N"], budget: int) -> tuple[Int[Array, "K"], Int[Array, "K"]]:
+def slots(kept: Bool[Array, " N"], budget: int) -> tuple[Int[Array, " K"], Int[Array, " K"]]:
     """Numbers of what is kept, in order, and segment 1; in jax `budget` of them, those that stay free with segment 0."""
     xp = numpy_of(kept)
     if xp is np:
@@ -269,7 +269,7 @@ def _scale(by: Level, spec: ParticleSpec) -> Shape:
 # -- which nodes are split
 
 
-def choose(energy: dict[Level, Array], plan: Tree, spec: ParticleSpec) -> Bool[Array, "N"]:
+def choose(energy: dict[Level, Array], plan: Tree, spec: ParticleSpec) -> Bool[Array, " N"]:
     """Which nodes stand in the end; they tile the clip."""
     xp = numpy_of(energy[plan.levels[0]])
     told = _told(energy, plan, spec)

@@ -34,7 +34,7 @@ def lattice(size: Shape, tube: Tube) -> Int[np.ndarray, "N 3"]:
     return corners
 
 
-def cut(video_THWC: Num[Array, "T H W C"], times_T: Float[Array, "T"], tube: Tube, base: Shape) -> Particles:
+def cut(video_THWC: Num[Array, "T H W C"], times_T: Float[Array, " T"], tube: Tube, base: Shape) -> Particles:
     """All cuboids of one tube, each resampled to `base`: longer axes are averaged down, shorter ones repeated.
 
     times_T: seconds of the frames from the clip's start; a frame lasts until the next, the last as long as the one
@@ -110,7 +110,7 @@ def _where(times_T: Array, corners: np.ndarray, tube: Tube, size: Shape) -> tupl
     return place.astype(np.float32), extent.astype(np.float32)
 
 
-def edges(times_T: Float[Array, "T"]) -> Float[Array, "T+1"]:
+def edges(times_T: Float[Array, " T"]) -> Float[Array, " T+1"]:
     """When each frame begins and, last, when the last one ends: it lasts as long as the one before it."""
     xp = numpy_of(times_T)
     last = times_T[-1:] - times_T[-2:-1] if len(times_T) > 1 else xp.zeros(1, np.float32)

@@ -14,7 +14,7 @@ from particlejax.spec import ParticleSpec
 from particlejax.typing import Array
 
 
-def runs(video_THWC: Num[Array, "T H W C"], times_T: Float[Array, "T"], spec: ParticleSpec) -> Particles:
+def runs(video_THWC: Num[Array, "T H W C"], times_T: Float[Array, " T"], spec: ParticleSpec) -> Particles:
     """The first cuboid of each run, its place and extent those of the whole run.
 
     A run ends before a cuboid that differs from the one before it by more than `spec.threshold` (mean absolute difference,

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from particlejax import losses, sharding
 from particlejax.data import pipeline
 from particlejax.models.model import Model
+from particlejax.nn.reduce import Tokens
 from particlejax.objectives.types import Objective
 from particlejax.particles.types import Batch
 from particlejax.train.log import Progress
@@ -69,8 +70,7 @@ def jit_features(model: Model, ready: Callable[[Batch], Batch], mesh: Mesh, moda
         batch, clips = ready(batch), batch.clip.shape[1]
         found = {}
         for name in dict.fromkeys((*modalities, *compared)):
-            shown = {name: batch.particles[name]} if name else batch.particles
-            tokens, _ = model.apply(params, "encode", shown, clips)
+            tokens = _tokens(model, params, batch, name)
             if name in modalities:
                 found[name] = losses.clip_mean(tokens.x.astype(jnp.float32), tokens.segment, clips, tokens.mass)
             if name in compared:
@@ -87,14 +87,17 @@ def jit_tokens(model: Model, ready: Callable[[Batch], Batch], mesh: Mesh, modali
     """
 
     def compute(params: Params, batch: Batch) -> tuple[dict[str, Any], Any]:
-        batch, found = ready(batch), {}
-        for name in modalities:
-            shown = {name: batch.particles[name]} if name else batch.particles
-            tokens, _ = model.apply(params, "encode", shown, batch.clip.shape[1])
-            found[name] = tokens.x.astype(jnp.float16), tokens.segment
-        return found, batch.clip
+        batch = ready(batch)
+        each = {name: _tokens(model, params, batch, name) for name in modalities}
+        return {name: (tokens.x.astype(jnp.float16), tokens.segment) for name, tokens in each.items()}, batch.clip
 
     return jax.jit(sharding.on(mesh, compute), out_shardings=NamedSharding(mesh, P()))
+
+
+def _tokens(model: Model, params: Params, batch: Batch, modality: str) -> Tokens:
+    """What the encoder makes of one modality by itself, or of all where it is ''."""
+    shown = {modality: batch.particles[modality]} if modality else batch.particles
+    return model.apply(params, "encode", shown, batch.clip.shape[1])[0]
 
 
 def probabilities(predict: Callable, params: Params, views: pipeline.Views, mesh: Mesh, watch: Watch, name: str

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from particlejax import chips
 from particlejax.particles.types import Batch
 from particlejax.train.log import say
 
-_SIDE, _TIMES = 2048, 5  # of the square products that a device's rate is measured with
 _MIB = 2**20
 
 
@@ -96,22 +94,9 @@ def memory() -> dict[str, float]:
 def peak_of(how: str, dtype: Any) -> float:
     """Operations per second of one device: 'known' by its kind, 0 where it is not; or 'measured' by products of `dtype`."""
     if how == "measured":
-        return _measured(jnp.dtype(dtype))
+        return chips.product(dtype)
     chip = chips.known(jax.devices()[0].device_kind)
     return chip.product if chip else 0.0
-
-
-def _measured(dtype: Any) -> float:
-    """All local devices at once, as they are while training: they may share cores."""
-    devices = jax.local_devices()
-    squares = [jax.device_put(jnp.ones((_SIDE, _SIDE), dtype), device) for device in devices]
-    product = jax.jit(lambda x: jnp.dot(x, x, preferred_element_type=jnp.float32))
-    best = float("inf")
-    for _ in range(_TIMES + 1):  # the first one compiles
-        begun = time.monotonic()
-        jax.block_until_ready([product(square) for square in squares])
-        best = min(best, time.monotonic() - begun)
-    return 2.0 * _SIDE**3 / best
 
 
 @dataclass

@@ -41,7 +41,6 @@ _PROCESSES = "particlejax, whole pipeline in as many processes as threads"
 _LEAST = "PyAV, decodes and scales what is wanted"  # the least that any consumer asks for
 
 
-
 class Timed(NamedTuple):
     """A repetition: seconds of the clock, and of all cores and processes together."""
 

@@ -58,7 +58,7 @@ def bare(file: str | bytes, times: np.ndarray, drop: bool = False) -> int:
 
 
 def least(file: str | bytes, times: np.ndarray, side: int) -> list[np.ndarray]:
-    """The frames that `_bare` decodes; those that are wanted become pictures of `side` by `side` pixels."""
+    """The frames that `bare` decodes; those that are wanted become pictures of `side` by `side` pixels."""
     scaler, left, found = VideoReformatter(), list(times), []
     with open_file(file) as container:
         stream = container.streams.video[0]

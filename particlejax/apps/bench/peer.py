@@ -173,13 +173,8 @@ def _measured(experiment: Experiment, works: dict[str, Work], rows: int, task: s
 
 def _rate(dtype: str) -> float:
     """Operations a second of all devices: the chip's published rate in bfloat16 where it is known, else as measured now."""
-    device, devices = jax.devices()[0], jax.device_count()
-    chip = chips.known(device.device_kind)
-    if chip and dtype == "bfloat16":
-        return devices * chip.product
-    if device.platform == "cpu":
-        return chips.product(dtype, 2048)  # all of them are the one machine
-    return devices * chips.product(dtype, 8192)
+    chip = chips.known(jax.devices()[0].device_kind)
+    return jax.device_count() * (chip.product if chip and dtype == "bfloat16" else chips.product(dtype))
 
 
 def _figures(work: Work, seconds: list[float], rates: list[float]) -> dict[str, float]:

@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import Mesh
-
 from particlejax import checkpoint, chips, sharding
 from particlejax.apps import plan
 from particlejax.apps.report import table
@@ -18,7 +16,7 @@ _JOB = "bench_scaling"
 
 
 def bench(spec: PlanSpec, workdir: Path, name: str) -> None:
-    """Job 'bench_scaling': every topology with every mesh; results.json and report.md grow, what is there is not compiled again.
+    """Job 'bench_scaling': every topology with every mesh; results.json grows, what is there is not compiled again.
 
     Raises UserError where a topology or a mesh cannot be.
     """
@@ -30,15 +28,16 @@ def bench(spec: PlanSpec, workdir: Path, name: str) -> None:
         missing = {label: mesh for mesh in meshes if (label := f"{topology} {plan.title(mesh)}") not in found}
         prepared = plan.prepare(spec, devices) if missing else None
         for label, mesh in missing.items():
-            found[label] = plan.figures(prepared, mesh, chips.of(devices[0], len(devices))) | {"kind_of_mesh": _divided(mesh)}
+            found[label] = plan.figures(prepared, mesh, chips.of(devices[0], len(devices)))
             say(f"{label}: {found[label]['bytes'].get('sent', 0.0) / 2**20:.1f} MiB sent by each device")
             checkpoint.write_json(workdir / run.RESULTS, {_JOB: found})
-            (workdir / "report.md").write_text("\n".join(_lines(spec, found)) + "\n", encoding="utf-8")
-    print((workdir / "report.md").read_text(encoding="utf-8"))
+    text = "\n".join(_lines(spec, found)) + "\n"
+    (workdir / "report.md").write_text(text, encoding="utf-8")
+    print(text)
 
 
-def _divided(mesh: Mesh) -> str:
-    return " x ".join(axis for axis, size in mesh.shape.items() if size > 1) or "alone"
+def _divided(figures: dict[str, Any]) -> str:
+    return " x ".join(figures["mesh"]) or "alone"
 
 
 def _lines(spec: PlanSpec, found: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -46,10 +45,10 @@ def _lines(spec: PlanSpec, found: dict[str, dict[str, Any]]) -> Iterator[str]:
     yield from (f"# Scaling of {spec.experiment}: {count / 1e6:.2f} M parameters", "")
     yield from (f"{spec.rows or 'The same'} rows {'for each device' if spec.rows else 'of all devices together'}. Compiled, not "
                 "run: memory and collectives are the compiler's, times estimates at rates as published or, of a CPU, measured.", "")
-    kinds = dict.fromkeys(each["kind_of_mesh"] for each in found.values())
+    kinds = dict.fromkeys(map(_divided, found.values()))
     for kind in kinds:
         yield from ("", f"## Divided by {kind}" if kind != "alone" else "## One device", "")
-        yield from _table({label: each for label, each in found.items() if each["kind_of_mesh"] == kind})
+        yield from _table({label: each for label, each in found.items() if _divided(each) == kind})
 
 
 def _table(found: dict[str, dict[str, Any]]) -> Iterator[str]:
