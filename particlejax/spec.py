@@ -72,7 +72,10 @@ class SeriesSpec:
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSpec:
-    """What a frozen network says of sub-clips, computed before by job features, of the clip's unmirrored centre square."""
+    """What a frozen network says of sub-clips, computed before by job features.
+
+    It saw the clip's centre square, not mirrored, or heard its sound, or read its caption.
+    """
 
     folder: str = ""  # that the job wrote; it says which network, how long sub-clips are and how many cells each has
     seconds: float = at_least(0.0, 0)  # longest span; 0: data.seconds
@@ -90,7 +93,7 @@ class DataSpec:
 
     source: str = "toybox"  # toybox | folder:PATH | tfds:NAME | mix:WEIGHT*SOURCE,WEIGHT*SOURCE
     split: str = "train"
-    modalities: tuple[str, ...] = ("vision",)  # of vision, audio, text, series, features
+    modalities: tuple[str, ...] = ("vision",)  # of vision, audio, text, series, features, heard, told
     sample: str = one_of("span", "dense", "segments")  # frames: even over `seconds`; every `stride`-th; one a segment
     stride: tuple[int, int] = interval((2, 2), 1)  # frames of the file from one to the next where `sample` is dense, drawn between
     fraction: float = between(1.0, 0, 1)  # of the clips to train on, the same ones whatever the seed: few labels, quick trials
@@ -107,6 +110,8 @@ class DataSpec:
     text: TextSpec = TextSpec()
     series: SeriesSpec = SeriesSpec()
     features: FeatureSpec = FeatureSpec()
+    heard: FeatureSpec = FeatureSpec()  # those of a second network, such as one of sound
+    told: FeatureSpec = FeatureSpec()  # those of a third, such as one of words
     mean: float = 0.45  # of pixels in [0, 1]
     std: float = at_least(0.225, 1e-4)
     still: float = between(1.0, 0, 1)  # share of a particle's mean over time that stays in it: below 1 change counts for more

@@ -144,9 +144,9 @@ def test_spans_are_drawn_and_share_the_clock_of_the_frames(folder: Path, kept: P
     both = dataclasses.replace(data_of(kept, frames=8), modalities=("vision", "features"), features=FeatureSpec(str(kept), 1.5))
     seen = clips.load(record, both, clips.CENTRE)
     offset = (2.3 - 2.0) / 2
-    np.testing.assert_allclose(seen.features.place, whole.during(offset, 1.5).place, atol=1e-3)
+    np.testing.assert_allclose(seen.kept["features"].place, whole.during(offset, 1.5).place, atol=1e-3)
     assert len(seen.frames) == 8
-    drawn = [clips.load(record, data_of(kept, seconds=1.0), np.random.default_rng(i)).features for i in range(8)]
+    drawn = [clips.load(record, data_of(kept, seconds=1.0), np.random.default_rng(i)).kept["features"] for i in range(8)]
     assert len({float(each.payload[0, 0]) for each in drawn}) > 1, "another draw sees another sub-clip"
 
 

@@ -34,7 +34,21 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
                         "its format, or name an Orbax folder.")
     if not arrays:
         raise UserError(f"{path} holds no arrays: name the file with the weights.")
-    return {name.replace("/", "."): array for name, array in arrays.items()}
+    return _whole({name.replace("/", "."): array for name, array in arrays.items()})
+
+
+def _whole(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Where NAME.w in int8 has NAME.scale beside it, as TFLite counts them, NAME.w is their product, float32.
+
+    TFLite scales depthwise kernels [1, h, w, C] by their last axis, all others by their first.
+    """
+    scaled = {name: name.removesuffix(".w") + ".scale" for name, array in arrays.items()
+              if name.endswith(".w") and array.dtype == np.int8 and name.removesuffix(".w") + ".scale" in arrays}
+    for name, scale in scaled.items():
+        kernel, factor = arrays[name].astype(np.float32), arrays.pop(scale)
+        axis = -1 if kernel.ndim == 4 and kernel.shape[0] == 1 else 0
+        arrays[name] = kernel * np.expand_dims(factor, tuple(set(range(kernel.ndim)) - {axis % kernel.ndim}))
+    return arrays
 
 
 def checkpoints_in(folder: Path) -> Path:

@@ -3,7 +3,8 @@
 
 A mapping is made from the shapes of our parameters: rules turn a module's path into the reference's, a second table
 turns its leaf's name, and a layout turns the axes. C3D goes by the names of its common PyTorch ports, I3D by those of
-its Flax port, I3D-R50 (`resnet`) and X3D by pytorchvideo's, Transformers (`transformer_names`) by those of transformers.
+its Flax port, I3D-R50 (`resnet`) and X3D by pytorchvideo's, YAMNet by the order of the layers in its TFLite file,
+Transformers (`transformer_names`) by those of transformers.
 """
 
 import re
@@ -35,6 +36,9 @@ class Report:
 
 _POINT = Layout(lambda a: a.reshape(a.shape[-2:]), lambda a: a[None, None, None])  # [1, 1, 1, I, O]
 _POINT_TORCH = Layout(lambda a: a.reshape(a.shape[:2]).T, lambda a: a.T[..., None, None, None])  # [O, I, 1, 1, 1]
+_POINT_TFLITE = Layout(lambda a: a[:, 0, 0].T, lambda a: a.T[:, None, None])  # [O, 1, 1, I]
+_IMAGE_TFLITE = Layout(lambda a: a.transpose(1, 2, 3, 0)[None], lambda a: a[0].transpose(3, 0, 1, 2))  # [O, h, w, I]
+_DEPTHWISE_TFLITE = Layout(lambda a: a[:, :, :, None], lambda a: a[:, :, :, 0])  # [1, h, w, C]
 
 _TORCH_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 _BRANCH: Rules = ((r"([abc])", r"branch2.conv_\1"), (r"norm_([ac])", r"branch2.norm_\1"),
@@ -67,11 +71,13 @@ _RULES: dict[str, Rules] = {
 def names_of(kind: str, shapes: Params, grids: Mapping[str, Grid] | None = None) -> Names:
     """The names of an architecture whose parameters have these shapes.
 
-    kind: 'c3d', 'i3d', 'resnet', 'x3d' or one of `transformer_names.KINDS`. grids: of tables of positions, by path.
+    kind: 'c3d', 'i3d', 'resnet', 'x3d', 'yamnet' or one of `transformer_names.KINDS`. grids: of tables of positions, by path.
     """
     flat = tree.flatten(shapes)
     if kind in transformer_names.KINDS:
         return transformer_names.names_of(kind, flat, grids or {})
+    if kind == "yamnet":
+        return Names(tuple(_yamnet_entry(path, flat) for path in flat), ())
     entries = tuple(_entry(kind, path, flat) for path in flat)
     counters = () if kind == "i3d" else tuple(
         e.theirs.replace("running_mean", "num_batches_tracked") for e in entries if e.ours.endswith("/mean"))
@@ -148,6 +154,15 @@ def _entry(kind: str, path: str, flat: Mapping[str, Any]) -> Entry:
         collection = "batch_stats" if leaf in ("mean", "var") else "params"
         return Entry(path, f"{collection}.{theirs}.{leaf}", _POINT if path == "head/kernel" else SAME)
     return Entry(path, f"{theirs}.{_TORCH_LEAVES[leaf]}", _torch_layout(path, flat))
+
+
+def _yamnet_entry(path: str, flat: Mapping[str, Any]) -> Entry:
+    module, _, leaf = path.rpartition("/")
+    part = module.rstrip("0123456789")
+    number, last = int(module.removeprefix(part) or 0), sum(name.endswith("/kernel") for name in flat) - 1
+    name, layout = {"mel": ("fc00", DENSE), "stem": ("conv01", _IMAGE_TFLITE), "depth": (f"dw{2 * number:02}", _DEPTHWISE_TFLITE),
+                    "point": (f"conv{2 * number + 1:02}", _POINT_TFLITE), "head": (f"fc{last:02}", DENSE)}[part]
+    return Entry(path, f"{name}.w", layout) if leaf == "kernel" else Entry(path, f"{name}.b", SAME)
 
 
 def _torch_layout(path: str, flat: Mapping[str, Any]) -> Layout:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a frozen network says of the sub-clips of a data set, computed once and kept as particles for training.
 
-Legend: K sub-clips of a clip, n particles of a clip, D width, T H W a feature map, t h w its cells.
+Legend: K sub-clips of a clip, n particles of a clip, D width, T H W a feature map, t h w its cells, N samples of sound,
+L word pieces.
 """
 
 import dataclasses
+import hashlib
 import math
 import shlex
 import time
@@ -17,34 +19,43 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from particlejax.adapt import packages
 from particlejax.apps import probe_backbone
-from particlejax.data import clips, decode, pipeline, sources, subclips
+from particlejax.data import audio, clips, decode, pipeline, sources, subclips
 from particlejax.data import features as files
+from particlejax.data import words as tokens
 from particlejax.jobspec import FeaturesSpec
 from particlejax.models import backbones
-from particlejax.spec import DataSpec
+from particlejax.models.variants import BackboneSpec
+from particlejax.spec import DataSpec, TextSpec
 from particlejax.train import run
 from particlejax.train.log import Progress, say
 from particlejax.typing import UserError
 
+_PIECES = 128  # that a network of words reads of a caption
+_TYPES = {"features": "uint8", "heard": "float32", "told": "int32"}
 _LEAST = 1e-3  # deviation: a feature that never changes is not blown up
 
 
 class Work(NamedTuple):
-    """Where features go, how clips are sampled for them, and what computes them: frames uint8 [K, T, H, W, 3] to [K, t h w, D]."""
+    """Where features go, how clips are sampled for them, and what computes them: `Given.data` to [K, t h w, D]."""
 
     folder: Path
     sampling: dict[str, Any]
     frozen: probe_backbone.Frozen
     compute: Callable[[np.ndarray], np.ndarray]
+    width: int  # D
 
 
-class Frames(NamedTuple):
-    """Of one clip: where its sub-clips begin [K], how many seconds each lasts, their frames uint8 [K, T, H, W, 3]."""
+class Given(NamedTuple):
+    """Of one clip: where its sub-clips begin [K], how many seconds each lasts, what the network is given of them.
+
+    Frames uint8 [K, T, H, W, 3], sound float32 [K, N] or words int32 [K, L]; K is 0 for a clip without sound or words.
+    """
 
     begins: np.ndarray
     seconds: float
-    pixels: np.ndarray
+    data: np.ndarray
 
 
 class Moments(NamedTuple):
@@ -69,29 +80,30 @@ def features(spec: FeaturesSpec, workdir: Path, name: str) -> None:
         source = sources.open_source(spec.source, split, spec.cache_dir)
         computed, moments = _split(work, source, spec, bad)
         if not moments.count:
-            raise UserError(f"{spec.source} has no readable clip in {split}: name other splits with config.splits.")
+            raise UserError(f"{spec.source} has no readable clip with what {spec.model} takes in {split}: name other splits with "
+                            "config.splits.")
         if subclips.described(work.folder) is None:  # never changed later: what was trained on these stays right
             subclips.describe(work.folder, _description(work, spec, moments))
         figures[split] = {"clips": len(source), "computed": computed, "particles": moments.count}
         say(f"{split}: features of {computed} clips computed, {moments.count} particles of {len(moments.total)} numbers in all")
     seconds = time.perf_counter() - begun
     run.add_results(workdir, "features", {**figures, "width": len(moments.total), "seconds": seconds}, bad.all())
-    say(f"train on them with --config.data.modalities=\"('features',)\" --config.data.features.folder={work.folder}")
+    modality = modality_of(work.frozen)
+    say(f"train on them with --config.data.modalities=\"('{modality}',)\" --config.data.{modality}.folder={work.folder}")
 
 
 def prepared(spec: FeaturesSpec, folder: Path) -> Work:
     """Raises UserError where the folder holds other features, and for cells that the network's map does not have."""
     frozen = probe_backbone.load(spec)
-    net = frozen.backbone.spec
-    frames = net.frames if net.inputs or not spec.frames else spec.frames  # a Transformer has positions for its own number
-    example = jax.ShapeDtypeStruct((1, frames, net.size, net.size, 3), np.uint8)
+    sampling = _sampling(spec, frozen.backbone.spec)
+    example = jax.ShapeDtypeStruct((1, *_shape(sampling)), np.dtype(_TYPES[modality_of(frozen)]))
 
     def maps(params: Any, pixels: Array) -> Array:
         return backbones.features(frozen.backbone, params, pixels, spec.endpoint, pooled=False)
 
-    cells = _cells(spec, jax.eval_shape(maps, frozen.params, example).shape[1:-1])
-    sampling = {"frames": frames, "size": net.size, "seconds": float(spec.seconds), "stride": float(spec.stride or spec.seconds),
-                "cells": list(cells)}
+    made = jax.eval_shape(maps, frozen.params, example)
+    cells = _cells(spec, made.shape[1:-1])
+    sampling["cells"] = list(cells)
     known = subclips.described(folder)
     if known and (known.network, known.sampling) != (frozen.known, sampling):
         there = known.network | known.sampling
@@ -100,7 +112,47 @@ def prepared(spec: FeaturesSpec, folder: Path) -> Work:
                         f"config.folder, or do as there: `{known.command}`.")
 
     compute = jax.jit(lambda params, pixels: averaged(maps(params, pixels), cells))
-    return Work(folder, sampling, frozen, lambda pixels: np.asarray(compute(frozen.params, pixels), np.float32))
+    return Work(folder, sampling, frozen, lambda data: np.asarray(compute(frozen.params, data), np.float32), made.shape[-1])
+
+
+def _sampling(spec: FeaturesSpec, net: BackboneSpec) -> dict[str, Any]:
+    """What tells one way of giving clips to the network from another. Raises UserError for a length that sound has not."""
+    if net.text:
+        known = hashlib.sha256(_tokenizer(spec).read_bytes()).hexdigest()
+        return {"words": min(_PIECES, net.net.positions), "tokenizer": known, "seconds": 0.0, "stride": 0.0}
+    if not net.sound:
+        frames = net.frames if net.inputs or not spec.frames else spec.frames  # a Transformer has positions for its own number
+        return {"frames": frames, "size": net.size, "seconds": float(spec.seconds),
+                "stride": float(spec.stride or spec.seconds)}
+    seconds = net.net.samples / net.net.rate
+    if spec.seconds not in (0, seconds):
+        raise UserError(f"{spec.model} hears {seconds:g} s at once: leave config.seconds at 0, and choose how far sub-clips stand "
+                        "apart with config.stride.")
+    return {"samples": net.net.samples, "rate": net.net.rate, "seconds": seconds, "stride": float(spec.stride or seconds)}
+
+
+def _shape(sampling: Mapping[str, Any]) -> tuple[int, ...]:
+    """Of what the network is given of a sub-clip."""
+    for only in ("samples", "words"):
+        if only in sampling:
+            return (sampling[only],)
+    return (sampling["frames"], sampling["size"], sampling["size"], 3)
+
+
+def _tokenizer(spec: FeaturesSpec) -> Path:
+    """Raises UserError where there is none."""
+    if spec.tokenizer or spec.weights == "random":
+        path = Path(spec.tokenizer).expanduser()
+    else:
+        path = Path(spec.weights or packages.find(spec.model, "weights")).expanduser().with_name("tokenizer.json")
+    if not path.is_file():
+        raise UserError(f"{spec.model} reads words and {path} is not there: name its tokenizer.json with config.tokenizer.")
+    return path
+
+
+def modality_of(frozen: probe_backbone.Frozen) -> str:
+    """Which of `clips.KEPT` its features are for, though any may hold them."""
+    return "told" if frozen.backbone.spec.text else "heard" if frozen.backbone.spec.sound else "features"
 
 
 def _cells(spec: FeaturesSpec, shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -136,8 +188,9 @@ def _shares(number: int, cells: int) -> np.ndarray:
 
 def _split(work: Work, source: sources.Source, spec: FeaturesSpec, bad: run.BadClips) -> tuple[int, Moments]:
     """Computes what is not kept of a source. Returns of how many clips, and the moments of all."""
+    words = TextSpec(str(_tokenizer(spec)), work.sampling["words"]) if "words" in work.sampling else None
     progress, moments = Progress("features", len(source), unit="clip"), Moments(np.zeros(1), np.zeros(1), 0)
-    waiting: dict[str, Frames] = {}
+    waiting: dict[str, Given] = {}
     computed = 0
     for i in range(len(source)):
         record, found = source[i], []
@@ -145,9 +198,9 @@ def _split(work: Work, source: sources.Source, spec: FeaturesSpec, bad: run.BadC
             kept = probe_backbone.kept(work.folder, name)
             if kept is not None:
                 found = [kept]
-            elif read := _read(i, record, work.sampling, bad):
+            elif read := _given(i, record, work.sampling, words, bad):
                 waiting[name] = read
-        if i + 1 == len(source) or sum(len(each.pixels) for each in waiting.values()) >= spec.rows:
+        if i + 1 == len(source) or sum(len(each.data) for each in waiting.values()) >= spec.rows:
             computed += len(waiting)
             found += _computed(work, waiting, spec.rows)
             waiting = {}
@@ -158,38 +211,62 @@ def _split(work: Work, source: sources.Source, spec: FeaturesSpec, bad: run.BadC
     return computed, moments
 
 
-def _computed(work: Work, waiting: Mapping[str, Frames], rows: int) -> list[np.ndarray]:
+def _computed(work: Work, waiting: Mapping[str, Given], rows: int) -> list[np.ndarray]:
     """Computes and keeps what is to be kept of clips, each float32 [n, 6 + D]."""
     if not waiting:
         return []
-    pixels, values = np.concatenate([each.pixels for each in waiting.values()]), []
-    for first in range(0, len(pixels), rows):
-        part = pixels[first : first + rows]
+    data = np.concatenate([each.data for each in waiting.values()])
+    values = [np.zeros((0, math.prod(work.sampling["cells"]), work.width), np.float32)]
+    for first in range(0, len(data), rows):
+        part = data[first : first + rows]
         full = np.concatenate([part, np.repeat(part[:1], rows - len(part), axis=0)])  # one shape, one program
         values.append(work.compute(full)[: len(part)])
-    ends = np.cumsum([len(each.pixels) for each in waiting.values()])
+    ends = np.cumsum([len(each.data) for each in waiting.values()])
     found = []
     for (name, each), value in zip(waiting.items(), np.split(np.concatenate(values), ends[:-1]), strict=True):
         about = subclips.placed(each.begins, each.seconds, work.sampling["cells"])
+        if not np.isfinite(value).all():
+            raise UserError(f"the network's features hold no numbers (NaN or Inf) for a clip ({name}): check config.weights.")
         found.append(subclips.joined(about, value.reshape(-1, value.shape[-1])))
         files.save(work.folder, name, found[-1])
     return found
 
 
-def _read(i: int, record: sources.Record, sampling: Mapping[str, Any], bad: run.BadClips) -> Frames | None:
+def _given(i: int, record: sources.Record, sampling: Mapping[str, Any], words: TextSpec | None, bad: run.BadClips) -> Given | None:
     """None for a clip that cannot be read, which is noted."""
     try:
         with decode.Video(record.video) as video:
-            length = max(record.until(video.duration) - record.start, 1 / video.fps)
+            length, origin = max(record.until(video.duration) - record.start, 1 / video.fps), video.origin
         begins, seconds = subclips.starts(length, sampling["seconds"], sampling["stride"]), sampling["seconds"] or length
+        if "samples" in sampling:
+            return _sound(audio.read(record.video, origin, record.start, length, sampling["rate"]), begins, sampling)
+        if words:
+            return _words(record.caption, seconds, words)
         data = DataSpec(frames=sampling["frames"], size=sampling["size"], seconds=seconds)
         ends = record.start + np.minimum(begins + seconds, length)
         parts = (dataclasses.replace(record, start=record.start + float(begin), end=float(end))
                  for begin, end in zip(begins, ends, strict=True))
-        return Frames(begins, seconds, np.stack([clips.load(part, data, clips.CENTRE).frames for part in parts]))
+        return Given(begins, seconds, np.stack([clips.load(part, data, clips.CENTRE).frames for part in parts]))
     except decode.Unreadable as error:
         bad.note(pipeline.Loaded(None, (pipeline.Bad(i, record.name, error.reason),)))
         return None
+
+
+def _words(caption: str, seconds: float, spec: TextSpec) -> Given:
+    ids = tokens.encode(caption, spec) if caption else np.zeros(0, np.int32)
+    padded = np.pad(ids, (0, spec.length - len(ids)))[None]
+    return Given(np.zeros(1), seconds, padded) if len(ids) else Given(np.zeros(0), seconds, padded[:0])
+
+
+def _sound(heard: np.ndarray | None, begins: np.ndarray, sampling: Mapping[str, Any]) -> Given:
+    """Sub-clips that begin before the track ends, the last one filled up with silence."""
+    count = sampling["samples"]
+    heard = np.zeros(0, np.float32) if heard is None else heard
+    firsts = np.rint(begins * sampling["rate"]).astype(int)
+    firsts = firsts[firsts < len(heard)]
+    padded = np.pad(heard, (0, count))
+    parts = [padded[first : first + count] for first in firsts]
+    return Given(begins[: len(firsts)], sampling["seconds"], np.stack(parts) if parts else np.zeros((0, count), np.float32))
 
 
 def _description(work: Work, spec: FeaturesSpec, moments: Moments) -> subclips.Described:

@@ -71,8 +71,8 @@ def probe(spec: BackboneProbeSpec, workdir: Path, name: str) -> None:
 def load(spec: BackboneProbeSpec | FeaturesSpec) -> Frozen:
     """The network. Raises UserError where its weights are not found, do not fit or lack more than a head."""
     found = backbones.find(spec.model)
-    if not found.video:
-        raise UserError(f"{spec.model} takes more than videos: choose a model of videos with config.model, such as i3d.")
+    if not found.video and not ((found.sound or found.text) and isinstance(spec, FeaturesSpec)):
+        raise UserError(f"{spec.model} takes other things than videos: choose a model of videos with config.model, such as i3d.")
     if spec.weights == "random":
         say("weights are random: features are those of an untrained network.")
         backbone = backbones.build(found)

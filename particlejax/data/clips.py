@@ -4,7 +4,8 @@
 Legend: T frames, H rows, W columns, N samples, F spectra, M mels, C channels.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -19,8 +20,9 @@ from particlejax.particles.pixels import PixelScale
 from particlejax.particles.types import Particles
 from particlejax.spec import DataSpec, ParticleSpec
 
-VISION, AUDIO, TEXT, SERIES, FEATURES = "vision", "audio", "text", "series", "features"
-MODALITIES = (VISION, AUDIO, TEXT, SERIES, FEATURES)
+VISION, AUDIO, TEXT, SERIES = "vision", "audio", "text", "series"
+KEPT = ("features", "heard", "told")  # what frozen networks said
+MODALITIES = (VISION, AUDIO, TEXT, SERIES, *KEPT)
 _ASPECT = 4 / 3  # a random crop's sides differ by at most this factor
 _BILINEAR, _MIRROR = Image.Resampling.BILINEAR, Image.Transpose.FLIP_LEFT_RIGHT
 _SMALL = 64  # pixels of the side up to which frames are resized together
@@ -46,7 +48,7 @@ class Clip:
 
     All times count from the clip's start, where the sampled span begins; each frame stands somewhere in its own T-th of
     it. sound: samples float32 [N] from the start on, None where there is none. words: ids int32 [n]. channels: float32
-    [n, C] from the start on, or None. seconds: the span. features: particles of what a network said before, or None.
+    [n, C] from the start on, or None. seconds: the span. kept: by modality particles of what networks said before.
     T is 0 where only those are asked for, and words: then no frame is decoded.
     """
 
@@ -56,7 +58,7 @@ class Clip:
     sound: np.ndarray | None = None
     words: np.ndarray | None = None
     channels: np.ndarray | None = None
-    features: Particles | None = None
+    kept: Mapping[str, Particles] = field(default_factory=dict)
 
 
 def load(record: Record, spec: DataSpec, look: Look, may_flip: bool = True) -> Clip:
@@ -66,7 +68,7 @@ def load(record: Record, spec: DataSpec, look: Look, may_flip: bool = True) -> C
 
 def decodes(spec: DataSpec) -> bool:
     """Whether frames are decoded: not for kept features, alone or with words."""
-    return FEATURES not in spec.modalities or bool({VISION, AUDIO, SERIES} & set(spec.modalities))
+    return not set(KEPT) & set(spec.modalities) or bool({VISION, AUDIO, SERIES} & set(spec.modalities))
 
 
 def _load(record: Record, spec: DataSpec, look: Look, may_flip: bool) -> Clip:
@@ -87,21 +89,24 @@ def _load(record: Record, spec: DataSpec, look: Look, may_flip: bool) -> Clip:
     if SERIES in spec.modalities and record.series:
         left = min(left, longest(spec, spec.series.seconds))
         clip = replace(clip, channels=series.read(record.series, start, left, spec.series))
-    if FEATURES in spec.modalities:
-        clip = replace(clip, features=_kept(subclips.read(record, spec.features), offset, span, spec))
-    return clip
+    return replace(clip, kept=_kept(_read(record, spec), offset, span, spec))
 
 
 def _unseen(record: Record, spec: DataSpec, look: Look) -> Clip:
-    kept = subclips.read(record, spec.features)
-    offset, _, span = moments(kept.length, kept.length, spec, look)  # how long a frame is does not matter to a span
+    kept = _read(record, spec)
+    length = max(each.length for each in kept.values())
+    offset, _, span = moments(length, length, spec, look)  # how long a frame is does not matter to a span
     text = words.encode(record.caption, spec.text) if TEXT in spec.modalities and record.caption else None
     frames = np.zeros((0, spec.size, spec.size, 3), np.uint8)
-    return Clip(frames, np.zeros(0, np.float32), span, words=text, features=_kept(kept, offset, span, spec))
+    return Clip(frames, np.zeros(0, np.float32), span, words=text, kept=_kept(kept, offset, span, spec))
 
 
-def _kept(kept: subclips.Kept, offset: float, span: float, spec: DataSpec) -> Particles:
-    return kept.during(offset, min(span, longest(spec, spec.features.seconds) or span))
+def _read(record: Record, spec: DataSpec) -> dict[str, subclips.Kept]:
+    return {name: subclips.read(record, getattr(spec, name), name) for name in KEPT if name in spec.modalities}
+
+
+def _kept(kept: Mapping[str, subclips.Kept], offset: float, span: float, spec: DataSpec) -> dict[str, Particles]:
+    return {name: each.during(offset, min(span, longest(spec, getattr(spec, name).seconds) or span)) for name, each in kept.items()}
 
 
 def _see(video: memory.Frames, times: np.ndarray, spec: DataSpec, look: Look, may_flip: bool) -> np.ndarray:
@@ -146,8 +151,7 @@ def particles_of(clip: Clip, data: DataSpec, spec: ParticleSpec, rng: np.random.
         made[TEXT] = _text(clip.words, clip.seconds)
     if clip.channels is not None and len(clip.channels) >= data.series.window:
         made[SERIES] = _series(clip.channels, data)
-    if clip.features is not None:
-        made[FEATURES] = clip.features
+    made |= clip.kept
     return {name: particles for name, particles in made.items() if len(particles.segment)}
 
 

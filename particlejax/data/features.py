@@ -25,14 +25,16 @@ def key(record: Record, network: Mapping[str, Any], sampling: Mapping[str, Any])
     """The name of a clip's features, in hexadecimal.
 
     A file is known by its path, size and time of change, encoded bytes by themselves; a clip also by where it begins and
-    ends. network: what tells its weights and endpoint from others; sampling: which frames it sees, and how large.
+    ends. network: what tells its weights and endpoint from others; sampling: which frames it sees, and how large; where it
+    reads words, the caption counts too.
     """
     if isinstance(record.video, bytes):
         file: Any = hashlib.sha256(record.video).hexdigest()
     else:
         found = os.stat(record.video)
         file = [os.path.realpath(record.video), found.st_size, found.st_mtime_ns]
-    text = json.dumps([file, record.start, record.end, dict(network), dict(sampling)], sort_keys=True)
+    caption = [record.caption] if "words" in sampling else []
+    text = json.dumps([file, record.start, record.end, dict(network), dict(sampling), *caption], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

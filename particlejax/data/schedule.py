@@ -132,7 +132,7 @@ def _series_slots(data: DataSpec, spec: ParticleSpec) -> pack.Slots:
     return pack.Slots(max(1, number), data.series.window * len(data.series.channels))
 
 
-def _feature_slots(data: DataSpec, spec: ParticleSpec) -> pack.Slots:
+def _kept_slots(modality: str, data: DataSpec, spec: ParticleSpec) -> pack.Slots:
     del spec
     if not clips.decodes(data):
         for key, needless in (("sample", data.sample == "dense"), ("augment.mixup", data.augment.mixup),
@@ -140,8 +140,8 @@ def _feature_slots(data: DataSpec, spec: ParticleSpec) -> pack.Slots:
             if needless:
                 raise UserError(f"config.data.{key} speaks of frames and config.data.modalities={data.modalities} has none: leave "
                                 "it as it is by default, or add 'vision'.")
-    what = subclips.opened(data.features)
-    return pack.Slots(what.most(0.0 if what.whole else _seconds(data, "features")), what.width)
+    what = subclips.opened(getattr(data, modality), modality)
+    return pack.Slots(what.most(0.0 if what.whole else _seconds(data, modality)), what.width)
 
 
 def _text_slots(data: DataSpec, spec: ParticleSpec) -> pack.Slots:
@@ -158,4 +158,4 @@ def _seconds(data: DataSpec, modality: str) -> float:
 
 
 _SLOTS = {clips.VISION: _vision_slots, clips.AUDIO: _audio_slots, clips.TEXT: _text_slots, clips.SERIES: _series_slots,
-          clips.FEATURES: _feature_slots}
+          **{name: functools.partial(_kept_slots, name) for name in clips.KEPT}}

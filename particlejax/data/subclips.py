@@ -79,10 +79,10 @@ def describe(folder: Path, what: Described) -> None:
     os.replace(fresh, folder / DESCRIPTION)
 
 
-def opened(spec: FeatureSpec) -> Described:
-    """What config.data.features names. Raises UserError where that is nothing."""
+def opened(spec: FeatureSpec, modality: str = "features") -> Described:
+    """What config.data.features or another modality names. Raises UserError where that is nothing."""
     if not spec.folder:
-        raise UserError("config.data.features.folder is empty: name the folder that `python -m particlejax.main --config "
+        raise UserError(f"config.data.{modality}.folder is empty: name the folder that `python -m particlejax.main --config "
                         "experiments/features.py --config.folder=FOLDER` wrote.")
     found = described(Path(spec.folder).expanduser())
     if found is None:
@@ -112,7 +112,10 @@ def joined(about_N6: np.ndarray, features_ND: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """A clip's particles as they were kept, standardised: place and extent float32 [n, 6], features float32 [n, D]."""
+    """A clip's particles as they were kept, standardised: place and extent float32 [n, 6], features float32 [n, D].
+
+    There are none where the clip has nothing for the network, such as no sound.
+    """
 
     about: np.ndarray
     features: np.ndarray
@@ -120,11 +123,13 @@ class Kept:
 
     @property
     def length(self) -> float:
-        """Seconds from the clip's start to where its last sub-clip ends."""
-        return float((self.about[:, 0] + self.about[:, 3] / 2).max())
+        """Seconds from the clip's start to where its last sub-clip ends; at least a moment, so that there is a span."""
+        return float((self.about[:, 0] + self.about[:, 3] / 2).max(initial=_HAIR))
 
     def during(self, start: float, seconds: float) -> Particles:
         """The sub-clips within a span, else the one nearest to its middle, on the clock of the span."""
+        if not len(self.about):
+            return Particles(self.features, self.about[:, :3], self.about[:, 3:], np.ones(0, np.int32))
         size = self.what.cells
         about = self.about.reshape(-1, size, ABOUT)
         first, last = about[:, 0, 0] - about[:, 0, 3] / 2, about[:, -1, 0] + about[:, -1, 3] / 2
@@ -137,9 +142,9 @@ class Kept:
         return Particles(self.features[chosen], place, extent, np.ones(len(place), np.int32))
 
 
-def read(record: Record, spec: FeatureSpec) -> Kept:
+def read(record: Record, spec: FeatureSpec, modality: str = "features") -> Kept:
     """The clip's features. Raises decode.Unreadable, with the command that computes them, where they are not there or damaged."""
-    what, folder = opened(spec), Path(spec.folder).expanduser()
+    what, folder = opened(spec, modality), Path(spec.folder).expanduser()
     try:
         found = features.load(folder, features.key(record, what.network, what.sampling))
     except OSError as error:

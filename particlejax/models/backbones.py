@@ -54,7 +54,7 @@ def build(spec: BackboneSpec, classes: int = 0, frames: int = 0, size: int = 0) 
 
     def init(key: Array) -> Params:
         inputs = [jax.ShapeDtypeStruct((1, *shape), dtype) for shape, dtype in spec.examples]
-        if spec.inputs:  # a Transformer's parameters are stacked, and so few
+        if spec.inputs and not spec.sound:  # a Transformer's parameters are stacked, and so few
             return net.init(key, *(jnp.zeros(each.shape, each.dtype) for each in inputs))["params"]
         return drawn(key, jax.eval_shape(net.init, key, *inputs)["params"])
 
@@ -101,15 +101,21 @@ def classify(backbone: Backbone, params: Params, pixels: Array) -> Array:
 def features(backbone: Backbone, params: Params, pixels: Array, endpoint: str = "", pooled: bool = True) -> Array:
     """An endpoint's features of clips of pixels in [0, 255]: [B, D], or the map [B, T, H, W, D] where not `pooled`.
 
-    A Transformer's map is its tokens [B, L, D].
+    A Transformer's map is its tokens [B, L, D]. Networks of sound take samples [B, N] for pixels, and their maps have mel bands
+    for rows; those of text take ids [B, L], 0 where there is no word.
 
-    endpoint: '' is the network's last map. Raises UserError for one that it does not have, and for a network that takes more
-    than clips.
+    endpoint: '' is the network's last map, of text what it says of the sentence. Raises UserError for one that it does not
+    have, and for a network that takes several things.
     """
-    if not backbone.spec.video:
-        raise UserError(f"a {backbone.spec.kind} takes more than clips: choose a model of videos for features.")
-    name = endpoint or backbone.spec.last
-    _, ends = backbone.apply(params, normalise(backbone.spec, pixels))
+    spec = backbone.spec
+    if spec.text:
+        sentence, ends = backbone.apply(params, pixels, pixels > 0)
+        ends = ends | {spec.last: sentence[:, None]}
+    elif spec.video or spec.sound:
+        _, ends = backbone.apply(params, normalise(spec, pixels) if spec.video else pixels)
+    else:
+        raise UserError(f"a {spec.kind} takes several things at once: choose another model for features.")
+    name = endpoint or spec.last
     if name not in ends:
         raise UserError(f"the model has no feature map {name!r}: choose one of {', '.join(ends)}.")
     return jnp.mean(ends[name], axis=tuple(range(1, ends[name].ndim - 1))) if pooled else ends[name]

@@ -20,6 +20,7 @@ from particlejax.nn.video_vit import (
     VJEPA2Pretraining,
 )
 from particlejax.nn.vit import Size, Style
+from particlejax.nn.yamnet import YAMNet
 from particlejax.typing import UserError
 
 Channels = float | tuple[float, float, float]
@@ -47,6 +48,16 @@ class BackboneSpec:
     def video(self) -> bool:
         """Whether it takes clips alone."""
         return [len(shape) for shape, _ in self.examples] == [4]
+
+    @property
+    def sound(self) -> bool:
+        """Whether it takes samples of sound alone."""
+        return [(len(shape), dtype) for shape, dtype in self.examples] == [(1, "float32")]
+
+    @property
+    def text(self) -> bool:
+        """Whether it takes ids of word pieces and a mask of them alone."""
+        return [(len(shape), dtype) for shape, dtype in self.examples] == [(1, "int32")] * 2
 
 
 def resized(spec: BackboneSpec, frames: int, size: int) -> BackboneSpec:
@@ -127,4 +138,7 @@ _TRANSFORMERS: dict[str, BackboneSpec] = {
         ImageTower(0, 16, 16, 8, _SMALL, _SIGLIP_STYLE), TextTower(32, 40, 8, -1, True, _SMALL, _SIGLIP_STYLE), bias=True),
         0.5, 0.5),
 }
-VARIANTS: dict[str, BackboneSpec] = _CNNS | _TRANSFORMERS
+_SOUND: dict[str, BackboneSpec] = {
+    name: BackboneSpec("yamnet", net, 0, 0, "last", 0.0, 1.0, net.inputs) for name, net in {
+        "yamnet": YAMNet(), "yamnet_tiny": YAMNet(5, 4, ((8, 2), (16, 2)), 3600)}.items()}
+VARIANTS: dict[str, BackboneSpec] = _CNNS | _TRANSFORMERS | _SOUND

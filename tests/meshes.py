@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every objective on every shape of mesh: the first step's loss and gradients on eight devices against those on one.
+
+    python tests/meshes.py [OBJECTIVE ...]
+
+A row for each of the battery's objectives (test_objectives.py), a column for each mesh: the largest difference of a gradient over
+the largest number of that gradient, after the loss's own. Ends with code 1 where one is above the tolerance. The suite holds one
+pair of objectives to this on four meshes (test_sharding.py); this takes about ten minutes on one core.
+"""
+
+import dataclasses
+import os
+import sys
+import warnings
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import test_objectives as battery
+
+from particlejax import sharding, tree
+from particlejax.objectives.types import TEACHER
+from particlejax.particles.types import Batch
+from particlejax.spec import MeshSpec
+
+MESHES = {
+    "data 8": MeshSpec(data=8), "fsdp 8": MeshSpec(data=1, fsdp=8), "tensor 2": MeshSpec(data=2, fsdp=2, tensor=2),
+    "sequence 2": MeshSpec(data=2, fsdp=2, sequence=2), "sequence 4": MeshSpec(data=2, sequence=4),
+    "all": MeshSpec(data=1, fsdp=2, tensor=2, sequence=2)}
+LOSS, GRADIENT = 2e-5, 2e-3
+
+
+def first_step(name: str, mesh: jax.sharding.Mesh) -> tuple[float, dict[str, np.ndarray]]:
+    """Loss and gradients by path."""
+    objective, model = battery.setup(name)
+    batch = battery.make_batch(battery.CASES[name].modalities)
+    if name == "pseudo":
+        batch = dataclasses.replace(batch, label=jnp.full_like(batch.label, -1))
+    start = jax.jit(model.init)(jax.random.key(0), batch)
+
+    def step(params: dict, batch: Batch) -> tuple:
+        branch = {TEACHER: params} if name == "latent" else {}
+        return jax.value_and_grad(lambda p: objective({**p, **branch}, model, batch, jax.random.key(1), True)[0])(params)
+
+    placed = jax.device_put(start, sharding.param_shardings(start, mesh))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "config.mesh.sequence=. does not divide rows")  # some lengths are odd
+        loss, grads = jax.jit(sharding.on(mesh, step))(placed, sharding.put(batch, mesh))
+    return float(loss), {path: np.asarray(each) for path, each in tree.flatten(grads).items()}
+
+
+def main(names: list[str]) -> int:
+    """Prints the table; the number of cells above the tolerance."""
+    print("| objective | " + " | ".join(MESHES) + " |\n|---" + "|---" * len(MESHES) + "|", flush=True)
+    wrong = 0
+    for name in names or list(battery.CASES):
+        one = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), sharding.AXES)
+        loss, grads = first_step(name, one)
+        cells = []
+        for spec in MESHES.values():
+            other, found = first_step(name, sharding.make_mesh(spec))
+            # A bias of the keys has no gradient but rounding, as softmax takes no notice of it.
+            least = 1e-4 * max(np.abs(g).max() for g in grads.values())
+            apart = max(np.abs(found[path] - g).max() / max(np.abs(g).max(), least) for path, g in grads.items())
+            off = abs(other - loss) / abs(loss)
+            bad = not (off <= LOSS and apart <= GRADIENT)
+            wrong += bad
+            cells.append(f"{off:.0e}, {apart:.0e}" + (" WRONG" if bad else ""))
+        print(f"| `{name}` | " + " | ".join(cells) + " |", flush=True)
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(1 if main(sys.argv[1:]) else 0)
