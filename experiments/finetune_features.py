@@ -6,9 +6,12 @@
         --config.data.features.folder=FOLDER
 
 `:pretrain` first fills in hidden features, without labels, and fine-tunes from there; `:sweep` compares ways of fine-tuning
-from such a run, named by --config.init=RUN_DIR:pretrain, over three seeds. No video is decoded. `:tiny` is a smoke run.
+from such a run, named by --config.init=RUN_DIR:pretrain, over three seeds, and `:shots` does with 1, 5 and 10 labelled clips a
+class, the rest without labels or left out. `:words` pretrains with what MiniLM read in the captions (--config.data.told.folder), too, and
+fine-tunes without. No video is decoded. `:tiny` is a smoke run.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -16,6 +19,7 @@ from ml_collections import ConfigDict
 from particlejax.spec import DataSpec, EvaluateSpec, Experiment, ModelSpec, OptimSpec, StageSpec, SweepSpec, arguments, section
 
 WAYS = {"full": 5e-4, "lora": 2e-3, "adapter": 2e-3, "prefix": 2e-3}  # learning rates
+FEW = {"linear": 5e-3, "lora": 2e-3, "full": 5e-4}
 
 
 def stages(tiny: bool, pretrain: bool) -> dict[str, Any]:
@@ -32,21 +36,39 @@ def stages(tiny: bool, pretrain: bool) -> dict[str, Any]:
     return {"pretrain": masked, "finetune": finetune} if pretrain else {"finetune": finetune}
 
 
+def few() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Ways to learn from a few labelled clips of each class."""
+    for shots in (1, 5, 10):
+        fixed = {"steps": 300, "epochs": 0}
+        for how, rate in FEW.items():
+            yield f"{how}-{shots}", {"data": {"shots": shots},
+                                     "stages": {"finetune": {**fixed, "tune": {"how": how}, "optim": {"rate": rate}}}}
+        pseudo = {"classify": {"label_smoothing": 0.1}, "pseudo": {"threshold": 0.6, "teacher": "average"}}
+        yield f"semi-{shots}", {"data": {"shots": shots, "unlabelled": 0.7},
+                                "stages": {"finetune": {**fixed, "objectives": pseudo}}}
+
+
 def get_config(arg: str = "") -> ConfigDict:
-    """The experiment; arg: '', 'pretrain', 'sweep', 'tiny' or 'tiny,' and one of them."""
-    args = arguments(arg, "tiny", "pretrain", "sweep")
-    tiny, trained = args["tiny"], stages(args["tiny"], args["pretrain"])
-    ways = {how: {"stages": {"finetune": {"tune": {"how": how}, "optim": {"rate": rate}}}} for how, rate in WAYS.items()}
-    sweep = section(SweepSpec, runs={"lora": ways["lora"]} if tiny else ways, seeds=(0,) if tiny else (0, 1, 2),
-                    metric="finetune/val/top1")
+    """The experiment; arg: '', 'pretrain', 'words', 'sweep', 'shots', 'tiny' or 'tiny,' and one of them."""
+    args = arguments(arg, "tiny", "pretrain", "words", "sweep", "shots")
+    tiny, trained = args["tiny"], stages(args["tiny"], args["pretrain"] or args["words"])
+    if args["words"]:
+        trained["pretrain"]["data"] = {"modalities": ("features", "told")}
+        trained["pretrain"]["objectives"]["contrast"] = {"pair": ("features", "told")}
+    ways = dict(few()) if args["shots"] else {
+        how: {"stages": {"finetune": {"tune": {"how": how}, "optim": {"rate": rate}}}} for how, rate in WAYS.items()}
+    if tiny:
+        ways = {"semi-1": ways["semi-1"]} if args["shots"] else {"lora": ways["lora"]}
+        ways[next(iter(ways))]["stages"]["finetune"]["steps"] = 4
+    sweep = section(SweepSpec, runs=ways, seeds=(0,) if tiny else (0, 1, 2), metric="finetune/val/top1")
     return ConfigDict(section(
         Experiment,
-        job="sweep" if args["sweep"] else "train",
+        job="sweep" if args["sweep"] or args["shots"] else "train",
         data=section(DataSpec, source="toybox:tiny" if tiny else "folder:../shared/data/jhmdb21", modalities=("features",)),
         model=section(ModelSpec, width=32 if tiny else 128, depth=2, heads=2, dropout=0.1 if tiny else 0.3,
                       pool="attention", decoder_width=32 if tiny else 128),
         evaluate=section(EvaluateSpec, splits=("val",)),
         stages=trained,
         order=tuple(trained),
-        **({"sweep": sweep} if args["sweep"] else {}),
+        **({"sweep": sweep} if args["sweep"] or args["shots"] else {}),
     ))

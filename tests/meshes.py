@@ -5,7 +5,7 @@
 
 A row for each of the battery's objectives (test_objectives.py), a column for each mesh: the largest difference of a gradient over
 the largest number of that gradient, after the loss's own. Ends with code 1 where one is above the tolerance. The suite holds one
-pair of objectives to this on four meshes (test_sharding.py); this takes about ten minutes on one core.
+pair of objectives to this on four meshes (test_sharding.py); this takes about twenty minutes on one core.
 """
 
 import dataclasses
@@ -28,9 +28,10 @@ from particlejax.particles.types import Batch
 from particlejax.spec import MeshSpec
 
 MESHES = {
-    "data 8": MeshSpec(data=8), "fsdp 8": MeshSpec(data=1, fsdp=8), "tensor 2": MeshSpec(data=2, fsdp=2, tensor=2),
-    "sequence 2": MeshSpec(data=2, fsdp=2, sequence=2), "sequence 4": MeshSpec(data=2, sequence=4),
-    "all": MeshSpec(data=1, fsdp=2, tensor=2, sequence=2)}
+    "data 8": MeshSpec(data=8), "data, fsdp, tensor": MeshSpec(data=2, fsdp=2, tensor=2),
+    "data, sequence": MeshSpec(data=2, sequence=4), "fsdp, tensor, sequence": MeshSpec(data=1, fsdp=2, tensor=2, sequence=2)}
+# The battery hides by motion, and particles that move alike are told apart by rounding, which meshes do differently.
+battery.CASES["latent"] = dataclasses.replace(battery.CASES["latent"], spec=dict(keep=0.5, predict=0.5, mask="random"))
 LOSS, GRADIENT = 2e-5, 2e-3
 
 

@@ -4,9 +4,9 @@
     python -m particlejax.main --config experiments/ablations/multiscale.py:jhmdb --workdir runs/multiscale-jhmdb
     python -m particlejax.main --config experiments/ablations/multiscale.py:toybox --workdir runs/multiscale-toybox
 
-Rows keep their shape, so a step costs the model the same whatever it holds: one large clip a row or eight small ones.
-`fixed-720` trains at the largest scale; the others have a third or a half of its steps, and are measured at that scale too.
-One compilation each. README.md beside this file has the tables.
+Rows keep their shape, so a step costs the model the same whatever it holds: one large clip a row or eight small ones. `fixed`
+trains at the largest scale, the schedules with less than a quarter of its rows, and all are measured at that scale. Scales are
+sizes (frames, pixels) or budgets of adaptive particles. One compilation each. README.md beside this file has the tables.
 """
 
 import runpy
@@ -21,25 +21,30 @@ from particlejax.spec import ScaleSpec, ScheduleSpec, SweepSpec, arguments, sect
 HERE = Path(__file__).parent
 
 
-STEPS = 720  # of the run that the others are compared with
+STEPS, ROWS = 720, 16  # of the run that the others are compared with
+SHORT, FEW = 640, 4  # of the schedules: as many clips an update at the cheapest scale, and less than a quarter of the rows in all
 
 
 def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names, each with its number of steps, and what is different."""
+    """Names and what is different."""
 
-    def schedule(steps: int, *scales: dict[str, Any], **more: Any) -> dict[str, Any]:
+    def schedule(*scales: dict[str, Any], **more: Any) -> dict[str, Any]:
         made = section(ScheduleSpec, scales=tuple(section(ScaleSpec, **scale) for scale in scales), **more)
-        return {"stages": {"train": {"steps": steps, "schedule": made}}}
+        return {"stages": {"train": {"steps": SHORT, "rows": FEW, "schedule": made}}}
 
-    small, half, whole = {"frames": 8, "size": 32}, {"frames": 8}, {}  # 32, 128 and 256 particles
-    yield f"fixed-{STEPS}", {}
-    for steps in (STEPS // 3, STEPS // 2):
-        yield f"fixed-{steps}", {"stages": {"train": {"steps": steps}}}
-        yield f"progressive-{steps}", schedule(steps, {**small, "share": 0.4}, {**half, "share": 0.3}, {**whole, "share": 0.3},
-                                               kind="progressive")
-        yield f"multigrid-{steps}", schedule(steps, half, whole, kind="cycles", rounds=4, settle=0.2, short=(0.5, 1.0))
-    yield f"mixture-{STEPS // 3}", schedule(STEPS // 3, small, half, whole, kind="mixture")
-    yield f"cycles-{STEPS // 3}", schedule(STEPS // 3, small, half, whole, kind="cycles", rounds=4, settle=0.2)
+    whole: dict[str, Any] = {}  # the full grid
+    half, small = {"frames": 8}, {"frames": 8, "size": 32}  # 128 and 32 particles
+    few, some = {"policy": "adaptive", "budget": 64}, {"policy": "adaptive", "budget": 128}
+    yield "fixed", {}
+    yield "fixed-third", {"stages": {"train": {"steps": STEPS // 3}}}
+    yield "fixed-few-rows", {"stages": {"train": {"steps": SHORT, "rows": FEW}}}
+    yield "progressive-sizes", schedule({**small, "share": 0.6}, {**half, "share": 0.3}, {**whole, "share": 0.1}, kind="progressive")
+    yield "progressive-budgets", schedule({**few, "share": 0.7}, {**some, "share": 0.2}, {**whole, "share": 0.1}, kind="progressive")
+    cycles = schedule({**few, "share": 0.7}, {**some, "share": 0.2}, {**whole, "share": 0.1}, kind="cycles", rounds=4, settle=0.1)
+    yield "cycles-budgets", cycles
+    yield "cycles-budgets-short", {"stages": {"train": {**cycles["stages"]["train"], "steps": SHORT * 9 // 10}}}
+    yield "mixture-budgets", schedule({**few, "share": 0.8}, {**some, "share": 0.15}, {**whole, "share": 0.05}, kind="mixture")
+    yield "multigrid", schedule(half, whole, kind="cycles", rounds=4, settle=0.2, short=(0.5, 1.0))
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -48,9 +53,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config = runpy.run_path(str(HERE / "particles.py"))["get_config"](arg)
     runs = dict(sweep())
     if tiny:
-        name = f"multigrid-{STEPS // 3}"
-        runs = {name: runs[name]}
-        runs[name]["stages"]["train"]["steps"] = 2
+        runs = {"multigrid": runs["multigrid"]}
+        runs["multigrid"]["stages"]["train"]["steps"] = 2
     else:
         config.stages.train.steps, config.stages.train.epochs = STEPS, 0
     config.sweep = ConfigDict(section(SweepSpec, runs=runs, seeds=tuple(config.sweep.seeds), metric=config.sweep.metric))

@@ -211,7 +211,6 @@ class Encoder(nn.Module):
                  ) -> tuple[Tokens, dict[str, tuple[Array, ...]]]:
         spec, dtype = self.spec, policy.PRECISIONS[self.spec.dtype].compute
         place = embed.Place(spec.width, dtype, name="place")
-        modality = embed.Modality(spec.width, tuple(name for name, _ in self.payloads), name="modality")
         content = []
         for name, payload in self.payloads:
             if name in particles:
@@ -221,7 +220,9 @@ class Encoder(nn.Module):
                 else:
                     read = embed.Payload(spec.width, payload.vocabulary, dtype, name=f"payload_{name}")
                 each = read(p.payload)
-                content.append((each + place(p.place, p.extent) + modality(name)).astype(dtype))
+                # A vector under its own name, so that a stage may begin with a run that knew other modalities, too.
+                kind = embed.Learned(spec.width, 1, name=f"modality_{name}")()
+                content.append((each + place(p.place, p.extent) + kind[None]).astype(dtype))
         names = tuple(name for name, _ in self.payloads if name in particles)
         places = jnp.concatenate([particles[name].place for name in names], axis=1)
         segments = [particles[name].segment for name in names]
@@ -314,7 +315,7 @@ class Decoder(nn.Module):
             tokens = tokens._replace(segment=jnp.where(tokens.kind == names.index(modality), tokens.segment, 0))
         context = Dense(width, dtype=dtype, name="context")(tokens.x)
         x = embed.Place(width, dtype, name="place")(query.place, query.extent)
-        x = (x + embed.Modality(width, names, name="modality")(modality)).astype(dtype)
+        x = (x + embed.Learned(width, 1, name=f"modality_{modality}")()[None]).astype(dtype)
         body = transformer.Transformer(spec.decoder_depth, spec.decoder_heads, spec.mlp * width,
                                        style_of(spec)._replace(dropout=0.0), unroll=spec.unroll, remat=spec.remat,
                                        name="transformer")

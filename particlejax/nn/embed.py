@@ -56,20 +56,8 @@ class Payload(nn.Module):
         return Dense(self.width, dtype=self.dtype, name="project")(payload_BLP)
 
 
-class Modality(nn.Module):
-    """One learned vector for each modality."""
-
-    width: int
-    names: tuple[str, ...]
-
-    @nn.compact
-    def __call__(self, name: str) -> Array:
-        table = self.param("token", nn.initializers.normal(0.02), (len(self.names), self.width))
-        return table[self.names.index(name)][None, None]
-
-
 class Learned(nn.Module):
-    """Vectors [count, D] that are learned and stand for no particle: latents, class tokens."""
+    """Vectors [count, D] that are learned and stand for no particle: latents, class tokens, what tells a modality from others."""
 
     width: int
     count: int
