@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from particlejax.spec import DataSpec, EvaluateSpec, Experiment, ModelSpec, OptimSpec, StageSpec, SweepSpec, arguments, section
 
 WAYS = {"full": 5e-4, "lora": 2e-3, "adapter": 2e-3, "prefix": 2e-3}  # learning rates
-FEW = {"linear": 5e-3, "lora": 2e-3, "full": 5e-4}
+FEW = {"probe": 2e-3, "lora": 2e-3, "full": 5e-4}
 
 
 def stages(tiny: bool, pretrain: bool) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import sys
 import warnings
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
