@@ -7,8 +7,8 @@
 
 `:pretrain` first fills in hidden features, without labels, and fine-tunes from there; `:sweep` compares ways of fine-tuning
 from such a run, named by --config.init=RUN_DIR:pretrain, over three seeds, and `:shots` does with 1, 5 and 10 labelled clips a
-class, the rest without labels or left out. `:words` pretrains with what MiniLM read in the captions (--config.data.told.folder), too, and
-fine-tunes without. No video is decoded. `:tiny` is a smoke run.
+class, the rest without labels or left out. `:words` pretrains with what MiniLM read in the captions, too
+(--config.data.told.folder), and fine-tunes without. No video is decoded. `:tiny` is a smoke run.
 """
 
 from collections.abc import Iterator

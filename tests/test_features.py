@@ -2,8 +2,11 @@
 """Features of a frozen network as particles: where they stand, what they say, that training on them needs no video."""
 
 import dataclasses
+import gc
 import json
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -14,6 +17,7 @@ from particlejax import main as entry
 from particlejax.apps import features as job
 from particlejax.apps import probe_backbone
 from particlejax.data import clips, decode, pipeline, sources, subclips
+from particlejax.data import features as files
 from particlejax.data.decode import Unreadable, raw_file
 from particlejax.jobspec import FeaturesSpec
 from particlejax.models import backbones
@@ -177,10 +181,10 @@ def test_the_damaged_are_named_and_computed_again_and_a_run_learns(folder: Path,
                                                                     capfd: pytest.CaptureFixture) -> None:
     keep = tmp_path / "keep"
     shutil.copytree(kept, keep)
-    files = sorted(keep.rglob("*.features"))
-    assert len(files) == 16 and not list(keep.rglob("*.tmp"))
-    content = files[3].read_bytes()
-    files[3].write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    paths = sorted(keep.rglob("*.features"))
+    assert len(paths) == 16 and not list(keep.rglob("*.tmp"))
+    content = paths[3].read_bytes()
+    paths[3].write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     before = (keep / "network.json").read_bytes()
     reasons = []
     for record in (*_records(folder, "train"), *_records(folder, "val")):
@@ -201,3 +205,17 @@ def test_the_damaged_are_named_and_computed_again_and_a_run_learns(folder: Path,
     assert results["finetune"]["val"]["top1"] == 1.0, "red and blue are easily told"
     assert [Path(each["path"]).name for each in results["bad"]] == ["broken.mkv"]
     assert results["finetune"]["train"]["compilations"] == 1
+
+
+def test_threads_read_features_beside_each_other(tmp_path: Path) -> None:
+    """Numpy's headers go through `ast`, of which CPython 3.11 has one state for all threads."""
+    files.save(tmp_path, "abcdef", np.ones((3, 4), np.float32))
+    before, interval = gc.get_threshold(), sys.getswitchinterval()
+    gc.set_threshold(5)
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert all(found.sum() == 12 for found in pool.map(lambda _: files.load(tmp_path, "abcdef"), range(1500)))
+    finally:
+        gc.set_threshold(*before)
+        sys.setswitchinterval(interval)

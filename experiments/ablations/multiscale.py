@@ -38,9 +38,11 @@ def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "fixed", {}
     yield "fixed-third", {"stages": {"train": {"steps": STEPS // 3}}}
     yield "fixed-few-rows", {"stages": {"train": {"steps": SHORT, "rows": FEW}}}
-    yield "progressive-sizes", schedule({**small, "share": 0.6}, {**half, "share": 0.3}, {**whole, "share": 0.1}, kind="progressive")
-    yield "progressive-budgets", schedule({**few, "share": 0.7}, {**some, "share": 0.2}, {**whole, "share": 0.1}, kind="progressive")
-    cycles = schedule({**few, "share": 0.7}, {**some, "share": 0.2}, {**whole, "share": 0.1}, kind="cycles", rounds=4, settle=0.1)
+    sizes = ({**small, "share": 0.6}, {**half, "share": 0.3}, {**whole, "share": 0.1})
+    budgets = ({**few, "share": 0.7}, {**some, "share": 0.2}, {**whole, "share": 0.1})
+    yield "progressive-sizes", schedule(*sizes, kind="progressive")
+    yield "progressive-budgets", schedule(*budgets, kind="progressive")
+    cycles = schedule(*budgets, kind="cycles", rounds=4, settle=0.1)
     yield "cycles-budgets", cycles
     yield "cycles-budgets-short", {"stages": {"train": {**cycles["stages"]["train"], "steps": SHORT * 9 // 10}}}
     yield "mixture-budgets", schedule({**few, "share": 0.8}, {**some, "share": 0.15}, {**whole, "share": 0.05}, kind="mixture")

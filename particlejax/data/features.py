@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import threading
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from particlejax.data.sources import Record
 
 _DIGEST = 32  # bytes of SHA-256 that stand before the array
+_PARSING = threading.Lock()  # numpy parses its headers with `ast`, which in CPython 3.11 two threads break (python/cpython#106905)
 
 
 class Damaged(ValueError):
@@ -46,7 +48,8 @@ def load(folder: Path, name: str) -> np.ndarray | None:
     data = path.read_bytes()
     if hashlib.sha256(data[_DIGEST:]).digest() != data[:_DIGEST]:
         raise Damaged(f"{path} is damaged")
-    return np.load(io.BytesIO(data[_DIGEST:]), allow_pickle=False)
+    with _PARSING:
+        return np.load(io.BytesIO(data[_DIGEST:]), allow_pickle=False)
 
 
 def save(folder: Path, name: str, features: np.ndarray) -> None:
