@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -41,7 +42,9 @@ def make_mesh(spec: MeshSpec, of: Sequence[jax.Device] | None = None) -> Mesh:
     if over or math.prod(sizes) != devices:
         raise UserError(f"config.mesh wants {dict(zip(AXES, sizes, strict=True))} but there are {devices} devices: make "
                         "their product that number, or one of them -1.")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=of)
+    # An axis may take a part of a torus' axis: data=8, fsdp=8 on chips of 4x4x4 would else be refused.
+    grid = mesh_utils.create_device_mesh(sizes, jax.devices() if of is None else of, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def param_shardings(shapes: Any, mesh: Mesh) -> Any:

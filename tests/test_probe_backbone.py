@@ -93,7 +93,7 @@ def test_weights_are_known_by_what_features_see() -> None:
 
 
 def test_what_cannot_be_probed_gets_a_sentence() -> None:
-    with pytest.raises(UserError, match="clip_tiny takes more than videos: choose a model of videos"):
+    with pytest.raises(UserError, match="clip_tiny takes other things than videos: choose a model of videos"):
         probe.load(BackboneProbeSpec(model="clip_tiny"))
     with pytest.raises(UserError, match="no weights for vivit_base: add --config.weights=PATH"):
         probe.load(BackboneProbeSpec(model="vivit_base"))

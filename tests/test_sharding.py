@@ -68,7 +68,7 @@ def test_eight_devices_equal_one(name: str, alone: tuple) -> None:
     expected = tree.flatten(alone[1].params)
     for path, found in tree.flatten(state.params).items():
         if not path.endswith(("key/bias", "log_sharpness")):  # gradients near rounding noise, which Adam makes large
-            np.testing.assert_allclose(found, expected[path], atol=2e-4, err_msg=path)
+            np.testing.assert_allclose(found, expected[path], atol=5e-4, err_msg=path)  # of three steps of 1e-2
     split = [x for x in jax.tree.leaves(state.opt_state) if not x.sharding.is_fully_replicated]
     assert bool(split) == (name not in ("data", "sequence")), "moments are divided like their parameters"
 

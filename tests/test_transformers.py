@@ -305,7 +305,7 @@ def test_what_does_not_go_together_gets_a_sentence() -> None:
     for call, sentence in (
             (lambda: backbones.build(backbones.find("clip_tiny"), classes=3), "a clip has no head for 3 classes"),
             (lambda: backbones.build(backbones.find("bert_tiny"), frames=3), "a bert takes neither frames nor sizes"),
-            (lambda: backbones.features(imported("clip_tiny")[0], {}, np.zeros((1, 1, 16, 16, 3))), "a clip takes more than clips"),
+            (lambda: backbones.features(imported("clip_tiny")[0], {}, np.zeros((1, 1, 16, 16, 3))), "a clip takes several things"),
             (lambda: backbones.build(backbones.find("vivit_tiny"), size=20), "clips of 4 x 20 x 20 are no multiple .* 2 x 8 x 8"),
             (lambda: recognise.load(RecogniseSpec(model="minilm")), "minilm names no actions in videos: choose another")):
         with pytest.raises(UserError, match=sentence):

@@ -56,7 +56,7 @@ def get_config(arg: str = "") -> ConfigDict:
     runs = dict(sweep())
     if tiny:
         runs = {"multigrid": runs["multigrid"]}
-        runs["multigrid"]["stages"]["train"]["steps"] = 2
+        runs["multigrid"]["stages"]["train"].update(steps=2, rows=8)
     else:
         config.stages.train.steps, config.stages.train.epochs = STEPS, 0
     config.sweep = ConfigDict(section(SweepSpec, runs=runs, seeds=tuple(config.sweep.seeds), metric=config.sweep.metric))
