@@ -5,7 +5,7 @@
 
 A row for each of the battery's objectives (test_objectives.py), a column for each mesh: the largest difference of a gradient over
 the largest number of that gradient, after the loss's own. Ends with code 1 where one is above the tolerance. The suite holds one
-pair of objectives to this on four meshes (test_sharding.py); this takes about twenty minutes on one core.
+pair of objectives to this on four meshes (test_sharding.py); this is slow: half a minute or more a program on one core.
 """
 
 import dataclasses

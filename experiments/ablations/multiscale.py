@@ -21,7 +21,7 @@ from particlejax.spec import ScaleSpec, ScheduleSpec, SweepSpec, arguments, sect
 HERE = Path(__file__).parent
 
 
-STEPS, ROWS = 720, 16  # of the run that the others are compared with
+STEPS = 720  # of the run that the others are compared with
 SHORT, FEW = 640, 4  # of the schedules: as many clips an update at the cheapest scale, and less than a quarter of the rows in all
 
 
