@@ -79,8 +79,8 @@ def _plain(params: Params, folder: Path, step: int | None) -> tuple[Params, str]
 def _refuse(fresh: list[str], want: dict[str, Any], shapes: dict[str, tuple], folder: Path) -> None:
     """Raises UserError where a part is missing that only a run of the same encoder has."""
     if "encoder/modality/token" in shapes:
-        raise UserError(f"checkpoint {folder} is of an older version, which kept the vectors of all modalities in one table: use it "
-                        "with that version, or train it again.")
+        raise UserError(f"checkpoint {folder} is of an older version, which kept the vectors of all modalities in one table: use "
+                        "it with that version, or train it again.")
     for name in fresh:
         if not name.startswith(_NEW_PER_TASK):
             there = f"shape {shapes[name]}" if name in shapes else "nothing"
