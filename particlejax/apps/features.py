@@ -141,12 +141,13 @@ def _shape(sampling: Mapping[str, Any]) -> tuple[int, ...]:
 
 def _tokenizer(spec: FeaturesSpec) -> Path:
     """Raises UserError where there is none."""
-    if spec.tokenizer or spec.weights == "random":
-        path = Path(spec.tokenizer).expanduser()
-    else:
-        path = Path(spec.weights or packages.find(spec.model, "weights")).expanduser().with_name("tokenizer.json")
+    named = spec.tokenizer
+    if not named and spec.weights != "random":
+        named = str(Path(spec.weights or packages.find(spec.model, "weights")).with_name("tokenizer.json"))
+    path = Path(named).expanduser()
     if not path.is_file():
-        raise UserError(f"{spec.model} reads words and {path} is not there: name its tokenizer.json with config.tokenizer.")
+        raise UserError(f"{spec.model} reads words and there is no tokenizer at {named!r}: name its tokenizer.json with "
+                        "config.tokenizer.")
     return path
 
 
