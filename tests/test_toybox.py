@@ -188,11 +188,28 @@ def test_codecs_keep_the_clip(clips: list[render.Clip]) -> None:
 
 
 def test_clips_are_pure_in_seed_split_and_index() -> None:
-    one, again = (builder.make_example(0, "train", 5) for _ in range(2))
+    config, other = builder.ToyboxConfig(), builder.ToyboxConfig(seed=1)
+    one, again = (builder.make_example(config, "train", 5) for _ in range(2))
     assert one["video"] == again["video"] and one["name"] == "train/00005"
     assert all(np.array_equal(one[key], again[key]) for key in one)
-    others = [builder.make_example(*key)["video"] for key in [(0, "train", 17), (0, "val", 5), (1, "train", 5)]]
+    others = [builder.make_example(*key)["video"] for key in [(config, "train", 17), (config, "val", 5), (other, "train", 5)]]
     assert len({one["video"], *others}) == 4
+
+
+def test_apart_hides_who_acts_in_the_first_half_and_what_sounds_in_the_second() -> None:
+    config = builder.ToyboxConfig(train=96, apart=True)
+    for index, mute in ((1, False), (59, True)):  # bounces, splits: both with contacts
+        video = builder.make_example(config, "train", index)["video"]
+        without = render.render(0, 0, index, without="sight" if index < 48 else "sound")
+        whole = render.render(0, 0, index)
+        frames, audio = _decode(video)
+        assert np.abs(frames.astype(float) - without.frames).mean() < 8
+        loudness = np.array([part.std() for part in np.split(audio[:32000], 20)])
+        row, col, high, wide = whole.tracks[0, 0] * SIZE  # the actor in the first frame
+        box = tuple(slice(max(int(at - size / 2), 0), int(at + size / 2) + 1) for at, size in ((row, high), (col, wide)))
+        gone = np.abs(without.frames[0].astype(float) - whole.frames[0])
+        assert (gone[box].max() > 30) != mute
+        assert (loudness[1:-1].max() < 1.5 * loudness[1:-1].min()) == mute
 
 
 def test_captions_say_what_happens(clips: list[render.Clip]) -> None:
@@ -210,7 +227,7 @@ def test_builder_reads_back_without_tensorflow(tmp_path: pathlib.Path, monkeypat
     examples = [source[i] for i in range(len(source))]
     assert collections.Counter(x["label"] for x in examples) == dict.fromkeys(range(12), 4)
     assert [x["name"].decode() for x in examples] == [f"train/{i:05d}" for i in range(48)]
-    wanted = builder.make_example(0, "train", 7)
+    wanted = builder.make_example(builder.ToyboxConfig("tiny", 48, 24, 24), "train", 7)
     assert examples[7]["video"] == wanted["video"] and examples[7]["caption"].decode() == wanted["caption"]
     for key in ("tracks", "contacts", "moment", "abnormal", "abnormal_time", "label"):
         np.testing.assert_allclose(examples[7][key], wanted[key], rtol=1e-6)
@@ -230,11 +247,11 @@ def test_another_content_under_the_same_name_is_refused(tmp_path: pathlib.Path) 
 
 def test_two_processes_prepare_at_once_after_a_third_was_killed(tmp_path: pathlib.Path) -> None:
     home = tmp_path / "toybox" / "train12-val0-test12-seed0"
-    left = home / "incomplete.AAAAAA_1.0.0"  # as TFDS names it
+    left = home / "incomplete.AAAAAA_1.0.1"  # as TFDS names it
     left.mkdir(parents=True)
     code = f"from particlejax.data.toybox.builder import *; prepare(ToyboxConfig(**{SMALL}), {os.fspath(tmp_path)!r})"
     both = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) for _ in range(2)]
     errors = [process.communicate(timeout=60)[1].decode() for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
-    assert sorted(os.listdir(home)) == [".lock", "1.0.0"]
+    assert sorted(os.listdir(home)) == [".lock", "1.0.1"]
     assert len(builder.prepare(builder.ToyboxConfig(**SMALL), tmp_path).as_data_source(split="test")) == 12

@@ -5,7 +5,8 @@
     python -m particlejax.main --config experiments/probe.py --config.run=runs/one-sync --workdir runs/one-sync-probe
 
 The argument names the objective; README.md has the table. `frames` is synchrony of the picture's halves, `views` contrast of
-two masked views of one clip, `hard` matching with negatives drawn by likeness, `codes` visual words.
+two masked views of one clip, `hard` matching with negatives drawn by likeness, `codes` visual words. 64 particles a clip: cuboids
+of 4x4 pixels that last as long as the clip, or, for what asks about moments, of 8x8 pixels and a quarter of it.
 """
 
 from ml_collections import ConfigDict
@@ -32,24 +33,25 @@ ONE = {  # what the encoder is given, the objective and its settings
     "words": (READ, "words", {}),
     "codes": (READ, "visual_words", {"mask": "tube", "keep": 0.25, "predict": 0.5, "codes": 64}),
 }
+MOMENTS = ("next_frame", "order", "speed", "align", "frames")  # ask what comes when, so that cuboids must be shorter than the clip
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The experiment; arg: a name of `ONE`, masked where there is none, and 'tiny'."""
     args = arguments(arg, "tiny", *ONE)
     tiny = args["tiny"]
-    modalities, objective, settings = ONE[next((name for name in ONE if args[name]), "masked")]
-    stage = section(StageSpec, steps=4 if tiny else 600, rows=8 if tiny else 16, val_every=0, ema=0.99,
+    name = next((name for name in ONE if args[name]), "masked")
+    modalities, objective, settings = ONE[name]
+    stage = section(StageSpec, steps=4 if tiny else 1200, rows=8 if tiny else 16, val_every=0, ema=0.99,
                     objectives={objective: settings}, optim=section(OptimSpec, rate=1e-3))
-    size = {"width": 96, "depth": 3, "heads": 3}
+    size = {"width": 64, "depth": 3, "heads": 2}
     if tiny:
         size = {"width": 24, "depth": 2, "heads": 2, "decoder_width": 24, "unroll": False}
     return ConfigDict(section(
         Experiment,
-        data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", modalities=modalities, frames=16, size=32, still=0.4,
-                     memory_gib=1.0, augment={"crop": (0.5, 1.0), "flip": 0.5},
-                     audio=section(AudioSpec, patch=(8, 64), seconds=2.0)),
-        particles=section(ParticleSpec, policy="grid", base=(4, 8, 8)),
+        data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", modalities=modalities, frames=16, size=32, still=0.05,
+                     memory_gib=1.0, audio=section(AudioSpec, patch=(8, 64), seconds=2.0)),
+        particles=section(ParticleSpec, policy="grid", base=(4, 8, 8) if name in MOMENTS else (16, 4, 4)),
         model=section(ModelSpec, **size),
         stages={"pretrain": stage},
     ))

@@ -24,26 +24,31 @@ Example = dict[str, Any]
 
 @dataclasses.dataclass(eq=False)
 class ToyboxConfig(tfds.core.BuilderConfig):
-    """How many clips each split has, and the seed; without a name, one is made of these."""
+    """How many clips each split has, and the seed; without a name, one is made of these.
+
+    apart: in the first half of each split the actor is heard and not seen, in the other seen and not heard.
+    """
 
     name: str = ""
     train: int = 960
     val: int = 120
     test: int = 240
     seed: int = 0
+    apart: bool = False
 
     def __post_init__(self) -> None:
-        self.name = self.name or f"train{self.train}-val{self.val}-test{self.test}-seed{self.seed}"
+        self.name = self.name or "-".join(f"{key}{value}" for key, value in self.content.items())
 
     @property
     def content(self) -> dict[str, int]:
         """All that the clips depend on."""
-        return dict(train=self.train, val=self.val, test=self.test, seed=self.seed)
+        return dict(train=self.train, val=self.val, test=self.test, seed=self.seed, **({"apart": 1} if self.apart else {}))
 
 
-def make_example(seed: int, split: str, index: int) -> Example:
+def make_example(config: ToyboxConfig, split: str, index: int) -> Example:
     """Clip `index` of a split as TFDS stores it; the fields are those of `Toybox._info`."""
-    clip = render.render(seed, SPLITS.index(split), index, split)
+    without = ("sight" if 2 * index < config.content[split] else "sound") if config.apart else ""
+    clip = render.render(config.seed, SPLITS.index(split), index, split, without)
     return {
         "video": sound.encode(clip.frames, clip.audio),
         "label": clip.label,
@@ -60,9 +65,10 @@ def make_example(seed: int, split: str, index: int) -> Example:
 class Toybox(tfds.core.GeneratorBasedBuilder):
     """Two-second clips with sound in which one object does one of twelve things."""
 
-    VERSION = tfds.core.Version("1.0.0")  # raise it whenever a clip changes, or old files pass for new ones
-    RELEASE_NOTES = {"1.0.0": "First version."}
-    BUILDER_CONFIGS = [ToyboxConfig(name="default"), ToyboxConfig(name="tiny", train=48, val=24, test=24)]
+    VERSION = tfds.core.Version("1.0.1")  # raise it whenever a clip changes, or old files pass for new ones
+    RELEASE_NOTES = {"1.0.0": "First version.", "1.0.1": "Encoded alike on every processor; same scenes."}
+    BUILDER_CONFIGS = [ToyboxConfig(name="default"), ToyboxConfig(name="tiny", train=48, val=24, test=24),
+                       ToyboxConfig(name="apart", apart=True)]
     # TFDS would look for this by way of importlib_resources, on which it depends without saying so
     code_path = tfds.core.Path(__file__)
 
@@ -93,10 +99,10 @@ class Toybox(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split, sizes[split]) for split in SPLITS if sizes[split]}
 
     def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, Example]]:
-        seed = self.builder_config.seed
+        config = self.builder_config
         bar = tqdm.tqdm(total=count, desc=f"toybox {split}", unit="clip", disable=None)  # None: only on a terminal
         with bar, concurrent.futures.ThreadPoolExecutor(2) as pool:
-            for index, example in enumerate(pool.map(lambda i: make_example(seed, split, i), range(count))):
+            for index, example in enumerate(pool.map(lambda i: make_example(config, split, i), range(count))):
                 yield index, example
                 bar.update()
 

@@ -234,8 +234,11 @@ def _perform(rng: np.random.Generator, frames: np.ndarray, looks: list[Look], st
                 paint(frames[part], seen, centres[part], pose.scale[part], pose.angle[part])
 
 
-def render(seed: int, split_id: int, index: int, split: str = "") -> Clip:
-    """Example `index` of a split, a pure function of its arguments; the label is index % 12."""
+def render(seed: int, split_id: int, index: int, split: str = "", without: str = "") -> Clip:
+    """Example `index` of a split, a pure function of its arguments; the label is index % 12.
+
+    without: 'sight' leaves out who acts, so that the sound alone tells what is done, 'sound' all but the room's noise.
+    """
     rng = np.random.default_rng([seed, split_id, index])
     action = ACTIONS[index % len(ACTIONS)]
     actor, second = (draw_look(rng, rng.uniform(*RADII)) for _ in range(2))
@@ -243,23 +246,25 @@ def render(seed: int, split_id: int, index: int, split: str = "") -> Clip:
     pose = staged.at(FRAME_TIMES)
     camera = _camera(rng)
     shaken = dataclasses.replace(pose, centres=pose.centres + camera)
+    seen = without != "sight"
     # the struck body of a collision is one of the bystanders that every action has
-    others = _bystanders(rng, actor, pose, rng.integers(1, 4) - (action == "collide"))
+    others = _bystanders(rng, actor, pose, rng.integers(1, 4) - (seen and action == "collide"))
     foot = boxes(actor, staged.offset[None], np.ones(1), np.zeros(1))[0]
-    floor = foot[0] + foot[2] / 2 if staged.motion.floored else rng.uniform(SIZE / 2, SIZE)
+    floor = foot[0] + foot[2] / 2 if seen and staged.motion.floored else rng.uniform(SIZE / 2, SIZE)
     world = background(rng, floor)[None]
     still = np.ones(1), np.zeros(1)
     for look, place in others:
         paint(world, look, place[None] + PAD, *still)
     frames = _film(world[0], camera)
     looks = [actor, second if action == "collide" else actor]
-    _perform(rng, frames, looks, staged, shaken)
+    if seen:
+        _perform(rng, frames, looks, staged, shaken)
     tracks = [boxes(look, c, pose.scale, pose.angle) for look, c in zip(looks, shaken.centres, strict=False)]
     tracks += [boxes(look, place + camera, np.ones(len(camera)), np.zeros(len(camera))) for look, place in others]
     caption = str(rng.choice(TEMPLATES)).format(look=actor.words, verb=rng.choice(VERBS[action]))
     return Clip(
         frames=np.rint(np.clip(frames, 0, 1) * 255).astype(np.uint8),
-        audio=sound.synthesise(rng, staged, actor.radius, TEXTURES.index(actor.texture)),
+        audio=sound.synthesise(rng, None if without == "sound" else staged, actor.radius, TEXTURES.index(actor.texture)),
         label=ACTIONS.index(action),
         caption=caption,
         tracks=(np.stack(tracks) / SIZE).astype(np.float32),
