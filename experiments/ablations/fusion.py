@@ -4,8 +4,8 @@
     python -m particlejax.main --config experiments/ablations/fusion.py:toybox --workdir runs/fusion-toybox
     python -m particlejax.main --config experiments/ablations/fusion.py --config.data.source=folder:PATH --workdir runs/fusion
 
-`:toybox` has clips in which who acts is heard and not seen, and as many in which it is seen and not heard; figures are of all and of
-either half. 16 frames of 32x32 and log-mel patches of 0.08 s; three seeds. README.md beside this file has what was seen.
+`:toybox` has clips in which who acts is heard and not seen, and as many in which it is seen and not heard; figures are of all and
+of either half. 16 frames of 32x32 and log-mel patches of 0.08 s; three seeds. README.md beside this file has what was seen.
 """
 
 from collections.abc import Iterator

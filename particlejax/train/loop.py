@@ -348,7 +348,8 @@ class _Trainer:
     def _operations(self) -> int:
         """Of a step, from shapes; what the backward pass computes again is not the model's."""
         row = pipeline.example(self.batches.plan.schedule.row, 1)
-        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((self.stage.spec.rows, *x.shape[1:]), x.dtype), row)
+        rows, divided = self.stage.spec.rows, sharding.batch_sharding(self.context.mesh)  # as it is called, so not traced again
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=divided), row)
         if self.context.experiment.model_of(self.stage.spec).remat == "none":
             return flops.count(self.step.trace(abstract(self.state), batch).jaxpr)
         experiment = replace(self.context.experiment, stages={

@@ -50,15 +50,20 @@ class TrainState:
 def initialise(model: Model, optimizer: optax.GradientTransformation, batch: Batch, seed: int, ema: float, mesh: Mesh,
                tuning: TuneSpec = _ALL) -> TrainState:
     """A state born sharded: no device ever holds more than its part."""
-    shardings = jax.tree.map(lambda x: x.sharding, described(model, optimizer, batch, ema, mesh, tuning))
+    born = _born(model, optimizer, batch, ema, tuning)
     with jax.set_mesh(mesh):
-        return jax.jit(_born(model, optimizer, batch, ema, tuning), out_shardings=shardings)(np.uint32(seed % 2**32))
+        shardings = jax.tree.map(lambda x: x.sharding, _placed(born, mesh))
+        return jax.jit(born, out_shardings=shardings)(np.uint32(seed % 2**32))
 
 
 def described(model: Model, optimizer: optax.GradientTransformation, batch: Batch, ema: float, mesh: Mesh,
               tuning: TuneSpec = _ALL) -> TrainState:
     """Shapes, types and shardings of the state that `initialise` makes; nothing is computed, and no device is needed."""
-    shapes = jax.eval_shape(_born(model, optimizer, batch, ema, tuning), np.uint32(0))
+    return _placed(_born(model, optimizer, batch, ema, tuning), mesh)
+
+
+def _placed(born: Callable[[Array], TrainState], mesh: Mesh) -> TrainState:
+    shapes = jax.eval_shape(born, np.uint32(0))
     return jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), shapes,
                         sharding.param_shardings(shapes, mesh))
 
