@@ -114,7 +114,7 @@ class NextFrameSpec:
     modality: str = "vision"
     moment: tuple[float, float] = interval((0.25, 0.75), 0, 1)  # shares of the clip that the present is drawn between
     horizon: float = at_least(0.0, 0)  # seconds ahead; 0: to the end of the clip
-    normalise: bool = True  # targets normalised per particle
+    target: str = one_of("normalised", "plain", "change")  # payloads, each normalised or as it is; or against the last known frame
 
 
 @dataclasses.dataclass(frozen=True)

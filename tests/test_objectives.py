@@ -238,10 +238,11 @@ def test_what_is_asked_for_is_never_seen(name: str, mask: str) -> None:
             assert ends[row][seen[row]].max() <= begins[row][found.query.segment[row] > 0].min() + 1e-3, "the past alone"
 
 
-def test_a_rollout_reads_the_past_and_what_it_made_itself() -> None:
+@pytest.mark.parametrize("target", ["plain", "change"])
+def test_a_rollout_reads_the_past_and_what_it_made_itself(target: str) -> None:
     _, model = setup("next_frame")
     params, batch = trained("next_frame")[0], make_batch(("vision",))
-    vision, spec = batch.particles["vision"], make(OBJECTIVES["next_frame"], {"normalise": False}, "next_frame")
+    vision, spec = batch.particles["vision"], make(OBJECTIVES["next_frame"], {"target": target}, "next_frame")
     later = vision.place[..., 0] > 3
 
     def made(payload: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -254,6 +255,23 @@ def test_a_rollout_reads_the_past_and_what_it_made_itself() -> None:
     np.testing.assert_array_equal(seen, ~later & (vision.segment > 0))
     np.testing.assert_array_equal(payload[~later], vision.payload[~later])
     assert (grads[later] == 0).all() and (jnp.abs(grads[~later]).sum(-1) > 0).any()
+
+
+def test_a_change_is_against_the_last_known_frame_of_the_same_place() -> None:
+    _, model = setup("next_frame")
+    params, batch = trained("next_frame")[0], make_batch(("vision",))
+    found = {target: masked.predict_next(make(OBJECTIVES["next_frame"], {"target": target, "moment": (0.6, 0.6)}, "next_frame"),
+                                         params, model, batch, jax.random.key(3), False) for target in ("plain", "change")}
+    asked, past = found["plain"].query, found["plain"].visible
+    last = np.asarray(found["plain"].target - found["change"].target)
+    count = 0
+    for row, slot in zip(*np.nonzero(asked.segment), strict=True):
+        here = [i for i in np.nonzero(past.segment[row] == asked.segment[row, slot])[0]
+                if np.allclose(past.place[row, i, 1:], asked.place[row, slot, 1:])]
+        frame = past.payload[row, max(here, key=lambda i: past.place[row, i, 0])].reshape(BASES["vision"][0], -1)[-1]
+        np.testing.assert_allclose(last[row, slot], np.tile(frame, BASES["vision"][0]), atol=1e-6)
+        count += 1
+    assert count > ROWS
 
 
 def test_motion_masks_hide_what_moves_more_often() -> None:

@@ -17,7 +17,7 @@ SEEN, HEARD, READ = ("vision",), ("vision", "audio"), ("vision", "text")
 ONE = {  # what the encoder is given, the objective and its settings
     "masked": (SEEN, "masked", {"mask": "tube", "keep": 0.25, "predict": 0.5}),
     "latent": (SEEN, "latent", {"mask": "tube", "keep": 0.25, "predict": 0.5}),
-    "next_frame": (SEEN, "next_frame", {}),
+    "next_frame": (SEEN, "next_frame", {"target": "change"}),
     "order": (SEEN, "order", {}),
     "speed": (SEEN, "speed", {}),
     "arrow": (SEEN, "arrow", {}),
@@ -49,7 +49,7 @@ def get_config(arg: str = "") -> ConfigDict:
         size = {"width": 24, "depth": 2, "heads": 2, "decoder_width": 24, "unroll": False}
     return ConfigDict(section(
         Experiment,
-        data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", modalities=modalities, frames=16, size=32, still=0.05,
+        data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", modalities=modalities, frames=16, size=32, still=0.4 if name in MOMENTS else 0.05,
                      memory_gib=1.0, audio=section(AudioSpec, patch=(8, 64), seconds=2.0)),
         particles=section(ParticleSpec, policy="grid", base=(4, 8, 8) if name in MOMENTS else (16, 4, 4)),
         model=section(ModelSpec, **size),

@@ -20,6 +20,8 @@ from particlejax.objectives.types import Objective
 from particlejax.particles.types import Batch, Particles
 from particlejax.typing import Metrics, Params
 
+_SAME = 1e-4  # share of the frame within which two places are one
+
 
 class Prediction(NamedTuple):
     """What was asked, answered and true, [B, Q, ...], and the slots [B, K] that the encoder saw with their segments."""
@@ -122,7 +124,24 @@ def predict_next(spec: NextFrameSpec, params: Params, model: Model, batch: Batch
     since = clock.start(whole) - clock.of_particle(moment, whole)
     query = clock.keep(whole, (since >= -clock.SLACK) & (since < (spec.horizon or jnp.inf)))
     predicted = ask(params, model, past, query, spec.modality, batch, dropout_key if train else None)
-    return Prediction(query, predicted, _target(query, spec.normalise), past[spec.modality])
+    target = _target(query, spec.target == "normalised")
+    if spec.target == "change":
+        target = target - last_known(past[spec.modality], query, model.payloads[spec.modality].base)
+    return Prediction(query, predicted, target, past[spec.modality])
+
+
+def last_known(past: Particles, query: Particles, base: tuple[int, ...]) -> Array:
+    """For each query [B, Q, P] the last frame of the past at its very place, size and clip, repeated; 0 where there is none."""
+    apart = jnp.abs(query.place[:, :, None, 1:] - past.place[:, None, :, 1:]).max(axis=-1)
+    wider = jnp.abs(query.extent[:, :, None, 1:] - past.extent[:, None, :, 1:]).max(axis=-1)
+    own = (query.segment[:, :, None] == past.segment[:, None]) & (past.segment > 0)[:, None]
+    there = own & (jnp.maximum(apart, wider) < _SAME)
+    latest = jnp.where(there, clock.end(past)[:, None], -jnp.inf).argmax(axis=2)
+    payload = jnp.take_along_axis(past.payload, latest[..., None], axis=1)
+    if base:
+        frames = payload.reshape(*payload.shape[:2], base[0], -1)
+        payload = jnp.broadcast_to(frames[:, :, -1:], frames.shape).reshape(payload.shape)
+    return jnp.where(there.any(axis=2)[..., None], payload, 0)
 
 
 def rollout(spec: NextFrameSpec, params: Params, model: Model, batch: Batch, share: float, steps: int
@@ -146,7 +165,9 @@ def rollout(spec: NextFrameSpec, params: Params, model: Model, batch: Batch, sha
         since = clock.start(whole) - moment
         query = clock.keep(whole, (since >= -clock.SLACK) & (since < step - clock.SLACK))
         predicted = ask(params, model, {**past, spec.modality: known}, query, spec.modality, batch, None)
-        if spec.normalise:
+        if spec.target == "change":
+            predicted = predicted + last_known(known, query, model.payloads[spec.modality].base)
+        if spec.target == "normalised":
             predicted = predicted * whole.payload.std(axis=-1, keepdims=True) + whole.payload.mean(axis=-1, keepdims=True)
         now = query.segment > 0
         payload, asked = jnp.where(now[..., None], predicted, payload), asked | now
