@@ -79,6 +79,7 @@ class FeatureSpec:
 
     folder: str = ""  # that the job wrote; it says which network, how long sub-clips are and how many cells each has
     seconds: float = at_least(0.0, 0)  # longest span; 0: data.seconds
+    scale: str = one_of("each", "length")  # each feature by its mean and deviation over all clips; particles to equal length
 
 
 @dataclasses.dataclass(frozen=True)

@@ -122,6 +122,11 @@ def test_features_are_standardised_by_the_first_split(folder: Path, kept: Path) 
     assert moving.any()
     np.testing.assert_allclose(values.mean(axis=0)[moving], 0, atol=1e-3)
     np.testing.assert_allclose(values.std(axis=0)[moving], 1, atol=1e-3)
+    each, what = _records(folder, "train")[0], subclips.opened(FeatureSpec(str(kept)))
+    raw = subclips.read(each, FeatureSpec(str(kept))).features * np.float32(what.deviation) + np.float32(what.mean)
+    equal = subclips.read(each, FeatureSpec(str(kept), scale="length")).features
+    np.testing.assert_allclose(np.square(equal).mean(axis=1), 1, rtol=1e-4)
+    np.testing.assert_allclose(equal * np.sqrt(np.square(raw).mean(axis=1, keepdims=True)), raw, rtol=1e-3, atol=1e-4)
 
 
 def test_no_frame_is_decoded_and_rows_have_room(folder: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:

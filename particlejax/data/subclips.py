@@ -25,6 +25,7 @@ from particlejax.typing import UserError
 
 DESCRIPTION = "network.json"
 ABOUT = 6  # numbers that stand before a particle's features: its place and its extent
+_LEAST = 1e-6  # root mean square of a particle that is not blown up
 _HAIR = 1e-4  # seconds by which a sub-clip may stand out of the span that is asked for
 
 
@@ -112,7 +113,7 @@ def joined(about_N6: np.ndarray, features_ND: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """A clip's particles as they were kept, standardised: place and extent float32 [n, 6], features float32 [n, D].
+    """A clip's particles as they were kept, to scale: place and extent float32 [n, 6], features float32 [n, D].
 
     There are none where the clip has nothing for the network, such as no sound.
     """
@@ -153,5 +154,9 @@ def read(record: Record, spec: FeatureSpec, modality: str = "features") -> Kept:
         raise Unreadable(f"{error}, run `{what.command}` to compute its features again") from error
     if found is None:
         raise Unreadable(f"it has no features in {spec.folder}, run `{what.command}` with its source and split")
-    values = (found[:, ABOUT:] - np.float32(what.mean)) / np.float32(what.deviation)
+    values = found[:, ABOUT:]
+    if spec.scale == "each":
+        values = (values - np.float32(what.mean)) / np.float32(what.deviation)
+    else:  # of root mean square one, so that layers find the numbers that they expect
+        values = values / np.maximum(np.sqrt(np.square(values).mean(axis=1, keepdims=True)), _LEAST)
     return Kept(found[:, :ABOUT], values, what)
