@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
         Experiment,
         data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", frames=16, size=32, still=0.4, memory_gib=1.0,
                      augment={"crop": (0.5, 1.0), "flip": 0.5}),
-        particles=section(ParticleSpec, policy="grid", base=(2, 8, 8)),
+        particles=section(ParticleSpec, policy="grid", base=(16, 4, 4)),
         model=small if tiny else section(ModelSpec, width=96, depth=3, heads=3, decoder_width=96),
         stages={"pretrain": stage},
     ))

@@ -24,8 +24,8 @@ def get_config(arg: str = "") -> ConfigDict:
     return ConfigDict(section(
         Experiment,
         data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", modalities=("vision", "text"),
-                     frames=16, size=32, still=0.4, memory_gib=1.0, augment={"crop": (0.5, 1.0), "flip": 0.5}),
-        particles=section(ParticleSpec, policy="grid", base=(2, 8, 8)),
+                     frames=16, size=32, still=0.05, memory_gib=1.0, augment={"flip": 0.5}),
+        particles=section(ParticleSpec, policy="grid", base=(16, 4, 4)),
         model=small if tiny else section(ModelSpec, width=96, depth=3, heads=3, decoder_width=96),
         stages={"pretrain": stage},
     ))
