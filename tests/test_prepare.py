@@ -82,6 +82,9 @@ def test_a_prepared_folder_is_the_folder_also_when_it_was_interrupted(folder: Pa
         assert made.classes == plain.classes == ("a", "b")
         wanted = [as_bytes(plain[i]) for i in range(len(plain)) if plain[i].name != "3.mp4"]
         assert [made[i] for i in range(len(made))] == wanted
+    for shard, other in zip(plan.shards, planned(folder, tmp_path / "again").shards, strict=True):
+        prepare.write(other)
+        assert Path(other.path).read_bytes() == Path(shard.path).read_bytes(), "whichever process wrote it"
 
 
 def test_what_holds_no_clip_is_left_out_with_a_sentence(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.proto import tf_example_pb2
 
 from particlejax.checkpoint import write_json
 from particlejax.data import patience, sources
@@ -148,7 +149,8 @@ def _add(writer: ArrayRecordWriter, kind: tfds.features.FeaturesDict, record: so
     except Unreadable as error:
         note["bad"][record.name] = error.reason
         return
-    writer.write(kind.serialize_example(kind.encode_example(example)))
+    whole = tf_example_pb2.Example.FromString(kind.serialize_example(kind.encode_example(example)))
+    writer.write(whole.SerializeToString(deterministic=True))  # else fields stand in an order of this process' own
     note["clips"] += 1
 
 
