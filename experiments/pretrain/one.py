@@ -50,7 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
     return ConfigDict(section(
         Experiment,
         data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", modalities=modalities, frames=16, size=32,
-                     still=0.4 if name in MOMENTS else 0.05, memory_gib=1.0, audio=section(AudioSpec, patch=(8, 64), seconds=2.0)),
+                     still=0.4 if name == "next_frame" else 0.05, memory_gib=1.0, audio=section(AudioSpec, patch=(8, 64), seconds=2.0)),
         particles=section(ParticleSpec, policy="grid", base=(4, 8, 8) if name in MOMENTS else (16, 4, 4)),
         model=section(ModelSpec, **size),
         stages={"pretrain": stage},
