@@ -44,13 +44,14 @@ def get_config(arg: str = "") -> ConfigDict:
     modalities, objective, settings = ONE[name]
     stage = section(StageSpec, steps=4 if tiny else 1200, rows=8 if tiny else 16, val_every=0, ema=0.99,
                     objectives={objective: settings}, optim=section(OptimSpec, rate=1e-3))
+    still = 0.4 if name == "next_frame" else 0.05
     size = {"width": 64, "depth": 3, "heads": 2}
     if tiny:
         size = {"width": 24, "depth": 2, "heads": 2, "decoder_width": 24, "unroll": False}
     return ConfigDict(section(
         Experiment,
         data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", modalities=modalities, frames=16, size=32,
-                     still=0.4 if name == "next_frame" else 0.05, memory_gib=1.0, audio=section(AudioSpec, patch=(8, 64), seconds=2.0)),
+                     still=still, memory_gib=1.0, audio=section(AudioSpec, patch=(8, 64), seconds=2.0)),
         particles=section(ParticleSpec, policy="grid", base=(4, 8, 8) if name in MOMENTS else (16, 4, 4)),
         model=section(ModelSpec, **size),
         stages={"pretrain": stage},

@@ -27,11 +27,13 @@ class Payload(NamedTuple):
     """What a modality's payloads are: `size` numbers, or ids below `vocabulary` where that is not 0.
 
     base: frames, rows and columns of the cuboid that the numbers are of, in the order (t, h, w, channel); () for no cuboid.
+    still: what the mean over its frames was multiplied by.
     """
 
     size: int
     vocabulary: int = 0
     base: tuple[int, ...] = ()
+    still: float = 1.0
 
 
 class Needs(NamedTuple):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from particlejax import losses, masks
-from particlejax.models.model import Model
+from particlejax.models.model import Model, Payload
 from particlejax.modelspec import HiddenSpec, MaskedSpec, NextFrameSpec
 from particlejax.objectives import clock
 from particlejax.objectives.types import Objective
@@ -126,21 +126,24 @@ def predict_next(spec: NextFrameSpec, params: Params, model: Model, batch: Batch
     predicted = ask(params, model, past, query, spec.modality, batch, dropout_key if train else None)
     target = _target(query, spec.target == "normalised")
     if spec.target == "change":
-        target = target - last_known(past[spec.modality], query, model.payloads[spec.modality].base)
+        target = target - last_known(past[spec.modality], query, model.payloads[spec.modality])
     return Prediction(query, predicted, target, past[spec.modality])
 
 
-def last_known(past: Particles, query: Particles, base: tuple[int, ...]) -> Array:
-    """For each query [B, Q, P] the last frame of the past at its very place, size and clip, repeated; 0 where there is none."""
+def last_known(past: Particles, query: Particles, what: Payload) -> Array:
+    """For each query the payload [B, Q, P] of a film that stands still: the last frame of the past at its very place, size and
+    clip; 0 where there is none.
+    """
     apart = jnp.abs(query.place[:, :, None, 1:] - past.place[:, None, :, 1:]).max(axis=-1)
     wider = jnp.abs(query.extent[:, :, None, 1:] - past.extent[:, None, :, 1:]).max(axis=-1)
     own = (query.segment[:, :, None] == past.segment[:, None]) & (past.segment > 0)[:, None]
     there = own & (jnp.maximum(apart, wider) < _SAME)
     latest = jnp.where(there, clock.end(past)[:, None], -jnp.inf).argmax(axis=2)
     payload = jnp.take_along_axis(past.payload, latest[..., None], axis=1)
-    if base:
-        frames = payload.reshape(*payload.shape[:2], base[0], -1)
-        payload = jnp.broadcast_to(frames[:, :, -1:], frames.shape).reshape(payload.shape)
+    if what.base:
+        frames = payload.reshape(*payload.shape[:2], what.base[0], -1)
+        last = what.still * frames[:, :, -1:] + (1 - what.still) * frames.mean(axis=2, keepdims=True)
+        payload = jnp.broadcast_to(last, frames.shape).reshape(payload.shape)
     return jnp.where(there.any(axis=2)[..., None], payload, 0)
 
 
@@ -166,7 +169,7 @@ def rollout(spec: NextFrameSpec, params: Params, model: Model, batch: Batch, sha
         query = clock.keep(whole, (since >= -clock.SLACK) & (since < step - clock.SLACK))
         predicted = ask(params, model, {**past, spec.modality: known}, query, spec.modality, batch, None)
         if spec.target == "change":
-            predicted = predicted + last_known(known, query, model.payloads[spec.modality].base)
+            predicted = predicted + last_known(known, query, model.payloads[spec.modality])
         if spec.target == "normalised":
             predicted = predicted * whole.payload.std(axis=-1, keepdims=True) + whole.payload.mean(axis=-1, keepdims=True)
         now = query.segment > 0

@@ -100,7 +100,8 @@ def build(experiment: Experiment, name: str, classes: tuple[str, ...], mesh: Mes
                         "put the clips into one folder a class.")
     ids = pipeline.vocabularies(data)
     bases = {clips.VISION: particles.base, clips.AUDIO: (*data.audio.patch, 1), clips.SERIES: (data.series.window, 1, 1)}
-    payloads = {modality: models.Payload(each.size, ids.get(modality, 0), bases.get(modality, ()))
+    payloads = {modality: models.Payload(each.size, ids.get(modality, 0), bases.get(modality, ()),
+                                         data.still if modality == clips.VISION else 1.0)
                 for modality, each in row.slots.items()}
     _check_objectives(spec, experiment.model_of(spec), f"config.stages.{name}")
     goal = targets.of(spec.objectives.get("classify", ClassifySpec()), classes) if labelled else None
