@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from particlejax.objectives import clock, pairs, temporal
+from particlejax.models.model import Model
+from particlejax.objectives import clock, pairs, questions, temporal
 from particlejax.particles import pack, policies
-from particlejax.particles.types import Particles
+from particlejax.particles.types import Batch, Particles
 from particlejax.spec import ParticleSpec
 
 BASE = (2, 4, 4)
@@ -127,3 +128,13 @@ def test_the_clock_of_a_row() -> None:
     np.testing.assert_allclose(last, [[4, 2, 0]])
     np.testing.assert_array_equal(clock.present(packed, 3), [[True, True, False]])
     np.testing.assert_allclose(clock.longest(packed, last), [[0.5, 0.5, 0]])
+
+
+def test_a_shift_told_within_a_step_counts_as_near() -> None:
+    said, label = np.array([[0], [1], [3], [5], [4]]), np.array([[1], [1], [1], [4], [5]])  # of five shifts and another clip's
+    logits = jax.nn.one_hot(said, 6)
+    model = Model(None, lambda params, method, *args, key=None: (None, None) if method == "encode" else logits, {})
+    number = jnp.arange(5)[:, None]
+    batch = Batch({}, number, number, number, number)
+    _, metrics = questions.answer("sync", {}, model, {}, batch, jnp.asarray(label), jnp.ones((5, 1), bool), None, ordered=5)
+    assert np.isclose(metrics["near"], 2 / 4) and np.isclose(metrics["top1"], 1 / 5)

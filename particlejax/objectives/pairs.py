@@ -23,7 +23,8 @@ from particlejax.typing import Metrics, Params
 def sync(spec: SyncSpec) -> Objective:
     """By how much is the second shifted against the first, or is it another clip's (arXiv:1804.03641)?
 
-    Of one modality named twice, the picture's right half is shifted against its left. Metrics: loss, top1, asked.
+    Of one modality named twice, the picture's right half is shifted against its left. Metrics: loss, top1, asked; near, the share
+    of own ones whose shift is told within one step.
     """
 
     def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
@@ -41,7 +42,7 @@ def sync(spec: SyncSpec) -> Objective:
         pair = {spec.pair[0]: fixed, spec.pair[1]: shown}
         if spec.pair[0] == spec.pair[1]:
             pair = {spec.pair[0]: jax.tree.map(lambda *both: jnp.concatenate(both, axis=1), fixed, shown)}
-        return questions.answer("sync", params, model, pair, batch, label, asked, key if train else None)
+        return questions.answer("sync", params, model, pair, batch, label, asked, key if train else None, 2 * spec.shifts + 1)
 
     return objective
 

@@ -3,6 +3,7 @@
 
 from collections.abc import Mapping
 
+import jax.numpy as jnp
 from jax import Array
 
 from particlejax import losses
@@ -12,12 +13,20 @@ from particlejax.typing import Metrics, Params
 
 
 def answer(question: str, params: Params, model: Model, particles: Mapping[str, Particles], batch: Batch, label: Array,
-           asked: Array, key: Array | None) -> tuple[Array, Metrics]:
-    """Cross-entropy of the label [B, S] of the clips that are asked; metrics: loss, top1, asked (their share of all clips)."""
+           asked: Array, key: Array | None, ordered: int = 0) -> tuple[Array, Metrics]:
+    """Cross-entropy of the label [B, S] of the clips that are asked; metrics: loss, top1, asked (their share of all clips).
+
+    Where the first `ordered` answers stand in an order: near, the share of the clips labelled by one of them for which it or its
+    neighbour was said.
+    """
     clips = batch.clip.shape[1]
     tokens, _ = model.apply(params, "encode", particles, clips, key=key)
     logits = model.apply(params, "ask", tokens, clips, question)
     there = batch.clip >= 0
     asked &= there
     loss = losses.mean(losses.cross_entropy(logits, label), asked)
-    return loss, {"loss": loss, "top1": losses.mean(logits.argmax(axis=-1) == label, asked), "asked": losses.mean(asked, there)}
+    said = logits.argmax(axis=-1)
+    metrics = {"loss": loss, "top1": losses.mean(said == label, asked), "asked": losses.mean(asked, there)}
+    if ordered:
+        metrics["near"] = losses.mean((said < ordered) & (jnp.abs(said - label) <= 1), asked & (label < ordered))
+    return loss, metrics
