@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores against what one counts by hand, and the report's pictures against the particles they show."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 
-from particlejax.apps import pictures
+from particlejax.apps import pictures, report
 from particlejax.particles import policies
 from particlejax.spec import ParticleSpec
 from particlejax.train import scores
@@ -52,3 +55,13 @@ def test_a_coarse_particle_fills_its_extent() -> None:
     painted = pictures.paint(cut.payload[coarsest], cut.place[coarsest], cut.extent[coarsest], times, (32, 32), spec.base,
                              np.zeros(video.shape))
     assert painted.all()
+
+
+def test_a_report_draws_shares_only_where_there_are_some(tmp_path: Path) -> None:
+    lines = [{"stage": "latent", "split": "train", "step": step, "loss": 1.0, "latent/spread": 0.5} for step in (1, 2)]
+    lines += [{"stage": "plain", "split": "train", "step": step, "loss": 1.0, "asked": 1.0} for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "results.json").write_text(json.dumps({name: {"train": {"loss": 1.0}} for name in ("latent", "plain")}))
+    said = report.write(tmp_path).read_text()
+    assert "report/latent_shares.png" in said and (tmp_path / "report" / "latent_shares.png").stat().st_size > 1000
+    assert "plain_shares.png" not in said and "plain_loss.png" in said

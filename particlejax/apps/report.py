@@ -14,6 +14,7 @@ from particlejax.apps import pictures
 _MOST_BAD, _PAIRS = 20, 5  # lines of the lists
 _ANSWERS = {"map": "mean average precision", "f1_micro": "F1 (micro)", "f1_macro": "F1 (macro)", "all_right": "all right at once",
             "mae": "mean absolute error", "rmse": "root mean squared error", "r2": "variance explained"}
+_SHARES = ("top1", "near", "recall", "spread")  # of objectives' metrics, those that a curve is drawn of
 _CAPTIONS = {
     "kept": "What the encoder saw: the outlined particles, the dimmed rest was hidden from it.",
     "reconstruction": "Hidden particles as the decoder draws them. Look for objects where they should be and moving as they "
@@ -83,8 +84,11 @@ def _stage(workdir: Path, stage: str, figures: dict[str, Any], lines: list[dict[
     series = {split: ([line["step"] for line in each], [float(line["loss"]) for line in each])
               for split, each in mine.items() if each}
     if series:
-        pictures.loss_curves(series, workdir / "report" / f"{stage}_loss.png", stage)
+        pictures.curves(series, workdir / "report" / f"{stage}_loss.png", stage)
         yield from (f"![loss of {stage}](report/{stage}_loss.png)", "")
+    if shares := {f"{name}, {split}": curve for split, each in mine.items() for name, curve in _shares(each).items()}:
+        pictures.curves(shares, workdir / "report" / f"{stage}_shares.png", stage, "share")
+        yield from (f"![what is told rightly, and how far features are spread](report/{stage}_shares.png)", "")
     for kind, caption in _CAPTIONS.items():
         if (workdir / "report" / f"{stage}_{kind}.png").exists():
             yield from (f"![{stage}, {kind}](report/{stage}_{kind}.png)", "", caption, "")
@@ -95,6 +99,13 @@ def _stage(workdir: Path, stage: str, figures: dict[str, Any], lines: list[dict[
         shown = [key for key in _ANSWERS if key in each]
         yield from table(["clips", *(_ANSWERS[key] for key in shown)], [[each["clips"], *(_number(each[key]) for key in shown)]])
         yield ""
+
+
+def _shares(lines: list[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
+    """Steps and values of the metrics that are shares, and of the features' spread, which falls to 0 in a collapse."""
+    keys = dict.fromkeys(key for line in lines for key in line if key.split("/")[-1] in _SHARES)
+    return {key: ([line["step"] for line in lines if key in line], [float(line[key]) for line in lines if key in line])
+            for key in keys}
 
 
 def _evaluation(workdir: Path, name: str, split: str, figures: dict[str, Any]) -> Iterator[str]:
