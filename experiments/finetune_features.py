@@ -9,6 +9,9 @@
 from such a run, named by --config.init=RUN_DIR:pretrain, over three seeds, and `:shots` does with 1, 5 and 10 labelled clips a
 class, the rest without labels or left out. `:words` pretrains with what MiniLM read in the captions, too
 (--config.data.told.folder), and fine-tunes without. No video is decoded. `:tiny` is a smoke run.
+
+It is kept near a linear reading of the mean: particles of equal length, branches that begin at a hundredth, few epochs. With
+attention pooling, standardised features or forty epochs it learns the training clips by heart and falls behind a regression.
 """
 
 from collections.abc import Iterator
@@ -16,7 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from particlejax.spec import DataSpec, EvaluateSpec, Experiment, ModelSpec, OptimSpec, StageSpec, SweepSpec, arguments, section
+from particlejax.spec import DataSpec, EvaluateSpec, Experiment, FeatureSpec, ModelSpec, OptimSpec, StageSpec, SweepSpec, arguments, section
 
 WAYS = {"full": 5e-4, "lora": 2e-3, "adapter": 2e-3, "prefix": 2e-3}  # learning rates
 FEW = {"probe": 2e-3, "lora": 2e-3, "full": 5e-4}
@@ -26,7 +29,7 @@ def stages(tiny: bool, pretrain: bool) -> dict[str, Any]:
     """What is trained."""
     rows = 8 if tiny else 16
     finetune = section(
-        StageSpec, steps=4 if tiny else 0, epochs=0 if tiny else 40, rows=rows, val_every=4 if tiny else 200,
+        StageSpec, steps=4 if tiny else 0, epochs=0 if tiny else 8, rows=rows, val_every=4 if tiny else 100,
         objectives={"classify": {"label_smoothing": 0.1}}, ema=0.99, init="pretrain" if pretrain else "",
         optim=section(OptimSpec, rate=5e-4, weight_decay=0.1, b2=0.999))
     masked = section(
@@ -39,7 +42,7 @@ def stages(tiny: bool, pretrain: bool) -> dict[str, Any]:
 def few() -> Iterator[tuple[str, dict[str, Any]]]:
     """Ways to learn from a few labelled clips of each class."""
     for shots in (1, 5, 10):
-        fixed = {"steps": 300, "epochs": 0}
+        fixed = {"steps": 150, "epochs": 0}
         for how, rate in FEW.items():
             yield f"{how}-{shots}", {"data": {"shots": shots},
                                      "stages": {"finetune": {**fixed, "tune": {"how": how}, "optim": {"rate": rate}}}}
@@ -64,9 +67,10 @@ def get_config(arg: str = "") -> ConfigDict:
     return ConfigDict(section(
         Experiment,
         job="sweep" if args["sweep"] or args["shots"] else "train",
-        data=section(DataSpec, source="toybox:tiny" if tiny else "folder:../shared/data/jhmdb21", modalities=("features",)),
+        data=section(DataSpec, source="toybox:tiny" if tiny else "folder:../shared/data/jhmdb21", modalities=("features",),
+                     features=section(FeatureSpec, scale="length")),
         model=section(ModelSpec, width=32 if tiny else 128, depth=2, heads=2, dropout=0.1 if tiny else 0.3,
-                      pool="attention", decoder_width=32 if tiny else 128),
+                      layer_scale=0.01, decoder_width=32 if tiny else 128),
         evaluate=section(EvaluateSpec, splits=("val",)),
         stages=trained,
         order=tuple(trained),
