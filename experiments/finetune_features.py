@@ -19,7 +19,18 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from particlejax.spec import DataSpec, EvaluateSpec, Experiment, FeatureSpec, ModelSpec, OptimSpec, StageSpec, SweepSpec, arguments, section
+from particlejax.spec import (
+    DataSpec,
+    EvaluateSpec,
+    Experiment,
+    FeatureSpec,
+    ModelSpec,
+    OptimSpec,
+    StageSpec,
+    SweepSpec,
+    arguments,
+    section,
+)
 
 WAYS = {"full": 5e-4, "lora": 2e-3, "adapter": 2e-3, "prefix": 2e-3}  # learning rates
 FEW = {"probe": 2e-3, "lora": 2e-3, "full": 5e-4}
