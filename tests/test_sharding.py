@@ -18,8 +18,8 @@ from particlejax.typing import UserError
 MODEL = ModelSpec(width=32, depth=2, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2,
                   unroll=False)  # compiles sooner
 BOTH = {"masked": MaskedSpec(keep=0.5, weight=0.5), "classify": ClassifySpec()}
-MESHES = {"data": MeshSpec(data=8), "tensor": MeshSpec(data=2, fsdp=2, tensor=2),
-          "sequence": MeshSpec(data=2, sequence=4), "tensor and sequence": MeshSpec(fsdp=2, tensor=2, sequence=2)}
+MESHES = {"data": MeshSpec(data=8), "sequence": MeshSpec(data=2, sequence=4),
+          "tensor and sequence": MeshSpec(fsdp=2, tensor=2, sequence=2)}
 
 
 def batch(missing: tuple[int, ...] = ()) -> Batch:
