@@ -33,7 +33,7 @@ from particlejax.spec import (
 )
 
 WAYS = {"full": 5e-4, "lora": 2e-3, "adapter": 2e-3, "prefix": 2e-3}  # learning rates
-FEW = {"probe": 2e-3, "lora": 2e-3, "full": 5e-4}
+FEW = {"linear": 2e-3, "lora": 2e-3, "full": 5e-4}
 
 
 def stages(tiny: bool, pretrain: bool) -> dict[str, Any]:
