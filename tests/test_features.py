@@ -205,7 +205,7 @@ def test_the_damaged_are_named_and_computed_again_and_a_run_learns(folder: Path,
     assert (keep / "network.json").read_bytes() == before
     command("finetune_features.py:tiny", tmp_path / "run", f"--config.data.source=folder:{folder}", "--config.data.seconds=2.0",
             f"--config.data.features.folder={keep}", "--config.stages.finetune.steps=40", "--config.stages.finetune.val_every=40",
-            "--config.stages.finetune.ema=0.0", "--config.stages.finetune.optim.rate=0.003")
+            "--config.stages.finetune.ema=0.0", "--config.data.features.scale=each", "--config.stages.finetune.optim.rate=0.003")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["finetune"]["val"]["top1"] == 1.0, "red and blue are easily told"
     assert [Path(each["path"]).name for each in results["bad"]] == ["broken.mkv"]

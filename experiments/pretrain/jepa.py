@@ -3,8 +3,9 @@
 
     python -m particlejax.main --config experiments/pretrain/jepa.py
 
-`latent/spread` in the metrics falls towards 0 where the features collapse. It has been run
-shrunk only: what it reaches on the toybox is not measured yet.
+`latent/spread` in the metrics, drawn in the report, falls towards 0 where the features collapse. 1200 steps take 68 s of a core and
+end with a spread of 0.74, so nothing collapses, but what is learnt is not the action: frozen, experiments/probe.py finds 16.3 %
+(linear), 8.7 % (k-NN) and 10.4 % (attentive) of twelve (seed 0; untrained, at width 64, 19.6, 14.2 and 19.8 %).
 """
 
 from ml_collections import ConfigDict

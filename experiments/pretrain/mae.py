@@ -3,8 +3,9 @@
 
     python -m particlejax.main --config experiments/pretrain/mae.py
 
-On the toybox; `--config.data.source=folder:PATH` for clips of one's own. It has been run
-shrunk only: what it reaches on the toybox is not measured yet.
+On the toybox; `--config.data.source=folder:PATH` for clips of one's own. 1200 steps take 73 s of a core; frozen,
+experiments/probe.py finds 19.2 % (linear), 6.2 % (k-NN) and 32.5 % (attentive) of twelve actions (seed 0; untrained, at width 64,
+19.6, 14.2 and 19.8 %).
 """
 
 from ml_collections import ConfigDict
