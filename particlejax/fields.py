@@ -71,6 +71,14 @@ def make(spec: type, values: Mapping[str, Any], where: str) -> Any:
     return spec(**{key: _value(fields[key], value, f"{where}.{key}") for key, value in values.items()})
 
 
+def replaced(spec: Any, changes: Mapping[str, Any], name: str) -> Any:
+    """`spec` with what a stage's section `name` changes; a section within it keeps what it had of the other keys."""
+    changed = make(type(spec), changes, f"config.stages.*.{name}")
+    inner = {key: value for key, value in changes.items() if isinstance(value, Mapping)}
+    deeper = {key: replaced(getattr(spec, key), value, f"{name}.{key}") for key, value in inner.items()}
+    return dataclasses.replace(spec, **{key: getattr(changed, key) for key in changes} | deeper)
+
+
 def _check_shape(field: dataclasses.Field, value: Any, where: str) -> None:
     """A tuple is written as one, and of a fixed length where its type says so."""
     if get_origin(field.type) is not tuple:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from particlejax import tunespec
-from particlejax.fields import arguments, as_dict, at_least, between, interval, make, named, one_of, section, unknown_key
+from particlejax.fields import arguments, as_dict, at_least, between, interval, make, named, one_of, replaced, section, unknown_key
 from particlejax.modelspec import OBJECTIVES, ModelSpec, check_model, check_stage
 from particlejax.typing import UserError
 
@@ -332,15 +332,15 @@ class Experiment:
 
     def data_of(self, stage: StageSpec) -> DataSpec:
         """The data section with what the stage says differently."""
-        return _replaced(self.data, stage.data, "data")
+        return replaced(self.data, stage.data, "data")
 
     def particles_of(self, stage: StageSpec) -> ParticleSpec:
         """The particles section with what the stage says differently."""
-        return _replaced(self.particles, stage.particles, "particles")
+        return replaced(self.particles, stage.particles, "particles")
 
     def model_of(self, stage: StageSpec) -> ModelSpec:
         """The model section with what the stage says differently."""
-        return _replaced(self.model, stage.model, "model")
+        return replaced(self.model, stage.model, "model")
 
 
 def check(experiment: Experiment) -> Experiment:
@@ -393,11 +393,3 @@ def _check_schedule(schedule: ScheduleSpec, where: str) -> None:
                         "that, or leave them.")
     if not 0 <= schedule.settle < 1 or schedule.rounds < 1 or any(each.share <= 0 for each in schedule.scales):
         raise UserError(f"{where} wants rounds of at least 1, settle in [0, 1) and shares above 0: correct them.")
-
-
-def _replaced(spec: Any, changes: Mapping[str, Any], name: str) -> Any:
-    """`spec` with the changes; a section within it keeps what it had of the keys that are not changed."""
-    changed = make(type(spec), changes, f"config.stages.*.{name}")
-    inner = {key: value for key, value in changes.items() if isinstance(value, Mapping)}
-    deeper = {key: _replaced(getattr(spec, key), value, f"{name}.{key}") for key, value in inner.items()}
-    return dataclasses.replace(spec, **{key: getattr(changed, key) for key in changes} | deeper)

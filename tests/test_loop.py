@@ -5,6 +5,7 @@ import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from particlejax import optim, sharding, tree
 from particlejax.data import pipeline
 from particlejax.particles.types import Batch
 from particlejax.spec import DataSpec, MeshSpec, OptimSpec
-from particlejax.train.state import TrainState, make_step
+from particlejax.train import program
+from particlejax.train.state import Step, TrainState, make_step
 from particlejax.typing import UserError
 
 TINY = "--config=experiments/finetune.py:tiny"
@@ -45,7 +47,13 @@ def test_no_progress_ends_a_stage_and_the_best_is_measured(cache_dir: str, tmp_p
 
 def test_what_was_trained_is_saved_when_the_data_fails(cache_dir: str, tmp_path: Path, capfd: pytest.CaptureFixture,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    read = pipeline.read
+    read, traced = pipeline.read, []
+
+    def counting(*args: Any, **settings: Any) -> Step:
+        step = make_step(*args, **settings)
+        return lambda state, batch: traced.append(batch) or step(state, batch)
+
+    monkeypatch.setattr(program, "make_step", counting)
 
     def failing(batches: pipeline.Batches, start: int, stop: int, data: DataSpec) -> Iterator[pipeline.Loaded]:
         for k, loaded in enumerate(read(batches, start, stop, data), start):
@@ -59,6 +67,7 @@ def test_what_was_trained_is_saved_when_the_data_fails(cache_dir: str, tmp_path:
         assert entry.main(command) == 2
     assert entry.main(command) == 0
     assert "continuing at step 3" in capfd.readouterr().err
+    assert len(traced) == 2, "once a run, though its operations are counted, too"
 
 
 def test_the_average_follows_the_parameters() -> None:

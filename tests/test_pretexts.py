@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from particlejax.models.model import Model
-from particlejax.objectives import clock, pairs, questions, temporal
+from particlejax.models.model import Model, Payload
+from particlejax.objectives import clock, masked, pairs, questions, temporal
 from particlejax.particles import pack, policies
+from particlejax.particles.pixels import PixelScale
 from particlejax.particles.types import Batch, Particles
 from particlejax.spec import ParticleSpec
 
@@ -128,6 +129,20 @@ def test_the_clock_of_a_row() -> None:
     np.testing.assert_allclose(last, [[4, 2, 0]])
     np.testing.assert_array_equal(clock.present(packed, 3), [[True, True, False]])
     np.testing.assert_allclose(clock.longest(packed, last), [[0.5, 0.5, 0]])
+
+
+def test_a_film_that_stands_still_is_as_the_last_frame_of_its_place() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 4, 2, 4, 4, 3), np.uint8)
+    scale = PixelScale(0.5, 0.2, 0.4, 2)
+    places = np.array([[[1, 0.5, 0.5], [3, 0.5, 0.5], [4, 0.5, 0.5], [4, 0.5, 0.25]]], np.float32)
+    past = Particles(scale.to_payload(pixels.reshape(1, 4, -1)), places, np.ones_like(places), np.array([[1, 1, 2, 0]]))
+    places = np.array([[[5, 0.5, 0.5], [5, 0.5, 0.5], [5, 0.5, 0.25], [5, 0.25, 0.5]]], np.float32)
+    # Of a clip that was there twice, of another clip, where only an empty slot stands, and where nothing does.
+    query = Particles(past.payload, places, np.ones_like(places), np.array([[1, 2, 1, 1]]))
+    found = masked.last_known(past, query, Payload(96, base=(2, 4, 4), still=0.4))
+    still = np.broadcast_to(pixels[:, [1, 2], -1:], (1, 2, 2, 4, 4, 3))  # not the earlier one's
+    np.testing.assert_allclose(found[:, :2], scale.to_payload(still.reshape(1, 2, -1)), atol=1e-5)
+    assert (found[:, 2:] == 0).all()
 
 
 def test_a_shift_told_within_a_step_counts_as_near() -> None:

@@ -83,18 +83,18 @@ def answers(frames: np.ndarray, times: np.ndarray, found: Mapping[str, float], p
     _save(figure, path)
 
 
-def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path, title: str, label: str = "loss") -> None:
-    """Each series of (steps, values) as a line; from 0 to 1 where `label` is 'share'."""
+def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path, title: str, shares: bool = False) -> None:
+    """Each series of (steps, values) as a line: losses, or shares from 0 to 1."""
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     ax = figure.subplots()
     for name, (steps, values) in series.items():
         ax.plot(steps, values, marker="o" if len(steps) < 15 else None, markersize=3, label=name)
     values = [v for _, each in series.values() for v in each]
-    if label == "share":
+    if shares:
         ax.set_ylim(0, max(1, *values) + 0.02)
     elif values and min(values) > 0 and max(values) > 10 * min(values):
         ax.set_yscale("log")
-    ax.set(title=title, xlabel="step", ylabel=label)
+    ax.set(title=title, xlabel="step", ylabel="share" if shares else "loss")
     ax.grid(alpha=0.3)
     ax.legend()
     _save(figure, path)

@@ -87,7 +87,7 @@ def _stage(workdir: Path, stage: str, figures: dict[str, Any], lines: list[dict[
         pictures.curves(series, workdir / "report" / f"{stage}_loss.png", stage)
         yield from (f"![loss of {stage}](report/{stage}_loss.png)", "")
     if shares := {f"{name}, {split}": curve for split, each in mine.items() for name, curve in _shares(each).items()}:
-        pictures.curves(shares, workdir / "report" / f"{stage}_shares.png", stage, "share")
+        pictures.curves(shares, workdir / "report" / f"{stage}_shares.png", stage, shares=True)
         yield from (f"![what is told rightly, and how far features are spread](report/{stage}_shares.png)", "")
     for kind, caption in _CAPTIONS.items():
         if (workdir / "report" / f"{stage}_{kind}.png").exists():

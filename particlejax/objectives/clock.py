@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Particles in time: when each begins and ends, what time a clip spans, and which particles stay.
 
-Legend: B rows, L slots, S clips of a row.
+Legend: B rows, L and M slots, S clips of a row.
 """
 
 from dataclasses import replace
@@ -13,6 +13,7 @@ from particlejax import losses
 from particlejax.particles.types import Particles
 
 SLACK = 1e-3  # seconds by which float32 may mistake two times for different ones
+_SPOT = 1e-4  # share of the frame by which it may mistake two places for different ones
 
 
 def start(particles: Particles) -> Array:
@@ -58,6 +59,14 @@ def of_particle(values_BS: Array, particles: Particles) -> Array:
     """For each slot what its clip has, [B, L]; zero for an empty slot."""
     padded = jnp.concatenate([jnp.zeros_like(values_BS[:, :1]), values_BS], axis=1)
     return jnp.take_along_axis(padded, particles.segment, axis=1)
+
+
+def same_spot(one: Particles, other: Particles) -> Array:
+    """Which particles of one clip have the same rows and columns, whenever that is, bool [B, L, M]."""
+    apart = jnp.abs(one.place[:, :, None, 1:] - other.place[:, None, :, 1:])
+    wider = jnp.abs(one.extent[:, :, None, 1:] - other.extent[:, None, :, 1:])
+    own = (one.segment[:, :, None] == other.segment[:, None]) & (one.segment > 0)[:, :, None]
+    return own & (jnp.maximum(apart, wider).max(axis=-1) < _SPOT)
 
 
 def keep(particles: Particles, stays: Array) -> Particles:

@@ -20,8 +20,6 @@ from particlejax.objectives.types import Objective
 from particlejax.particles.types import Batch, Particles
 from particlejax.typing import Metrics, Params
 
-_SAME = 1e-4  # share of the frame within which two places are one
-
 
 class Prediction(NamedTuple):
     """What was asked, answered and true, [B, Q, ...], and the slots [B, K] that the encoder saw with their segments."""
@@ -134,10 +132,7 @@ def last_known(past: Particles, query: Particles, what: Payload) -> Array:
     """For each query the payload [B, Q, P] of a film that stands still: the last frame of the past at its very place, size and
     clip; 0 where there is none.
     """
-    apart = jnp.abs(query.place[:, :, None, 1:] - past.place[:, None, :, 1:]).max(axis=-1)
-    wider = jnp.abs(query.extent[:, :, None, 1:] - past.extent[:, None, :, 1:]).max(axis=-1)
-    own = (query.segment[:, :, None] == past.segment[:, None]) & (past.segment > 0)[:, None]
-    there = own & (jnp.maximum(apart, wider) < _SAME)
+    there = clock.same_spot(query, past)
     latest = jnp.where(there, clock.end(past)[:, None], -jnp.inf).argmax(axis=2)
     payload = jnp.take_along_axis(past.payload, latest[..., None], axis=1)
     if what.base:

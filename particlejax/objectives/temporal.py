@@ -151,12 +151,10 @@ def faster(whole: Particles, label_BS: Array, where_BS: Array, most: int, base: 
 
 
 def _doubled(shown: Particles, base: tuple[int, ...]) -> Particles:
-    start, duration = clock.start(shown), shown.extent[..., 0]
-    apart = shown.place[:, :, None] - shown.place[:, None]  # [B, L, M, 3], of M that may precede L
-    wider = jnp.abs(shown.extent[:, :, None] - shown.extent[:, None])
-    follows = (jnp.abs(apart[..., 0] - duration[:, None]) < clock.SLACK) & (jnp.abs(apart[..., 1:]) < 1e-4).all(axis=-1)
-    own = (shown.segment[:, :, None] == shown.segment[:, None]) & (shown.segment > 0)[:, None]
-    pair = follows & (wider < 1e-4).all(axis=-1) & own
+    start, duration, time = clock.start(shown), shown.extent[..., 0], shown.place[..., 0]
+    later = jnp.abs(time[:, :, None] - time[:, None] - duration[:, None]) < clock.SLACK  # [B, L, M], of M that may precede L
+    as_long = jnp.abs(duration[:, :, None] - duration[:, None]) < clock.SLACK
+    pair = later & as_long & clock.same_spot(shown, shown)
     next_one, found = pair.argmax(axis=1), pair.any(axis=1)
     even = jnp.round(start / jnp.maximum(duration, clock.SLACK)).astype(jnp.int32) % 2 == 0
     after = jnp.take_along_axis(shown.payload, next_one[..., None], axis=1)
