@@ -14,7 +14,7 @@ import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
-from particlejax import checkpoint, cluster, jobspec
+from particlejax import checkpoint, cluster, heap, jobspec
 from particlejax.apps import (
     check,
     evaluate,
@@ -151,4 +151,5 @@ def _workdir(asked: Asked) -> Path:
 
 
 if __name__ == "__main__":
+    heap.keep()
     cluster.leave(main(sys.argv))

@@ -22,6 +22,7 @@ from particlejax.particles.types import Batch, Particles
 from particlejax.spec import MeshSpec
 
 LAYERS = {"one axis": ((24,), dict(features=12)), "to heads": ((24,), dict(features=(3, 5))),
+          "to more": ((24,), dict(features=(4, 9))),
           "from heads": ((3, 8), dict(features=12, axis=(-2, -1))), "no bias": ((24,), dict(features=12, use_bias=False))}
 REDUCED = re.compile(r" = \(?(\w+)\[([\d,]*)\]\S* (?:all-reduce|reduce-scatter)(?:-start)?\(")
 

@@ -138,3 +138,21 @@ def test_auto_is_what_the_backend_runs_best(monkeypatch: pytest.MonkeyPatch) -> 
         assert flash.chosen("auto", jnp.dtype(dtype)) == best
     with pytest.raises(UserError, match="config.attention is 'fast': choose one of auto, plain, splash, cudnn"):
         make(ModelSpec, {"attention": "fast"}, "config")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_mixed_is_softmax_and_a_product(dtype: str) -> None:
+    keys = jax.random.split(jax.random.key(0), 4)
+    logits = 8 * jax.random.normal(keys[0], (2, 3, 5, 7))
+    logits = jnp.where(jax.random.bernoulli(keys[1], 0.3, logits.shape), -1e9, logits).at[0, 0, 0].set(-1e9)
+    value = jax.random.normal(keys[2], (2, 3, 7, 4), dtype)
+
+    def softmax(logits: Array, value: Array) -> Array:
+        return jnp.einsum("bhlm,bhmk->bhlk", jax.nn.softmax(logits), value.astype(jnp.float32)).astype(value.dtype)
+
+    pulled = jax.random.normal(keys[3], (2, 3, 5, 4), dtype)
+    (out, back), (expected, expected_back) = (jax.vjp(each, logits, value) for each in (attention.mixed, softmax))
+    rounding = 16 * float(jnp.finfo(dtype).eps)
+    for a, b in zip((out, *back(pulled)), (expected, *expected_back(pulled)), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(*(np.asarray(each, np.float32) for each in (a, b)), atol=rounding * float(jnp.abs(b).max()))

@@ -323,10 +323,9 @@ class Decoder(nn.Module):
                                        name="transformer")
         answers, _ = body(Tokens(x, query.place, query.segment), tokens._replace(x=context))
         if self.features:
-            return nn.Dense(spec.width, dtype=jnp.float32, name="features")(answers.x.astype(jnp.float32))
+            return Dense(spec.width, name="features")(answers.x)
         payload = dict(self.payloads)[modality]
-        out = nn.Dense(payload.vocabulary or payload.size, dtype=jnp.float32, name=f"payload_{modality}")
-        return out(answers.x.astype(jnp.float32))
+        return Dense(payload.vocabulary or payload.size, name=f"payload_{modality}")(answers.x)
 
 
 def style_of(spec: ModelSpec) -> attention.Style:

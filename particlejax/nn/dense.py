@@ -7,6 +7,7 @@ number of devices they are split over. Here the cast is inside the product, whos
 matrix units make it, in float32.
 """
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -38,8 +39,25 @@ def _backward(axes: int, kept: tuple[Array | None, Array | None, Array], grad: A
         dx = _dot(grad, kernel.astype(grad.dtype), range(grad.ndim - kernel.ndim + axes, grad.ndim), range(axes, kernel.ndim),
                   grad.dtype)
     if x is not None:
-        dkernel = _dot(x, grad, range(x.ndim - axes), range(x.ndim - axes), like.dtype)
+        dkernel = _outer(x, grad, axes, grad.ndim - x.ndim + axes, like.dtype)
     return dx, dkernel
+
+
+def _outer(x: Array, grad: Array, axes: int, others: int, dtype: Any) -> Array:
+    """The kernel's gradient: the sum over rows of x's last `axes` axes times grad's last `others`.
+
+    XLA's CPU writes the first operand of such a product down transposed, and computes again for it whatever made it: there the
+    narrower one comes first, and a barrier keeps the compiler from turning the product back.
+    """
+    rows = range(x.ndim - axes)
+    if math.prod(x.shape[len(rows):]) <= math.prod(grad.shape[len(rows):]):
+        return _dot(x, grad, rows, rows, dtype)
+
+    def turned(x: Array, grad: Array) -> Array:
+        kernel = lax.optimization_barrier(_dot(grad, x, rows, rows, dtype))
+        return kernel.transpose(*range(others, kernel.ndim), *range(others))
+
+    return lax.platform_dependent(x, grad, cpu=turned, default=lambda x, grad: _dot(x, grad, rows, rows, dtype))
 
 
 product.defvjp(_forward, _backward, symbolic_zeros=True)
