@@ -72,6 +72,7 @@ def main(argv: Sequence[str]) -> int:
         if isinstance(job, Experiment):
             cluster.start(job.cluster)
             job = run.adopt(job, {re.match(r"--?(?:no)?config\.([\w.]+)", text)[1] for text in asked.overrides})
+        heap.keep()
         _cache_programs()
         folder = workdir.enter(_workdir(asked), job)
         JOBS[job.job](job, folder, folder.name)
@@ -151,5 +152,4 @@ def _workdir(asked: Asked) -> Path:
 
 
 if __name__ == "__main__":
-    heap.keep()
     cluster.leave(main(sys.argv))
