@@ -16,7 +16,7 @@ def get_config(arg: str = "") -> ConfigDict:
     """The experiment; arg: '' or 'tiny'."""
     tiny = arguments(arg, "tiny")["tiny"]
     objectives = {
-        "sync": {"shifts": 2, "step": 2}, "contrast": {"pair": ("vision", "audio")},
+        "sync": {"shifts": 2, "step": 3, "other": 0.0}, "contrast": {"pair": ("vision", "audio")},
         "masked": {"mask": "random", "keep": 0.5, "predict": 0.25, "weight": 0.5}}
     stage = section(
         StageSpec, steps=4 if tiny else 1200, rows=8 if tiny else 16, val="" if tiny else "val", val_every=300,

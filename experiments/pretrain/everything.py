@@ -17,7 +17,7 @@ def get_config(arg: str = "") -> ConfigDict:
     tiny = arguments(arg, "tiny")["tiny"]
     objectives = {
         "masked": {"mask": "adaptive", "keep": 0.4, "predict": 0.3}, "latent": {"mask": "tube", "keep": 0.4, "predict": 0.3},
-        "next_frame": {"weight": 0.5, "target": "change"}, "sync": {"shifts": 2, "step": 2}, "arrow": {"weight": 0.2},
+        "next_frame": {"weight": 0.5, "target": "change"}, "sync": {"shifts": 2, "step": 3}, "arrow": {"weight": 0.2},
         "speed": {"weight": 0.2},
         "contrast": {"pair": ("vision", "text")}, "match": {"weight": 0.5}, "words": {"weight": 0.5}}
     if tiny:  # each is a pass of the encoder that takes long to compile
