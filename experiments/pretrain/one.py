@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One objective by itself, each with the same encoder and (but for order) as many clips: what does it teach?
+"""One objective by itself, each with the same encoder and, but for order and transform, as many clips: what does it teach?
 
     python -m particlejax.main --config experiments/pretrain/one.py:sync --workdir runs/one-sync
     python -m particlejax.main --config experiments/probe.py --config.run=runs/one-sync --workdir runs/one-sync-probe
@@ -34,7 +34,7 @@ ONE = {  # what the encoder is given, the objective and its settings
     "codes": (READ, "visual_words", {"mask": "tube", "keep": 0.25, "predict": 0.5, "codes": 64}),
 }
 MOMENTS = ("next_frame", "order", "speed", "align", "frames")  # ask what comes when, so that cuboids must be shorter than the clip
-LONGER = {"order": 3}  # times as many steps, where less stays at chance
+LONGER = {"order": 3, "transform": 3}  # times as many steps, where less stays at chance
 
 
 def get_config(arg: str = "") -> ConfigDict:
