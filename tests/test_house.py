@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     "main": 8, "apps": 7, "serve": 7, "train": 6, "objectives": 5, "models": 4, "adapt": 4, "nn": 3, "data": 3,
-    "optim": 3, "sharding": 2, "checkpoint": 2, "particles": 1, "losses": 1, "masks": 1, "jobspec": 1,
+    "optim": 3, "sharding": 2, "checkpoint": 2, "heap": 2, "particles": 1, "losses": 1, "masks": 1, "jobspec": 1,
     "cluster": 1, "spec": 0.5, "modelspec": 0.3, "tunespec": 0.2, "fields": 0, "tree": 0, "flops": 0, "typing": 0,
     "hlo": 0, "chips": 0,
 }
