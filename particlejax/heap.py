@@ -17,6 +17,7 @@ import jax
 from particlejax import cluster
 
 _MAPPED, _TRIM = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of glibc's malloc.h
+_INLINE = "jax_cpu_enable_async_dispatch"
 
 
 def keep(environ: Mapping[str, str] = os.environ) -> bool:
@@ -26,12 +27,12 @@ def keep(environ: Mapping[str, str] = os.environ) -> bool:
     nor where the environment says how to allocate (GLIBC_TUNABLES, MALLOC_..., LD_PRELOAD), nor without glibc.
     """
     told = any(name.startswith(("GLIBC_TUNABLES", "MALLOC_", "LD_PRELOAD")) for name in environ)
-    if told or _accelerated(environ) or _several(environ):
+    if told or _accelerated(environ) or _several(environ) or _INLINE not in jax.config.values:
         return False
     tell = getattr(ctypes.CDLL(None), "mallopt", None)  # musl and macOS have none
     if tell is None or not all([tell(_MAPPED, 0), tell(_TRIM, 2**31 - 1)]):
         return False
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    jax.config.update(_INLINE, False)
     return True
 
 
@@ -43,4 +44,5 @@ def _accelerated(environ: Mapping[str, str]) -> bool:
 
 
 def _several(environ: Mapping[str, str]) -> bool:
-    return "device_count" in environ.get("XLA_FLAGS", "") or jax.config.jax_num_cpu_devices > 1 or cluster.several()
+    forced = "device_count" in environ.get("XLA_FLAGS", "") or jax.config.values.get("jax_num_cpu_devices", 1) > 1
+    return forced or cluster.several()
