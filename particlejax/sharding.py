@@ -48,8 +48,20 @@ def make_mesh(spec: MeshSpec, of: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 def param_shardings(shapes: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for each leaf of a tree of shapes (parameters, or a state that holds them)."""
-    return tree.map_named(lambda name, leaf: NamedSharding(mesh, _spec(name, leaf.shape, mesh)), shapes)
+    """A NamedSharding for each leaf of a tree of shapes (parameters, or a state that holds them).
+
+    Warns where most of it fits no axis of fsdp, so that every device holds it whole.
+    """
+    shardings = tree.map_named(lambda name, leaf: NamedSharding(mesh, _spec(name, leaf.shape, mesh)), shapes)
+    if mesh.shape["fsdp"] > 1:
+        sizes = tree.flatten(jax.tree.map(lambda leaf: math.prod(leaf.shape), shapes))
+        whole = {name for name, each in tree.flatten(shardings).items() if "fsdp" not in each.spec}
+        share = sum(sizes[name] for name in whole) / max(sum(sizes.values()), 1)
+        if share > 0.5:
+            warnings.warn(f"config.mesh.fsdp={mesh.shape['fsdp']} divides no axis of {share:.0%} of the parameters and their "
+                          "moments, which every device holds whole: make it a divisor of config.model.width, and data the rest.",
+                          stacklevel=2)
+    return shardings
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -114,6 +126,11 @@ def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     axes = tree.match(RULES, name)
     if not axes or len(shape) < len(axes):
         return P()
-    whole = (None,) * (len(shape) - len(axes))
-    fits = (a if a and size % mesh.shape[a] == 0 else None for a, size in zip(axes, shape[len(whole):], strict=True))
+    whole, last = (None,) * (len(shape) - len(axes)), shape[len(shape) - len(axes):]
+    fits = [a if a and size % mesh.shape[a] == 0 else None for a, size in zip(axes, last, strict=True)]
+    if "fsdp" in axes and "fsdp" not in fits:  # another axis will do: what counts is that no device holds it all
+        free = [a is None or mesh.shape[a] == 1 for a in fits]
+        others = [i for i, size in enumerate(last) if free[i] and size % mesh.shape["fsdp"] == 0]
+        if others:
+            fits[max(others, key=last.__getitem__)] = "fsdp"
     return P(*whole, *fits)

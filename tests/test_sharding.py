@@ -68,9 +68,22 @@ def test_eight_devices_equal_one(name: str, alone: tuple) -> None:
     expected = tree.flatten(alone[1].params)
     for path, found in tree.flatten(state.params).items():
         if not path.endswith(("key/bias", "log_sharpness")):  # gradients near rounding noise, which Adam makes large
-            np.testing.assert_allclose(found, expected[path], atol=5e-4, err_msg=path)  # of three steps of 1e-2
+            np.testing.assert_allclose(found, expected[path], atol=2e-3, err_msg=path)  # of three steps of 1e-2
     split = [x for x in jax.tree.leaves(state.opt_state) if not x.sharding.is_fully_replicated]
     assert bool(split) == (name != "sequence"), "moments are divided like their parameters"
+
+
+def test_what_the_usual_axis_does_not_fit_is_divided_along_another() -> None:
+    mesh, kernels = sharding.make_mesh(MeshSpec(fsdp=8)), {"up": (2, 12, 48), "down": (2, 48, 12)}
+
+    def parts(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        tree_of = {"mlp": {name: {"kernel": jax.ShapeDtypeStruct(shape, "float32")} for name, shape in shapes.items()}}
+        found = sharding.param_shardings(tree_of, mesh)["mlp"]
+        return {name: each["kernel"].shard_shape(shapes[name]) for name, each in found.items()}
+
+    assert parts(kernels) == {"up": (2, 12, 6), "down": (2, 6, 12)}
+    with pytest.warns(UserWarning, match="fsdp=8 divides no axis of 57% of"):
+        assert parts({"up": (2, 12, 36), "down": (2, 20, 16)}) == {"up": (2, 12, 36), "down": (2, 20, 2)}
 
 
 def test_accumulation_equals_the_whole_batch_also_with_clips_missing() -> None:
