@@ -126,11 +126,6 @@ def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     axes = tree.match(RULES, name)
     if not axes or len(shape) < len(axes):
         return P()
-    whole, last = (None,) * (len(shape) - len(axes)), shape[len(shape) - len(axes):]
-    fits = [a if a and size % mesh.shape[a] == 0 else None for a, size in zip(axes, last, strict=True)]
-    if "fsdp" in axes and "fsdp" not in fits:  # another axis will do: what counts is that no device holds it all
-        free = [a is None or mesh.shape[a] == 1 for a in fits]
-        others = [i for i, size in enumerate(last) if free[i] and size % mesh.shape["fsdp"] == 0]
-        if others:
-            fits[max(others, key=last.__getitem__)] = "fsdp"
+    whole = (None,) * (len(shape) - len(axes))
+    fits = (a if a and size % mesh.shape[a] == 0 else None for a, size in zip(axes, shape[len(whole):], strict=True))
     return P(*whole, *fits)

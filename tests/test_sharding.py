@@ -73,17 +73,17 @@ def test_eight_devices_equal_one(name: str, alone: tuple) -> None:
     assert bool(split) == (name != "sequence"), "moments are divided like their parameters"
 
 
-def test_what_the_usual_axis_does_not_fit_is_divided_along_another() -> None:
-    mesh, kernels = sharding.make_mesh(MeshSpec(fsdp=8)), {"up": (2, 12, 48), "down": (2, 48, 12)}
+def test_an_axis_that_divides_next_to_nothing_is_told() -> None:
+    mesh = sharding.make_mesh(MeshSpec(fsdp=8))
 
-    def parts(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        tree_of = {"mlp": {name: {"kernel": jax.ShapeDtypeStruct(shape, "float32")} for name, shape in shapes.items()}}
-        found = sharding.param_shardings(tree_of, mesh)["mlp"]
-        return {name: each["kernel"].shard_shape(shapes[name]) for name, each in found.items()}
+    def parts(width: int) -> tuple[int, ...]:
+        shape = (2, width, 20)
+        found = sharding.param_shardings({"mlp": {"up": {"kernel": jax.ShapeDtypeStruct(shape, "float32")}}}, mesh)
+        return found["mlp"]["up"]["kernel"].shard_shape(shape)
 
-    assert parts(kernels) == {"up": (2, 12, 6), "down": (2, 6, 12)}
-    with pytest.warns(UserWarning, match="fsdp=8 divides no axis of 57% of"):
-        assert parts({"up": (2, 12, 36), "down": (2, 20, 16)}) == {"up": (2, 12, 36), "down": (2, 20, 2)}
+    assert parts(24) == (2, 3, 20)
+    with pytest.warns(UserWarning, match="fsdp=8 divides no axis of 100% of the parameters"):
+        assert parts(12) == (2, 12, 20)
 
 
 def test_accumulation_equals_the_whole_batch_also_with_clips_missing() -> None:
