@@ -10,8 +10,8 @@ from such a run, named by --config.init=RUN_DIR:pretrain, over three seeds, and 
 class, the rest without labels or left out. `:words` pretrains with what MiniLM read in the captions, too
 (--config.data.told.folder), and fine-tunes without. No video is decoded. `:tiny` is a smoke run.
 
-It is kept near a linear reading of the mean: particles of equal length, branches that begin at a hundredth, few epochs. With
-attention pooling, standardised features or forty epochs it learns the training clips by heart and falls behind a regression.
+It is kept near a linear reading of the mean: particles of equal length, branches that begin at a hundredth, few steps. With
+attention pooling, standardised features or forty epochs it learns JHMDB's clips by heart and falls behind a regression.
 """
 
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ def stages(tiny: bool, pretrain: bool) -> dict[str, Any]:
     """What is trained."""
     rows = 8 if tiny else 16
     finetune = section(
-        StageSpec, steps=4 if tiny else 0, epochs=0 if tiny else 8, rows=rows, val_every=4 if tiny else 100,
+        StageSpec, steps=4 if tiny else 263, rows=rows, val_every=4 if tiny else 100,  # eight epochs of JHMDB
         objectives={"classify": {"label_smoothing": 0.1}}, ema=0.99, init="pretrain" if pretrain else "",
         optim=section(OptimSpec, rate=5e-4, weight_decay=0.1, b2=0.999))
     masked = section(
@@ -53,7 +53,7 @@ def stages(tiny: bool, pretrain: bool) -> dict[str, Any]:
 def few() -> Iterator[tuple[str, dict[str, Any]]]:
     """Ways to learn from a few labelled clips of each class."""
     for shots in (1, 5, 10):
-        fixed = {"steps": 150, "epochs": 0}
+        fixed = {"steps": 150}
         for how, rate in FEW.items():
             yield f"{how}-{shots}", {"data": {"shots": shots},
                                      "stages": {"finetune": {**fixed, "tune": {"how": how}, "optim": {"rate": rate}}}}

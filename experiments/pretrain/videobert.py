@@ -7,9 +7,9 @@ Visual words are clusters that k-means finds among the particles of the first ba
 frozen network: compute experiments/features.py, then --config.data.modalities="('features','text')"
 --config.data.features.folder=FOLDER --config.stages.pretrain.objectives.visual_words.modality=features.
 
-On the toybox 1200 steps take 7 minutes of a core. Of 240 unseen clips' hidden visual words it names 42.7 % of 64, of the captions'
-hidden bytes 23.4 %, and the match of 54.6 % of clips. Frozen, sight is at 26.2 % (linear), 10.4 % (k-NN) and 35.0 % (attentive) of twelve
-actions, untrained at 18.8, 12.5 and 26.7 % (seed 0).
+On the toybox 1200 steps take 7 minutes of a core. Of 240 unseen clips' hidden visual words it names 42.7 % of 64, of the
+captions' hidden bytes 23.4 %, and the match of 54.6 % of clips. Frozen, sight is at 26.2 % (linear), 10.4 % (k-NN) and 35.0 %
+(attentive) of twelve actions, untrained at 18.8, 12.5 and 26.7 % (seed 0).
 """
 
 from ml_collections import ConfigDict
