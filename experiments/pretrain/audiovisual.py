@@ -3,8 +3,11 @@
 
     python -m particlejax.main --config experiments/pretrain/audiovisual.py
 
-Latents carry what crosses from the second block on (MBT). It has been run
-shrunk only: what it reaches on the toybox is not measured yet.
+Latents carry what crosses from the second block on (MBT). On the toybox 1200 steps take 5 minutes of a core. Frozen, sight is
+at 52.1 % (linear), 49.6 % (k-NN) and 50.8 % (attentive) of twelve actions, sound at 87.9, 84.2 and 88.3 %, both at 70.4, 55.8
+and 87.1 %; untrained sight 20.8, 13.3 and 26.7 %, sound 72.1, 49.2 and 79.2 %, both 61.7, 42.9 and 70.4 %. Retrieval among 240
+unseen clips reaches R@1 and R@10 of 3.8 and 29.2 % from sound to sight, 1.7 and 28.3 % back, untrained 0.4 and 5 %. The shift
+is not told (19.6 %, chance 20), though one.py:sync, with early fusion and nothing else to learn, tells it (seed 0).
 """
 
 from ml_collections import ConfigDict
