@@ -5,7 +5,7 @@
 
 A row for each of the battery's objectives (test_objectives.py), a column for each mesh: the largest difference of a gradient over
 the largest number of that gradient, after the loss's own. Ends with code 1 where one is above the tolerance. The suite holds one
-pair of objectives to this on three meshes (test_sharding.py); all of them take six minutes of a core.
+pair of objectives to this on three meshes (test_sharding.py); all of them take five minutes of a core.
 """
 
 import dataclasses

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from particlejax.nn import attention
 from particlejax.nn.dense import Dense, DenseGeneral, product
 
 Turn = tuple[Array, Array]  # cosines and sines [B or 1, L, K] by which queries and keys are rotated
@@ -100,11 +101,10 @@ class Attention(nn.Module):
             logits = self.style.softcap * jnp.tanh(logits / self.style.softcap)
         if may is not None:
             logits = jnp.where(may[:, None], logits, _FAR)
-        weights = jax.nn.softmax(logits).astype(self.dtype)
-        mixed = jnp.einsum("bhlm,bhmk->bhlk", weights, value).swapaxes(1, 2)
+        read = attention.mixed(logits, value).swapaxes(1, 2)
         if not self.out:
-            return mixed.reshape(*mixed.shape[:2], -1)
-        return DenseGeneral(x_BLD.shape[-1], axis=(-2, -1), dtype=self.dtype, kernel_init=_SMALL, name="out")(mixed)
+            return read.reshape(*read.shape[:2], -1)
+        return DenseGeneral(x_BLD.shape[-1], axis=(-2, -1), dtype=self.dtype, kernel_init=_SMALL, name="out")(read)
 
 
 def rotated(x_BHLK: Array, turn: Turn) -> Array:
