@@ -53,7 +53,7 @@ class ModelSpec:
     decoder_width: int = 128
     decoder_depth: int = 2
     decoder_heads: int = 2
-    attention: str = one_of("auto", "plain", "splash", "cudnn")  # auto: splash on TPU, cudnn on GPU in bfloat16, else plain
+    attention: str = one_of("auto", "plain", "splash", "cudnn")  # auto: what the devices run best (nn/flash.py)
     unroll: bool = True  # layers unrolled in the program: faster on CPU, slower to compile
     dtype: str = one_of("float32", "bfloat16")  # of the computation; parameters and reductions stay float32 (nn/policy.py)
     remat: str = one_of("none", "blocks", "attention", "elementwise")  # what the backward pass computes again (nn/policy.py)
@@ -154,6 +154,7 @@ class SyncSpec:
     pair: tuple[str, str] = ("vision", "audio")  # the second is shifted; one named twice: the picture's right half against its left
     shifts: int = at_least(2, 1)  # steps to either side: 2 * shifts + 1 answers
     step: int = at_least(2, 1)  # of the second's particles that make a step
+    how: str = one_of("question", "correlation")  # asked of who reads both; or where they vary alike, each read by itself
     other: float = between(0.2, 0, 1)  # share of rows with the second of another clip; 0: none
 
 

@@ -368,7 +368,8 @@ def check(experiment: Experiment) -> Experiment:
         experiment.particles_of(stage)
         _check_schedule(stage.schedule, f"{where}.schedule")
         check_model(experiment.model_of(stage))
-        for asks in {"align", "trace"} & set(stage.objectives):
+        lays = "sync" in stage.objectives and stage.objectives["sync"].how == "correlation"
+        for asks in [name for name in ("align", "trace") if name in stage.objectives] + ["sync"] * lays:
             if experiment.model_of(stage).reduce_after:
                 raise UserError(f"{where}.objectives.{asks} asks about every particle: leave model.reduce_after empty.")
         if "visual_words" in stage.objectives and (stage.tune.how != "full" or stage.objectives["visual_words"].modality == "text"):

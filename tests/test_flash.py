@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from particlejax import hlo, sharding
 from particlejax.fields import make
@@ -131,11 +132,18 @@ def test_blocks_divide_what_is_padded_least(length: int) -> None:
     assert block % 128 == 0 and block <= 512 and padded % block == 0 and padded - length < 128
 
 
-def test_auto_is_what_the_backend_runs_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert flash.chosen("auto", jnp.float32) == "plain" and flash.chosen("splash", jnp.float32) == "splash"
-    for backend, dtype, best in (("tpu", jnp.float32, "splash"), ("gpu", jnp.bfloat16, "cudnn"), ("gpu", jnp.float32, "plain")):
-        monkeypatch.setattr(jax, "default_backend", lambda name=backend: name)
-        assert flash.chosen("auto", jnp.dtype(dtype)) == best
+def test_auto_is_what_the_devices_run_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert flash.chosen("auto", jnp.float32, 999) == "plain" and flash.chosen("splash", jnp.float32, 9) == "splash"
+    ways = (("tpu", jnp.float32, 512, "splash"), ("tpu", jnp.bfloat16, 157, "plain"), ("gpu", jnp.bfloat16, 157, "cudnn"),
+            ("gpu", jnp.float32, 512, "plain"), ("cpu", jnp.bfloat16, 512, "plain"))
+    for platform, dtype, keys, best in ways:
+        device = AbstractDevice(device_kind="any", num_cores=None, platform=platform)
+        mesh = AbstractMesh((1,), ("data",), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):  # a plan is made where its devices are not
+            assert flash.chosen("auto", jnp.dtype(dtype), keys) == best
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "default_backend", lambda name=platform: name)
+            assert flash.chosen("auto", jnp.dtype(dtype), keys) == best
     with pytest.raises(UserError, match="config.attention is 'fast': choose one of auto, plain, splash, cudnn"):
         make(ModelSpec, {"attention": "fast"}, "config")
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from particlejax.models.model import Model, Payload
-from particlejax.objectives import clock, masked, pairs, questions, temporal
+from particlejax.objectives import clock, masked, questions, sync, temporal
 from particlejax.particles import pack, policies
 from particlejax.particles.pixels import PixelScale
 from particlejax.particles.types import Batch, Particles
@@ -96,13 +96,26 @@ def sound(patches: int, start: float = 0.0) -> Particles:
 
 def test_only_payloads_tell_the_shift_of_sound() -> None:
     whole = row(sound(20))
-    made = [pairs.shift(whole, jnp.array([[by]]), 2, 3) for by in range(-2, 3)]
+    made = [sync.shift(whole, jnp.array([[by]]), 2, 3) for by in range(-2, 3)]
     assert all(asked.all() for _, asked in made)
     for by, (each, _) in zip(range(-2, 3), made, strict=True):
         lines = table(each)
         np.testing.assert_allclose(lines[:, :6], table(made[0][0])[:, :6], atol=1e-4)
         np.testing.assert_allclose(lines[:, 6], np.arange(8) + 6 + 3 * by)
-    assert not pairs.shift(row(sound(12)), jnp.array([[0]]), 2, 3)[1].any(), "too short to be asked"
+    assert not sync.shift(row(sound(12)), jnp.array([[0]]), 2, 3)[1].any(), "too short to be asked"
+
+
+def test_a_shift_is_where_two_series_vary_alike() -> None:
+    """Whatever each is scaled by and stands at; each clip of a row has its own shift, and one that stands still has none."""
+    whole = row(sound(20), sound(24), sound(20, 5.0), length=70)
+    said = jnp.asarray(np.random.default_rng(0).normal(size=(25, 4)), jnp.float32)
+    said = said[whole.payload[..., 0].astype(jnp.int32)] * (whole.segment < 3)[..., None]
+    shifts = jnp.array([[-1, 2, 0]])
+    moved, _ = sync.shift(whole, shifts, 2, 3)
+    alike = jnp.stack([sync.correlation(said, 2 - 3 * said, whole, moved, jnp.full((1, 3), by * 3 * 0.16)) for by in range(-2, 3)])
+    assert (alike[:, 0, :2].argmin(axis=0) - 2 == shifts[0, :2]).all()
+    np.testing.assert_allclose(alike.min(axis=0)[0, :2], -1, atol=1e-5)
+    assert (jnp.abs(alike) < 0.8).sum() == alike.size - 2 and (alike[:, 0, 2] == 0).all()
 
 
 def test_clips_of_a_packed_row_are_changed_each_by_itself() -> None:
@@ -112,7 +125,7 @@ def test_clips_of_a_packed_row_are_changed_each_by_itself() -> None:
         "arrow": lambda p, a: temporal.reverse(p, a > 0, BASE), "transform": lambda p, a: temporal.turn(p, 3 * a, BASE),
         "order": lambda p, a: temporal.shuffle(p, 4 * a)[0],
         "speed": lambda p, a: temporal.faster(p, a, 0.5 * jnp.ones(a.shape), 1, BASE)[0],
-        "sync": lambda p, a: pairs.shift(p, a, 1, 1)[0],
+        "sync": lambda p, a: sync.shift(p, a, 1, 1)[0],
     }
     for name, way in ways.items():
         together = way(packed, label)

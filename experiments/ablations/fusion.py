@@ -5,7 +5,8 @@
     python -m particlejax.main --config experiments/ablations/fusion.py --config.data.source=folder:PATH --workdir runs/fusion
 
 `:toybox` has clips in which who acts is heard and not seen, and as many in which it is seen and not heard; figures are of all and
-of either half. 16 frames of 32x32 and log-mel patches of 0.08 s; three seeds. README.md beside this file has what was seen.
+of either half. 16 frames of 32x32 and log-mel patches of 0.08 s; three seeds. `:toybox,long` compares early and bottleneck in rows
+so long that attention weighs something. README.md beside this file has what was seen.
 """
 
 from collections.abc import Iterator
@@ -39,23 +40,25 @@ def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The experiment; arg: '', 'toybox' or 'tiny' (one run of the tiny toybox)."""
-    args = arguments(arg, "toybox", "tiny")
-    tiny, toybox = args["tiny"], args["toybox"] or args["tiny"]
-    runs = {name: changes for name, changes in sweep() if not tiny or name == "bottleneck"}
+    """The experiment; arg: '', 'toybox' or 'tiny' (one run of the tiny toybox); 'long' (four times the sight, eight the sound)."""
+    args = arguments(arg, "toybox", "long", "tiny")
+    tiny, toybox, long = args["tiny"], args["toybox"] or args["tiny"], args["long"] and not args["tiny"]
+    chosen = ("bottleneck",) if tiny else ("early", "bottleneck") if long else tuple(name for name, _ in sweep())
+    runs = {name: changes for name, changes in sweep() if name in chosen}
     train = section(
         StageSpec, steps=2 if tiny else 600, rows=8 if tiny else 16, val="", ema=0.99,
         objectives={"classify": {"label_smoothing": 0.1}}, optim=section(OptimSpec, rate=1e-3, b2=0.999))
+    side, patch, pool = (64, (4, 16), "attention") if long else (32, (8, 64), "mean")
     size = {"width": 24, "depth": 3, "heads": 2, "unroll": False} if tiny else {"width": 96, "depth": 3, "heads": 3}
     splits = ("test", "test[:50%]", "test[50%:]") if toybox else ("val",)
     return ConfigDict(section(
         Experiment,
         job="sweep",
-        data=section(DataSpec, source="toybox:tiny" if tiny else "toybox:apart", modalities=("vision", "audio"), frames=16, size=32,
-                     still=0.05, memory_gib=1.0, augment={"crop": (0.5, 1.0), "flip": 0.5},
-                     audio=section(AudioSpec, patch=(8, 64), seconds=2.0)),
+        data=section(DataSpec, source="toybox:tiny" if tiny else "toybox:apart", modalities=("vision", "audio"), frames=16,
+                     size=side, still=0.05, memory_gib=1.0, augment={"crop": (0.5, 1.0), "flip": 0.5},
+                     audio=section(AudioSpec, patch=patch, seconds=2.0)),
         particles=section(ParticleSpec, policy="grid", base=(16, 4, 4)),
-        model=section(ModelSpec, **size),
+        model=section(ModelSpec, pool=pool, **size),
         evaluate=section(EvaluateSpec, splits=splits, rows=8 if tiny else 16),
         stages={"train": train},
         sweep=section(SweepSpec, runs=runs, seeds=(0,) if tiny else (0, 1, 2), metric=f"train/{splits[0]}/top1"),

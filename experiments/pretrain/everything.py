@@ -31,7 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
     return ConfigDict(section(
         Experiment,
         data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", modalities=("vision", "audio", "text"),
-                     frames=16, size=32, still=0.4, memory_gib=1.0, augment={"crop": (0.5, 1.0), "flip": 0.5},
+                     frames=16, size=32, still=0.05, memory_gib=1.0, augment={"crop": (0.5, 1.0), "flip": 0.5},
                      audio=section(AudioSpec, patch=(8, 64), seconds=2.0)),
         particles=section(ParticleSpec, policy="grid", base=(4, 8, 8)),
         model=small if tiny else section(ModelSpec, width=96, depth=3, heads=3, decoder_width=96,

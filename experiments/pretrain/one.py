@@ -6,7 +6,8 @@
 
 The argument names the objective; README.md has the table. `frames` is synchrony of the picture's halves, `views` contrast of
 two masked views of one clip, `hard` matching with negatives drawn by likeness, `codes` visual words. 64 particles a clip: cuboids
-of 4x4 pixels that last as long as the clip, or, for what asks about moments, of 8x8 pixels and a quarter of it.
+of 4x4 pixels that last as long as the clip, or, for what asks about moments, of 8x8 pixels and a quarter of it; for `sync` 128 of
+an eighth.
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +26,7 @@ ONE = {  # what the encoder is given, the objective and its settings
     "align": (SEEN, "align", {"modality": "vision"}),
     "frames": (SEEN, "sync", {"pair": ("vision", "vision"), "shifts": 1, "step": 1}),
     "views": (SEEN, "contrast", {"pair": ("vision", "vision"), "keep": 0.4}),
-    "sync": (HEARD, "sync", {"shifts": 2, "step": 3, "other": 0.0}),
+    "sync": (HEARD, "sync", {"shifts": 2, "step": 3, "other": 0.0, "how": "correlation"}),
     "hear": (HEARD, "contrast", {"pair": ("vision", "audio")}),
     "contrast": (READ, "contrast", {"pair": ("vision", "text")}),
     "match": (READ, "match", {}),
@@ -33,7 +34,8 @@ ONE = {  # what the encoder is given, the objective and its settings
     "words": (READ, "words", {}),
     "codes": (READ, "visual_words", {"mask": "tube", "keep": 0.25, "predict": 0.5, "codes": 64}),
 }
-MOMENTS = ("next_frame", "order", "speed", "align", "frames")  # ask what comes when, so that cuboids must be shorter than the clip
+BASES = {  # of what asks what comes when, so that cuboids must be shorter than the clip
+    **{name: (4, 8, 8) for name in ("next_frame", "order", "speed", "align", "frames")}, "sync": (2, 8, 8)}
 LONGER = {"order": 3, "transform": 3}  # times as many steps, where less stays at chance
 
 
@@ -53,7 +55,7 @@ def get_config(arg: str = "") -> ConfigDict:
         Experiment,
         data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", modalities=modalities, frames=16, size=32,
                      still=still, memory_gib=1.0, audio=section(AudioSpec, patch=(8, 64), seconds=2.0)),
-        particles=section(ParticleSpec, policy="grid", base=(4, 8, 8) if name in MOMENTS else (16, 4, 4)),
+        particles=section(ParticleSpec, policy="grid", base=BASES.get(name, (16, 4, 4))),
         model=section(ModelSpec, **size),
         stages={"pretrain": stage},
     ))

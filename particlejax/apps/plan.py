@@ -79,7 +79,7 @@ def prepare(spec: PlanSpec, devices: Sequence[jax.Device]) -> Prepared:
     rows = spec.rows * len(devices) or plain.spec.rows
     alone = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), sharding.AXES)
     operations = flops.count(_traced(plain, goal, rows, alone)[0].jaxpr)
-    stage, _ = stage_of(spec, "splash" if devices[0].platform == "tpu" else "auto")
+    stage, _ = stage_of(spec, "auto")
     return Prepared(stage, goal, rows, operations)
 
 

@@ -51,6 +51,7 @@ class Needs(NamedTuple):
     codebooks: tuple[tuple[str, int], ...] = ()
     traced: tuple[str, ...] = ()
     unseen: tuple[str, ...] = ()
+    laid: tuple[str, ...] = ()
 
 
 _ENCODER = Needs()  # that alone
@@ -110,6 +111,8 @@ class ParticleModel(nn.Module):
         self.each = {name: heads.Question(count, dtype) for name, count in needs.each}
         if needs.compared:
             self.compare = heads.Embed(spec.embedding, needs.compared, dtype)
+        if needs.laid:
+            self.lag = heads.Lay(spec.embedding, needs.laid, dtype)
         known = dict(self.payloads)
         self.codebook = {name: heads.Codebook(count, known[name].size) for name, count in needs.codebooks}
         self.moment = {name: heads.Moment(spec.width, known[name].size // known[name].base[0], dtype) for name in needs.traced}
@@ -131,6 +134,8 @@ class ParticleModel(nn.Module):
             self.ask_each(tokens, seen, next(iter(seen)), name)
         for name in self.needs.compared:
             self.embed(tokens, clips, name)
+        for name in self.needs.laid:
+            self.lay(tokens, name)
         for name, _ in self.needs.codebooks:
             self.code(seen[name].payload, name)
         for name in self.needs.traced:
@@ -200,6 +205,10 @@ class ParticleModel(nn.Module):
     def embed(self, tokens: Tokens, clips: int, modality: str) -> tuple[Array, Array, Array]:
         """Unit vectors of each clip, float32 [B, S, E], to be compared with another modality's; sharpness and bias of that."""
         return self.compare(self.pooled(tokens, clips), modality)
+
+    def lay(self, tokens: Tokens, modality: str) -> tuple[Array, Array, Array]:
+        """What of each token is laid over another modality's in time, float32 [B, L, E]; sharpness and bar of that (heads.Lay)."""
+        return self.lag(tokens.x, modality)
 
 
 class Encoder(nn.Module):

@@ -121,7 +121,7 @@ class Attention(nn.Module):
         """What the queries read, [B, L, D]."""
         scaled = query * query.shape[-1] ** -0.5
         prefix = self.get_variable("params", "prefix")  # only where fine-tuning has put one
-        how = "plain" if prefix is not None else flash.chosen(self.style.attention, scaled.dtype)
+        how = "plain" if prefix is not None else flash.chosen(self.style.attention, scaled.dtype, key.shape[2])
         read = self._plain(scaled, key, value, where, prefix) if how == "plain" else self._flash(how, scaled, key, value, where)
         some = where.may.any(axis=-1)[:, None, :, None]  # who may read nothing would else read the mean of the whole row
         return self.out(jnp.where(some, read, 0).swapaxes(1, 2))

@@ -17,16 +17,24 @@ from particlejax.sharding import ROWS
 
 _LANE = 128  # slots of which a kernel's blocks are multiples
 _BLOCK = 512  # slots of the largest one
+_FEW = 256  # keys up to which TPUs write the logits
 _EIGHT = 8  # what cuDNN wants a head's width to be a multiple of
 _BACKENDS = {"tpu": "splash", "gpu": "cudnn"}
 
 
-def chosen(attention: str, dtype: jnp.dtype) -> str:
-    """'plain', 'splash' or 'cudnn': what was asked for, or for 'auto' what the devices at hand run best."""
+def chosen(attention: str, dtype: jnp.dtype, keys: int) -> str:
+    """'plain', 'splash' or 'cudnn': what was asked for, or for 'auto' what the mesh's devices, or else those at hand, run best.
+
+    With few keys a TPU does better to write the logits, which are then smaller than what a kernel wants padded: planned for
+    VideoMAE-B's 157 visible cubes, a third of the step went into the surroundings of splash attention.
+    """
     if attention != "auto":
         return attention
-    best = _BACKENDS.get(jax.default_backend(), "plain")
-    return "plain" if best == "cudnn" and dtype == jnp.float32 else best  # which cuDNN has no kernel for
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    best = _BACKENDS.get(device.platform if device else jax.default_backend(), "plain")
+    if best == "splash" and keys <= _FEW or best == "cudnn" and dtype == jnp.float32:  # which cuDNN has no kernel for
+        return "plain"
+    return best
 
 
 def fold(query_BHLK: Array, key_BHMK: Array, places: tuple[Array, Array], sharpness_H3: Array | None, mass_BM: Array | None

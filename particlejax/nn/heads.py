@@ -80,6 +80,24 @@ class Embed(nn.Module):
         return unit, jnp.exp(jnp.minimum(log_sharpness, np.log(100.0))), bias
 
 
+class Lay(nn.Module):
+    """What of each token varies in time as another modality does, float32 [B, L, E], one map a modality; how sharply shifts
+    are told by that, and how alike clips of two sources may look.
+    """
+
+    width: int
+    modalities: tuple[str, ...]
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BLD: Array, modality: str) -> tuple[Array, Array, Array]:
+        log_sharpness = self.param("log_sharpness", nn.initializers.constant(np.log(10.0)), ())
+        bar = self.param("bar", nn.initializers.zeros, ())
+        normed = nn.LayerNorm(dtype=self.dtype, name=f"norm_{modality}")(x_BLD)
+        x = Dense(self.width, dtype=jnp.float32, name=f"project_{modality}")(normed)
+        return x, jnp.exp(jnp.minimum(log_sharpness, np.log(100.0))), bar
+
+
 class Codebook(nn.Module):
     """The number of the centre nearest to a payload, int32 [B, L]. Centres are found by k-means, not by gradients."""
 

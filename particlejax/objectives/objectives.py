@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from particlejax.models.model import Model, Needs
-from particlejax.modelspec import ContrastSpec, DistilSpec, TraceSpec, VisualWordsSpec
+from particlejax.modelspec import ContrastSpec, DistilSpec, SyncSpec, TraceSpec, VisualWordsSpec
 from particlejax.objectives import pairs, temporal
 from particlejax.objectives.classify import classify
 from particlejax.objectives.distil import distil
@@ -22,6 +22,7 @@ from particlejax.objectives.latent import latent
 from particlejax.objectives.masked import masked, next_frame
 from particlejax.objectives.match import match
 from particlejax.objectives.pseudo import pseudo
+from particlejax.objectives.sync import sync
 from particlejax.objectives.targets import Targets
 from particlejax.objectives.trace import trace
 from particlejax.objectives.types import Objective
@@ -56,8 +57,8 @@ TABLE: dict[str, Entry] = {
     "speed": Entry(temporal.speed, lambda spec: _VISION, answers=lambda spec: spec.doublings + 1),
     "arrow": Entry(temporal.arrow, lambda spec: _VISION, answers=lambda spec: 2),
     "transform": Entry(temporal.transform, lambda spec: _VISION, answers=lambda spec: temporal.TRANSFORMS),
-    "sync": Entry(pairs.sync, lambda spec: spec.pair,
-                  answers=lambda spec: 2 * spec.shifts + 1 + (spec.other > 0)),
+    "sync": Entry(sync, lambda spec: spec.pair,
+                  answers=lambda spec: (2 * spec.shifts + 1 + (spec.other > 0)) * (spec.how == "question")),
     "contrast": Entry(pairs.contrast, lambda spec: spec.pair),
     "match": Entry(match, answers=lambda spec: 2),
     "align": Entry(pairs.align, each=lambda spec: spec.bins),
@@ -94,10 +95,12 @@ def parts(specs: Mapping[str, Any]) -> Needs:
     asked = tuple((name, TABLE[name].answers(spec)) for name, spec in specs.items() if TABLE[name].answers(spec))
     each = tuple((name, TABLE[name].each(spec)) for name, spec in specs.items() if TABLE[name].each(spec))
     compared = {name for spec in specs.values() if isinstance(spec, ContrastSpec) for name in spec.pair}
+    laid = {name for spec in specs.values() if isinstance(spec, SyncSpec) and spec.how == "correlation" for name in spec.pair}
     return Needs(any(TABLE[name].decoder for name in specs), any(TABLE[name].predictor for name in specs), asked,
                  tuple(sorted(compared)), each,
                  tuple((spec.modality, spec.codes) for spec in specs.values() if isinstance(spec, VisualWordsSpec)),
-                 tuple(spec.modality for spec in specs.values() if isinstance(spec, TraceSpec)), _unseen(specs))
+                 tuple(spec.modality for spec in specs.values() if isinstance(spec, TraceSpec)), _unseen(specs),
+                 tuple(sorted(laid)))
 
 
 def _unseen(specs: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What belongs together: sound and sight in time, modalities of one clip among all clips, words and their moment.
+"""What belongs together: modalities of one clip among all clips, words and their moment.
 
-Another clip is the same place in the next row, so that packed rows stay what they are. Legend: B rows, L slots, S clips of a
-row, E width of an embedding, N clips of the batch.
+Legend: B rows, L slots, S clips of a row, E width of an embedding, N clips of the batch.
 """
 
 from dataclasses import replace
@@ -13,64 +12,11 @@ from jax import Array
 
 from particlejax import losses, masks
 from particlejax.models.model import Model
-from particlejax.modelspec import AlignSpec, ContrastSpec, SyncSpec
-from particlejax.objectives import clock, questions
+from particlejax.modelspec import AlignSpec, ContrastSpec
+from particlejax.objectives import clock
 from particlejax.objectives.types import Objective
 from particlejax.particles.types import Batch, Particles
 from particlejax.typing import Metrics, Params
-
-
-def sync(spec: SyncSpec) -> Objective:
-    """By how much is the second shifted against the first, or is it another clip's (arXiv:1804.03641)?
-
-    Of one modality named twice, the picture's right half is shifted against its left. Metrics: loss, top1, asked; near, the share
-    of own ones whose shift is told within one step.
-    """
-
-    def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
-        label_key, swap_key, key = jax.random.split(key, 3)
-        clips = batch.clip.shape[1]
-        fixed, moving = _sides(spec, batch)
-        label = jax.random.randint(label_key, batch.clip.shape, 0, 2 * spec.shifts + 1)
-        shown, asked = shift(moving, label - spec.shifts, spec.shifts, spec.step)
-        if spec.other:
-            swapped = _swapped(swap_key, batch, spec.other)
-            shown = _choose(swapped, shown, _next(shown))
-            label = jnp.where(swapped, 2 * spec.shifts + 1, label)
-            asked = clock.present(shown, clips) & (~swapped | (batch.clip != _next(batch.clip)))
-        asked &= clock.present(fixed, clips)
-        pair = {spec.pair[0]: fixed, spec.pair[1]: shown}
-        if spec.pair[0] == spec.pair[1]:
-            pair = {spec.pair[0]: jax.tree.map(lambda *both: jnp.concatenate(both, axis=1), fixed, shown)}
-        return questions.answer("sync", params, model, pair, batch, label, asked, key if train else None, 2 * spec.shifts + 1)
-
-    return objective
-
-
-def _sides(spec: SyncSpec, batch: Batch) -> tuple[Particles, Particles]:
-    first, second = (batch.particles[name] for name in spec.pair)
-    if spec.pair[0] != spec.pair[1]:
-        return first, second
-    right = first.place[..., 2] > 0.5
-    return clock.keep(first, ~right), clock.keep(first, right)
-
-
-def shift(sound: Particles, by_BS: Array, most: int, step: int) -> tuple[Particles, Array]:
-    """Sound moved by as many steps against sight, and which clips have enough of it; a step is `step` of its own patches.
-
-    What is heard always fills the same part of the clip, with the same patches, whichever the shift: only its content tells.
-    """
-    clips = by_BS.shape[1]
-    first, last = clock.span(sound, clips)
-    unit = clock.longest(sound, last - first)
-    steps = jnp.floor((last - first + clock.SLACK) / jnp.maximum(unit, clock.SLACK))
-    heard = (steps - 2 * most * step) * unit
-    by = by_BS * step * unit
-    begin = clock.of_particle(first + most * step * unit + by, sound)
-    inside = (clock.start(sound) >= begin - clock.SLACK) & (
-        clock.end(sound) <= begin + clock.of_particle(heard, sound) + clock.SLACK)
-    shown = clock.keep(clock.moved(sound, sound.place[..., 0] - clock.of_particle(by, sound)), inside & (sound.segment > 0))
-    return shown, clock.present(shown, clips)
 
 
 def align(spec: AlignSpec) -> Objective:
@@ -100,23 +46,6 @@ def align(spec: AlignSpec) -> Objective:
         return loss, {"loss": loss, "top1": right, "seconds": seconds}
 
     return objective
-
-
-def _next(tree: Particles | Array) -> Particles | Array:
-    """What stands in the next row."""
-    return jax.tree.map(lambda x: jnp.roll(x, -1, axis=0), tree)
-
-
-def _swapped(key: Array, batch: Batch, share: float) -> Array:
-    """Clips [B, S] of the rows that are given what the next row's have; one draw a row, none where there is but one row."""
-    rows, clips = batch.clip.shape
-    drawn = jax.random.bernoulli(key, share if rows > 1 else 0.0, (rows, 1))
-    return jnp.broadcast_to(drawn, (rows, clips))
-
-
-def _choose(swapped_BS: Array, own: Particles, other: Particles) -> Particles:
-    row = swapped_BS[:, 0]
-    return jax.tree.map(lambda a, b: jnp.where(row.reshape(-1, *(1,) * (a.ndim - 1)), b, a), own, other)
 
 
 def contrast(spec: ContrastSpec) -> Objective:

@@ -14,14 +14,18 @@ from particlejax.typing import Metrics, Params
 
 def answer(question: str, params: Params, model: Model, particles: Mapping[str, Particles], batch: Batch, label: Array,
            asked: Array, key: Array | None, ordered: int = 0) -> tuple[Array, Metrics]:
+    """What the encoder makes of the particles, asked the question, and what `score` says of that."""
+    clips = batch.clip.shape[1]
+    tokens, _ = model.apply(params, "encode", particles, clips, key=key)
+    return score(model.apply(params, "ask", tokens, clips, question), batch, label, asked, ordered)
+
+
+def score(logits: Array, batch: Batch, label: Array, asked: Array, ordered: int = 0) -> tuple[Array, Metrics]:
     """Cross-entropy of the label [B, S] of the clips that are asked; metrics: loss, top1, asked (their share of all clips).
 
     Where the first `ordered` answers stand in an order: near, the share of the clips labelled by one of them for which it or its
     neighbour was said.
     """
-    clips = batch.clip.shape[1]
-    tokens, _ = model.apply(params, "encode", particles, clips, key=key)
-    logits = model.apply(params, "ask", tokens, clips, question)
     there = batch.clip >= 0
     asked &= there
     loss = losses.mean(losses.cross_entropy(logits, label), asked)
