@@ -54,7 +54,7 @@ class ModelSpec:
     decoder_depth: int = 2
     decoder_heads: int = 2
     attention: str = one_of("auto", "plain", "splash", "cudnn")  # auto: what the devices run best (nn/flash.py)
-    unroll: bool = True  # layers unrolled in the program: faster on CPU, slower to compile
+    unroll: bool = True  # layers unrolled in the program: faster, in less memory; slower to compile
     dtype: str = one_of("float32", "bfloat16")  # of the computation; parameters and reductions stay float32 (nn/policy.py)
     remat: str = one_of("none", "blocks", "attention", "elementwise")  # what the backward pass computes again (nn/policy.py)
 

@@ -368,10 +368,7 @@ def check(experiment: Experiment) -> Experiment:
         experiment.particles_of(stage)
         _check_schedule(stage.schedule, f"{where}.schedule")
         check_model(experiment.model_of(stage))
-        lays = "sync" in stage.objectives and stage.objectives["sync"].how == "correlation"
-        for asks in [name for name in ("align", "trace") if name in stage.objectives] + ["sync"] * lays:
-            if experiment.model_of(stage).reduce_after:
-                raise UserError(f"{where}.objectives.{asks} asks about every particle: leave model.reduce_after empty.")
+        _check_moments(experiment, stage, where)
         if "visual_words" in stage.objectives and (stage.tune.how != "full" or stage.objectives["visual_words"].modality == "text"):
             raise UserError(f"{where}.objectives.visual_words finds clusters of numbers, which are kept beside parameters that all "
                             "train: leave tune.how at 'full', and name a modality other than text.")
@@ -383,6 +380,18 @@ def check(experiment: Experiment) -> Experiment:
         raise UserError(f"config.checkpoint.keep={experiment.checkpoint.keep} would leave no whole checkpoint while the "
                         "next is written: use 2 or more.")
     return experiment
+
+
+def _check_moments(experiment: Experiment, stage: StageSpec, where: str) -> None:
+    sync = stage.objectives.get("sync")
+    lays = sync is not None and sync.how == "correlation"
+    for name in ("align", "trace", *(("sync",) if lays else ())):
+        if name in stage.objectives and experiment.model_of(stage).reduce_after:
+            raise UserError(f"{where}.objectives.{name} asks about every particle: leave model.reduce_after empty.")
+    long, frames = experiment.particles_of(stage).base[0], experiment.data_of(stage).frames
+    if lays and "vision" in sync.pair and long >= frames:
+        raise UserError(f"{where}.objectives.sync lays moments over each other, and particles.base[0]={long} of {frames} frames "
+                        "leaves but one: make it smaller, such as 2, or sync.how 'question'.")
 
 
 def _check_schedule(schedule: ScheduleSpec, where: str) -> None:

@@ -92,3 +92,10 @@ def test_tokens_that_are_fewer_stand_at_no_moment() -> None:
     with pytest.raises(UserError, match="trace asks about every particle"):
         Experiment.of({"model": dataclasses.asdict(dataclasses.replace(MODEL, reduce_after=(1,))),
                        "stages": {"one": {"steps": 1, "objectives": {"trace": {}}}}})
+
+
+def test_cuboids_as_long_as_the_clip_have_no_moments_to_lay_over_each_other() -> None:
+    config = {"data": {"frames": 8}, "stages": {"one": {"steps": 1, "objectives": {"sync": {"how": "correlation"}}}}}
+    with pytest.raises(UserError, match=r"particles.base\[0\]=8 of 8 frames leaves but one"):
+        Experiment.of({**config, "particles": {"base": (8, 4, 4)}})
+    Experiment.of({**config, "particles": {"base": (4, 4, 4)}})

@@ -19,7 +19,7 @@ def get_config(arg: str = "") -> ConfigDict:
     """The experiment; arg: '' or 'tiny'."""
     tiny = arguments(arg, "tiny")["tiny"]
     objectives = {
-        "sync": {"shifts": 2, "step": 3, "other": 0.0}, "contrast": {"pair": ("vision", "audio")},
+        "sync": {"shifts": 2, "step": 3, "other": 0.0, "how": "correlation"}, "contrast": {"pair": ("vision", "audio")},
         "masked": {"mask": "random", "keep": 0.5, "predict": 0.25, "weight": 0.5}}
     stage = section(
         StageSpec, steps=4 if tiny else 1200, rows=8 if tiny else 16, val="" if tiny else "val", val_every=300,
@@ -32,7 +32,7 @@ def get_config(arg: str = "") -> ConfigDict:
         data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", modalities=("vision", "audio"),
                      frames=16, size=32, still=0.05, memory_gib=1.0, augment={"flip": 0.5},
                      audio=section(AudioSpec, patch=(8, 64), seconds=2.0)),
-        particles=section(ParticleSpec, policy="grid", base=(16, 4, 4)),
+        particles=section(ParticleSpec, policy="grid", base=(2, 8, 8)),
         model=small if tiny else section(ModelSpec, width=96, depth=3, heads=3, decoder_width=96,
                       fusion="bottleneck"),
         stages={"pretrain": stage},

@@ -17,8 +17,8 @@ def get_config(arg: str = "") -> ConfigDict:
     tiny = arguments(arg, "tiny")["tiny"]
     objectives = {
         "masked": {"mask": "adaptive", "keep": 0.4, "predict": 0.3}, "latent": {"mask": "tube", "keep": 0.4, "predict": 0.3},
-        "next_frame": {"weight": 0.5, "target": "change"}, "sync": {"shifts": 2, "step": 3}, "arrow": {"weight": 0.2},
-        "speed": {"weight": 0.2},
+        "next_frame": {"weight": 0.5, "target": "change"}, "arrow": {"weight": 0.2}, "speed": {"weight": 0.2},
+        "sync": {"shifts": 2, "step": 3, "how": "correlation"},
         "contrast": {"pair": ("vision", "text")}, "match": {"weight": 0.5}, "words": {"weight": 0.5}}
     if tiny:  # each is a pass of the encoder that takes long to compile
         objectives = {name: objectives[name] for name in ("latent", "sync", "words")}
@@ -31,7 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
     return ConfigDict(section(
         Experiment,
         data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", modalities=("vision", "audio", "text"),
-                     frames=16, size=32, still=0.05, memory_gib=1.0, augment={"crop": (0.5, 1.0), "flip": 0.5},
+                     frames=16, size=32, still=0.05, memory_gib=1.0, augment={"flip": 0.5},
                      audio=section(AudioSpec, patch=(8, 64), seconds=2.0)),
         particles=section(ParticleSpec, policy="grid", base=(4, 8, 8)),
         model=small if tiny else section(ModelSpec, width=96, depth=3, heads=3, decoder_width=96,

@@ -28,7 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
         data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", frames=16, size=32 if tiny else 224,
                      augment={"crop": (0.5, 1.0)}),
         particles=section(ParticleSpec, policy="grid", base=(2, 8, 8) if tiny else (2, side, side)),
-        model=section(ModelSpec, unroll=False, dtype="float32" if tiny else "bfloat16",
+        model=section(ModelSpec, unroll=not (tiny or args["giant"]), dtype="float32" if tiny else "bfloat16",
                       **_TINY if tiny else _GIANT if args["giant"] else _BASE),
         stages={"pretrain": stage},
         mesh=section(MeshSpec, data=1, fsdp=-1) if args["giant"] and not tiny else section(MeshSpec),
