@@ -4,10 +4,10 @@
     python -m particlejax.main --config experiments/pretrain/one.py:sync --workdir runs/one-sync
     python -m particlejax.main --config experiments/probe.py --config.run=runs/one-sync --workdir runs/one-sync-probe
 
-The argument names the objective; README.md has the table. `frames` is synchrony of the picture's halves, `views` contrast of
-two masked views of one clip, `hard` matching with negatives drawn by likeness, `codes` visual words. 64 particles a clip: cuboids
-of 4x4 pixels that last as long as the clip, or, for what asks about moments, of 8x8 pixels and a quarter of it; for `sync` 128 of
-an eighth.
+The argument names the objective; README.md has the table. `sync` correlates sight and sound, `asked` reads both and is asked for
+the shift, `frames` is synchrony of the picture's halves, `views` contrast of two masked views of one clip, `hard` matching with
+negatives drawn by likeness, `codes` visual words. 64 particles a clip: cuboids of 4x4 pixels that last as long as the clip, or,
+for what asks about moments, of 8x8 pixels and a quarter of it; for `sync` 128 of an eighth.
 """
 
 from ml_collections import ConfigDict
@@ -27,6 +27,7 @@ ONE = {  # what the encoder is given, the objective and its settings
     "frames": (SEEN, "sync", {"pair": ("vision", "vision"), "shifts": 1, "step": 1}),
     "views": (SEEN, "contrast", {"pair": ("vision", "vision"), "keep": 0.4}),
     "sync": (HEARD, "sync", {"shifts": 2, "step": 3, "other": 0.0, "how": "correlation"}),
+    "asked": (HEARD, "sync", {"shifts": 2, "step": 3, "other": 0.0}),
     "hear": (HEARD, "contrast", {"pair": ("vision", "audio")}),
     "contrast": (READ, "contrast", {"pair": ("vision", "text")}),
     "match": (READ, "match", {}),
