@@ -258,5 +258,6 @@ def test_a_tpu_that_is_not_there_is_planned(tmp_path: Path) -> None:
     assert code == 0
     each = json.loads((tmp_path / "results.json").read_text())["pretrain"]["v5e:2x2 fsdp=4"]
     assert each["kind"].startswith("TPU") and each["estimates"]["compiler"] > 0 and each["fits"] and each["bytes"]["sent"] > 0
+    assert len(plan.devices_of("v5p:1x1x1")) == len(plan.devices_of("v5e:1x1")) == 1
     with pytest.raises(UserError, match="is no TPU that the compiler knows"):
         plan.devices_of("v5e:3x77")

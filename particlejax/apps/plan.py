@@ -126,12 +126,14 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
         raise UserError(f"config.topology={topology!r} wants the TPU's compiler: run `pip install particlejax[plan]`, or plan for "
                         f"{HERE!r}.")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it asks a cloud for the machine that it runs on
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # else one plan at a time: no chip is used that they could fight over
     jax.config.update("jax_platforms", "cpu")  # else jax looks for the TPU that is not here
     jax.config.update("jax_enable_compilation_cache", False)  # no device is here that could load a program again
     from jax.experimental import topologies  # its TPU part is there with libtpu alone
 
+    alone = {} if set(number.split("x")) - {"1"} else {"chips_per_host_bounds": [1, 1, 1]}  # else a host has at least four
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **alone).devices
     except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
         raise UserError(f"config.topology={topology!r} is no TPU that the compiler knows: write it as v5e:16x16, v5p:4x4x4 or "
                         "v6e:16x16.") from error
