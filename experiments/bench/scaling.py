@@ -4,7 +4,8 @@
     python -m particlejax.main --config experiments/bench/scaling.py
 
 TPUs want `pip install particlejax[plan]`, and none need be there. Two to four minutes a mesh on one core; the same command goes on
-where it was stopped. Layers stand in a loop, which compiles sooner and sends the same. Of ViT-g: --config.experiment=experiments/pretrain/mae_base.py:giant --config.rows=8.
+where it was stopped. Layers stand in a loop, which compiles sooner and sends the same. Of ViT-g:
+--config.experiment=experiments/pretrain/mae_base.py:giant --config.rows=8.
 """
 
 from ml_collections import ConfigDict
