@@ -16,7 +16,7 @@ from particlejax.nn import flash, rotary, tuned
 from particlejax.nn.dense import DenseGeneral
 from particlejax.nn.reduce import Tokens
 
-_FAR = -1e9  # the logit of what must not count; finite, so that an empty slot's softmax stays finite
+FAR = -1e9  # the logit of what must not count; finite, so that an empty slot's softmax stays finite
 
 
 def same_segment(query_BL: Array, key_BM: Array) -> Array:
@@ -137,7 +137,7 @@ class Attention(nn.Module):
             logits += self.nearness(where)
         if where.mass is not None:  # a merged token counts as what it was merged from (arXiv:2210.09461, section 3)
             logits += jnp.log(jnp.maximum(where.mass, 1.0))[:, None, None]
-        logits = jnp.where(where.may[:, None], logits, _FAR)
+        logits = jnp.where(where.may[:, None], logits, FAR)
         if prefix is not None:
             sharpness = self.nearness.sharpness() if self.style.near else None
             logits = jnp.concatenate([logits, tuned.prefix_logits(scaled, prefix, sharpness, where.query)], axis=-1)

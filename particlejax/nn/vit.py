@@ -20,7 +20,6 @@ from particlejax.nn import attention
 from particlejax.nn.dense import Dense, DenseGeneral, product
 
 Turn = tuple[Array, Array]  # cosines and sines [B or 1, L, K] by which queries and keys are rotated
-_FAR = -1e9  # the logit of what must not count
 _SMALL = nn.initializers.truncated_normal(0.02)
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -100,7 +99,7 @@ class Attention(nn.Module):
         if self.style.softcap:
             logits = self.style.softcap * jnp.tanh(logits / self.style.softcap)
         if may is not None:
-            logits = jnp.where(may[:, None], logits, _FAR)
+            logits = jnp.where(may[:, None], logits, attention.FAR)
         read = attention.mixed(logits, value).swapaxes(1, 2)
         if not self.out:
             return read.reshape(*read.shape[:2], -1)
