@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.extend import core
 
-from particlejax import tree
+from particlejax import flops, tree
 from particlejax.models import model as models
 from particlejax.nn import policy
 from particlejax.particles import pack, policies
@@ -54,6 +54,14 @@ def test_remat_equals_no_remat_and_remembers_less(name: str, unroll: bool, plain
         np.testing.assert_allclose(grad, tree.flatten(expected)[path], atol=1e-6, err_msg=path)
     _, without = built(unroll=unroll)
     assert remembered(loss, params) < 0.95 * remembered(without, params)
+
+
+def test_what_is_made_twice_is_what_the_name_says(plain: tuple) -> None:
+    """Two blocks of 32 slots, of width 16 in two heads: logits and what they mix are 4 * 8 * 8 * 16 * 2 operations each."""
+    made = {name: flops.count(jax.make_jaxpr(jax.grad(built(remat=name)[1]))(plain[0]).jaxpr) for name in policy.REMATS}
+    attention = 2 * 2 * 4 * 8 * 8 * 16 * 2
+    assert made["elementwise"] == made["none"] and made["attention"] - made["none"] == attention
+    assert made["blocks"] > made["attention"]
 
 
 def remembered(loss: Any, params: Params) -> int:

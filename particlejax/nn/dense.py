@@ -23,13 +23,20 @@ Asked = jax.custom_derivatives.CustomVJPPrimal
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x: Array, kernel: Array, axes: int) -> Array:
     """The last `axes` axes of x times the first of the kernel, in the type of x; the kernel's gradient is in the kernel's."""
+    return _product(x, kernel, axes)
+
+
+def _product(x: Array, kernel: Array, axes: int) -> Array:
     return _dot(x, kernel.astype(x.dtype), range(x.ndim - axes, x.ndim), range(axes), x.dtype)
 
 
 def _forward(x: Asked, kernel: Asked, axes: int) -> tuple[Array, tuple[Array | None, Array | None, Array]]:
-    """Remembers what is needed alone: of a frozen kernel no input, where nothing before it learns no kernel."""
+    """Remembers what is needed alone: of a frozen kernel no input, where nothing before it learns no kernel.
+
+    Made of what is within `product`, as a policy of what is remembered (nn/policy.py) sees no products in a call of that.
+    """
     kept = (x.value if kernel.perturbed else None, kernel.value if x.perturbed else None, jnp.zeros((), kernel.value.dtype))
-    return product(x.value, kernel.value, axes), kept
+    return _product(x.value, kernel.value, axes), kept
 
 
 def _backward(axes: int, kept: tuple[Array | None, Array | None, Array], grad: Array) -> tuple[Array | None, Array | None]:
