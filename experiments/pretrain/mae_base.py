@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 from particlejax.spec import DataSpec, Experiment, MeshSpec, ModelSpec, OptimSpec, ParticleSpec, StageSpec, arguments, section
 
 _BASE = {"width": 768, "depth": 12, "heads": 12, "decoder_width": 384, "decoder_depth": 4, "decoder_heads": 6}
-_GIANT = {"width": 1408, "depth": 40, "heads": 16, "decoder_width": 512, "decoder_depth": 4, "decoder_heads": 8}
-_TINY = {"width": 32, "depth": 2, "heads": 2, "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
+_GIANT = {"width": 1408, "depth": 40, "heads": 16, "decoder_width": 512, "decoder_depth": 4, "decoder_heads": 8,
+          "unroll": False, "remat": "elementwise"}  # forty layers take long to compile unrolled
+_TINY = {"width": 32, "depth": 2, "heads": 2, "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2, "unroll": False}
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -28,7 +29,7 @@ def get_config(arg: str = "") -> ConfigDict:
         data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", frames=16, size=32 if tiny else 224,
                      augment={"crop": (0.5, 1.0)}),
         particles=section(ParticleSpec, policy="grid", base=(2, 8, 8) if tiny else (2, side, side)),
-        model=section(ModelSpec, unroll=not (tiny or args["giant"]), dtype="float32" if tiny else "bfloat16",
+        model=section(ModelSpec, dtype="float32" if tiny else "bfloat16",
                       **_TINY if tiny else _GIANT if args["giant"] else _BASE),
         stages={"pretrain": stage},
         mesh=section(MeshSpec, data=1, fsdp=-1) if args["giant"] and not tiny else section(MeshSpec),
