@@ -20,15 +20,15 @@ def get_config(arg: str = "") -> ConfigDict:
     tiny = arguments(arg, "tiny")["tiny"]
     objectives = {"contrast": {"pair": ("vision", "text")}, "match": {"negatives": "hard"}, "words": {"weight": 0.5}}
     stage = section(
-        StageSpec, steps=4 if tiny else 1200, rows=8 if tiny else 16, val="" if tiny else "val", val_every=300,
+        StageSpec, steps=4 if tiny else 2400, rows=8 if tiny else 16, val="" if tiny else "val", val_every=300,
         objectives={name: objectives[name] for name in objectives if not tiny or name == "contrast"},  # one compiles sooner
         optim=section(OptimSpec, rate=1e-3))
     small = section(ModelSpec, width=24, depth=1, heads=2, decoder_width=24, decoder_depth=1, unroll=False)
     return ConfigDict(section(
         Experiment,
         data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", modalities=("vision", "text"),
-                     frames=16, size=32, still=0.05, memory_gib=1.0, augment={"flip": 0.5}),
+                     frames=16, size=32, still=0.05, memory_gib=1.0, augment={"crop": (0.7, 1.0), "flip": 0.5}),
         particles=section(ParticleSpec, policy="grid", base=(16, 4, 4)),
-        model=small if tiny else section(ModelSpec, width=96, depth=3, heads=3, decoder_width=96),
+        model=small if tiny else section(ModelSpec, width=96, depth=3, heads=3, decoder_width=96, dropout=0.2),
         stages={"pretrain": stage},
     ))
