@@ -157,6 +157,11 @@ class SyncSpec:
     how: str = one_of("question", "correlation")  # asked of who reads both; or where they vary alike, each read by itself
     other: float = between(0.2, 0, 1)  # share of rows with the second of another clip; 0: none
 
+    @property
+    def laid(self) -> tuple[str, ...]:
+        """Modalities whose moments are laid over each other."""
+        return self.pair if self.how == "correlation" else ()
+
 
 @dataclasses.dataclass(frozen=True)
 class ContrastSpec:
@@ -250,6 +255,9 @@ def check_stage(objectives: Mapping[str, Any], tune: tunespec.TuneSpec, model: M
     if tune.how == "prompt" and (model.fusion != "early" or model.reduce_after):
         raise UserError(f"{where}.tune.how is 'prompt', whose tokens go through all blocks with a clip's own: set model.fusion to "
                         "'early' and leave model.reduce_after empty, or tune.how to 'prompt_deep'.")
+    for name in ("align", "trace", "sync"):
+        if name in objectives and model.reduce_after and (name != "sync" or objectives[name].laid):
+            raise UserError(f"{where}.objectives.{name} asks about every particle: leave model.reduce_after empty.")
     if "distil" in objectives and model.fusion in ("late", "bottleneck"):
         raise UserError(f"{where}.objectives.distil asks for a modality that the encoder does not see, and the decoder of fusion "
                         f"{model.fusion!r} reads that alone: set model.fusion to 'early' or 'cross'.")

@@ -364,11 +364,12 @@ def check(experiment: Experiment) -> Experiment:
             raise UserError(f"{where} has no objective: add one of {', '.join(OBJECTIVES)}.")
         if stage.rows % stage.accumulate:
             raise UserError(f"{where}.rows={stage.rows} is not a multiple of accumulate={stage.accumulate}: change one.")
-        experiment.data_of(stage)
-        experiment.particles_of(stage)
+        data, particles = experiment.data_of(stage), experiment.particles_of(stage)
         _check_schedule(stage.schedule, f"{where}.schedule")
         check_model(experiment.model_of(stage))
-        _check_moments(experiment, stage, where)
+        if "sync" in stage.objectives and "vision" in stage.objectives["sync"].laid and particles.base[0] >= data.frames:
+            raise UserError(f"{where}.objectives.sync lays moments over each other, and particles.base[0]={particles.base[0]} of "
+                            f"{data.frames} frames leaves but one: make it smaller, such as 2, or sync.how 'question'.")
         if "visual_words" in stage.objectives and (stage.tune.how != "full" or stage.objectives["visual_words"].modality == "text"):
             raise UserError(f"{where}.objectives.visual_words finds clusters of numbers, which are kept beside parameters that all "
                             "train: leave tune.how at 'full', and name a modality other than text.")
@@ -380,18 +381,6 @@ def check(experiment: Experiment) -> Experiment:
         raise UserError(f"config.checkpoint.keep={experiment.checkpoint.keep} would leave no whole checkpoint while the "
                         "next is written: use 2 or more.")
     return experiment
-
-
-def _check_moments(experiment: Experiment, stage: StageSpec, where: str) -> None:
-    sync = stage.objectives.get("sync")
-    lays = sync is not None and sync.how == "correlation"
-    for name in ("align", "trace", *(("sync",) if lays else ())):
-        if name in stage.objectives and experiment.model_of(stage).reduce_after:
-            raise UserError(f"{where}.objectives.{name} asks about every particle: leave model.reduce_after empty.")
-    long, frames = experiment.particles_of(stage).base[0], experiment.data_of(stage).frames
-    if lays and "vision" in sync.pair and long >= frames:
-        raise UserError(f"{where}.objectives.sync lays moments over each other, and particles.base[0]={long} of {frames} frames "
-                        "leaves but one: make it smaller, such as 2, or sync.how 'question'.")
 
 
 def _check_schedule(schedule: ScheduleSpec, where: str) -> None:

@@ -88,10 +88,11 @@ def test_packed_clips_are_told_as_alone_and_binary_channels_are_classes() -> Non
     assert 0 <= metrics["trace/right"] <= 1
 
 
-def test_tokens_that_are_fewer_stand_at_no_moment() -> None:
-    with pytest.raises(UserError, match="trace asks about every particle"):
-        Experiment.of({"model": dataclasses.asdict(dataclasses.replace(MODEL, reduce_after=(1,))),
-                       "stages": {"one": {"steps": 1, "objectives": {"trace": {}}}}})
+@pytest.mark.parametrize(("name", "spec"), [("trace", {}), ("align", {}), ("sync", {"how": "correlation"})])
+def test_tokens_that_are_fewer_stand_at_no_moment(name: str, spec: dict) -> None:
+    with pytest.raises(UserError, match=f"{name} asks about every particle"):
+        Experiment.of({"model": dataclasses.asdict(dataclasses.replace(MODEL, reduce_after=(1,))), "particles": {"base": (2, 4, 4)},
+                       "stages": {"one": {"steps": 1, "objectives": {name: spec}}}})
 
 
 def test_cuboids_as_long_as_the_clip_have_no_moments_to_lay_over_each_other() -> None:

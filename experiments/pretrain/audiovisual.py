@@ -8,8 +8,7 @@ the right one is told for 43.8 % of unseen clips, it or its neighbour for 76.7 %
 32.9 % (linear), 25.0 % (k-NN) and 31.2 % (attentive) of twelve actions, sound at 81.7, 80.0 and 83.3 %, both at 63.3, 38.3 and
 82.9 %; untrained sight 20.4, 10.4 and 7.1 %, sound 72.1, 49.2 and 79.2 %, both 61.3, 37.1 and 69.2 %. Retrieval among 240 unseen
 clips reaches R@1 and R@10 of 1.2 and 14.6 % from sound to sight, 0.8 and 14.6 % back, untrained 0.4 to 0.8 and 4 (seed 0). With
-cuboids of 16x4x4, which last as long as the clip, no shift is told and more of the action: sight 52.1, 49.6 and 50.8 %, R@10 29
-%.
+cuboids of 16x4x4, which last as long as the clip, no shift is told and more of the action: sight 52.1, 49.6 and 50.8 %, R@10 29.
 """
 
 from ml_collections import ConfigDict

@@ -112,7 +112,7 @@ class ParticleModel(nn.Module):
         if needs.compared:
             self.compare = heads.Embed(spec.embedding, needs.compared, dtype)
         if needs.laid:
-            self.lag = heads.Lay(spec.embedding, needs.laid, dtype)
+            self.lag = heads.Embed(spec.embedding, needs.laid, dtype, unit=False, bias=0.0)
         known = dict(self.payloads)
         self.codebook = {name: heads.Codebook(count, known[name].size) for name, count in needs.codebooks}
         self.moment = {name: heads.Moment(spec.width, known[name].size // known[name].base[0], dtype) for name in needs.traced}
@@ -207,7 +207,7 @@ class ParticleModel(nn.Module):
         return self.compare(self.pooled(tokens, clips), modality)
 
     def lay(self, tokens: Tokens, modality: str) -> tuple[Array, Array, Array]:
-        """What of each token is laid over another modality's in time, float32 [B, L, E]; sharpness and bar of that (heads.Lay)."""
+        """What of each token is laid over another modality's in time, float32 [B, L, E]; sharpness and bias of that."""
         return self.lag(tokens.x, modality)
 
 

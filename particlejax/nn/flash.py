@@ -30,7 +30,7 @@ def chosen(attention: str, dtype: jnp.dtype, keys: int) -> str:
     """
     if attention != "auto":
         return attention
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    device = jax.sharding.get_abstract_mesh().abstract_device
     best = _BACKENDS.get(device.platform if device else jax.default_backend(), "plain")
     if best == "splash" and keys <= _FEW or best == "cudnn" and dtype == jnp.float32:  # which cuDNN has no kernel for
         return "plain"

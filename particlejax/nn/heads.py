@@ -64,38 +64,26 @@ class Question(nn.Module):
 
 
 class Embed(nn.Module):
-    """Unit vectors [B, S, E] that clips are compared by, one map for each modality, and how sharply: factor and bias."""
+    """Vectors [B, N, E] by which clips, or their tokens, are compared, one map for each modality, and how sharply: factor and bias.
 
-    width: int
-    modalities: tuple[str, ...]
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, pooled_BSD: Array, modality: str) -> tuple[Array, Array, Array]:
-        log_sharpness = self.param("log_sharpness", nn.initializers.constant(np.log(10.0)), ())
-        bias = self.param("bias", nn.initializers.constant(-10.0), ())  # both start as in SigLIP (arXiv:2303.15343)
-        normed = nn.LayerNorm(dtype=self.dtype, name=f"norm_{modality}")(pooled_BSD)
-        x = Dense(self.width, dtype=jnp.float32, name=f"project_{modality}")(normed)
-        unit = x / jnp.sqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-6)
-        return unit, jnp.exp(jnp.minimum(log_sharpness, np.log(100.0))), bias
-
-
-class Lay(nn.Module):
-    """What of each token varies in time as another modality does, float32 [B, L, E], one map a modality; how sharply shifts
-    are told by that, and how alike clips of two sources may look.
+    unit: of length one. bias: what it starts from, by default as in SigLIP.
     """
 
     width: int
     modalities: tuple[str, ...]
     dtype: Any = jnp.float32
+    unit: bool = True
+    bias: float = -10.0
 
     @nn.compact
-    def __call__(self, x_BLD: Array, modality: str) -> tuple[Array, Array, Array]:
-        log_sharpness = self.param("log_sharpness", nn.initializers.constant(np.log(10.0)), ())
-        bar = self.param("bar", nn.initializers.zeros, ())
-        normed = nn.LayerNorm(dtype=self.dtype, name=f"norm_{modality}")(x_BLD)
+    def __call__(self, x_BND: Array, modality: str) -> tuple[Array, Array, Array]:
+        log_sharpness = self.param("log_sharpness", nn.initializers.constant(np.log(10.0)), ())  # as in SigLIP (arXiv:2303.15343)
+        bias = self.param("bias", nn.initializers.constant(self.bias), ())
+        normed = nn.LayerNorm(dtype=self.dtype, name=f"norm_{modality}")(x_BND)
         x = Dense(self.width, dtype=jnp.float32, name=f"project_{modality}")(normed)
-        return x, jnp.exp(jnp.minimum(log_sharpness, np.log(100.0))), bar
+        if self.unit:
+            x = x / jnp.sqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-6)
+        return x, jnp.exp(jnp.minimum(log_sharpness, np.log(100.0))), bias
 
 
 class Codebook(nn.Module):

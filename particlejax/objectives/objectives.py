@@ -58,7 +58,7 @@ TABLE: dict[str, Entry] = {
     "arrow": Entry(temporal.arrow, lambda spec: _VISION, answers=lambda spec: 2),
     "transform": Entry(temporal.transform, lambda spec: _VISION, answers=lambda spec: temporal.TRANSFORMS),
     "sync": Entry(sync, lambda spec: spec.pair,
-                  answers=lambda spec: (2 * spec.shifts + 1 + (spec.other > 0)) * (spec.how == "question")),
+                  answers=lambda spec: (2 * spec.shifts + 1 + (spec.other > 0)) * (not spec.laid)),
     "contrast": Entry(pairs.contrast, lambda spec: spec.pair),
     "match": Entry(match, answers=lambda spec: 2),
     "align": Entry(pairs.align, each=lambda spec: spec.bins),
@@ -95,7 +95,7 @@ def parts(specs: Mapping[str, Any]) -> Needs:
     asked = tuple((name, TABLE[name].answers(spec)) for name, spec in specs.items() if TABLE[name].answers(spec))
     each = tuple((name, TABLE[name].each(spec)) for name, spec in specs.items() if TABLE[name].each(spec))
     compared = {name for spec in specs.values() if isinstance(spec, ContrastSpec) for name in spec.pair}
-    laid = {name for spec in specs.values() if isinstance(spec, SyncSpec) and spec.how == "correlation" for name in spec.pair}
+    laid = {name for spec in specs.values() if isinstance(spec, SyncSpec) for name in spec.laid}
     return Needs(any(TABLE[name].decoder for name in specs), any(TABLE[name].predictor for name in specs), asked,
                  tuple(sorted(compared)), each,
                  tuple((spec.modality, spec.codes) for spec in specs.values() if isinstance(spec, VisualWordsSpec)),

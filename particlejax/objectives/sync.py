@@ -67,13 +67,13 @@ def _agreement(spec: SyncSpec, params: Params, model: Model, fixed: Particles, s
     made = []
     for name, particles, each in zip(spec.pair, (fixed, shown), keys, strict=True):
         tokens, _ = model.apply(params, "encode", {name: particles}, clips, key=each)
-        said, sharpness, bar = model.apply(params, "lay", tokens, name)
+        said, sharpness, bias = model.apply(params, "lay", tokens, name)
         made.append(said)
     first, last = clock.span(shown, clips)
     unit = clock.longest(shown, last - first) * spec.step
     logits = jnp.stack([correlation(*made, fixed, shown, unit * by) for by in range(-spec.shifts, spec.shifts + 1)], axis=-1)
     if spec.other:
-        logits = jnp.concatenate([logits, jnp.broadcast_to(bar, (*logits.shape[:2], 1))], axis=-1)
+        logits = jnp.concatenate([logits, jnp.broadcast_to(bias, (*logits.shape[:2], 1))], axis=-1)
     return logits * sharpness
 
 
