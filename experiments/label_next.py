@@ -1,25 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A round of active learning: which clips without a label are most worth one, by a run that was trained on those that have one.
+"""A round of active learning: which clips without a label are most worth one, by a run that was
+trained on those that have one.
 
-    python -m particlejax.main --config experiments/label_next.py --config.run=RUN_DIR --config.data.source=folder:PATH \
-        [--config.active.how=coreset] [--config.active.number=20] [--config.data.listed=listed.csv] --workdir runs/round1
+    python -m particlejax.main --config experiments/label_next.py \
+        --config.run=RUN_DIR --config.data.source=folder:PATH \
+        [--config.active.how=coreset] [--config.active.number=20] \
+        [--config.data.listed=listed.csv] --workdir runs/round1
 
-WORKDIR/next.csv lists them. Label them in clips.csv and train again; or, to try this out where all have labels, train with
-`--config.data.listed=WORKDIR/listed.csv`, which pretends that only those do. Takes the time of two evaluations.
+WORKDIR/next.csv lists them. Label them in clips.csv and train again; or, to try this out where all
+have labels, train with `--config.data.listed=WORKDIR/listed.csv`, which pretends that only those
+do. Takes the time of two evaluations.
 """
 
 from ml_collections import ConfigDict
 
-from particlejax.spec import DataSpec, Experiment, arguments, section
-from particlejax.tunespec import ActiveSpec
+from particlejax.config.experiment import DataSpec, Experiment, arguments, section
+from particlejax.config.training import ActiveSpec
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The experiment; arg: '' or 'tiny' (one clip a class is known, three are chosen)."""
     tiny = arguments(arg, "tiny")["tiny"]
-    return ConfigDict(section(
-        Experiment,
-        job="label_next",
-        data=section(DataSpec, source="", split="train", shots=1 if tiny else 0),
-        active=section(ActiveSpec, number=3 if tiny else 20),
-    ))
+    return ConfigDict(
+        section(
+            Experiment,
+            job="label_next",
+            data=section(DataSpec, source="", split="train", shots=1 if tiny else 0),
+            active=section(ActiveSpec, number=3 if tiny else 20),
+        )
+    )

@@ -1,22 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an experiment would need and take on devices that need not be there: memory, collectives, estimates of time.
+"""What an experiment would need and take on devices that need not be there: memory, collectives,
+estimates of time.
 
-    python -m particlejax.main --config experiments/plan.py --config.experiment=experiments/pretrain/mae_base.py
+    python -m particlejax.main --config experiments/plan.py \
+        --config.experiment=experiments/pretrain/mae_base.py
         --config.rows=32 --config.topology=v5e:2x2,v5e:16x16
 
-TPUs want `pip install particlejax[plan]`, best in an environment of its own. `--config.topology=here` is for the devices at
-hand. A mesh takes about a minute to compile; meshes of your own: --config.meshes="({'data': 16, 'fsdp': 16},)".
+TPUs want `pip install particlejax[plan]`, best in an environment of its own.
+`--config.topology=here` is for the devices at hand. A mesh takes about a minute to compile; meshes
+of your own: --config.meshes="({'data': 16, 'fsdp': 16},)".
 """
 
 from ml_collections import ConfigDict
 
-from particlejax.jobspec import PlanSpec
-from particlejax.spec import MeshSpec, arguments, section
+from particlejax.config.experiment import MeshSpec, arguments, section
+from particlejax.config.jobs import PlanSpec
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The job; arg: '' or 'tiny' (the tiny quickstart on the devices at hand)."""
     if arguments(arg, "tiny")["tiny"]:
         meshes = (section(MeshSpec, data=1, fsdp=-1),)
-        return ConfigDict(section(PlanSpec, experiment="experiments/quickstart.py:tiny", meshes=meshes))
-    return ConfigDict(section(PlanSpec, experiment="experiments/pretrain/mae_base.py", topology="v5e:4x4", rows=32))
+        return ConfigDict(
+            section(PlanSpec, experiment="experiments/quickstart.py:tiny", meshes=meshes)
+        )
+    return ConfigDict(
+        section(
+            PlanSpec, experiment="experiments/pretrain/mae_base.py", topology="v5e:4x4", rows=32
+        )
+    )

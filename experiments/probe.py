@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the frozen encoder of a run knows: k-NN, linear and attentive probes, retrieval R@1/5/10 both ways, its objectives on
-unseen clips.
+"""What the frozen encoder of a run knows: k-NN, linear and attentive probes, retrieval R@1/5/10
+both ways, its objectives on unseen clips.
 
     python -m particlejax.main --config experiments/probe.py --config.run=RUN_DIR
-    python -m particlejax.main --config experiments/probe.py --config.run=RUN_DIR --config.weights=random
+    python -m particlejax.main --config experiments/probe.py --config.run=RUN_DIR \
+        --config.weights=random
 
-The second is the same encoder untrained: what pretraining must beat. The attentive probe holds every token of every clip in
-memory (2 bytes a number; --config.attentive=0 leaves it out); where that is too much, or data shall be augmented, let a stage train
-the pooling head alone (tune.how='probe', experiments/finetune.py).
+The second is the same encoder untrained: what pretraining must beat. The attentive probe holds
+every token of every clip in memory (2 bytes a number; --config.attentive=0 leaves it out); where
+that is too much, or data shall be augmented, let a stage train the pooling head alone
+(tune.how='probe', experiments/finetune.py).
 """
 
 from ml_collections import ConfigDict
 
-from particlejax.jobspec import ProbeSpec
-from particlejax.spec import arguments, section
+from particlejax.config.experiment import arguments, section
+from particlejax.config.jobs import ProbeSpec
 
 
 def get_config(arg: str = "") -> ConfigDict:

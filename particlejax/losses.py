@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses and the means they are taken in: over particles within a clip, then over clips, never over rows.
+"""Losses and the means they are taken in: over particles within a clip, then over clips, never over
+rows.
 
 Legend: B rows, L slots, S clips of a row, P numbers of a payload, C classes.
 """
@@ -15,9 +16,15 @@ def membership(segment: Int[Array, "B L"], clips: int) -> Float[Array, "B L S"]:
     return jax.nn.one_hot(segment - 1, clips)  # -1, an empty slot, is a row of zeros
 
 
-def clip_mean(values: Float[Array, "B L *D"], segment: Int[Array, "B L"], clips: int,
-              mass: Float[Array, "B L"] | None = None) -> Float[Array, "B S *D"]:
-    """Mean over each clip's particles, weighted by `mass` where there is one; zeros for a clip that has none."""
+def clip_mean(
+    values: Float[Array, "B L *D"],
+    segment: Int[Array, "B L"],
+    clips: int,
+    mass: Float[Array, "B L"] | None = None,
+) -> Float[Array, "B S *D"]:
+    """Mean over each clip's particles, weighted by `mass` where there is one; zeros for a clip that
+    has none.
+    """
     member = membership(segment, clips)
     if mass is not None:
         member *= mass[..., None]
@@ -37,26 +44,44 @@ def normalise_payload(payload: Float[Array, "... P"]) -> Float[Array, "... P"]:
     return centred / jnp.sqrt(jnp.var(payload, axis=-1, keepdims=True) + 1e-6)
 
 
-def squared_error(predicted: Float[Array, "B L P"], target: Float[Array, "B L P"]) -> Float[Array, "B L"]:
+def squared_error(
+    predicted: Float[Array, "B L P"], target: Float[Array, "B L P"]
+) -> Float[Array, "B L"]:
     """Mean squared error of each payload."""
     return jnp.square(predicted - target).mean(axis=-1)
 
 
-def cross_entropy(logits: Float[Array, "... C"], label: Int[Array, "..."], smoothing: float = 0.0) -> Float[Array, "..."]:
-    """Softmax cross-entropy; `smoothing` is the share of the target spread over all classes (arXiv:1512.00567)."""
-    return soft_cross_entropy(logits, optax.smooth_labels(jax.nn.one_hot(label, logits.shape[-1]), smoothing))
+def cross_entropy(
+    logits: Float[Array, "... C"], label: Int[Array, "..."], smoothing: float = 0.0
+) -> Float[Array, "..."]:
+    """Softmax cross-entropy; `smoothing` is the share of the target spread over all classes
+    (arXiv:1512.00567).
+    """
+    return soft_cross_entropy(
+        logits, optax.smooth_labels(jax.nn.one_hot(label, logits.shape[-1]), smoothing)
+    )
 
 
-def soft_cross_entropy(logits: Float[Array, "... C"], target: Float[Array, "... C"], focus: float = 0.0) -> Float[Array, "..."]:
-    """Softmax cross-entropy to a distribution; each class's part times (1 - p)^focus (focal loss, arXiv:1708.02002)."""
+def soft_cross_entropy(
+    logits: Float[Array, "... C"], target: Float[Array, "... C"], focus: float = 0.0
+) -> Float[Array, "..."]:
+    """Softmax cross-entropy to a distribution; each class's part times (1 - p)^focus (focal loss,
+    arXiv:1708.02002).
+    """
     log_p = jax.nn.log_softmax(logits)
     return -jnp.sum(target * log_p * _focal(log_p, focus), axis=-1)
 
 
-def binary_cross_entropy(logits: Float[Array, "... C"], target: Float[Array, "... C"], focus: float = 0.0) -> Float[Array, "..."]:
-    """Mean over classes that each hold or not; times (1 - p of what is true)^focus (arXiv:1708.02002)."""
+def binary_cross_entropy(
+    logits: Float[Array, "... C"], target: Float[Array, "... C"], focus: float = 0.0
+) -> Float[Array, "..."]:
+    """Mean over classes that each hold or not; times (1 - p of what is true)^focus
+    (arXiv:1708.02002).
+    """
     yes, no = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
-    return -(target * yes * _focal(yes, focus) + (1 - target) * no * _focal(no, focus)).mean(axis=-1)
+    return -(target * yes * _focal(yes, focus) + (1 - target) * no * _focal(no, focus)).mean(
+        axis=-1
+    )
 
 
 def _focal(log_p: Float[Array, "... C"], focus: float) -> Float[Array, "... C"]:
@@ -65,13 +90,17 @@ def _focal(log_p: Float[Array, "... C"], focus: float) -> Float[Array, "... C"]:
 
 
 def disagreement(one: Float[Array, "... C"], other: Float[Array, "... C"]) -> Float[Array, "..."]:
-    """Mean of both Kullback-Leibler divergences between two softmaxes (R-Drop, arXiv:2106.14448)."""
+    """Mean of both Kullback-Leibler divergences between two softmaxes (R-Drop,
+    arXiv:2106.14448).
+    """
     a, b = jax.nn.log_softmax(one), jax.nn.log_softmax(other)
     return jnp.sum((jnp.exp(a) - jnp.exp(b)) * (a - b), axis=-1) / 2
 
 
 def class_weights(counts: Float[Array, " C"], beta: float) -> Float[Array, " C"]:
-    """1 over the effective number of clips of each class, mean 1 over the clips (arXiv:1901.05555); 0 for an absent class."""
+    """1 over the effective number of clips of each class, mean 1 over the clips (arXiv:1901.05555);
+    0 for an absent class.
+    """
     effective = (1 - beta**counts) / (1 - beta)
     weights = jnp.where(counts > 0, 1 / jnp.maximum(effective, 1e-9), 0.0)
     return weights * counts.sum() / jnp.maximum(jnp.sum(weights * counts), 1e-9)

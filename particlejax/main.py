@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m particlejax.main --config experiments/NAME.py[:tiny] [--config.some.key=value] [--workdir DIR]`."""
+"""`python -m particlejax.main --config experiments/NAME.py[:tiny] [--config.some.key=value]
+[--workdir DIR]`.
+"""
 
 import hashlib
 import os
@@ -14,67 +16,87 @@ import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
-from particlejax import checkpoint, cluster, heap, jobspec
-from particlejax.apps import (
-    check,
+from particlejax.benchmarks import dataloader as bench_data
+from particlejax.benchmarks import fault_tolerance as bench_faults
+from particlejax.benchmarks import particles as bench_particles
+from particlejax.benchmarks import scaling as bench_scaling
+from particlejax.benchmarks import videomae as bench_peer
+from particlejax.config import jobs
+from particlejax.config.experiment import Experiment
+from particlejax.core.typing import UserError
+from particlejax.distributed import checkpoint, cluster, cpu_malloc
+from particlejax.jobs import (
+    check_data,
+    config_files,
     evaluate,
-    features,
-    few,
-    files,
+    extract_features,
+    fewshot,
     import_weights,
+    linear_probe,
+    model_soup,
     plan,
-    prepare,
+    predict,
+    prepare_data,
     probe,
-    probe_backbone,
-    recognise,
-    soup,
     sweep,
     train,
 )
-from particlejax.apps.bench import data as bench_data
-from particlejax.apps.bench import faults as bench_faults
-from particlejax.apps.bench import particles as bench_particles
-from particlejax.apps.bench import peer as bench_peer
-from particlejax.apps.bench import scaling as bench_scaling
-from particlejax.spec import Experiment
-from particlejax.train import loop, run, workdir
+from particlejax.train import loop, run_dir, stage
 from particlejax.train.log import say
-from particlejax.typing import UserError
 
 
 class Asked(NamedTuple):
-    """What the command line says: the experiment file with its argument, the config, the folder ('' for the default)."""
+    """What the command line says: the experiment file with its argument, the config, the folder (''
+    for the default).
+    """
 
     file: str
     config: ml_collections.ConfigDict
     overrides: tuple[str, ...]
-    workdir: str
+    run_dir: str
 
 
-JOBS = {"train": train.train, "sweep": sweep.sweep, "evaluate": evaluate.evaluate, "prepare": prepare.prepare,
-        "check_data": check.check_data, "bench_data": bench_data.bench, "bench_particles": bench_particles.bench,
-        "bench_faults": bench_faults.bench, "bench_peer": bench_peer.bench,
-        "import_weights": import_weights.import_weights, "recognise": recognise.recognise,
-        "probe": probe.probe, "probe_backbone": probe_backbone.probe, "features": features.features,
-        "soup": soup.soup, "prototypes": few.prototypes, "label_next": few.label_next,
-        "plan": plan.plan, "bench_scaling": bench_scaling.bench}
+JOBS = {
+    "train": train.train,
+    "sweep": sweep.sweep,
+    "evaluate": evaluate.evaluate,
+    "prepare": prepare_data.prepare,
+    "check_data": check_data.check_data,
+    "bench_data": bench_data.bench,
+    "bench_particles": bench_particles.bench,
+    "bench_faults": bench_faults.bench,
+    "bench_peer": bench_peer.bench,
+    "import_weights": import_weights.import_weights,
+    "recognise": predict.recognise,
+    "probe": probe.probe,
+    "probe_backbone": linear_probe.probe,
+    "features": extract_features.features,
+    "soup": model_soup.soup,
+    "prototypes": fewshot.prototypes,
+    "label_next": fewshot.label_next,
+    "plan": plan.plan,
+    "bench_scaling": bench_scaling.bench,
+}
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs what the flags say. Returns the exit code.
 
-    0, also after a SIGTERM that was heeded; 2 for a user's mistake; of several processes 75 where another one was lost.
+    0, also after a SIGTERM that was heeded; 2 for a user's mistake; of several processes 75 where
+    another one was lost.
     """
     logging.set_verbosity(logging.ERROR)  # Orbax and TFDS report their inner workings as warnings
     try:
         asked = _parse(argv)
-        job = jobspec.of(asked.config.to_dict())
+        job = jobs.of(asked.config.to_dict())
         if isinstance(job, Experiment):
             cluster.start(job.cluster)
-            job = run.adopt(job, {re.match(r"--?(?:no)?config\.([\w.]+)", text)[1] for text in asked.overrides})
-        heap.keep()
+            job = stage.adopt(
+                job, {re.match(r"--?(?:no)?config\.([\w.]+)", text)[1] for text in asked.overrides}
+            )
+        cpu_malloc.keep()
         _cache_programs()
-        folder = workdir.enter(_workdir(asked), job)
+        folder = run_dir.enter(_workdir(asked), job)
         JOBS[job.job](job, folder, folder.name)
     except UserError as error:
         print(f"particlejax: {error}", file=sys.stderr)
@@ -84,8 +106,12 @@ def main(argv: Sequence[str]) -> int:
         return 130 if str(stop).startswith("SIGINT") else 0
     except Exception as error:
         if reason := checkpoint.disk_fault(error):
-            print(f"particlejax: a file of the run cannot be written ({reason}): make room on the disk of --workdir and give the "
-                  "same command again, it continues from the last checkpoint.", file=sys.stderr)
+            print(
+                f"particlejax: a file of the run cannot be written ({reason}): make room on the "
+                "disk of --workdir and give the "
+                "same command again, it continues from the last checkpoint.",
+                file=sys.stderr,
+            )
             return 2
         if not cluster.several():
             raise
@@ -94,21 +120,36 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _cache_programs() -> None:
-    """What was compiled once is not compiled again by a run that goes on, or by one of another seed."""
+    """What was compiled once is not compiled again by a run that goes on, or by one of another
+    seed.
+    """
     if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/particlejax/programs"))
+        jax.config.update(
+            "jax_compilation_cache_dir", os.path.expanduser("~/.cache/particlejax/programs")
+        )
 
 
 def _parse(argv: Sequence[str]) -> Asked:
-    values = flags.FlagValues()  # not the global ones, so that one process can run several experiments
-    config_flags.DEFINE_config_file("config", None, "Experiment file.", lock_config=True, flag_values=values)
-    flags.DEFINE_string("workdir", "", "Where the run lives; by default runs/ and the experiment's name.",
-                        flag_values=values)
-    files.load(_file(argv))  # first by ourselves: ml_collections buries what goes wrong in the file
+    # not the global ones, so that one process can run several experiments
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", None, "Experiment file.", lock_config=True, flag_values=values
+    )
+    flags.DEFINE_string(
+        "workdir",
+        "",
+        "Where the run lives; by default runs/ and the experiment's name.",
+        flag_values=values,
+    )
+    # first by ourselves: ml_collections buries what goes wrong in the file
+    config_files.load(_file(argv))
     before, sys.argv = sys.argv, list(argv)  # where ml_collections looks for the settings
     try:
         rest = values(list(argv))[1:]
-    except (AttributeError, KeyError) as error:  # ml_collections names the last part of an unknown key, and no more
+    except (
+        AttributeError,
+        KeyError,
+    ) as error:  # ml_collections names the last part of an unknown key, and no more
         raise UserError(_unknown_override(argv)) from error
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(" ".join(str(error).split())) from error
@@ -130,25 +171,30 @@ def _file(argv: Sequence[str]) -> str:
 
 def _unknown_override(argv: Sequence[str]) -> str:
     """The sentence for the first --config.KEY that the experiment file does not have."""
-    config = files.load(_file(argv))
+    config = config_files.load(_file(argv))
     for text in argv:
         found = re.match(r"--?(?:no)?config\.([\w.]+)", text)
         if found:
             try:
-                files.place(config, found[1])
+                config_files.place(config, found[1])
             except UserError as error:
                 return str(error)
     return f"the experiment file and the settings given to it do not fit: {' '.join(argv[1:])}."
 
 
 def _workdir(asked: Asked) -> Path:
-    """The folder that was named; else runs/NAME, with a mark of the overrides so that other settings live elsewhere."""
+    """The folder that was named; else runs/NAME, with a mark of the overrides so that other
+    settings live elsewhere.
+    """
     if asked.workdir:
         return Path(os.path.expanduser(asked.workdir))
     path, _, arg = asked.file.partition(":")
-    alike = [text for text in asked.overrides if not re.match(r"--?config\.cluster\.", text)]  # in all processes
+    # in all processes
+    alike = [text for text in asked.overrides if not re.match(r"--?config\.cluster\.", text)]
     mark = hashlib.sha256("\n".join(alike).encode()).hexdigest()[:8] if alike else ""
-    return Path("runs") / "-".join(part for part in (Path(path).stem, re.sub(r"\W+", "_", arg), mark) if part)
+    return Path("runs") / "-".join(
+        part for part in (Path(path).stem, re.sub(r"\W+", "_", arg), mark) if part
+    )
 
 
 if __name__ == "__main__":

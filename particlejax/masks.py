@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which particles an objective hides: scores per particle, and a split by rank that gives every clip its share.
+"""Which particles an objective hides: scores per particle, and a split by rank that gives every
+clip its share.
 
 Legend: B rows, L slots, K visible, Q asked for.
 """
@@ -17,13 +18,17 @@ def random_scores(key: PRNGKeyArray, place: Float[Array, "B L 3"]) -> Float[Arra
 
 
 def tube_scores(key: PRNGKeyArray, place: Float[Array, "B L 3"]) -> Float[Array, "B L"]:
-    """One score for all times of a place in the frame, so that what is hidden is hidden throughout (arXiv:2203.12602)."""
+    """One score for all times of a place in the frame, so that what is hidden is hidden throughout
+    (arXiv:2203.12602).
+    """
     cell = jnp.clip((place[..., 1:] * _CELLS).astype(jnp.int32), 0, _CELLS - 1)
     table = jax.random.uniform(key, (place.shape[0], _CELLS**2))
     return jnp.take_along_axis(table, cell[..., 0] * _CELLS + cell[..., 1], axis=1)
 
 
-def ranked_scores(key: PRNGKeyArray, value: Float[Array, "B L"], segment: Int[Array, "B L"]) -> Float[Array, "B L"]:
+def ranked_scores(
+    key: PRNGKeyArray, value: Float[Array, "B L"], segment: Int[Array, "B L"]
+) -> Float[Array, "B L"]:
     """Higher, and so hidden more often, the higher its value is among those of its clip.
 
     Half of a score is its rank, half is drawn.
@@ -46,12 +51,14 @@ def _share_rank(scores: Array, segment: Array) -> Array:
     return jnp.zeros_like(share).at[order].set(share)
 
 
-def split(scores: Float[Array, "B L"], segment: Int[Array, "B L"], keep: float, ask: float
-          ) -> tuple[Int[Array, "B K"], Int[Array, "B Q"], Int[Array, "B K"]]:
+def split(
+    scores: Float[Array, "B L"], segment: Int[Array, "B L"], keep: float, ask: float
+) -> tuple[Int[Array, "B K"], Int[Array, "B Q"], Int[Array, "B K"]]:
     """Slots that stay visible, slots that are asked for, and the visible ones' segments.
 
-    Every clip shows its `keep` share with the lowest scores and is asked for the `ask` share that follows. Shapes
-    depend on L alone: in rows that are not full, surplus visible slots get segment 0.
+    Every clip shows its `keep` share with the lowest scores and is asked for the `ask` share that
+    follows. Shapes depend on L alone: in rows that are not full, surplus visible slots get segment
+    0.
     """
     share = share_rank(scores, segment)
     order = jnp.argsort(share, axis=1)

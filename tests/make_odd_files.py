@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes fixtures/odd_files.csv: how many frames FFmpeg's own program decodes of each odd file, and of what size it shows them.
+"""Writes fixtures/odd_files.csv: how many frames FFmpeg's own program decodes of each odd file, and
+of what size it shows them.
 
     python tests/make_odd_files.py [FFMPEG]
 
-FFMPEG: the program, by default the one on the path; the table was made with 9.0.2 (`pip install imageio-ffmpeg`). Every
-frame is counted, none doubled or dropped for a steady rate; sizes are upright and of square pixels. 0 frames: none decodes.
+FFMPEG: the program, by default the one on the path; the table was made with 9.0.2 (`pip install
+imageio-ffmpeg`). Every frame is counted, none doubled or dropped for a steady rate; sizes are
+upright and of square pixels. 0 frames: none decodes.
 """
 
 import csv
@@ -18,11 +20,14 @@ import av
 FILES = Path(__file__).parents[2] / "shared" / "data" / "odd-files"
 TABLE = Path(__file__).parent / "fixtures" / "odd_files.csv"
 COLUMNS = ("file", "frames", "width", "height")
-_SQUARE = "scale=w='iw*max(sar,1)':h='ih/min(sar,1)',showinfo"  # what is not square is widened, as in decode.py
+# what is not square is widened, as in decode.py
+_SQUARE = "scale=w='iw*max(sar,1)':h='ih/min(sar,1)',showinfo"
 
 
 def best_stream(path: Path) -> int | None:
-    """The number of the stream that FFmpeg's library takes for the main one, None where there is no video."""
+    """The number of the stream that FFmpeg's library takes for the main one, None where there is no
+    video.
+    """
     try:
         with av.open(str(path)) as container:
             best = container.streams.best("video")
@@ -36,8 +41,26 @@ def shown(ffmpeg: str, path: Path) -> tuple[int, str, str]:
     stream = best_stream(path)
     if stream is None:
         return 0, "", ""
-    told = subprocess.run([ffmpeg, "-hide_banner", "-i", str(path), "-map", f"0:{stream}", "-vf", _SQUARE, "-fps_mode",
-                           "passthrough", "-f", "null", "-"], capture_output=True, text=True, errors="replace").stderr
+    told = subprocess.run(
+        [
+            ffmpeg,
+            "-hide_banner",
+            "-i",
+            str(path),
+            "-map",
+            f"0:{stream}",
+            "-vf",
+            _SQUARE,
+            "-fps_mode",
+            "passthrough",
+            "-f",
+            "null",
+            "-",
+        ],
+        capture_output=True,
+        text=True,
+        errors="replace",
+    ).stderr
     sizes = re.findall(r"showinfo.* n: *\d+ .* s:(\d+)x(\d+)", told)
     return (len(sizes), *sizes[0]) if sizes else (0, "", "")
 

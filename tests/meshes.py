@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every objective on every shape of mesh: the first step's loss and gradients on eight devices against those on one.
+"""Every objective on every shape of mesh: the first step's loss and gradients on eight devices
+against those on one.
 
-    XLA_FLAGS='--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true' python tests/meshes.py [OBJECTIVE ...]
+    XLA_FLAGS='--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true' \
+        python tests/meshes.py [OBJECTIVE ...]
 
-A row for each of the battery's objectives (test_objectives.py), a column for each mesh: the largest difference of a gradient over
-the largest number of that gradient, after the loss's own. Ends with code 1 where one is above the tolerance. The suite holds one
-pair of objectives to this on three meshes (test_sharding.py); all of them take five minutes of a core.
+A row for each of the battery's objectives (test_objectives.py), a column for each mesh: the largest
+difference of a gradient over the largest number of that gradient, after the loss's own. Ends with
+code 1 where one is above the tolerance. The suite holds one pair of objectives to this on three
+meshes (test_sharding.py); all of them take five minutes of a core.
 """
 
 import dataclasses
@@ -14,7 +17,9 @@ import sys
 import warnings
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}"
+os.environ["XLA_FLAGS"] = (
+    f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}"
+)
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
@@ -22,16 +27,23 @@ import jax.numpy as jnp
 import numpy as np
 import test_objectives as battery
 
-from particlejax import sharding, tree
-from particlejax.objectives.types import TEACHER
+from particlejax.config.experiment import MeshSpec
+from particlejax.core import tree
+from particlejax.distributed import sharding
+from particlejax.objectives.base import TEACHER
 from particlejax.particles.types import Batch
-from particlejax.spec import MeshSpec
 
 MESHES = {
-    "data 8": MeshSpec(data=8), "data, fsdp, tensor": MeshSpec(data=2, fsdp=2, tensor=2),
-    "data, sequence": MeshSpec(data=2, sequence=4), "fsdp, tensor, sequence": MeshSpec(data=1, fsdp=2, tensor=2, sequence=2)}
-# The battery hides by motion, and particles that move alike are told apart by rounding, which meshes do differently.
-battery.CASES["latent"] = dataclasses.replace(battery.CASES["latent"], spec=dict(keep=0.5, predict=0.5, mask="random"))
+    "data 8": MeshSpec(data=8),
+    "data, fsdp, tensor": MeshSpec(data=2, fsdp=2, tensor=2),
+    "data, sequence": MeshSpec(data=2, sequence=4),
+    "fsdp, tensor, sequence": MeshSpec(data=1, fsdp=2, tensor=2, sequence=2),
+}
+# The battery hides by motion, and particles that move alike are told apart by rounding, which
+# meshes do differently.
+battery.CASES["latent"] = dataclasses.replace(
+    battery.CASES["latent"], spec=dict(keep=0.5, predict=0.5, mask="random")
+)
 LOSS, GRADIENT = 2e-5, 2e-3
 
 
@@ -45,18 +57,23 @@ def first_step(name: str, mesh: jax.sharding.Mesh) -> tuple[float, dict[str, np.
 
     def step(params: dict, batch: Batch) -> tuple:
         branch = {TEACHER: params} if name == "latent" else {}
-        return jax.value_and_grad(lambda p: objective({**p, **branch}, model, batch, jax.random.key(1), True)[0])(params)
+        return jax.value_and_grad(
+            lambda p: objective({**p, **branch}, model, batch, jax.random.key(1), True)[0]
+        )(params)
 
     placed = jax.device_put(start, sharding.param_shardings(start, mesh))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "config.mesh.sequence=. does not divide rows")  # some lengths are odd
+        # some lengths are odd
+        warnings.filterwarnings("ignore", "config.mesh.sequence=. does not divide rows")
         loss, grads = jax.jit(sharding.on(mesh, step))(placed, sharding.put(batch, mesh))
     return float(loss), {path: np.asarray(each) for path, each in tree.flatten(grads).items()}
 
 
 def main(names: list[str]) -> int:
     """Prints the table; the number of cells above the tolerance."""
-    print("| objective | " + " | ".join(MESHES) + " |\n|---" + "|---" * len(MESHES) + "|", flush=True)
+    print(
+        "| objective | " + " | ".join(MESHES) + " |\n|---" + "|---" * len(MESHES) + "|", flush=True
+    )
     wrong = 0
     for name in names or list(battery.CASES):
         one = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), sharding.AXES)
@@ -66,7 +83,10 @@ def main(names: list[str]) -> int:
             other, found = first_step(name, sharding.make_mesh(spec))
             # A bias of the keys has no gradient but rounding, as softmax takes no notice of it.
             least = 1e-4 * max(np.abs(g).max() for g in grads.values())
-            apart = max(np.abs(found[path] - g).max() / max(np.abs(g).max(), least) for path, g in grads.items())
+            apart = max(
+                np.abs(found[path] - g).max() / max(np.abs(g).max(), least)
+                for path, g in grads.items()
+            )
             off = abs(other - loss) / abs(loss)
             bad = not (off <= LOSS and apart <= GRADIENT)
             wrong += bad

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Particles that adapt: they tile the clip, hold the budget, go where things happen, and numpy and jax choose alike."""
+"""Particles that adapt: they tile the clip, hold the budget, go where things happen, and numpy and
+jax choose alike.
+"""
 
 import dataclasses
 
@@ -7,19 +9,24 @@ import jax
 import numpy as np
 import pytest
 
+from particlejax.config.experiment import ParticleSpec
 from particlejax.particles import policies
 from particlejax.particles.types import Particles
-from particlejax.spec import ParticleSpec
 
 SIZE, BASE = (16, 32, 48), (2, 4, 4)
 FULL = 8 * 8 * 12
-TIMES = (np.cumsum(np.random.default_rng(9).uniform(0.02, 0.06, 16)) - 0.02).astype(np.float32)  # of a variable rate
+# of a variable rate
+TIMES = (np.cumsum(np.random.default_rng(9).uniform(0.02, 0.06, 16)) - 0.02).astype(np.float32)
 SPECS = {
     "time or space": ParticleSpec("adaptive", BASE, budget=FULL // 4),
     "at once": ParticleSpec("adaptive", BASE, budget=FULL // 4, splits=("both",)),
-    "any": ParticleSpec("adaptive", BASE, budget=FULL // 10, splits=("both", "time", "space"), levels=3),
+    "any": ParticleSpec(
+        "adaptive", BASE, budget=FULL // 10, splits=("both", "time", "space"), levels=3
+    ),
     "only space": ParticleSpec("adaptive", BASE, budget=FULL // 2, splits=("space",)),
-    "four levels in time": ParticleSpec("adaptive", (2, 16, 16), budget=30, splits=("time",), levels=4),
+    "four levels in time": ParticleSpec(
+        "adaptive", (2, 16, 16), budget=30, splits=("time",), levels=4
+    ),
     "absolute": ParticleSpec("adaptive", BASE, budget=FULL // 4, measure="absolute"),
     "motion": ParticleSpec("adaptive", BASE, budget=FULL // 4, measure="motion"),
     "everything": ParticleSpec("adaptive", BASE, budget=FULL),
@@ -50,7 +57,12 @@ def noise(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (*SIZE, 3), np.uint8)
 
 
-VIDEOS = {"still": textured(0), "moving": moving(1)[0], "noise": noise(2), "flat": np.full((*SIZE, 3), 77, np.uint8)}
+VIDEOS = {
+    "still": textured(0),
+    "moving": moving(1)[0],
+    "noise": noise(2),
+    "flat": np.full((*SIZE, 3), 77, np.uint8),
+}
 
 
 def cover(particles: Particles) -> np.ndarray:
@@ -60,8 +72,19 @@ def cover(particles: Particles) -> np.ndarray:
     middle = (TIMES + np.append(TIMES[1:], TIMES[-1] + last)) / 2
     for place, extent in zip(particles.place, particles.extent, strict=True):
         low, high = place - extent / 2, place + extent / 2
-        inside = [(at >= a) & (at < b) for at, a, b in zip(
-            (middle, (np.arange(SIZE[1]) + 0.5) / SIZE[1], (np.arange(SIZE[2]) + 0.5) / SIZE[2]), low, high, strict=True)]
+        inside = [
+            (at >= a) & (at < b)
+            for at, a, b in zip(
+                (
+                    middle,
+                    (np.arange(SIZE[1]) + 0.5) / SIZE[1],
+                    (np.arange(SIZE[2]) + 0.5) / SIZE[2],
+                ),
+                low,
+                high,
+                strict=True,
+            )
+        ]
         count += inside[0][:, None, None] & inside[1][None, :, None] & inside[2][None, None]
     return count
 
@@ -77,10 +100,14 @@ def test_particles_tile_the_clip_within_the_budget_and_jax_chooses_the_same(name
         assert (cover(host) == 1).all(), (kind, "no hole, no overlap")
         assert number <= policies.particle_count(SIZE, spec) and (host.segment == 1).all()
         device = jax.tree.map(np.asarray, on_device(video, TIMES))
-        assert len(device.segment) == policies.particle_count(SIZE, spec), "a shape that does not depend on the pixels"
+        assert len(device.segment) == policies.particle_count(SIZE, spec), (
+            "a shape that does not depend on the pixels"
+        )
         assert (device.segment == (np.arange(len(device.segment)) < number)).all()
         for field in ("payload", "place", "extent"):
-            np.testing.assert_array_equal(getattr(device, field)[:number], getattr(host, field), f"{kind}: {field}")
+            np.testing.assert_array_equal(
+                getattr(device, field)[:number], getattr(host, field), f"{kind}: {field}"
+            )
 
 
 @pytest.mark.parametrize("budget", [FULL // 10, FULL // 8, FULL // 4, FULL // 3, FULL // 2, FULL])
@@ -98,12 +125,19 @@ def test_what_stands_still_stays_coarse() -> None:
     coarsest = (16 // 8) * (32 // 16) * (48 // 16)
     for spec in (SPECS["time or space"], SPECS["at once"], SPECS["absolute"], SPECS["motion"]):
         assert len(extents(spec, VIDEOS["flat"])) == coarsest
-    assert len(extents(SPECS["motion"], VIDEOS["still"])) == coarsest, "texture that does not move tells nothing of motion"
+    assert len(extents(SPECS["motion"], VIDEOS["still"])) == coarsest, (
+        "texture that does not move tells nothing of motion"
+    )
     found = extents(SPECS["time or space"], VIDEOS["still"])
     assert len(found) > coarsest and found[:, 1].min() < 16 / 32, "texture is split in space"
     whole = np.diff(np.append(TIMES, 2 * TIMES[-1] - TIMES[-2])).reshape(2, 8).sum(axis=1)
-    np.testing.assert_allclose(np.sort(np.unique(found[:, 0])), np.sort(whole), rtol=1e-5, err_msg="and never in time")
-    assert len(policies.cut_clip(VIDEOS["still"], TIMES, SPECS["runs of a threshold"]).segment) == 8 * 12, "one run a place"
+    np.testing.assert_allclose(
+        np.sort(np.unique(found[:, 0])), np.sort(whole), rtol=1e-5, err_msg="and never in time"
+    )
+    assert (
+        len(policies.cut_clip(VIDEOS["still"], TIMES, SPECS["runs of a threshold"]).segment)
+        == 8 * 12
+    ), "one run a place"
 
 
 @pytest.mark.parametrize("name", ["time or space", "at once", "motion", "runs of a threshold"])
@@ -117,19 +151,30 @@ def test_the_fine_ones_go_to_what_moves(name: str) -> None:
     finest &= (particles.extent[:, 1] <= 4 / 32 + 1e-6) if not name.startswith("runs") else finest
     rows = (particles.place[finest, 1] * SIZE[1]).astype(int)
     columns = (particles.place[finest, 2] * SIZE[2]).astype(int)
-    near = np.array([path[max(r - 4, 0) : r + 4, max(c - 4, 0) : c + 4].any() for r, c in zip(rows, columns, strict=True)])
+    near = np.array(
+        [
+            path[max(r - 4, 0) : r + 4, max(c - 4, 0) : c + 4].any()
+            for r, c in zip(rows, columns, strict=True)
+        ]
+    )
     assert finest.sum() >= 20 and near.mean() > 0.95
     right = particles.place[:, 2] > 32 / 48  # the patch never comes here
     assert right.sum() == (8 * 4 if name.startswith("runs") else 2 * 2), "the ground stays coarse"
 
 
-@pytest.mark.parametrize("spec, match", [
-    (ParticleSpec("adaptive", BASE, budget=5), "less than the 12 coarsest particles"),
-    (ParticleSpec("adaptive", BASE, budget=50, levels=4), "not tiled by the coarsest particles"),
-    (ParticleSpec("runs", BASE), "budget and threshold are 0"),
-    (ParticleSpec("runs", BASE, budget=50), "less than the 96 runs"),
-    (ParticleSpec("adaptive", (3, 4, 4), budget=99), "16 frames are not a multiple"),
-])
+@pytest.mark.parametrize(
+    "spec, match",
+    [
+        (ParticleSpec("adaptive", BASE, budget=5), "less than the 12 coarsest particles"),
+        (
+            ParticleSpec("adaptive", BASE, budget=50, levels=4),
+            "not tiled by the coarsest particles",
+        ),
+        (ParticleSpec("runs", BASE), "budget and threshold are 0"),
+        (ParticleSpec("runs", BASE, budget=50), "less than the 96 runs"),
+        (ParticleSpec("adaptive", (3, 4, 4), budget=99), "16 frames are not a multiple"),
+    ],
+)
 def test_settings_that_cannot_be_kept_are_refused(spec: ParticleSpec, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         policies.check(SIZE, spec)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint is whole or absent: every damage is named and passed over, nothing is deleted, another mesh restores."""
+"""A checkpoint is whole or absent: every damage is named and passed over, nothing is deleted,
+another mesh restores.
+"""
 
 import os
 import shutil
@@ -10,18 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from particlejax import checkpoint, sharding
-from particlejax.adapt import load
-from particlejax.checkpoint import Checkpoints
-from particlejax.spec import MeshSpec
-from particlejax.train.state import TrainState, abstract
-from particlejax.typing import UserError
+from particlejax.config.experiment import MeshSpec
+from particlejax.core.typing import UserError
+from particlejax.distributed import checkpoint, sharding
+from particlejax.distributed.checkpoint import Checkpoints
+from particlejax.finetune import restore
+from particlejax.train.train_state import TrainState, abstract
 
 
 def state_of(step: int, mesh: jax.sharding.Mesh, width: int = 64) -> TrainState:
-    encoder = {"kernel": np.arange(width * 64, dtype=np.float32).reshape(width, 64) + step, "bias": np.ones(64, np.float32)}
+    encoder = {
+        "kernel": np.arange(width * 64, dtype=np.float32).reshape(width, 64) + step,
+        "bias": np.ones(64, np.float32),
+    }
     params = {"encoder": encoder, "head": {"kernel": np.full((64, 3), step, np.float32)}}
-    state = TrainState(jnp.int32(step), jnp.uint32(0), params, (jax.tree.map(np.zeros_like, params),), ())
+    state = TrainState(
+        jnp.int32(step), jnp.uint32(0), params, (jax.tree.map(np.zeros_like, params),), ()
+    )
     return jax.tree.map(jax.device_put, state, sharding.param_shardings(state, mesh))
 
 
@@ -47,7 +54,9 @@ def reopened(folder: Path, mesh: jax.sharding.Mesh) -> tuple[tuple | None, list[
     return found, said
 
 
-def test_newest_are_kept_and_restore_exactly_on_another_mesh(saved: Path, mesh: jax.sharding.Mesh) -> None:
+def test_newest_are_kept_and_restore_exactly_on_another_mesh(
+    saved: Path, mesh: jax.sharding.Mesh
+) -> None:
     other = sharding.make_mesh(MeshSpec(data=4, fsdp=2))
     (step, state, data), said = reopened(saved, other)
     assert (step, data, said) == (3, {"next_batch": 3}, [])
@@ -61,7 +70,9 @@ def files_of(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("how", ["flip", "truncate", "remove"])
-def test_every_file_damaged_in_turn_is_noticed(saved: Path, mesh: jax.sharding.Mesh, how: str, tmp_path: Path) -> None:
+def test_every_file_damaged_in_turn_is_noticed(
+    saved: Path, mesh: jax.sharding.Mesh, how: str, tmp_path: Path
+) -> None:
     for i, name in enumerate(p.relative_to(saved) for p in files_of(saved)):
         copy = tmp_path / f"copy{i}"
         shutil.copytree(saved, copy)
@@ -80,7 +91,9 @@ def test_every_file_damaged_in_turn_is_noticed(saved: Path, mesh: jax.sharding.M
         assert (copy / "damaged" / "3").is_dir(), "nothing that was saved is deleted"
 
 
-def test_a_cut_off_save_and_an_empty_folder_are_passed_over(saved: Path, mesh: jax.sharding.Mesh) -> None:
+def test_a_cut_off_save_and_an_empty_folder_are_passed_over(
+    saved: Path, mesh: jax.sharding.Mesh
+) -> None:
     (saved / "10").mkdir()
     os.remove(saved / "3" / "manifest.json")
     found, said = reopened(saved, mesh)
@@ -94,17 +107,22 @@ def test_a_cut_off_save_and_an_empty_folder_are_passed_over(saved: Path, mesh: j
 def test_parameters_start_from_a_checkpoint(saved: Path, mesh: jax.sharding.Mesh) -> None:
     fresh = state_of(7, mesh).params
     fresh["head"]["kernel"] = jnp.zeros((64, 5))  # another task
-    params, sentence = load.from_checkpoint(fresh, saved)
-    np.testing.assert_array_equal(params["encoder"]["kernel"], state_of(3, mesh).params["encoder"]["kernel"])
+    params, sentence = restore.from_checkpoint(fresh, saved)
+    np.testing.assert_array_equal(
+        params["encoder"]["kernel"], state_of(3, mesh).params["encoder"]["kernel"]
+    )
     assert (params["head"]["kernel"] == 0).all()
     assert "new here: head" in sentence
 
 
 def test_a_checkpoint_of_another_shape_is_refused(saved: Path, mesh: jax.sharding.Mesh) -> None:
-    with pytest.raises(UserError, match=r"has shape \(64, 64\) for encoder/kernel where this model has \(32, 64\): give"):
-        load.from_checkpoint(state_of(0, mesh, width=32).params, saved)
+    with pytest.raises(
+        UserError,
+        match=r"has shape \(64, 64\) for encoder/kernel where this model has \(32, 64\): give",
+    ):
+        restore.from_checkpoint(state_of(0, mesh, width=32).params, saved)
     with pytest.raises(UserError, match="holds no whole checkpoint"):
-        load.from_checkpoint(state_of(0, mesh).params, saved / "nowhere")
+        restore.from_checkpoint(state_of(0, mesh).params, saved / "nowhere")
 
 
 def test_json_is_the_old_or_the_new(tmp_path: Path) -> None:

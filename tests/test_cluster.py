@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes: how they find each other, and that they train as one, stop as one and end as one."""
+"""Several processes: how they find each other, and that they train as one, stop as one and end as
+one.
+"""
 
 import json
 import os
@@ -16,36 +18,76 @@ import jax
 import numpy as np
 import pytest
 
-from particlejax import cluster, sharding
 from particlejax import main as entry
-from particlejax.spec import ClusterSpec
-from particlejax.typing import UserError
+from particlejax.config.experiment import ClusterSpec
+from particlejax.core.typing import UserError
+from particlejax.distributed import cluster, sharding
 
 ROOT = Path(__file__).parents[1]
 STAGE = "--config.stages.finetune"
-EXPLICIT = {"coordinator_address": "a:1", "num_processes": 4, "process_id": 2, "cluster_detection_method": "deactivate"}
+EXPLICIT = {
+    "coordinator_address": "a:1",
+    "num_processes": 4,
+    "process_id": 2,
+    "cluster_detection_method": "deactivate",
+}
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}
 OMPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"}
 
 
-@pytest.mark.parametrize(("spec", "environ", "found"), [
-    ({}, {}, {}),
-    ({}, {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, {}),  # a batch script that did not call srun
-    ({}, {**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, {}),
-    ({}, SLURM, {"cluster_detection_method": "slurm"}),
-    ({"start": "off"}, SLURM, {}),
-    ({}, {**OMPI, "OMPI_MCA_orte_hnp_uri": "1.0;tcp://h:1"}, {"cluster_detection_method": "ompi"}),
-    ({"coordinator": "a:1"}, OMPI, EXPLICIT),
-    ({}, {**SLURM, "JAX_COORDINATOR_ADDRESS": "a:1"}, EXPLICIT),
-    ({"coordinator": "a:1", "processes": 4, "process": "2"}, {}, EXPLICIT),
-    ({"processes": 4}, {"JAX_COORDINATOR_ADDRESS": "a:1", "JOB_COMPLETION_INDEX": "2"}, EXPLICIT),
-    ({}, {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}, EXPLICIT),
-    ({"coordinator": "a:1", "processes": 1, "process": "0"}, {}, {}),
-    ({}, OMPI, "this Open MPI does not say where its first process is: set JAX_COORDINATOR_ADDRESS"),
-    ({"processes": 4}, {}, "nothing says where the first one is: set config.cluster.coordinator"),
-    ({"coordinator": "a:1", "processes": 4}, {}, "of 4 processes, and this one is number unknown: set"),
-    ({"coordinator": "a:1", "processes": 4, "process": "4"}, {}, "of 4 processes, and this one is number 4: set"),
-])
+@pytest.mark.parametrize(
+    ("spec", "environ", "found"),
+    [
+        ({}, {}, {}),
+        (
+            {},
+            {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"},
+            {},
+        ),  # a batch script that did not call srun
+        ({}, {**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, {}),
+        ({}, SLURM, {"cluster_detection_method": "slurm"}),
+        ({"start": "off"}, SLURM, {}),
+        (
+            {},
+            {**OMPI, "OMPI_MCA_orte_hnp_uri": "1.0;tcp://h:1"},
+            {"cluster_detection_method": "ompi"},
+        ),
+        ({"coordinator": "a:1"}, OMPI, EXPLICIT),
+        ({}, {**SLURM, "JAX_COORDINATOR_ADDRESS": "a:1"}, EXPLICIT),
+        ({"coordinator": "a:1", "processes": 4, "process": "2"}, {}, EXPLICIT),
+        (
+            {"processes": 4},
+            {"JAX_COORDINATOR_ADDRESS": "a:1", "JOB_COMPLETION_INDEX": "2"},
+            EXPLICIT,
+        ),
+        (
+            {},
+            {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"},
+            EXPLICIT,
+        ),
+        ({"coordinator": "a:1", "processes": 1, "process": "0"}, {}, {}),
+        (
+            {},
+            OMPI,
+            "this Open MPI does not say where its first process is: set JAX_COORDINATOR_ADDRESS",
+        ),
+        (
+            {"processes": 4},
+            {},
+            "nothing says where the first one is: set config.cluster.coordinator",
+        ),
+        (
+            {"coordinator": "a:1", "processes": 4},
+            {},
+            "of 4 processes, and this one is number unknown: set",
+        ),
+        (
+            {"coordinator": "a:1", "processes": 4, "process": "4"},
+            {},
+            "of 4 processes, and this one is number 4: set",
+        ),
+    ],
+)
 def test_where_the_others_are(spec: dict, environ: dict, found: dict | str) -> None:
     if isinstance(found, str):
         with pytest.raises(UserError, match=found):
@@ -67,21 +109,35 @@ class _Mesh:
         self.devices = np.array([_Device(p) for p in processes], object).reshape(shape)
 
 
-@pytest.mark.parametrize(("shape", "processes", "parts"), [
-    ((8, 1, 1, 1), [0, 0, 0, 0, 1, 1, 1, 1], [(0, 2), (1, 2)]),
-    ((2, 4, 1, 1), [0, 1, 0, 1, 2, 3, 2, 3], [(0, 4), (1, 4), (2, 4), (3, 4)]),  # rows of a host need not be neighbours
-    ((1, 2, 4, 1), [0, 0, 1, 1, 2, 2, 3, 3], [(0, 2), (0, 2), (1, 2), (1, 2)]),  # tensor reaches over two hosts
-    ((1, 1, 1, 4), [0, 0, 1, 1], [(0, 1), (0, 1)]),
-])
-def test_each_process_reads_the_rows_that_its_devices_hold(shape: tuple, processes: list, parts: list,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("shape", "processes", "parts"),
+    [
+        ((8, 1, 1, 1), [0, 0, 0, 0, 1, 1, 1, 1], [(0, 2), (1, 2)]),
+        (
+            (2, 4, 1, 1),
+            [0, 1, 0, 1, 2, 3, 2, 3],
+            [(0, 4), (1, 4), (2, 4), (3, 4)],
+        ),  # rows of a host need not be neighbours
+        (
+            (1, 2, 4, 1),
+            [0, 0, 1, 1, 2, 2, 3, 3],
+            [(0, 2), (0, 2), (1, 2), (1, 2)],
+        ),  # tensor reaches over two hosts
+        ((1, 1, 1, 4), [0, 0, 1, 1], [(0, 1), (0, 1)]),
+    ],
+)
+def test_each_process_reads_the_rows_that_its_devices_hold(
+    shape: tuple, processes: list, parts: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for process, part in enumerate(parts):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         assert sharding.reader(_Mesh(*shape, processes=processes)) == part
 
 
 def test_rows_that_are_half_shared_are_refused() -> None:
-    with pytest.raises(UserError, match="divides rows so that processes share some and not others: make tensor"):
+    with pytest.raises(
+        UserError, match="divides rows so that processes share some and not others: make tensor"
+    ):
         sharding.reader(_Mesh(3, 1, 2, 1, processes=[0, 0, 0, 1, 1, 1]))
 
 
@@ -91,7 +147,12 @@ def several(number: int, command: list[str], log: Path) -> list[subprocess.Popen
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"}
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": flags,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+    }
     started = []
     for process in range(number):
         with open(f"{log}.{process}", "a") as to:
@@ -106,8 +167,8 @@ def said(log: Path) -> str:
 
 LOOP = """
 import jax, numpy as np
-from particlejax import cluster, sharding
-from particlejax.spec import ClusterSpec, MeshSpec
+from particlejax.distributed import cluster, sharding
+from particlejax.config.experiment import ClusterSpec, MeshSpec
 cluster.start(ClusterSpec(heartbeat=5))
 mesh = sharding.make_mesh(MeshSpec())
 i, n = sharding.reader(mesh)
@@ -121,8 +182,12 @@ except Exception as error:
 """
 
 
-@pytest.mark.parametrize(("victim", "how"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)])  # dead, or silent
-def test_one_is_lost_and_the_other_ends_with_a_sentence(victim: int, how: signal.Signals, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("victim", "how"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)]
+)  # dead, or silent
+def test_one_is_lost_and_the_other_ends_with_a_sentence(
+    victim: int, how: signal.Signals, tmp_path: Path
+) -> None:
     log = tmp_path / "log"
     two = several(2, [sys.executable, "-c", LOOP], log)
     until = time.monotonic() + 60
@@ -134,9 +199,12 @@ def test_one_is_lost_and_the_other_ends_with_a_sentence(victim: int, how: signal
     assert two[victim].wait() == -signal.SIGKILL
     assert code == cluster.AGAIN or code < 0, "something that whoever started it sees"
     until = time.monotonic() + 60
-    while said(log).count(" of 2 ") < 2 and time.monotonic() < until:  # the witnesses speak after the end
+    # the witnesses speak after the end
+    while said(log).count(" of 2 ") < 2 and time.monotonic() < until:
         time.sleep(0.02)
-    assert re.search(f"particlejax: process {1 - victim} of 2 (has lost|was ended)", said(log)), said(log)
+    assert re.search(f"particlejax: process {1 - victim} of 2 (has lost|was ended)", said(log)), (
+        said(log)
+    )
     assert f"process {victim} of 2 was ended" in said(log), "also of the one that was killed"
     assert said(log).count("[{'who': 'me', 'part': [0, 2]}, {'who': 'meme', 'part': [1, 2]}]") == 2
 
@@ -152,14 +220,29 @@ def wait_for(workdir: Path, step: int, process: subprocess.Popen) -> None:
 
 def lines(workdir: Path) -> list[dict]:
     path = workdir / "metrics.jsonl"
-    found = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    found = (
+        [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        if path.exists()
+        else []
+    )
     return [line for line in found if line["split"] == "train"]
 
 
 def command(workdir: Path, cache_dir: str) -> list[str]:
-    return ["particlejax.main", "--config", "experiments/finetune.py:tiny", "--workdir", str(workdir), "--config.log.every=1",
-            f"--config.data.cache_dir={cache_dir}", f"{STAGE}.val=", f"{STAGE}.steps=60", "--config.checkpoint.every=100",
-            "--config.model.depth=1", "--config.evaluate.splits=()"]
+    return [
+        "particlejax.main",
+        "--config",
+        "experiments/finetune.py:tiny",
+        "--workdir",
+        str(workdir),
+        "--config.log.every=1",
+        f"--config.data.cache_dir={cache_dir}",
+        f"{STAGE}.val=",
+        f"{STAGE}.steps=60",
+        "--config.checkpoint.every=100",
+        "--config.model.depth=1",
+        "--config.evaluate.splits=()",
+    ]
 
 
 def test_four_processes_train_and_stop_as_one(cache_dir: str, tmp_path: Path) -> None:
@@ -177,5 +260,8 @@ def test_four_processes_train_and_stop_as_one(cache_dir: str, tmp_path: Path) ->
     after = lines(workdir)
     assert after[:stopped] == before and [line["step"] for line in after] == list(range(1, 61))
     shutil.rmtree(workdir)
-    assert entry.main(command(workdir, cache_dir)) == 0  # and from the start: the clips and their order are the same
-    np.testing.assert_allclose([line["loss"] for line in lines(workdir)], [line["loss"] for line in after], rtol=1e-4)
+    # and from the start: the clips and their order are the same
+    assert entry.main(command(workdir, cache_dir)) == 0
+    np.testing.assert_allclose(
+        [line["loss"] for line in lines(workdir)], [line["loss"] for line in after], rtol=1e-4
+    )

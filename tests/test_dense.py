@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dense layers in bfloat16: what linen's give, and gradients that stay float32 sums, over devices too."""
+"""Dense layers in bfloat16: what linen's give, and gradients that stay float32 sums, over devices
+too.
+"""
 
 import re
 from pathlib import Path
@@ -12,23 +14,32 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from particlejax import flops, sharding
-from particlejax.models import model as models
-from particlejax.modelspec import MaskedSpec, ModelSpec, WordsSpec
+from particlejax.config.experiment import MeshSpec
+from particlejax.config.model import MaskedSpec, ModelSpec, WordsSpec
+from particlejax.core import flops
+from particlejax.distributed import sharding
+from particlejax.models import particle_model as models
 from particlejax.nn import dense
-from particlejax.objectives import objectives
-from particlejax.particles import pack
+from particlejax.objectives import registry
+from particlejax.particles import packing
 from particlejax.particles.types import Batch, Particles
-from particlejax.spec import MeshSpec
 
-LAYERS = {"one axis": ((24,), dict(features=12)), "to heads": ((24,), dict(features=(3, 5))),
-          "to more": ((24,), dict(features=(4, 9))),
-          "from heads": ((3, 8), dict(features=12, axis=(-2, -1))), "no bias": ((24,), dict(features=12, use_bias=False))}
+LAYERS = {
+    "one axis": ((24,), dict(features=12)),
+    "to heads": ((24,), dict(features=(3, 5))),
+    "to more": ((24,), dict(features=(4, 9))),
+    "from heads": ((3, 8), dict(features=12, axis=(-2, -1))),
+    "no bias": ((24,), dict(features=12, use_bias=False)),
+}
 REDUCED = re.compile(r" = \(?(\w+)\[([\d,]*)\]\S* (?:all-reduce|reduce-scatter)(?:-start)?\(")
 
 
-def gradients(layer: nn.Module, params: dict, x: jax.Array, t: jax.Array) -> tuple[jax.Array, dict, jax.Array]:
-    """What the layer answers, and its gradients by parameters and input when `t` is that by its answer."""
+def gradients(
+    layer: nn.Module, params: dict, x: jax.Array, t: jax.Array
+) -> tuple[jax.Array, dict, jax.Array]:
+    """What the layer answers, and its gradients by parameters and input when `t` is that by its
+    answer.
+    """
     answer, pull = jax.vjp(lambda p, x: layer.apply({"params": p}, x), params, x)
     return answer, *pull(t.astype(answer.dtype))
 
@@ -38,16 +49,28 @@ def gradients(layer: nn.Module, params: dict, x: jax.Array, t: jax.Array) -> tup
 def test_layers_are_those_of_linen(name: str, dtype: str) -> None:
     shape, settings = LAYERS[name]
     x = jax.random.normal(jax.random.key(0), (2, 6, *shape), dtype)
-    pairs = (nn.Dense, dense.Dense) if name in ("one axis", "no bias") else (nn.DenseGeneral, dense.DenseGeneral)
-    theirs, ours = (kind(**settings, dtype=jnp.dtype(dtype), bias_init=nn.initializers.normal(1.0)) for kind in pairs)
+    pairs = (
+        (nn.Dense, dense.Dense)
+        if name in ("one axis", "no bias")
+        else (nn.DenseGeneral, dense.DenseGeneral)
+    )
+    theirs, ours = (
+        kind(**settings, dtype=jnp.dtype(dtype), bias_init=nn.initializers.normal(1.0))
+        for kind in pairs
+    )
     params = theirs.init(jax.random.key(1), x)["params"]
     jax.tree.map(np.testing.assert_array_equal, ours.init(jax.random.key(1), x)["params"], params)
-    t = jax.random.normal(jax.random.key(2), jax.eval_shape(ours.apply, {"params": params}, x).shape)
+    t = jax.random.normal(
+        jax.random.key(2), jax.eval_shape(ours.apply, {"params": params}, x).shape
+    )
     found, expected = gradients(ours, params, x, t), gradients(theirs, params, x, t)
     rounding = float(jnp.finfo(dtype).eps)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype
-        np.testing.assert_allclose(*(np.asarray(each, np.float32) for each in (a, b)), atol=4 * rounding * float(jnp.abs(b).max()))
+        np.testing.assert_allclose(
+            *(np.asarray(each, np.float32) for each in (a, b)),
+            atol=4 * rounding * float(jnp.abs(b).max()),
+        )
 
 
 def test_gradients_over_devices_lose_nothing_to_bfloat16() -> None:
@@ -58,13 +81,17 @@ def test_gradients_over_devices_lose_nothing_to_bfloat16() -> None:
     x, t = (jax.device_put(each, NamedSharding(mesh, P("data"))) for each in (x, t))
     error = {}
     for kind in (nn.Dense, dense.Dense):
-        _, grads, _ = jax.jit(gradients, static_argnums=0)(kind(16, dtype=jnp.bfloat16), params, x, t)
+        _, grads, _ = jax.jit(gradients, static_argnums=0)(
+            kind(16, dtype=jnp.bfloat16), params, x, t
+        )
         error[kind] = np.abs(grads["kernel"] - exact).max() / np.abs(exact).max()
     assert error[dense.Dense] < 1e-6 and error[nn.Dense] > 1e-3
 
 
 @pytest.mark.parametrize(("learns", "products"), [((0,), 2), ((1,), 2), ((0, 1), 3), ((), 1)])
-def test_what_does_not_learn_costs_and_keeps_nothing(learns: tuple[int, ...], products: int) -> None:
+def test_what_does_not_learn_costs_and_keeps_nothing(
+    learns: tuple[int, ...], products: int
+) -> None:
     x, params = jnp.ones((4, 6, 8)), {"kernel": jnp.ones((8, 10)), "bias": jnp.ones(10)}
 
     def loss(*args: object) -> jax.Array:
@@ -79,26 +106,55 @@ def batch() -> Batch:
     rng = np.random.default_rng(0)
 
     def some(number: int, payload: np.ndarray) -> Particles:
-        return Particles(payload, rng.uniform(size=(number, 3)).astype(np.float32), np.ones((number, 3), np.float32),
-                         np.ones(number, np.int32))
+        return Particles(
+            payload,
+            rng.uniform(size=(number, 3)).astype(np.float32),
+            np.ones((number, 3), np.float32),
+            np.ones(number, np.int32),
+        )
 
-    clips = [pack.Clip({"text": some(8, rng.integers(2, 20, (8, 1)).astype(np.int32)),
-                        "vision": some(24, rng.normal(size=(24, 96)).astype(np.float32))}, 0, i) for i in range(8)]
-    return pack.pack(clips, range(8), {"text": pack.Slots(8, 1, "int32"), "vision": pack.Slots(24, 96)}, 8, 1)
+    clips = [
+        packing.Clip(
+            {
+                "text": some(8, rng.integers(2, 20, (8, 1)).astype(np.int32)),
+                "vision": some(24, rng.normal(size=(24, 96)).astype(np.float32)),
+            },
+            0,
+            i,
+        )
+        for i in range(8)
+    ]
+    return packing.pack(
+        clips,
+        range(8),
+        {"text": packing.Slots(8, 1, "int32"), "vision": packing.Slots(24, 96)},
+        8,
+        1,
+    )
 
 
 def reduced(spec: ModelSpec, mesh: jax.sharding.Mesh, folder: Path) -> list[tuple[str, str]]:
-    """Type and shape of whatever the program of a model's gradients adds up over devices, as it was divided among them.
+    """Type and shape of whatever the program of a model's gradients adds up over devices, as it was
+    divided among them.
 
     Backends go on from there in their own ways: XLA's CPU, for one, sums bfloat16 in float32.
     """
     specs = {"masked": MaskedSpec(keep=0.5), "words": WordsSpec(keep=0.5)}
-    model = models.build(spec, {"text": models.Payload(1, 20), "vision": models.Payload(96)}, needs=objectives.parts(specs))
-    objective, key = objectives.combine(specs), jax.random.key(0)
+    model = models.build(
+        spec,
+        {"text": models.Payload(1, 20), "vision": models.Payload(96)},
+        needs=registry.parts(specs),
+    )
+    objective, key = registry.combine(specs), jax.random.key(0)
     shapes = models.parameter_shapes(model, batch())
-    params = jax.tree.map(lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to), shapes,
-                          sharding.param_shardings(shapes, mesh))
-    told = sharding.on(mesh, jax.grad(lambda params, batch: objective(params, model, batch, key, True)[0]))
+    params = jax.tree.map(
+        lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to),
+        shapes,
+        sharding.param_shardings(shapes, mesh),
+    )
+    told = sharding.on(
+        mesh, jax.grad(lambda params, batch: objective(params, model, batch, key, True)[0])
+    )
     dump = {"xla_dump_to": str(folder), "xla_dump_hlo_pass_re": "spmd-partitioning"}
     jax.jit(told).lower(params, sharding.put(batch(), mesh)).compile(dump)
     text = next(folder.glob("*.after_spmd-partitioning.*")).read_text()
@@ -107,10 +163,24 @@ def reduced(spec: ModelSpec, mesh: jax.sharding.Mesh, folder: Path) -> list[tupl
 
 def test_what_devices_add_up_for_parameters_is_float32(tmp_path: Path) -> None:
     """In bfloat16 come, over `tensor`, what layers answer alone, [rows, L, D]."""
-    spec = ModelSpec(width=32, depth=1, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2, unroll=False,
-                     dtype="bfloat16", layer_scale=0.1, gate="swiglu", qk_norm=True)
+    spec = ModelSpec(
+        width=32,
+        depth=1,
+        heads=2,
+        decoder_width=16,
+        decoder_depth=1,
+        decoder_heads=2,
+        unroll=False,
+        dtype="bfloat16",
+        layer_scale=0.1,
+        gate="swiglu",
+        qk_norm=True,
+    )
     found = reduced(spec, sharding.make_mesh(MeshSpec(data=2, fsdp=2, tensor=2)), tmp_path)
     small = [tuple(map(int, dims.split(","))) for kind, dims in found if kind == "bf16"]
     rows = batch().label.shape[0] // 4
-    assert small and all(len(dims) == 3 and dims[0] == rows and dims[2] in (spec.width, spec.decoder_width) for dims in small)
+    assert small and all(
+        len(dims) == 3 and dims[0] == rows and dims[2] in (spec.width, spec.decoder_width)
+        for dims in small
+    )
     assert sum(kind == "f32" for kind, _ in found) > 20

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features of a frozen network as particles: where they stand, what they say, that training on them needs no video."""
+"""Features of a frozen network as particles: where they stand, what they say, that training on them
+needs no video.
+"""
 
 import dataclasses
 import gc
@@ -14,20 +16,29 @@ import numpy as np
 import pytest
 
 from particlejax import main as entry
-from particlejax.apps import features as job
-from particlejax.apps import probe_backbone
-from particlejax.data import clips, decode, pipeline, sources, subclips
-from particlejax.data import features as files
-from particlejax.data.decode import Unreadable, raw_file
-from particlejax.jobspec import FeaturesSpec
-from particlejax.models import backbones
-from particlejax.particles import pack
-from particlejax.spec import AugmentSpec, DataSpec, FeatureSpec, ParticleSpec
-from particlejax.typing import UserError
+from particlejax.config.experiment import AugmentSpec, DataSpec, FeatureSpec, ParticleSpec
+from particlejax.config.jobs import FeaturesSpec
+from particlejax.core.typing import UserError
+from particlejax.data import clips, pipeline, sources
+from particlejax.data.modalities import feature_reader
+from particlejax.data.modalities import feature_store as files
+from particlejax.data.video import decode
+from particlejax.data.video.decode import Unreadable, raw_file
+from particlejax.jobs import extract_features as job
+from particlejax.jobs import linear_probe
+from particlejax.models.zoo import backbones
+from particlejax.particles import packing
 
 RATE, CUT = 10.0, ParticleSpec("grid", (4, 16, 16))
-SETTINGS = {"model": "c3d_tiny", "weights": "random", "endpoint": "conv5b", "cells": (0, 2, 1), "frames": 16, "seconds": 1.0,
-            "stride": 0.5}
+SETTINGS = {
+    "model": "c3d_tiny",
+    "weights": "random",
+    "endpoint": "conv5b",
+    "cells": (0, 2, 1),
+    "frames": 16,
+    "seconds": 1.0,
+    "stride": 0.5,
+}
 
 
 def clip(colour: int, i: int, frames: int) -> bytes:
@@ -66,21 +77,32 @@ def kept(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The features of the folder."""
     keep = tmp_path_factory.mktemp("keep")
     results = compute(folder, keep, keep.with_name("job"))
-    assert results["features"]["train"] == {"clips": 10, "computed": 10, "particles": 4 * (4 * 1 + 3 * 3 + 3 * 4)}  # see `starts`
+    # see `starts`
+    assert results["features"]["train"] == {
+        "clips": 10,
+        "computed": 10,
+        "particles": 4 * (4 * 1 + 3 * 3 + 3 * 4),
+    }
     assert [Path(each["path"]).name for each in results["bad"]] == ["broken.mkv"]
     return keep
 
 
 def data_of(kept: Path, **more: object) -> DataSpec:
-    return DataSpec(modalities=("features",), features=FeatureSpec(str(kept)), **{"seconds": 2.0, "size": 32, **more})
+    return DataSpec(
+        modalities=("features",),
+        features=FeatureSpec(str(kept)),
+        **{"seconds": 2.0, "size": 32, **more},
+    )
 
 
 def test_sub_clips_cover_the_clip_and_cells_the_sub_clip() -> None:
-    np.testing.assert_allclose(subclips.starts(2.0, 1.0, 0.5), [0, 0.5, 1.0])
-    np.testing.assert_allclose(subclips.starts(2.3, 1.0, 0.5), [0, 0.5, 1.0, 1.5])  # the last one shows its last frame for a while
-    np.testing.assert_allclose(subclips.starts(0.6, 1.0, 0.5), [0])
-    np.testing.assert_allclose(subclips.starts(2.0, 0.5, 2.0), [0])  # they may stand apart, but not beyond the end
-    about = subclips.placed(np.array([0.0, 0.5]), 1.0, (2, 2, 1))
+    np.testing.assert_allclose(feature_reader.starts(2.0, 1.0, 0.5), [0, 0.5, 1.0])
+    # the last one shows its last frame for a while
+    np.testing.assert_allclose(feature_reader.starts(2.3, 1.0, 0.5), [0, 0.5, 1.0, 1.5])
+    np.testing.assert_allclose(feature_reader.starts(0.6, 1.0, 0.5), [0])
+    # they may stand apart, but not beyond the end
+    np.testing.assert_allclose(feature_reader.starts(2.0, 0.5, 2.0), [0])
+    about = feature_reader.placed(np.array([0.0, 0.5]), 1.0, (2, 2, 1))
     np.testing.assert_allclose(about[:, 0], [0.25, 0.25, 0.75, 0.75, 0.75, 0.75, 1.25, 1.25])
     np.testing.assert_allclose(about[:2, 1], [0.25, 0.75])
     assert (about[:, 2] == 0.5).all() and (about[:, 3:] == [0.5, 0.5, 1]).all()
@@ -99,16 +121,26 @@ def test_cells_are_means_and_their_mean_is_the_map_s(cells: tuple[int, int, int]
 
 def test_particles_are_what_the_network_says_of_that_part(folder: Path, kept: Path) -> None:
     record = next(each for each in _records(folder, "train") if "/5." in each.name)  # 23 frames
-    found, what = subclips.read(record, FeatureSpec(str(kept))), subclips.opened(FeatureSpec(str(kept)))
-    frozen = probe_backbone.load(FeaturesSpec(**SETTINGS))
+    found, what = (
+        feature_reader.read(record, FeatureSpec(str(kept))),
+        feature_reader.opened(FeatureSpec(str(kept))),
+    )
+    frozen = linear_probe.load(FeaturesSpec(**SETTINGS))
     part = dataclasses.replace(record, start=0.5, end=1.5)
     pixels = clips.load(part, DataSpec(frames=16, size=32, seconds=1.0), clips.CENTRE).frames
-    map_THWD = np.asarray(jax.jit(lambda p, x: backbones.features(frozen.backbone, p, x, "conv5b", pooled=False))(
-        frozen.params, pixels[None]))[0]
+    map_THWD = np.asarray(
+        jax.jit(lambda p, x: backbones.features(frozen.backbone, p, x, "conv5b", pooled=False))(
+            frozen.params, pixels[None]
+        )
+    )[0]
     assert map_THWD.shape == (2, 2, 2, 8) and what.cells == 4
     wanted = map_THWD.mean(axis=2).reshape(4, 8)
-    np.testing.assert_allclose(found.features[4:8] * what.deviation + what.mean, wanted, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found.about[4:8, :2], [[0.75, 0.25], [0.75, 0.75], [1.25, 0.25], [1.25, 0.75]], atol=1e-6)
+    np.testing.assert_allclose(
+        found.features[4:8] * what.deviation + what.mean, wanted, rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        found.about[4:8, :2], [[0.75, 0.25], [0.75, 0.75], [1.25, 0.25], [1.25, 0.75]], atol=1e-6
+    )
 
 
 def _records(folder: Path, split: str) -> list[sources.Record]:
@@ -117,60 +149,98 @@ def _records(folder: Path, split: str) -> list[sources.Record]:
 
 
 def test_features_are_standardised_by_the_first_split(folder: Path, kept: Path) -> None:
-    values = np.concatenate([subclips.read(each, FeatureSpec(str(kept))).features for each in _records(folder, "train")])
+    values = np.concatenate(
+        [
+            feature_reader.read(each, FeatureSpec(str(kept))).features
+            for each in _records(folder, "train")
+        ]
+    )
     moving = values.std(axis=0) > 0.5  # the others hardly ever change
     assert moving.any()
     np.testing.assert_allclose(values.mean(axis=0)[moving], 0, atol=1e-3)
     np.testing.assert_allclose(values.std(axis=0)[moving], 1, atol=1e-3)
-    each, what = _records(folder, "train")[0], subclips.opened(FeatureSpec(str(kept)))
-    raw = subclips.read(each, FeatureSpec(str(kept))).features * np.float32(what.deviation) + np.float32(what.mean)
-    equal = subclips.read(each, FeatureSpec(str(kept), scale="length")).features
+    each, what = _records(folder, "train")[0], feature_reader.opened(FeatureSpec(str(kept)))
+    raw = feature_reader.read(each, FeatureSpec(str(kept))).features * np.float32(
+        what.deviation
+    ) + np.float32(what.mean)
+    equal = feature_reader.read(each, FeatureSpec(str(kept), scale="length")).features
     np.testing.assert_allclose(np.square(equal).mean(axis=1), 1, rtol=1e-4)
-    np.testing.assert_allclose(equal * np.sqrt(np.square(raw).mean(axis=1, keepdims=True)), raw, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(
+        equal * np.sqrt(np.square(raw).mean(axis=1, keepdims=True)), raw, rtol=1e-3, atol=1e-4
+    )
 
 
-def test_no_frame_is_decoded_and_rows_have_room(folder: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode.Video, "__init__", lambda self, source: pytest.fail("a video was opened"))
+def test_no_frame_is_decoded_and_rows_have_room(
+    folder: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        decode.Video, "__init__", lambda self, source: pytest.fail("a video was opened")
+    )
     for seconds in (0.4, 1.0, 1.2, 1.5, 1.9, 2.0, 5.0):
         data = data_of(kept, seconds=seconds, augment=AugmentSpec(speed=(0.5, 2.0)))
         row = pipeline.row_of(data, CUT)
         assert row.slots["features"].size == 8
         for record in _records(folder, "train"):
             for look in (clips.CENTRE, *map(np.random.default_rng, range(4))):
-                seen = clips.particles_of(clips.load(record, data, look), data, CUT, np.random.default_rng(0))["features"]
-                pack.pack([pack.Clip({"features": seen}, 0, 0)], [0], row.slots, 1, 1)  # raises where it does not fit
+                seen = clips.particles_of(
+                    clips.load(record, data, look), data, CUT, np.random.default_rng(0)
+                )["features"]
+                # raises where it does not fit
+                packing.pack([packing.Clip({"features": seen}, 0, 0)], [0], row.slots, 1, 1)
                 assert len(seen.segment) % 4 == 0 and len(seen.segment) >= 4
 
 
 def test_spans_are_drawn_and_share_the_clock_of_the_frames(folder: Path, kept: Path) -> None:
-    record = next(each for each in _records(folder, "train") if "/5." in each.name)  # its sub-clips end at 2.5 s
-    whole = subclips.read(record, FeatureSpec(str(kept)))
+    # its sub-clips end at 2.5 s
+    record = next(each for each in _records(folder, "train") if "/5." in each.name)
+    whole = feature_reader.read(record, FeatureSpec(str(kept)))
     part = whole.during(0.4, 1.7)
-    np.testing.assert_allclose(sorted(set(part.place[:, 0].round(4))), [0.35, 0.85, 1.35])  # of those from 0.5 and from 1.0 on
+    # of those from 0.5 and from 1.0 on
+    np.testing.assert_allclose(sorted(set(part.place[:, 0].round(4))), [0.35, 0.85, 1.35])
     np.testing.assert_array_equal(part.payload, whole.features[4:12])
     near = whole.during(0.6, 0.2)  # no sub-clip lies in it
     assert len(near.segment) == 4 and abs(near.place[:, 0].mean() - 0.1) <= 0.25
-    both = dataclasses.replace(data_of(kept, frames=8), modalities=("vision", "features"), features=FeatureSpec(str(kept), 1.5))
+    both = dataclasses.replace(
+        data_of(kept, frames=8),
+        modalities=("vision", "features"),
+        features=FeatureSpec(str(kept), 1.5),
+    )
     seen = clips.load(record, both, clips.CENTRE)
     offset = (2.3 - 2.0) / 2
-    np.testing.assert_allclose(seen.kept["features"].place, whole.during(offset, 1.5).place, atol=1e-3)
+    np.testing.assert_allclose(
+        seen.kept["features"].place, whole.during(offset, 1.5).place, atol=1e-3
+    )
     assert len(seen.frames) == 8
-    drawn = [clips.load(record, data_of(kept, seconds=1.0), np.random.default_rng(i)).kept["features"] for i in range(8)]
-    assert len({float(each.payload[0, 0]) for each in drawn}) > 1, "another draw sees another sub-clip"
+    drawn = [
+        clips.load(record, data_of(kept, seconds=1.0), np.random.default_rng(i)).kept["features"]
+        for i in range(8)
+    ]
+    assert len({float(each.payload[0, 0]) for each in drawn}) > 1, (
+        "another draw sees another sub-clip"
+    )
 
 
 def test_what_is_not_there_names_the_command(folder: Path, kept: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="features.folder is empty: name the folder that"):
         pipeline.row_of(DataSpec(modalities=("features",)), CUT)
-    with pytest.raises(UserError, match="holds no features .*run `python -m particlejax.main --config experiments/features.py"):
+    with pytest.raises(
+        UserError,
+        match="holds no features .*run `python -m particlejax.main --config "
+        "experiments/features.py",
+    ):
         pipeline.row_of(data_of(tmp_path), CUT)
-    with pytest.raises(UserError, match="config.data.features.seconds and config.data.seconds are 0"):
+    with pytest.raises(
+        UserError, match="config.data.features.seconds and config.data.seconds are 0"
+    ):
         pipeline.row_of(data_of(kept, seconds=0.0), CUT)
     with pytest.raises(UserError, match="augment.mixup speaks of frames"):
         pipeline.row_of(data_of(kept, augment=AugmentSpec(mixup=0.2)), CUT)
     strange = sources.Record("strange", clip(0, 99, 20))
-    with pytest.raises(Unreadable, match=r"no features in .* run `python -m particlejax.main .*--config.cells=\(0, 2, 1\)"):
-        subclips.read(strange, FeatureSpec(str(kept)))
+    with pytest.raises(
+        Unreadable,
+        match=r"no features in .* run `python -m particlejax.main .*--config.cells=\(0, 2, 1\)",
+    ):
+        feature_reader.read(strange, FeatureSpec(str(kept)))
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "network.json").write_text("{")
@@ -178,12 +248,16 @@ def test_what_is_not_there_names_the_command(folder: Path, kept: Path, tmp_path:
         pipeline.row_of(data_of(broken), CUT)
     with pytest.raises(UserError, match=r"another network or sampling \(stride differs\)"):
         job.prepared(FeaturesSpec(**(SETTINGS | {"stride": 0.25})), kept)
-    with pytest.raises(UserError, match=r"config.cells=\(5, 1, 1\) are more than the map of c3d_tiny has, \(2, 2, 2\)"):
+    with pytest.raises(
+        UserError,
+        match=r"config.cells=\(5, 1, 1\) are more than the map of c3d_tiny has, \(2, 2, 2\)",
+    ):
         job.prepared(FeaturesSpec(**(SETTINGS | {"cells": (5, 1, 1)})), tmp_path)
 
 
-def test_the_damaged_are_named_and_computed_again_and_a_run_learns(folder: Path, kept: Path, tmp_path: Path,
-                                                                    capfd: pytest.CaptureFixture) -> None:
+def test_the_damaged_are_named_and_computed_again_and_a_run_learns(
+    folder: Path, kept: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     keep = tmp_path / "keep"
     shutil.copytree(kept, keep)
     paths = sorted(keep.rglob("*.features"))
@@ -194,7 +268,7 @@ def test_the_damaged_are_named_and_computed_again_and_a_run_learns(folder: Path,
     reasons = []
     for record in (*_records(folder, "train"), *_records(folder, "val")):
         try:
-            subclips.read(record, FeatureSpec(str(keep)))
+            feature_reader.read(record, FeatureSpec(str(keep)))
         except Unreadable as error:
             reasons.append(error.reason)
     assert sum("is damaged, run `python -m particlejax.main" in reason for reason in reasons) == 1
@@ -203,9 +277,18 @@ def test_the_damaged_are_named_and_computed_again_and_a_run_learns(folder: Path,
     assert results["features"]["train"]["computed"] + results["features"]["val"]["computed"] == 1
     assert "is damaged: its features are computed again" in capfd.readouterr().err
     assert (keep / "network.json").read_bytes() == before
-    command("finetune_features.py:tiny", tmp_path / "run", f"--config.data.source=folder:{folder}", "--config.data.seconds=2.0",
-            f"--config.data.features.folder={keep}", "--config.stages.finetune.steps=40", "--config.stages.finetune.val_every=40",
-            "--config.stages.finetune.ema=0.0", "--config.data.features.scale=each", "--config.stages.finetune.optim.rate=0.003")
+    command(
+        "finetune_features.py:tiny",
+        tmp_path / "run",
+        f"--config.data.source=folder:{folder}",
+        "--config.data.seconds=2.0",
+        f"--config.data.features.folder={keep}",
+        "--config.stages.finetune.steps=40",
+        "--config.stages.finetune.val_every=40",
+        "--config.stages.finetune.ema=0.0",
+        "--config.data.features.scale=each",
+        "--config.stages.finetune.optim.rate=0.003",
+    )
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["finetune"]["val"]["top1"] == 1.0, "red and blue are easily told"
     assert [Path(each["path"]).name for each in results["bad"]] == ["broken.mkv"]
@@ -220,7 +303,10 @@ def test_threads_read_features_beside_each_other(tmp_path: Path) -> None:
     sys.setswitchinterval(1e-6)
     try:
         with ThreadPoolExecutor(8) as pool:
-            assert all(found.sum() == 12 for found in pool.map(lambda _: files.load(tmp_path, "abcdef"), range(1500)))
+            assert all(
+                found.sum() == 12
+                for found in pool.map(lambda _: files.load(tmp_path, "abcdef"), range(1500))
+            )
     finally:
         gc.set_threshold(*before)
         sys.setswitchinterval(interval)

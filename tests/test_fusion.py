@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fusions and options of a block: one table through one battery. Who reads whom is proved by gradients exactly zero."""
+"""Fusions and options of a block: one table through one battery. Who reads whom is proved by
+gradients exactly zero.
+"""
 
 import dataclasses
 import functools
@@ -9,16 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from particlejax import tree
-from particlejax.models import model as models
-from particlejax.modelspec import ModelSpec
-from particlejax.nn import fusion, rotary
-from particlejax.particles import pack
+from particlejax.config.experiment import Experiment
+from particlejax.config.model import ModelSpec
+from particlejax.core import tree
+from particlejax.core.typing import UserError
+from particlejax.models import particle_model as models
+from particlejax.nn import fusion, rope
+from particlejax.particles import packing
 from particlejax.particles.types import Batch, Particles
-from particlejax.spec import Experiment
-from particlejax.typing import UserError
 
-SPEC = ModelSpec(width=24, depth=3, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=1, mlp=2, unroll=False)
+SPEC = ModelSpec(
+    width=24,
+    depth=3,
+    heads=2,
+    decoder_width=16,
+    decoder_depth=1,
+    decoder_heads=1,
+    mlp=2,
+    unroll=False,
+)
 VARIANTS = {
     "early": {},
     "token": dict(pool="token"),
@@ -27,35 +38,49 @@ VARIANTS = {
     "late": dict(fusion="late"),
     "cross": dict(fusion="cross", fuse_from=1),
     "cross separate": dict(fusion="cross", fuse_from=2, separate=True, pool="token"),
-    "bottleneck separate": dict(fusion="bottleneck", latents=3, separate=True, pool="attention", pool_heads=2),
+    "bottleneck separate": dict(
+        fusion="bottleneck", latents=3, separate=True, pool="attention", pool_heads=2
+    ),
     "options": dict(rotary=True, qk_norm=True, gate="swiglu", layer_scale=0.1),
 }
 SIZES = {"audio": 5, "vision": 7}
-SLOTS = {"audio": pack.Slots(13, 5), "vision": pack.Slots(17, 7)}
+SLOTS = {"audio": packing.Slots(13, 5), "vision": packing.Slots(17, 7)}
 
 
 def particles(rng: np.random.Generator, modality: str, number: int) -> Particles:
     place = rng.random((number, 3)).astype(np.float32)
     payload = rng.normal(size=(number, SIZES[modality])).astype(np.float32)
-    return Particles(payload, place, np.full((number, 3), 0.2, np.float32), np.ones(number, np.int32))
+    return Particles(
+        payload, place, np.full((number, 3), 0.2, np.float32), np.ones(number, np.int32)
+    )
 
 
-def clip(i: int, *modalities: str) -> pack.Clip:
+def clip(i: int, *modalities: str) -> packing.Clip:
     rng = np.random.default_rng(i)
-    return pack.Clip({m: particles(rng, m, 4 + i) for m in modalities}, i, i)
+    return packing.Clip({m: particles(rng, m, 4 + i) for m in modalities}, i, i)
 
 
-CLIPS = [clip(0, "audio", "vision"), clip(1, "vision"), clip(2, "audio", "vision"), clip(3, "audio")]
+CLIPS = [
+    clip(0, "audio", "vision"),
+    clip(1, "vision"),
+    clip(2, "audio", "vision"),
+    clip(3, "audio"),
+]
 
 
-def rows_of(clips: list[pack.Clip], per_row: int = 4) -> Batch:
-    return jax.tree.map(jnp.asarray, pack.pack(clips, [0] * len(clips), SLOTS, 1, per_row))
+def rows_of(clips: list[packing.Clip], per_row: int = 4) -> Batch:
+    return jax.tree.map(jnp.asarray, packing.pack(clips, [0] * len(clips), SLOTS, 1, per_row))
 
 
 @functools.cache
 def built(name: str) -> tuple[models.Model, dict]:
     spec = dataclasses.replace(SPEC, **VARIANTS[name])
-    model = models.build(spec, {m: models.Payload(size) for m, size in SIZES.items()}, classes=5, needs=models.Needs(decoder=True))
+    model = models.build(
+        spec,
+        {m: models.Payload(size) for m, size in SIZES.items()},
+        classes=5,
+        needs=models.Needs(decoder=True),
+    )
     return model, jax.jit(model.init)(jax.random.key(0), rows_of(CLIPS[:3]))
 
 
@@ -64,11 +89,13 @@ def logits(model: models.Model, params: dict, batch: Batch) -> jax.Array:
     return model.apply(params, "classify", tokens, 4)
 
 
-@pytest.mark.parametrize("name", ["early", "late", "cross separate", "bottleneck separate", "options"])  # which hold the others
+@pytest.mark.parametrize(
+    "name", ["early", "late", "cross separate", "bottleneck separate", "options"]
+)  # which hold the others
 def test_packed_equals_alone_no_clip_sees_another_and_every_parameter_counts(name: str) -> None:
     model, params = built(name)
     chosen = [CLIPS[i] for i in (0, 1, 3)]  # with both modalities, without sound, without sight
-    batch = jax.tree.map(jnp.asarray, pack.pack(chosen * 2, [0, 0, 0, 1, 2, 3], SLOTS, 4, 4))
+    batch = jax.tree.map(jnp.asarray, packing.pack(chosen * 2, [0, 0, 0, 1, 2, 3], SLOTS, 4, 4))
 
     def of_first_clip(params: dict, payloads: dict) -> tuple[jax.Array, jax.Array]:
         new = {m: dataclasses.replace(p, payload=payloads[m]) for m, p in batch.particles.items()}
@@ -81,7 +108,9 @@ def test_packed_equals_alone_no_clip_sees_another_and_every_parameter_counts(nam
         return total, found
 
     payloads = {m: p.payload for m, p in batch.particles.items()}
-    (grads, seen), found = jax.jit(jax.grad(of_first_clip, argnums=(0, 1), has_aux=True))(params, payloads)
+    (grads, seen), found = jax.jit(jax.grad(of_first_clip, argnums=(0, 1), has_aux=True))(
+        params, payloads
+    )
     for i in range(3):
         np.testing.assert_allclose(found[0, i], found[1 + i, 0], atol=2e-5)
     for m, p in batch.particles.items():
@@ -97,14 +126,24 @@ def test_a_modality_left_out_is_one_without_particles(name: str) -> None:
     model, params = built(name)
     batch = rows_of([CLIPS[1]])
     seen = dataclasses.replace(batch, particles={"vision": batch.particles["vision"]})
-    found = [jax.jit(functools.partial(logits, model))(params, each)[0, 0] for each in (batch, seen)]
+    found = [
+        jax.jit(functools.partial(logits, model))(params, each)[0, 0] for each in (batch, seen)
+    ]
     np.testing.assert_allclose(*found, atol=2e-5)
 
 
-@pytest.mark.parametrize("name, crosses", [
-    ("early", (True, True, True)), ("late", (False, False, False)), ("cross", (False, True, True)),
-    ("bottleneck", (False, False, True))])  # latents have read the other modality a block before they are read
-def test_what_crosses_between_modalities_and_from_which_block_on(name: str, crosses: tuple[bool, ...]) -> None:
+@pytest.mark.parametrize(
+    "name, crosses",
+    [
+        ("early", (True, True, True)),
+        ("late", (False, False, False)),
+        ("cross", (False, True, True)),
+        ("bottleneck", (False, False, True)),
+    ],
+)  # latents have read the other modality a block before they are read
+def test_what_crosses_between_modalities_and_from_which_block_on(
+    name: str, crosses: tuple[bool, ...]
+) -> None:
     model, params = built(name)
     batch = rows_of(CLIPS[:1], 1)
     sight, sound = batch.particles["vision"], batch.particles["audio"]
@@ -113,15 +152,22 @@ def test_what_crosses_between_modalities_and_from_which_block_on(name: str, cros
     def heard(block: int, payload: jax.Array) -> jax.Array:
         new = {"vision": sight, "audio": dataclasses.replace(sound, payload=payload)}
         _, inner = model.apply(params, "encode", new, 1)
-        return (jnp.sin(jnp.concatenate(inner["blocks"])[block, 0, slots]).sum(-1) * (sight.segment[0] > 0)).sum()
+        return (
+            jnp.sin(jnp.concatenate(inner["blocks"])[block, 0, slots]).sum(-1)
+            * (sight.segment[0] > 0)
+        ).sum()
 
-    seen = jax.jit(lambda payload: [jax.grad(functools.partial(heard, block))(payload) for block in range(3)])(sound.payload)
+    seen = jax.jit(
+        lambda payload: [jax.grad(functools.partial(heard, block))(payload) for block in range(3)]
+    )(sound.payload)
     found = [bool(jnp.abs(each).max() > 0) for each in seen]
     assert tuple(found) == crosses
 
 
 def test_only_latents_carry_what_crosses_the_bottleneck() -> None:
-    parts = fusion.Parts(("class", "latents", "audio", "vision"), (1, 2, 3, 4), "bottleneck", 1, False)
+    parts = fusion.Parts(
+        ("class", "latents", "audio", "vision"), (1, 2, 3, 4), "bottleneck", 1, False
+    )
     assert parts.reads(True) == ((0, 1, 2, 3), (1, 2, 3), (1, 2), (1, 3))
     assert parts.reads(False) == ((0, 1, 2, 3), (1,), (2,), (3,))
 
@@ -130,7 +176,9 @@ def test_class_tokens_read_and_are_never_read() -> None:
     model, params = built("token")
     plain, _ = built("early")
     batch = rows_of(CLIPS[:3])
-    with_token, without = jax.jit(lambda b: [m.apply(params, "encode", b, 4)[0] for m in (model, plain)])(batch.particles)
+    with_token, without = jax.jit(
+        lambda b: [m.apply(params, "encode", b, 4)[0] for m in (model, plain)]
+    )(batch.particles)
     np.testing.assert_allclose(with_token.x, without.x, atol=2e-5)
     assert with_token.whole.shape == (1, 4, 24)
 
@@ -142,28 +190,42 @@ def test_separate_blocks_that_are_alike_are_shared_ones() -> None:
     alike = inner | {f"blocks_{m}": same["encoder"]["transformer"]["blocks"] for m in SIZES}
     params = same | {"encoder": same["encoder"] | {"transformer": alike}}
     batch = rows_of(CLIPS[:3])
-    apart, together = jax.jit(lambda b: (model.apply(params, "encode", b)[0].x, shared.apply(same, "encode", b)[0].x))(
-        batch.particles)
+    apart, together = jax.jit(
+        lambda b: (model.apply(params, "encode", b)[0].x, shared.apply(same, "encode", b)[0].x)
+    )(batch.particles)
     np.testing.assert_allclose(apart, together, atol=2e-5)
 
 
 def test_a_modality_is_hidden_now_and_then_and_never_the_last() -> None:
     sound = jnp.array([[1, 1, 2, 0], [1, 0, 0, 0]])
     sight = jnp.array([[1, 3, 3], [1, 2, 0]])
-    hidden = jax.vmap(lambda key: jnp.concatenate(fusion.hide(key, [sound, sight], 3, 0.5), axis=1))(
-        jax.random.split(jax.random.key(0), 64))
+    hidden = jax.vmap(
+        lambda key: jnp.concatenate(fusion.hide(key, [sound, sight], 3, 0.5), axis=1)
+    )(jax.random.split(jax.random.key(0), 64))
     whole = jnp.concatenate([sound, sight], axis=1)
     assert ((hidden == whole[None]) | (hidden == 0)).all()
     for number, row in ((1, 0), (1, 1)):  # clips with both
-        left = [np.asarray((hidden[:, row, part] == number).any(-1)) for part in (slice(0, 4), slice(4, 7))]
-        assert (left[0] | left[1]).all() and not left[0].all() and not left[1].all() and (left[0] & left[1]).any()
+        left = [
+            np.asarray((hidden[:, row, part] == number).any(-1))
+            for part in (slice(0, 4), slice(4, 7))
+        ]
+        assert (
+            (left[0] | left[1]).all()
+            and not left[0].all()
+            and not left[1].all()
+            and (left[0] & left[1]).any()
+        )
     for number, row in ((2, 0), (3, 0), (2, 1)):  # clips with one
         assert ((hidden[:, row] == number).sum(-1) == (whole[row] == number).sum()).all()
     spec = dataclasses.replace(SPEC, modality_dropout=0.9)
     model = models.build(spec, {m: models.Payload(size) for m, size in SIZES.items()})
     particles = rows_of(CLIPS[:1]).particles
-    segment = jax.jit(lambda p: [model.apply(p, "encode", particles, 4, key=key)[0].segment
-                                 for key in (None, jax.random.key(1))])(built("early")[1])
+    segment = jax.jit(
+        lambda p: [
+            model.apply(p, "encode", particles, 4, key=key)[0].segment
+            for key in (None, jax.random.key(1))
+        ]
+    )(built("early")[1])
     assert (segment[0] > 0).sum() == 8 and (segment[1] > 0).sum() == 4
 
 
@@ -173,7 +235,7 @@ def test_rotary_places_know_distances_alone() -> None:
     place = jnp.asarray(rng.random((1, 6, 3)), jnp.float32)
 
     def logits(place: jax.Array) -> jax.Array:
-        return jnp.einsum("bhlk,bhmk->bhlm", rotary.turn(query, place), rotary.turn(key, place))
+        return jnp.einsum("bhlk,bhmk->bhlm", rope.turn(query, place), rope.turn(key, place))
 
     np.testing.assert_allclose(logits(place), logits(place + 0.37), atol=1e-4)
     assert jnp.abs(logits(place) - logits(place * 1.5)).max() > 0.1
@@ -182,17 +244,29 @@ def test_rotary_places_know_distances_alone() -> None:
 def test_scan_equals_unroll_where_parts_fuse_late() -> None:
     _, params = built("bottleneck")
     spec = dataclasses.replace(SPEC, **VARIANTS["bottleneck"], unroll=True)
-    model = models.build(spec, {m: models.Payload(size) for m, size in SIZES.items()}, classes=5, needs=models.Needs(decoder=True))
+    model = models.build(
+        spec,
+        {m: models.Payload(size) for m, size in SIZES.items()},
+        classes=5,
+        needs=models.Needs(decoder=True),
+    )
     batch = rows_of(CLIPS[:3])
-    found = jax.jit(lambda p: [logits(each, p, batch) for each in (model, built("bottleneck")[0])])(params)
+    found = jax.jit(lambda p: [logits(each, p, batch) for each in (model, built("bottleneck")[0])])(
+        params
+    )
     np.testing.assert_allclose(*found, atol=1e-5)
 
 
-@pytest.mark.parametrize("model, match", [
-    (dict(fusion="middle"), "choose one of early"),
-    (dict(fusion="bottleneck", depth=3, fuse_from=2), "use 1 or less"),
-    (dict(fusion="late", depth=3, reduce_after=(1,)), "leave it empty"),
-])
+@pytest.mark.parametrize(
+    "model, match",
+    [
+        (dict(fusion="middle"), "choose one of early"),
+        (dict(fusion="bottleneck", depth=3, fuse_from=2), "use 1 or less"),
+        (dict(fusion="late", depth=3, reduce_after=(1,)), "leave it empty"),
+    ],
+)
 def test_what_does_not_go_together_is_refused(model: dict, match: str) -> None:
     with pytest.raises(UserError, match=match):
-        Experiment.of({"model": model, "stages": {"one": {"steps": 1, "objectives": {"masked": {}}}}})
+        Experiment.of(
+            {"model": model, "stages": {"one": {"steps": 1, "objectives": {"masked": {}}}}}
+        )

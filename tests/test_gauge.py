@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run tells of itself: seconds add up, utilisation is a share of the peak, a step compiled anew is said."""
+"""What a run tells of itself: seconds add up, utilisation is a share of the peak, a step compiled
+anew is said.
+"""
 
 from types import SimpleNamespace
 
@@ -8,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from particlejax import chips
+from particlejax.core import accelerators
 from particlejax.particles.types import Batch, Particles
-from particlejax.train import gauge
-from particlejax.train.gauge import Compilations, Gauge
+from particlejax.train import telemetry
+from particlejax.train.telemetry import Compilations, Gauge
 
 
 def batch(clips: int, particles: int) -> Batch:
@@ -19,14 +21,20 @@ def batch(clips: int, particles: int) -> Batch:
     segment, clip = np.zeros((4, 10), np.int32), np.full((4, 1), -1, np.int32)
     segment.reshape(-1)[:particles], clip[:clips] = 1, 0
     empty = np.zeros((4, 10, 3), np.float32)
-    return Batch({"vision": Particles(empty, empty, empty, segment)}, clip, clip, clip.astype(np.float32), clip)
+    return Batch(
+        {"vision": Particles(empty, empty, empty, segment)},
+        clip,
+        clip,
+        clip.astype(np.float32),
+        clip,
+    )
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time that a gauge reads: its one number."""
     now = [100.0]
-    monkeypatch.setattr(gauge, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(telemetry, "time", SimpleNamespace(monotonic=lambda: now[0]))
     return now
 
 
@@ -40,28 +48,42 @@ def test_seconds_of_a_step_add_up_and_rates_count_what_is_there(clock: list[floa
     it.add(batch(3, 25))
     it.add(batch(1, 5))
     found = it.figures()
-    each = {"seconds_per_step": 2.0, "seconds_data": 0.25, "seconds_save": 0.5, "seconds_compute": 1.25, "data_wait_share": 0.125,
-            "clips_per_second": 1.0, "particles_per_second": 7.5, "fill": 30 / 80, "particles_per_clip": 7.5,
-            "mfu": 8e9 / (2.0 * 1e12 * jax.device_count())}  # measuring is not training time
-    assert {name: pytest.approx(value) for name, value in each.items()} == {name: found[name] for name in each}
+    # measuring is not training time
+    each = {
+        "seconds_per_step": 2.0,
+        "seconds_data": 0.25,
+        "seconds_save": 0.5,
+        "seconds_compute": 1.25,
+        "data_wait_share": 0.125,
+        "clips_per_second": 1.0,
+        "particles_per_second": 7.5,
+        "fill": 30 / 80,
+        "particles_per_clip": 7.5,
+        "mfu": 8e9 / (2.0 * 1e12 * jax.device_count()),
+    }
+    assert {name: pytest.approx(value) for name, value in each.items()} == {
+        name: found[name] for name in each
+    }
     assert found["host_mib"] > 50
     it.add(batch(4, 40))
     clock[0] += 1
     again = it.figures()
-    assert again["fill"] == 1.0 and again["seconds_per_step"] == pytest.approx(1.0), "each line begins anew"
+    assert again["fill"] == 1.0 and again["seconds_per_step"] == pytest.approx(1.0), (
+        "each line begins anew"
+    )
 
 
 def test_the_peak_is_known_measured_or_neither(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert gauge.peak_of("known", "float32") == 0.0, "of a CPU nobody knows it"
+    assert telemetry.peak_of("known", "float32") == 0.0, "of a CPU nobody knows it"
     assert "mfu" not in _figures(0.0)
-    monkeypatch.setattr(chips, "_SIDE", 128)
-    assert gauge.peak_of("measured", "float32") > 1e6
+    monkeypatch.setattr(accelerators, "_SIDE", 128)
+    assert telemetry.peak_of("measured", "float32") > 1e6
 
     class Chip:
         device_kind = "TPU v5 lite"
 
     monkeypatch.setattr(jax, "devices", lambda: [Chip()])
-    assert gauge.peak_of("known", "float32") == 197e12
+    assert telemetry.peak_of("known", "float32") == 197e12
 
 
 def _figures(peak: float) -> dict[str, float]:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What labels ask: one class, several, a number, each by hand; and few of them: shots, lists, the rest without labels."""
+"""What labels ask: one class, several, a number, each by hand; and few of them: shots, lists, the
+rest without labels.
+"""
 
 import csv
 from pathlib import Path
@@ -11,14 +13,15 @@ import optax
 import pytest
 
 from particlejax import losses
-from particlejax.data import few, folder, pipeline, sources
-from particlejax.modelspec import ClassifySpec
-from particlejax.objectives import targets
+from particlejax.config.experiment import DataSpec, Experiment, ParticleSpec
+from particlejax.config.model import ClassifySpec
+from particlejax.core.typing import UserError
+from particlejax.data import label_subset, pipeline, sources
+from particlejax.data.sources import folder
+from particlejax.objectives import label_targets
 from particlejax.objectives.classify import classify
 from particlejax.particles.types import Batch
-from particlejax.spec import DataSpec, Experiment, ParticleSpec
-from particlejax.train import answers, run
-from particlejax.typing import UserError
+from particlejax.train import predictions, stage
 
 
 class Fixed:
@@ -40,11 +43,18 @@ def batch(label: list[int], share: float = 1.0, other: int = -1) -> Batch:
     return Batch({}, one, one, jnp.full(one.shape, share), jnp.full(one.shape, other))
 
 
-def loss(spec: ClassifySpec, labels: tuple[str, ...], logits: np.ndarray, made: Batch, weight: np.ndarray | None = None
-         ) -> tuple[float, dict]:
-    goal = targets.of(spec, labels)
+def loss(
+    spec: ClassifySpec,
+    labels: tuple[str, ...],
+    logits: np.ndarray,
+    made: Batch,
+    weight: np.ndarray | None = None,
+) -> tuple[float, dict]:
+    goal = label_targets.of(spec, labels)
     goal = goal if weight is None else goal._replace(weight=weight)
-    found, metrics = classify(spec, goal)({"shift": 0.0}, Fixed(logits), made, jax.random.key(0), True)
+    found, metrics = classify(spec, goal)(
+        {"shift": 0.0}, Fixed(logits), made, jax.random.key(0), True
+    )
     return float(found), metrics
 
 
@@ -56,59 +66,83 @@ def test_softmax_and_its_weights() -> None:
     found, metrics = loss(ClassifySpec(), ("a", "b", "c"), LOGITS, batch([0, 1, -1]))
     np.testing.assert_allclose(found, -np.log([P[0, 0], P[1, 1]]).mean(), rtol=1e-5)
     assert metrics["top1"] == 0.5, "a clip without a label counts for nothing"
-    weighted, _ = loss(ClassifySpec(), ("a", "b", "c"), LOGITS, batch([0, 1, -1]), np.array([2.0, 0.5, 1.0]))
+    weighted, _ = loss(
+        ClassifySpec(), ("a", "b", "c"), LOGITS, batch([0, 1, -1]), np.array([2.0, 0.5, 1.0])
+    )
     np.testing.assert_allclose(weighted, -(np.log([P[0, 0], P[1, 1]]) * [2, 0.5]).mean(), rtol=1e-5)
     mixed, _ = loss(ClassifySpec(), ("a", "b", "c"), LOGITS[:1], batch([0], 0.25, 2))
     np.testing.assert_allclose(mixed, -(0.25 * np.log(P[0, 0]) + 0.75 * np.log(P[0, 2])), rtol=1e-5)
     alone, _ = loss(ClassifySpec(), ("a", "b", "c"), LOGITS[:1], batch([0], 0.25, -1))
-    np.testing.assert_allclose(alone, -0.25 * np.log(P[0, 0]), rtol=1e-5, err_msg="mixed with a clip that has no label")
+    np.testing.assert_allclose(
+        alone, -0.25 * np.log(P[0, 0]), rtol=1e-5, err_msg="mixed with a clip that has no label"
+    )
 
 
 def test_focal_forgets_what_is_known() -> None:
     found, _ = loss(ClassifySpec(focus=2.0), ("a", "b", "c"), LOGITS, batch([0, 1, -1]))
     p = np.array([P[0, 0], P[1, 1]])
     np.testing.assert_allclose(found, (-np.log(p) * (1 - p) ** 2).mean(), rtol=1e-5)
-    sure = jax.grad(lambda x: losses.soft_cross_entropy(x, jnp.array([1.0, 0.0]), 2.0))(jnp.array([200.0, 0.0]))
+    sure = jax.grad(lambda x: losses.soft_cross_entropy(x, jnp.array([1.0, 0.0]), 2.0))(
+        jnp.array([200.0, 0.0])
+    )
     assert np.isfinite(sure).all(), "also where nothing is left to learn"
 
 
 def test_binary_is_a_choice_for_each_class() -> None:
     labels = ("a|c", "b", "c")
-    goal = targets.of(ClassifySpec(loss="binary"), labels)
+    goal = label_targets.of(ClassifySpec(loss="binary"), labels)
     assert goal.names == ("a", "b", "c")
     np.testing.assert_array_equal(goal.table, [[1, 0, 1], [0, 1, 0], [0, 0, 1]])
     found, metrics = loss(ClassifySpec(loss="binary"), labels, LOGITS, batch([0, 1, -1]))
-    expected = optax.sigmoid_binary_cross_entropy(jnp.asarray(LOGITS[:2, 0], jnp.float32), goal.table[:2]).mean()
+    expected = optax.sigmoid_binary_cross_entropy(
+        jnp.asarray(LOGITS[:2, 0], jnp.float32), goal.table[:2]
+    ).mean()
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert metrics["all_right"] == 0
-    figures = answers.several(np.array([[0.9, 0.2, 0.8], [0.1, 0.6, 0.7]]), np.array([[1, 0, 1], [0, 1, 0]]) > 0, goal.names)
+    figures = predictions.several(
+        np.array([[0.9, 0.2, 0.8], [0.1, 0.6, 0.7]]),
+        np.array([[1, 0, 1], [0, 1, 0]]) > 0,
+        goal.names,
+    )
     assert figures["all_right"] == 0.5 and figures["map"] == 1.0
     np.testing.assert_allclose(figures["f1_micro"], 2 * 3 / (2 * 3 + 1))
 
 
 def test_a_head_can_be_asked_about_other_labels() -> None:
-    goal = targets.of(ClassifySpec(loss="binary"), ("a|c", "b"))
-    np.testing.assert_array_equal(targets.asked(goal, ("b|a", "c", "")).table, [[1, 1, 0], [0, 0, 1], [0, 0, 0]])
-    with pytest.raises(UserError, match="label 'a.d' is not made of the trained run's classes .a, b, c.: rename it"):
-        targets.asked(goal, ("a|d",))
-    number = targets.of(ClassifySpec(loss="regression"), ("100", "300"))
-    np.testing.assert_allclose(number.answers(targets.asked(number, ("250", "90")).table)[:, 0], [250, 90])
+    goal = label_targets.of(ClassifySpec(loss="binary"), ("a|c", "b"))
+    np.testing.assert_array_equal(
+        label_targets.asked(goal, ("b|a", "c", "")).table, [[1, 1, 0], [0, 0, 1], [0, 0, 0]]
+    )
+    with pytest.raises(
+        UserError, match="label 'a.d' is not made of the trained run's classes .a, b, c.: rename it"
+    ):
+        label_targets.asked(goal, ("a|d",))
+    number = label_targets.of(ClassifySpec(loss="regression"), ("100", "300"))
+    np.testing.assert_allclose(
+        number.answers(label_targets.asked(number, ("250", "90")).table)[:, 0], [250, 90]
+    )
 
 
 def test_regression_learns_a_number_in_its_own_units(tmp_path: Path) -> None:
     labels = ("100", "300", "200")
-    goal = targets.of(ClassifySpec(loss="regression"), labels)
+    goal = label_targets.of(ClassifySpec(loss="regression"), labels)
     logits = np.array([[[0.0]], [[1.0]]])
     _, metrics = loss(ClassifySpec(loss="regression"), labels, logits, batch([0, 1]))
     said = np.asarray(goal.answers(logits))[:, 0]
     np.testing.assert_allclose(metrics["mae"], np.abs(said[:, 0] - [100, 300]).mean(), rtol=1e-5)
     found = np.array([[110.0], [280.0], [5.0]])
-    figures = answers.score(goal, tmp_path / "p.csv", ["x", "y", "z"], np.array([0, 1, -1]), found, labels)
-    assert figures["clips"] == 2 and np.isclose(figures["mae"], 15) and np.isclose(figures["r2"], 1 - 250 / 10000)
+    figures = predictions.score(
+        goal, tmp_path / "p.csv", ["x", "y", "z"], np.array([0, 1, -1]), found, labels
+    )
+    assert (
+        figures["clips"] == 2
+        and np.isclose(figures["mae"], 15)
+        and np.isclose(figures["r2"], 1 - 250 / 10000)
+    )
     rows = list(csv.DictReader((tmp_path / "p.csv").read_text().splitlines()))
     assert [row["predicted"] for row in rows] == ["110", "280", "5"] and rows[2]["label"] == ""
     with pytest.raises(UserError, match="label 'walk' is not a number"):
-        targets.of(ClassifySpec(loss="regression"), ("1", "walk"))
+        label_targets.of(ClassifySpec(loss="regression"), ("1", "walk"))
 
 
 @pytest.mark.parametrize("kind, size", [("softmax", 3), ("binary", 3), ("regression", 1)])
@@ -118,8 +152,10 @@ def test_two_draws_that_agree_cost_nothing_more(kind: str, size: int) -> None:
     one, other = LOGITS[:2, :, :size], LOGITS[1:, :, :size] + 1.0
 
     def found(*logits: np.ndarray, train: bool = True) -> tuple[float, dict]:
-        objective = classify(spec, targets.of(spec, labels))
-        value, metrics = objective({"shift": 0.0}, Fixed(*logits), batch([0, 1]), jax.random.key(0), train)
+        objective = classify(spec, label_targets.of(spec, labels))
+        value, metrics = objective(
+            {"shift": 0.0}, Fixed(*logits), batch([0, 1]), jax.random.key(0), train
+        )
         return float(value), metrics
 
     once, _ = found(one, train=False)
@@ -138,7 +174,9 @@ def test_two_draws_that_agree_cost_nothing_more(kind: str, size: int) -> None:
 def test_rare_classes_count_more_and_all_clips_together_as_before() -> None:
     counts = jnp.array([100.0, 10.0, 0.0])
     weights = np.asarray(losses.class_weights(counts, 0.999))
-    np.testing.assert_allclose(weights[1] / weights[0], (1 - 0.999**100) / (1 - 0.999**10), rtol=1e-4)
+    np.testing.assert_allclose(
+        weights[1] / weights[0], (1 - 0.999**100) / (1 - 0.999**10), rtol=1e-4
+    )
     np.testing.assert_allclose((weights * counts).sum(), counts.sum(), rtol=1e-5)
     assert weights[2] == 0
 
@@ -147,60 +185,83 @@ CLIPS = [("k", 6), ("l", 4), ("", 3)]
 
 
 def listed() -> sources.Listed:
-    records = [sources.Record(f"{name}{i}", "", j if name else -1) for j, (name, n) in enumerate(CLIPS) for i in range(n)]
+    records = [
+        sources.Record(f"{name}{i}", "", j if name else -1)
+        for j, (name, n) in enumerate(CLIPS)
+        for i in range(n)
+    ]
     return sources.Listed(("k", "l"), tuple(records))
 
 
 def test_shots_are_the_seed_s_and_nested() -> None:
-    label = few.labels(listed())
-    drawn = {(seed, k): set(few.draw(label, k, seed, ("k", "l"))) for seed in range(5) for k in (1, 3)}
+    label = label_subset.labels(listed())
+    drawn = {
+        (seed, k): set(label_subset.draw(label, k, seed, ("k", "l")))
+        for seed in range(5)
+        for k in (1, 3)
+    }
     for (seed, k), numbers in drawn.items():
         assert np.bincount(label[list(numbers)]).tolist() == [k, k]
         assert drawn[seed, 1] <= numbers
     assert len({frozenset(drawn[seed, 1]) for seed in range(5)}) > 1
     with pytest.raises(UserError, match="class 'l' has 4 clips: use as many or fewer"):
-        few.draw(label, 5, 0, ("k", "l"))
+        label_subset.draw(label, 5, 0, ("k", "l"))
 
 
 def test_the_rest_comes_without_labels_as_often_as_asked_for(tmp_path: Path) -> None:
     source = listed()
-    alone = few.limit(source, DataSpec(shots=2), 0)
-    assert len(alone) == 4 and (few.labels(alone) >= 0).all()
+    alone = label_subset.limit(source, DataSpec(shots=2), 0)
+    assert len(alone) == 4 and (label_subset.labels(alone) >= 0).all()
     data = DataSpec(shots=2, unlabelled=0.75)
-    both = few.limit(source, data, 0)
-    assert len(both) == len(source) and (few.labels(both) >= 0).sum() == 4
-    assert sorted(both[i].name for i in range(len(both))) == sorted(record.name for record in source.records)
+    both = label_subset.limit(source, data, 0)
+    assert len(both) == len(source) and (label_subset.labels(both) >= 0).sum() == 4
+    assert sorted(both[i].name for i in range(len(both))) == sorted(
+        record.name for record in source.records
+    )
     made = pipeline.Batches(both, data, ParticleSpec(), seed=0, rows=8)
-    seen = few.labels(both)[[n for k in range(100) for n in made.clips(k)]]
+    seen = label_subset.labels(both)[[n for k in range(100) for n in made.clips(k)]]
     assert abs((seen < 0).mean() - 0.75) < 0.02
     (tmp_path / "next.csv").write_text("path,why\nl0,x\nk5,y\n")
-    chosen = few.limit(source, DataSpec(listed=str(tmp_path / "next.csv")), 0)
+    chosen = label_subset.limit(source, DataSpec(listed=str(tmp_path / "next.csv")), 0)
     assert [chosen[i].name for i in range(len(chosen))] == ["k5", "l0"]
     (tmp_path / "next.csv").write_text("path\nq\n")
     with pytest.raises(UserError, match="names 'q', which the source does not have"):
-        few.limit(source, DataSpec(listed=str(tmp_path / "next.csv")), 0)
+        label_subset.limit(source, DataSpec(listed=str(tmp_path / "next.csv")), 0)
     with pytest.raises(UserError, match="would thin out"):
-        few.limit(source, DataSpec(shots=1, fraction=0.5), 0)
-    assert few.limit(source, DataSpec(), 0) is source
+        label_subset.limit(source, DataSpec(shots=1, fraction=0.5), 0)
+    assert label_subset.limit(source, DataSpec(), 0) is source
 
 
-@pytest.mark.parametrize("changes, sentence", [
-    ({"objectives": {"pseudo": {"teacher": "average"}}}, "the stage keeps none: set its ema"),
-    ({"objectives": {"classify": {"consistency": 1.0}}}, "compares two draws of dropout and there is none"),
-    ({"objectives": {"classify": {"loss": "binary", "balance": 0.9}}}, "balance is for loss='softmax'"),
-    ({"objectives": {"classify": {"loss": "binary"}, "pseudo": {}}}, "wants one class a clip"),
-    ({"objectives": {"classify": {"loss": "regression"}}}, "label 'a' is not a number"),
-])
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"objectives": {"pseudo": {"teacher": "average"}}}, "the stage keeps none: set its ema"),
+        (
+            {"objectives": {"classify": {"consistency": 1.0}}},
+            "compares two draws of dropout and there is none",
+        ),
+        (
+            {"objectives": {"classify": {"loss": "binary", "balance": 0.9}}},
+            "balance is for loss='softmax'",
+        ),
+        ({"objectives": {"classify": {"loss": "binary"}, "pseudo": {}}}, "wants one class a clip"),
+        ({"objectives": {"classify": {"loss": "regression"}}}, "label 'a' is not a number"),
+    ],
+)
 def test_what_would_be_passed_over_in_silence_is_refused(changes: dict, sentence: str) -> None:
     experiment = Experiment.of({"stages": {"s": {"steps": 1, **changes}}})
     with pytest.raises(UserError, match=sentence):
-        run.build(experiment, "s", ("a", "b"))
+        stage.build(experiment, "s", ("a", "b"))
 
 
 def test_labels_come_from_the_column_that_is_named(tmp_path: Path) -> None:
-    (tmp_path / "clips.csv").write_text("path,split,label,score\na.mp4,train,x,1.5\nb.mp4,val,y|x,2\n")
+    (tmp_path / "clips.csv").write_text(
+        "path,split,label,score\na.mp4,train,x,1.5\nb.mp4,val,y|x,2\n"
+    )
     assert folder.open_folder(str(tmp_path), "train").classes == ("x", "y|x")
     scored = sources.open_source(f"folder:{tmp_path}#score", "val", "")
     assert scored.classes == ("1.5", "2") and scored[0].label == 1
-    with pytest.raises(UserError, match="no column 'scor' .it has path, split, label, score.: name one"):
+    with pytest.raises(
+        UserError, match="no column 'scor' .it has path, split, label, score.: name one"
+    ):
         sources.open_source(f"folder:{tmp_path}#scor", "val", "")

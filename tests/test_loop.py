@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop's promises beyond resuming: early stopping, the best checkpoint, the moving average, W&B without a network."""
+"""The loop's promises beyond resuming: early stopping, the best checkpoint, the moving average, W&B
+without a network.
+"""
 
 import importlib.util
 import json
@@ -13,49 +15,80 @@ import numpy as np
 import pytest
 
 from particlejax import main as entry
-from particlejax import optim, sharding, tree
+from particlejax.config.experiment import DataSpec, MeshSpec, OptimSpec
+from particlejax.core import tree
+from particlejax.core.typing import UserError
 from particlejax.data import pipeline
+from particlejax.distributed import sharding
 from particlejax.particles.types import Batch
-from particlejax.spec import DataSpec, MeshSpec, OptimSpec
-from particlejax.train import program
-from particlejax.train.state import Step, TrainState, make_step
-from particlejax.typing import UserError
+from particlejax.train import optim, train_step
+from particlejax.train.train_state import Step, TrainState, make_step
 
 TINY = "--config=experiments/finetune.py:tiny"
 
 
-def test_no_progress_ends_a_stage_and_the_best_is_measured(cache_dir: str, tmp_path: Path, capfd: pytest.CaptureFixture
-                                                           ) -> None:
+def test_no_progress_ends_a_stage_and_the_best_is_measured(
+    cache_dir: str, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     stage = "--config.stages.finetune"
-    code = entry.main(["main", TINY, f"--config.data.cache_dir={cache_dir}", f"{stage}.steps=40", f"{stage}.val_every=2",
-                       f"{stage}.select=classify/loss", f"{stage}.select_mode=min", f"{stage}.patience=2", f"{stage}.ema=0.0",
-                       f"{stage}.optim.rate=5.0", f"{stage}.optim.warmup=0.05", f"{stage}.optim.clip_norm=0.0",
-                       "--workdir", str(tmp_path)])  # a rate at which it can only get worse
+    # a rate at which it can only get worse
+    code = entry.main(
+        [
+            "main",
+            TINY,
+            f"--config.data.cache_dir={cache_dir}",
+            f"{stage}.steps=40",
+            f"{stage}.val_every=2",
+            f"{stage}.select=classify/loss",
+            f"{stage}.select_mode=min",
+            f"{stage}.patience=2",
+            f"{stage}.ema=0.0",
+            f"{stage}.optim.rate=5.0",
+            f"{stage}.optim.warmup=0.05",
+            f"{stage}.optim.clip_norm=0.0",
+            "--workdir",
+            str(tmp_path),
+        ]
+    )
     assert code == 0
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     measured = [(line["step"], line["classify/loss"]) for line in lines if line["split"] == "val"]
     best = min(measured, key=lambda each: each[1])
     assert measured[-1][0] == best[0] + 4 < 40, "two measurements without a better one"
-    assert f"no better classify/loss in 2 measurements, stopping at step {measured[-1][0]}" in capfd.readouterr().err
-    kept = [int(p.name) for p in (tmp_path / "checkpoints/finetune/best").iterdir() if p.name.isdigit()]
+    assert (
+        f"no better classify/loss in 2 measurements, stopping at step {measured[-1][0]}"
+        in capfd.readouterr().err
+    )
+    kept = [
+        int(p.name) for p in (tmp_path / "checkpoints/finetune/best").iterdir() if p.name.isdigit()
+    ]
     assert max(kept) == best[0]
     results = json.loads((tmp_path / "results.json").read_text())["finetune"]
     assert results["train"]["steps"] == measured[-1][0]
-    top1 = next(line["classify/top1"] for line in lines if line["split"] == "val" and line["step"] == best[0])
-    assert np.isclose(results["val"]["top1"], top1), "what is measured at the end is the best, not the last"
+    top1 = next(
+        line["classify/top1"]
+        for line in lines
+        if line["split"] == "val" and line["step"] == best[0]
+    )
+    assert np.isclose(results["val"]["top1"], top1), (
+        "what is measured at the end is the best, not the last"
+    )
 
 
-def test_what_was_trained_is_saved_when_the_data_fails(cache_dir: str, tmp_path: Path, capfd: pytest.CaptureFixture,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_trained_is_saved_when_the_data_fails(
+    cache_dir: str, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read, traced = pipeline.read, []
 
     def counting(*args: Any, **settings: Any) -> Step:
         step = make_step(*args, **settings)
         return lambda state, batch: traced.append(batch) or step(state, batch)
 
-    monkeypatch.setattr(program, "make_step", counting)
+    monkeypatch.setattr(train_step, "make_step", counting)
 
-    def failing(batches: pipeline.Batches, start: int, stop: int, data: DataSpec) -> Iterator[pipeline.Loaded]:
+    def failing(
+        batches: pipeline.Batches, start: int, stop: int, data: DataSpec
+    ) -> Iterator[pipeline.Loaded]:
         for k, loaded in enumerate(read(batches, start, stop, data), start):
             if k == 3:
                 raise UserError("a process that decodes was killed")
@@ -77,9 +110,13 @@ def test_the_average_follows_the_parameters() -> None:
         loss = jnp.sum(params["w"] ** 2)
         return loss, {"loss": loss}
 
-    optimizer = optim.build(OptimSpec("sgd", rate=0.1, warmup=0, weight_decay=0, clip_norm=0, momentum=0.0), 1000)
+    optimizer = optim.build(
+        OptimSpec("sgd", rate=0.1, warmup=0, weight_decay=0, clip_norm=0, momentum=0.0), 1000
+    )
     params = {"w": jnp.array([1.0, -2.0])}
-    state = TrainState(jnp.zeros((), jnp.int32), jnp.uint32(0), params, optimizer.init(params), params)
+    state = TrainState(
+        jnp.zeros((), jnp.int32), jnp.uint32(0), params, optimizer.init(params), params
+    )
     step = jax.jit(make_step(None, objective, optimizer, ema=0.5, accumulate=1))
     average = np.asarray(params["w"])
     with jax.set_mesh(mesh):
@@ -91,12 +128,21 @@ def test_the_average_follows_the_parameters() -> None:
     assert state.best_params is state.average and tree.count(state.params) == 2
 
 
-def test_weights_and_biases_without_a_network(cache_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                              capfd: pytest.CaptureFixture) -> None:
+def test_weights_and_biases_without_a_network(
+    cache_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    code = entry.main(["main", TINY, f"--config.data.cache_dir={cache_dir}", "--config.log.wandb=trial", "--workdir",
-                       str(tmp_path / "run")])
+    code = entry.main(
+        [
+            "main",
+            TINY,
+            f"--config.data.cache_dir={cache_dir}",
+            "--config.log.wandb=trial",
+            "--workdir",
+            str(tmp_path / "run"),
+        ]
+    )
     if importlib.util.find_spec("wandb") is None:
         assert code == 2 and "pip install particlejax[wandb]" in capfd.readouterr().err
         return

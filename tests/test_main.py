@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command as a person uses it: every experiment file runs shrunk, and each mistake gets one sentence."""
+"""The command as a person uses it: every experiment file runs shrunk, and each mistake gets one
+sentence.
+"""
 
 import csv
 import json
@@ -12,10 +14,10 @@ import numpy as np
 import pytest
 
 from particlejax import main as entry
-from particlejax.data.toybox import builder
-from particlejax.spec import DataSpec, Experiment, PrepareSpec, make
-from particlejax.train import run as run_parts
-from particlejax.typing import UserError
+from particlejax.config.experiment import DataSpec, Experiment, PrepareSpec, make
+from particlejax.core.typing import UserError
+from particlejax.data.sources.toybox import builder
+from particlejax.train import stage as run_parts
 
 ROOT = Path(__file__).parents[1]
 TOP_KEYS = {"top1", "top5", "mean_class_accuracy", "ece", "confusion", "per_class"}
@@ -49,8 +51,19 @@ def run(capfd: pytest.CaptureFixture, *args: str) -> tuple[int, str]:
 def quickstart(tmp_path_factory: pytest.TempPathFactory, cache_dir: str) -> Path:
     """The quickstart, shrunk, run once."""
     workdir = tmp_path_factory.mktemp("runs") / "quickstart"
-    assert entry.main(["main", "--config", "experiments/quickstart.py:tiny", f"--config.data.cache_dir={cache_dir}",
-                       "--workdir", str(workdir)]) == 0
+    assert (
+        entry.main(
+            [
+                "main",
+                "--config",
+                "experiments/quickstart.py:tiny",
+                f"--config.data.cache_dir={cache_dir}",
+                "--workdir",
+                str(workdir),
+            ]
+        )
+        == 0
+    )
     return workdir
 
 
@@ -58,150 +71,317 @@ def test_quickstart_leaves_what_the_design_says(quickstart: Path) -> None:
     results = json.loads((quickstart / "results.json").read_text())
     assert set(results) == {"pretrain", "finetune", "bad"}
     assert TOP_KEYS <= set(results["finetune"]["test"])
-    assert results["pretrain"]["train"]["compilations"] == results["finetune"]["train"]["compilations"] == 1
+    assert (
+        results["pretrain"]["train"]["compilations"]
+        == results["finetune"]["train"]["compilations"]
+        == 1
+    )
     lines = [json.loads(line) for line in (quickstart / "metrics.jsonl").read_text().splitlines()]
-    assert {(line["stage"], line["split"]) for line in lines} == {(s, p) for s in results if s != "bad"
-                                                                  for p in ("train", "val")}
+    assert {(line["stage"], line["split"]) for line in lines} == {
+        (s, p) for s in results if s != "bad" for p in ("train", "val")
+    }
     assert all("step" in line and np.isfinite(line["loss"]) for line in lines)
     report = (quickstart / "report.md").read_text()
     links = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", report)
     assert len(links) >= 5 and all((quickstart / link).stat().st_size > 1000 for link in links)
-    assert list((quickstart / "tensorboard").iterdir()) and (quickstart / "checkpoints" / "finetune").is_dir()
+    assert (
+        list((quickstart / "tensorboard").iterdir())
+        and (quickstart / "checkpoints" / "finetune").is_dir()
+    )
     rows = read_csv(quickstart / "predictions_finetune_test.csv")
-    assert len(rows) == 24 and abs(sum(float(v) for k, v in rows[0].items() if k.startswith("p:")) - 1) < 1e-4
+    assert (
+        len(rows) == 24
+        and abs(sum(float(v) for k, v in rows[0].items() if k.startswith("p:")) - 1) < 1e-4
+    )
 
 
-def test_the_same_command_again_does_nothing_anew(quickstart: Path, cache_dir: str, capfd: pytest.CaptureFixture) -> None:
+def test_the_same_command_again_does_nothing_anew(
+    quickstart: Path, cache_dir: str, capfd: pytest.CaptureFixture
+) -> None:
     before = (quickstart / "metrics.jsonl").read_bytes()
-    code, said = run(capfd, "--config", "experiments/quickstart.py:tiny", f"--config.data.cache_dir={cache_dir}",
-                     "--workdir", str(quickstart))
+    code, said = run(
+        capfd,
+        "--config",
+        "experiments/quickstart.py:tiny",
+        f"--config.data.cache_dir={cache_dir}",
+        "--workdir",
+        str(quickstart),
+    )
     assert code == 0 and "done before" in said
     assert (quickstart / "metrics.jsonl").read_bytes() == before
 
 
-def test_other_settings_in_the_same_folder_are_refused(quickstart: Path, cache_dir: str, capfd: pytest.CaptureFixture
-                                                       ) -> None:
-    code, said = run(capfd, "--config", "experiments/quickstart.py:tiny", f"--config.data.cache_dir={cache_dir}",
-                     "--config.seed=1", "--workdir", str(quickstart))
+def test_other_settings_in_the_same_folder_are_refused(
+    quickstart: Path, cache_dir: str, capfd: pytest.CaptureFixture
+) -> None:
+    code, said = run(
+        capfd,
+        "--config",
+        "experiments/quickstart.py:tiny",
+        f"--config.data.cache_dir={cache_dir}",
+        "--config.seed=1",
+        "--workdir",
+        str(quickstart),
+    )
     assert code == 2 and "config.seed was 0, is 1" in said and "give another --workdir" in said
 
 
-def test_finetune_on_a_folder_from_a_run_then_evaluate(quickstart: Path, clips_folder: Path, tmp_path: Path,
-                                                       capfd: pytest.CaptureFixture) -> None:
-    code, said = run(capfd, "--config=experiments/finetune.py:tiny", f"--config.data.source=folder:{clips_folder}",
-                     f"--config.init={quickstart}:pretrain", "--workdir", str(tmp_path / "f"))
+def test_finetune_on_a_folder_from_a_run_then_evaluate(
+    quickstart: Path, clips_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    code, said = run(
+        capfd,
+        "--config=experiments/finetune.py:tiny",
+        f"--config.data.source=folder:{clips_folder}",
+        f"--config.init={quickstart}:pretrain",
+        "--workdir",
+        str(tmp_path / "f"),
+    )
     assert code == 0, said
     assert "starts from" in said and "new here: head" in said
-    assert "as in" in said and "data.still=0.05, particles.base=(16, 4, 4)" in said, "payloads are those that the encoder knows"
+    assert "as in" in said and "data.still=0.05, particles.base=(16, 4, 4)" in said, (
+        "payloads are those that the encoder knows"
+    )
     results = json.loads((tmp_path / "f" / "results.json").read_text())
     assert results["finetune"]["val"]["clips"] == 8
-    assert [bad["path"] for bad in results["bad"]] == ["val/bounce/broken.mp4"] and results["bad"][0]["reason"]
-    code, said = run(capfd, "--config=experiments/evaluate.py", f"--config.run={tmp_path / 'f'}",
-                     f"--config.data.source=folder:{clips_folder}", "--config.data.split=train", "--workdir",
-                     str(tmp_path / "e"))
+    assert [bad["path"] for bad in results["bad"]] == ["val/bounce/broken.mp4"] and results["bad"][
+        0
+    ]["reason"]
+    code, said = run(
+        capfd,
+        "--config=experiments/evaluate.py",
+        f"--config.run={tmp_path / 'f'}",
+        f"--config.data.source=folder:{clips_folder}",
+        "--config.data.split=train",
+        "--workdir",
+        str(tmp_path / "e"),
+    )
     assert code == 0, said
     results = json.loads((tmp_path / "e" / "results.json").read_text())
     assert TOP_KEYS <= set(results["finetune"]["train"])
     rows = read_csv(tmp_path / "e" / "predictions.csv")
     right = np.mean([row["label"] == row["predicted"] for row in rows])
     assert len(rows) == 8 and np.isclose(results["finetune"]["train"]["top1"], right)
-    assert list(rows[0]) == ["path", "label", "predicted", "p:bounce", "p:grow", "p:slide", "p:spin"]
+    assert list(rows[0]) == [
+        "path",
+        "label",
+        "predicted",
+        "p:bounce",
+        "p:grow",
+        "p:slide",
+        "p:spin",
+    ]
 
 
-@pytest.mark.parametrize("name", sorted(str(p.relative_to(ROOT / "experiments")) for p in (ROOT / "experiments").rglob("*.py")))
-def test_every_experiment_file_runs_shrunk(name: str, quickstart: Path, clips_folder: Path, cache_dir: str,
-                                           tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "name",
+    sorted(str(p.relative_to(ROOT / "experiments")) for p in (ROOT / "experiments").rglob("*.py")),
+)
+def test_every_experiment_file_runs_shrunk(
+    name: str,
+    quickstart: Path,
+    clips_folder: Path,
+    cache_dir: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture,
+) -> None:
     if name == "quickstart.py":
         return  # the fixture ran it
     cache = [f"--config.data.cache_dir={cache_dir}"]
     video = [f"--config.video={next((clips_folder / 'train').rglob('*.mp4'))}"]
     trained = [*cache, f"--config.run={quickstart}"]
-    more = {"evaluate.py": trained, "prototypes.py": trained, "label_next.py": trained, "import_weights.py": [],
-            "soup.py": [*cache, f"--config.runs=('{quickstart}',)"], "recognise.py": video, "plan.py": [], "bench/scaling.py": [],
-            "features.py": [f"--config.cache_dir={cache_dir}"],
-            "finetune_features.py": [*cache, f"--config.data.features.folder={tmp_path / 'kept'}"],
-            "pretrain/distil.py": [*cache, f"--config.data.features.folder={tmp_path / 'kept'}"],
-            "probe_backbone.py": [f"--config.cache_dir={cache_dir}"],
-            "probe.py": [f"--config.cache_dir={cache_dir}", f"--config.run={quickstart}:pretrain"],
-            "finetune_sweep.py": [*cache, f"--config.init={quickstart}:pretrain"]}
+    more = {
+        "evaluate.py": trained,
+        "prototypes.py": trained,
+        "label_next.py": trained,
+        "import_weights.py": [],
+        "soup.py": [*cache, f"--config.runs=('{quickstart}',)"],
+        "recognise.py": video,
+        "plan.py": [],
+        "bench/scaling.py": [],
+        "features.py": [f"--config.cache_dir={cache_dir}"],
+        "finetune_features.py": [*cache, f"--config.data.features.folder={tmp_path / 'kept'}"],
+        "pretrain/distil.py": [*cache, f"--config.data.features.folder={tmp_path / 'kept'}"],
+        "probe_backbone.py": [f"--config.cache_dir={cache_dir}"],
+        "probe.py": [f"--config.cache_dir={cache_dir}", f"--config.run={quickstart}:pretrain"],
+        "finetune_sweep.py": [*cache, f"--config.init={quickstart}:pretrain"],
+    }
     if name in ("finetune_features.py", "pretrain/distil.py"):  # which reads what another job wrote
         kept = str(tmp_path / "kept")
-        assert run(capfd, "--config=experiments/features.py:tiny", "--workdir", kept, *more["features.py"])[0] == 0
-    code, said = run(capfd, "--config", f"experiments/{name}:tiny", "--workdir", str(tmp_path / "run"),
-                     *more.get(name, cache))
+        assert (
+            run(
+                capfd,
+                "--config=experiments/features.py:tiny",
+                "--workdir",
+                kept,
+                *more["features.py"],
+            )[0]
+            == 0
+        )
+    code, said = run(
+        capfd,
+        "--config",
+        f"experiments/{name}:tiny",
+        "--workdir",
+        str(tmp_path / "run"),
+        *more.get(name, cache),
+    )
     assert code == 0, said
     assert (tmp_path / "run" / "results.json").exists()
     assert (tmp_path / "run" / "report.md").exists() or name in ("prepare.py", "features.py")
 
 
-@pytest.mark.parametrize(("section", "values", "sentence"), [
-    (DataSpec, {"stride": (3,)}, r"config.stride is \(3,\): write 2 values, such as \(2, 2\)\."),
-    (DataSpec, {"stride": (0, 0)}, r"config.stride is \(0, 0\): use numbers of 1 or more\."),
-    (DataSpec, {"stride": (4, 2)}, "config.stride is .*: write the smaller one first"),
-    (DataSpec, {"frames": 0}, "config.frames is 0: use a number of 1 or more"),
-    (DataSpec, {"frames": "many"}, "config.frames is 'many': use a number"),
-    (DataSpec, {"seconds": -1.0}, "config.seconds is -1.0: use a number of 0 or more"),
-    (DataSpec, {"seconds": float("nan")}, "config.seconds is nan"),
-    (DataSpec, {"modalities": "vision"}, r"config.modalities is 'vision': write it in brackets, .*, such as \('vision',\)"),
-    (DataSpec, {"augment": {"crop": (0.5,)}}, r"config.augment.crop is \(0.5,\): write 2 values, such as \(1.0, 1.0\)"),
-    (DataSpec, {"augment": {"crop": [0.5, 1.5]}}, "config.augment.crop .*: use numbers between 0.01 and 1"),
-    (DataSpec, {"audio": {"patch": (16, 0)}}, "config.audio.patch is .*: use numbers of 1 or more"),
-    (PrepareSpec, {"workers": 0}, "config.workers is 0: use a number of 1 or more"),
-])
-def test_values_of_the_wrong_shape_get_a_sentence(section: type, values: dict[str, object], sentence: str) -> None:
+@pytest.mark.parametrize(
+    ("section", "values", "sentence"),
+    [
+        (
+            DataSpec,
+            {"stride": (3,)},
+            r"config.stride is \(3,\): write 2 values, such as \(2, 2\)\.",
+        ),
+        (DataSpec, {"stride": (0, 0)}, r"config.stride is \(0, 0\): use numbers of 1 or more\."),
+        (DataSpec, {"stride": (4, 2)}, "config.stride is .*: write the smaller one first"),
+        (DataSpec, {"frames": 0}, "config.frames is 0: use a number of 1 or more"),
+        (DataSpec, {"frames": "many"}, "config.frames is 'many': use a number"),
+        (DataSpec, {"seconds": -1.0}, "config.seconds is -1.0: use a number of 0 or more"),
+        (DataSpec, {"seconds": float("nan")}, "config.seconds is nan"),
+        (
+            DataSpec,
+            {"modalities": "vision"},
+            r"config.modalities is 'vision': write it in brackets, .*, such as \('vision',\)",
+        ),
+        (
+            DataSpec,
+            {"augment": {"crop": (0.5,)}},
+            r"config.augment.crop is \(0.5,\): write 2 values, such as \(1.0, 1.0\)",
+        ),
+        (
+            DataSpec,
+            {"augment": {"crop": [0.5, 1.5]}},
+            "config.augment.crop .*: use numbers between 0.01 and 1",
+        ),
+        (
+            DataSpec,
+            {"audio": {"patch": (16, 0)}},
+            "config.audio.patch is .*: use numbers of 1 or more",
+        ),
+        (PrepareSpec, {"workers": 0}, "config.workers is 0: use a number of 1 or more"),
+    ],
+)
+def test_values_of_the_wrong_shape_get_a_sentence(
+    section: type, values: dict[str, object], sentence: str
+) -> None:
     with pytest.raises(UserError, match=sentence):
         make(section, values, "config")
 
 
 def test_values_of_the_right_shape_are_taken() -> None:
-    assert make(DataSpec, {"stride": [1, 4], "modalities": ("vision", "audio"), "seconds": 0}, "config").stride == (1, 4)
+    assert make(
+        DataSpec, {"stride": [1, 4], "modalities": ("vision", "audio"), "seconds": 0}, "config"
+    ).stride == (1, 4)
 
 
 def test_settings_that_do_not_go_together_get_a_sentence() -> None:
     stage = {"steps": 1, "objectives": {"classify": {}}}
-    with pytest.raises(UserError, match="stages.a.patience=3 waits for a better `select`, which is empty: name a metric"):
+    with pytest.raises(
+        UserError,
+        match="stages.a.patience=3 waits for a better `select`, which is empty: name a metric",
+    ):
         Experiment.of({"stages": {"a": {**stage, "patience": 3}}})
-    experiment = Experiment.of({"stages": {"a": stage}, "data": {"augment": {"directed": ("slide_lft",)}}})
-    with pytest.raises(UserError, match="directed names 'slide_lft', which is no class of toybox: did you mean 'slide_left'"):
+    experiment = Experiment.of(
+        {"stages": {"a": stage}, "data": {"augment": {"directed": ("slide_lft",)}}}
+    )
+    with pytest.raises(
+        UserError,
+        match="directed names 'slide_lft', which is no class of toybox: did you mean 'slide_left'",
+    ):
         run_parts.build(experiment, "a", ("slide_left", "bounce"))
 
 
 def mistakes(clips: Path, run_dir: Path, tmp: Path) -> dict[str, tuple[list[str], str]]:
-    quick, evaluate = ["--config=experiments/quickstart.py:tiny"], ["--config=experiments/evaluate.py:tiny"]
+    quick, evaluate = (
+        ["--config=experiments/quickstart.py:tiny"],
+        ["--config=experiments/evaluate.py:tiny"],
+    )
     table = tmp / "table"
     table.mkdir()
     (table / "clips.csv").write_text("file,label\na.mp4,x\n")
     other = tmp / "other"
     shutil.copytree(clips / "val" / "bounce", other / "val" / "bouncing")
     return {
-        "misspelt section": ([*quick, "--config.dat.source=toybox"], "config has no key 'dat': did you mean config.data?"),
-        "misspelt key": ([*quick, "--config.data.sorce=x"], "config.data has no key 'sorce': did you mean config.data.source?"),
-        "misspelt deep key": ([*quick, "--config.stages.finetune.optim.ratee=1"],
-                              "config.stages.finetune.optim has no key 'ratee': did you mean config.stages.finetune.optim.rate?"),
-        "unknown name": ([*quick, "--config.stages.pretrain.objectives.masked.mask=tubes"],
-                         "objectives.masked.mask is 'tubes': choose one of tube, random"),
+        "misspelt section": (
+            [*quick, "--config.dat.source=toybox"],
+            "config has no key 'dat': did you mean config.data?",
+        ),
+        "misspelt key": (
+            [*quick, "--config.data.sorce=x"],
+            "config.data has no key 'sorce': did you mean config.data.source?",
+        ),
+        "misspelt deep key": (
+            [*quick, "--config.stages.finetune.optim.ratee=1"],
+            "config.stages.finetune.optim has no key 'ratee': did you mean "
+            "config.stages.finetune.optim.rate?",
+        ),
+        "unknown name": (
+            [*quick, "--config.stages.pretrain.objectives.masked.mask=tubes"],
+            "objectives.masked.mask is 'tubes': choose one of tube, random",
+        ),
         "wrong type": ([*quick, "--config.seed=zero"], "seed"),
         "no experiment": ([], "no experiment: add --config experiments/quickstart.py"),
-        "missing experiment": (["--config=experiments/quikstart.py"], "did you mean experiments/quickstart.py?"),
-        "unknown argument": (["--config=experiments/quickstart.py:tinny"], "no argument 'tinny': it knows tiny, scratch"),
-        "missing folder": ([*quick, "--config.data.source=folder:/no/such"], "folder:/no/such does not exist: check the path"),
-        "missing column": ([*quick, f"--config.data.source=folder:{table}"], "has no column 'path' .it has file, label.: name"),
+        "missing experiment": (
+            ["--config=experiments/quikstart.py"],
+            "did you mean experiments/quickstart.py?",
+        ),
+        "unknown argument": (
+            ["--config=experiments/quickstart.py:tinny"],
+            "no argument 'tinny': it knows tiny, scratch",
+        ),
+        "missing folder": (
+            [*quick, "--config.data.source=folder:/no/such"],
+            "folder:/no/such does not exist: check the path",
+        ),
+        "missing column": (
+            [*quick, f"--config.data.source=folder:{table}"],
+            "has no column 'path' .it has file, label.: name",
+        ),
         "unknown source": ([*quick, "--config.data.source=web:x"], "is none of 'toybox'"),
-        "unknown split": ([*quick, "--config.stages.pretrain.val=dev"], "has no split 'dev': name one of train, val, test"),
-        "unknown label": ([*evaluate, f"--config.run={run_dir}", f"--config.data.source=folder:{other}"],
-                          "label 'bouncing' of .* is not a class of the trained run .nearest: bounce.: rename it"),
+        "unknown split": (
+            [*quick, "--config.stages.pretrain.val=dev"],
+            "has no split 'dev': name one of train, val, test",
+        ),
+        "unknown label": (
+            [*evaluate, f"--config.run={run_dir}", f"--config.data.source=folder:{other}"],
+            "label 'bouncing' of .* is not a class of the trained run .nearest: bounce.: rename it",
+        ),
         "no run": (evaluate, "config.run is empty: name the run"),
         "not a run": ([*evaluate, "--config.run=/tmp"], "/tmp is not a run"),
-        "another shape": ([*quick, f"--config.init={run_dir}:pretrain", "--config.model.width=64"],
-                          r"has shape .* where this model has .*: give config.model"),
-        "bad sizes": ([*quick, "--config.data.size=70"], "clips of 70 rows are not a multiple of particles of 4"),
-        "too many bad": ([*quick, f"--config.data.source=folder:{clips}", "--config.data.max_bad=0",
-                          "--config.order=('finetune',)", "--config.stages.finetune.init="],
-                         "more than config.data.max_bad=0: mend the data or raise the limit"),
+        "another shape": (
+            [*quick, f"--config.init={run_dir}:pretrain", "--config.model.width=64"],
+            r"has shape .* where this model has .*: give config.model",
+        ),
+        "bad sizes": (
+            [*quick, "--config.data.size=70"],
+            "clips of 70 rows are not a multiple of particles of 4",
+        ),
+        "too many bad": (
+            [
+                *quick,
+                f"--config.data.source=folder:{clips}",
+                "--config.data.max_bad=0",
+                "--config.order=('finetune',)",
+                "--config.stages.finetune.init=",
+            ],
+            "more than config.data.max_bad=0: mend the data or raise the limit",
+        ),
         "steps and epochs": ([*quick, "--config.stages.pretrain.epochs=2"], "set one of them"),
         "mesh": ([*quick, "--config.mesh.data=3"], "there are 8 devices"),
-        "no labels": (["--config=experiments/finetune.py:tiny", f"--config.data.source=folder:{flat(clips, tmp)}"],
-                      "classifies but .* has no labels: give clips.csv"),
+        "no labels": (
+            [
+                "--config=experiments/finetune.py:tiny",
+                f"--config.data.source=folder:{flat(clips, tmp)}",
+            ],
+            "classifies but .* has no labels: give clips.csv",
+        ),
     }
 
 
@@ -212,8 +392,13 @@ def flat(clips: Path, tmp: Path) -> Path:
     return tmp / "flat"
 
 
-def test_each_mistake_gets_one_sentence_with_the_remedy(clips_folder: Path, quickstart: Path, cache_dir: str, tmp_path: Path,
-                                                        capfd: pytest.CaptureFixture) -> None:
+def test_each_mistake_gets_one_sentence_with_the_remedy(
+    clips_folder: Path,
+    quickstart: Path,
+    cache_dir: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture,
+) -> None:
     for name, (args, sentence) in mistakes(clips_folder, quickstart, tmp_path).items():
         cache = [f"--config.data.cache_dir={cache_dir}"] if args else []
         code, said = run(capfd, *args, *cache, "--workdir", str(tmp_path / name.replace(" ", "_")))

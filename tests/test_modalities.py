@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sound, words and series on the clock of the frames; augmentation that leaves what happens alone; sampling in time."""
+"""Sound, words and series on the clock of the frames; augmentation that leaves what happens alone;
+sampling in time.
+"""
 
 import dataclasses
 import io
@@ -13,14 +15,24 @@ import av
 import numpy as np
 import pytest
 
-from particlejax.data import audio, augment, clips, patience, pipeline, sources, words
-from particlejax.data.decode import Unreadable, Video
-from particlejax.particles import pack
-from particlejax.spec import AudioSpec, AugmentSpec, DataSpec, ParticleSpec, SeriesSpec, TextSpec
-from particlejax.typing import UserError
+from particlejax.config.experiment import (
+    AudioSpec,
+    AugmentSpec,
+    DataSpec,
+    ParticleSpec,
+    SeriesSpec,
+    TextSpec,
+)
+from particlejax.core.typing import UserError
+from particlejax.data import augment, clips, pipeline, sources
+from particlejax.data.modalities import audio, tokenizer
+from particlejax.data.video import timeout
+from particlejax.data.video.decode import Unreadable, Video
+from particlejax.particles import packing
 
 RATE, FPS, SECONDS = 16000, 10, 8
-BEEPS = (1.0, 3.5, 6.25)  # seconds at which a tenth of a second of a 1 kHz tone begins, and the frame flashes
+# seconds at which a tenth of a second of a 1 kHz tone begins, and the frame flashes
+BEEPS = (1.0, 3.5, 6.25)
 CUT = ParticleSpec("grid", (4, 16, 16))
 
 
@@ -38,7 +50,13 @@ def film(container: str = "mp4", sound: bool = True) -> bytes:
         track = out.add_stream("aac", rate=RATE, layout="mono") if sound else None
         for i in range(SECONDS * FPS):
             level = 255 if any(abs(i / FPS - beep) < 0.06 for beep in BEEPS) else 20
-            out.mux(video.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), level, np.uint8), format="rgb24")))
+            out.mux(
+                video.encode(
+                    av.VideoFrame.from_ndarray(
+                        np.full((48, 64, 3), level, np.uint8), format="rgb24"
+                    )
+                )
+            )
         out.mux(video.encode(None))
         if track is not None:
             frame = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
@@ -63,10 +81,13 @@ def test_sound_stands_where_the_frames_stand(container: str) -> None:
     file = film(container)
     with Video(file) as video:
         origin = video.origin
-    for start, beep in ((0.0, 1.0), (0.5, 1.0), (3.0, 3.5), (6.0, 6.25)):  # the later ones are reached by a seek
+    # the later ones are reached by a seek
+    for start, beep in ((0.0, 1.0), (0.5, 1.0), (3.0, 3.5), (6.0, 6.25)):
         sound = audio.read(file, origin, start, 1.5, RATE)
         assert abs(start + onset(sound) - beep) < 0.015, (container, start)
-    assert abs(len(audio.read(file, origin, 7.5, 3.0, RATE)) / RATE - 0.5) < 0.1, "it ends where the track ends"
+    assert abs(len(audio.read(file, origin, 7.5, 3.0, RATE)) / RATE - 0.5) < 0.1, (
+        "it ends where the track ends"
+    )
     assert audio.read(file, origin, 60.0, 1.0, RATE) is None
     half = audio.read(file, origin, 0.5, 1.5, RATE // 2)
     assert abs(np.flatnonzero(np.abs(half) > 0.2)[0] / (RATE // 2) - 0.5) < 0.015, "any rate"
@@ -84,18 +105,28 @@ def test_a_tone_lies_in_its_band() -> None:
     assert silence.shape == (1, 64) and np.allclose(silence, np.log(1e-6))
 
 
-DATA = DataSpec(frames=8, size=32, seconds=2.0, modalities=("vision", "audio", "text", "series"),
-                series=SeriesSpec(channels=("x", "y"), rate=10, window=5))
-TABLE = b"time,x,y\n" + b"".join(b"%.2f,%.2f,%.2f\n" % (t, 2 * t, -t) for t in np.arange(0, 6.01, 0.25))
+DATA = DataSpec(
+    frames=8,
+    size=32,
+    seconds=2.0,
+    modalities=("vision", "audio", "text", "series"),
+    series=SeriesSpec(channels=("x", "y"), rate=10, window=5),
+)
+TABLE = b"time,x,y\n" + b"".join(
+    b"%.2f,%.2f,%.2f\n" % (t, 2 * t, -t) for t in np.arange(0, 6.01, 0.25)
+)
 
 
 def test_modalities_share_a_clock_and_what_is_missing_has_no_particle(beeping: bytes) -> None:
     whole = sources.Record("a", beeping, 0, "a beep", start=3.0, end=5.0, series=TABLE)
-    made = clips.particles_of(clips.load(whole, DATA, clips.CENTRE), DATA, CUT, np.random.default_rng(0))
+    made = clips.particles_of(
+        clips.load(whole, DATA, clips.CENTRE), DATA, CUT, np.random.default_rng(0)
+    )
     assert set(made) == {"vision", "audio", "text", "series"}
     slots = pipeline.row_of(DATA, CUT).slots
     assert {m: (p.payload.shape, p.payload.dtype.name) for m, p in made.items() if m != "text"} == {
-        m: ((s.length, s.size), s.dtype) for m, s in slots.items() if m != "text"}
+        m: ((s.length, s.size), s.dtype) for m, s in slots.items() if m != "text"
+    }
     # the flash and the beep at 3.5 s stand 0.5 s after the clip's start
     for name in ("audio", "vision"):
         loudest = made[name].payload.max(1).argmax()
@@ -104,42 +135,70 @@ def test_modalities_share_a_clock_and_what_is_missing_has_no_particle(beeping: b
     first = clips.load(whole, DATA, clips.CENTRE)
     np.testing.assert_allclose(first.channels[:, 0], 2 * (3.0 + np.arange(20) / 10), atol=1e-5)
     np.testing.assert_allclose(made["series"].place[:, 0], [0.25, 0.75, 1.25, 1.75], atol=1e-5)
-    assert (made["text"].payload[:, 0] - 2).astype(np.uint8).tobytes() == b"a beep" and (made["text"].place[:, 0] == 1).all()
+    assert (made["text"].payload[:, 0] - 2).astype(np.uint8).tobytes() == b"a beep" and (
+        made["text"].place[:, 0] == 1
+    ).all()
     bare = sources.Record("b", film(sound=False), 0)
-    lacks = clips.particles_of(clips.load(bare, DATA, clips.CENTRE), DATA, CUT, np.random.default_rng(0))
+    lacks = clips.particles_of(
+        clips.load(bare, DATA, clips.CENTRE), DATA, CUT, np.random.default_rng(0)
+    )
     assert set(lacks) == {"vision"}
-    batch = pack.pack([pack.Clip(made, 0, 0), pack.Clip(lacks, 0, 1)], [0, 1], slots, 2, 1)
-    assert (batch.particles["audio"].segment[1] == 0).all() and (batch.particles["audio"].segment[0] == 1).all()
+    batch = packing.pack([packing.Clip(made, 0, 0), packing.Clip(lacks, 0, 1)], [0, 1], slots, 2, 1)
+    assert (batch.particles["audio"].segment[1] == 0).all() and (
+        batch.particles["audio"].segment[0] == 1
+    ).all()
 
 
 def test_rows_have_room_for_all_that_is_read(beeping: bytes) -> None:
     rng = np.random.default_rng(0)
-    for seconds in (0.495, 0.025, 0.01, *rng.uniform(0.03, 2.0, 60), *rng.integers(1, 400, 40) / 200):
+    for seconds in (
+        0.495,
+        0.025,
+        0.01,
+        *rng.uniform(0.03, 2.0, 60),
+        *rng.integers(1, 400, 40) / 200,
+    ):
         data = dataclasses.replace(DATA, modalities=("audio",), seconds=float(seconds))
         sound = np.zeros(math.ceil(seconds * RATE - 1e-6), np.float32)
-        made = clips.particles_of(clips.Clip(np.zeros(0), np.zeros(0), data.seconds, sound), data, CUT, rng)
-        assert len(made["audio"].segment) == pipeline.row_of(data, CUT).slots["audio"].length, seconds
+        made = clips.particles_of(
+            clips.Clip(np.zeros(0), np.zeros(0), data.seconds, sound), data, CUT, rng
+        )
+        assert len(made["audio"].segment) == pipeline.row_of(data, CUT).slots["audio"].length, (
+            seconds
+        )
     record = sources.Record("a", beeping, series=TABLE)
     for seconds, own in ((0.495, 0.0), (1.7, 0.5), (1.0, 3.0), (2.495, 1.31)):
         data = dataclasses.replace(
-            DATA, seconds=seconds, modalities=("audio", "series"), augment=AugmentSpec(speed=(0.5, 2.0), shift=0.3),
-            audio=AudioSpec(seconds=own), series=SeriesSpec(channels=("x",), rate=10, window=3, seconds=own))
+            DATA,
+            seconds=seconds,
+            modalities=("audio", "series"),
+            augment=AugmentSpec(speed=(0.5, 2.0), shift=0.3),
+            audio=AudioSpec(seconds=own),
+            series=SeriesSpec(channels=("x",), rate=10, window=3, seconds=own),
+        )
         for seed in range(2):
             seen = clips.load(record, data, np.random.default_rng(seed))
             made = clips.particles_of(seen, data, CUT, np.random.default_rng(seed))
-            pack.pack([pack.Clip(made, 0, 0)], [0], pipeline.row_of(data, CUT).slots, 1, 1)  # raises where it does not fit
+            # raises where it does not fit
+            packing.pack([packing.Clip(made, 0, 0)], [0], pipeline.row_of(data, CUT).slots, 1, 1)
 
 
 def test_sound_from_memory_is_the_decoded_one(beeping: bytes) -> None:
     data = dataclasses.replace(DATA, modalities=("audio",))
     record = sources.Record("a", beeping, start=2.9, end=4.9)
-    decoded, kept = (clips.load(record, dataclasses.replace(data, memory_gib=gib), clips.CENTRE).sound for gib in (0.0, 0.1))
+    decoded, kept = (
+        clips.load(record, dataclasses.replace(data, memory_gib=gib), clips.CENTRE).sound
+        for gib in (0.0, 0.1)
+    )
     assert abs(onset(decoded) - onset(kept)) < 2 / RATE and abs(len(decoded) - len(kept)) <= 1
     np.testing.assert_allclose(decoded[:20000], kept[:20000], atol=0.02)
 
 
 def test_a_series_that_is_wrong_is_named(beeping: bytes) -> None:
-    for table, reason in ((b"time,x\n0,1\n", "no column 'y'"), (b"time,x,y\n0,a,1\n", "not a number")):
+    for table, reason in (
+        (b"time,x\n0,1\n", "no column 'y'"),
+        (b"time,x,y\n0,a,1\n", "not a number"),
+    ):
         with pytest.raises(Unreadable, match=reason):
             clips.load(sources.Record("a", beeping, series=table), DATA, clips.CENTRE)
 
@@ -152,16 +211,44 @@ def test_rows_need_to_know_how_long_sound_is() -> None:
 
 
 def tokenizer_file(folder: Path) -> str:
-    """A tokenizer.json that, like MiniLM's, cuts and fills up to 128 and puts a text between two special tokens."""
-    vocabulary = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "ball", "falls"))}
-    (folder / "tokenizer.json").write_text(json.dumps({
-        "version": "1.0", "added_tokens": [], "normalizer": {"type": "Lowercase"}, "decoder": None,
-        "truncation": {"direction": "Right", "max_length": 128, "strategy": "LongestFirst", "stride": 0},
-        "padding": {"strategy": {"Fixed": 128}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
-                    "pad_type_id": 0, "pad_token": "[PAD]"},
-        "pre_tokenizer": {"type": "Whitespace"},
-        "post_processor": {"type": "BertProcessing", "cls": ["[CLS]", 2], "sep": ["[SEP]", 3]},
-        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"}}))
+    """A tokenizer.json that, like MiniLM's, cuts and fills up to 128 and puts a text between two
+    special tokens.
+    """
+    vocabulary = {
+        word: i
+        for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "ball", "falls"))
+    }
+    (folder / "tokenizer.json").write_text(
+        json.dumps(
+            {
+                "version": "1.0",
+                "added_tokens": [],
+                "normalizer": {"type": "Lowercase"},
+                "decoder": None,
+                "truncation": {
+                    "direction": "Right",
+                    "max_length": 128,
+                    "strategy": "LongestFirst",
+                    "stride": 0,
+                },
+                "padding": {
+                    "strategy": {"Fixed": 128},
+                    "direction": "Right",
+                    "pad_to_multiple_of": None,
+                    "pad_id": 0,
+                    "pad_type_id": 0,
+                    "pad_token": "[PAD]",
+                },
+                "pre_tokenizer": {"type": "Whitespace"},
+                "post_processor": {
+                    "type": "BertProcessing",
+                    "cls": ["[CLS]", 2],
+                    "sep": ["[SEP]", 3],
+                },
+                "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"},
+            }
+        )
+    )
     return str(folder / "tokenizer.json")
 
 
@@ -171,19 +258,28 @@ def test_a_tokenizer_file_is_read(tmp_path: Path) -> None:
         import tokenizers  # noqa: F401
     except ImportError:
         with pytest.raises(UserError, match=r"pip install particlejax\[text\]"):
-            words.vocabulary(TextSpec(path))
+            tokenizer.vocabulary(TextSpec(path))
         return
-    assert words.vocabulary(TextSpec(path)) == 7
-    np.testing.assert_array_equal(words.encode("The ball falls", TextSpec(path)), [2, 4, 5, 6, 3], "nothing fills up")
-    np.testing.assert_array_equal(words.encode("The ball falls", TextSpec(path, 4)), [2, 4, 5, 3], "the end stays")
-    with pytest.raises(UserError, match="length=2 has no room for a word beside the 2 special tokens .*: use 3 or more"):
-        words.encode("x", TextSpec(path, 2))
+    assert tokenizer.vocabulary(TextSpec(path)) == 7
+    np.testing.assert_array_equal(
+        tokenizer.encode("The ball falls", TextSpec(path)), [2, 4, 5, 6, 3], "nothing fills up"
+    )
+    np.testing.assert_array_equal(
+        tokenizer.encode("The ball falls", TextSpec(path, 4)), [2, 4, 5, 3], "the end stays"
+    )
+    with pytest.raises(
+        UserError,
+        match="length=2 has no room for a word beside the 2 special tokens .*: use 3 or more",
+    ):
+        tokenizer.encode("x", TextSpec(path, 2))
     with pytest.raises(UserError, match="give the path of a tokenizer.json"):
-        words.encode("x", TextSpec(str(tmp_path / "none.json")))
+        tokenizer.encode("x", TextSpec(str(tmp_path / "none.json")))
 
 
 def test_bytes_are_cut_at_the_length() -> None:
-    np.testing.assert_array_equal(words.encode("é!", TextSpec(length=2)), np.frombuffer("é".encode(), np.uint8) + 2)
+    np.testing.assert_array_equal(
+        tokenizer.encode("é!", TextSpec(length=2)), np.frombuffer("é".encode(), np.uint8) + 2
+    )
 
 
 EVERYTHING = AugmentSpec(jitter=0.5, operations=2, magnitude=0.7, erase=1.0)
@@ -204,7 +300,9 @@ def test_augmentation_is_the_same_for_every_frame_and_pure() -> None:
 def test_erasing_leaves_the_rest_alone() -> None:
     frames = np.full((3, 50, 50, 3), 200, np.uint8)
     for seed in range(20):
-        changed = (augment.pictures(frames, AugmentSpec(erase=1.0), np.random.default_rng(seed)) != 200).all(-1)
+        changed = (
+            augment.pictures(frames, AugmentSpec(erase=1.0), np.random.default_rng(seed)) != 200
+        ).all(-1)
         assert 0.01 < changed.mean() < 0.4 and (changed == changed[0]).all()
 
 
@@ -221,9 +319,16 @@ def test_bands_and_loudness() -> None:
     mel = np.ones((50, 40), np.float32)
     emptied = augment.empty_bands(mel, AugmentSpec(bands=2), np.random.default_rng(1), 0.0)
     gone = emptied == 0
-    assert 0 < gone.mean() < 0.65 and (gone.all(0) | gone.all(1)[:, None])[gone].all() and (mel == 1).all()
+    assert (
+        0 < gone.mean() < 0.65
+        and (gone.all(0) | gone.all(1)[:, None])[gone].all()
+        and (mel == 1).all()
+    )
     sound = np.ones(10, np.float32)
-    decibels = [20 * np.log10(augment.loudness(sound, AugmentSpec(gain=6.0), np.random.default_rng(s))[0]) for s in range(50)]
+    decibels = [
+        20 * np.log10(augment.loudness(sound, AugmentSpec(gain=6.0), np.random.default_rng(s))[0])
+        for s in range(50)
+    ]
     assert -6 <= min(decibels) < -4 and 4 < max(decibels) <= 6
 
 
@@ -248,9 +353,21 @@ def frames_of(clip: clips.Clip) -> np.ndarray:
 def test_sampling_in_time() -> None:
     record, dense = ramp(), DataSpec(frames=8, size=64, sample="dense", stride=(3, 3))
     np.testing.assert_array_equal(np.diff(frames_of(clips.load(record, dense, clips.CENTRE))), 3)
-    assert frames_of(clips.load(record, dense, clips.CENTRE))[[0, -1]].mean() == pytest.approx(28.5, abs=1), "the centre"
-    speeds = {int(np.diff(frames_of(clips.load(record, dataclasses.replace(dense, stride=(1, 4)), np.random.default_rng(s))))[0])
-              for s in range(30)}
+    assert frames_of(clips.load(record, dense, clips.CENTRE))[[0, -1]].mean() == pytest.approx(
+        28.5, abs=1
+    ), "the centre"
+    speeds = {
+        int(
+            np.diff(
+                frames_of(
+                    clips.load(
+                        record, dataclasses.replace(dense, stride=(1, 4)), np.random.default_rng(s)
+                    )
+                )
+            )[0]
+        )
+        for s in range(30)
+    }
     assert speeds == {1, 2, 3, 4}
     segments = DataSpec(frames=6, size=64, sample="segments")
     for seed in range(5):
@@ -263,14 +380,18 @@ def test_sampling_in_time() -> None:
     found = frames_of(clips.load(record, over, clips.CENTRE))
     assert found[0] <= 1 and (found[-10:] == 59).all(), "it holds its last frame"
     within = dataclasses.replace(record, start=0.5, end=1.0)
-    assert frames_of(clips.load(within, over, clips.CENTRE)).max() == 29, "and never looks past its end"
+    assert frames_of(clips.load(within, over, clips.CENTRE)).max() == 29, (
+        "and never looks past its end"
+    )
 
 
 def test_directed_classes_are_never_mirrored() -> None:
     data = DataSpec(frames=4, size=64, augment=AugmentSpec(flip=1.0, directed=("left",)))
     record = ramp()
     for classes, mirrored in ((("right", "left"), False), (("left", "right"), True)):
-        made = pipeline.Batches(sources.Listed(classes, (record,)), data, ParticleSpec("grid", (4, 64, 64)), 0, rows=1)
+        made = pipeline.Batches(
+            sources.Listed(classes, (record,)), data, ParticleSpec("grid", (4, 64, 64)), 0, rows=1
+        )
         payload = made[0].batch.particles["vision"].payload.reshape(4, 64, 64, 3)
         halves = payload[:, :, :32].std() > payload[:, :, 32:].std()
         assert halves == mirrored
@@ -279,7 +400,9 @@ def test_directed_classes_are_never_mirrored() -> None:
 def test_mixed_clips_carry_both_labels() -> None:
     data = DataSpec(frames=4, size=64, augment=AugmentSpec(mixup=0.8, cutmix=0.8))
     records = tuple(dataclasses.replace(ramp(), name=str(i), label=i) for i in range(4))
-    made = pipeline.Batches(sources.Listed(tuple("abcd"), records), data, ParticleSpec("grid", (4, 64, 64)), 0, rows=4)
+    made = pipeline.Batches(
+        sources.Listed(tuple("abcd"), records), data, ParticleSpec("grid", (4, 64, 64)), 0, rows=4
+    )
     batch = made[0].batch
     assert sorted(batch.other.reshape(-1)) == [0, 1, 2, 3] and (batch.other != batch.label).all()
     assert ((batch.share > 0) & (batch.share < 1)).all()
@@ -296,28 +419,32 @@ def test_a_decoder_that_hangs_is_left_behind_and_not_tried_again() -> None:
 
     for file in ("hanging.mp4", b"the bytes of a file"):
         with pytest.raises(Unreadable, match="not decoded after 0.05 s"):
-            patience.within(0.05, hang, file)
+            timeout.within(0.05, hang, file)
         for again in (file[:3] + file[3:], file):  # equal, not the same
             with pytest.raises(Unreadable, match="not decoded after 0.05 s"):
-                patience.within(60.0, hang, again)
+                timeout.within(60.0, hang, again)
     assert len(tried) == 2
     never.set()
-    assert patience.within(5.0, lambda: 7, "another.mp4") == patience.within(5.0, lambda: 7, b"other bytes") == 7
+    assert (
+        timeout.within(5.0, lambda: 7, "another.mp4")
+        == timeout.within(5.0, lambda: 7, b"other bytes")
+        == 7
+    )
     with pytest.raises(KeyError):
-        patience.within(5.0, lambda: {}["a"], "another.mp4")
+        timeout.within(5.0, lambda: {}["a"], "another.mp4")
 
 
 def test_one_thread_waits_for_another_clip_after_clip() -> None:
     def mine() -> int:
-        return patience.within(5.0, threading.get_ident, "a.mp4")
+        return timeout.within(5.0, threading.get_ident, "a.mp4")
 
     first = mine()
     assert first == mine() != threading.get_ident(), "to start one for every clip costs"
     with pytest.raises(UserError):
-        patience.within(5.0, lambda: (_ for _ in ()).throw(UserError("as it was")), "a.mp4")
+        timeout.within(5.0, lambda: (_ for _ in ()).throw(UserError("as it was")), "a.mp4")
     assert first == mine()
     never = threading.Event()
     with pytest.raises(Unreadable):
-        patience.within(0.05, never.wait, "never.mp4")
+        timeout.within(0.05, never.wait, "never.mp4")
     assert first != mine(), "it is left behind"
     never.set()

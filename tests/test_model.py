@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model: packed rows equal clips alone, empty slots change nothing, clips never see each other, scan equals unroll."""
+"""The model: packed rows equal clips alone, empty slots change nothing, clips never see each other,
+scan equals unroll.
+"""
 
 import dataclasses
 
@@ -8,39 +10,47 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from particlejax import tree
-from particlejax.models import model as models
-from particlejax.modelspec import ModelSpec
+from particlejax.config.experiment import ParticleSpec
+from particlejax.config.model import ModelSpec
+from particlejax.core import tree
+from particlejax.models import particle_model as models
 from particlejax.nn.embed import place_features
-from particlejax.particles import pack, policies
+from particlejax.particles import packing, policies
 from particlejax.particles.types import Batch, Particles
-from particlejax.spec import ParticleSpec
 
-SPEC = ModelSpec(width=32, depth=2, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=1, unroll=False)
+SPEC = ModelSpec(
+    width=32, depth=2, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=1, unroll=False
+)
 CUT = ParticleSpec("grid", (2, 4, 4))
-SIZES = ((4, 8, 8), (8, 8, 12), (2, 16, 8))  # frames, rows, columns: clips of different lengths and shapes
+# frames, rows, columns: clips of different lengths and shapes
+SIZES = ((4, 8, 8), (8, 8, 12), (2, 16, 8))
 
 
-def clip(number: int) -> pack.Clip:
+def clip(number: int) -> packing.Clip:
     size = SIZES[number]
     rng = np.random.default_rng(number)
     video = rng.normal(size=(*size, 3)).astype(np.float32)
     times = (np.arange(size[0]) / (5 + number)).astype(np.float32)
-    return pack.Clip({"vision": policies.cut_clip(video, times, CUT)}, number, number)
+    return packing.Clip({"vision": policies.cut_clip(video, times, CUT)}, number, number)
 
 
 CLIPS = [clip(i) for i in range(3)]
 PAYLOAD = CLIPS[0].particles["vision"].payload.shape[1]
 
 
-def rows_of(clips: list[pack.Clip], rows: int, length: int, per_row: int) -> Batch:
+def rows_of(clips: list[packing.Clip], rows: int, length: int, per_row: int) -> Batch:
     chosen = [i // per_row for i in range(len(clips))]
-    return jax.tree.map(jnp.asarray, pack.pack(clips, chosen, {"vision": pack.Slots(length, PAYLOAD)}, rows, per_row))
+    return jax.tree.map(
+        jnp.asarray,
+        packing.pack(clips, chosen, {"vision": packing.Slots(length, PAYLOAD)}, rows, per_row),
+    )
 
 
 @pytest.fixture(scope="module")
 def built() -> tuple[models.Model, dict]:
-    model = models.build(SPEC, {"vision": models.Payload(PAYLOAD)}, classes=5, needs=models.Needs(decoder=True))
+    model = models.build(
+        SPEC, {"vision": models.Payload(PAYLOAD)}, classes=5, needs=models.Needs(decoder=True)
+    )
     return model, jax.jit(model.init)(jax.random.key(0), rows_of(CLIPS, 1, 40, 3))
 
 
@@ -57,39 +67,62 @@ def test_packed_equals_unpacked(built: tuple) -> None:
     model, params = built
     packed = logits(model, params, rows_of(CLIPS, 1, 48, 4))[0]
     for i, each in enumerate(CLIPS):
-        alone = logits(model, params, rows_of([each], 1, len(each.particles["vision"].segment), 1))[0, 0]
+        alone = logits(model, params, rows_of([each], 1, len(each.particles["vision"].segment), 1))[
+            0, 0
+        ]
         np.testing.assert_allclose(packed[i], alone, atol=2e-5)
 
 
 @pytest.mark.parametrize("how", ["drop", "merge"])
 def test_fewer_tokens_in_depth_are_still_each_clip_s_own(how: str) -> None:
     spec = dataclasses.replace(SPEC, reduce=how, reduce_after=(1,), reduce_keep=0.5)
-    model = models.build(spec, {"vision": models.Payload(PAYLOAD)}, classes=5, needs=models.Needs(decoder=True))
+    model = models.build(
+        spec, {"vision": models.Payload(PAYLOAD)}, classes=5, needs=models.Needs(decoder=True)
+    )
     batch = rows_of(CLIPS, 1, 48, 4)
     params = jax.jit(model.init)(jax.random.key(0), batch)
-    whole = models.build(dataclasses.replace(spec, reduce_after=()), {"vision": models.Payload(PAYLOAD)}, classes=5,
-                         needs=models.Needs(decoder=True))
-    assert jax.tree.structure(models.parameter_shapes(whole, batch)) == jax.tree.structure(params), "the same parameters"
+    whole = models.build(
+        dataclasses.replace(spec, reduce_after=()),
+        {"vision": models.Payload(PAYLOAD)},
+        classes=5,
+        needs=models.Needs(decoder=True),
+    )
+    assert jax.tree.structure(models.parameter_shapes(whole, batch)) == jax.tree.structure(
+        params
+    ), "the same parameters"
     tokens, inner = jax.jit(lambda p: model.apply(params, "encode", p))(batch.particles)
     assert [each.shape[2] for each in inner["blocks"]] == [48, 24] and tokens.x.shape[1] == 24
     counts = [int((tokens.segment == s + 1).sum()) for s in range(3)]
     assert counts == [len(each.particles["vision"].segment) // 2 for each in CLIPS]
     packed = logits(model, params, batch)[0]
     for i, each in list(enumerate(CLIPS))[1:2]:
-        alone = logits(model, params, rows_of([each], 1, len(each.particles["vision"].segment), 1))[0, 0]
+        alone = logits(model, params, rows_of([each], 1, len(each.particles["vision"].segment), 1))[
+            0, 0
+        ]
         np.testing.assert_allclose(packed[i], alone, atol=2e-5)
 
 
 def test_merging_twins_changes_nothing(built: tuple) -> None:
     _, params = built
     vision = CLIPS[0].particles["vision"]
-    twins = pack.Clip({"vision": vision.take(np.repeat(np.arange(8), 2))}, 0, 0)
+    twins = packing.Clip({"vision": vision.take(np.repeat(np.arange(8), 2))}, 0, 0)
     batch = rows_of([twins, CLIPS[1]], 1, 50, 2)
-    model = models.build(SPEC, {"vision": models.Payload(PAYLOAD)}, classes=5, needs=models.Needs(decoder=True))
-    merged = models.build(dataclasses.replace(SPEC, reduce="merge", reduce_after=(1,)), {"vision": models.Payload(PAYLOAD)},
-                          classes=5, needs=models.Needs(decoder=True))
-    np.testing.assert_allclose(logits(model, params, batch)[0, 0], logits(merged, params, batch)[0, 0], atol=2e-5)
-    assert jnp.abs(logits(model, params, batch)[0, 1] - logits(merged, params, batch)[0, 1]).max() > 1e-4
+    model = models.build(
+        SPEC, {"vision": models.Payload(PAYLOAD)}, classes=5, needs=models.Needs(decoder=True)
+    )
+    merged = models.build(
+        dataclasses.replace(SPEC, reduce="merge", reduce_after=(1,)),
+        {"vision": models.Payload(PAYLOAD)},
+        classes=5,
+        needs=models.Needs(decoder=True),
+    )
+    np.testing.assert_allclose(
+        logits(model, params, batch)[0, 0], logits(merged, params, batch)[0, 0], atol=2e-5
+    )
+    assert (
+        jnp.abs(logits(model, params, batch)[0, 1] - logits(merged, params, batch)[0, 1]).max()
+        > 1e-4
+    )
 
 
 def test_what_stands_in_an_empty_slot_changes_nothing(built: tuple) -> None:
@@ -98,10 +131,15 @@ def test_what_stands_in_an_empty_slot_changes_nothing(built: tuple) -> None:
     vision = batch.particles["vision"]
     empty = vision.segment == 0
     assert empty.any()
-    noise = dataclasses.replace(vision, payload=jnp.where(empty[..., None], 7.0, vision.payload),
-                                place=jnp.where(empty[..., None], 3.0, vision.place))
-    np.testing.assert_array_equal(logits(model, params, batch)[0, 0],
-                                  logits(model, params, dataclasses.replace(batch, particles={"vision": noise}))[0, 0])
+    noise = dataclasses.replace(
+        vision,
+        payload=jnp.where(empty[..., None], 7.0, vision.payload),
+        place=jnp.where(empty[..., None], 3.0, vision.place),
+    )
+    np.testing.assert_array_equal(
+        logits(model, params, batch)[0, 0],
+        logits(model, params, dataclasses.replace(batch, particles={"vision": noise}))[0, 0],
+    )
 
 
 def test_no_clip_sees_another(built: tuple) -> None:
@@ -123,7 +161,9 @@ def test_order_of_particles_is_of_no_account(built: tuple) -> None:
     batch = rows_of(CLIPS[:1], 1, 8, 1)
     shuffled = batch.particles["vision"].take(jnp.array([[3, 1, 7, 0, 2, 6, 5, 4]]))
     moved = dataclasses.replace(batch, particles={"vision": shuffled})
-    np.testing.assert_allclose(logits(model, params, batch), logits(model, params, moved), atol=1e-5)
+    np.testing.assert_allclose(
+        logits(model, params, batch), logits(model, params, moved), atol=1e-5
+    )
 
 
 def test_the_decoder_is_asked_by_place_and_never_reads_the_payload(built: tuple) -> None:
@@ -136,7 +176,9 @@ def test_the_decoder_is_asked_by_place_and_never_reads_the_payload(built: tuple)
     def decoded(query: Particles) -> jax.Array:
         return model.apply(params, "decode", tokens, query, "vision")
 
-    grads = jax.grad(lambda payload: decoded(dataclasses.replace(query, payload=payload)).sum())(query.payload)
+    grads = jax.grad(lambda payload: decoded(dataclasses.replace(query, payload=payload)).sum())(
+        query.payload
+    )
     assert (grads == 0).all()
     moved = dataclasses.replace(query, extent=query.extent * 2)
     assert (jnp.abs(decoded(query) - decoded(moved)).max(axis=(0, 2)) > 1e-4).all()
@@ -149,41 +191,63 @@ def test_a_clip_of_which_nothing_is_visible_is_told_of_no_other(built: tuple) ->
     seen = dataclasses.replace(vision, segment=jnp.where(vision.segment == 1, 1, 0))
 
     def second(payload: jax.Array) -> jax.Array:
-        tokens, _ = model.apply(params, "encode", {"vision": dataclasses.replace(seen, payload=payload)})
-        return jnp.where((vision.segment == 2)[..., None], model.apply(params, "decode", tokens, vision, "vision"), 0).sum()
+        tokens, _ = model.apply(
+            params, "encode", {"vision": dataclasses.replace(seen, payload=payload)}
+        )
+        return jnp.where(
+            (vision.segment == 2)[..., None],
+            model.apply(params, "decode", tokens, vision, "vision"),
+            0,
+        ).sum()
 
     assert (jax.jit(jax.grad(second))(vision.payload) == 0).all(), "exactly zero"
 
 
 def test_scan_equals_unroll(built: tuple) -> None:
     model, params = built
-    unrolled = models.build(dataclasses.replace(SPEC, unroll=True), {"vision": models.Payload(PAYLOAD)}, classes=5,
-                          needs=models.Needs(decoder=True))
+    unrolled = models.build(
+        dataclasses.replace(SPEC, unroll=True),
+        {"vision": models.Payload(PAYLOAD)},
+        classes=5,
+        needs=models.Needs(decoder=True),
+    )
     batch = rows_of(CLIPS, 1, 40, 3)
-    np.testing.assert_allclose(logits(model, params, batch), logits(unrolled, params, batch), atol=1e-5)
+    np.testing.assert_allclose(
+        logits(model, params, batch), logits(unrolled, params, batch), atol=1e-5
+    )
 
 
 def test_a_key_switches_dropout_on(built: tuple) -> None:
     _, params = built
-    model = models.build(dataclasses.replace(SPEC, dropout=0.5, drop_path=0.3), {"vision": models.Payload(PAYLOAD)},
-                         classes=5, needs=models.Needs(decoder=True))
+    model = models.build(
+        dataclasses.replace(SPEC, dropout=0.5, drop_path=0.3),
+        {"vision": models.Payload(PAYLOAD)},
+        classes=5,
+        needs=models.Needs(decoder=True),
+    )
     batch = rows_of(CLIPS[:1], 1, 8, 1)
     encode = jax.jit(lambda key: model.apply(params, "encode", batch.particles, key=key)[0].x)
-    still, again, one, other = (encode(key) for key in (None, None, jax.random.key(1), jax.random.key(2)))
+    still, again, one, other = (
+        encode(key) for key in (None, None, jax.random.key(1), jax.random.key(2))
+    )
     assert (still == again).all() and not (still == one).all() and not (one == other).all()
 
 
 def test_two_modalities_and_one_missing() -> None:
     payloads = {"vision": models.Payload(PAYLOAD), "text": models.Payload(1, vocabulary=50)}
     model = models.build(SPEC, payloads, classes=3)
-    words = Particles(np.arange(5, dtype=np.int32)[:, None], np.zeros((5, 3), np.float32), np.ones((5, 3), np.float32),
-                      np.ones(5, np.int32))
-    shapes = {"vision": pack.Slots(48, PAYLOAD), "text": pack.Slots(6, 1, "int32")}
-    both = pack.Clip({**CLIPS[0].particles, "text": words}, 0, 0)
-    batch = jax.tree.map(jnp.asarray, pack.pack([both, CLIPS[1]], [0, 0], shapes, 1, 2))
+    words = Particles(
+        np.arange(5, dtype=np.int32)[:, None],
+        np.zeros((5, 3), np.float32),
+        np.ones((5, 3), np.float32),
+        np.ones(5, np.int32),
+    )
+    shapes = {"vision": packing.Slots(48, PAYLOAD), "text": packing.Slots(6, 1, "int32")}
+    both = packing.Clip({**CLIPS[0].particles, "text": words}, 0, 0)
+    batch = jax.tree.map(jnp.asarray, packing.pack([both, CLIPS[1]], [0, 0], shapes, 1, 2))
     params = jax.jit(model.init)(jax.random.key(0), batch)
     together = logits(model, params, batch)[0]
-    alone = jax.tree.map(jnp.asarray, pack.pack([CLIPS[1]], [0], shapes, 1, 2))
+    alone = jax.tree.map(jnp.asarray, packing.pack([CLIPS[1]], [0], shapes, 1, 2))
     np.testing.assert_allclose(together[1], logits(model, params, alone)[0, 0], atol=2e-5)
     only = dataclasses.replace(alone, particles={"vision": alone.particles["vision"]})
     np.testing.assert_allclose(together[1], logits(model, params, only)[0, 0], atol=2e-5)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One battery for every objective of the table: finite, gradients where they belong, nothing leaks, it learns what is there.
+"""One battery for every objective of the table: finite, gradients where they belong, nothing leaks,
+it learns what is there.
 
-What cannot be learnt are clips of fresh noise: an objective whose loss fell on them would read the answer off places, extents
-or numbers of particles.
+What cannot be learnt are clips of fresh noise: an objective whose loss fell on them would read the
+answer off places, extents or numbers of particles.
 """
 
 import dataclasses
@@ -17,30 +18,48 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from particlejax import losses, masks, tree
-from particlejax.models import model as models
-from particlejax.modelspec import OBJECTIVES, ModelSpec
-from particlejax.objectives import distil, masked, objectives, pairs
-from particlejax.objectives import words as hidden_words
-from particlejax.objectives.types import TEACHER
-from particlejax.particles import cut, pack, policies
+from particlejax import losses, masks
+from particlejax.config.experiment import Experiment, ParticleSpec, make
+from particlejax.config.model import OBJECTIVES, ModelSpec
+from particlejax.core import tree
+from particlejax.core.typing import UserError
+from particlejax.models import particle_model as models
+from particlejax.objectives import contrastive, feature_distillation, masked, registry
+from particlejax.objectives import masked_tokens as hidden_words
+from particlejax.objectives.base import TEACHER
+from particlejax.particles import packing, patchify, policies
 from particlejax.particles.types import Batch, Particles
-from particlejax.spec import Experiment, ParticleSpec, make
-from particlejax.typing import UserError
 
-MODEL = ModelSpec(width=32, depth=2, heads=2, mlp=2, decoder_width=32, decoder_depth=1, decoder_heads=1, embedding=16,
-                  unroll=False)  # compiles sooner
+# compiles sooner
+MODEL = ModelSpec(
+    width=32,
+    depth=2,
+    heads=2,
+    mlp=2,
+    decoder_width=32,
+    decoder_depth=1,
+    decoder_heads=1,
+    embedding=16,
+    unroll=False,
+)
 BASES = {"vision": (2, 4, 4), "audio": (2, 2, 1), "series": (2, 1, 1)}
-SLOTS = {"audio": pack.Slots(12, 4), "features": pack.Slots(6, 5), "series": pack.Slots(6, 4),
-         "text": pack.Slots(6, 1, "int32"), "vision": pack.Slots(24, 96)}
+SLOTS = {
+    "audio": packing.Slots(12, 4),
+    "features": packing.Slots(6, 5),
+    "series": packing.Slots(6, 4),
+    "text": packing.Slots(6, 1, "int32"),
+    "vision": packing.Slots(24, 96),
+}
 CLASSES, WORDS, ROWS = 4, 20, 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """An objective's settings, the modalities it is given, the least loss that noise allows, and what has no gradient.
+    """An objective's settings, the modalities it is given, the least loss that noise allows, and
+    what has no gradient.
 
-    What has to be compared before it can be told (order, sync, match) stands still for some hundred steps before it is learnt.
+    What has to be compared before it can be told (order, sync, match) stands still for some hundred
+    steps before it is learnt.
     """
 
     spec: dict = dataclasses.field(default_factory=dict)
@@ -57,66 +76,122 @@ CASES = {
     "masked": Case(dict(keep=0.5, predict=0.5, mask="random"), floor=0.97),
     "latent": Case(dict(keep=0.5, predict=0.5, mask="motion")),
     # Noise of deviation one: a mean smooth L1 of 0.42 for who answers nothing.
-    "distil": Case(dict(keep=0.7), ("features", "vision"), 0.4, dead=("decoder/payload_vision", "decoder/modality_vision")),
+    "distil": Case(
+        dict(keep=0.7),
+        ("features", "vision"),
+        0.4,
+        dead=("decoder/payload_vision", "decoder/modality_vision"),
+    ),
     "next_frame": Case(floor=0.97),
     "order": Case(floor=0.9 * math.log(6), steps=200, rate=2e-3),
     "speed": Case(floor=0.9 * math.log(2)),
     "arrow": Case(floor=0.9 * math.log(2)),
     "transform": Case(floor=0.9 * math.log(8)),
-    "sync": Case(dict(shifts=1, step=2, other=0.2), ("audio", "vision"), 1.25, steps=560, rate=1e-3),
-    "sync:correlation": Case(dict(shifts=1, step=2, other=0.2, how="correlation"), ("audio", "vision"), 1.25, steps=200),
+    "sync": Case(
+        dict(shifts=1, step=2, other=0.2), ("audio", "vision"), 1.25, steps=560, rate=1e-3
+    ),
+    "sync:correlation": Case(
+        dict(shifts=1, step=2, other=0.2, how="correlation"), ("audio", "vision"), 1.25, steps=200
+    ),
     "contrast": Case(dict(pair=("vision", "text"), loss="sigmoid"), ("text", "vision"), 1.8),
-    "match": Case(dict(), ("text", "vision"), 0.6, steps=600, rate=1e-3,
-                  model=dataclasses.replace(MODEL, width=64, heads=4)),
+    "match": Case(
+        dict(),
+        ("text", "vision"),
+        0.6,
+        steps=600,
+        rate=1e-3,
+        model=dataclasses.replace(MODEL, width=64, heads=4),
+    ),
     "align": Case(dict(modality="vision", bins=3), floor=0.9 * math.log(3)),
-    "words": Case(dict(keep=0.5), ("text", "vision"), 0.9 * math.log(WORDS - 2),
-                  dead=("decoder/payload_vision", "decoder/modality_vision")),
-    "visual_words": Case(dict(keep=0.5, predict=0.5, mask="random", codes=6), ("text", "vision"), 0.9 * math.log(6),
-                         dead=("codebook", "predictor/modality_text")),
-    "trace": Case(dict(), ("series", "vision"), 0.95, dead=("encoder/payload_series", "encoder/modality_series")),
+    "words": Case(
+        dict(keep=0.5),
+        ("text", "vision"),
+        0.9 * math.log(WORDS - 2),
+        dead=("decoder/payload_vision", "decoder/modality_vision"),
+    ),
+    "visual_words": Case(
+        dict(keep=0.5, predict=0.5, mask="random", codes=6),
+        ("text", "vision"),
+        0.9 * math.log(6),
+        dead=("codebook", "predictor/modality_text"),
+    ),
+    "trace": Case(
+        dict(),
+        ("series", "vision"),
+        0.95,
+        dead=("encoder/payload_series", "encoder/modality_series"),
+    ),
     "classify": Case(dict(label_smoothing=0.1), floor=0.9 * math.log(CLASSES)),
     "pseudo": Case(dict(threshold=0.0)),
 }
 
 
 def video(i: int, frames: int = 12) -> np.ndarray:
-    """Grows brighter in time, and from the lower right to the upper left; a flash comes at the clip's own moment."""
+    """Grows brighter in time, and from the lower right to the upper left; a flash comes at the
+    clip's own moment.
+    """
     t, y, x = np.meshgrid(np.arange(frames), np.arange(8), np.arange(8), indexing="ij")
-    made = 0.15 * t - 0.2 * y - 0.1 * x + 0.3 * (i % CLASSES) * (y > 3) + 1.5 * (t // 2 == 1 + i % 4)
+    made = (
+        0.15 * t - 0.2 * y - 0.1 * x + 0.3 * (i % CLASSES) * (y > 3) + 1.5 * (t // 2 == 1 + i % 4)
+    )
     return np.repeat(made[..., None], 3, -1).astype(np.float32)
 
 
-def clip(i: int, modalities: tuple[str, ...], policy: str = "grid", frames: int = 12) -> pack.Clip:
-    """`frames` of half a second each, a patch of sound and a value of the series for each, six words."""
+def clip(
+    i: int, modalities: tuple[str, ...], policy: str = "grid", frames: int = 12
+) -> packing.Clip:
+    """`frames` of half a second each, a patch of sound and a value of the series for each, six
+    words.
+    """
     times = np.arange(frames, dtype=np.float32) / 2
     made = {}
     if "vision" in modalities:
-        made["vision"] = policies.cut_clip(video(i, frames), times, ParticleSpec(policy, BASES["vision"], (2, 1, 1), 2))
+        made["vision"] = policies.cut_clip(
+            video(i, frames), times, ParticleSpec(policy, BASES["vision"], (2, 1, 1), 2)
+        )
     if "audio" in modalities:
         loud = 2.0 * (np.arange(frames) // 2 == 1 + i % 4).astype(np.float32)
         place = np.stack([times + 0.25, 0.5 + 0 * times, 0.5 + 0 * times], axis=-1)
-        made["audio"] = Particles(np.repeat(loud[:, None], 4, 1), place, np.full((frames, 3), [0.5, 1, 1], np.float32),
-                                  np.ones(frames, np.int32))
+        made["audio"] = Particles(
+            np.repeat(loud[:, None], 4, 1),
+            place,
+            np.full((frames, 3), [0.5, 1, 1], np.float32),
+            np.ones(frames, np.int32),
+        )
     if "series" in modalities:  # when it flashes, and which clip it is
-        values = np.stack([2.0 * (np.arange(frames) // 2 == 1 + i % 4), np.full(frames, 0.5 * (i % CLASSES))], axis=-1)
+        values = np.stack(
+            [2.0 * (np.arange(frames) // 2 == 1 + i % 4), np.full(frames, 0.5 * (i % CLASSES))],
+            axis=-1,
+        )
         base = BASES["series"]
-        made["series"] = cut.cut(values[:, None, None].astype(np.float32), times, cut.Tube(base, base), base)
-    if "features" in modalities:  # of sub-clips of a second: how bright each fifth of its columns is
+        made["series"] = patchify.cut(
+            values[:, None, None].astype(np.float32), times, patchify.Tube(base, base), base
+        )
+    # of sub-clips of a second: how bright each fifth of its columns is
+    if "features" in modalities:
         seen = video(i, frames).reshape(frames // 2, 2, 8, 8, 3).mean(axis=(1, 2, 4))[:, :5]
         middle = np.stack([times[1::2], 0.5 + 0 * times[::2], 0.5 + 0 * times[::2]], axis=-1)
-        made["features"] = Particles(seen.astype(np.float32), middle, np.full((frames // 2, 3), 1, np.float32),
-                                     np.ones(frames // 2, np.int32))
+        made["features"] = Particles(
+            seen.astype(np.float32),
+            middle,
+            np.full((frames // 2, 3), 1, np.float32),
+            np.ones(frames // 2, np.int32),
+        )
     if "text" in modalities:
-        row = np.stack([np.full(6, 3.0), (np.arange(6) + 0.5) / 6, np.full(6, 0.5)], axis=-1).astype(np.float32)
+        row = np.stack(
+            [np.full(6, 3.0), (np.arange(6) + 0.5) / 6, np.full(6, 0.5)], axis=-1
+        ).astype(np.float32)
         ids = (2 + 4 * (np.arange(6) % 4) + i % 4).astype(np.int32)
-        made["text"] = Particles(ids[:, None], row, np.full((6, 3), [6.0, 1 / 6, 1.0], np.float32), np.ones(6, np.int32))
-    return pack.Clip(made, i % CLASSES, i)
+        made["text"] = Particles(
+            ids[:, None], row, np.full((6, 3), [6.0, 1 / 6, 1.0], np.float32), np.ones(6, np.int32)
+        )
+    return packing.Clip(made, i % CLASSES, i)
 
 
 def make_batch(modalities: tuple[str, ...], empty_rows: int = 0) -> Batch:
     clips = [clip(i, modalities) for i in range(ROWS - empty_rows)]
     slots = {name: SLOTS[name] for name in modalities}
-    return jax.tree.map(jnp.asarray, pack.pack(clips, range(len(clips)), slots, ROWS, 1))
+    return jax.tree.map(jnp.asarray, packing.pack(clips, range(len(clips)), slots, ROWS, 1))
 
 
 def noisy(batch: Batch, key: jax.Array, noise: jax.Array) -> Batch:
@@ -124,28 +199,41 @@ def noisy(batch: Batch, key: jax.Array, noise: jax.Array) -> Batch:
     made = {}
     for i, (name, p) in enumerate(batch.particles.items()):
         own = jax.random.fold_in(key, i)
-        fresh = jax.random.randint(own, p.payload.shape, 2, WORDS) if name == "text" else jax.random.normal(own, p.payload.shape)
+        fresh = (
+            jax.random.randint(own, p.payload.shape, 2, WORDS)
+            if name == "text"
+            else jax.random.normal(own, p.payload.shape)
+        )
         made[name] = dataclasses.replace(p, payload=jnp.where(noise > 0, fresh, p.payload))
     return dataclasses.replace(batch, particles=made)
 
 
 def payloads_of(modalities: tuple[str, ...]) -> dict[str, models.Payload]:
-    return {m: models.Payload(SLOTS[m].size, WORDS * (m == "text"), BASES.get(m, ())) for m in modalities}
+    return {
+        m: models.Payload(SLOTS[m].size, WORDS * (m == "text"), BASES.get(m, ()))
+        for m in modalities
+    }
 
 
-def setup(name: str, **changes: object) -> tuple[objectives.Objective, models.Model]:
+def setup(name: str, **changes: object) -> tuple[registry.Objective, models.Model]:
     case, name = CASES[name], name.partition(":")[0]
     specs = {name: make(OBJECTIVES[name], case.spec | changes, name)}
     payloads = payloads_of(case.modalities)
-    model = models.build(case.model, payloads, classes=CLASSES if objectives.classifies(specs) else 0,
-                         needs=objectives.parts(specs))
-    objectives.check(specs, payloads)
-    return objectives.combine(specs), model
+    model = models.build(
+        case.model,
+        payloads,
+        classes=CLASSES if registry.classifies(specs) else 0,
+        needs=registry.parts(specs),
+    )
+    registry.check(specs, payloads)
+    return registry.combine(specs), model
 
 
 @functools.cache
 def trained(name: str) -> tuple[dict, np.ndarray, np.ndarray, dict, dict, dict]:
-    """Start, losses on what can be learnt and on noise, last metrics, the largest gradient of each parameter, and the end."""
+    """Start, losses on what can be learnt and on noise, last metrics, the largest gradient of each
+    parameter, and the end.
+    """
     objective, model = setup(name)
     batch, optimizer = make_batch(CASES[name].modalities), optax.adam(CASES[name].rate)
     if name == "pseudo":
@@ -159,15 +247,24 @@ def trained(name: str) -> tuple[dict, np.ndarray, np.ndarray, dict, dict, dict]:
             new = noisy(batch, jax.random.fold_in(key, 1), noise)
             branch = {TEACHER: average} if name == "latent" else {}
             (_, metrics), grads = jax.value_and_grad(
-                lambda p: objective({**p, **branch}, model, new, key, True), has_aux=True)(params)
+                lambda p: objective({**p, **branch}, model, new, key, True), has_aux=True
+            )(params)
             updates, moments = optimizer.update(grads, moments)
             params = optax.apply_updates(params, updates)
             average = jax.tree.map(lambda a, p: 0.9 * a + 0.1 * p, average, params)
-            return (params, moments, average, jax.tree.map(lambda m, g: jnp.maximum(m, jnp.abs(g).max()), most, grads)), metrics
+            return (
+                params,
+                moments,
+                average,
+                jax.tree.map(lambda m, g: jnp.maximum(m, jnp.abs(g).max()), most, grads),
+            ), metrics
 
         most = jax.tree.map(lambda p: jnp.zeros(()), params)
-        (params, _, _, most), metrics = jax.lax.scan(step, (params, optimizer.init(params), params, most),
-                                                     jax.random.split(jax.random.key(1), CASES[name].steps))
+        (params, _, _, most), metrics = jax.lax.scan(
+            step,
+            (params, optimizer.init(params), params, most),
+            jax.random.split(jax.random.key(1), CASES[name].steps),
+        )
         return metrics, most, params
 
     metrics, most, end = run(start, jnp.zeros(()))
@@ -176,7 +273,7 @@ def trained(name: str) -> tuple[dict, np.ndarray, np.ndarray, dict, dict, dict]:
 
 
 def test_the_battery_knows_every_objective() -> None:
-    assert {name.partition(":")[0] for name in CASES} == set(objectives.TABLE) == set(OBJECTIVES)
+    assert {name.partition(":")[0] for name in CASES} == set(registry.TABLE) == set(OBJECTIVES)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -184,7 +281,11 @@ def test_finite_and_gradients_reach_every_parameter(name: str) -> None:
     *_, metrics, most, _ = trained(name)
     assert all(np.isfinite(values).all() for values in metrics.values())
     dead = {path for path, g in tree.flatten(most).items() if not g > 0}
-    expected = {path for path in tree.flatten(most) if path.startswith(CASES[name].dead)} if CASES[name].dead else set()
+    expected = (
+        {path for path in tree.flatten(most) if path.startswith(CASES[name].dead)}
+        if CASES[name].dead
+        else set()
+    )
     # A bias of the keys shifts all of a query's logits alike, so softmax takes no notice of it.
     assert {path for path in dead if not path.endswith("key/bias")} == expected
 
@@ -211,21 +312,40 @@ def test_rows_without_a_clip_count_for_nothing(name: str) -> None:
     assert loss(make_batch(CASES[name].modalities, empty_rows=ROWS)) == 0
     if "words" not in name:  # whose masks are drawn for the whole batch: fewer rows draw others
         partly = make_batch(CASES[name].modalities, empty_rows=3)
-        np.testing.assert_allclose(loss(partly), loss(jax.tree.map(lambda x: x[:5], partly)), rtol=1e-5)
+        np.testing.assert_allclose(
+            loss(partly), loss(jax.tree.map(lambda x: x[:5], partly)), rtol=1e-5
+        )
 
 
-@pytest.mark.parametrize("name, mask", [("masked", "random"), ("masked", "tube"), ("masked", "motion"), ("next_frame", ""),
-                                        ("visual_words", "random"), ("visual_words", "motion")])
+@pytest.mark.parametrize(
+    "name, mask",
+    [
+        ("masked", "random"),
+        ("masked", "tube"),
+        ("masked", "motion"),
+        ("next_frame", ""),
+        ("visual_words", "random"),
+        ("visual_words", "motion"),
+    ],
+)
 def test_what_is_asked_for_is_never_seen(name: str, mask: str) -> None:
     _, model = setup(name)
     params, batch = trained(name)[0], make_batch(CASES[name].modalities)
-    spec = make(OBJECTIVES[name], {"keep": 0.5, "mask": mask} if mask else {"moment": (0.4, 0.7)}, name)
-    predict = {"masked": masked.predict_masked, "next_frame": masked.predict_next,
-               "visual_words": hidden_words.predict_codes}[name]
+    spec = make(
+        OBJECTIVES[name], {"keep": 0.5, "mask": mask} if mask else {"moment": (0.4, 0.7)}, name
+    )
+    predict = {
+        "masked": masked.predict_masked,
+        "next_frame": masked.predict_next,
+        "visual_words": hidden_words.predict_codes,
+    }[name]
     vision = batch.particles["vision"]
 
     def predicted(payload: jax.Array) -> tuple[jax.Array, masked.Prediction]:
-        new = dataclasses.replace(batch, particles={**batch.particles, "vision": dataclasses.replace(vision, payload=payload)})
+        new = dataclasses.replace(
+            batch,
+            particles={**batch.particles, "vision": dataclasses.replace(vision, payload=payload)},
+        )
         found = predict(spec, params, model, new, jax.random.key(3), False)
         return jnp.sin(found.predicted).sum(), found
 
@@ -233,21 +353,32 @@ def test_what_is_asked_for_is_never_seen(name: str, mask: str) -> None:
     seen = jnp.abs(grads).sum(-1) > 0
     ends, begins = vision.place[..., 0] + 0.5, found.query.place[..., 0] - 0.5
     for row in range(ROWS):
-        shown = {tuple(p) for p in found.visible.place[row][found.visible.segment[row] > 0].tolist()}
-        assert shown == {tuple(p) for p in vision.place[row][seen[row]].tolist()}, "exactly the visible ones matter"
+        shown = {
+            tuple(p) for p in found.visible.place[row][found.visible.segment[row] > 0].tolist()
+        }
+        assert shown == {tuple(p) for p in vision.place[row][seen[row]].tolist()}, (
+            "exactly the visible ones matter"
+        )
         if name == "next_frame":
-            assert ends[row][seen[row]].max() <= begins[row][found.query.segment[row] > 0].min() + 1e-3, "the past alone"
+            assert (
+                ends[row][seen[row]].max() <= begins[row][found.query.segment[row] > 0].min() + 1e-3
+            ), "the past alone"
 
 
 @pytest.mark.parametrize("target", ["plain", "change"])
 def test_a_rollout_reads_the_past_and_what_it_made_itself(target: str) -> None:
     _, model = setup("next_frame")
     params, batch = trained("next_frame")[0], make_batch(("vision",))
-    vision, spec = batch.particles["vision"], make(OBJECTIVES["next_frame"], {"target": target}, "next_frame")
+    vision, spec = (
+        batch.particles["vision"],
+        make(OBJECTIVES["next_frame"], {"target": target}, "next_frame"),
+    )
     later = vision.place[..., 0] > 3
 
     def made(payload: jax.Array) -> tuple[jax.Array, jax.Array]:
-        new = dataclasses.replace(batch, particles={"vision": dataclasses.replace(vision, payload=payload)})
+        new = dataclasses.replace(
+            batch, particles={"vision": dataclasses.replace(vision, payload=payload)}
+        )
         payload, seen, asked = masked.rollout(spec, params, model, new, 0.5, 3)
         return jnp.where(asked[..., None], payload, 0).sum(), (payload, seen, asked)
 
@@ -261,8 +392,17 @@ def test_a_rollout_reads_the_past_and_what_it_made_itself(target: str) -> None:
 def test_a_change_is_asked_against_what_the_past_last_showed() -> None:
     _, model = setup("next_frame")
     params, batch = trained("next_frame")[0], make_batch(("vision",))
-    plain, change = (masked.predict_next(make(OBJECTIVES["next_frame"], {"target": target}, "next_frame"), params, model, batch,
-                                         jax.random.key(3), False) for target in ("plain", "change"))
+    plain, change = (
+        masked.predict_next(
+            make(OBJECTIVES["next_frame"], {"target": target}, "next_frame"),
+            params,
+            model,
+            batch,
+            jax.random.key(3),
+            False,
+        )
+        for target in ("plain", "change")
+    )
     last = masked.last_known(plain.visible, plain.query, model.payloads["vision"])
     np.testing.assert_allclose(change.target + last, plain.target, atol=1e-6)
     assert (jnp.abs(last).max(axis=-1) > 0)[plain.query.segment > 0].all()
@@ -271,7 +411,9 @@ def test_a_change_is_asked_against_what_the_past_last_showed() -> None:
 def test_motion_masks_hide_what_moves_more_often() -> None:
     change = jnp.tile(jnp.arange(16.0), (64, 1))
     segment = jnp.ones((64, 16), jnp.int32)
-    visible, _, _ = masks.split(masks.ranked_scores(jax.random.key(0), change, segment), segment, 0.5, 0.5)
+    visible, _, _ = masks.split(
+        masks.ranked_scores(jax.random.key(0), change, segment), segment, 0.5, 0.5
+    )
     counts = np.bincount(np.asarray(visible).reshape(-1), minlength=16)
     assert counts[:4].mean() > 2 * counts[-4:].mean() > 0
 
@@ -283,10 +425,14 @@ def test_the_teacher_is_not_taught_and_its_features_do_not_leak() -> None:
     vision = batch.particles["vision"]
 
     def loss(params: dict, teacher: dict, payload: jax.Array) -> jax.Array:
-        new = dataclasses.replace(batch, particles={"vision": dataclasses.replace(vision, payload=payload)})
+        new = dataclasses.replace(
+            batch, particles={"vision": dataclasses.replace(vision, payload=payload)}
+        )
         return objective({**params, TEACHER: teacher}, model, new, jax.random.key(3), True)[0]
 
-    value, (taught, seen) = jax.jit(jax.value_and_grad(loss, argnums=(1, 2)))(params, other, vision.payload)
+    value, (taught, seen) = jax.jit(jax.value_and_grad(loss, argnums=(1, 2)))(
+        params, other, vision.payload
+    )
     assert all((g == 0).all() for g in jax.tree.leaves(taught))
     assert ((jnp.abs(seen).sum(-1) > 0).sum(axis=1) == 12).all(), "only what the student sees: half"
     assert value != jax.jit(loss)(params, params, vision.payload), "the teacher's parameters count"
@@ -294,36 +440,56 @@ def test_the_teacher_is_not_taught_and_its_features_do_not_leak() -> None:
 
 @pytest.mark.parametrize("loss", ["smooth", "cosine"])
 def test_the_encoder_never_sees_what_it_is_to_say(loss: str) -> None:
-    """The teacher's features are the answer and nothing else; the share of the clip that is hidden counts for nothing."""
+    """The teacher's features are the answer and nothing else; the share of the clip that is hidden
+    counts for nothing.
+    """
     objective, model = setup("distil", loss=loss)
     params, batch = trained("distil")[0], make_batch(("features", "vision"))
 
     def answer(payloads: dict[str, jax.Array]) -> jax.Array:
-        new = {name: dataclasses.replace(p, payload=payloads[name]) for name, p in batch.particles.items()}
+        new = {
+            name: dataclasses.replace(p, payload=payloads[name])
+            for name, p in batch.particles.items()
+        }
         seen = {name: p for name, p in new.items() if name != "features"}
-        shown = {**seen, "vision": distil.visible(make(OBJECTIVES["distil"], CASES["distil"].spec, ""), model, seen["vision"],
-                                                  jax.random.key(0))}
+        shown = {
+            **seen,
+            "vision": feature_distillation.visible(
+                make(OBJECTIVES["distil"], CASES["distil"].spec, ""),
+                model,
+                seen["vision"],
+                jax.random.key(0),
+            ),
+        }
         whole = dataclasses.replace(batch, particles=new)
-        asked = masked.ask(params, model, shown, whole.particles["features"], "features", whole, None)
+        asked = masked.ask(
+            params, model, shown, whole.particles["features"], "features", whole, None
+        )
         return jnp.sin(asked).sum()
 
     payloads = {name: p.payload for name, p in batch.particles.items()}
     grads = jax.jit(jax.grad(answer))(payloads)
     assert (grads["features"] == 0).all()
     assert ((jnp.abs(grads["vision"]).sum(-1) > 0).sum(axis=1) == round(0.7 * 24)).all()
-    assert not {"payload_features", "modality_features"} & params["encoder"].keys(), "it fits without"
+    assert not {"payload_features", "modality_features"} & params["encoder"].keys(), (
+        "it fits without"
+    )
     value, metrics = jax.jit(lambda b: objective(params, model, b, jax.random.key(0), False))(batch)
-    assert value == metrics["distil/loss"] and (loss == "smooth" or abs(value + metrics["distil/cosine"] - 1) < 1e-5)
+    assert value == metrics["distil/loss"] and (
+        loss == "smooth" or abs(value + metrics["distil/cosine"] - 1) < 1e-5
+    )
 
 
 def test_what_is_never_seen_stands_in_no_other_objectives_way() -> None:
     together = ("align", "distil", "masked", "trace", "visual_words")
     specs = {name: make(OBJECTIVES[name], CASES[name].spec, name) for name in together}
     modalities = ("features", "series", "vision")
-    model = models.build(MODEL, payloads_of(modalities), needs=objectives.parts(specs))
+    model = models.build(MODEL, payloads_of(modalities), needs=registry.parts(specs))
     batch, key = make_batch(modalities), jax.random.key(0)
     params = jax.eval_shape(model.init, key, batch)
-    loss, metrics = jax.eval_shape(lambda p: objectives.combine(specs)(p, model, batch, key, True), params)
+    loss, metrics = jax.eval_shape(
+        lambda p: registry.combine(specs)(p, model, batch, key, True), params
+    )
     assert loss.shape == () and {f"{name}/loss" for name in specs} <= set(metrics)
 
 
@@ -331,7 +497,9 @@ def test_what_is_never_seen_stands_in_no_other_objectives_way() -> None:
 def test_contrast_over_eight_devices_equals_one(loss: str) -> None:
     objective, model = setup("contrast", loss=loss)
     params, batch = trained("contrast")[0], make_batch(("text", "vision"), empty_rows=1)
-    compute = jax.jit(jax.value_and_grad(lambda p, b: objective(p, model, b, jax.random.key(0), False)[0]))
+    compute = jax.jit(
+        jax.value_and_grad(lambda p, b: objective(p, model, b, jax.random.key(0), False)[0])
+    )
     alone, grads = compute(params, batch)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spread = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P("data"))), batch)
@@ -349,11 +517,15 @@ def test_hard_negatives_are_harder_and_are_learnt_too() -> None:
         def step(state: tuple, key: jax.Array) -> tuple:
             params, moments = state
             next_one = easy(params, model, batch, key, False)[0]
-            loss, grads = jax.value_and_grad(lambda p: objective(p, model, batch, key, True)[0])(params)
+            loss, grads = jax.value_and_grad(lambda p: objective(p, model, batch, key, True)[0])(
+                params
+            )
             updates, moments = optimizer.update(grads, moments)
             return (optax.apply_updates(params, updates), moments), (loss, next_one)
 
-        return jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(jax.random.key(2), 120))[1]
+        return jax.lax.scan(
+            step, (params, optimizer.init(params)), jax.random.split(jax.random.key(2), 120)
+        )[1]
 
     loss, next_one = run(end)
     assert np.isfinite(loss).all() and np.mean(loss[:20]) > np.mean(next_one[:20]) + 0.05
@@ -361,17 +533,22 @@ def test_hard_negatives_are_harder_and_are_learnt_too() -> None:
 
 
 def test_contrast_losses_against_hand_computation() -> None:
-    logits, there = jnp.array([[2.0, 0.0, 9.0], [1.0, 3.0, 9.0], [9.0, 9.0, 9.0]]), jnp.array([True, True, False])
+    logits, there = (
+        jnp.array([[2.0, 0.0, 9.0], [1.0, 3.0, 9.0], [9.0, 9.0, 9.0]]),
+        jnp.array([True, True, False]),
+    )
     rows = [math.log(1 + math.exp(-2)), math.log(1 + math.exp(-2))]
     columns = [math.log(1 + math.exp(-1)), math.log(1 + math.exp(-3))]
-    np.testing.assert_allclose(pairs.infonce(logits, there), np.mean(rows + columns), rtol=1e-5)
+    np.testing.assert_allclose(
+        contrastive.infonce(logits, there), np.mean(rows + columns), rtol=1e-5
+    )
     pair = sum(math.log(1 + math.exp(z)) for z in (-2.0, 0.0, 1.0, -3.0)) / 2
-    np.testing.assert_allclose(pairs.sigmoid(logits, there), pair, rtol=1e-5)
+    np.testing.assert_allclose(contrastive.sigmoid(logits, there), pair, rtol=1e-5)
 
 
 def test_settings_that_cannot_be_are_refused() -> None:
     with pytest.raises(UserError, match="add it there"):
-        objectives.check({"words": OBJECTIVES["words"]()}, {"vision": None})
+        registry.check({"words": OBJECTIVES["words"]()}, {"vision": None})
     stage = {"steps": 1, "objectives": {"distil": {}}}
     with pytest.raises(UserError, match="set model.fusion to 'early' or 'cross'"):
         Experiment.of({"stages": {"one": stage}, "model": {"fusion": "late"}})
@@ -390,5 +567,8 @@ def test_losses_are_means_over_clips_not_rows() -> None:
 def test_cross_entropy_against_hand_computation() -> None:
     logits = jnp.array([[2.0, 0.0, -1.0]])
     log_p = np.log(np.exp([2.0, 0, -1]) / np.exp([2.0, 0, -1]).sum())
-    np.testing.assert_allclose(losses.cross_entropy(logits, jnp.array([0]), 0.3), [-(0.8 * log_p[0] + 0.1 * log_p[1:].sum())],
-                               rtol=1e-5)
+    np.testing.assert_allclose(
+        losses.cross_entropy(logits, jnp.array([0]), 0.3),
+        [-(0.8 * log_p[0] + 0.1 * log_p[1:].sum())],
+        rtol=1e-5,
+    )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cutting, places, policies and packing: exact inverses, one result from numpy and jax, nothing lost in a row."""
+"""Cutting, places, policies and packing: exact inverses, one result from numpy and jax, nothing
+lost in a row.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,18 +9,21 @@ import numpy as np
 import pytest
 
 from particlejax import masks
-from particlejax.particles import pack, policies
-from particlejax.particles.cut import Tube, cut, uncut
+from particlejax.config.experiment import ParticleSpec
+from particlejax.particles import packing, policies
+from particlejax.particles.patchify import Tube, cut, uncut
 from particlejax.particles.types import Particles
-from particlejax.spec import ParticleSpec
 
 SIZE, BASE = (8, 16, 24), (2, 4, 8)
 TIMES = (np.arange(8) / 4).astype(np.float32)
 VIDEO = np.random.default_rng(0).normal(size=(*SIZE, 3)).astype(np.float32)
 SPECS = {
     "grid": ParticleSpec("grid", BASE),
-    "tubes": ParticleSpec("tubes", BASE, tubes=(((2, 4, 8), (2, 4, 8)), ((4, 8, 8), (2, 8, 8), (1, 0, 4)),
-                                                ((1, 8, 8), (4, 8, 8)))),
+    "tubes": ParticleSpec(
+        "tubes",
+        BASE,
+        tubes=(((2, 4, 8), (2, 4, 8)), ((4, 8, 8), (2, 8, 8), (1, 0, 4)), ((1, 8, 8), (4, 8, 8))),
+    ),
     "pyramid": ParticleSpec("pyramid", BASE, levels=3, factor=(2, 2, 1)),
 }
 
@@ -26,15 +31,23 @@ SPECS = {
 def test_grid_is_a_tiling_that_can_be_undone() -> None:
     particles = cut(VIDEO, TIMES, Tube(BASE, BASE), BASE)
     np.testing.assert_array_equal(uncut(particles.payload, SIZE, BASE), VIDEO)
-    np.testing.assert_allclose(np.prod(particles.extent, axis=-1).sum(), 2.0, rtol=1e-6)  # 2 s x the whole frame
+    # 2 s x the whole frame
+    np.testing.assert_allclose(np.prod(particles.extent, axis=-1).sum(), 2.0, rtol=1e-6)
     np.testing.assert_allclose(particles.place[0], [0.25, 2 / 16, 4 / 24])
-    np.testing.assert_allclose(particles.extent, np.broadcast_to([0.5, 4 / 16, 8 / 24], particles.extent.shape), rtol=1e-6)
+    np.testing.assert_allclose(
+        particles.extent, np.broadcast_to([0.5, 4 / 16, 8 / 24], particles.extent.shape), rtol=1e-6
+    )
 
 
-@pytest.mark.parametrize("video", [VIDEO[:, :, ::-1], (99 * VIDEO).astype(np.uint8), VIDEO[:7, 1:, 3:, :1], VIDEO.swapaxes(1, 2)])
+@pytest.mark.parametrize(
+    "video",
+    [VIDEO[:, :, ::-1], (99 * VIDEO).astype(np.uint8), VIDEO[:7, 1:, 3:, :1], VIDEO.swapaxes(1, 2)],
+)
 def test_tiles_are_the_same_however_pixels_lie_in_memory(video: np.ndarray) -> None:
     tube = Tube(BASE, BASE)
-    host, device = (cut(each, TIMES[: len(video)], tube, BASE).payload for each in (video, jnp.asarray(video)))
+    host, device = (
+        cut(each, TIMES[: len(video)], tube, BASE).payload for each in (video, jnp.asarray(video))
+    )
     assert host.dtype == video.dtype
     np.testing.assert_array_equal(host, device)
 
@@ -52,8 +65,12 @@ def test_a_coarse_particle_is_the_mean_of_the_fine_ones() -> None:
     fine = VIDEO.reshape(4, 2, 8, 2, 24, 3).mean(axis=(1, 3))  # level 1 halves time and rows
     level1 = cut(fine, TIMES[::2], Tube(BASE, BASE), BASE)
     at = len(cut(VIDEO, TIMES, Tube(BASE, BASE), BASE).segment)
-    np.testing.assert_allclose(particles.payload[at : at + len(level1.segment)], level1.payload, atol=1e-6)
-    np.testing.assert_allclose(particles.place[at : at + len(level1.segment)], level1.place, atol=1e-6)
+    np.testing.assert_allclose(
+        particles.payload[at : at + len(level1.segment)], level1.payload, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        particles.place[at : at + len(level1.segment)], level1.place, atol=1e-6
+    )
 
 
 def test_a_fine_tube_repeats_its_pixels_up_to_the_base() -> None:
@@ -84,10 +101,13 @@ def test_thin_keeps_the_lowest_scores_in_order(xp: object) -> None:
     np.testing.assert_array_equal(kept.place, np.asarray(particles.place)[wanted])
 
 
-@pytest.mark.parametrize("spec, match", [
-    (ParticleSpec("grid", (3, 4, 8)), "8 frames are not a multiple of particles of 3"),
-    (ParticleSpec("grid", (16, 4, 8)), "do not fit"),
-])
+@pytest.mark.parametrize(
+    "spec, match",
+    [
+        (ParticleSpec("grid", (3, 4, 8)), "8 frames are not a multiple of particles of 3"),
+        (ParticleSpec("grid", (16, 4, 8)), "do not fit"),
+    ],
+)
 def test_sizes_that_leave_something_out_are_refused(spec: ParticleSpec, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         policies.check(SIZE, spec)
@@ -95,15 +115,29 @@ def test_sizes_that_leave_something_out_are_refused(spec: ParticleSpec, match: s
 
 def some(n: int, seed: int) -> Particles:
     rng = np.random.default_rng(seed)
-    return Particles(rng.normal(size=(n, 6)).astype(np.float32), rng.random((n, 3)).astype(np.float32),
-                     rng.random((n, 3)).astype(np.float32), np.ones(n, np.int32))
+    return Particles(
+        rng.normal(size=(n, 6)).astype(np.float32),
+        rng.random((n, 3)).astype(np.float32),
+        rng.random((n, 3)).astype(np.float32),
+        np.ones(n, np.int32),
+    )
 
 
 def test_packing_loses_nothing_and_mixes_nothing() -> None:
     sizes = [5, 3, 8, 4, 1, 6]
-    clips = [pack.Clip({"vision": some(n, n), "audio": some(2, 9)} if n != 4 else {"vision": some(n, n)}, n, i)
-             for i, n in enumerate(sizes)]
-    batch = pack.pack(clips, [0, 0, 1, 2, 1, 2], {"vision": pack.Slots(10, 6), "audio": pack.Slots(4, 6)}, rows=4, clips_per_row=3)
+    clips = [
+        packing.Clip(
+            {"vision": some(n, n), "audio": some(2, 9)} if n != 4 else {"vision": some(n, n)}, n, i
+        )
+        for i, n in enumerate(sizes)
+    ]
+    batch = packing.pack(
+        clips,
+        [0, 0, 1, 2, 1, 2],
+        {"vision": packing.Slots(10, 6), "audio": packing.Slots(4, 6)},
+        rows=4,
+        clips_per_row=3,
+    )
     for row in range(4):
         for slot in range(3):
             number = batch.clip[row, slot]
@@ -112,19 +146,23 @@ def test_packing_loses_nothing_and_mixes_nothing() -> None:
             if number < 0:
                 assert not mine.any() and batch.label[row, slot] == -1
                 continue
-            np.testing.assert_array_equal(vision.payload[row][mine], clips[number].particles["vision"].payload)
+            np.testing.assert_array_equal(
+                vision.payload[row][mine], clips[number].particles["vision"].payload
+            )
             assert batch.label[row, slot] == clips[number].label
             audio = (batch.particles["audio"].segment[row] == slot + 1).sum()
-            assert audio == (0 if sizes[number] == 4 else 2), "a modality that a clip lacks has no particle"
+            assert audio == (0 if sizes[number] == 4 else 2), (
+                "a modality that a clip lacks has no particle"
+            )
     assert sorted(batch.clip[batch.clip >= 0]) == list(range(6))
 
 
 def test_a_row_is_never_given_more_than_it_holds() -> None:
-    clips = [pack.Clip({"vision": some(5, 0)}, 0, 0)] * 3
+    clips = [packing.Clip({"vision": some(5, 0)}, 0, 0)] * 3
     with pytest.raises(ValueError, match="row 0 has 10 slots of vision and its clips 15 particles"):
-        pack.pack(clips, [0, 0, 0], {"vision": pack.Slots(10, 6)}, 1, 3)
+        packing.pack(clips, [0, 0, 0], {"vision": packing.Slots(10, 6)}, 1, 3)
     with pytest.raises(ValueError, match="row 1 has room for 1 clips"):
-        pack.pack(clips, [0, 1, 1], {"vision": pack.Slots(10, 6)}, 2, 1)
+        packing.pack(clips, [0, 1, 1], {"vision": packing.Slots(10, 6)}, 2, 1)
 
 
 def test_masks_give_every_clip_its_share() -> None:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark beside VideoMAE: works are the same size, are counted by the same rule, and are compared within a repetition."""
+"""The benchmark beside VideoMAE: works are the same size, are counted by the same rule, and are
+compared within a repetition.
+"""
 
 import sys
 from dataclasses import replace
@@ -9,30 +11,36 @@ import jax
 import numpy as np
 import pytest
 
-from particlejax.apps import files
-from particlejax.apps.bench import peer, videomae
-from particlejax.modelspec import MaskedSpec
-from particlejax.spec import BenchSpec, Experiment
-from particlejax.typing import UserError
+from particlejax.benchmarks import linen_videomae
+from particlejax.benchmarks import videomae as peer
+from particlejax.config.experiment import BenchSpec, Experiment
+from particlejax.config.model import MaskedSpec
+from particlejax.core.typing import UserError
+from particlejax.jobs import config_files
 
 
 @pytest.fixture(scope="module")
 def experiment() -> Experiment:
-    config = files.load("experiments/bench/peer.py:tiny").to_dict()
+    config = config_files.load("experiments/bench/peer.py:tiny").to_dict()
     return Experiment.of(config | {"order": ("pretrain", "finetune")})
 
 
 def test_the_peer_and_ours_count_the_same_products(experiment: Experiment) -> None:
-    """Where all tokens go through the encoder the formula for VideoMAE is what our forward pass asks for, but for its places."""
+    """Where all tokens go through the encoder the formula for VideoMAE is what our forward pass
+    asks for, but for its places.
+    """
     model = experiment.model
     task = peer._task(experiment, "finetune", False)
     stage = peer.run.build(experiment, "finetune", peer._CLASSES)
     ours = peer._operations(experiment, "finetune", peer._batch(stage)) / task.rows
     places = 2 * task.tokens * 51 * model.width
     assert task.tokens == 32 and task.payload == 1536 and task.hidden == 0
-    pooling = 2 * task.tokens * model.width  # the mean of a clip is a product with who belongs to it
-    assert ours == videomae.operations(model, task) + places + pooling
-    assert videomae.operations(model, task._replace(train=True)) == 3 * videomae.operations(model, task)
+    # the mean of a clip is a product with who belongs to it
+    pooling = 2 * task.tokens * model.width
+    assert ours == linen_videomae.operations(model, task) + places + pooling
+    assert linen_videomae.operations(
+        model, task._replace(train=True)
+    ) == 3 * linen_videomae.operations(model, task)
 
 
 def test_of_a_masked_task_the_encoder_sees_little(experiment: Experiment) -> None:
@@ -40,7 +48,10 @@ def test_of_a_masked_task_the_encoder_sees_little(experiment: Experiment) -> Non
     assert task.hidden == 29 and isinstance(task.masked, MaskedSpec)
     deep = replace(experiment.model, depth=experiment.model.depth + 1)
     block = 3 * (2 * 3 * 32**2 * 12 + 4 * 3**2 * 32)  # three tokens, width 32
-    assert videomae.operations(deep, task) - videomae.operations(experiment.model, task) == block
+    assert (
+        linen_videomae.operations(deep, task) - linen_videomae.operations(experiment.model, task)
+        == block
+    )
 
 
 def test_half_as_many_adaptive_particles_are_at_most_half(experiment: Experiment) -> None:
@@ -53,12 +64,16 @@ def test_half_as_many_adaptive_particles_are_at_most_half(experiment: Experiment
 def test_works_take_turns(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     turns: list[tuple[str, int]] = []
     monkeypatch.setattr(peer, "_rate", lambda dtype: 100e9)
-    works = {name: peer.Work(lambda number, name=name: turns.append((name, number)), 10, 1, "float32")
-             for name in ("ours, float32", "VideoMAE, float32")}
+    works = {
+        name: peer.Work(lambda number, name=name: turns.append((name, number)), 10, 1, "float32")
+        for name in ("ours, float32", "VideoMAE, float32")
+    }
     twice = replace(experiment, bench=BenchSpec(repetitions=2, clips=24, dtypes=("float32",)))
     found = peer._measured(twice, works, 8, "task")
     assert turns == [(name, number) for number in (1, 3, 3) for name in works]
-    assert set(found) == {*works, "products"} and found["VideoMAE, float32"]["times"] == {"VideoMAE, float32": 1.0}
+    assert set(found) == {*works, "products"} and found["VideoMAE, float32"]["times"] == {
+        "VideoMAE, float32": 1.0
+    }
 
 
 def test_ratios_are_of_the_same_repetition() -> None:
@@ -67,25 +82,38 @@ def test_ratios_are_of_the_same_repetition() -> None:
     assert peer._beside(seconds, "ours, float32") == {"times": {"VideoMAE, float32": 2.0}}
     work = peer.Work(lambda number: None, 100, 7, "float32")
     found = peer._figures(work, seconds["ours, float32"], [200.0, 40.0, 100.0])
-    assert found["utilisation"] == 0.5 and found["clips_per_second"] == 0.5 and found["flops_per_second"] == 50.0
+    assert (
+        found["utilisation"] == 0.5
+        and found["clips_per_second"] == 0.5
+        and found["flops_per_second"] == 50.0
+    )
 
 
-@pytest.mark.parametrize(("change", "sentence"), [
-    ({"objectives": {"order": {}}}, "VideoMAE knows 'masked' and 'classify'"),
-    ({"particles": {"budget": 8}}, "leave config.particles.policy 'grid'"),
-    ({"model": {"depth": 2}}, "own data, particles and model empty"),
-])
-def test_what_videomae_does_not_do_is_said(experiment: Experiment, change: dict, sentence: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"objectives": {"order": {}}}, "VideoMAE knows 'masked' and 'classify'"),
+        ({"particles": {"budget": 8}}, "leave config.particles.policy 'grid'"),
+        ({"model": {"depth": 2}}, "own data, particles and model empty"),
+    ],
+)
+def test_what_videomae_does_not_do_is_said(
+    experiment: Experiment, change: dict, sentence: str
+) -> None:
     stages = {"finetune": replace(experiment.stages["finetune"], **change)}
     with pytest.raises(UserError, match=sentence):
         peer._task(replace(experiment, stages=stages), "finetune", True)
 
 
-def test_a_type_that_does_not_pay_is_left_out(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(videomae, "_PACKAGES", ())
+def test_a_type_that_does_not_pay_is_left_out(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linen_videomae, "_PACKAGES", ())
     both = replace(experiment, bench=BenchSpec(dtypes=("float32", "bfloat16")))
     for rate, kept in ((50e9, ("float32",)), (500e9, ("float32", "bfloat16"))):
-        monkeypatch.setattr(peer, "_rate", lambda dtype, rate=rate: rate if dtype == "bfloat16" else 100e9)
+        monkeypatch.setattr(
+            peer, "_rate", lambda dtype, rate=rate: rate if dtype == "bfloat16" else 100e9
+        )
         chosen, said = peer._worthwhile(both)
         assert chosen.bench.dtypes == kept and len(said) == 2 - len(kept)
     monkeypatch.setattr(peer, "_rate", lambda dtype: 50e9)
@@ -93,33 +121,48 @@ def test_a_type_that_does_not_pay_is_left_out(experiment: Experiment, monkeypatc
 
 
 def test_without_the_packages_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(videomae, "_PACKAGES", ("jax", "not_there_either"))
-    assert "not_there_either cannot be imported: run `pip install particlejax[peers]`" in videomae.missing()
-    monkeypatch.setattr(videomae, "_PACKAGES", ("jax",))
-    assert videomae.missing() == ""
+    monkeypatch.setattr(linen_videomae, "_PACKAGES", ("jax", "not_there_either"))
+    assert (
+        "not_there_either cannot be imported: run `pip install particlejax[peers]`"
+        in linen_videomae.missing()
+    )
+    monkeypatch.setattr(linen_videomae, "_PACKAGES", ("jax",))
+    assert linen_videomae.missing() == ""
 
 
 def test_torch_without_the_devices_of_jax_is_no_peer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(videomae, "_PACKAGES", ())
+    monkeypatch.setattr(linen_videomae, "_PACKAGES", ())
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for has, said in ((False, "this torch cannot use the GPU that JAX uses"), (True, "")):
-        monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda has=has: has)))
-        assert said in videomae.missing() and bool(said) == bool(videomae.missing())
+        monkeypatch.setitem(
+            sys.modules,
+            "torch",
+            SimpleNamespace(cuda=SimpleNamespace(is_available=lambda has=has: has)),
+        )
+        assert said in linen_videomae.missing() and bool(said) == bool(linen_videomae.missing())
 
 
 def test_the_peer_trains_and_answers_where_it_is_installed(experiment: Experiment) -> None:
-    """Its parameters move, and its own counter of products agrees with the formula for classifying."""
-    if videomae.missing():
+    """Its parameters move, and its own counter of products agrees with the formula for
+    classifying.
+    """
+    if linen_videomae.missing():
         pytest.skip("no torch here")
     from torch.utils.flop_counter import FlopCounterMode
 
     task = peer._task(experiment, "finetune", False)
-    times, parameters = videomae.build(experiment.model, task, "float32", 0)
+    times, parameters = linen_videomae.build(experiment.model, task, "float32", 0)
     with FlopCounterMode(display=False) as counter:
         answer = times(1)
-    assert np.isclose(counter.get_total_flops() / task.rows, videomae.operations(experiment.model, task), rtol=0.05)
+    assert np.isclose(
+        counter.get_total_flops() / task.rows,
+        linen_videomae.operations(experiment.model, task),
+        rtol=0.05,
+    )
     assert parameters > 1e4 and np.allclose(answer.sum(-1), 1.0)
     for masked in (None, experiment.stages["pretrain"].objectives["masked"]):
-        times, _ = videomae.build(experiment.model, task._replace(train=True, masked=masked), "bfloat16", 0)
+        times, _ = linen_videomae.build(
+            experiment.model, task._replace(train=True, masked=masked), "bfloat16", 0
+        )
         first = float(times(1))
         assert float(times(20)) < first and jax.default_backend() == "cpu"

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data: every clip once an epoch, the same batches whoever reads them from wherever, bad clips left out and named."""
+"""Data: every clip once an epoch, the same batches whoever reads them from wherever, bad clips left
+out and named.
+"""
 
 import dataclasses
 import multiprocessing
@@ -12,14 +14,14 @@ import jax
 import numpy as np
 import pytest
 
-from particlejax.apps.bench import data as bench
-from particlejax.apps.bench import decoders
-from particlejax.data import clips, memory, pipeline, sources
-from particlejax.data.decode import Video
+from particlejax.benchmarks import dataloader as bench
+from particlejax.benchmarks import decoders
+from particlejax.config.experiment import AugmentSpec, BenchSpec, DataSpec, Experiment, ParticleSpec
+from particlejax.core.typing import UserError
+from particlejax.data import clips, frame_cache, pipeline, sources
+from particlejax.data.video.decode import Video
 from particlejax.particles.types import Particles
-from particlejax.spec import AugmentSpec, BenchSpec, DataSpec, Experiment, ParticleSpec
-from particlejax.train import workdir
-from particlejax.typing import UserError
+from particlejax.train import run_dir
 
 CUT = ParticleSpec("grid", (4, 16, 16))
 DATA = DataSpec(frames=8, size=32, threads=1, augment=AugmentSpec(crop=(0.5, 1.0), flip=0.5))
@@ -75,10 +77,14 @@ def test_several_clips_share_a_row(source: sources.Source) -> None:
     data = dataclasses.replace(DATA, clips_per_row=3)
     rows = batches(source, data=data, rows=4)[0].batch
     alone = batches(source)[0].batch
-    assert rows.clip.shape == (4, 3) and sorted(rows.clip.reshape(-1)) == sorted(alone.clip.reshape(-1))
+    assert rows.clip.shape == (4, 3) and sorted(rows.clip.reshape(-1)) == sorted(
+        alone.clip.reshape(-1)
+    )
     vision = rows.particles["vision"]
-    np.testing.assert_array_equal(vision.payload.reshape(alone.particles["vision"].payload.shape),
-                                  alone.particles["vision"].payload)
+    np.testing.assert_array_equal(
+        vision.payload.reshape(alone.particles["vision"].payload.shape),
+        alone.particles["vision"].payload,
+    )
     assert [int((vision.segment[0] == s).sum()) for s in (0, 1, 2, 3)] == [0, 8, 8, 8]
 
 
@@ -97,48 +103,74 @@ def test_an_unreadable_clip_leaves_its_place_empty(source: sources.Source) -> No
     records[5] = dataclasses.replace(records[5], video=b"nonsense")
     made = batches(Partly(source.classes, tuple(records)))
     loaded = made[0]
-    assert [bad.name for bad in loaded.bad] == [records[5].name] and loaded.bad[0].reason == "not a media file"
-    assert sorted(loaded.batch.clip.reshape(-1)) == [-1] + [i for i in range(12) if i != 5], "left out, never replaced"
+    assert [bad.name for bad in loaded.bad] == [records[5].name] and loaded.bad[
+        0
+    ].reason == "not a media file"
+    assert sorted(loaded.batch.clip.reshape(-1)) == [-1] + [i for i in range(12) if i != 5], (
+        "left out, never replaced"
+    )
 
 
 def test_clips_from_memory_are_the_decoded_ones(source: sources.Source) -> None:
     record = source[7]
     for seed in range(4):
         fresh = clips.load(record, DATA, np.random.default_rng(seed))
-        kept = clips.load(record, dataclasses.replace(DATA, memory_gib=0.1), np.random.default_rng(seed))
+        kept = clips.load(
+            record, dataclasses.replace(DATA, memory_gib=0.1), np.random.default_rng(seed)
+        )
         np.testing.assert_array_equal(fresh.frames, kept.frames)
         np.testing.assert_array_equal(fresh.times, kept.times)
-    assert (record.video, 32) in memory._kept
+    assert (record.video, 32) in frame_cache._kept
 
 
 def test_memory_and_decoder_agree_on_what_is_on_display(source: sources.Source) -> None:
-    with memory.opened(source[3].video, 16, 0.0) as decoding, memory.opened(source[3].video, 16, 0.1) as kept:
+    with (
+        frame_cache.opened(source[3].video, 16, 0.0) as decoding,
+        frame_cache.opened(source[3].video, 16, 0.1) as kept,
+    ):
         starts = np.arange(0, 1.9, 1 / kept.fps)
         for shift in (-6e-4, -4e-4, -3e-5, 0.0, 4e-4):
-            np.testing.assert_array_equal(kept.frames_at(starts + shift), decoding.frames_at(starts + shift))
+            np.testing.assert_array_equal(
+                kept.frames_at(starts + shift), decoding.frames_at(starts + shift)
+            )
 
 
 def test_resizing_together_is_resizing_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
-    for height, width, box, size in ((48, 40, (3.3, 5.1, 33.0, 44.7), 32), (20, 90, (0, 0, 20, 20), 33),
-                                     (64, 64, (9, 1, 50, 63), 8)):
+    for height, width, box, size in (
+        (48, 40, (3.3, 5.1, 33.0, 44.7), 32),
+        (20, 90, (0, 0, 20, 20), 33),
+        (64, 64, (9, 1, 50, 63), 8),
+    ):
         frames = rng.integers(0, 256, (5, height, width, 3), np.uint8)
         together = clips.crop_resize(frames, box, size)
-        np.testing.assert_array_equal(clips.crop_resize(frames, box, size, True), together[:, :, ::-1])
+        np.testing.assert_array_equal(
+            clips.crop_resize(frames, box, size, True), together[:, :, ::-1]
+        )
         with monkeypatch.context() as patch:
             patch.setattr(clips, "_SMALL", 0)
             np.testing.assert_array_equal(together, clips.crop_resize(frames, box, size))
-            np.testing.assert_array_equal(clips.crop_resize(frames, box, size, True), together[:, :, ::-1])
+            np.testing.assert_array_equal(
+                clips.crop_resize(frames, box, size, True), together[:, :, ::-1]
+            )
 
 
 def test_large_clips_are_seen_in_one_pass_unless_some_are_kept(tmp_path: Path) -> None:
     bench._make(tmp_path / "a.mp4", (320, 240), 1)
     record = sources.Record("a", str(tmp_path / "a.mp4"))
-    data = DataSpec(frames=4, size=80, decode_side=120, augment=AugmentSpec(crop=(0.3, 1.0), flip=0.5))
+    data = DataSpec(
+        frames=4, size=80, decode_side=120, augment=AugmentSpec(crop=(0.3, 1.0), flip=0.5)
+    )
     for seed in range(4):
-        once, anew, kept = (clips.load(record, dataclasses.replace(data, memory_gib=gib), np.random.default_rng(seed))
-                            for gib in (0.0, 1e-9, 0.1))
-        np.testing.assert_array_equal(anew.frames, kept.frames, "whether there was room is not seen")
+        once, anew, kept = (
+            clips.load(
+                record, dataclasses.replace(data, memory_gib=gib), np.random.default_rng(seed)
+            )
+            for gib in (0.0, 1e-9, 0.1)
+        )
+        np.testing.assert_array_equal(
+            anew.frames, kept.frames, "whether there was room is not seen"
+        )
         np.testing.assert_array_equal(once.times, kept.times)
         alike = np.corrcoef(once.frames.ravel(), kept.frames.ravel())[0, 1]
         assert 0.9 < alike < 0.9999, "the same part of noise, otherwise scaled"
@@ -146,7 +178,7 @@ def test_large_clips_are_seen_in_one_pass_unless_some_are_kept(tmp_path: Path) -
 
 def test_a_run_goes_on_with_more_memory_but_not_with_none(tmp_path: Path) -> None:
     def enter(gib: float) -> None:
-        workdir.enter(tmp_path / "run", Experiment(data=DataSpec(memory_gib=gib)))
+        run_dir.enter(tmp_path / "run", Experiment(data=DataSpec(memory_gib=gib)))
 
     enter(1.0)
     enter(2.5)
@@ -168,7 +200,9 @@ def test_start_and_end_bound_what_is_seen(source: sources.Source) -> None:
 def test_a_clip_that_begins_past_the_end_of_its_file_is_bad(source: sources.Source) -> None:
     late = sources.Listed(("a",), (dataclasses.replace(source[0], start=60.0, label=0),))
     loaded = batches(late, rows=1)[0]
-    assert loaded.bad[0].reason == "starts at 60 s but lasts 2 s" and (loaded.batch.clip == -1).all()
+    assert (
+        loaded.bad[0].reason == "starts at 60 s but lasts 2 s" and (loaded.batch.clip == -1).all()
+    )
 
 
 def test_a_short_clip_holds_its_last_frame(source: sources.Source) -> None:
@@ -189,7 +223,9 @@ def test_particles_stand_where_their_frames_are_shown(source: sources.Source) ->
         times = np.unique(made.place[:, 0])
         np.testing.assert_allclose(times, [0.5, 1.5], atol=1e-6)
         np.testing.assert_allclose(made.extent[:, 0], 1.0, atol=1e-6)
-        assert all(abs(t - times[i // 4]) <= 0.5 for i, t in enumerate(seen.times)), "sound counts from the same start"
+        assert all(abs(t - times[i // 4]) <= 0.5 for i, t in enumerate(seen.times)), (
+            "sound counts from the same start"
+        )
 
 
 def test_payloads_are_normalised(source: sources.Source) -> None:
@@ -198,27 +234,41 @@ def test_payloads_are_normalised(source: sources.Source) -> None:
     def cut(data: DataSpec, spec: ParticleSpec) -> Particles:
         made = clips.particles_of(seen, data, spec, np.random.default_rng(0))["vision"]
         assert made.payload.dtype == np.uint8
-        return dataclasses.replace(made, payload=clips.pixel_scale(data, spec).to_payload(made.payload))
+        return dataclasses.replace(
+            made, payload=clips.pixel_scale(data, spec).to_payload(made.payload)
+        )
 
     made = cut(DATA, CUT)
     back = made.payload * DATA.std + DATA.mean
-    np.testing.assert_allclose(back.reshape(-1, 4, 16, 16, 3)[0], seen.frames[:4, :16, :16] / 255, atol=1e-6)
+    np.testing.assert_allclose(
+        back.reshape(-1, 4, 16, 16, 3)[0], seen.frames[:4, :16, :16] / 255, atol=1e-6
+    )
     data = dataclasses.replace(DATA, still=0.25)
     quiet = cut(data, CUT).payload.reshape(-1, 4, 768)
     loud = made.payload.reshape(-1, 4, 768)
     np.testing.assert_allclose(quiet.mean(1), 0.25 * loud.mean(1), atol=1e-5)
-    np.testing.assert_allclose(quiet - quiet.mean(1, keepdims=True), loud - loud.mean(1, keepdims=True), atol=1e-5)
-    np.testing.assert_allclose(clips.pixel_scale(data, CUT).to_pixels(quiet.reshape(-1, 3072)), back, atol=1e-5)
+    np.testing.assert_allclose(
+        quiet - quiet.mean(1, keepdims=True), loud - loud.mean(1, keepdims=True), atol=1e-5
+    )
+    np.testing.assert_allclose(
+        clips.pixel_scale(data, CUT).to_pixels(quiet.reshape(-1, 3072)), back, atol=1e-5
+    )
     pyramid = ParticleSpec("pyramid", (2, 8, 8), levels=2)
     coarse = cut(DATA, pyramid).payload[-1].reshape(2, 8, 8, 3)
-    average = seen.frames[-4:, -16:, -16:].astype(float).reshape(2, 2, 8, 2, 8, 2, 3).mean((1, 3, 5))
+    average = (
+        seen.frames[-4:, -16:, -16:].astype(float).reshape(2, 2, 8, 2, 8, 2, 3).mean((1, 3, 5))
+    )
     np.testing.assert_allclose(coarse * DATA.std + DATA.mean, average / 255, atol=0.51 / 255)
     budget = cut(DATA, dataclasses.replace(CUT, budget=3))
     assert len(budget.segment) == 3
 
 
 def test_the_benchmark_counts_the_cores_of_other_processes(tmp_path: Path) -> None:
-    busy = f"import time\nwhile time.process_time() < 0.5: pass\nopen({str(tmp_path / 'done')!r}, 'w').close()\ntime.sleep(60)"
+    done = str(tmp_path / "done")
+    busy = (
+        "import time\nwhile time.process_time() < 0.5: pass\n"
+        f"open({done!r}, 'w').close()\ntime.sleep(60)"
+    )
     child = multiprocessing.get_context("spawn").Process(target=exec, args=(busy,))
 
     def work() -> None:
@@ -233,13 +283,18 @@ def test_the_benchmark_counts_the_cores_of_other_processes(tmp_path: Path) -> No
     assert running > 0.4 and bench._cpu() > before - 0.05, "also after it has ended"
 
 
-def test_the_benchmark_goes_on_without_a_package_that_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_benchmark_goes_on_without_a_package_that_is_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "torchcodec").mkdir()
     (tmp_path / "torchcodec" / "__init__.py").write_text("")
-    (tmp_path / "torchcodec" / "decoders.py").write_text("raise OSError('libavutil.so is not there')")
+    (tmp_path / "torchcodec" / "decoders.py").write_text(
+        "raise OSError('libavutil.so is not there')"
+    )
     (tmp_path / "decord.py").write_text(DECORD)
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("torch", "torchcodec", "torchcodec.decoders", "decord"):  # none of these stays behind
+    # none of these stays behind
+    for name in ("torch", "torchcodec", "torchcodec.decoders", "decord"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
         if name != "torch":
             del sys.modules[name]
@@ -261,7 +316,9 @@ class VideoReader:
 
 
 def test_the_benchmark_measures_a_worker_process(cache_dir: str) -> None:
-    experiment = Experiment(data=DataSpec(cache_dir=cache_dir, threads=1), bench=BenchSpec(rows=2, memory_clips=20))
+    experiment = Experiment(
+        data=DataSpec(cache_dir=cache_dir, threads=1), bench=BenchSpec(rows=2, memory_clips=20)
+    )
     found = bench._memory(experiment)
     assert found["clips"] == list(range(2, 21, 2)) and len(found["a worker process"]) == 10
     assert all(20 < mib < 10_000 for mib in found["a worker process"])
@@ -271,4 +328,6 @@ def test_the_benchmark_measures_a_worker_process(cache_dir: str) -> None:
 def test_the_bare_loop_that_drops_decodes_less(tmp_path: Path) -> None:
     bench._make(tmp_path / "a.mp4", (64, 48), 2)
     times = np.array([0.1, 1.5])
-    assert decoders.bare(str(tmp_path / "a.mp4"), times, drop=True) < 0.7 * decoders.bare(str(tmp_path / "a.mp4"), times)
+    assert decoders.bare(str(tmp_path / "a.mp4"), times, drop=True) < 0.7 * decoders.bare(
+        str(tmp_path / "a.mp4"), times
+    )

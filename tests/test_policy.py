@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Policies by name: remat changes what is remembered and nothing that comes out; in bfloat16 parameters and sums are float32."""
+"""Policies by name: remat changes what is remembered and nothing that comes out; in bfloat16
+parameters and sums are float32.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,26 +12,31 @@ import numpy as np
 import pytest
 from jax.extend import core
 
-from particlejax import flops, tree
-from particlejax.models import model as models
-from particlejax.nn import policy
-from particlejax.particles import pack, policies
+from particlejax.config.experiment import ModelSpec, ParticleSpec, make
+from particlejax.core import flops, tree
+from particlejax.core.typing import Params, UserError
+from particlejax.models import particle_model as models
+from particlejax.nn import precision
+from particlejax.particles import packing, policies
 from particlejax.particles.types import Batch
-from particlejax.spec import ModelSpec, ParticleSpec, make
-from particlejax.typing import Params, UserError
 
 
 def batch() -> Batch:
     rng, clips = np.random.default_rng(0), []
     for i in range(4):
-        cut = policies.cut_clip(rng.normal(size=(4, 8, 8, 3)).astype(np.float32), np.arange(4, dtype=np.float32),
-                                ParticleSpec("grid", (2, 4, 4)))
-        clips.append(pack.Clip({"vision": cut}, i % 3, i))
-    return pack.pack(clips, range(4), {"vision": pack.Slots(8, 96)}, 4, 1)
+        cut = policies.cut_clip(
+            rng.normal(size=(4, 8, 8, 3)).astype(np.float32),
+            np.arange(4, dtype=np.float32),
+            ParticleSpec("grid", (2, 4, 4)),
+        )
+        clips.append(packing.Clip({"vision": cut}, i % 3, i))
+    return packing.pack(clips, range(4), {"vision": packing.Slots(8, 96)}, 4, 1)
 
 
 def built(**changes: Any) -> tuple[models.Model, Any]:
-    spec = ModelSpec(**{"width": 16, "depth": 2, "heads": 2, "unroll": False, "near": False, **changes})
+    spec = ModelSpec(
+        **{"width": 16, "depth": 2, "heads": 2, "unroll": False, "near": False, **changes}
+    )
     model = models.build(spec, {"vision": models.Payload(96)}, classes=3)
 
     def loss(params: Params) -> jax.Array:
@@ -46,7 +53,10 @@ def plain() -> tuple[Params, tuple[jax.Array, Params]]:
     return params, jax.jit(jax.value_and_grad(loss))(params)
 
 
-@pytest.mark.parametrize(("name", "unroll"), [("blocks", False), ("blocks", True), ("attention", False), ("elementwise", False)])
+@pytest.mark.parametrize(
+    ("name", "unroll"),
+    [("blocks", False), ("blocks", True), ("attention", False), ("elementwise", False)],
+)
 def test_remat_equals_no_remat_and_remembers_less(name: str, unroll: bool, plain: tuple) -> None:
     params, (_, expected) = plain
     _, loss = built(remat=name, unroll=unroll)
@@ -57,8 +67,13 @@ def test_remat_equals_no_remat_and_remembers_less(name: str, unroll: bool, plain
 
 
 def test_what_is_made_twice_is_what_the_name_says(plain: tuple) -> None:
-    """Two blocks of 32 slots, of width 16 in two heads: logits and what they mix are 4 * 8 * 8 * 16 * 2 operations each."""
-    made = {name: flops.count(jax.make_jaxpr(jax.grad(built(remat=name)[1]))(plain[0]).jaxpr) for name in policy.REMATS}
+    """Two blocks of 32 slots, of width 16 in two heads: logits and what they mix are 4 * 8 * 8 * 16
+    * 2 operations each.
+    """
+    made = {
+        name: flops.count(jax.make_jaxpr(jax.grad(built(remat=name)[1]))(plain[0]).jaxpr)
+        for name in precision.REMATS
+    }
     attention = 2 * 2 * 4 * 8 * 8 * 16 * 2
     assert made["elementwise"] == made["none"] and made["attention"] - made["none"] == attention
     assert made["blocks"] > made["attention"]
@@ -74,7 +89,7 @@ def test_a_table_of_names_and_the_spec_agree() -> None:
     for section in ("remat", "dtype"):
         with pytest.raises(UserError) as error:
             make(ModelSpec, {section: "something else"}, "config.model")
-        names = {"remat": policy.REMATS, "dtype": policy.PRECISIONS}[section]
+        names = {"remat": precision.REMATS, "dtype": precision.PRECISIONS}[section]
         assert str(error.value).endswith(f"choose one of {', '.join(names)}.")
 
 
@@ -96,8 +111,16 @@ def test_in_bfloat16_products_are_and_parameters_and_sums_are_not(plain: tuple) 
     work = [sum(each.outvars[0].aval.size for each in which) for which in (small, products)]
     assert work[0] > 0.8 * work[1], "all but the codes of places, the means over clips and the head"
     found += equations(jax.make_jaxpr(jax.grad(loss))(params))
-    sums = [each for each in found if each.primitive.name in ("reduce_sum", "reduce_max", "exp", "log", "rsqrt")]
-    assert sums and all(each.invars[0].aval.dtype == jnp.float32 for each in sums if each.invars[0].aval.dtype.kind != "i")
+    sums = [
+        each
+        for each in found
+        if each.primitive.name in ("reduce_sum", "reduce_max", "exp", "log", "rsqrt")
+    ]
+    assert sums and all(
+        each.invars[0].aval.dtype == jnp.float32
+        for each in sums
+        if each.invars[0].aval.dtype.kind != "i"
+    )
     rough, grads = jax.jit(jax.value_and_grad(loss))(params)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(grads))
     np.testing.assert_allclose(rough, value, rtol=2e-2)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prepared data sets hold what their source holds, whatever interrupts them; mixtures keep weights; checks find faults."""
+"""Prepared data sets hold what their source holds, whatever interrupts them; mixtures keep weights;
+checks find faults.
+"""
 
 import dataclasses
 import json
@@ -20,12 +22,13 @@ import numpy as np
 import pytest
 
 from particlejax import main as entry
-from particlejax.apps import check
-from particlejax.data import patience, pipeline, prepare, sources, survey
-from particlejax.data.decode import Video
-from particlejax.data.toybox import builder
-from particlejax.spec import DataSpec, ParticleSpec
-from particlejax.typing import UserError
+from particlejax.config.experiment import DataSpec, ParticleSpec
+from particlejax.core.typing import UserError
+from particlejax.data import inspect, pipeline, sources, tfds_export
+from particlejax.data.sources.toybox import builder
+from particlejax.data.video import timeout
+from particlejax.data.video.decode import Video
+from particlejax.jobs import check_data
 
 LINES = 10
 
@@ -47,27 +50,43 @@ def folder(tmp_path_factory: pytest.TempPathFactory, cache_dir: str) -> Path:
 
 
 def command(folder: Path, out: Path, workdir: Path, *more: str) -> int:
-    return entry.main(["main", "--config=experiments/prepare.py", f"--config.data.source=folder:{folder}",
-                       f"--config.prepare.out={out}", "--config.prepare.per_shard=3", "--config.prepare.workers=1",
-                       f"--workdir={workdir}", *more])
+    return entry.main(
+        [
+            "main",
+            "--config=experiments/prepare.py",
+            f"--config.data.source=folder:{folder}",
+            f"--config.prepare.out={out}",
+            "--config.prepare.per_shard=3",
+            "--config.prepare.workers=1",
+            f"--workdir={workdir}",
+            *more,
+        ]
+    )
 
 
-def planned(folder: Path, out: Path) -> prepare.Plan:
-    return prepare.plan(f"folder:{folder}", str(out), "mine", "unused", 3, 60.0)
+def planned(folder: Path, out: Path) -> tfds_export.Plan:
+    return tfds_export.plan(f"folder:{folder}", str(out), "mine", "unused", 3, 60.0)
 
 
 def as_bytes(record: sources.Record) -> sources.Record:
-    read = {key: Path(value).read_bytes() if isinstance(value := getattr(record, key), str) and value else value or b""
-            for key in ("video", "series")}
+    read = {
+        key: Path(value).read_bytes()
+        if isinstance(value := getattr(record, key), str) and value
+        else value or b""
+        for key in ("video", "series")
+    }
     return dataclasses.replace(record, **read)
 
 
-def test_a_prepared_folder_is_the_folder_also_when_it_was_interrupted(folder: Path, tmp_path: Path) -> None:
+def test_a_prepared_folder_is_the_folder_also_when_it_was_interrupted(
+    folder: Path, tmp_path: Path
+) -> None:
     plan = planned(folder, tmp_path)
     assert len(plan.shards) == 4
     first = plan.shards[0]
-    prepare.write(first)
-    (plan.folder / "mine-train.array_record-00001-of-00003.99.tmp").write_bytes(b"half a shard")  # what a kill leaves
+    tfds_export.write(first)
+    # what a kill leaves
+    (plan.folder / "mine-train.array_record-00001-of-00003.99.tmp").write_bytes(b"half a shard")
     written = os.stat(first.path).st_mtime_ns
     with pytest.raises(UserError, match="no dataset_info.json"):
         sources.open_source(f"tfds:{plan.folder}", "train", "unused")  # nobody takes it for whole
@@ -83,11 +102,15 @@ def test_a_prepared_folder_is_the_folder_also_when_it_was_interrupted(folder: Pa
         wanted = [as_bytes(plain[i]) for i in range(len(plain)) if plain[i].name != "3.mp4"]
         assert [made[i] for i in range(len(made))] == wanted
     for shard, other in zip(plan.shards, planned(folder, tmp_path / "again").shards, strict=True):
-        prepare.write(other)
-        assert Path(other.path).read_bytes() == Path(shard.path).read_bytes(), "whichever process wrote it"
+        tfds_export.write(other)
+        assert Path(other.path).read_bytes() == Path(shard.path).read_bytes(), (
+            "whichever process wrote it"
+        )
 
 
-def test_what_holds_no_clip_is_left_out_with_a_sentence(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_what_holds_no_clip_is_left_out_with_a_sentence(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     copy = tmp_path / "data"
     shutil.copytree(folder, copy)
     for i in (0, 1, 2, 3, 7, 8, 9):  # a whole shard of train, and all of val
@@ -106,25 +129,31 @@ def test_what_holds_no_clip_is_left_out_with_a_sentence(folder: Path, tmp_path: 
 def test_another_source_in_the_same_place_is_refused(folder: Path, tmp_path: Path) -> None:
     planned(folder, tmp_path)
     with pytest.raises(UserError, match="begun for another source"):
-        prepare.plan("toybox:tiny", str(tmp_path), "mine", str(tmp_path), 3, 60.0)
+        tfds_export.plan("toybox:tiny", str(tmp_path), "mine", str(tmp_path), 3, 60.0)
 
 
-def test_a_full_disk_loses_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_loses_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = planned(folder, tmp_path)
-    prepare.write(plan.shards[0])
+    tfds_export.write(plan.shards[0])
     with monkeypatch.context() as patch:
-        patch.setattr(os, "statvfs", lambda path: os.statvfs_result((4096, 4096, 9, 0, 0, 9, 9, 9, 0, 255)))
+        patch.setattr(
+            os, "statvfs", lambda path: os.statvfs_result((4096, 4096, 9, 0, 0, 9, 9, 9, 0, 255))
+        )
         with pytest.raises(UserError, match="the disk is full.: make room there"):
-            prepare.write(plan.shards[1])
+            tfds_export.write(plan.shards[1])
     assert planned(folder, tmp_path).left == plan.shards[1:]
     for shard in plan.left:
-        prepare.write(shard)
-    assert prepare.finish(plan)["clips"] == {"train": 6, "val": 3}
+        tfds_export.write(shard)
+    assert tfds_export.finish(plan)["clips"] == {"train": 6, "val": 3}
 
 
 @contextmanager
 def no_room() -> Iterator[None]:
-    """Files of this process cannot grow: what is opened for writing stays empty, as on a full disk."""
+    """Files of this process cannot grow: what is opened for writing stays empty, as on a full
+    disk.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
     try:
@@ -134,22 +163,29 @@ def no_room() -> Iterator[None]:
 
 
 def test_plan_and_description_are_whole_or_absent(folder: Path, tmp_path: Path) -> None:
-    with no_room(), pytest.raises(UserError, match="mine/1.0.0 cannot be written .*: make room there"):
+    with (
+        no_room(),
+        pytest.raises(UserError, match="mine/1.0.0 cannot be written .*: make room there"),
+    ):
         planned(folder, tmp_path)
     plan = planned(folder, tmp_path)
     for shard in plan.shards:
-        prepare.write(shard)
-    with no_room(), pytest.raises(UserError, match="mine/1.0.0 cannot be written .*: make room there"):
-        prepare.finish(plan)
+        tfds_export.write(shard)
+    with (
+        no_room(),
+        pytest.raises(UserError, match="mine/1.0.0 cannot be written .*: make room there"),
+    ):
+        tfds_export.finish(plan)
     with pytest.raises(UserError, match="no dataset_info.json"):
         sources.open_source(f"tfds:{plan.folder}", "train", "unused")
-    assert prepare.finish(planned(folder, tmp_path))["clips"] == {"train": 6, "val": 3}
+    assert tfds_export.finish(planned(folder, tmp_path))["clips"] == {"train": 6, "val": 3}
 
 
-def test_a_worker_of_prepare_that_is_killed_ends_in_a_sentence(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture
-                                                               ) -> None:
+def test_a_worker_of_prepare_that_is_killed_ends_in_a_sentence(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     first = planned(folder, tmp_path).shards[0]
-    prepare.write(first)
+    tfds_export.write(first)
     written = os.stat(first.path).st_mtime_ns
 
     def kill() -> None:
@@ -163,8 +199,15 @@ def test_a_worker_of_prepare_that_is_killed_ends_in_a_sentence(folder: Path, tmp
     assert command(folder, tmp_path, tmp_path / "run") == 2
     killer.join()
     said = capfd.readouterr().err
-    assert "a worker of prepare was killed" in said and "give the same command again" in said and "Traceback" not in said
-    assert command(folder, tmp_path, tmp_path / "run") == 0 and os.stat(first.path).st_mtime_ns == written
+    assert (
+        "a worker of prepare was killed" in said
+        and "give the same command again" in said
+        and "Traceback" not in said
+    )
+    assert (
+        command(folder, tmp_path, tmp_path / "run") == 0
+        and os.stat(first.path).st_mtime_ns == written
+    )
 
 
 @pytest.fixture
@@ -187,14 +230,24 @@ def hanging(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 def test_prepare_leaves_a_hanging_decoder_behind(hanging: Path, tmp_path: Path) -> None:
-    shard = prepare.plan(f"folder:{hanging}", str(tmp_path), "mine", "unused", 3, 0.5).shards[0]
-    note = prepare.write(shard)
+    shard = tfds_export.plan(f"folder:{hanging}", str(tmp_path), "mine", "unused", 3, 0.5).shards[0]
+    note = tfds_export.write(shard)
     assert note["clips"] == 2 and note["bad"] == {"hangs.mp4": "not decoded after 0.5 s"}
 
 
 def test_check_data_leaves_a_hanging_decoder_behind(hanging: Path, tmp_path: Path) -> None:
-    assert entry.main(["main", "--config=experiments/check_data.py", f"--config.data.source=folder:{hanging}",
-                       "--config.data.time_limit=0.5", f"--workdir={tmp_path / 'run'}"]) == 0
+    assert (
+        entry.main(
+            [
+                "main",
+                "--config=experiments/check_data.py",
+                f"--config.data.source=folder:{hanging}",
+                "--config.data.time_limit=0.5",
+                f"--workdir={tmp_path / 'run'}",
+            ]
+        )
+        == 0
+    )
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["bad"] == [{"path": "hangs.mp4", "reason": "not decoded after 0.5 s"}]
     assert results["check"]["train"]["clips"] == 2
@@ -212,10 +265,14 @@ def test_beam_writes_the_same_files(folder: Path, tmp_path: Path) -> None:
     assert files == sorted(p.name for p in (tmp_path / "beam" / "mine" / "1.0.0").iterdir())
     for name in files:
         if "array_record" in name:
-            assert (tmp_path / "pool/mine/1.0.0" / name).read_bytes() == (tmp_path / "beam/mine/1.0.0" / name).read_bytes()
+            assert (tmp_path / "pool/mine/1.0.0" / name).read_bytes() == (
+                tmp_path / "beam/mine/1.0.0" / name
+            ).read_bytes()
 
 
-def test_a_mixture_draws_by_weight_and_each_part_once_an_epoch(folder: Path, cache_dir: str) -> None:
+def test_a_mixture_draws_by_weight_and_each_part_once_an_epoch(
+    folder: Path, cache_dir: str
+) -> None:
     mixed = sources.open_source(f"mix:1*folder:{folder},3*toybox:tiny", "train", cache_dir)
     assert len(mixed) == 7 + 48 and mixed.classes == tuple(sorted({"a", "b", *builder.ACTIONS}))
     assert mixed.classes[mixed[0].label] == "a" and mixed.classes[mixed[7].label] in builder.ACTIONS
@@ -235,17 +292,39 @@ def test_a_check_finds_damage_and_what_stands_on_both_sides(folder: Path, tmp_pa
     copy = tmp_path / "data"
     shutil.copytree(folder, copy)
     shutil.copy(copy / "0.mp4", copy / "9.mp4")  # a train clip as a val clip, cut otherwise
-    table = (copy / "clips.csv").read_text().replace("9.mp4,val,b,clip 9,0.3,1.3", "9.mp4,val,b,clip 9,,")
+    table = (
+        (copy / "clips.csv")
+        .read_text()
+        .replace("9.mp4,val,b,clip 9,0.3,1.3", "9.mp4,val,b,clip 9,,")
+    )
     (copy / "clips.csv").write_text(table + "none.mp4,val,a,,,,\n")
-    assert entry.main(["main", "--config=experiments/check_data.py", f"--config.data.source=folder:{copy}",
-                       f"--workdir={tmp_path / 'run'}"]) == 0
+    assert (
+        entry.main(
+            [
+                "main",
+                "--config=experiments/check_data.py",
+                f"--config.data.source=folder:{copy}",
+                f"--workdir={tmp_path / 'run'}",
+            ]
+        )
+        == 0
+    )
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert {bad["path"]: bad["reason"] for bad in results["bad"]} == {
-        "3.mp4": "not a media file", "none.mp4": "missing"}
+        "3.mp4": "not a media file",
+        "none.mp4": "missing",
+    }
     assert results["check"]["near_duplicates"] == [["train: 0.mp4", "val: 9.mp4"]]
     train = results["check"]["train"]
-    assert train["clips"] == 6 and train["labels"] == {"a": 4, "b": 2} and train["audio"] == 6 and train["sizes"] == {"64x64": 6}
-    assert np.isclose(train["seconds"]["median"], 2.0, atol=0.1) and np.isclose(results["check"]["val"]["seconds"]["least"], 1.0)
+    assert (
+        train["clips"] == 6
+        and train["labels"] == {"a": 4, "b": 2}
+        and train["audio"] == 6
+        and train["sizes"] == {"64x64": 6}
+    )
+    assert np.isclose(train["seconds"]["median"], 2.0, atol=0.1) and np.isclose(
+        results["check"]["val"]["seconds"]["least"], 1.0
+    )
     report = (tmp_path / "run" / "report.md").read_text()
     assert "1 pairs look alike" in report and (tmp_path / "run" / "report" / "classes.png").exists()
 
@@ -268,40 +347,66 @@ def slow_film(path: Path) -> str:
     return str(path)
 
 
-def test_clips_of_one_file_are_looked_at_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clips_of_one_file_are_looked_at_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = slow_film(tmp_path / "a.mp4")
     spans = ((0.0, None), (300.0, 420.0), (10.0, 200.0), (999.0, None))
     clips = [sources.Record(f"{start}", file, 0, start=start, end=end) for start, end in spans]
     monkeypatch.setattr(Video, "read_all", lambda *more: pytest.fail("it holds the whole film"))
     decoded, plain = [], Video.each
     monkeypatch.setattr(Video, "each", lambda self, side: decoded.append(1) or plain(self, side))
-    *seen, late = survey.look(clips)
-    assert survey.look(clips[3:]) == [late] and len(decoded) == 2
+    *seen, late = inspect.look(clips)
+    assert inspect.look(clips[3:]) == [late] and len(decoded) == 2
     assert late[0] == "999.0" and late[1].startswith("starts at 999 s but lasts ")
     with Video(file) as video:
         times = np.array([time for _, time in plain(video)])
         for found, (start, end) in zip(seen, spans, strict=False):
             end = end or video.duration
             shown, _ = video.frames_at(start + (np.arange(4) + 0.5) / 4 * (end - start), 64)
-            np.testing.assert_array_equal(found.print, survey._fingerprint(np.stack([survey._small(p) for p in shown])))
-            assert found.seconds == pytest.approx(end - start) and found.frames == ((times >= start) & (times < end)).sum()
+            np.testing.assert_array_equal(
+                found.print, inspect._fingerprint(np.stack([inspect._small(p) for p in shown]))
+            )
+            assert (
+                found.seconds == pytest.approx(end - start)
+                and found.frames == ((times >= start) & (times < end)).sum()
+            )
 
 
-def test_a_long_film_has_the_time_of_a_clip_for_each_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_film_has_the_time_of_a_clip_for_each_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clip = sources.Record("a", slow_film(tmp_path / "a.mp4"))
-    limits, plain = [], patience.within
-    monkeypatch.setattr(patience, "within", lambda limit, *more: limits.append(limit) or plain(limit, *more))
-    assert isinstance(check._file([clip], 60.0)[0], survey.Seen)
+    limits, plain = [], timeout.within
+    monkeypatch.setattr(
+        timeout, "within", lambda limit, *more: limits.append(limit) or plain(limit, *more)
+    )
+    assert isinstance(check_data._file([clip], 60.0)[0], inspect.Seen)
     assert limits == [60.0, pytest.approx(600, rel=0.1)]
 
 
-def test_a_source_of_which_nothing_can_be_read_ends_in_a_sentence(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_a_source_of_which_nothing_can_be_read_ends_in_a_sentence(
+    tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     (tmp_path / "data").mkdir()
     for name in ("a.mp4", "b.mp4"):
         (tmp_path / "data" / name).write_text("not a film")
-    assert entry.main(["main", "--config=experiments/check_data.py", f"--config.data.source=folder:{tmp_path}/data",
-                       f"--workdir={tmp_path / 'run'}"]) == 2
+    assert (
+        entry.main(
+            [
+                "main",
+                "--config=experiments/check_data.py",
+                f"--config.data.source=folder:{tmp_path}/data",
+                f"--workdir={tmp_path / 'run'}",
+            ]
+        )
+        == 2
+    )
     said = capfd.readouterr().err
-    assert "not one of the 2 clips of folder:" in said and "(not a media file, ...)" in said and "Traceback" not in said
+    assert (
+        "not one of the 2 clips of folder:" in said
+        and "(not a media file, ...)" in said
+        and "Traceback" not in said
+    )
     assert len(json.loads((tmp_path / "run" / "results.json").read_text())["bad"]) == 2
     assert "## 2 clips cannot be read" in (tmp_path / "run" / "report.md").read_text()

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A frozen network's features: computed once, by weights, clip and sampling, and again where damaged; what they tell."""
+"""A frozen network's features: computed once, by weights, clip and sampling, and again where
+damaged; what they tell.
+"""
 
 import json
 import shutil
@@ -9,14 +11,17 @@ import numpy as np
 import pytest
 
 from particlejax import main as entry
-from particlejax.apps import probe_backbone as probe
-from particlejax.data import features
-from particlejax.data.decode import raw_file
+from particlejax.config.jobs import BackboneProbeSpec
+from particlejax.core.typing import UserError
+from particlejax.data.modalities import feature_store
 from particlejax.data.sources import Record
-from particlejax.jobspec import BackboneProbeSpec
-from particlejax.typing import UserError
+from particlejax.data.video.decode import raw_file
+from particlejax.jobs import linear_probe as probe
 
-NETWORK, SAMPLING = {"model": "a", "weights": "b", "endpoint": "c"}, {"frames": 4, "size": 16, "seconds": 0.0}
+NETWORK, SAMPLING = (
+    {"model": "a", "weights": "b", "endpoint": "c"},
+    {"frames": 4, "size": 16, "seconds": 0.0},
+)
 
 
 def clip(colour: int, i: int) -> bytes:
@@ -40,17 +45,35 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, keep: Path, workdir: Path, *more: str) -> dict:
     """The job's results, from random weights."""
-    assert entry.main(["main", "--config=experiments/probe_backbone.py:tiny", f"--config.source=folder:{folder}",
-                       "--config.test=val",
-                       f"--config.keep={keep}", f"--workdir={workdir}", *more]) == 0
+    assert (
+        entry.main(
+            [
+                "main",
+                "--config=experiments/probe_backbone.py:tiny",
+                f"--config.source=folder:{folder}",
+                "--config.test=val",
+                f"--config.keep={keep}",
+                f"--workdir={workdir}",
+                *more,
+            ]
+        )
+        == 0
+    )
     return json.loads((workdir / "results.json").read_text())
 
 
-def test_features_are_computed_once_and_again_where_damaged(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_features_are_computed_once_and_again_where_damaged(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     keep = tmp_path / "keep"
     first = run(folder, keep, tmp_path / "a")
-    assert first["probe"]["computed"] == 20 and first["probe"]["kept"] == 0 and first["probe"]["width"] == 32
-    assert first["probe"]["val"]["top1"] == 1.0 and first["probe"]["val"]["clips"] == 8  # red and blue are easily told
+    assert (
+        first["probe"]["computed"] == 20
+        and first["probe"]["kept"] == 0
+        and first["probe"]["width"] == 32
+    )
+    # red and blue are easily told
+    assert first["probe"]["val"]["top1"] == 1.0 and first["probe"]["val"]["clips"] == 8
     assert [Path(each["path"]).name for each in first["bad"]] == ["broken.mkv"]
     assert "20" in (tmp_path / "a" / "report.md").read_text()
     files = sorted(keep.rglob("*.features"))
@@ -71,19 +94,23 @@ def test_keys_tell_weights_clips_and_samplings_apart(folder: Path, tmp_path: Pat
     path = tmp_path / "x.mkv"
     shutil.copy(folder / "train" / "red" / "0.mkv", path)
     record = Record("x", str(path))
-    keys = [features.key(record, NETWORK, SAMPLING), features.key(record, NETWORK | {"weights": "d"}, SAMPLING),
-            features.key(record, NETWORK, SAMPLING | {"frames": 8}), features.key(Record("x", clip(0, 0)), NETWORK, SAMPLING),
-            features.key(Record("x", str(path), start=0.1), NETWORK, SAMPLING)]
-    assert keys[0] == features.key(Record("other", str(path), label=1), NETWORK, SAMPLING)
+    keys = [
+        feature_store.key(record, NETWORK, SAMPLING),
+        feature_store.key(record, NETWORK | {"weights": "d"}, SAMPLING),
+        feature_store.key(record, NETWORK, SAMPLING | {"frames": 8}),
+        feature_store.key(Record("x", clip(0, 0)), NETWORK, SAMPLING),
+        feature_store.key(Record("x", str(path), start=0.1), NETWORK, SAMPLING),
+    ]
+    assert keys[0] == feature_store.key(Record("other", str(path), label=1), NETWORK, SAMPLING)
     path.write_bytes(clip(2, 7) + b"more")
-    assert len({*keys, features.key(record, NETWORK, SAMPLING)}) == 6
+    assert len({*keys, feature_store.key(record, NETWORK, SAMPLING)}) == 6
 
 
 def test_what_is_kept_is_what_was_given(tmp_path: Path) -> None:
     vector = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
-    assert features.load(tmp_path, "ab12") is None
-    features.save(tmp_path, "ab12", vector)
-    np.testing.assert_array_equal(features.load(tmp_path, "ab12"), vector)
+    assert feature_store.load(tmp_path, "ab12") is None
+    feature_store.save(tmp_path, "ab12", vector)
+    np.testing.assert_array_equal(feature_store.load(tmp_path, "ab12"), vector)
 
 
 def test_weights_are_known_by_what_features_see() -> None:
@@ -93,7 +120,9 @@ def test_weights_are_known_by_what_features_see() -> None:
 
 
 def test_what_cannot_be_probed_gets_a_sentence() -> None:
-    with pytest.raises(UserError, match="clip_tiny takes other things than videos: choose a model of videos"):
+    with pytest.raises(
+        UserError, match="clip_tiny takes other things than videos: choose a model of videos"
+    ):
         probe.load(BackboneProbeSpec(model="clip_tiny"))
     with pytest.raises(UserError, match="no weights for vivit_base: add --config.weights=PATH"):
         probe.load(BackboneProbeSpec(model="vivit_base"))

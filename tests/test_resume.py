@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Killed at any moment, a run of mixed scales continues and ends with the figures of one that was left alone, bit for bit."""
+"""Killed at any moment, a run of mixed scales continues and ends with the figures of one that was
+left alone, bit for bit.
+"""
 
 import json
 import os
@@ -14,9 +16,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 STEPS, KILLS = 24, 3
-OVERRIDES = [f"--config.stages.finetune.steps={STEPS}", "--config.stages.finetune.val_every=8", "--config.log.every=1",
-             "--config.stages.finetune.accumulate=2", "--config.checkpoint.every=5", "--config.model.dropout=0.2",
-             "--config.stages.finetune.select=classify/top1", "--config.data.workers=0"]
+OVERRIDES = [
+    f"--config.stages.finetune.steps={STEPS}",
+    "--config.stages.finetune.val_every=8",
+    "--config.log.every=1",
+    "--config.stages.finetune.accumulate=2",
+    "--config.checkpoint.every=5",
+    "--config.model.dropout=0.2",
+    "--config.stages.finetune.select=classify/top1",
+    "--config.data.workers=0",
+]
 
 
 def start(workdir: Path, cache_dir: str) -> subprocess.Popen:
@@ -25,17 +34,37 @@ def start(workdir: Path, cache_dir: str) -> subprocess.Popen:
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     with open(f"{workdir}.log", "a") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "particlejax.main", "--config", "tests/experiments/mixed.py", "--workdir", str(workdir),
-             f"--config.data.cache_dir={cache_dir}", *OVERRIDES], cwd=ROOT, env=environment, stdout=log, stderr=log)
+            [
+                sys.executable,
+                "-m",
+                "particlejax.main",
+                "--config",
+                "tests/experiments/mixed.py",
+                "--workdir",
+                str(workdir),
+                f"--config.data.cache_dir={cache_dir}",
+                *OVERRIDES,
+            ],
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=log,
+        )
 
 
 def steps_done(workdir: Path) -> int:
     path = workdir / "metrics.jsonl"
-    return sum('"split": "train"' in line for line in path.read_text().splitlines()) if path.exists() else 0
+    return (
+        sum('"split": "train"' in line for line in path.read_text().splitlines())
+        if path.exists()
+        else 0
+    )
 
 
 def interrupt(workdir: Path, cache_dir: str, step: int, number: int) -> int:
-    """Starts the run and sends it a signal once it has written that many steps; returns its exit code."""
+    """Starts the run and sends it a signal once it has written that many steps; returns its exit
+    code.
+    """
     process = start(workdir, cache_dir)
     until = time.monotonic() + 120
     while steps_done(workdir) < step and process.poll() is None and time.monotonic() < until:
@@ -51,7 +80,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache_dir: str) -> Pat
     return workdir
 
 
-def test_killed_and_stopped_run_equals_an_undisturbed_one(undisturbed: Path, cache_dir: str, tmp_path: Path) -> None:
+def test_killed_and_stopped_run_equals_an_undisturbed_one(
+    undisturbed: Path, cache_dir: str, tmp_path: Path
+) -> None:
     workdir = tmp_path / "run"
     for moment in sorted(random.Random(0).sample(range(1, STEPS - 4), KILLS)):
         assert interrupt(workdir, cache_dir, moment, signal.SIGKILL) == -signal.SIGKILL
@@ -62,9 +93,15 @@ def test_killed_and_stopped_run_equals_an_undisturbed_one(undisturbed: Path, cac
     assert stopped < STEPS, "it stopped before the end"
     process = start(workdir, cache_dir)
     assert process.wait(timeout=200) == 0
-    assert f"continuing at step {stopped}" in Path(f"{workdir}.log").read_text(), "nothing is repeated after SIGTERM"
+    assert f"continuing at step {stopped}" in Path(f"{workdir}.log").read_text(), (
+        "nothing is repeated after SIGTERM"
+    )
     assert (workdir / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
-    mine, theirs = (json.loads((each / "results.json").read_text())["finetune"] for each in (workdir, undisturbed))
+    mine, theirs = (
+        json.loads((each / "results.json").read_text())["finetune"]
+        for each in (workdir, undisturbed)
+    )
     assert mine["val"] == theirs["val"]
     assert (workdir / "predictions_finetune_val.csv").read_bytes() == (
-        undisturbed / "predictions_finetune_val.csv").read_bytes()
+        undisturbed / "predictions_finetune_val.csv"
+    ).read_bytes()

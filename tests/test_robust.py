@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from particlejax.config.training import RobustSpec
 from particlejax.particles.types import Batch, Particles
 from particlejax.train.gradient import gradient_of
-from particlejax.tunespec import RobustSpec
 
 W = {"w": jnp.array([3.0, -4.0])}
 KEY = jax.random.key(5)
@@ -16,7 +16,12 @@ KEY = jax.random.key(5)
 
 def batch(payload: np.ndarray) -> Batch:
     shape = payload.shape[:2]
-    words = Particles(jnp.ones((*shape, 1), jnp.int32), jnp.zeros((*shape, 3)), jnp.ones((*shape, 3)), jnp.ones(shape, jnp.int32))
+    words = Particles(
+        jnp.ones((*shape, 1), jnp.int32),
+        jnp.zeros((*shape, 3)),
+        jnp.ones((*shape, 3)),
+        jnp.ones(shape, jnp.int32),
+    )
     seen = Particles(jnp.asarray(payload, jnp.float32), words.place, words.extent, words.segment)
     none = jnp.zeros((shape[0], 1), jnp.int32)
     return Batch({"text": words, "vision": seen}, none, none, none.astype(jnp.float32), none)
@@ -44,9 +49,13 @@ def test_sharpness_aware_is_the_gradient_further_up() -> None:
 
 @pytest.mark.parametrize("attack", ["fgsm", "pgd"])
 def test_an_attack_goes_to_the_worst_corner_and_no_further(attack: str) -> None:
-    """From anywhere in the box 1.25 epsilons reach one of its corners only from the middle on; 2.5 of them always do."""
+    """From anywhere in the box 1.25 epsilons reach one of its corners only from the middle on; 2.5
+    of them always do.
+    """
     x = np.random.default_rng(0).normal(size=(4, 8, 2))
-    grads, metrics = jax.jit(gradient_of(linear, RobustSpec(attack=attack, epsilon=0.1)))(W, batch(x), KEY)
+    grads, metrics = jax.jit(gradient_of(linear, RobustSpec(attack=attack, epsilon=0.1)))(
+        W, batch(x), KEY
+    )
     moved = np.asarray(grads["w"]) - x.mean(axis=(0, 1))
     assert (np.abs(moved) <= 0.1 + 1e-6).all() and moved[0] > 0.07 and moved[1] < -0.07
     if attack == "pgd":
@@ -56,11 +65,17 @@ def test_an_attack_goes_to_the_worst_corner_and_no_further(attack: str) -> None:
 
 
 def test_free_is_the_mean_along_the_way() -> None:
-    """One pass at the random start, then one after each step of 2.5 / 3 epsilons: at least the last of three is in the corner."""
+    """One pass at the random start, then one after each step of 2.5 / 3 epsilons: at least the last
+    of three is in the corner.
+    """
     x = np.zeros((16, 16, 2))
     spec = RobustSpec(attack="free", epsilon=0.3, ascents=3)
     grads, _ = jax.jit(gradient_of(linear, spec))(W, batch(x), KEY)
-    start = np.asarray(gradient_of(linear, RobustSpec(attack="free", epsilon=0.3, ascents=1))(W, batch(x), KEY)[0]["w"])
+    start = np.asarray(
+        gradient_of(linear, RobustSpec(attack="free", epsilon=0.3, ascents=1))(W, batch(x), KEY)[0][
+            "w"
+        ]
+    )
     assert (np.abs(start) < 0.05).all(), "uniform noise has hardly a mean"
     uniform = np.linspace(-0.3, 0.3, 100001)
     expected = np.mean([np.clip(uniform + k * 0.25, -0.3, 0.3).mean() for k in range(3)])

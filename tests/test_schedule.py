@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scales that change while the rows stay: the plan loses nothing, fills its rows, and is the same wherever it goes on."""
+"""Scales that change while the rows stay: the plan loses nothing, fills its rows, and is the same
+wherever it goes on.
+"""
 
 import dataclasses
 import json
@@ -14,25 +16,35 @@ import optax
 import pytest
 
 from particlejax import main as entry
+from particlejax.config.experiment import DataSpec, ParticleSpec, ScaleSpec, ScheduleSpec
+from particlejax.config.model import ClassifySpec, ModelSpec
+from particlejax.core.typing import UserError
 from particlejax.data import pipeline, sources
-from particlejax.data.plan import Plan, Stand
-from particlejax.data.schedule import Schedule
-from particlejax.models import model as models
-from particlejax.modelspec import ClassifySpec, ModelSpec
-from particlejax.objectives import objectives
-from particlejax.particles import pack, policies
+from particlejax.data.packing_plan import Plan, Stand
+from particlejax.data.scale_schedule import Schedule
+from particlejax.models import particle_model as models
+from particlejax.objectives import registry
+from particlejax.particles import packing, policies
 from particlejax.particles.types import Batch
-from particlejax.spec import DataSpec, ParticleSpec, ScaleSpec, ScheduleSpec
-from particlejax.typing import UserError
 
 DATA = DataSpec(frames=8, size=32, threads=1)
 CUT = ParticleSpec("grid", (4, 8, 8))  # 32 particles at the largest scale
-MIXED = ScheduleSpec("mixture", (ScaleSpec(share=0.3), ScaleSpec(size=24, share=0.2), ScaleSpec(size=16, share=0.2),
-                                 ScaleSpec(frames=4, size=24, share=0.3)))  # 32, 18, 8 and 9
+# 32, 18, 8 and 9
+MIXED = ScheduleSpec(
+    "mixture",
+    (
+        ScaleSpec(share=0.3),
+        ScaleSpec(size=24, share=0.2),
+        ScaleSpec(size=16, share=0.2),
+        ScaleSpec(frames=4, size=24, share=0.3),
+    ),
+)
 
 
 def planned(scales: ScheduleSpec = MIXED, rows: int = 8, per_row: int = 1, **more: object) -> Plan:
-    return Plan(Schedule(scales, dataclasses.replace(DATA, clips_per_row=per_row), CUT), rows, 3, **more)
+    return Plan(
+        Schedule(scales, dataclasses.replace(DATA, clips_per_row=per_row), CUT), rows, 3, **more
+    )
 
 
 def test_mixed_sizes_fill_the_rows_and_every_clip_comes_once_and_soon() -> None:
@@ -58,7 +70,9 @@ def test_the_plan_is_the_same_from_wherever_it_goes_on() -> None:
     plan = planned()
     expected = [plan.batch(k) for k in range(20)]
     saved = Stand.of(json.loads(json.dumps(plan.stand(12))))
-    assert [planned(since=saved).batch(k) for k in (12, 15, 14, 19)] == [expected[k] for k in (12, 15, 14, 19)]
+    assert [planned(since=saved).batch(k) for k in (12, 15, 14, 19)] == [
+        expected[k] for k in (12, 15, 14, 19)
+    ]
     assert planned(since=saved).batch(3) == expected[3], "also for what came before"
     assert pickle.loads(pickle.dumps(plan)).batch(7) == expected[7]
     plan.batch(700)
@@ -81,8 +95,18 @@ def sizes_over(scales: ScheduleSpec, steps: int) -> list[tuple[int, ...]]:
     """Size in pixels of the clips of each step that were not carried over from the one before."""
     plan = planned(scales, steps=steps)
     every = plan.schedule.scales
-    return [tuple(sorted({every[p.scale].data.size for p in plan.batch(k) if p.position >= plan.stand(k).position}))
-            for k in range(steps)]
+    return [
+        tuple(
+            sorted(
+                {
+                    every[p.scale].data.size
+                    for p in plan.batch(k)
+                    if p.position >= plan.stand(k).position
+                }
+            )
+        )
+        for k in range(steps)
+    ]
 
 
 def test_schedules_say_which_scale_when() -> None:
@@ -93,32 +117,48 @@ def test_schedules_say_which_scale_when() -> None:
     short = sizes_over(ScheduleSpec("cycles", (ScaleSpec(),), short=(0.5, 0.75, 1.0)), 6)
     assert short == [(16,), (24,), (32,)] * 2
     mixed = planned()
-    assert all({p.scale for p in mixed.batch(k)} == {0, 1, 2, 3} for k in range(4, 8)), "all at a time"
-    speeds = Schedule(ScheduleSpec("mixture", (ScaleSpec(seconds=0.5), ScaleSpec(seconds=2.0, budget=4))), DATA, CUT)
+    assert all({p.scale for p in mixed.batch(k)} == {0, 1, 2, 3} for k in range(4, 8)), (
+        "all at a time"
+    )
+    speeds = Schedule(
+        ScheduleSpec("mixture", (ScaleSpec(seconds=0.5), ScaleSpec(seconds=2.0, budget=4))),
+        DATA,
+        CUT,
+    )
     assert [(s.data.seconds, s.particles.budget) for s in speeds.scales] == [(0.5, 0), (2.0, 4)]
     assert speeds.row.clips == 8
 
 
-@pytest.mark.parametrize("changes, sentence", [
-    ({"kind": "mixture"}, "'mixture' with 0 scales: give it some"),
-    ({"scales": ({"size": 16},)}, "'fixed' with 1 scales: name another kind"),
-    ({"kind": "mixture", "scales": ({"size": 16},), "rounds": 2}, "belong to 'cycles'"),
-    ({"kind": "mixture", "scales": ({"sise": 16},)}, r"schedule.scales\[0\] has no key 'sise': did you mean"),
-    ({"kind": "mixture", "scales": ({"size": 17},)}, "17 rows are not a multiple"),
-])
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"kind": "mixture"}, "'mixture' with 0 scales: give it some"),
+        ({"scales": ({"size": 16},)}, "'fixed' with 1 scales: name another kind"),
+        ({"kind": "mixture", "scales": ({"size": 16},), "rounds": 2}, "belong to 'cycles'"),
+        (
+            {"kind": "mixture", "scales": ({"sise": 16},)},
+            r"schedule.scales\[0\] has no key 'sise': did you mean",
+        ),
+        ({"kind": "mixture", "scales": ({"size": 17},)}, "17 rows are not a multiple"),
+    ],
+)
 def test_a_schedule_that_cannot_be_is_refused(changes: dict, sentence: str) -> None:
-    from particlejax.spec import Experiment, as_dict
+    from particlejax.config.experiment import Experiment, as_dict
 
     stage = {"steps": 1, "objectives": {"classify": {}}, "schedule": changes}
     with pytest.raises(UserError, match=sentence):
-        experiment = Experiment.of({"stages": {"one": stage}, "data": as_dict(DATA), "particles": as_dict(CUT)})
+        experiment = Experiment.of(
+            {"stages": {"one": stage}, "data": as_dict(DATA), "particles": as_dict(CUT)}
+        )
         pipeline.row_of(experiment.data, experiment.particles, experiment.stages["one"].schedule)
 
 
 def test_batches_of_mixed_scales_are_one_whoever_reads_them(cache_dir: str) -> None:
     source = sources.open_source("toybox:tiny", "train", cache_dir)
     adaptive = dataclasses.replace(CUT, policy="adaptive", base=(2, 4, 4), levels=2, budget=128)
-    scales = ScheduleSpec("mixture", (ScaleSpec(), ScaleSpec(size=16, budget=32), ScaleSpec(size=24, budget=60)))
+    scales = ScheduleSpec(
+        "mixture", (ScaleSpec(), ScaleSpec(size=16, budget=32), ScaleSpec(size=24, budget=60))
+    )
     made = pipeline.Batches(source, DATA, adaptive, 3, rows=4, scales=scales)
     expected = [made[k] for k in range(4)]
     parts = [dataclasses.replace(made, process=p, processes=2)[1] for p in range(2)]
@@ -130,25 +170,50 @@ def test_batches_of_mixed_scales_are_one_whoever_reads_them(cache_dir: str) -> N
             jax.tree.map(np.testing.assert_array_equal, a.batch, b.batch)
     vision = expected[0].batch.particles["vision"]
     assert vision.segment.shape == (4, 128) and expected[0].batch.clip.shape == (4, 4)
-    assert {tuple(row[row >= 0]) for row in expected[0].batch.clip} == {tuple(row[row >= 0]) for row in expected[0].batch.clip}
-    assert len({round(float(e), 4) for e in vision.extent[vision.segment > 0][:, 1]}) > 2, "several granularities"
+    assert {tuple(row[row >= 0]) for row in expected[0].batch.clip} == {
+        tuple(row[row >= 0]) for row in expected[0].batch.clip
+    }
+    assert len({round(float(e), 4) for e in vision.extent[vision.segment > 0][:, 1]}) > 2, (
+        "several granularities"
+    )
 
 
-def test_a_stage_of_many_scales_compiles_once_and_is_measured_at_any(cache_dir: str, tmp_path: Path, capfd: pytest.CaptureFixture
-                                                                      ) -> None:
-    command = ["main", "--config=tests/experiments/mixed.py", f"--config.data.cache_dir={cache_dir}", "--config.log.every=2",
-               "--config.stages.finetune.steps=8", "--config.stages.finetune.val_every=0"]
+def test_a_stage_of_many_scales_compiles_once_and_is_measured_at_any(
+    cache_dir: str, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    command = [
+        "main",
+        "--config=tests/experiments/mixed.py",
+        f"--config.data.cache_dir={cache_dir}",
+        "--config.log.every=2",
+        "--config.stages.finetune.steps=8",
+        "--config.stages.finetune.val_every=0",
+    ]
     assert entry.main([*command, "--workdir", str(tmp_path / "run")]) == 0
     results = json.loads((tmp_path / "run/results.json").read_text())["finetune"]
     assert results["train"]["compilations"] == 1 and results["train"]["clips_seen"] > 8 * 8
-    fill = [json.loads(line)["fill"] for line in (tmp_path / "run/timing.jsonl").read_text().splitlines()]
+    fill = [
+        json.loads(line)["fill"]
+        for line in (tmp_path / "run/timing.jsonl").read_text().splitlines()
+    ]
     assert np.mean(fill) > 0.8
     for name, setting in (("small", "size=16"), ("large", "size=48"), ("fewer", "budget=5")):
-        code = entry.main(["main", "--config=experiments/evaluate.py:tiny", f"--config.run={tmp_path / 'run'}",
-                           f"--config.data.cache_dir={cache_dir}", f"--config.evaluate.scale.{setting}",
-                           "--workdir", str(tmp_path / name)])
+        code = entry.main(
+            [
+                "main",
+                "--config=experiments/evaluate.py:tiny",
+                f"--config.run={tmp_path / 'run'}",
+                f"--config.data.cache_dir={cache_dir}",
+                f"--config.evaluate.scale.{setting}",
+                "--workdir",
+                str(tmp_path / name),
+            ]
+        )
         assert code == 0, capfd.readouterr().err
-        assert json.loads((tmp_path / name / "results.json").read_text())["finetune"]["val"]["clips"] == 24
+        assert (
+            json.loads((tmp_path / name / "results.json").read_text())["finetune"]["val"]["clips"]
+            == 24
+        )
 
 
 def ramps(frames: int, size: int, number: int, seed: int) -> Batch:
@@ -159,23 +224,36 @@ def ramps(frames: int, size: int, number: int, seed: int) -> Batch:
     cut = ParticleSpec("grid", (2, 4, 4))
     for i in range(number):
         way = np.array([[1, 0], [0, 1], [-1, 0], [0, -1]])[i % 4]
-        video = np.sin((y - 2 * way[0] * t) * 0.8 + rng.uniform(0, 6)) + np.sin((x - 2 * way[1] * t) * 0.8 + rng.uniform(0, 6))
+        video = np.sin((y - 2 * way[0] * t) * 0.8 + rng.uniform(0, 6)) + np.sin(
+            (x - 2 * way[1] * t) * 0.8 + rng.uniform(0, 6)
+        )
         video = np.repeat(video[..., None], 3, -1).astype(np.float32)
-        particles = policies.cut_clip(video, (np.arange(frames) * 2 / frames).astype(np.float32), cut)
-        clips.append(pack.Clip({"vision": particles}, i % 4, i))
+        particles = policies.cut_clip(
+            video, (np.arange(frames) * 2 / frames).astype(np.float32), cut
+        )
+        clips.append(packing.Clip({"vision": particles}, i % 4, i))
     length = frames * size * size // 32
-    return jax.tree.map(jnp.asarray, pack.pack(clips, range(number), {"vision": pack.Slots(length, 96)}, number, 1))
+    return jax.tree.map(
+        jnp.asarray,
+        packing.pack(clips, range(number), {"vision": packing.Slots(length, 96)}, number, 1),
+    )
 
 
 def test_what_was_learnt_at_one_scale_holds_at_another() -> None:
-    model = models.build(ModelSpec(width=32, depth=2, heads=2, unroll=False), {"vision": models.Payload(96)}, classes=4)
-    objective = objectives.combine({"classify": ClassifySpec()})
+    model = models.build(
+        ModelSpec(width=32, depth=2, heads=2, unroll=False),
+        {"vision": models.Payload(96)},
+        classes=4,
+    )
+    objective = registry.combine({"classify": ClassifySpec()})
     params = jax.jit(model.init)(jax.random.key(0), ramps(4, 8, 1, 0))
     optimizer = optax.adam(3e-3)
 
     @jax.jit
     def step(params: dict, state: optax.OptState, batch: Batch) -> tuple:
-        grads, metrics = jax.grad(lambda p: objective(p, model, batch, jax.random.key(0), True), has_aux=True)(params)
+        grads, metrics = jax.grad(
+            lambda p: objective(p, model, batch, jax.random.key(0), True), has_aux=True
+        )(params)
         updates, state = optimizer.update(grads, state)
         return optax.apply_updates(params, updates), state, metrics
 
@@ -183,5 +261,7 @@ def test_what_was_learnt_at_one_scale_holds_at_another() -> None:
     for i in range(80):
         params, state, _ = step(params, state, ramps(4, 8, 16, i))
     for frames, size in ((4, 8), (8, 8), (4, 12)):  # more frames a second, more pixels
-        _, metrics = jax.jit(lambda p, b: objective(p, model, b, jax.random.key(0), False))(params, ramps(frames, size, 64, 999))
+        _, metrics = jax.jit(lambda p, b: objective(p, model, b, jax.random.key(0), False))(
+            params, ramps(frames, size, 64, 999)
+        )
         assert metrics["classify/top1"] > 0.9, (frames, size)

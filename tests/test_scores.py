@@ -1,34 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores against what one counts by hand, and the report's pictures against the particles they show."""
+"""Scores against what one counts by hand, and the report's pictures against the particles they
+show.
+"""
 
 import json
 from pathlib import Path
 
 import numpy as np
 
-from particlejax.apps import pictures, report
+from particlejax.config.experiment import ParticleSpec
 from particlejax.particles import policies
-from particlejax.spec import ParticleSpec
-from particlejax.train import scores
+from particlejax.reports import markdown, plots
+from particlejax.train import classification_metrics
 
 CLASSES = ("a", "b", "c")
 
 
 def test_scores_are_what_one_counts_by_hand() -> None:
-    probabilities = np.array([[0.6, 0.3, 0.1], [0.1, 0.8, 0.1], [0.5, 0.2, 0.3], [0.2, 0.3, 0.5], [1, 0, 0]])
-    found = scores.scores(probabilities, np.array([0, 1, 1, 0, -1]), CLASSES)  # the last is unlabelled
-    assert found["clips"] == 4 and found["top1"] == 0.5 and found["top5"] == 1.0 and found["chance"] == 1 / 3
+    probabilities = np.array(
+        [[0.6, 0.3, 0.1], [0.1, 0.8, 0.1], [0.5, 0.2, 0.3], [0.2, 0.3, 0.5], [1, 0, 0]]
+    )
+    # the last is unlabelled
+    found = classification_metrics.scores(probabilities, np.array([0, 1, 1, 0, -1]), CLASSES)
+    assert (
+        found["clips"] == 4
+        and found["top1"] == 0.5
+        and found["top5"] == 1.0
+        and found["chance"] == 1 / 3
+    )
     assert found["confusion"] == [[1, 0, 1], [1, 1, 0], [0, 0, 0]]
     assert found["mean_class_accuracy"] == 0.5  # 'c' does not occur and does not count
     assert found["per_class"]["a"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2}
     # confidences .6 right, .8 right, .5 and .5 wrong, the two share a bin of 15
     assert np.isclose(found["ece"], (0.4 + 0.2 + 2 * 0.5) / 4)
-    assert scores.scores(probabilities, np.full(5, -1), CLASSES) == {"clips": 0}
+    assert classification_metrics.scores(probabilities, np.full(5, -1), CLASSES) == {"clips": 0}
 
 
 def test_mean_class_accuracy_does_not_follow_the_large_class() -> None:
     label = np.array([0] * 9 + [1])
-    found = scores.scores(np.tile([0.9, 0.1, 0.0], (10, 1)), label, CLASSES)
+    found = classification_metrics.scores(np.tile([0.9, 0.1, 0.0], (10, 1)), label, CLASSES)
     assert found["top1"] == 0.9 and found["mean_class_accuracy"] == 0.5
 
 
@@ -39,10 +49,14 @@ def test_painted_particles_are_the_clip_they_were_cut_from() -> None:
     cut = policies.cut_clip(video, times, spec)
     blank = np.zeros(video.shape)
     order = rng.permutation(len(cut.segment))
-    painted = pictures.paint(cut.payload[order], cut.place[order], cut.extent[order], times, (32, 48), spec.base, blank)
+    painted = plots.paint(
+        cut.payload[order], cut.place[order], cut.extent[order], times, (32, 48), spec.base, blank
+    )
     np.testing.assert_array_equal(painted, video)
     half = order[: len(order) // 2]
-    painted = pictures.paint(cut.payload[half], cut.place[half], cut.extent[half], times, (32, 48), spec.base, blank)
+    painted = plots.paint(
+        cut.payload[half], cut.place[half], cut.extent[half], times, (32, 48), spec.base, blank
+    )
     shown = (painted == video).all(-1)
     assert shown.mean() == 0.5 and not painted[~shown].any()
 
@@ -52,16 +66,34 @@ def test_a_coarse_particle_fills_its_extent() -> None:
     spec = ParticleSpec(policy="pyramid", base=(2, 8, 8), levels=3)
     cut = policies.cut_clip(video, times, spec)
     coarsest = [len(cut.segment) - 1]
-    painted = pictures.paint(cut.payload[coarsest], cut.place[coarsest], cut.extent[coarsest], times, (32, 32), spec.base,
-                             np.zeros(video.shape))
+    painted = plots.paint(
+        cut.payload[coarsest],
+        cut.place[coarsest],
+        cut.extent[coarsest],
+        times,
+        (32, 32),
+        spec.base,
+        np.zeros(video.shape),
+    )
     assert painted.all()
 
 
 def test_a_report_draws_shares_only_where_there_are_some(tmp_path: Path) -> None:
-    lines = [{"stage": "latent", "split": "train", "step": step, "loss": 1.0, "latent/spread": 0.5} for step in (1, 2)]
-    lines += [{"stage": "plain", "split": "train", "step": step, "loss": 1.0, "asked": 1.0} for step in (1, 2)]
+    lines = [
+        {"stage": "latent", "split": "train", "step": step, "loss": 1.0, "latent/spread": 0.5}
+        for step in (1, 2)
+    ]
+    lines += [
+        {"stage": "plain", "split": "train", "step": step, "loss": 1.0, "asked": 1.0}
+        for step in (1, 2)
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "results.json").write_text(json.dumps({name: {"train": {"loss": 1.0}} for name in ("latent", "plain")}))
-    said = report.write(tmp_path).read_text()
-    assert "report/latent_shares.png" in said and (tmp_path / "report" / "latent_shares.png").stat().st_size > 1000
+    (tmp_path / "results.json").write_text(
+        json.dumps({name: {"train": {"loss": 1.0}} for name in ("latent", "plain")})
+    )
+    said = markdown.write(tmp_path).read_text()
+    assert (
+        "report/latent_shares.png" in said
+        and (tmp_path / "report" / "latent_shares.png").stat().st_size > 1000
+    )
     assert "plain_shares.png" not in said and "plain_loss.png" in said

@@ -1,34 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eight forced host devices give one device's losses; accumulation gives the whole batch's; errors name the key."""
+"""Eight forced host devices give one device's losses; accumulation gives the whole batch's; errors
+name the key.
+"""
 
 import jax
 import numpy as np
 import pytest
 
-from particlejax import optim, sharding, tree
-from particlejax.models import model as models
-from particlejax.modelspec import ClassifySpec, MaskedSpec, ModelSpec
-from particlejax.objectives import objectives
-from particlejax.particles import pack, policies
+from particlejax.config.experiment import MeshSpec, OptimSpec, ParticleSpec
+from particlejax.config.model import ClassifySpec, MaskedSpec, ModelSpec
+from particlejax.core import tree
+from particlejax.core.typing import UserError
+from particlejax.distributed import sharding
+from particlejax.models import particle_model as models
+from particlejax.objectives import registry
+from particlejax.particles import packing, policies
 from particlejax.particles.types import Batch
-from particlejax.spec import MeshSpec, OptimSpec, ParticleSpec
-from particlejax.train.state import TrainState, initialise, jit_step, make_step
-from particlejax.typing import UserError
+from particlejax.train import optim
+from particlejax.train.train_state import TrainState, initialise, jit_step, make_step
 
-MODEL = ModelSpec(width=32, depth=2, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2,
-                  unroll=False)  # compiles sooner
+# compiles sooner
+MODEL = ModelSpec(
+    width=32, depth=2, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2, unroll=False
+)
 BOTH = {"masked": MaskedSpec(keep=0.5, weight=0.5), "classify": ClassifySpec()}
-MESHES = {"data and fsdp": MeshSpec(data=2, fsdp=4), "sequence": MeshSpec(data=2, sequence=4),
-          "tensor and sequence": MeshSpec(fsdp=2, tensor=2, sequence=2)}
+MESHES = {
+    "data and fsdp": MeshSpec(data=2, fsdp=4),
+    "sequence": MeshSpec(data=2, sequence=4),
+    "tensor and sequence": MeshSpec(fsdp=2, tensor=2, sequence=2),
+}
 
 
 def batch(missing: tuple[int, ...] = ()) -> Batch:
     rng, clips = np.random.default_rng(0), []
     for i in range(16):
         video = rng.normal(size=(4, 8, 8, 3)).astype(np.float32)
-        cut = policies.cut_clip(video, np.arange(4, dtype=np.float32), ParticleSpec("grid", (2, 4, 4)))
-        clips.append(pack.Clip({"vision": cut}, i % 3, i))
-    whole = pack.pack(clips, range(len(clips)), {"vision": pack.Slots(8, 96)}, 16, 1)
+        cut = policies.cut_clip(
+            video, np.arange(4, dtype=np.float32), ParticleSpec("grid", (2, 4, 4))
+        )
+        clips.append(packing.Clip({"vision": cut}, i % 3, i))
+    whole = packing.pack(clips, range(len(clips)), {"vision": packing.Slots(8, 96)}, 16, 1)
     vision = whole.particles["vision"]
     for row in missing:
         vision.segment[row], whole.clip[row], whole.label[row] = 0, -1, -1
@@ -39,12 +50,15 @@ def one_device() -> jax.sharding.Mesh:
     return jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), sharding.AXES)
 
 
-def losses(mesh: jax.sharding.Mesh, accumulate: int = 1, specs: dict = BOTH, missing: tuple[int, ...] = ()
-           ) -> tuple[list[float], TrainState]:
-    model = models.build(MODEL, {"vision": models.Payload(96)}, classes=3, needs=models.Needs(decoder=True))
+def losses(
+    mesh: jax.sharding.Mesh, accumulate: int = 1, specs: dict = BOTH, missing: tuple[int, ...] = ()
+) -> tuple[list[float], TrainState]:
+    model = models.build(
+        MODEL, {"vision": models.Payload(96)}, classes=3, needs=models.Needs(decoder=True)
+    )
     optimizer = optim.build(OptimSpec(rate=1e-2, warmup=0), 10)
     state = initialise(model, optimizer, jax.tree.map(lambda x: x[:1], batch()), 0, 0.9, mesh)
-    step = make_step(model, objectives.combine(specs), optimizer, ema=0.9, accumulate=accumulate)
+    step = make_step(model, registry.combine(specs), optimizer, ema=0.9, accumulate=accumulate)
     found = []
     with jax.set_mesh(mesh):
         jitted = jit_step(step, state, mesh)
@@ -67,8 +81,10 @@ def test_eight_devices_equal_one(name: str, alone: tuple) -> None:
     np.testing.assert_allclose(seen, alone[0], rtol=2e-5)
     expected = tree.flatten(alone[1].params)
     for path, found in tree.flatten(state.params).items():
-        if not path.endswith(("key/bias", "log_sharpness")):  # gradients near rounding noise, which Adam makes large
-            np.testing.assert_allclose(found, expected[path], atol=2e-3, err_msg=path)  # of three steps of 1e-2
+        # gradients near rounding noise, which Adam makes large
+        if not path.endswith(("key/bias", "log_sharpness")):
+            # of three steps of 1e-2
+            np.testing.assert_allclose(found, expected[path], atol=2e-3, err_msg=path)
     split = [x for x in jax.tree.leaves(state.opt_state) if not x.sharding.is_fully_replicated]
     assert bool(split) == (name != "sequence"), "moments are divided like their parameters"
 
@@ -78,7 +94,9 @@ def test_an_axis_that_divides_next_to_nothing_is_told() -> None:
 
     def parts(width: int) -> tuple[int, ...]:
         shape = (2, width, 20)
-        found = sharding.param_shardings({"mlp": {"up": {"kernel": jax.ShapeDtypeStruct(shape, "float32")}}}, mesh)
+        found = sharding.param_shardings(
+            {"mlp": {"up": {"kernel": jax.ShapeDtypeStruct(shape, "float32")}}}, mesh
+        )
         return found["mlp"]["up"]["kernel"].shard_shape(shape)
 
     assert parts(24) == (2, 3, 20)
@@ -105,7 +123,11 @@ def test_weight_decay_spares_norms_biases_and_tokens() -> None:
 def test_optimisers_follow_their_schedule(name: str) -> None:
     spec = OptimSpec(name=name, rate=0.1, warmup=0.2, final=0.1, weight_decay=0.5, clip_norm=0.0)
     rate = optim.schedule(spec, 100)
-    assert float(rate(0)) == 0 and np.isclose(float(rate(20)), 0.1) and np.isclose(float(rate(100)), 0.01)
+    assert (
+        float(rate(0)) == 0
+        and np.isclose(float(rate(20)), 0.1)
+        and np.isclose(float(rate(100)), 0.01)
+    )
     optimizer = optim.build(spec, 100)
     params = {"kernel": np.full(3, 2.0, np.float32), "bias": np.full(3, 2.0, np.float32)}
     state = optimizer.init(params)
@@ -115,10 +137,13 @@ def test_optimisers_follow_their_schedule(name: str) -> None:
     assert (np.asarray(updates["bias"]) == 0).all() and (np.asarray(updates["kernel"]) < 0).all()
 
 
-@pytest.mark.parametrize("spec, match", [
-    (MeshSpec(data=3), "there are 8 devices"),
-    (MeshSpec(data=-1, fsdp=-1), "only one can be the rest"),
-])
+@pytest.mark.parametrize(
+    "spec, match",
+    [
+        (MeshSpec(data=3), "there are 8 devices"),
+        (MeshSpec(data=-1, fsdp=-1), "only one can be the rest"),
+    ],
+)
 def test_a_mesh_that_does_not_fit_is_refused(spec: MeshSpec, match: str) -> None:
     with pytest.raises(UserError, match=match):
         sharding.make_mesh(spec)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from particlejax.data.decode import Unreadable, Video, raw_file
+from particlejax.core.typing import UserError
 from particlejax.data.sources import Listed, Source, open_source
-from particlejax.typing import UserError
+from particlejax.data.video.decode import Unreadable, Video, raw_file
 
 
 def touch(folder: Path, *paths: str) -> str:
@@ -31,13 +31,26 @@ def names(source: Source) -> list[str]:
 
 
 def test_split_folders(tmp_path: Path) -> None:
-    source = touch(tmp_path, "train/run/b.mp4", "train/run/a.MKV", "train/jump/x/c.webm", "train/d.avi",
-                   "train/run/notes.txt", "validation/walk/e.mp4", "test/run/f.mp4", ".hidden/run/g.mp4",
-                   "train/run/._a.mp4")
+    source = touch(
+        tmp_path,
+        "train/run/b.mp4",
+        "train/run/a.MKV",
+        "train/jump/x/c.webm",
+        "train/d.avi",
+        "train/run/notes.txt",
+        "validation/walk/e.mp4",
+        "test/run/f.mp4",
+        ".hidden/run/g.mp4",
+        "train/run/._a.mp4",
+    )
     train = open_source(source, "train", "")
     assert train.classes == ("jump", "run", "walk")  # over all splits
     assert [(r.name, r.label) for r in map(train.__getitem__, range(len(train)))] == [
-        ("train/d.avi", -1), ("train/jump/x/c.webm", 0), ("train/run/a.MKV", 1), ("train/run/b.mp4", 1)]
+        ("train/d.avi", -1),
+        ("train/jump/x/c.webm", 0),
+        ("train/run/a.MKV", 1),
+        ("train/run/b.mp4", 1),
+    ]
     assert train[3].video == str(tmp_path / "train/run/b.mp4")
     for split in ("val", "validation"):
         assert names(open_source(source, split, "")) == ["validation/walk/e.mp4"]
@@ -49,12 +62,18 @@ def test_split_folders(tmp_path: Path) -> None:
 
 
 def test_class_folders_are_split_by_hash(tmp_path: Path) -> None:
-    source = touch(tmp_path, *(f"{c}/{i}.mp4" for c in ("bus", "train") for i in range(100)))  # a class called train
+    # a class called train
+    source = touch(tmp_path, *(f"{c}/{i}.mp4" for c in ("bus", "train") for i in range(100)))
     train, val = (open_source(source, s, "") for s in ("train", "val"))
     assert train.classes == val.classes == ("bus", "train")
-    assert 140 <= len(train) <= 180 and len(train) + len(val) == 200 and not set(names(train)) & set(names(val))
+    assert (
+        140 <= len(train) <= 180
+        and len(train) + len(val) == 200
+        and not set(names(train)) & set(names(val))
+    )
     touch(tmp_path, "bus/new.mp4")
-    assert set(names(open_source(source, "train", ""))) - {"bus/new.mp4"} == set(names(train))  # the others stay put
+    # the others stay put
+    assert set(names(open_source(source, "train", ""))) - {"bus/new.mp4"} == set(names(train))
 
 
 def test_flat_files_are_unlabelled_and_both_splits_have_one(tmp_path: Path) -> None:
@@ -71,16 +90,31 @@ def test_linked_folders_end(tmp_path: Path) -> None:
 
 
 def test_table(tmp_path: Path) -> None:
-    source = table(tmp_path, "path, split,label,caption,start,end,group,score\n"
-                   'a.mp4,train,run,"fast, very",1.5,4,g1,9\nsub/b.mp4,train,,,,,,\nc.mp4,valid,walk,,,2,g2,\n',
-                   "utf-8-sig")
+    source = table(
+        tmp_path,
+        "path, split,label,caption,start,end,group,score\n"
+        'a.mp4,train,run,"fast, very",1.5,4,g1,9\nsub/b.mp4,train,,,,,,\n'
+        "c.mp4,valid,walk,,,2,g2,\n",
+        "utf-8-sig",
+    )
     train = open_source(source, "train", "")
     first, second = train[0], train[1]
     assert train.classes == ("run", "walk") and len(train) == 2
     assert (first.name, first.label, first.caption, first.start, first.end, first.group) == (
-        "a.mp4", 0, "fast, very", 1.5, 4.0, "g1")
+        "a.mp4",
+        0,
+        "fast, very",
+        1.5,
+        4.0,
+        "g1",
+    )
     assert (second.video, second.label, second.caption, second.start, second.end) == (
-        str(tmp_path / "sub/b.mp4"), -1, "", 0.0, None)
+        str(tmp_path / "sub/b.mp4"),
+        -1,
+        "",
+        0.0,
+        None,
+    )
     assert open_source(source, "val", "")[0].end == 2.0
     assert pickle.loads(pickle.dumps(train)) == train
     with pytest.raises(Unreadable, match="missing"):  # not found out before it is decoded
@@ -89,9 +123,15 @@ def test_table(tmp_path: Path) -> None:
 
 def test_rows_of_one_file_have_names_of_their_own_and_stay_together(tmp_path: Path) -> None:
     source = table(tmp_path, "path,start,end\na.mp4,0,2.5\na.mp4,2.5,\nb.mp4,1,2\na.mp4,2.5,\n")
-    named = {r.name: (s, Path(r.video).name, r.start) for s in ("train", "val") for r in open_source(source, s, "").records}
+    named = {
+        r.name: (s, Path(r.video).name, r.start)
+        for s in ("train", "val")
+        for r in open_source(source, s, "").records
+    }
     assert set(named) == {"a.mp4@0-2.5", "a.mp4@2.5-", "a.mp4@2.5-#2", "b.mp4"}
-    assert len({split for split, file, _ in named.values() if file == "a.mp4"}) == 1, "one file is never in two splits"
+    assert len({split for split, file, _ in named.values() if file == "a.mp4"}) == 1, (
+        "one file is never in two splits"
+    )
 
 
 def test_groups_stay_together(tmp_path: Path) -> None:
@@ -107,33 +147,55 @@ def test_groups_stay_together(tmp_path: Path) -> None:
 def test_slices(tmp_path: Path) -> None:
     source = touch(tmp_path, *(f"train/run/{i:02d}.mp4" for i in range(20)), "val/run/a.mp4")
     whole = set(names(open_source(source, "train", "")))
-    sizes = {"train[:25%]": 5, "train[25%:]": 15, "train[3:7]": 4, "train[-2:]": 2, "train[:]": 20, "train + val": 21}
+    sizes = {
+        "train[:25%]": 5,
+        "train[25%:]": 15,
+        "train[3:7]": 4,
+        "train[-2:]": 2,
+        "train[:]": 20,
+        "train + val": 21,
+    }
     assert {s: len(open_source(source, s, "")) for s in sizes} == sizes
-    head, tail = names(open_source(source, "train[:25%]", "")), names(open_source(source, "train[25%:]", ""))
-    assert set(head) | set(tail) == whole and head != sorted(whole)[:5]  # like the whole, not its beginning
+    head, tail = (
+        names(open_source(source, "train[:25%]", "")),
+        names(open_source(source, "train[25%:]", "")),
+    )
+    # like the whole, not its beginning
+    assert set(head) | set(tail) == whole and head != sorted(whole)[:5]
     with pytest.raises(UserError, match=r"'train\[:0\]' of folder:.* selects no clip"):
         open_source(source, "train[:0]", "")
     with pytest.raises(UserError, match=r"'train\[1\]' of .* is not understood: write"):
         open_source(source, "train[1]", "")
 
 
-@pytest.mark.parametrize(("text", "sentence"), [
-    ("file,label\na.mp4,run\n", r"clips.csv has no column 'path' \(it has file, label\): name the column"),
-    ("", r"clips.csv has no column 'path' \(it has none\)"),
-    ("path\n", "clips.csv lists no clip"),
-    ("path,start\na.mp4,1\nb.mp4,0:30\n", "clips.csv, line 3: start is '0:30', so write it as seconds"),
-    ("path,end\na.mp4,nan\n", "line 2: end is 'nan'"),
-    ("path,start,end\na.mp4,5,2\n", "line 2: the end 2 is not after the start 5"),
-    ("path,label\na.mp4,x\n,y\n", "line 3: no path"),
-    ("path,split\na.mp4,train\nb.mp4,\n", "gives no split for b.mp4 but does for others"),
-])
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "file,label\na.mp4,run\n",
+            r"clips.csv has no column 'path' \(it has file, label\): name the column",
+        ),
+        ("", r"clips.csv has no column 'path' \(it has none\)"),
+        ("path\n", "clips.csv lists no clip"),
+        (
+            "path,start\na.mp4,1\nb.mp4,0:30\n",
+            "clips.csv, line 3: start is '0:30', so write it as seconds",
+        ),
+        ("path,end\na.mp4,nan\n", "line 2: end is 'nan'"),
+        ("path,start,end\na.mp4,5,2\n", "line 2: the end 2 is not after the start 5"),
+        ("path,label\na.mp4,x\n,y\n", "line 3: no path"),
+        ("path,split\na.mp4,train\nb.mp4,\n", "gives no split for b.mp4 but does for others"),
+    ],
+)
 def test_table_mistakes(tmp_path: Path, text: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         open_source(table(tmp_path, text), "train", "")
 
 
 def test_other_mistakes(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="'video.mp4' is none of 'toybox' .*, 'folder:PATH', 'tfds:NAME'"):
+    with pytest.raises(
+        UserError, match="'video.mp4' is none of 'toybox' .*, 'folder:PATH', 'tfds:NAME'"
+    ):
         open_source("video.mp4", "train", "")
     with pytest.raises(UserError, match="folder:.*/no does not exist: check the path"):
         open_source(f"folder:{tmp_path}/no", "train", "")
@@ -147,7 +209,9 @@ def test_labels_follow_the_trained_run(tmp_path: Path) -> None:
     source = touch(tmp_path, "train/walk/a.mp4", "train/run/b.mp4", "val/jumping/c.mp4")
     train = open_source(source, "train", "", ("run", "sit", "walk"))
     assert train.classes == ("run", "sit", "walk") and [r.label for r in train.records] == [0, 2]
-    with pytest.raises(UserError, match=r"label 'jumping' of folder:.* \(nearest: jump\): rename it"):
+    with pytest.raises(
+        UserError, match=r"label 'jumping' of folder:.* \(nearest: jump\): rename it"
+    ):
         open_source(source, "val", "", ("run", "jump"))
     with pytest.raises(UserError, match=r"label 'jumping' .* \(known: run, sit\)"):
         open_source(source, "val", "", ("run", "sit"))
@@ -159,9 +223,17 @@ class Tiny(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
-            "caption": tfds.features.Text(), "view": tfds.features.ClassLabel(names=["far", "near"]),
-            "video": tfds.features.Text(), "label": tfds.features.ClassLabel(names=["walk", "run"])}))
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(
+                {
+                    "caption": tfds.features.Text(),
+                    "view": tfds.features.ClassLabel(names=["far", "near"]),
+                    "video": tfds.features.Text(),
+                    "label": tfds.features.ClassLabel(names=["walk", "run"]),
+                }
+            ),
+        )
 
     def _split_generators(self, dl_manager: object) -> dict[str, object]:
         del dl_manager
@@ -170,22 +242,34 @@ class Tiny(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, count: int) -> object:
         for i in range(count):
             frames = np.full((i + 1, 8, 8, 3), 10 * i, np.uint8)
-            yield i, {"caption": f"clip {i} \u00e9", "view": 0, "video": raw_file(frames), "label": 1}
+            yield (
+                i,
+                {"caption": f"clip {i} \u00e9", "view": 0, "video": raw_file(frames), "label": 1},
+            )
 
 
 class Frames(Tiny):
     """Decoded frames, and nothing that says what they are."""
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
-            "x": tfds.features.Tensor(shape=(None, 8, 8, 1), dtype=np.uint8), "name": tfds.features.Text()}))
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(
+                {
+                    "x": tfds.features.Tensor(shape=(None, 8, 8, 1), dtype=np.uint8),
+                    "name": tfds.features.Text(),
+                }
+            ),
+        )
 
     def _generate_examples(self, count: int) -> object:
         for i in range(count):
             yield i, {"x": np.full((i + 1, 8, 8, 1), 10 * i, np.uint8), "name": f"n{i}"}
 
 
-def prepare(kind: type, folder: Path, file_format: str = "array_record") -> tfds.core.DatasetBuilder:
+def prepare(
+    kind: type, folder: Path, file_format: str = "array_record"
+) -> tfds.core.DatasetBuilder:
     builder = kind(data_dir=str(folder), file_format=file_format)
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=1))
     return builder
@@ -193,7 +277,12 @@ def prepare(kind: type, folder: Path, file_format: str = "array_record") -> tfds
 
 def test_tfds_files(tmp_path: Path) -> None:
     builder = prepare(Tiny, tmp_path / "tfds")
-    for where in (f"tfds:{builder.data_dir}", f"tfds:{tmp_path / 'tfds'}", "tfds:tiny", "tfds:tiny:1.0.0"):
+    for where in (
+        f"tfds:{builder.data_dir}",
+        f"tfds:{tmp_path / 'tfds'}",
+        "tfds:tiny",
+        "tfds:tiny:1.0.0",
+    ):
         train = open_source(where, "train", str(tmp_path))
         assert len(train) == 3 and train.classes == ("walk", "run")
     assert {train[i].caption for i in range(3)} == {f"clip {i} \u00e9" for i in range(3)}
@@ -204,7 +293,9 @@ def test_tfds_files(tmp_path: Path) -> None:
     assert len(open_source(where, "train[:67%]", str(tmp_path))) == 2
     assert open_source(where, "val", str(tmp_path))[0].name == "validation/00000"
     assert open_source(where, "train[1:]+val", str(tmp_path), ("sit", "run", "walk"))[0].label == 1
-    with pytest.raises(UserError, match="tfds:tiny:1.0.0 has no split 'test': name one of train, validation"):
+    with pytest.raises(
+        UserError, match="tfds:tiny:1.0.0 has no split 'test': name one of train, validation"
+    ):
         open_source(where, "test", str(tmp_path))
     with pytest.raises(UserError, match=r"label 'walk' of tfds:tiny:1.0.0 .*\(known: run\)"):
         open_source(where, "train", str(tmp_path), ("run",))
@@ -221,23 +312,31 @@ def test_tfds_frames(tmp_path: Path) -> None:
 
 
 def test_tfds_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="tfds:no_such_set is neither a folder, nor known to TFDS, nor prepared under "
-                       f"{tmp_path}/tfds or "):
+    with pytest.raises(
+        UserError,
+        match="tfds:no_such_set is neither a folder, nor known to TFDS, nor prepared under "
+        f"{tmp_path}/tfds or ",
+    ):
         open_source("tfds:no_such_set", "train", str(tmp_path))
-    with pytest.raises(UserError, match="tfds:tiny is not prepared under .*: run `tfds build tiny --data_dir"):
+    with pytest.raises(
+        UserError, match="tfds:tiny is not prepared under .*: run `tfds build tiny --data_dir"
+    ):
         open_source("tfds:tiny", "train", str(tmp_path))
     with pytest.raises(UserError, match="there is no such folder"):
         open_source("tfds:/no/such", "train", str(tmp_path))
     with pytest.raises(UserError, match="holds no dataset_info.json: give the folder"):
         open_source(f"tfds:{tmp_path}", "train", str(tmp_path))
-    monkeypatch.setattr("particlejax.data.sources._VIDEO_NAMES", ())
+    monkeypatch.setattr("particlejax.data.sources.tfds._VIDEO_NAMES", ())
     with pytest.raises(UserError, match="has no video feature among .*: name it 'video'"):
         open_source(f"tfds:{prepare(Tiny, tmp_path).data_dir}", "train", "")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorflow") is not None, reason="TensorFlow is here")
 def test_tfds_that_needs_tensorflow(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"tfds:ucf101.* with TensorFlow only .*pip install particlejax\[tensorflow\]"):
+    with pytest.raises(
+        UserError,
+        match=r"tfds:ucf101.* with TensorFlow only .*pip install particlejax\[tensorflow\]",
+    ):
         open_source("tfds:ucf101:2.0.0", "train", str(tmp_path))
 
 
@@ -245,7 +344,10 @@ def test_listed_takes_numpy_indices() -> None:
     assert Listed((), ("a", "b"))[np.int64(1)] == "b"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("particlejax.data.toybox.builder") is None, reason="no toybox yet")
+@pytest.mark.skipif(
+    importlib.util.find_spec("particlejax.data.sources.toybox.builder") is None,
+    reason="no toybox yet",
+)
 def test_toybox_is_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
@@ -253,9 +355,11 @@ def test_toybox_is_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         asked.append((config, data_dir))
         return prepare(Tiny, tmp_path)
 
-    monkeypatch.setattr("particlejax.data.toybox.builder.prepare", stand_in)
+    monkeypatch.setattr("particlejax.data.sources.toybox.builder.prepare", stand_in)
     for source in ("toybox:tiny", "toybox"):
         assert len(open_source(source, "train", str(tmp_path))) == 3
-    with pytest.raises(UserError, match="'toybox:big' has no configuration 'big': name one of default, tiny"):
+    with pytest.raises(
+        UserError, match="'toybox:big' has no configuration 'big': name one of default, tiny"
+    ):
         open_source("toybox:big", "train", str(tmp_path))
     assert asked == [(config, str(tmp_path / "tfds")) for config in ("tiny", "default")]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A full disk and numbers that are none: what was saved stays, somebody is told, and skipping changes nothing else."""
+"""A full disk and numbers that are none: what was saved stays, somebody is told, and skipping
+changes nothing else.
+"""
 
 import errno
 import json
@@ -12,15 +14,15 @@ import numpy as np
 import pytest
 from orbax.checkpoint import checkpoint_manager
 
-from particlejax import checkpoint, optim
 from particlejax import main as entry
-from particlejax.checkpoint import Checkpoints
+from particlejax.config.experiment import OptimSpec
+from particlejax.core.typing import UserError
+from particlejax.distributed import checkpoint
+from particlejax.distributed.checkpoint import Checkpoints
 from particlejax.particles.types import Batch
-from particlejax.spec import OptimSpec
-from particlejax.train import finite
-from particlejax.train.finite import Finite
-from particlejax.train.state import TrainState, make_step
-from particlejax.typing import UserError
+from particlejax.train import nan_guard, optim
+from particlejax.train.nan_guard import Finite
+from particlejax.train.train_state import TrainState, make_step
 
 TINY = "--config=experiments/finetune.py:tiny"
 
@@ -40,22 +42,34 @@ def checkpoints(tmp_path: Path) -> Iterator[Checkpoints]:
 
 
 @pytest.mark.parametrize("where", ["manifest", "arrays", "commit"])
-def test_a_full_disk_keeps_what_was_saved(checkpoints: Checkpoints, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = {"manifest": (checkpoint, "write_json"), "commit": (checkpoint_manager.CheckpointManager, "_finalize_checkpoint"),
-             "arrays": (checkpoint_manager.CheckpointManager, "save")}[where]
+def test_a_full_disk_keeps_what_was_saved(
+    checkpoints: Checkpoints, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = {
+        "manifest": (checkpoint, "write_json"),
+        "commit": (checkpoint_manager.CheckpointManager, "_finalize_checkpoint"),
+        "arrays": (checkpoint_manager.CheckpointManager, "save"),
+    }[where]
     with monkeypatch.context() as patch:
         patch.setattr(*place, full)
-        with pytest.raises(UserError, match=r"\(No space left on device\); step 2 and all before it stay: make room"):
+        with pytest.raises(
+            UserError,
+            match=r"\(No space left on device\); step 2 and all before it stay: make room",
+        ):
             checkpoints.save(3, {"w": jnp.full((64,), 3)}, {})
             checkpoints.finish()
     assert not list(checkpoints.folder.glob(checkpoint._PARTIAL)), "what is half written makes room"
     reopened = Checkpoints(checkpoints.folder, 2, lambda sentence: None)
-    step, state, data = reopened.restore({"w": jax.ShapeDtypeStruct((64,), jnp.int32, sharding=jnp.zeros(64).sharding)})
+    step, state, data = reopened.restore(
+        {"w": jax.ShapeDtypeStruct((64,), jnp.int32, sharding=jnp.zeros(64).sharding)}
+    )
     assert (step, data) == (2, {"step": 2}) and (state["w"] == 2).all()
     reopened.close()
 
 
-def test_an_error_that_is_not_the_disks_keeps_its_name(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_that_is_not_the_disks_keeps_its_name(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*args: object) -> None:
         raise KeyError("a bug")
 
@@ -82,7 +96,13 @@ def stepped(on_nan: str, batches: list[float]) -> tuple[TrainState, list[float]]
 
     optimizer = optim.build(OptimSpec(rate=0.1, warmup=0), 10)
     params = {"body": {"w": jnp.ones(3)}, "head": {"w": jnp.ones(2)}}
-    state = TrainState(jnp.zeros((), jnp.int32), jnp.uint32(0), params, optimizer.init(params), jax.tree.map(jnp.copy, params))
+    state = TrainState(
+        jnp.zeros((), jnp.int32),
+        jnp.uint32(0),
+        params,
+        optimizer.init(params),
+        jax.tree.map(jnp.copy, params),
+    )
     step = jax.jit(make_step(None, objective, optimizer, ema=0.5, accumulate=1, on_nan=on_nan))
     seen = []
     for batch in batches:
@@ -96,10 +116,15 @@ def test_a_step_left_out_changes_only_its_number(wrong: float) -> None:
     good, _ = stepped("skip", [0.5])
     skipped, seen = stepped("skip", [0.5, wrong, -wrong])
     assert seen == [1, 0, 0] and int(skipped.step) == 3
-    jax.tree.map(np.testing.assert_array_equal, (good.params, good.opt_state, good.average),
-                 (skipped.params, skipped.opt_state, skipped.average))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        (good.params, good.opt_state, good.average),
+        (skipped.params, skipped.opt_state, skipped.average),
+    )
     poisoned, _ = stepped("stop", [0.5, wrong])
-    assert not np.isfinite(poisoned.params["body"]["w"]).any(), "which is why such a state must not be saved"
+    assert not np.isfinite(poisoned.params["body"]["w"]).any(), (
+        "which is why such a state must not be saved"
+    )
 
 
 def test_norms_of_groups_make_up_the_whole() -> None:
@@ -113,36 +138,61 @@ def test_norms_of_groups_make_up_the_whole() -> None:
         return loss, {"loss": loss}
 
     _, metrics = jax.jit(make_step(None, objective, optimizer, ema=0.0, accumulate=1))(state, None)
-    groups = {name.split("/", 1)[1]: float(value) for name, value in metrics.items() if name.startswith("grad_norm/")}
-    np.testing.assert_allclose([groups[name] for name in ("encoder/place", "encoder/norm", "head")], [2, 3, 4], rtol=1e-6)
+    groups = {
+        name.split("/", 1)[1]: float(value)
+        for name, value in metrics.items()
+        if name.startswith("grad_norm/")
+    }
+    np.testing.assert_allclose(
+        [groups[name] for name in ("encoder/place", "encoder/norm", "head")], [2, 3, 4], rtol=1e-6
+    )
     np.testing.assert_allclose(float(metrics["grad_norm"]), np.sqrt(29), rtol=1e-6)
-    assert {name.replace("grad_", "param_") for name in metrics if name.startswith("grad_norm")} <= set(metrics)
+    assert {
+        name.replace("grad_", "param_") for name in metrics if name.startswith("grad_norm")
+    } <= set(metrics)
 
 
 def test_skipping_for_ever_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finite, "_IN_A_ROW", 3)
+    monkeypatch.setattr(nan_guard, "_IN_A_ROW", 3)
     watch = Finite(tmp_path, "a", "skip", lambda step: [f"clip{step}.mp4"])
     for step, value in enumerate((0.0, 0.0, 1.0, 0.0, 0.0), 1):
         watch.note(step, value)
         watch.check()
     watch.note(6, 0.0)
-    with pytest.raises(UserError, match="after step 6 .*a_6.json.*, as in 3 steps in a row: look at these clips"):
+    with pytest.raises(
+        UserError, match="after step 6 .*a_6.json.*, as in 3 steps in a row: look at these clips"
+    ):
         watch.check()
     assert json.loads((tmp_path / "nan" / "a_6.json").read_text())["clips"] == ["clip6.mp4"]
 
 
-def test_numbers_that_are_none_stop_the_run_before_they_are_saved(cache_dir: str, tmp_path: Path, capfd: pytest.CaptureFixture
-                                                                       ) -> None:
-    command = ["main", TINY, f"--config.data.cache_dir={cache_dir}", "--config.stages.finetune.optim.rate=1e15",
-               "--config.stages.finetune.optim.warmup=0.0", "--config.stages.finetune.optim.weight_decay=0.0",
-               "--config.checkpoint.every=1", "--config.profile_steps=(2,2)", "--workdir", str(tmp_path / "run")]
+def test_numbers_that_are_none_stop_the_run_before_they_are_saved(
+    cache_dir: str, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    command = [
+        "main",
+        TINY,
+        f"--config.data.cache_dir={cache_dir}",
+        "--config.stages.finetune.optim.rate=1e15",
+        "--config.stages.finetune.optim.warmup=0.0",
+        "--config.stages.finetune.optim.weight_decay=0.0",
+        "--config.checkpoint.every=1",
+        "--config.profile_steps=(2,2)",
+        "--workdir",
+        str(tmp_path / "run"),
+    ]
     assert entry.main(command) == 2
     said = capfd.readouterr().err
     (path,) = (tmp_path / "run" / "nan").iterdir()
     found = json.loads(path.read_text())
-    assert f"no number after step {found['step']} (its clips are named in {path})" in said and "Traceback" not in said
+    assert (
+        f"no number after step {found['step']} (its clips are named in {path})" in said
+        and "Traceback" not in said
+    )
     assert len(found["clips"]) == 8 and all(isinstance(name, str) for name in found["clips"])
     latest = tmp_path / "run" / "checkpoints" / "finetune" / "latest"
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(checkpoint.load_arrays(latest)))
     assert max(int(p.name) for p in latest.iterdir() if p.name.isdigit()) < found["step"]
-    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb")), "the profile of the first step"
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb")), (
+        "the profile of the first step"
+    )

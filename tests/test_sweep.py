@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sweeps: every run once and its own, whoever takes it; what is done is not done again; the table says what the runs said."""
+"""Sweeps: every run once and its own, whoever takes it; what is done is not done again; the table
+says what the runs said.
+"""
 
 import importlib.util
 import json
@@ -12,41 +14,63 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from particlejax import tree
-from particlejax.apps import shared, sweep
-from particlejax.spec import Experiment, as_dict
-from particlejax.train import loop, run
-from particlejax.typing import UserError
+from particlejax.config.experiment import Experiment, as_dict
+from particlejax.core import tree
+from particlejax.core.typing import UserError
+from particlejax.jobs import optuna_sweep, sweep
+from particlejax.train import loop
+from particlejax.train import stage as run
 
-RUNS = {"grid-16": {}, "random-8": {"particles": {"budget": 8}}, "random-4": {"particles": {"budget": 4}},
-        "wide-8": {"particles": {"budget": 8}, "model": {"width": 384}}}
+RUNS = {
+    "grid-16": {},
+    "random-8": {"particles": {"budget": 8}},
+    "random-4": {"particles": {"budget": 4}},
+    "wide-8": {"particles": {"budget": 8}, "model": {"width": 384}},
+}
 HAS_OPTUNA = importlib.util.find_spec("optuna") is not None
 
 
 def experiment(**more: object) -> Experiment:
     stage = {"steps": 1, "objectives": {"classify": {"label_smoothing": 0.1}}}
-    return Experiment.of({"job": "sweep", "stages": {"finetune": stage},
-                          "sweep": {"runs": RUNS, "seeds": (0, 1), "metric": "finetune/val/top1", **more}})
+    return Experiment.of(
+        {
+            "job": "sweep",
+            "stages": {"finetune": stage},
+            "sweep": {"runs": RUNS, "seeds": (0, 1), "metric": "finetune/val/top1", **more},
+        }
+    )
 
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Runs in the order in which they were trained; a run is as good as it has particles, a second seed a little better."""
+    """Runs in the order in which they were trained; a run is as good as it has particles, a second
+    seed a little better.
+    """
     names: list[str] = []
 
     def train(each: Experiment, folder: Path, name: str) -> None:
         names.append(name)
         particles = each.particles.budget or 16
-        cost = {"particles_per_clip": particles, "flops_per_clip": particles * each.model.width * 1e6, "seconds_of_steps": 2.0,
-                "clips_per_second": 100 / particles}
-        run.add_results(folder, "finetune", {"train": cost, "val": {"top1": particles / 20 + each.seed / 100}}, {})
+        cost = {
+            "particles_per_clip": particles,
+            "flops_per_clip": particles * each.model.width * 1e6,
+            "seconds_of_steps": 2.0,
+            "clips_per_second": 100 / particles,
+        }
+        run.add_results(
+            folder,
+            "finetune",
+            {"train": cost, "val": {"top1": particles / 20 + each.seed / 100}},
+            {},
+        )
 
     monkeypatch.setattr(sweep, "train", train)
     return names
 
 
 def test_a_sweep_runs_every_seed_tables_what_came_of_it_and_goes_on_where_it_stopped(
-        trained: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     good, stopped = sweep.train, [False]
 
     def interrupted(each: Experiment, folder: Path, name: str) -> None:
@@ -60,27 +84,54 @@ def test_a_sweep_runs_every_seed_tables_what_came_of_it_and_goes_on_where_it_sto
         sweep.sweep(experiment(), tmp_path, "s")
     before = list(trained)
     sweep.sweep(experiment(), tmp_path, "s")
-    assert Counter(trained) == Counter(f"{name}-seed{seed}" for name in RUNS for seed in (0, 1)), "each once"
-    assert trained[: len(before)] == before and before[:4] == [f"{name}-seed0" for name in RUNS], "seed by seed"
+    assert Counter(trained) == Counter(f"{name}-seed{seed}" for name in RUNS for seed in (0, 1)), (
+        "each once"
+    )
+    assert trained[: len(before)] == before and before[:4] == [f"{name}-seed0" for name in RUNS], (
+        "seed by seed"
+    )
     row = run.read_results(tmp_path)["sweep"]["random-8"]
-    assert np.allclose(row["values"], [0.4, 0.41]) and row["particles"] == [8, 8] and row["gflops"] == [1.536, 1.536]
+    assert (
+        np.allclose(row["values"], [0.4, 0.41])
+        and row["particles"] == [8, 8]
+        and row["gflops"] == [1.536, 1.536]
+    )
     assert abs(row["mean"] - 0.405) < 1e-9 and abs(row["spread"] - 0.01 / 2**0.5) < 1e-9
     report = (tmp_path / "report.md").read_text()
     assert "| random-8 | 0.405 ± 0.007 | 2 | 8 | 1.54 | 12.5 | 2 | yes |" in report
-    assert all((tmp_path / "report" / f"pareto_{cost}.png").stat().st_size > 5000 for cost in ("particles", "gflops", "seconds"))
+    assert all(
+        (tmp_path / "report" / f"pareto_{cost}.png").stat().st_size > 5000
+        for cost in ("particles", "gflops", "seconds")
+    )
     config = json.loads((tmp_path / "runs/wide-8/seed1/config.json").read_text())
-    assert config["model"]["width"] == 384 and config["particles"]["budget"] == 8 and config["seed"] == 1
-    assert config["job"] == "train" and config["stages"]["finetune"]["objectives"]["classify"]["label_smoothing"] == 0.1
+    assert (
+        config["model"]["width"] == 384
+        and config["particles"]["budget"] == 8
+        and config["seed"] == 1
+    )
+    assert (
+        config["job"] == "train"
+        and config["stages"]["finetune"]["objectives"]["classify"]["label_smoothing"] == 0.1
+    )
 
 
 def test_the_front_is_what_nothing_cheaper_matches() -> None:
-    figures = {name: {"mean": mean, "particles": [cost]} for name, mean, cost in
-               (("a", 0.5, 10), ("b", 0.4, 20), ("c", 0.6, 30), ("d", 0.6, 40), ("e", 0.3, 10))}
+    figures = {
+        name: {"mean": mean, "particles": [cost]}
+        for name, mean, cost in (
+            ("a", 0.5, 10),
+            ("b", 0.4, 20),
+            ("c", 0.6, 30),
+            ("d", 0.6, 40),
+            ("e", 0.3, 10),
+        )
+    }
     assert sweep.front(figures, "particles") == ["a", "c"]
 
 
-def test_a_run_that_fails_is_named_and_the_others_are_run(trained: list[str], tmp_path: Path,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_fails_is_named_and_the_others_are_run(
+    trained: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     good = sweep.train
 
     def some(each: Experiment, folder: Path, name: str) -> None:
@@ -89,27 +140,40 @@ def test_a_run_that_fails_is_named_and_the_others_are_run(trained: list[str], tm
         good(each, folder, name)
 
     monkeypatch.setattr(sweep, "train", some)
-    with pytest.raises(UserError, match=r"1 of 4 have runs that failed: random-4 .the loss is nan at step 3."):
+    with pytest.raises(
+        UserError, match=r"1 of 4 have runs that failed: random-4 .the loss is nan at step 3."
+    ):
         sweep.sweep(experiment(), tmp_path, "s")
-    assert len(trained) == 6 and "Without a figure yet: random-4" in (tmp_path / "report.md").read_text()
+    assert (
+        len(trained) == 6
+        and "Without a figure yet: random-4" in (tmp_path / "report.md").read_text()
+    )
     monkeypatch.setattr(sweep, "train", good)
     sweep.sweep(experiment(), tmp_path, "s")
     assert len(trained) == 8, "mended, it is run again"
 
 
-@pytest.mark.parametrize("changes, sentence", [
-    ({"runs": {}}, "config.sweep.runs is empty"),
-    ({"runs": {"a": {"particle": {"budget": 1}}}}, "no key 'particle': did you mean config.particles"),
-    ({"metric": "finetune/val/top2"}, "has, for finetune, .*val/top1"),
-])
-def test_a_wrong_sweep_is_refused(trained: list[str], changes: dict, sentence: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"runs": {}}, "config.sweep.runs is empty"),
+        (
+            {"runs": {"a": {"particle": {"budget": 1}}}},
+            "no key 'particle': did you mean config.particles",
+        ),
+        ({"metric": "finetune/val/top2"}, "has, for finetune, .*val/top1"),
+    ],
+)
+def test_a_wrong_sweep_is_refused(
+    trained: list[str], changes: dict, sentence: str, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=sentence):
         sweep.sweep(experiment(**changes), tmp_path, "s")
 
 
 TAKE = """
 import sys
-from particlejax.apps import shared
+from particlejax.jobs import optuna_sweep as shared
 storage, log = sys.argv[1:]
 def work(i):
     with open(log, "a") as file:
@@ -122,18 +186,18 @@ def test_processes_take_each_run_exactly_once(tmp_path: Path) -> None:
     storage, log = str(tmp_path / "journal"), tmp_path / "log"
     if not HAS_OPTUNA:
         with pytest.raises(UserError, match=r"pip install particlejax\[optuna\]"):
-            shared.each(storage, "s", ["a"], lambda i: None)
+            optuna_sweep.each(storage, "s", ["a"], lambda i: None)
         return
     with pytest.raises(KeyboardInterrupt):  # one that is interrupted puts its run back
-        shared.each(storage, "s", [f"run{i}" for i in range(12)], _interrupt)
+        optuna_sweep.each(storage, "s", [f"run{i}" for i in range(12)], _interrupt)
     command = [sys.executable, "-W", "ignore", "-c", TAKE, storage, str(log)]
     several = [subprocess.Popen(command, cwd=Path(__file__).parents[1]) for _ in range(3)]
     assert [process.wait(timeout=120) for process in several] == [0, 0, 0]
     assert Counter(log.read_text().split()) == Counter(str(i) for i in range(12))
     with pytest.raises(UserError, match="holds another sweep"):
-        shared.each(storage, "s", ["other"], lambda i: None)
+        optuna_sweep.each(storage, "s", ["other"], lambda i: None)
     with pytest.raises(UserError, match="SQLite would give a run to two processes"):
-        shared.each("sqlite:///study.db", "s", ["a"], lambda i: None)
+        optuna_sweep.each("sqlite:///study.db", "s", ["a"], lambda i: None)
 
 
 def _interrupt(i: int) -> None:
@@ -144,8 +208,12 @@ def _interrupt(i: int) -> None:
 def test_a_search_combines_what_the_runs_differ_in(trained: list[str], tmp_path: Path) -> None:
     sweep.sweep(experiment(search=6), tmp_path, "s")
     assert len(trained) == 6
-    tried = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("runs/trial*/seed0/config.json"))]
-    assert len(tried) == 6 and all(each["particles"]["budget"] in (8, 4) and each["model"]["width"] == 384 for each in tried)
+    tried = [
+        json.loads(p.read_text()) for p in sorted(tmp_path.glob("runs/trial*/seed0/config.json"))
+    ]
+    assert len(tried) == 6 and all(
+        each["particles"]["budget"] in (8, 4) and each["model"]["width"] == 384 for each in tried
+    )
     found = (tmp_path / "results.json").read_text()
     assert len(json.loads(found)["sweep"]) == 6
     sweep.sweep(experiment(search=6), tmp_path, "s")
@@ -155,7 +223,17 @@ def test_a_search_combines_what_the_runs_differ_in(trained: list[str], tmp_path:
 
 def test_every_setting_of_the_search_that_is_shipped_is_one_of_an_experiment() -> None:
     config = runpy.run_path("experiments/finetune_sweep.py")["get_config"]("tiny,search")
-    changed = {path: value for each in sweep.plan(Experiment.of(config.to_dict()))
-               for path, value in tree.flatten(config.sweep.runs[each.name].to_dict()).items()
-               if tree.flatten(as_dict(each.experiment))[path] == value}
-    assert {path.rsplit("/", 1)[1] for path in changed} == {"how", "rate", "warmup", "final", "weight_decay", "layer_decay"}
+    changed = {
+        path: value
+        for each in sweep.plan(Experiment.of(config.to_dict()))
+        for path, value in tree.flatten(config.sweep.runs[each.name].to_dict()).items()
+        if tree.flatten(as_dict(each.experiment))[path] == value
+    }
+    assert {path.rsplit("/", 1)[1] for path in changed} == {
+        "how",
+        "rate",
+        "warmup",
+        "final",
+        "weight_decay",
+        "layer_decay",
+    }

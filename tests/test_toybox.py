@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The toy data set: its action is in the motion and nowhere else, its truth is true, its files are whole."""
+"""The toy data set: its action is in the motion and nowhere else, its truth is true, its files are
+whole.
+"""
 
 import collections
 import concurrent.futures
@@ -18,8 +20,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from particlejax.data.toybox import actions, builder, render, sound
-from particlejax.data.toybox.actions import ACTIONS, FRAME_TIMES, SIZE
+from particlejax.data.sources.toybox import actions, builder, render, sound
+from particlejax.data.sources.toybox.actions import ACTIONS, FRAME_TIMES, SIZE
 
 TRAIN, TEST = 312, 156  # clips, a multiple of the twelve actions
 SMALL = dict(train=12, val=0, test=12)
@@ -56,16 +58,23 @@ def _histogram(frame: np.ndarray) -> np.ndarray:
 def test_colours_of_one_frame_do_not_tell_the_action(clips: list[render.Clip], moment: str) -> None:
     t = dict(first=0, middle=len(FRAME_TIMES) // 2, last=-1)[moment]
     x, y = np.stack([_histogram(clip.frames[t]) for clip in clips]), _labels(clips)
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500)).fit(x[:TRAIN], y[:TRAIN])
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500)).fit(
+        x[:TRAIN], y[:TRAIN]
+    )
     assert probe.score(x[TRAIN:], y[TRAIN:]) < 0.2  # 0.08 to 0.12 measured, chance 0.083
 
 
 def _motion(frames: np.ndarray) -> np.ndarray:
-    # per step: how much changes and where the change is, the place counted from its mean and without its sign
+    # per step: how much changes and where the change is, the place counted from its mean and
+    # without its sign
     change = np.abs(np.diff(frames.astype(np.float32).mean(-1), axis=0))
-    change = np.maximum(change - 30, 0)  # 30 of 255: more than the shaking camera changes in most places
+    # 30 of 255: more than the shaking camera changes in most places
+    change = np.maximum(change - 30, 0)
     total = change.sum((1, 2)) + 1
-    at = np.stack([change.sum(2) @ np.arange(SIZE), change.sum(1) @ np.arange(SIZE)], -1) / total[:, None]
+    at = (
+        np.stack([change.sum(2) @ np.arange(SIZE), change.sum(1) @ np.arange(SIZE)], -1)
+        / total[:, None]
+    )
     at = np.abs(at - np.median(at, 0))
     spread = np.sort(at, 0)[::4].ravel()
     return np.concatenate([np.log(total), np.sort(np.log(total)), at.ravel(), spread])
@@ -74,7 +83,8 @@ def _motion(frames: np.ndarray) -> np.ndarray:
 def test_motion_tells_the_action(clips: list[render.Clip]) -> None:
     x, y = np.stack([_motion(clip.frames) for clip in clips]), _labels(clips)
     forest = RandomForestClassifier(150, random_state=0).fit(x[:TRAIN], y[:TRAIN])
-    assert forest.score(x[TRAIN:], y[TRAIN:]) > 0.5  # 0.75 measured, chance 0.083, from differences of grey alone
+    # 0.75 measured, chance 0.083, from differences of grey alone
+    assert forest.score(x[TRAIN:], y[TRAIN:]) > 0.5
 
 
 def test_looks_and_numbers_of_objects_do_not_depend_on_the_action(clips: list[render.Clip]) -> None:
@@ -82,7 +92,11 @@ def test_looks_and_numbers_of_objects_do_not_depend_on_the_action(clips: list[re
     for clip in clips:
         seen[ACTIONS[clip.label]].append(len(clip.tracks) - (ACTIONS[clip.label] == "split"))
     means = [np.mean(counts) for counts in seen.values()]
-    assert max(means) - min(means) < 0.8 and 2 <= min(map(min, seen.values())) and max(map(max, seen.values())) <= 4
+    assert (
+        max(means) - min(means) < 0.8
+        and 2 <= min(map(min, seen.values()))
+        and max(map(max, seen.values())) <= 4
+    )
 
 
 # every motion keeps its promises
@@ -130,8 +144,12 @@ def test_quirks_happen_as_often_as_they_should_and_when_they_say(clips: list[ren
 
 
 def _inside(track: np.ndarray, t: int) -> np.ndarray:
-    # bool [64, 64]: the box at frame t and a pixel around it, which soft edges and the codec's grid may need
-    low, high = (track[t, :2] - track[t, 2:] / 2) * SIZE - 1, (track[t, :2] + track[t, 2:] / 2) * SIZE + 1
+    # bool [64, 64]: the box at frame t and a pixel around it, which soft edges and the codec's grid
+    # may need
+    low, high = (
+        (track[t, :2] - track[t, 2:] / 2) * SIZE - 1,
+        (track[t, :2] + track[t, 2:] / 2) * SIZE + 1,
+    )
     at = np.arange(SIZE) + 0.5
     rows, cols = ((at > a) & (at < b) for a, b in zip(low, high, strict=True))
     return rows[:, None] & cols
@@ -161,7 +179,9 @@ def test_boxes_are_tight() -> None:
         rows, cols = np.nonzero(canvas[0].max(-1) > -0.5)
         row, col, high, wide = render.boxes(look, centre, np.ones(1), np.ones(1))[0]
         found = [rows.min(), rows.max() + 1, cols.min(), cols.max() + 1]
-        np.testing.assert_allclose(found, [row - high / 2, row + high / 2, col - wide / 2, col + wide / 2], atol=1.3)
+        np.testing.assert_allclose(
+            found, [row - high / 2, row + high / 2, col - wide / 2, col + wide / 2], atol=1.3
+        )
 
 
 def test_contacts_are_heard_when_they_happen(clips: list[render.Clip]) -> None:
@@ -171,9 +191,14 @@ def test_contacts_are_heard_when_they_happen(clips: list[render.Clip]) -> None:
         for contact in clip.contacts[clip.contacts < 1.95]:
             start = int(contact * sound.RATE)
             near[start : start + sound.RATE // 5] = True
-            struck, before = power[start : start + 320].mean(), power[max(start - 960, 0) : start - 320]  # 20, 40 ms
+            # 20, 40 ms
+            struck, before = (
+                power[start : start + 320].mean(),
+                power[max(start - 960, 0) : start - 320],
+            )
             assert contact < 0.06 or struck > 10 * before.mean(), (clip.name, contact)
-        last = int(clip.contacts[-1] * sound.RATE) - 320  # a contact at the very end rings beyond the clip
+        # a contact at the very end rings beyond the clip
+        last = int(clip.contacts[-1] * sound.RATE) - 320
         assert power[near].mean() > 10 * power[~near][:last].mean(), clip.name
 
 
@@ -192,7 +217,10 @@ def test_clips_are_pure_in_seed_split_and_index() -> None:
     one, again = (builder.make_example(config, "train", 5) for _ in range(2))
     assert one["video"] == again["video"] and one["name"] == "train/00005"
     assert all(np.array_equal(one[key], again[key]) for key in one)
-    others = [builder.make_example(*key)["video"] for key in [(config, "train", 17), (config, "val", 5), (other, "train", 5)]]
+    others = [
+        builder.make_example(*key)["video"]
+        for key in [(config, "train", 17), (config, "val", 5), (other, "train", 5)]
+    ]
     assert len({one["video"], *others}) == 4
 
 
@@ -206,7 +234,10 @@ def test_apart_hides_who_acts_in_the_first_half_and_what_sounds_in_the_second() 
         assert np.abs(frames.astype(float) - without.frames).mean() < 8
         loudness = np.array([part.std() for part in np.split(audio[:32000], 20)])
         row, col, high, wide = whole.tracks[0, 0] * SIZE  # the actor in the first frame
-        box = tuple(slice(max(int(at - size / 2), 0), int(at + size / 2) + 1) for at, size in ((row, high), (col, wide)))
+        box = tuple(
+            slice(max(int(at - size / 2), 0), int(at + size / 2) + 1)
+            for at, size in ((row, high), (col, wide))
+        )
         gone = np.abs(without.frames[0].astype(float) - whole.frames[0])
         assert (gone[box].max() > 30) != mute
         assert (loudness[1:-1].max() < 1.5 * loudness[1:-1].min()) == mute
@@ -215,20 +246,31 @@ def test_apart_hides_who_acts_in_the_first_half_and_what_sounds_in_the_second() 
 def test_captions_say_what_happens(clips: list[render.Clip]) -> None:
     for clip in clips:
         assert any(verb in clip.caption for verb in render.VERBS[ACTIONS[clip.label]])
-        assert sum(shape in clip.caption.split() for shape in [s + e for s in render.SHAPES for e in ("", ":")]) == 1
+        assert (
+            sum(
+                shape in clip.caption.split()
+                for shape in [s + e for s in render.SHAPES for e in ("", ":")]
+            )
+            == 1
+        )
 
 
 # the files
 
 
-def test_builder_reads_back_without_tensorflow(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_builder_reads_back_without_tensorflow(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = builder.prepare("tiny", tmp_path)
     source = data.as_data_source(split="train")
     examples = [source[i] for i in range(len(source))]
     assert collections.Counter(x["label"] for x in examples) == dict.fromkeys(range(12), 4)
     assert [x["name"].decode() for x in examples] == [f"train/{i:05d}" for i in range(48)]
     wanted = builder.make_example(builder.ToyboxConfig("tiny", 48, 24, 24), "train", 7)
-    assert examples[7]["video"] == wanted["video"] and examples[7]["caption"].decode() == wanted["caption"]
+    assert (
+        examples[7]["video"] == wanted["video"]
+        and examples[7]["caption"].decode() == wanted["caption"]
+    )
     for key in ("tracks", "contacts", "moment", "abnormal", "abnormal_time", "label"):
         np.testing.assert_allclose(examples[7][key], wanted[key], rtol=1e-6)
     assert len(data.as_data_source(split="val")) == len(data.as_data_source(split="test")) == 24
@@ -249,9 +291,17 @@ def test_two_processes_prepare_at_once_after_a_third_was_killed(tmp_path: pathli
     home = tmp_path / "toybox" / "train12-val0-test12-seed0"
     left = home / "incomplete.AAAAAA_1.0.1"  # as TFDS names it
     left.mkdir(parents=True)
-    code = f"from particlejax.data.toybox.builder import *; prepare(ToyboxConfig(**{SMALL}), {os.fspath(tmp_path)!r})"
-    both = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) for _ in range(2)]
+    code = (
+        "from particlejax.data.sources.toybox.builder import *; "
+        f"prepare(ToyboxConfig(**{SMALL}), {os.fspath(tmp_path)!r})"
+    )
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) for _ in range(2)
+    ]
     errors = [process.communicate(timeout=60)[1].decode() for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
     assert sorted(os.listdir(home)) == [".lock", "1.0.1"]
-    assert len(builder.prepare(builder.ToyboxConfig(**SMALL), tmp_path).as_data_source(split="test")) == 12
+    assert (
+        len(builder.prepare(builder.ToyboxConfig(**SMALL), tmp_path).as_data_source(split="test"))
+        == 12
+    )

@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 from test_objectives import MODEL, SLOTS, clip, make_batch, setup
 
-from particlejax.models import model as models
-from particlejax.modelspec import TraceSpec
-from particlejax.nn.reduce import Tokens
-from particlejax.objectives import objectives, trace
-from particlejax.particles import pack
+from particlejax.config.experiment import Experiment
+from particlejax.config.model import TraceSpec
+from particlejax.core.typing import UserError
+from particlejax.models import particle_model as models
+from particlejax.nn.token_reduction import Tokens
+from particlejax.objectives import framewise, registry
+from particlejax.particles import packing
 from particlejax.particles.types import Batch
-from particlejax.spec import Experiment
-from particlejax.typing import UserError
 
 PAIR = ("series", "vision")
 
 
 @functools.cache
-def begun(loss: str = "squared") -> tuple[objectives.Objective, models.Model, dict]:
+def begun(loss: str = "squared") -> tuple[registry.Objective, models.Model, dict]:
     """The objective, the model and its parameters before any step."""
     objective, model = setup("trace", loss=loss)
     return objective, model, jax.jit(model.init)(jax.random.key(0), make_batch(PAIR))
@@ -37,7 +37,7 @@ def lacking(batch: Batch, modality: str, row: int) -> Batch:
 
 def test_moments_are_the_values_of_the_series_where_they_were_read() -> None:
     batch = make_batch(PAIR)
-    each, target = trace.moments(batch.particles["series"], 2)
+    each, target = framewise.moments(batch.particles["series"], 2)
     np.testing.assert_allclose(each.place[0, :, 0], np.arange(12) / 2 + 0.25, atol=1e-5)
     np.testing.assert_allclose(each.extent[0, :, 0], 0.5, atol=1e-5)
     for i in range(len(target)):
@@ -49,14 +49,20 @@ def test_a_moment_reads_the_tokens_that_cover_it_and_no_others() -> None:
     _, model, params = begun()
     batch = make_batch(PAIR)
     rest = {"vision": batch.particles["vision"]}
-    each, _ = trace.moments(batch.particles["series"], 2)
+    each, _ = framewise.moments(batch.particles["series"], 2)
     x = jax.random.normal(jax.random.key(1), (*rest["vision"].segment.shape, MODEL.width))
     tokens = Tokens(x, rest["vision"].place, rest["vision"].segment)
-    told = jax.jit(lambda x, m: model.apply(params, "trace", tokens._replace(x=x), rest, each, "series")[0][0, m].sum())
+    told = jax.jit(
+        lambda x, m: model.apply(params, "trace", tokens._replace(x=x), rest, each, "series")[0][
+            0, m
+        ].sum()
+    )
     middle, half = rest["vision"].place[0, :, 0], rest["vision"].extent[0, :, 0] / 2
     for m in (0, 5, 11):
         seen = jnp.abs(jax.grad(told)(tokens.x, m)[0]).sum(-1) > 0
-        np.testing.assert_array_equal(seen, (jnp.abs(middle - each.place[0, m, 0]) <= half) & (rest["vision"].segment[0] > 0))
+        np.testing.assert_array_equal(
+            seen, (jnp.abs(middle - each.place[0, m, 0]) <= half) & (rest["vision"].segment[0] > 0)
+        )
         assert seen.sum() == 4
 
 
@@ -66,8 +72,15 @@ def test_the_series_itself_is_never_seen_and_lacking_ones_count_for_nothing() ->
     loss = jax.jit(lambda b: objective(params, model, b, jax.random.key(0), False)[0])
 
     def told(payloads: dict) -> jax.Array:
-        new = {name: dataclasses.replace(p, payload=payloads[name]) for name, p in batch.particles.items()}
-        return jnp.sin(trace.predict(TraceSpec(), params, model, dataclasses.replace(batch, particles=new), None)[0]).sum()
+        new = {
+            name: dataclasses.replace(p, payload=payloads[name])
+            for name, p in batch.particles.items()
+        }
+        return jnp.sin(
+            framewise.predict(
+                TraceSpec(), params, model, dataclasses.replace(batch, particles=new), None
+            )[0]
+        ).sum()
 
     grads = jax.jit(jax.grad(told))({name: p.payload for name, p in batch.particles.items()})
     assert (grads["series"] == 0).all() and (jnp.abs(grads["vision"]).sum((1, 2)) > 0).all()
@@ -75,28 +88,41 @@ def test_the_series_itself_is_never_seen_and_lacking_ones_count_for_nothing() ->
     for modality in PAIR:  # nothing to tell, or nothing to tell it from
         np.testing.assert_allclose(loss(lacking(batch, modality, 0)), loss(alone), rtol=1e-5)
     with pytest.raises(UserError, match="has none: add one there"):
-        trace.predict(TraceSpec(), params, model, make_batch(("series",)), None)
+        framewise.predict(TraceSpec(), params, model, make_batch(("series",)), None)
 
 
 def test_packed_clips_are_told_as_alone_and_binary_channels_are_classes() -> None:
     objective, model, params = begun("binary")
     slots = {name: SLOTS[name]._replace(length=2 * SLOTS[name].length) for name in PAIR}
-    two = jax.tree.map(jnp.asarray, pack.pack([clip(i, PAIR) for i in range(8)], [i // 2 for i in range(8)], slots, 4, 2))
+    two = jax.tree.map(
+        jnp.asarray,
+        packing.pack([clip(i, PAIR) for i in range(8)], [i // 2 for i in range(8)], slots, 4, 2),
+    )
     measure = jax.jit(lambda batch: objective(params, model, batch, jax.random.key(0), False))
     (loss, metrics), (alone, _) = measure(two), measure(make_batch(PAIR))
     np.testing.assert_allclose(loss, alone, rtol=1e-4)
     assert 0 <= metrics["trace/right"] <= 1
 
 
-@pytest.mark.parametrize(("name", "spec"), [("trace", {}), ("align", {}), ("sync", {"how": "correlation"})])
+@pytest.mark.parametrize(
+    ("name", "spec"), [("trace", {}), ("align", {}), ("sync", {"how": "correlation"})]
+)
 def test_tokens_that_are_fewer_stand_at_no_moment(name: str, spec: dict) -> None:
     with pytest.raises(UserError, match=f"{name} asks about every particle"):
-        Experiment.of({"model": dataclasses.asdict(dataclasses.replace(MODEL, reduce_after=(1,))), "particles": {"base": (2, 4, 4)},
-                       "stages": {"one": {"steps": 1, "objectives": {name: spec}}}})
+        Experiment.of(
+            {
+                "model": dataclasses.asdict(dataclasses.replace(MODEL, reduce_after=(1,))),
+                "particles": {"base": (2, 4, 4)},
+                "stages": {"one": {"steps": 1, "objectives": {name: spec}}},
+            }
+        )
 
 
 def test_cuboids_as_long_as_the_clip_have_no_moments_to_lay_over_each_other() -> None:
-    config = {"data": {"frames": 8}, "stages": {"one": {"steps": 1, "objectives": {"sync": {"how": "correlation"}}}}}
+    config = {
+        "data": {"frames": 8},
+        "stages": {"one": {"steps": 1, "objectives": {"sync": {"how": "correlation"}}}},
+    }
     with pytest.raises(UserError, match=r"particles.base\[0\]=8 of 8 frames leaves but one"):
         Experiment.of({**config, "particles": {"base": (8, 4, 4)}})
     Experiment.of({**config, "particles": {"base": (4, 4, 4)}})

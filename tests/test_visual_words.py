@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Visual words are the nearest of centres that k-means finds before the first step, the same ones each time."""
+"""Visual words are the nearest of centres that k-means finds before the first step, the same ones
+each time.
+"""
 
 import runpy
 from pathlib import Path
@@ -9,15 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from particlejax import optim, tree
+from particlejax.config.experiment import Experiment, MeshSpec
+from particlejax.config.model import VisualWordsSpec
+from particlejax.core import tree
+from particlejax.core.typing import UserError
 from particlejax.data import sources
-from particlejax.modelspec import VisualWordsSpec
+from particlejax.distributed.sharding import make_mesh
 from particlejax.nn import heads
-from particlejax.sharding import make_mesh
-from particlejax.spec import Experiment, MeshSpec
-from particlejax.train import codebook, run
-from particlejax.train.state import initialise
-from particlejax.typing import UserError
+from particlejax.train import codebook, optim
+from particlejax.train import stage as run
+from particlejax.train.train_state import initialise
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,13 +33,17 @@ def test_a_code_is_the_nearest_centre_and_k_means_finds_what_is_there() -> None:
     apart = np.linalg.norm(true[:, None] - found[None], axis=-1)
     assert sorted(apart.argmin(axis=1)) == [0, 1, 2, 3] and apart.min(axis=1).max() < 0.1
     codes = heads.Codebook(4, 6).apply({"params": {"centres": found}}, jnp.asarray(points)[None])[0]
-    np.testing.assert_array_equal(codes, np.linalg.norm(points[:, None] - found[None], axis=-1).argmin(axis=1))
+    np.testing.assert_array_equal(
+        codes, np.linalg.norm(points[:, None] - found[None], axis=-1).argmin(axis=1)
+    )
     with pytest.raises(UserError, match="4 clusters among 3 different particles"):
         codebook.centres(points[[0, 1, 2, 2]], VisualWordsSpec(codes=4), 0)
 
 
 def test_a_stage_begins_with_centres_of_its_own_particles_and_keeps_them(cache_dir: str) -> None:
-    config = runpy.run_path(str(ROOT / "experiments/pretrain/one.py"))["get_config"]("codes,tiny").to_dict()
+    config = runpy.run_path(str(ROOT / "experiments/pretrain/one.py"))["get_config"](
+        "codes,tiny"
+    ).to_dict()
     config["data"] |= {"cache_dir": cache_dir, "modalities": ("vision",)}
     experiment, mesh = Experiment.of(config), make_mesh(MeshSpec())
     source = sources.open_source(experiment.data.source, "train", cache_dir)
@@ -46,7 +53,8 @@ def test_a_stage_begins_with_centres_of_its_own_particles_and_keeps_them(cache_d
     before = jax.tree.map(np.asarray, tree.flatten(state.params))
     first, second = (codebook.fitted(state, stage, stage.batches(source, 0)) for _ in range(2))
     spec = stage.spec.objectives["visual_words"]
-    for branch in (first.params, first.average, second.params):  # found anew they are the same: a run may stop before it saves
+    # found anew they are the same: a run may stop before it saves
+    for branch in (first.params, first.average, second.params):
         for name, leaf in tree.flatten(branch).items():
             if name == "codebook_vision/centres":
                 assert leaf.shape == (spec.codes, stage.model.payloads["vision"].size)
@@ -54,11 +62,18 @@ def test_a_stage_begins_with_centres_of_its_own_particles_and_keeps_them(cache_d
             else:
                 np.testing.assert_array_equal(leaf, before[name], err_msg=name)
     payloads = codebook.examples(spec, stage, stage.batches(source, 0))
-    found, start = (np.asarray(each["codebook_vision"]["centres"]) for each in (first.params, state.params))
-    apart = [np.linalg.norm(payloads[:500, None] - centres[None], axis=-1).min(axis=1).mean() for centres in (found, start)]
+    found, start = (
+        np.asarray(each["codebook_vision"]["centres"]) for each in (first.params, state.params)
+    )
+    apart = [
+        np.linalg.norm(payloads[:500, None] - centres[None], axis=-1).min(axis=1).mean()
+        for centres in (found, start)
+    ]
     assert apart[0] < 0.9 * apart[1], apart
     kept = tree.flatten(optim.decay_mask(state.params))
-    assert not kept["codebook_vision/centres"], "nothing shrinks them, and no gradient reaches them (test_objectives.py)"
+    assert not kept["codebook_vision/centres"], (
+        "nothing shrinks them, and no gradient reaches them (test_objectives.py)"
+    )
 
 
 def test_what_visual_words_cannot_be_made_of() -> None:

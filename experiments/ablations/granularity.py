@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How adaptive particles are made, at half the full grid's particles: which splits, how deep, what a split is worth.
+"""How adaptive particles are made, at half the full grid's particles: which splits, how deep, what
+a split is worth.
 
-    python -m particlejax.main --config experiments/ablations/granularity.py:jhmdb --workdir runs/granularity-jhmdb
-    python -m particlejax.main --config experiments/ablations/granularity.py:toybox --workdir runs/granularity-toybox
+    python -m particlejax.main --config experiments/ablations/granularity.py:jhmdb \
+        --workdir runs/granularity-jhmdb
+    python -m particlejax.main --config experiments/ablations/granularity.py:toybox \
+        --workdir runs/granularity-toybox
 
-README.md beside this file has the tables. `merge` and `drop` start from the full grid and let half of the tokens go after
-the first block.
+README.md beside this file has the tables. `merge` and `drop` start from the full grid and let half
+of the tokens go after the first block.
 """
 
 import runpy
@@ -15,7 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from particlejax.spec import SweepSpec, arguments, section
+from particlejax.config.experiment import SweepSpec, arguments, section
 
 HERE = Path(__file__).parent
 HALF = 128
@@ -46,5 +49,7 @@ def get_config(arg: str = "") -> ConfigDict:
     runs = dict(sweep())
     if tiny:
         runs = {"merge": runs["merge"]}
-    config.sweep = ConfigDict(section(SweepSpec, runs=runs, seeds=tuple(config.sweep.seeds), metric=config.sweep.metric))
+    config.sweep = ConfigDict(
+        section(SweepSpec, runs=runs, seeds=tuple(config.sweep.seeds), metric=config.sweep.metric)
+    )
     return config

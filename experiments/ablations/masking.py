@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What masked pretraining hides, judged by fine-tuning on a quarter of the labels: the quickstart with other masks.
+"""What masked pretraining hides, judged by fine-tuning on a quarter of the labels: the quickstart
+with other masks.
 
     python -m particlejax.main --config experiments/ablations/masking.py --workdir runs/masking
 
@@ -13,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from particlejax.spec import SweepSpec, arguments, section
+from particlejax.config.experiment import SweepSpec, arguments, section
 
 HERE = Path(__file__).parent
 
@@ -39,5 +40,9 @@ def get_config(arg: str = "") -> ConfigDict:
     if tiny:
         runs = {"tube-40": runs["tube-40"]}
     config.job = "sweep"
-    config.sweep = ConfigDict(section(SweepSpec, runs=runs, seeds=(0,) if tiny else (0, 1, 2), metric="finetune/test/top1"))
+    config.sweep = ConfigDict(
+        section(
+            SweepSpec, runs=runs, seeds=(0,) if tiny else (0, 1, 2), metric="finetune/test/top1"
+        )
+    )
     return config

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scales over training: how much sooner a schedule is as good as training at the largest scale throughout.
+"""Scales over training: how much sooner a schedule is as good as training at the largest scale
+throughout.
 
-    python -m particlejax.main --config experiments/ablations/multiscale.py:jhmdb --workdir runs/multiscale-jhmdb
-    python -m particlejax.main --config experiments/ablations/multiscale.py:toybox --workdir runs/multiscale-toybox
+    python -m particlejax.main --config experiments/ablations/multiscale.py:jhmdb \
+        --workdir runs/multiscale-jhmdb
+    python -m particlejax.main --config experiments/ablations/multiscale.py:toybox \
+        --workdir runs/multiscale-toybox
 
-Rows keep their shape, so a step costs the model the same whatever it holds: one large clip a row or eight small ones. `fixed`
-trains at the largest scale, the schedules with less than a quarter of its rows, and all are measured at that scale. Scales are
-sizes (frames, pixels) or budgets of adaptive particles. One compilation each. README.md beside this file has the tables.
+Rows keep their shape, so a step costs the model the same whatever it holds: one large clip a row or
+eight small ones. `fixed` trains at the largest scale, the schedules with less than a quarter of its
+rows, and all are measured at that scale. Scales are sizes (frames, pixels) or budgets of adaptive
+particles. One compilation each. README.md beside this file has the tables.
 """
 
 import runpy
@@ -16,20 +20,24 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from particlejax.spec import ScaleSpec, ScheduleSpec, SweepSpec, arguments, section
+from particlejax.config.experiment import ScaleSpec, ScheduleSpec, SweepSpec, arguments, section
 
 HERE = Path(__file__).parent
 
 
 STEPS = 720  # of the run that the others are compared with
-SHORT, FEW = 640, 4  # of the schedules: as many clips an update at the cheapest scale, and less than a quarter of the rows in all
+# Of the schedules: as many clips an update at the cheapest scale, and less than a quarter of the
+# rows in all.
+SHORT, FEW = 640, 4
 
 
 def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
     """Names and what is different."""
 
     def schedule(*scales: dict[str, Any], **more: Any) -> dict[str, Any]:
-        made = section(ScheduleSpec, scales=tuple(section(ScaleSpec, **scale) for scale in scales), **more)
+        made = section(
+            ScheduleSpec, scales=tuple(section(ScaleSpec, **scale) for scale in scales), **more
+        )
         return {"stages": {"train": {"steps": SHORT, "rows": FEW, "schedule": made}}}
 
     whole: dict[str, Any] = {}  # the full grid
@@ -44,8 +52,16 @@ def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "progressive-budgets", schedule(*budgets, kind="progressive")
     cycles = schedule(*budgets, kind="cycles", rounds=4, settle=0.1)
     yield "cycles-budgets", cycles
-    yield "cycles-budgets-short", {"stages": {"train": {**cycles["stages"]["train"], "steps": SHORT * 9 // 10}}}
-    yield "mixture-budgets", schedule({**few, "share": 0.8}, {**some, "share": 0.15}, {**whole, "share": 0.05}, kind="mixture")
+    yield (
+        "cycles-budgets-short",
+        {"stages": {"train": {**cycles["stages"]["train"], "steps": SHORT * 9 // 10}}},
+    )
+    yield (
+        "mixture-budgets",
+        schedule(
+            {**few, "share": 0.8}, {**some, "share": 0.15}, {**whole, "share": 0.05}, kind="mixture"
+        ),
+    )
     yield "multigrid", schedule(half, whole, kind="cycles", rounds=4, settle=0.2, short=(0.5, 1.0))
 
 
@@ -59,5 +75,7 @@ def get_config(arg: str = "") -> ConfigDict:
         runs["multigrid"]["stages"]["train"].update(steps=2, rows=8)
     else:
         config.stages.train.steps, config.stages.train.epochs = STEPS, 0
-    config.sweep = ConfigDict(section(SweepSpec, runs=runs, seeds=tuple(config.sweep.seeds), metric=config.sweep.metric))
+    config.sweep = ConfigDict(
+        section(SweepSpec, runs=runs, seeds=tuple(config.sweep.seeds), metric=config.sweep.metric)
+    )
     return config

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which particles a clip is worth: accuracy of a model trained from scratch against particles per clip.
+"""Which particles a clip is worth: accuracy of a model trained from scratch against particles per
+clip.
 
-    python -m particlejax.main --config experiments/ablations/particles.py:jhmdb --workdir runs/particles-jhmdb
-    python -m particlejax.main --config experiments/ablations/particles.py:toybox --workdir runs/particles-toybox
+    python -m particlejax.main --config experiments/ablations/particles.py:jhmdb \
+        --workdir runs/particles-jhmdb
+    python -m particlejax.main --config experiments/ablations/particles.py:toybox \
+        --workdir runs/particles-toybox
 
-`grid` at several strides, `tubes`, `random` (a part of the grid), `runs` and `adaptive`, at a whole, a half and a quarter of the
-full grid's 256 particles; three seeds. The toybox took 50 minutes on 2 cores; README.md beside this file has the table.
+`grid` at several strides, `tubes`, `random` (a part of the grid), `runs` and `adaptive`, at a
+whole, a half and a quarter of the full grid's 256 particles; three seeds. The toybox took 50
+minutes on 2 cores; README.md beside this file has the table.
 """
 
 from collections.abc import Iterator
@@ -13,7 +17,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from particlejax.spec import (
+from particlejax.config.experiment import (
     DataSpec,
     EvaluateSpec,
     Experiment,
@@ -35,7 +39,9 @@ def sweep(base: tuple[int, int, int] = FINE["base"]) -> Iterator[tuple[str, dict
 
     def tubes(*scales: tuple[int, int, int]) -> dict[str, Any]:
         shapes = [tuple(b * s for b, s in zip(base, scale, strict=True)) for scale in scales]
-        return {"particles": {"policy": "tubes", "tubes": tuple((shape, shape) for shape in shapes)}}
+        return {
+            "particles": {"policy": "tubes", "tubes": tuple((shape, shape) for shape in shapes)}
+        }
 
     yield f"grid-{FULL}", {}
     yield "grid-128-time", tubes((2, 1, 1))
@@ -55,22 +61,50 @@ def get_config(arg: str = "") -> ConfigDict:
     runs = dict(sweep())
     if tiny:
         runs = {"adaptive-64": runs["adaptive-64"]}
-    data = section(DataSpec, source="folder:../shared/data/jhmdb21" if real else "toybox:tiny" if tiny else "toybox", frames=16,
-                   size=64, decode_side=80 if real else 0, still=0.4, memory_gib=0.0 if tiny else 4.0,
-                   augment={"crop": (0.4, 1.0), "flip": 0.5})
+    data = section(
+        DataSpec,
+        source="folder:../shared/data/jhmdb21" if real else "toybox:tiny" if tiny else "toybox",
+        frames=16,
+        size=64,
+        decode_side=80 if real else 0,
+        still=0.4,
+        memory_gib=0.0 if tiny else 4.0,
+        augment={"crop": (0.4, 1.0), "flip": 0.5},
+    )
     train = section(
-        StageSpec, steps=2 if tiny else 0, epochs=0 if tiny else 12, rows=8 if tiny else 16, val="",
-        objectives={"classify": {"label_smoothing": 0.1}}, ema=0.99,
-        optim=section(OptimSpec, rate=1e-3, weight_decay=0.05, b2=0.999))
+        StageSpec,
+        steps=2 if tiny else 0,
+        epochs=0 if tiny else 12,
+        rows=8 if tiny else 16,
+        val="",
+        objectives={"classify": {"label_smoothing": 0.1}},
+        ema=0.99,
+        optim=section(OptimSpec, rate=1e-3, weight_decay=0.05, b2=0.999),
+    )
     split = "val" if real else "test"
-    return ConfigDict(section(
-        Experiment,
-        job="sweep",
-        data=data,
-        particles=section(ParticleSpec, policy="grid", base=FINE["base"], levels=3),
-        model=(section(ModelSpec, width=32, depth=2, heads=2, unroll=False) if tiny
-               else section(ModelSpec, width=64, depth=3, heads=2)),
-        evaluate=section(EvaluateSpec, splits=(split,), views=(2, 1) if real else (1, 1), rows=8 if tiny else 16),
-        stages={"train": train},
-        sweep=section(SweepSpec, runs=runs, seeds=(0,) if tiny else (0, 1, 2), metric=f"train/{split}/top1"),
-    ))
+    return ConfigDict(
+        section(
+            Experiment,
+            job="sweep",
+            data=data,
+            particles=section(ParticleSpec, policy="grid", base=FINE["base"], levels=3),
+            model=(
+                section(ModelSpec, width=32, depth=2, heads=2, unroll=False)
+                if tiny
+                else section(ModelSpec, width=64, depth=3, heads=2)
+            ),
+            evaluate=section(
+                EvaluateSpec,
+                splits=(split,),
+                views=(2, 1) if real else (1, 1),
+                rows=8 if tiny else 16,
+            ),
+            stages={"train": train},
+            sweep=section(
+                SweepSpec,
+                runs=runs,
+                seeds=(0,) if tiny else (0, 1, 2),
+                metric=f"train/{split}/top1",
+            ),
+        )
+    )

@@ -1,25 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast clips come out of the data floor: short clips and 1080p beside decoders, random access, memory.
+"""How fast clips come out of the data floor: short clips and 1080p beside decoders, random access,
+memory.
 
-    python -m particlejax.main --config experiments/bench/data.py --config.data.source=folder:../shared/data/jhmdb21
+    python -m particlejax.main --config experiments/bench/data.py \
+        --config.data.source=folder:../shared/data/jhmdb21
 
-Six to eight minutes on 2 cores; nothing else should run. torchcodec (both of its ways to seek) and decord are measured where
-they are installed and work.
+Six to eight minutes on 2 cores; nothing else should run. torchcodec (both of its ways to seek) and
+decord are measured where they are installed and work.
 """
 
 from ml_collections import ConfigDict
 
-from particlejax.spec import BenchSpec, DataSpec, Experiment, ParticleSpec, arguments, section
+from particlejax.config.experiment import (
+    BenchSpec,
+    DataSpec,
+    Experiment,
+    ParticleSpec,
+    arguments,
+    section,
+)
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The experiment; arg: '' or 'tiny' (the tiny toybox)."""
     tiny = arguments(arg, "tiny")["tiny"]
-    return ConfigDict(section(
-        Experiment,
-        job="bench_data",
-        data=section(DataSpec, source="toybox:tiny" if tiny else "folder:../shared/data/jhmdb21", frames=16, size=112,
-                     decode_side=128, threads=1 if tiny else 2, augment={"crop": (0.5, 1.0), "flip": 0.5}),
-        particles=section(ParticleSpec, base=(2, 16, 16)),
-        bench=section(BenchSpec, repetitions=1, clips=16, rows=8, memory_clips=80) if tiny else section(BenchSpec),
-    ))
+    return ConfigDict(
+        section(
+            Experiment,
+            job="bench_data",
+            data=section(
+                DataSpec,
+                source="toybox:tiny" if tiny else "folder:../shared/data/jhmdb21",
+                frames=16,
+                size=112,
+                decode_side=128,
+                threads=1 if tiny else 2,
+                augment={"crop": (0.5, 1.0), "flip": 0.5},
+            ),
+            particles=section(ParticleSpec, base=(2, 16, 16)),
+            bench=section(BenchSpec, repetitions=1, clips=16, rows=8, memory_clips=80)
+            if tiny
+            else section(BenchSpec),
+        )
+    )

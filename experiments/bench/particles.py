@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What adaptive particles keep of real clips beside uniform grids, and what choosing them costs beside the step they save.
+"""What adaptive particles keep of real clips beside uniform grids, and what choosing them costs
+beside the step they save.
 
     python -m particlejax.main --config experiments/bench/particles.py
 
@@ -8,19 +9,38 @@ Four minutes on 2 cores; nothing else should run while the costs are measured.
 
 from ml_collections import ConfigDict
 
-from particlejax.spec import BenchSpec, DataSpec, Experiment, ModelSpec, ParticleSpec, arguments, section
+from particlejax.config.experiment import (
+    BenchSpec,
+    DataSpec,
+    Experiment,
+    ModelSpec,
+    ParticleSpec,
+    arguments,
+    section,
+)
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The experiment; arg: '' or 'tiny' (the tiny toybox)."""
     tiny = arguments(arg, "tiny")["tiny"]
-    return ConfigDict(section(
-        Experiment,
-        job="bench_particles",
-        data=section(DataSpec, source="toybox:tiny" if tiny else "folder:../shared/data/jhmdb21", frames=16,
-                     size=64 if tiny else 128),
-        particles=section(ParticleSpec, policy="adaptive", base=(2, 8, 8)),
-        model=(section(ModelSpec, width=32, depth=1, heads=2, unroll=False) if tiny
-               else section(ModelSpec, width=192, depth=6, heads=3)),
-        bench=section(BenchSpec, repetitions=1, clips=2) if tiny else section(BenchSpec, repetitions=5, clips=30),
-    ))
+    return ConfigDict(
+        section(
+            Experiment,
+            job="bench_particles",
+            data=section(
+                DataSpec,
+                source="toybox:tiny" if tiny else "folder:../shared/data/jhmdb21",
+                frames=16,
+                size=64 if tiny else 128,
+            ),
+            particles=section(ParticleSpec, policy="adaptive", base=(2, 8, 8)),
+            model=(
+                section(ModelSpec, width=32, depth=1, heads=2, unroll=False)
+                if tiny
+                else section(ModelSpec, width=192, depth=6, heads=3)
+            ),
+            bench=section(BenchSpec, repetitions=1, clips=2)
+            if tiny
+            else section(BenchSpec, repetitions=5, clips=30),
+        )
+    )

@@ -1,42 +1,78 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train steps and inference beside VideoMAE of `transformers` on torch, and as a share of the machine's own products.
+"""Train steps and inference beside VideoMAE of `transformers` on torch, and as a share of the
+machine's own products.
 
     python -m particlejax.main --config experiments/bench/peer.py
-    python -m particlejax.main --config experiments/bench/peer.py:large --config.model.unroll=False --config.bench.clips=160
+    python -m particlejax.main --config experiments/bench/peer.py:large \
+        --config.model.unroll=False --config.bench.clips=160
 
-Ours on the same tokens and on half as many adaptive particles, in float32 and, where that pays, bfloat16. Five minutes on 2 cores,
-most of it compiling; nothing else should run. The second is for a GPU, which torch shares: XLA_PYTHON_CLIENT_PREALLOCATE=false in
-the environment leaves it some memory. Without torch and transformers (`pip install particlejax[peers]`) ours alone is measured.
+Ours on the same tokens and on half as many adaptive particles, in float32 and, where that pays,
+bfloat16. Five minutes on 2 cores, most of it compiling; nothing else should run. The second is for
+a GPU, which torch shares: XLA_PYTHON_CLIENT_PREALLOCATE=false in the environment leaves it some
+memory. Without torch and transformers (`pip install particlejax[peers]`) ours alone is measured.
 `:base` and `:large` are VideoMAE's, at 224 pixels.
 """
 
 from ml_collections import ConfigDict
 
-from particlejax.spec import BenchSpec, DataSpec, Experiment, ModelSpec, OptimSpec, ParticleSpec, StageSpec, arguments, section
+from particlejax.config.experiment import (
+    BenchSpec,
+    DataSpec,
+    Experiment,
+    ModelSpec,
+    OptimSpec,
+    ParticleSpec,
+    StageSpec,
+    arguments,
+    section,
+)
 
 # Width, depth and heads of the encoder, then of the decoder (arXiv:2203.12602, appendix).
-_SIZES = {"tiny": (32, 1, 2, 16, 1, 1), "small": (384, 12, 6, 192, 4, 3), "base": (768, 12, 12, 384, 4, 6),
-          "large": (1024, 24, 16, 512, 12, 8)}
+_SIZES = {
+    "tiny": (32, 1, 2, 16, 1, 1),
+    "small": (384, 12, 6, 192, 4, 3),
+    "base": (768, 12, 12, 384, 4, 6),
+    "large": (1024, 24, 16, 512, 12, 8),
+}
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The experiment; arg: 'small' (also ''), 'base', 'large' or 'tiny'."""
     args = arguments(arg, *_SIZES)
     size = next((name for name, given in args.items() if given), "small")
-    tiny, names = size == "tiny", ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads")
+    tiny, names = (
+        size == "tiny",
+        ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads"),
+    )
     optim = section(OptimSpec, rate=1e-4, clip_norm=0.0)
-    return ConfigDict(section(
-        Experiment,
-        job="bench_peer",
-        data=section(DataSpec, frames=16, size={"tiny": 32, "small": 112}.get(size, 224)),
-        particles=section(ParticleSpec, policy="grid", base=(2, 16, 16), splits=("time",)),  # 112 is no multiple of 32
-        model=section(ModelSpec, near=False, **dict(zip(names, _SIZES[size], strict=True))),  # as VideoMAE's attention
-        stages={
-            "pretrain": section(StageSpec, steps=100, rows=8, optim=optim,
-                                objectives={"masked": {"mask": "tube", "keep": 0.1, "predict": 0.9}}),
-            "finetune": section(StageSpec, steps=100, rows=8, optim=optim, objectives={"classify": {}}),
-        },
-        order=("finetune",) if tiny else ("pretrain", "finetune"),
-        bench=(section(BenchSpec, repetitions=1, clips=8, dtypes=("float32",)) if tiny
-               else section(BenchSpec, repetitions=5, clips=8)),
-    ))
+    return ConfigDict(
+        section(
+            Experiment,
+            job="bench_peer",
+            data=section(DataSpec, frames=16, size={"tiny": 32, "small": 112}.get(size, 224)),
+            particles=section(
+                ParticleSpec, policy="grid", base=(2, 16, 16), splits=("time",)
+            ),  # 112 is no multiple of 32
+            model=section(
+                ModelSpec, near=False, **dict(zip(names, _SIZES[size], strict=True))
+            ),  # as VideoMAE's attention
+            stages={
+                "pretrain": section(
+                    StageSpec,
+                    steps=100,
+                    rows=8,
+                    optim=optim,
+                    objectives={"masked": {"mask": "tube", "keep": 0.1, "predict": 0.9}},
+                ),
+                "finetune": section(
+                    StageSpec, steps=100, rows=8, optim=optim, objectives={"classify": {}}
+                ),
+            },
+            order=("finetune",) if tiny else ("pretrain", "finetune"),
+            bench=(
+                section(BenchSpec, repetitions=1, clips=8, dtypes=("float32",))
+                if tiny
+                else section(BenchSpec, repetitions=5, clips=8)
+            ),
+        )
+    )

@@ -1,28 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes of each collective against the size of the mesh, of VideoMAE-B's train step compiled for 1 to 512 TPU chips.
+"""Bytes of each collective against the size of the mesh, of VideoMAE-B's train step compiled for 1
+to 512 TPU chips.
 
     python -m particlejax.main --config experiments/bench/scaling.py
 
-TPUs want `pip install particlejax[plan]`, and none need be there. Two to four minutes a mesh on one core; the same command goes on
-where it was stopped. Layers stand in a loop, which compiles sooner and sends the same. Of ViT-g:
+TPUs want `pip install particlejax[plan]`, and none need be there. Two to four minutes a mesh on one
+core; the same command goes on where it was stopped. Layers stand in a loop, which compiles sooner
+and sends the same. Of ViT-g:
 --config.experiment=experiments/pretrain/mae_base.py:giant --config.rows=8.
 """
 
 from ml_collections import ConfigDict
 
-from particlejax.jobspec import PlanSpec
-from particlejax.spec import MeshSpec, arguments, section
+from particlejax.config.experiment import MeshSpec, arguments, section
+from particlejax.config.jobs import PlanSpec
 
-_TINY = ("stages.pretrain.rows=8", "model.unroll=False", "model.width=16", "model.depth=1", "model.decoder_depth=1")
+_TINY = (
+    "stages.pretrain.rows=8",
+    "model.unroll=False",
+    "model.width=16",
+    "model.depth=1",
+    "model.decoder_depth=1",
+)
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The job; arg: '' or 'tiny' (the tiny quickstart on one and on all of the devices at hand)."""
     fsdp = section(MeshSpec, data=1, fsdp=-1)
     if arguments(arg, "tiny")["tiny"]:
-        return ConfigDict(section(PlanSpec, job="bench_scaling", experiment="experiments/quickstart.py:tiny", settings=_TINY,
-                                  topology="here:1,here", meshes=(fsdp,)))
-    return ConfigDict(section(PlanSpec, job="bench_scaling", experiment="experiments/pretrain/mae_base.py",
-                              topology="v5p:1x1x1,v5p:2x2x1,v5p:2x2x4,v5p:4x4x4,v5p:4x8x8,v5p:8x8x8", rows=32,
-                              settings=("model.unroll=False",),
-                              meshes=(section(MeshSpec), fsdp)))
+        return ConfigDict(
+            section(
+                PlanSpec,
+                job="bench_scaling",
+                experiment="experiments/quickstart.py:tiny",
+                settings=_TINY,
+                topology="here:1,here",
+                meshes=(fsdp,),
+            )
+        )
+    return ConfigDict(
+        section(
+            PlanSpec,
+            job="bench_scaling",
+            experiment="experiments/pretrain/mae_base.py",
+            topology="v5p:1x1x1,v5p:2x2x1,v5p:2x2x4,v5p:4x4x4,v5p:4x8x8,v5p:8x8x8",
+            rows=32,
+            settings=("model.unroll=False",),
+            meshes=(section(MeshSpec), fsdp),
+        )
+    )

@@ -1,40 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sight and sound: are they in sync, by how much is one shifted, which sound belongs to which clip, and what is masked in both?
+"""Sight and sound: are they in sync, by how much is one shifted, which sound belongs to which clip,
+and what is masked in both?
 
     python -m particlejax.main --config experiments/pretrain/audiovisual.py
 
-Latents carry what crosses from the second block on (MBT). On the toybox 1200 steps take 8 minutes of a busy core. Of five shifts
-the right one is told for 43.8 % of unseen clips, it or its neighbour for 76.7 % (untrained 23.7 and 61.3). Frozen, sight is at
-32.9 % (linear), 25.0 % (k-NN) and 31.2 % (attentive) of twelve actions, sound at 81.7, 80.0 and 83.3 %, both at 63.3, 38.3 and
-82.9 %; untrained sight 20.4, 10.4 and 7.1 %, sound 72.1, 49.2 and 79.2 %, both 61.3, 37.1 and 69.2 %. Retrieval among 240 unseen
-clips reaches R@1 and R@10 of 1.2 and 14.6 % from sound to sight, 0.8 and 14.6 % back, untrained 0.4 to 0.8 and 4 (seed 0). With
-cuboids of 16x4x4, which last as long as the clip, no shift is told and more of the action: sight 52.1, 49.6 and 50.8 %, R@10 29.
+Latents carry what crosses from the second block on (MBT). On the toybox 1200 steps take 8 minutes
+of a busy core. Of five shifts the right one is told for 43.8 % of unseen clips, it or its neighbour
+for 76.7 % (untrained 23.7 and 61.3). Frozen, sight is at
+32.9 % (linear), 25.0 % (k-NN) and 31.2 % (attentive) of twelve actions, sound at 81.7, 80.0 and
+83.3 %, both at 63.3, 38.3 and
+82.9 %; untrained sight 20.4, 10.4 and 7.1 %, sound 72.1, 49.2 and 79.2 %, both 61.3, 37.1 and 69.2
+%. Retrieval among 240 unseen clips reaches R@1 and R@10 of 1.2 and 14.6 % from sound to sight, 0.8
+and 14.6 % back, untrained 0.4 to 0.8 and 4 (seed 0). With cuboids of 16x4x4, which last as long as
+the clip, no shift is told and more of the action: sight 52.1, 49.6 and 50.8 %, R@10 29.
 """
 
 from ml_collections import ConfigDict
 
-from particlejax.spec import AudioSpec, DataSpec, Experiment, ModelSpec, OptimSpec, ParticleSpec, StageSpec, arguments, section
+from particlejax.config.experiment import (
+    AudioSpec,
+    DataSpec,
+    Experiment,
+    ModelSpec,
+    OptimSpec,
+    ParticleSpec,
+    StageSpec,
+    arguments,
+    section,
+)
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The experiment; arg: '' or 'tiny'."""
     tiny = arguments(arg, "tiny")["tiny"]
     objectives = {
-        "sync": {"shifts": 2, "step": 3, "other": 0.0, "how": "correlation"}, "contrast": {"pair": ("vision", "audio")},
-        "masked": {"mask": "random", "keep": 0.5, "predict": 0.25, "weight": 0.5}}
+        "sync": {"shifts": 2, "step": 3, "other": 0.0, "how": "correlation"},
+        "contrast": {"pair": ("vision", "audio")},
+        "masked": {"mask": "random", "keep": 0.5, "predict": 0.25, "weight": 0.5},
+    }
     stage = section(
-        StageSpec, steps=4 if tiny else 1200, rows=8 if tiny else 16, val="" if tiny else "val", val_every=300,
-        objectives={name: objectives[name] for name in objectives if not tiny or name == "sync"},  # one compiles sooner
-        optim=section(OptimSpec, rate=1e-3))
-    small = section(ModelSpec, width=24, depth=2, heads=2, decoder_width=24, decoder_depth=1, unroll=False,
-                      fusion="bottleneck")
-    return ConfigDict(section(
-        Experiment,
-        data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", modalities=("vision", "audio"),
-                     frames=16, size=32, still=0.05, memory_gib=1.0, augment={"flip": 0.5},
-                     audio=section(AudioSpec, patch=(8, 64), seconds=2.0)),
-        particles=section(ParticleSpec, policy="grid", base=(2, 8, 8)),
-        model=small if tiny else section(ModelSpec, width=96, depth=3, heads=3, decoder_width=96,
-                      fusion="bottleneck"),
-        stages={"pretrain": stage},
-    ))
+        StageSpec,
+        steps=4 if tiny else 1200,
+        rows=8 if tiny else 16,
+        val="" if tiny else "val",
+        val_every=300,
+        objectives={
+            name: objectives[name] for name in objectives if not tiny or name == "sync"
+        },  # one compiles sooner
+        optim=section(OptimSpec, rate=1e-3),
+    )
+    small = section(
+        ModelSpec,
+        width=24,
+        depth=2,
+        heads=2,
+        decoder_width=24,
+        decoder_depth=1,
+        unroll=False,
+        fusion="bottleneck",
+    )
+    return ConfigDict(
+        section(
+            Experiment,
+            data=section(
+                DataSpec,
+                source="toybox:tiny" if tiny else "toybox",
+                modalities=("vision", "audio"),
+                frames=16,
+                size=32,
+                still=0.05,
+                memory_gib=1.0,
+                augment={"flip": 0.5},
+                audio=section(AudioSpec, patch=(8, 64), seconds=2.0),
+            ),
+            particles=section(ParticleSpec, policy="grid", base=(2, 8, 8)),
+            model=small
+            if tiny
+            else section(
+                ModelSpec, width=96, depth=3, heads=3, decoder_width=96, fusion="bottleneck"
+            ),
+            stages={"pretrain": stage},
+        )
+    )

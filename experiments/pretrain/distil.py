@@ -1,33 +1,66 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A published network as the teacher: what it says of sub-clips, kept by features.py, is learnt from half of a clip's particles.
+"""A published network as the teacher: what it says of sub-clips, kept by features.py, is learnt
+from half of a clip's particles.
 
-    python -m particlejax.main --config experiments/features.py --config.source=folder:PATH --config.folder=FOLDER
-    python -m particlejax.main --config experiments/pretrain/distil.py --config.data.source=folder:PATH \
+    python -m particlejax.main --config experiments/features.py --config.source=folder:PATH \
+        --config.folder=FOLDER
+    python -m particlejax.main --config experiments/pretrain/distil.py \
+        --config.data.source=folder:PATH \
         --config.data.features.folder=FOLDER --workdir runs/distil
-    python -m particlejax.main --config experiments/finetune.py --config.data.source=folder:PATH --config.init=runs/distil
+    python -m particlejax.main --config experiments/finetune.py \
+        --config.data.source=folder:PATH --config.init=runs/distil
 
-Needs no labels. The encoder never sees the features, so what comes after needs neither them nor their network. They are of the
-unmirrored centre square, and so clips are neither cropped nor flipped here. `distil/cosine` in the metrics is 1 where all is
-learnt. It has been run shrunk only: what it reaches is not measured yet. `:tiny` is a smoke run.
+Needs no labels. The encoder never sees the features, so what comes after needs neither them nor
+their network. They are of the unmirrored centre square, and so clips are neither cropped nor
+flipped here. `distil/cosine` in the metrics is 1 where all is learnt. It has been run shrunk only:
+what it reaches is not measured yet. `:tiny` is a smoke run.
 """
 
 from ml_collections import ConfigDict
 
-from particlejax.spec import DataSpec, Experiment, ModelSpec, OptimSpec, ParticleSpec, StageSpec, arguments, section
+from particlejax.config.experiment import (
+    DataSpec,
+    Experiment,
+    ModelSpec,
+    OptimSpec,
+    ParticleSpec,
+    StageSpec,
+    arguments,
+    section,
+)
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The experiment; arg: '' or 'tiny'."""
     tiny = arguments(arg, "tiny")["tiny"]
     stage = section(
-        StageSpec, steps=4 if tiny else 0, epochs=0 if tiny else 60, rows=8 if tiny else 16, val="" if tiny else "val",
-        val_every=200, objectives={"distil": {"keep": 0.5}}, ema=0.99, optim=section(OptimSpec, rate=1e-3))
-    small = section(ModelSpec, width=24, depth=1, heads=2, decoder_width=24, decoder_depth=1, unroll=False)
-    return ConfigDict(section(
-        Experiment,
-        data=section(DataSpec, source="toybox:tiny" if tiny else "folder:../shared/data/jhmdb21", frames=16,
-                     modalities=("vision", "features"), size=32 if tiny else 64, still=0.4, memory_gib=0.0 if tiny else 4.0),
-        particles=section(ParticleSpec, policy="grid", base=(16, 8, 8)),
-        model=small if tiny else section(ModelSpec, width=128, depth=4, heads=2),
-        stages={"pretrain": stage},
-    ))
+        StageSpec,
+        steps=4 if tiny else 0,
+        epochs=0 if tiny else 60,
+        rows=8 if tiny else 16,
+        val="" if tiny else "val",
+        val_every=200,
+        objectives={"distil": {"keep": 0.5}},
+        ema=0.99,
+        optim=section(OptimSpec, rate=1e-3),
+    )
+    small = section(
+        ModelSpec, width=24, depth=1, heads=2, decoder_width=24, decoder_depth=1, unroll=False
+    )
+    return ConfigDict(
+        section(
+            Experiment,
+            data=section(
+                DataSpec,
+                source="toybox:tiny" if tiny else "folder:../shared/data/jhmdb21",
+                frames=16,
+                modalities=("vision", "features"),
+                size=32 if tiny else 64,
+                still=0.4,
+                memory_gib=0.0 if tiny else 4.0,
+            ),
+            particles=section(ParticleSpec, policy="grid", base=(16, 8, 8)),
+            model=small if tiny else section(ModelSpec, width=128, depth=4, heads=2),
+            stages={"pretrain": stage},
+        )
+    )

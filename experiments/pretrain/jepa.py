@@ -1,31 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latent prediction (V-JEPA): hidden particles' features, as the moving average of the encoder sees them in the whole clip.
+"""Latent prediction (V-JEPA): hidden particles' features, as the moving average of the encoder sees
+them in the whole clip.
 
     python -m particlejax.main --config experiments/pretrain/jepa.py
 
-`latent/spread` in the metrics, drawn in the report, falls towards 0 where the features collapse. 1200 steps take 68 s of a core and
-end with a spread of 0.74, so nothing collapses, but what is learnt is not the action: frozen, experiments/probe.py finds 16.3 %
-(linear), 8.7 % (k-NN) and 10.4 % (attentive) of twelve (seed 0; untrained, at width 64, 19.6, 14.2 and 19.8 %).
+`latent/spread` in the metrics, drawn in the report, falls towards 0 where the features collapse.
+1200 steps take 68 s of a core and end with a spread of 0.74, so nothing collapses, but what is
+learnt is not the action: frozen, experiments/probe.py finds 16.3 % (linear), 8.7 % (k-NN) and 10.4
+% (attentive) of twelve (seed 0; untrained, at width 64, 19.6, 14.2 and 19.8 %).
 """
 
 from ml_collections import ConfigDict
 
-from particlejax.spec import DataSpec, Experiment, ModelSpec, OptimSpec, ParticleSpec, StageSpec, arguments, section
+from particlejax.config.experiment import (
+    DataSpec,
+    Experiment,
+    ModelSpec,
+    OptimSpec,
+    ParticleSpec,
+    StageSpec,
+    arguments,
+    section,
+)
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The experiment; arg: '' or 'tiny'."""
     tiny = arguments(arg, "tiny")["tiny"]
     stage = section(
-        StageSpec, steps=4 if tiny else 1200, rows=8 if tiny else 16, val="" if tiny else "val", val_every=300, ema=0.99,
+        StageSpec,
+        steps=4 if tiny else 1200,
+        rows=8 if tiny else 16,
+        val="" if tiny else "val",
+        val_every=300,
+        ema=0.99,
         objectives={"latent": {"mask": "tube", "keep": 0.25, "predict": 0.5}},
-        optim=section(OptimSpec, rate=1e-3))
-    small = section(ModelSpec, width=24, depth=1, heads=2, decoder_width=24, decoder_depth=1, unroll=False)
-    return ConfigDict(section(
-        Experiment,
-        data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", frames=16, size=32, still=0.4, memory_gib=1.0,
-                     augment={"crop": (0.5, 1.0), "flip": 0.5}),
-        particles=section(ParticleSpec, policy="grid", base=(16, 4, 4)),
-        model=small if tiny else section(ModelSpec, width=96, depth=3, heads=3, decoder_width=96),
-        stages={"pretrain": stage},
-    ))
+        optim=section(OptimSpec, rate=1e-3),
+    )
+    small = section(
+        ModelSpec, width=24, depth=1, heads=2, decoder_width=24, decoder_depth=1, unroll=False
+    )
+    return ConfigDict(
+        section(
+            Experiment,
+            data=section(
+                DataSpec,
+                source="toybox:tiny" if tiny else "toybox",
+                frames=16,
+                size=32,
+                still=0.4,
+                memory_gib=1.0,
+                augment={"crop": (0.5, 1.0), "flip": 0.5},
+            ),
+            particles=section(ParticleSpec, policy="grid", base=(16, 4, 4)),
+            model=small
+            if tiny
+            else section(ModelSpec, width=96, depth=3, heads=3, decoder_width=96),
+            stages={"pretrain": stage},
+        )
+    )

@@ -1,31 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masked particle prediction (VideoMAE): tube masks, the encoder sees a quarter, the decoder is asked in pixels.
+"""Masked particle prediction (VideoMAE): tube masks, the encoder sees a quarter, the decoder is
+asked in pixels.
 
     python -m particlejax.main --config experiments/pretrain/mae.py
 
-On the toybox; `--config.data.source=folder:PATH` for clips of one's own. 1200 steps take 73 s of a core; frozen,
-experiments/probe.py finds 19.2 % (linear), 6.2 % (k-NN) and 32.5 % (attentive) of twelve actions (seed 0; untrained, at width 64,
+On the toybox; `--config.data.source=folder:PATH` for clips of one's own. 1200 steps take 73 s of a
+core; frozen, experiments/probe.py finds 19.2 % (linear), 6.2 % (k-NN) and 32.5 % (attentive) of
+twelve actions (seed 0; untrained, at width 64,
 19.6, 14.2 and 19.8 %).
 """
 
 from ml_collections import ConfigDict
 
-from particlejax.spec import DataSpec, Experiment, ModelSpec, OptimSpec, ParticleSpec, StageSpec, arguments, section
+from particlejax.config.experiment import (
+    DataSpec,
+    Experiment,
+    ModelSpec,
+    OptimSpec,
+    ParticleSpec,
+    StageSpec,
+    arguments,
+    section,
+)
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The experiment; arg: '' or 'tiny'."""
     tiny = arguments(arg, "tiny")["tiny"]
     stage = section(
-        StageSpec, steps=4 if tiny else 1200, rows=8 if tiny else 16, val="" if tiny else "val", val_every=300,
+        StageSpec,
+        steps=4 if tiny else 1200,
+        rows=8 if tiny else 16,
+        val="" if tiny else "val",
+        val_every=300,
         objectives={"masked": {"mask": "tube", "keep": 0.25, "predict": 0.5}},
-        optim=section(OptimSpec, rate=1e-3))
-    small = section(ModelSpec, width=24, depth=1, heads=2, decoder_width=24, decoder_depth=1, unroll=False)
-    return ConfigDict(section(
-        Experiment,
-        data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", frames=16, size=32, still=0.4, memory_gib=1.0,
-                     augment={"crop": (0.5, 1.0), "flip": 0.5}),
-        particles=section(ParticleSpec, policy="grid", base=(16, 4, 4)),
-        model=small if tiny else section(ModelSpec, width=96, depth=3, heads=3, decoder_width=96),
-        stages={"pretrain": stage},
-    ))
+        optim=section(OptimSpec, rate=1e-3),
+    )
+    small = section(
+        ModelSpec, width=24, depth=1, heads=2, decoder_width=24, decoder_depth=1, unroll=False
+    )
+    return ConfigDict(
+        section(
+            Experiment,
+            data=section(
+                DataSpec,
+                source="toybox:tiny" if tiny else "toybox",
+                frames=16,
+                size=32,
+                still=0.4,
+                memory_gib=1.0,
+                augment={"crop": (0.5, 1.0), "flip": 0.5},
+            ),
+            particles=section(ParticleSpec, policy="grid", base=(16, 4, 4)),
+            model=small
+            if tiny
+            else section(ModelSpec, width=96, depth=3, heads=3, decoder_width=96),
+            stages={"pretrain": stage},
+        )
+    )

@@ -1,36 +1,95 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VideoMAE at its published sizes: ViT-B (arXiv:2203.12602), or with `:giant` ViT-g (arXiv:2303.16727), 16 frames of 224 x 224.
+"""VideoMAE at its published sizes: ViT-B (arXiv:2203.12602), or with `:giant` ViT-g
+(arXiv:2303.16727), 16 frames of 224 x 224.
 
-    python -m particlejax.main --config experiments/pretrain/mae_base.py --config.data.source=folder:PATH
+    python -m particlejax.main --config experiments/pretrain/mae_base.py \
+        --config.data.source=folder:PATH
 
-For a pod: `--config experiments/plan.py --config.experiment=experiments/pretrain/mae_base.py` says what it needs.
+For a pod: `--config experiments/plan.py --config.experiment=experiments/pretrain/mae_base.py` says
+what it needs.
 """
 
 from ml_collections import ConfigDict
 
-from particlejax.spec import DataSpec, Experiment, MeshSpec, ModelSpec, OptimSpec, ParticleSpec, StageSpec, arguments, section
+from particlejax.config.experiment import (
+    DataSpec,
+    Experiment,
+    MeshSpec,
+    ModelSpec,
+    OptimSpec,
+    ParticleSpec,
+    StageSpec,
+    arguments,
+    section,
+)
 
-_BASE = {"width": 768, "depth": 12, "heads": 12, "decoder_width": 384, "decoder_depth": 4, "decoder_heads": 6}
-_GIANT = {"width": 1408, "depth": 40, "heads": 16, "decoder_width": 512, "decoder_depth": 4, "decoder_heads": 8,
-          "unroll": False, "remat": "elementwise"}  # forty layers take long to compile unrolled
-_TINY = {"width": 32, "depth": 2, "heads": 2, "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2, "unroll": False}
+_BASE = {
+    "width": 768,
+    "depth": 12,
+    "heads": 12,
+    "decoder_width": 384,
+    "decoder_depth": 4,
+    "decoder_heads": 6,
+}
+# forty layers take long to compile unrolled
+_GIANT = {
+    "width": 1408,
+    "depth": 40,
+    "heads": 16,
+    "decoder_width": 512,
+    "decoder_depth": 4,
+    "decoder_heads": 8,
+    "unroll": False,
+    "remat": "elementwise",
+}
+_TINY = {
+    "width": 32,
+    "depth": 2,
+    "heads": 2,
+    "decoder_width": 16,
+    "decoder_depth": 1,
+    "decoder_heads": 2,
+    "unroll": False,
+}
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The experiment; arg: '' (ViT-B), 'giant' (ViT-g, patches of 14 x 14) or 'tiny'."""
     args = arguments(arg, "tiny", "giant")
     tiny, side = args["tiny"], 14 if args["giant"] else 16
+    # 1.5e-4 for 256 clips
     stage = section(
-        StageSpec, steps=4 if tiny else 0, epochs=0 if tiny else 800, rows=8 if tiny else 1024, val_every=4 if tiny else 5000,
-        objectives={"masked": {"mask": "tube", "keep": 0.1, "predict": 0.5}},  # half of the cubes decoded, as V2 found enough
-        optim=section(OptimSpec, rate=6e-4, warmup=0.05))  # 1.5e-4 for 256 clips
-    return ConfigDict(section(
-        Experiment,
-        data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", frames=16, size=32 if tiny else 224,
-                     augment={"crop": (0.5, 1.0)}),
-        particles=section(ParticleSpec, policy="grid", base=(2, 8, 8) if tiny else (2, side, side)),
-        model=section(ModelSpec, dtype="float32" if tiny else "bfloat16",
-                      **_TINY if tiny else _GIANT if args["giant"] else _BASE),
-        stages={"pretrain": stage},
-        mesh=section(MeshSpec, data=1, fsdp=-1) if args["giant"] and not tiny else section(MeshSpec),
-    ))
+        StageSpec,
+        steps=4 if tiny else 0,
+        epochs=0 if tiny else 800,
+        rows=8 if tiny else 1024,
+        val_every=4 if tiny else 5000,
+        objectives={
+            "masked": {"mask": "tube", "keep": 0.1, "predict": 0.5}
+        },  # half of the cubes decoded, as V2 found enough
+        optim=section(OptimSpec, rate=6e-4, warmup=0.05),
+    )
+    return ConfigDict(
+        section(
+            Experiment,
+            data=section(
+                DataSpec,
+                source="toybox:tiny" if tiny else "toybox",
+                frames=16,
+                size=32 if tiny else 224,
+                augment={"crop": (0.5, 1.0)},
+            ),
+            particles=section(
+                ParticleSpec, policy="grid", base=(2, 8, 8) if tiny else (2, side, side)
+            ),
+            model=section(
+                ModelSpec,
+                dtype="float32" if tiny else "bfloat16",
+                **_TINY if tiny else _GIANT if args["giant"] else _BASE,
+            ),
+            stages={"pretrain": stage},
+            mesh=section(MeshSpec, data=1, fsdp=-1)
+            if args["giant"] and not tiny
+            else section(MeshSpec),
+        )
+    )

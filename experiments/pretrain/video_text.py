@@ -1,34 +1,71 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sight and captions: InfoNCE between them, does this text belong to this clip, and the words that are hidden.
+"""Sight and captions: InfoNCE between them, does this text belong to this clip, and the words that
+are hidden.
 
     python -m particlejax.main --config experiments/pretrain/video_text.py
 
-experiments/probe.py measures retrieval both ways. On the toybox 2400 steps take 15 minutes of a busy core; frozen, sight is at
-42.5 % (linear), 39.6 % (k-NN) and 45.4 % (attentive) of twelve actions, untrained at 18.8, 12.5 and 26.7 %. Retrieval among 240
-unseen clips reaches R@1 and R@10 of 1.2 and 16.2 % from sight to captions, 2.1 and 19.6 % back, untrained 0.4 and 4.2 %; 32.4 %
-of hidden bytes are told, and the match, with hard negatives, for 55.0 % of clips (seed 0). Crops and dropout keep it from
-learning its 960 clips by heart: without them R@10 is 8 to 9 % and sight at 35.8, 24.2 and 32.9 %.
+experiments/probe.py measures retrieval both ways. On the toybox 2400 steps take 15 minutes of a
+busy core; frozen, sight is at
+42.5 % (linear), 39.6 % (k-NN) and 45.4 % (attentive) of twelve actions, untrained at 18.8, 12.5 and
+26.7 %. Retrieval among 240 unseen clips reaches R@1 and R@10 of 1.2 and 16.2 % from sight to
+captions, 2.1 and 19.6 % back, untrained 0.4 and 4.2 %; 32.4 % of hidden bytes are told, and the
+match, with hard negatives, for 55.0 % of clips (seed 0). Crops and dropout keep it from learning
+its 960 clips by heart: without them R@10 is 8 to 9 % and sight at 35.8, 24.2 and 32.9 %.
 """
 
 from ml_collections import ConfigDict
 
-from particlejax.spec import DataSpec, Experiment, ModelSpec, OptimSpec, ParticleSpec, StageSpec, arguments, section
+from particlejax.config.experiment import (
+    DataSpec,
+    Experiment,
+    ModelSpec,
+    OptimSpec,
+    ParticleSpec,
+    StageSpec,
+    arguments,
+    section,
+)
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The experiment; arg: '' or 'tiny'."""
     tiny = arguments(arg, "tiny")["tiny"]
-    objectives = {"contrast": {"pair": ("vision", "text")}, "match": {"negatives": "hard"}, "words": {"weight": 0.5}}
+    objectives = {
+        "contrast": {"pair": ("vision", "text")},
+        "match": {"negatives": "hard"},
+        "words": {"weight": 0.5},
+    }
     stage = section(
-        StageSpec, steps=4 if tiny else 2400, rows=8 if tiny else 16, val="" if tiny else "val", val_every=300,
-        objectives={name: objectives[name] for name in objectives if not tiny or name == "contrast"},  # one compiles sooner
-        optim=section(OptimSpec, rate=1e-3))
-    small = section(ModelSpec, width=24, depth=1, heads=2, decoder_width=24, decoder_depth=1, unroll=False)
-    return ConfigDict(section(
-        Experiment,
-        data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", modalities=("vision", "text"),
-                     frames=16, size=32, still=0.05, memory_gib=1.0, augment={"crop": (0.7, 1.0), "flip": 0.5}),
-        particles=section(ParticleSpec, policy="grid", base=(16, 4, 4)),
-        model=small if tiny else section(ModelSpec, width=96, depth=3, heads=3, decoder_width=96, dropout=0.2),
-        stages={"pretrain": stage},
-    ))
+        StageSpec,
+        steps=4 if tiny else 2400,
+        rows=8 if tiny else 16,
+        val="" if tiny else "val",
+        val_every=300,
+        objectives={
+            name: objectives[name] for name in objectives if not tiny or name == "contrast"
+        },  # one compiles sooner
+        optim=section(OptimSpec, rate=1e-3),
+    )
+    small = section(
+        ModelSpec, width=24, depth=1, heads=2, decoder_width=24, decoder_depth=1, unroll=False
+    )
+    return ConfigDict(
+        section(
+            Experiment,
+            data=section(
+                DataSpec,
+                source="toybox:tiny" if tiny else "toybox",
+                modalities=("vision", "text"),
+                frames=16,
+                size=32,
+                still=0.05,
+                memory_gib=1.0,
+                augment={"crop": (0.7, 1.0), "flip": 0.5},
+            ),
+            particles=section(ParticleSpec, policy="grid", base=(16, 4, 4)),
+            model=small
+            if tiny
+            else section(ModelSpec, width=96, depth=3, heads=3, decoder_width=96, dropout=0.2),
+            stages={"pretrain": stage},
+        )
+    )

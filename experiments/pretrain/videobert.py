@@ -1,21 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masked words given the video, and masked visual words given the text (VideoBERT): one encoder reads both.
+"""Masked words given the video, and masked visual words given the text (VideoBERT): one encoder
+reads both.
 
     python -m particlejax.main --config experiments/pretrain/videobert.py
 
-Visual words are clusters that k-means finds among the particles of the first batches. As in the paper they may be those of a
-frozen network: compute experiments/features.py, then --config.data.modalities="('features','text')"
---config.data.features.folder=FOLDER --config.stages.pretrain.objectives.visual_words.modality=features.
+Visual words are clusters that k-means finds among the particles of the first batches. As in the
+paper they may be those of a frozen network: compute experiments/features.py, then
+--config.data.modalities="('features','text')"
+--config.data.features.folder=FOLDER
+--config.stages.pretrain.objectives.visual_words.modality=features.
 
-On the toybox 1200 steps take 7 minutes of a core. Of 240 unseen clips' hidden visual words it names 42.7 % of 64, of the
-captions' hidden bytes 23.4 %, and the match of 54.6 % of clips. Frozen, sight is at 26.2 % (linear), 10.4 % (k-NN) and 35.0 %
-(attentive) of twelve actions, untrained at 18.8, 12.5 and 26.7 % (seed 0).
+On the toybox 1200 steps take 7 minutes of a core. Of 240 unseen clips' hidden visual words it names
+42.7 % of 64, of the captions' hidden bytes 23.4 %, and the match of 54.6 % of clips. Frozen, sight
+is at 26.2 % (linear), 10.4 % (k-NN) and 35.0 % (attentive) of twelve actions, untrained at 18.8,
+12.5 and 26.7 % (seed 0).
 """
 
 from ml_collections import ConfigDict
 
-from particlejax.modelspec import VisualWordsSpec
-from particlejax.spec import DataSpec, Experiment, ModelSpec, OptimSpec, ParticleSpec, StageSpec, arguments, section
+from particlejax.config.experiment import (
+    DataSpec,
+    Experiment,
+    ModelSpec,
+    OptimSpec,
+    ParticleSpec,
+    StageSpec,
+    arguments,
+    section,
+)
+from particlejax.config.model import VisualWordsSpec
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -24,15 +37,36 @@ def get_config(arg: str = "") -> ConfigDict:
     seen = section(VisualWordsSpec, mask="random", keep=0.4, predict=0.3, codes=16 if tiny else 64)
     objectives = {"words": {"keep": 0.7}, "visual_words": seen, "match": {"negatives": "hard"}}
     stage = section(
-        StageSpec, steps=4 if tiny else 1200, rows=8 if tiny else 16, val="" if tiny else "val", val_every=300,
-        objectives={name: objectives[name] for name in objectives if not tiny or name == "visual_words"},  # one compiles sooner
-        optim=section(OptimSpec, rate=1e-3))
-    small = section(ModelSpec, width=24, depth=1, heads=2, decoder_width=24, decoder_depth=1, unroll=False)
-    return ConfigDict(section(
-        Experiment,
-        data=section(DataSpec, source="toybox:tiny" if tiny else "toybox", modalities=("vision", "text"),
-                     frames=16, size=32, still=0.05, memory_gib=1.0, augment={"flip": 0.5}),
-        particles=section(ParticleSpec, policy="grid", base=(16, 4, 4)),
-        model=small if tiny else section(ModelSpec, width=96, depth=3, heads=3, decoder_width=96),
-        stages={"pretrain": stage},
-    ))
+        StageSpec,
+        steps=4 if tiny else 1200,
+        rows=8 if tiny else 16,
+        val="" if tiny else "val",
+        val_every=300,
+        objectives={
+            name: objectives[name] for name in objectives if not tiny or name == "visual_words"
+        },  # one compiles sooner
+        optim=section(OptimSpec, rate=1e-3),
+    )
+    small = section(
+        ModelSpec, width=24, depth=1, heads=2, decoder_width=24, decoder_depth=1, unroll=False
+    )
+    return ConfigDict(
+        section(
+            Experiment,
+            data=section(
+                DataSpec,
+                source="toybox:tiny" if tiny else "toybox",
+                modalities=("vision", "text"),
+                frames=16,
+                size=32,
+                still=0.05,
+                memory_gib=1.0,
+                augment={"flip": 0.5},
+            ),
+            particles=section(ParticleSpec, policy="grid", base=(16, 4, 4)),
+            model=small
+            if tiny
+            else section(ModelSpec, width=96, depth=3, heads=3, decoder_width=96),
+            stages={"pretrain": stage},
+        )
+    )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random changes of a clip that leave what happens in it alone: the same for all its frames, pure in the generator.
+"""Random changes of a clip that leave what happens in it alone: the same for all its frames, pure
+in the generator.
 
 Legend: T frames, H rows, W columns; frames are uint8 [T, H, W, 3].
 """
@@ -9,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from particlejax.spec import AugmentSpec
+from particlejax.config.experiment import AugmentSpec
 
 _GREY = 115  # what is brought in from outside the picture, and what erasing leaves
 _ERASED = (0.02, 0.33)  # share of the picture
@@ -23,7 +24,10 @@ def pictures(frames: np.ndarray, spec: AugmentSpec, rng: np.random.Generator) ->
     """Colour jitter, RandAugment and erasing, in this order."""
     steps = [*_jitter(spec.jitter, rng)] if spec.jitter else []
     if spec.operations:
-        steps += [_operation(name, spec.magnitude, rng) for name in rng.choice(sorted(_OPERATIONS), spec.operations)]
+        steps += [
+            _operation(name, spec.magnitude, rng)
+            for name in rng.choice(sorted(_OPERATIONS), spec.operations)
+        ]
     if steps:
         frames = np.stack([np.asarray(_apply(steps, frame)) for frame in frames])
     if spec.erase and rng.random() < spec.erase:
@@ -41,8 +45,10 @@ def _apply(steps: list[Picture], frame: np.ndarray) -> Image.Image:
 def _jitter(strength: float, rng: np.random.Generator) -> list[Picture]:
     kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     factors = rng.uniform(max(0.0, 1 - strength), 1 + strength, len(kinds))
-    steps: list[Picture] = [lambda image, k=kind, f=factor: k(image).enhance(f)
-                            for kind, factor in zip(kinds, factors, strict=True)]
+    steps: list[Picture] = [
+        lambda image, k=kind, f=factor: k(image).enhance(f)
+        for kind, factor in zip(kinds, factors, strict=True)
+    ]
     turn = rng.uniform(-1, 1) * strength * _HUE * 128
     steps.append(lambda image: _turn_hue(image, int(turn)))
     return [steps[i] for i in rng.permutation(len(steps))]
@@ -60,7 +66,13 @@ def _operation(name: str, magnitude: float, rng: np.random.Generator) -> Picture
 
 
 def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=(_GREY,) * 3)
+    return image.transform(
+        image.size,
+        Image.Transform.AFFINE,
+        matrix,
+        Image.Resampling.BILINEAR,
+        fillcolor=(_GREY,) * 3,
+    )
 
 
 # Ranges as in RandAugment: magnitude 1 is the strongest of its ten steps.
@@ -74,7 +86,9 @@ _OPERATIONS: dict[str, Callable[[Image.Image, float, int], Image.Image]] = {
     "contrast": lambda image, m, s: ImageEnhance.Contrast(image).enhance(1 + 0.9 * s * m),
     "colour": lambda image, m, s: ImageEnhance.Color(image).enhance(1 + 0.9 * s * m),
     "sharpness": lambda image, m, s: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * s * m),
-    "rotate": lambda image, m, s: image.rotate(30 * s * m, Image.Resampling.BILINEAR, fillcolor=(_GREY,) * 3),
+    "rotate": lambda image, m, s: image.rotate(
+        30 * s * m, Image.Resampling.BILINEAR, fillcolor=(_GREY,) * 3
+    ),
     "shear_x": lambda image, m, s: _affine(image, (1, 0.3 * s * m, 0, 0, 1, 0)),
     "shear_y": lambda image, m, s: _affine(image, (1, 0, 0, 0.3 * s * m, 1, 0)),
     "translate_x": lambda image, m, s: _affine(image, (1, 0, 0.45 * s * m * image.width, 0, 1, 0)),
@@ -92,7 +106,9 @@ def _erase(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return frames
 
 
-def _box(size: tuple[int, int], area: float, aspect: float, rng: np.random.Generator) -> tuple[slice, slice]:
+def _box(
+    size: tuple[int, int], area: float, aspect: float, rng: np.random.Generator
+) -> tuple[slice, slice]:
     """Rows and columns of a box of this share of the picture, as far as it fits."""
     sides = (np.sqrt(area * aspect), np.sqrt(area / aspect))
     spans = []
@@ -103,7 +119,9 @@ def _box(size: tuple[int, int], area: float, aspect: float, rng: np.random.Gener
     return spans[0], spans[1]
 
 
-def mix(frames: np.ndarray, others: np.ndarray, spec: AugmentSpec, rng: np.random.Generator) -> tuple[np.ndarray, float]:
+def mix(
+    frames: np.ndarray, others: np.ndarray, spec: AugmentSpec, rng: np.random.Generator
+) -> tuple[np.ndarray, float]:
     """MixUp or CutMix of two clips of one shape, and the share of the first in the result."""
     kinds = [kind for kind in ("mixup", "cutmix") if getattr(spec, kind)]
     kind = kinds[int(rng.integers(len(kinds)))]
@@ -124,8 +142,12 @@ def loudness(sound: np.ndarray, spec: AugmentSpec, rng: np.random.Generator) -> 
     return sound * np.float32(10 ** (rng.uniform(-spec.gain, spec.gain) / 20))
 
 
-def empty_bands(mel: np.ndarray, spec: AugmentSpec, rng: np.random.Generator, fill: float) -> np.ndarray:
-    """SpecAugment of log-mel spectra [F, M]: bands of up to a fifth of time and of frequency are set to `fill`."""
+def empty_bands(
+    mel: np.ndarray, spec: AugmentSpec, rng: np.random.Generator, fill: float
+) -> np.ndarray:
+    """SpecAugment of log-mel spectra [F, M]: bands of up to a fifth of time and of frequency are
+    set to `fill`.
+    """
     mel = mel.copy()
     for axis, n in enumerate(mel.shape):
         for _ in range(spec.bands):

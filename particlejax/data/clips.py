@@ -12,13 +12,15 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from particlejax.data import audio, augment, memory, patience, series, subclips, words
-from particlejax.data.picture import Part
+from particlejax.config.experiment import DataSpec, ParticleSpec
+from particlejax.data import augment, frame_cache
+from particlejax.data.modalities import audio, feature_reader, timeseries, tokenizer
 from particlejax.data.sources import Record
-from particlejax.particles import cut, policies
-from particlejax.particles.pixels import PixelScale
+from particlejax.data.video import timeout
+from particlejax.data.video.frame_ops import Part
+from particlejax.particles import patchify, policies
+from particlejax.particles.normalize import PixelScale
 from particlejax.particles.types import Particles
-from particlejax.spec import DataSpec, ParticleSpec
 
 VISION, AUDIO, TEXT, SERIES = "vision", "audio", "text", "series"
 KEPT = ("features", "heard", "told")  # what frozen networks said
@@ -30,7 +32,9 @@ _TRIES = 10  # random crops that may fall outside the picture before its largest
 
 
 class View(NamedTuple):
-    """Which of several looks at a clip, when evaluating: number in 0..of-1 along time and across the picture."""
+    """Which of several looks at a clip, when evaluating: number in 0..of-1 along time and across
+    the picture.
+    """
 
     time: int
     times: int
@@ -44,40 +48,49 @@ Look = View | np.random.Generator  # training draws, evaluation names
 
 @dataclass(frozen=True)
 class Clip:
-    """What was read of a record: frames uint8 [T, size, size, 3] and their times in seconds, float32 [T].
+    """What was read of a record: frames uint8 [T, size, size, 3] and their times in seconds,
+    float32 [T].
 
-    All times count from the clip's start, where the sampled span begins; each frame stands somewhere in its own T-th of
-    it. sound: samples float32 [N] from the start on, None where there is none. words: ids int32 [n]. channels: float32
-    [n, C] from the start on, or None. seconds: the span. kept: by modality particles of what networks said before.
-    T is 0 where only those are asked for, and words: then no frame is decoded.
+    All times count from the clip's start, where the sampled span begins; each frame stands
+    somewhere in its own T-th of it. sound: samples float32 [N] from the start on, None where there
+    is none. words: ids int32 [n]. channels: float32 [n, C] from the start on, or None. seconds: the
+    span. kept: by modality particles of what networks said before. T is 0 where only those are
+    asked for, and words: then no frame is decoded.
     """
 
     frames: np.ndarray
     times: np.ndarray
     seconds: float
     sound: np.ndarray | None = None
-    words: np.ndarray | None = None
+    tokenizer: np.ndarray | None = None
     channels: np.ndarray | None = None
     kept: Mapping[str, Particles] = field(default_factory=dict)
 
 
 def load(record: Record, spec: DataSpec, look: Look, may_flip: bool = True) -> Clip:
-    """Decodes what the spec's modalities ask for. Raises decode.Unreadable, also when it takes too long."""
-    return patience.within(spec.time_limit, partial(_load, record, spec, look, may_flip), record.video)
+    """Decodes what the spec's modalities ask for. Raises decode.Unreadable, also when it takes too
+    long.
+    """
+    return timeout.within(
+        spec.time_limit, partial(_load, record, spec, look, may_flip), record.video
+    )
 
 
 def decodes(spec: DataSpec) -> bool:
     """Whether frames are decoded: not for kept features, alone or with words."""
-    return not set(KEPT) & set(spec.modalities) or bool({VISION, AUDIO, SERIES} & set(spec.modalities))
+    return not set(KEPT) & set(spec.modalities) or bool(
+        {VISION, AUDIO, SERIES} & set(spec.modalities)
+    )
 
 
 def _load(record: Record, spec: DataSpec, look: Look, may_flip: bool) -> Clip:
     if not decodes(spec):
         return _unseen(record, spec, look)
-    with memory.opened(record.video, spec.decode_side or spec.size, spec.memory_gib) as video:
+    with frame_cache.opened(record.video, spec.decode_side or spec.size, spec.memory_gib) as video:
         length = max(record.until(video.duration) - record.start, 1 / video.fps)
         offset, times, span = moments(length, 1 / video.fps, spec, look)
-        held = np.minimum(offset + times, length - 0.5 / video.fps)  # past its end a clip shows its last frame
+        # past its end a clip shows its last frame
+        held = np.minimum(offset + times, length - 0.5 / video.fps)
         frames = _see(video, record.start + held, spec, look, may_flip)
         origin, whole = video.origin, video.duration
     start, left = record.start + offset, min(span, length - offset)
@@ -85,31 +98,49 @@ def _load(record: Record, spec: DataSpec, look: Look, may_flip: bool) -> Clip:
     if AUDIO in spec.modalities:
         clip = replace(clip, sound=_hear(record, spec, look, (origin, start, left, whole)))
     if TEXT in spec.modalities and record.caption:
-        clip = replace(clip, words=words.encode(record.caption, spec.text))
+        clip = replace(clip, words=tokenizer.encode(record.caption, spec.text))
     if SERIES in spec.modalities and record.series:
         left = min(left, longest(spec, spec.series.seconds))
-        clip = replace(clip, channels=series.read(record.series, start, left, spec.series))
+        clip = replace(clip, channels=timeseries.read(record.series, start, left, spec.series))
     return replace(clip, kept=_kept(_read(record, spec), offset, span, spec))
 
 
 def _unseen(record: Record, spec: DataSpec, look: Look) -> Clip:
     kept = _read(record, spec)
     length = max(each.length for each in kept.values())
-    offset, _, span = moments(length, length, spec, look)  # how long a frame is does not matter to a span
-    text = words.encode(record.caption, spec.text) if TEXT in spec.modalities and record.caption else None
+    # how long a frame is does not matter to a span
+    offset, _, span = moments(length, length, spec, look)
+    text = (
+        tokenizer.encode(record.caption, spec.text)
+        if TEXT in spec.modalities and record.caption
+        else None
+    )
     frames = np.zeros((0, spec.size, spec.size, 3), np.uint8)
-    return Clip(frames, np.zeros(0, np.float32), span, words=text, kept=_kept(kept, offset, span, spec))
+    return Clip(
+        frames, np.zeros(0, np.float32), span, words=text, kept=_kept(kept, offset, span, spec)
+    )
 
 
-def _read(record: Record, spec: DataSpec) -> dict[str, subclips.Kept]:
-    return {name: subclips.read(record, getattr(spec, name), name) for name in KEPT if name in spec.modalities}
+def _read(record: Record, spec: DataSpec) -> dict[str, feature_reader.Kept]:
+    return {
+        name: feature_reader.read(record, getattr(spec, name), name)
+        for name in KEPT
+        if name in spec.modalities
+    }
 
 
-def _kept(kept: Mapping[str, subclips.Kept], offset: float, span: float, spec: DataSpec) -> dict[str, Particles]:
-    return {name: each.during(offset, min(span, longest(spec, getattr(spec, name).seconds) or span)) for name, each in kept.items()}
+def _kept(
+    kept: Mapping[str, feature_reader.Kept], offset: float, span: float, spec: DataSpec
+) -> dict[str, Particles]:
+    return {
+        name: each.during(offset, min(span, longest(spec, getattr(spec, name).seconds) or span))
+        for name, each in kept.items()
+    }
 
 
-def _see(video: memory.Frames, times: np.ndarray, spec: DataSpec, look: Look, may_flip: bool) -> np.ndarray:
+def _see(
+    video: frame_cache.Frames, times: np.ndarray, spec: DataSpec, look: Look, may_flip: bool
+) -> np.ndarray:
     drawn = isinstance(look, np.random.Generator)
     height, width = video.size
     left, top, right, bottom = box = _crop((height, width), spec, look)
@@ -121,28 +152,37 @@ def _see(video: memory.Frames, times: np.ndarray, spec: DataSpec, look: Look, ma
     return augment.pictures(frames, spec.augment, look) if drawn else frames
 
 
-def _hear(record: Record, spec: DataSpec, look: Look, when: tuple[float, float, float, float]) -> np.ndarray | None:
+def _hear(
+    record: Record, spec: DataSpec, look: Look, when: tuple[float, float, float, float]
+) -> np.ndarray | None:
     origin, start, seconds, whole = when
     drawn = isinstance(look, np.random.Generator)
     if drawn and spec.augment.shift:
         start = max(0.0, start + look.uniform(-1, 1) * spec.augment.shift)
     seconds = min(seconds, longest(spec, spec.audio.seconds))
-    sound = memory.sound(record.video, origin, start, seconds, spec.audio.rate, spec.memory_gib, whole)
+    sound = frame_cache.sound(
+        record.video, origin, start, seconds, spec.audio.rate, spec.memory_gib, whole
+    )
     if sound is not None and drawn and spec.augment.gain:
         sound = augment.loudness(sound, spec.augment, look)
     return sound
 
 
 def longest(spec: DataSpec, own: float) -> float:
-    """Seconds of sound, series or features that a row has room for: the modality's own setting, else the span of the frames."""
+    """Seconds of sound, series or features that a row has room for: the modality's own setting,
+    else the span of the frames.
+    """
     return own or spec.seconds
 
 
-def particles_of(clip: Clip, data: DataSpec, spec: ParticleSpec, rng: np.random.Generator) -> dict[str, Particles]:
-    """The clip's particles by modality; what a clip lacks has no entry. Vision is uint8: `pixel_scale` reads it.
+def particles_of(
+    clip: Clip, data: DataSpec, spec: ParticleSpec, rng: np.random.Generator
+) -> dict[str, Particles]:
+    """The clip's particles by modality; what a clip lacks has no entry. Vision is uint8:
+    `pixel_scale` reads it.
 
-    Sound, words and series stand on the clock of the frames. Where the policy does not spend the budget itself, a random part
-    of the vision is kept.
+    Sound, words and series stand on the clock of the frames. Where the policy does not spend the
+    budget itself, a random part of the vision is kept.
     """
     made = {VISION: _vision(clip, spec, rng)} if VISION in data.modalities else {}
     if clip.sound is not None:
@@ -157,7 +197,8 @@ def particles_of(clip: Clip, data: DataSpec, spec: ParticleSpec, rng: np.random.
 
 def _vision(clip: Clip, spec: ParticleSpec, rng: np.random.Generator) -> Particles:
     count = len(clip.frames)
-    starts = (np.arange(count) * (clip.seconds / count)).astype(np.float32)  # each frame stands for its share of the span
+    # each frame stands for its share of the span
+    starts = (np.arange(count) * (clip.seconds / count)).astype(np.float32)
     particles = policies.cut_clip(clip.frames, starts, spec)
     if spec.budget and spec.policy not in policies.ADAPTING:
         return policies.thin(particles, rng.random(len(particles.segment)), spec.budget)
@@ -178,15 +219,17 @@ def _audio(sound: np.ndarray, data: DataSpec, rng: np.random.Generator) -> Parti
     base = (spec.patch[0], spec.patch[1], 1)
     if len(mel) < base[0]:  # shorter than a patch: silence follows
         quiet = (np.log(1e-6) - spec.mean) / spec.std
-        mel = np.pad(mel, ((0, base[0] - len(mel)), (0, 0)), constant_values=quiet).astype(np.float32)
+        mel = np.pad(mel, ((0, base[0] - len(mel)), (0, 0)), constant_values=quiet).astype(
+            np.float32
+        )
         times = (np.arange(len(mel)) * spec.hop).astype(np.float32)
-    return cut.cut(mel[:, :, None, None], times, cut.Tube(base, base), base)
+    return patchify.cut(mel[:, :, None, None], times, patchify.Tube(base, base), base)
 
 
 def _series(channels: np.ndarray, data: DataSpec) -> Particles:
     base = (data.series.window, 1, 1)
     times = (np.arange(len(channels)) / data.series.rate).astype(np.float32)
-    return cut.cut(channels[:, None, None, :], times, cut.Tube(base, base), base)
+    return patchify.cut(channels[:, None, None, :], times, patchify.Tube(base, base), base)
 
 
 def _text(ids: np.ndarray, seconds: float) -> Particles:
@@ -198,8 +241,12 @@ def _text(ids: np.ndarray, seconds: float) -> Particles:
     return Particles(ids[:, None].astype(np.int32), place, extent, np.ones(n, np.int32))
 
 
-def moments(length: float, frame: float, spec: DataSpec, look: Look) -> tuple[float, np.ndarray, float]:
-    """Where the span begins, the frames' times from there on, and how long it is; `frame` is one frame of the file."""
+def moments(
+    length: float, frame: float, spec: DataSpec, look: Look
+) -> tuple[float, np.ndarray, float]:
+    """Where the span begins, the frames' times from there on, and how long it is; `frame` is one
+    frame of the file.
+    """
     drawn = isinstance(look, np.random.Generator)
     if spec.sample == "dense":
         low, high = spec.stride
@@ -235,25 +282,37 @@ def _crop(size: tuple[int, int], spec: DataSpec, look: Look) -> tuple[float, ...
     return _crop(size, spec, CENTRE)
 
 
-def crop_resize(frames: np.ndarray, box: tuple[float, ...], size: int, mirrored: bool = False) -> np.ndarray:
-    """The part `box` (left, top, right, bottom in pixels) of frames uint8 [T, H, W, 3] as [T, size, size, 3].
+def crop_resize(
+    frames: np.ndarray, box: tuple[float, ...], size: int, mirrored: bool = False
+) -> np.ndarray:
+    """The part `box` (left, top, right, bottom in pixels) of frames uint8 [T, H, W, 3] as [T, size,
+    size, 3].
 
-    Antialiased bilinear as Pillow's, bit for bit; small pictures go through it together, one axis after the other,
-    because there its cost is in the calls.
+    Antialiased bilinear as Pillow's, bit for bit; small pictures go through it together, one axis
+    after the other, because there its cost is in the calls.
     """
     if box == (0, 0, size, size) and frames.shape[1:3] == (size, size):
         return frames[:, :, ::-1] if mirrored else frames
     if size > _SMALL:
-        images = (Image.fromarray(np.ascontiguousarray(frame)).resize((size, size), _BILINEAR, box=box) for frame in frames)
-        return np.stack([np.asarray(image.transpose(_MIRROR) if mirrored else image) for image in images])
+        images = (
+            Image.fromarray(np.ascontiguousarray(frame)).resize((size, size), _BILINEAR, box=box)
+            for frame in frames
+        )
+        return np.stack(
+            [np.asarray(image.transpose(_MIRROR) if mirrored else image) for image in images]
+        )
     left, top, right, bottom = box
     wide = _stretch(frames, left, right, size, mirrored)
     return _stretch(wide.swapaxes(1, 2), top, bottom, size).swapaxes(1, 2)
 
 
-def _stretch(frames: np.ndarray, start: float, stop: float, size: int, mirrored: bool = False) -> np.ndarray:
+def _stretch(
+    frames: np.ndarray, start: float, stop: float, size: int, mirrored: bool = False
+) -> np.ndarray:
     """Columns start..stop of frames [T, H, W, 3] as `size` columns."""
     count, height, width, _ = frames.shape
     tall = Image.fromarray(np.ascontiguousarray(frames).reshape(count * height, width, 3))
     found = tall.resize((size, count * height), _BILINEAR, box=(start, 0, stop, count * height))
-    return np.asarray(found.transpose(_MIRROR) if mirrored else found).reshape(count, height, size, 3)
+    return np.asarray(found.transpose(_MIRROR) if mirrored else found).reshape(
+        count, height, size, 3
+    )

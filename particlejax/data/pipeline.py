@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches by number: batch k is a pure function of (source, spec, seed, k), so where the data stands is one integer.
+"""Batches by number: batch k is a pure function of (source, spec, seed, k), so where the data
+stands is one integer.
 
-Grain reads ahead in threads or processes; resuming, or another number of workers or hosts, changes nothing of what comes.
-Legend: B rows, S clips of a row.
+Grain reads ahead in threads or processes; resuming, or another number of workers or hosts, changes
+nothing of what comes. Legend: B rows, S clips of a row.
 """
 
 from collections.abc import Iterator
@@ -14,18 +15,23 @@ import absl.flags
 import grain
 import numpy as np
 
-from particlejax.data import augment, clips, words
-from particlejax.data.decode import Unreadable
-from particlejax.data.plan import Plan, Stand
-from particlejax.data.schedule import FIXED, Row, Scale, Schedule
+from particlejax.config.experiment import DataSpec, ParticleSpec, ScheduleSpec
+from particlejax.core.typing import UserError
+from particlejax.data import augment, clips
+from particlejax.data.modalities import tokenizer
+from particlejax.data.packing_plan import Plan, Stand
+from particlejax.data.scale_schedule import FIXED, Row, Scale, Schedule
 from particlejax.data.sources import Source, parts_of
-from particlejax.particles import pack
+from particlejax.data.video.decode import Unreadable
+from particlejax.particles import packing
 from particlejax.particles.types import Batch
-from particlejax.spec import DataSpec, ParticleSpec, ScheduleSpec
-from particlejax.typing import UserError
 
-_AHEAD = 8  # batches that are ready while the first step compiles, when most clips are not in memory yet
-_CUT_SEED = 0x5EED  # the order in which `fraction` draws, the same for every run so that runs compare
+_AHEAD = (
+    8  # batches that are ready while the first step compiles, when most clips are not in memory yet
+)
+_CUT_SEED = (
+    0x5EED  # the order in which `fraction` draws, the same for every run so that runs compare
+)
 
 
 class Bad(NamedTuple):
@@ -47,8 +53,9 @@ class Loaded(NamedTuple):
 class Batches:
     """Training batches: every epoch holds each clip once, in another order, across all processes.
 
-    Of a mixture each part goes round its own epochs, drawn by weight. An unreadable clip leaves its place in the row empty;
-    it is never replaced. MixUp and CutMix take partners from the rows of their own process.
+    Of a mixture each part goes round its own epochs, drawn by weight. An unreadable clip leaves its
+    place in the row empty; it is never replaced. MixUp and CutMix take partners from the rows of
+    their own process.
     """
 
     source: Source
@@ -59,7 +66,9 @@ class Batches:
     process: int = 0
     processes: int = 1
     scales: ScheduleSpec = FIXED
-    steps: int = 0  # of the training, which the schedule's progress is a share of; 0: `positions` says
+    steps: int = (
+        0  # of the training, which the schedule's progress is a share of; 0: `positions` says
+    )
     positions: int = 0  # clips after which the data ends; 0: never
     since: Stand = Stand(0, 0)  # where the plan stood when the training was saved
 
@@ -70,14 +79,29 @@ class Batches:
         rows = self.rows // self.processes
         mine = range(self.process * rows, (self.process + 1) * rows)
         scales = self.plan.schedule.scales
-        wanted = [_Wanted(int(self.order[p]), np.random.default_rng((self.seed, p)), scales[scale], row - mine.start)
-                  for p, row, scale in self.plan.batch(k) if row in mine]
+        wanted = [
+            _Wanted(
+                int(self.order[p]),
+                np.random.default_rng((self.seed, p)),
+                scales[scale],
+                row - mine.start,
+            )
+            for p, row, scale in self.plan.batch(k)
+            if row in mine
+        ]
         return _load(self.source, wanted, self.plan.schedule.row, rows)
 
     @cached_property
     def plan(self) -> Plan:
         """Which clips stand where."""
-        return Plan(Schedule(self.scales, self.data, self.particles), self.rows, self.seed, self.steps, self.positions, self.since)
+        return Plan(
+            Schedule(self.scales, self.data, self.particles),
+            self.rows,
+            self.seed,
+            self.steps,
+            self.positions,
+            self.since,
+        )
 
     def clips(self, k: int) -> list[int]:
         """Which clips batch k holds on all processes."""
@@ -87,14 +111,24 @@ class Batches:
     def order(self) -> grain.MapDataset:
         """Which clip stands at each position, for ever."""
         parts, seed = parts_of(self.source), self.seed % 2**32
-        orders = [grain.MapDataset.source(first + chosen_clips(count, self.data.fraction)).seed(seed).shuffle().repeat(None)
-                  for first, count, _ in parts]
-        return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, [weight for *_, weight in parts])
+        orders = [
+            grain.MapDataset.source(first + chosen_clips(count, self.data.fraction))
+            .seed(seed)
+            .shuffle()
+            .repeat(None)
+            for first, count, _ in parts
+        ]
+        return (
+            orders[0]
+            if len(orders) == 1
+            else grain.MapDataset.mix(orders, [weight for *_, weight in parts])
+        )
 
 
 @dataclass(frozen=True)
 class Views:
-    """Every look at every clip once, for measuring: `views` = temporal clips x spatial crops; the last batch is padded.
+    """Every look at every clip once, for measuring: `views` = temporal clips x spatial crops; the
+    last batch is padded.
 
     `data.fraction` is for training: what is measured is always the whole split.
     """
@@ -116,7 +150,9 @@ class Views:
         first = (k * self.rows + self.process * rows) * self.data.clips_per_row
         places = range(first, min(first + rows * self.data.clips_per_row, self._count()))
         scale = Scale(self.data, self.particles)
-        wanted = [_Wanted(*self._look(p), scale, (p - first) // self.data.clips_per_row) for p in places]
+        wanted = [
+            _Wanted(*self._look(p), scale, (p - first) // self.data.clips_per_row) for p in places
+        ]
         return _load(self.source, wanted, row_of(self.data, self.particles), rows)
 
     def _count(self) -> int:
@@ -143,33 +179,44 @@ def row_of(data: DataSpec, spec: ParticleSpec, scales: ScheduleSpec = FIXED) -> 
 
 def vocabularies(data: DataSpec) -> dict[str, int]:
     """Of the modalities whose payloads are ids, how many there are."""
-    return {clips.TEXT: words.vocabulary(data.text)} if clips.TEXT in data.modalities else {}
+    return {clips.TEXT: tokenizer.vocabulary(data.text)} if clips.TEXT in data.modalities else {}
 
 
 def example(row: Row, rows: int) -> Batch:
     """A batch of zeros with the shapes and types of every batch."""
-    return pack.pack([], [], row.slots, rows, row.clips)
+    return packing.pack([], [], row.slots, rows, row.clips)
 
 
 def read(batches: Batches | Views, start: int, stop: int, data: DataSpec) -> Iterator[Loaded]:
-    """Batches start..stop-1 in order, read ahead by `data.threads` threads or in `data.workers` processes."""
+    """Batches start..stop-1 in order, read ahead by `data.threads` threads or in `data.workers`
+    processes.
+    """
     numbers = grain.MapDataset.source(_Slice(batches, start, stop))
-    options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=data.threads + _AHEAD)
+    options = grain.ReadOptions(
+        num_threads=data.threads, prefetch_buffer_size=data.threads + _AHEAD
+    )
     stream = numbers.to_iter_dataset(options)
     if data.workers:
         if not absl.flags.FLAGS.is_parsed():
-            absl.flags.FLAGS.mark_as_parsed()  # Grain's processes read a flag, and a notebook has parsed none
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=2))
+            # Grain's processes read a flag, and a notebook has parsed none
+            absl.flags.FLAGS.mark_as_parsed()
+        stream = stream.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=2)
+        )
     iterator = iter(stream)
+    # else Grain's workers and shared memory outlive it
     try:
         yield from iterator
     except RuntimeError as error:
         if "terminated unexpectedly" not in str(error):
             raise
-        raise UserError("a process that decodes was killed, by the system where memory was short: give the same command "
-                        "again, it continues from the last checkpoint, with fewer config.data.workers.") from error
+        raise UserError(
+            "a process that decodes was killed, by the system where memory was short: give the "
+            "same command "
+            "again, it continues from the last checkpoint, with fewer config.data.workers."
+        ) from error
     finally:
-        iterator.close()  # else Grain's workers and shared memory outlive it
+        iterator.close()
 
 
 @dataclass(frozen=True)
@@ -208,17 +255,26 @@ def _load(source: Source, wanted: list[_Wanted], row: Row, rows: int) -> Loaded:
         except Unreadable as error:
             bad.append(Bad(each.number, record.name, error.reason))
     packed = [_packed(read, i) for i in range(len(read))]
-    return Loaded(pack.pack(packed, [each.wanted.row for each in read], row.slots, rows, row.clips), tuple(bad))
+    return Loaded(
+        packing.pack(packed, [each.wanted.row for each in read], row.slots, rows, row.clips),
+        tuple(bad),
+    )
 
 
-def _packed(read: list[_Read], i: int) -> pack.Clip:
-    """Clip i with its particles, the next one of its size mixed into its frames where the spec says so."""
+def _packed(read: list[_Read], i: int) -> packing.Clip:
+    """Clip i with its particles, the next one of its size mixed into its frames where the spec says
+    so.
+    """
     (number, look, (data, spec), _), clip, label = read[i]
-    rng = look if isinstance(look, np.random.Generator) else np.random.default_rng((_CUT_SEED, number))
+    rng = (
+        look
+        if isinstance(look, np.random.Generator)
+        else np.random.default_rng((_CUT_SEED, number))
+    )
     share, other = 1.0, -1
     if isinstance(look, np.random.Generator) and (data.augment.mixup or data.augment.cutmix):
         others = (read[(i + step) % len(read)] for step in range(1, len(read) + 1))
         partner = next(each for each in others if each.clip.frames.shape == clip.frames.shape)
         frames, share = augment.mix(clip.frames, partner.clip.frames, data.augment, rng)
         clip, other = replace(clip, frames=frames), partner.label
-    return pack.Clip(clips.particles_of(clip, data, spec, rng), label, number, share, other)
+    return packing.Clip(clips.particles_of(clip, data, spec, rng), label, number, share, other)

@@ -12,38 +12,54 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from particlejax.nn import flash, rotary, tuned
+from particlejax.nn import fused_attention, peft_hooks, rope
 from particlejax.nn.dense import DenseGeneral
-from particlejax.nn.reduce import Tokens
+from particlejax.nn.token_reduction import Tokens
 
 FAR = -1e9  # the logit of what must not count; finite, so that an empty slot's softmax stays finite
 
 
 def same_segment(query_BL: Array, key_BM: Array) -> Array:
-    """What each query may read, bool [B, L, M]: keys of its own clip; a query in an empty slot reads nothing."""
+    """What each query may read, bool [B, L, M]: keys of its own clip; a query in an empty slot
+    reads nothing.
+    """
     return (query_BL[:, :, None] == key_BM[:, None, :]) & (key_BM[:, None, :] > 0)
 
 
 class Between(NamedTuple):
-    """What attention is told besides content: the places of queries [B, L, 3] and keys [B, M, 3], and who may read whom."""
+    """What attention is told besides content: the places of queries [B, L, 3] and keys [B, M, 3],
+    and who may read whom.
+    """
 
     query: Array
     key: Array
     may: Array  # bool [B, L, M]
-    mass: Array | None = None  # float32 [B, M], how many particles a key stands for; None: each for one
-    segments: tuple[Array, Array] | None = None  # of queries [B, L] and keys [B, M], for kernels that make `may` of them
+    mass: Array | None = (
+        None  # float32 [B, M], how many particles a key stands for; None: each for one
+    )
+    segments: tuple[Array, Array] | None = (
+        None  # of queries [B, L] and keys [B, M], for kernels that make `may` of them
+    )
 
 
 def between(query: Tokens, key: Tokens) -> Between:
     """The relation of queries to keys, each within its segment."""
-    return Between(query.place, key.place, same_segment(query.segment, key.segment), key.mass, (query.segment, key.segment))
+    return Between(
+        query.place,
+        key.place,
+        same_segment(query.segment, key.segment),
+        key.mass,
+        (query.segment, key.segment),
+    )
 
 
 class Nearness(nn.Module):
-    """Logits [B, H, L, M] that fall with the squared distance of places: each head learns how fast along each axis.
+    """Logits [B, H, L, M] that fall with the squared distance of places: each head learns how fast
+    along each axis.
 
-    A prior of locality in continuous time and space, which a Transformer otherwise needs many clips to find. Heads start
-    between narrow and wide, alternating in time. Linear in features of query and key, so no pair of places is formed.
+    A prior of locality in continuous time and space, which a Transformer otherwise needs many clips
+    to find. Heads start between narrow and wide, alternating in time. Linear in features of query
+    and key, so no pair of places is formed.
     """
 
     heads: int
@@ -75,17 +91,21 @@ class Style(NamedTuple):
     """What blocks are made of; each default is what a block is without the option."""
 
     near: bool = True
-    rotary: bool = False
+    rope: bool = False
     qk_norm: bool = False  # queries and keys normed, so that logits stay bounded (arXiv:2302.05442)
     gated: bool = False  # SwiGLU (arXiv:2002.05202) instead of GELU
     layer_scale: float = 0.0  # that branches start with (arXiv:2103.17239); 0: none
     dropout: float = 0.0
     dtype: Any = jnp.float32
-    attention: str = "plain"  # or a kernel that never writes the logits: auto, splash, cudnn (nn/flash.py)
+    attention: str = (
+        "plain"  # or a kernel that never writes the logits: auto, splash, cudnn (nn/flash.py)
+    )
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries [B, L, D] to keys [B, M, D], in two steps, so that parts of a row can be asked apart."""
+    """Multi-head attention of queries [B, L, D] to keys [B, M, D], in two steps, so that parts of a
+    row can be asked apart.
+    """
 
     width: int
     heads: int
@@ -104,43 +124,63 @@ class Attention(nn.Module):
         return self.answer(self.ask(x_BLD, where.query), *self.tell(y_BMD, where.key), where)
 
     def ask(self, x_BLD: Array, place: Array) -> Array:
-        """Queries [B, H, L, K]: heads before slots, as XLA's CPU runs the batched product several times faster so."""
+        """Queries [B, H, L, K]: heads before slots, as XLA's CPU runs the batched product several
+        times faster so.
+        """
         query = self.query(x_BLD).swapaxes(1, 2)
         if self.style.qk_norm:
             query = self.query_norm(query)
-        return rotary.turn(query, place) if self.style.rotary else query
+        return rope.turn(query, place) if self.style.rotary else query
 
     def tell(self, y_BMD: Array, place: Array) -> tuple[Array, Array]:
         """Keys and values [B, H, M, K]."""
         key, value = self.key(y_BMD).swapaxes(1, 2), self.value(y_BMD).swapaxes(1, 2)
         if self.style.qk_norm:
             key = self.key_norm(key)
-        return rotary.turn(key, place) if self.style.rotary else key, value
+        return rope.turn(key, place) if self.style.rotary else key, value
 
     def answer(self, query: Array, key: Array, value: Array, where: Between) -> Array:
         """What the queries read, [B, L, D]."""
         scaled = query * query.shape[-1] ** -0.5
         prefix = self.get_variable("params", "prefix")  # only where fine-tuning has put one
-        how = "plain" if prefix is not None else flash.chosen(self.style.attention, scaled.dtype, key.shape[2])
-        read = self._plain(scaled, key, value, where, prefix) if how == "plain" else self._flash(how, scaled, key, value, where)
-        some = where.may.any(axis=-1)[:, None, :, None]  # who may read nothing would else read the mean of the whole row
+        how = (
+            "plain"
+            if prefix is not None
+            else fused_attention.chosen(self.style.attention, scaled.dtype, key.shape[2])
+        )
+        read = (
+            self._plain(scaled, key, value, where, prefix)
+            if how == "plain"
+            else self._flash(how, scaled, key, value, where)
+        )
+        # who may read nothing would else read the mean of the whole row
+        some = where.may.any(axis=-1)[:, None, :, None]
         return self.out(jnp.where(some, read, 0).swapaxes(1, 2))
 
     def _flash(self, how: str, scaled: Array, key: Array, value: Array, where: Between) -> Array:
         sharpness = self.nearness.sharpness() if self.style.near else None
-        scaled, key = flash.fold(scaled, key, (where.query, where.key), sharpness, where.mass)
-        return flash.splash(scaled, key, value, where.segments) if how == "splash" else flash.cudnn(scaled, key, value, where.may)
+        scaled, key = fused_attention.fold(
+            scaled, key, (where.query, where.key), sharpness, where.mass
+        )
+        return (
+            fused_attention.splash(scaled, key, value, where.segments)
+            if how == "splash"
+            else fused_attention.cudnn(scaled, key, value, where.may)
+        )
 
     def _plain(self, scaled: Array, key: Array, value: Array, where: Between, prefix: Any) -> Array:
         logits = jnp.einsum("bhlk,bhmk->bhlm", scaled, key, preferred_element_type=jnp.float32)
         if self.style.near:
             logits += self.nearness(where)
-        if where.mass is not None:  # a merged token counts as what it was merged from (arXiv:2210.09461, section 3)
+        # a merged token counts as what it was merged from (arXiv:2210.09461, section 3)
+        if where.mass is not None:
             logits += jnp.log(jnp.maximum(where.mass, 1.0))[:, None, None]
         logits = jnp.where(where.may[:, None], logits, FAR)
         if prefix is not None:
             sharpness = self.nearness.sharpness() if self.style.near else None
-            logits = jnp.concatenate([logits, tuned.prefix_logits(scaled, prefix, sharpness, where.query)], axis=-1)
+            logits = jnp.concatenate(
+                [logits, peft_hooks.prefix_logits(scaled, prefix, sharpness, where.query)], axis=-1
+            )
             value = _append(value, prefix["value"])
         return mixed(logits, value)
 
@@ -149,8 +189,9 @@ class Attention(nn.Module):
 def mixed(logits_BHLM: Array, value_BHMK: Array) -> Array:
     """softmax(logits) value, [B, H, L, K] in the type of the values; logits and sums are float32.
 
-    The sum divides what was mixed and not the weights, and the backward pass needs the weights' mean gradient, which is the
-    output's product with its own (arXiv:2205.14135, section 3.1): so fewer arrays of the logits' size are written and read.
+    The sum divides what was mixed and not the weights, and the backward pass needs the weights'
+    mean gradient, which is the output's product with its own (arXiv:2205.14135, section 3.1): so
+    fewer arrays of the logits' size are written and read.
     """
     return _mix(logits_BHLM, value_BHMK)[0]
 
@@ -168,7 +209,9 @@ def _unmix(kept: tuple[Array, Array, Array, Array], grad: Array) -> tuple[Array,
     mean = (grad.astype(jnp.float32) * out).sum(axis=-1, keepdims=True) / total
     grad = (grad / total).astype(value.dtype)
     dvalue = jnp.einsum("bhlm,bhlk->bhmk", weights, grad, preferred_element_type=jnp.float32)
-    dlogits = weights * (jnp.einsum("bhlk,bhmk->bhlm", grad, value, preferred_element_type=jnp.float32) - mean)
+    dlogits = weights * (
+        jnp.einsum("bhlk,bhmk->bhlm", grad, value, preferred_element_type=jnp.float32) - mean
+    )
     return dlogits, dvalue.astype(value.dtype)
 
 
@@ -177,5 +220,8 @@ mixed.defvjp(_mix, _unmix)
 
 def _append(value_BHMK: Array, more_ZHK: Array) -> Array:
     """Values that every row may read, behind its own."""
-    more = jnp.broadcast_to(more_ZHK.swapaxes(0, 1)[None], (*value_BHMK.shape[:2], *more_ZHK.shape[::2]))
-    return jnp.concatenate([value_BHMK, more.astype(value_BHMK.dtype)], axis=2)  # cast last: the gradient is a float32 sum
+    more = jnp.broadcast_to(
+        more_ZHK.swapaxes(0, 1)[None], (*value_BHMK.shape[:2], *more_ZHK.shape[::2])
+    )
+    # cast last: the gradient is a float32 sum
+    return jnp.concatenate([value_BHMK, more.astype(value_BHMK.dtype)], axis=2)

@@ -20,18 +20,24 @@ _OCTAVES = 4.0  # extents reach about this many octaves to either side of one
 
 
 def place_features(place_BL3: Array, extent_BL3: Array) -> Array:
-    """Fourier features of place and logarithms of extent, float32 [B, L, 6 F + 3]: continuous in both."""
+    """Fourier features of place and logarithms of extent, float32 [B, L, 6 F + 3]: continuous in
+    both.
+    """
     shortest = np.array([_SECONDS[0], _FRACTION[0], _FRACTION[0]], np.float32)
     longest = np.array([_SECONDS[1], _FRACTION[1], _FRACTION[1]], np.float32)
     steps = np.linspace(0, 1, _FREQUENCIES, dtype=np.float32)
     wavelength = shortest[:, None] * (longest / shortest)[:, None] ** steps
-    angle = (place_BL3[..., None] * (2 * np.pi / wavelength)[None, None]).reshape(*place_BL3.shape[:2], -1)
+    angle = (place_BL3[..., None] * (2 * np.pi / wavelength)[None, None]).reshape(
+        *place_BL3.shape[:2], -1
+    )
     size = jnp.log2(jnp.maximum(extent_BL3, 1e-6)) / _OCTAVES
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle), size], axis=-1)
 
 
 class Place(nn.Module):
-    """Vectors of place and extent: any resolution, rate and granularity goes through the same parameters."""
+    """Vectors of place and extent: any resolution, rate and granularity goes through the same
+    parameters.
+    """
 
     width: int
     dtype: Any = jnp.float32
@@ -43,7 +49,9 @@ class Place(nn.Module):
 
 
 class Payload(nn.Module):
-    """Vectors of payloads: Dense for numbers, a table of `vocabulary` rows for token ids (int32, P = 1)."""
+    """Vectors of payloads: Dense for numbers, a table of `vocabulary` rows for token ids (int32, P
+    = 1).
+    """
 
     width: int
     vocabulary: int = 0
@@ -52,12 +60,16 @@ class Payload(nn.Module):
     @nn.compact
     def __call__(self, payload_BLP: Array) -> Array:
         if self.vocabulary:
-            return nn.Embed(self.vocabulary, self.width, name="table")(payload_BLP[..., 0]).astype(self.dtype)
+            return nn.Embed(self.vocabulary, self.width, name="table")(payload_BLP[..., 0]).astype(
+                self.dtype
+            )
         return Dense(self.width, dtype=self.dtype, name="project")(payload_BLP)
 
 
 class Learned(nn.Module):
-    """Vectors [count, D] that are learned and stand for no particle: latents, class tokens, what tells a modality from others."""
+    """Vectors [count, D] that are learned and stand for no particle: latents, class tokens, what
+    tells a modality from others.
+    """
 
     width: int
     count: int

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the tokens of a clip to one vector, and from that to answers and to embeddings.
 
-Legend: B rows, L slots, S clips of a row, D width, H heads, K width of a head, C answers, E width of an embedding, M moments,
-P numbers of a payload.
+Legend: B rows, L slots, S clips of a row, D width, H heads, K width of a head, C answers, E width
+of an embedding, M moments, P numbers of a payload.
 """
 
 from typing import Any
@@ -16,13 +16,15 @@ from jax import Array
 from particlejax import losses
 from particlejax.nn import embed
 from particlejax.nn.dense import Dense, DenseGeneral
-from particlejax.nn.reduce import Tokens
+from particlejax.nn.token_reduction import Tokens
 
 
 class AttentivePool(nn.Module):
-    """Each head's own weighted mean of a clip's tokens, float32 [B, S, D] (attentive pooling, arXiv:1810.00825).
+    """Each head's own weighted mean of a clip's tokens, float32 [B, S, D] (attentive pooling,
+    arXiv:1810.00825).
 
-    Where the mean drowns the few tokens that matter, the heads learn which do. A clip without tokens gives zeros.
+    Where the mean drowns the few tokens that matter, the heads learn which do. A clip without
+    tokens gives zeros.
     """
 
     heads: int
@@ -32,7 +34,9 @@ class AttentivePool(nn.Module):
     def __call__(self, x_BLD: Array, segment_BL: Array, clips: int) -> Array:
         width = x_BLD.shape[-1]
         logits = Dense(self.heads, dtype=self.dtype, name="score")(x_BLD).astype(jnp.float32)
-        value = DenseGeneral((self.heads, width // self.heads), dtype=self.dtype, name="value")(x_BLD)
+        value = DenseGeneral((self.heads, width // self.heads), dtype=self.dtype, name="value")(
+            x_BLD
+        )
         member = losses.membership(segment_BL, clips).swapaxes(1, 2)[..., None]  # [B, S, L, 1]
         weights = jax.nn.softmax(jnp.where(member > 0, logits[:, None], -1e9), axis=2) * member
         pooled = jnp.einsum("bslh,blhk->bshk", weights, value.astype(jnp.float32))
@@ -40,14 +44,18 @@ class AttentivePool(nn.Module):
 
 
 class AttentiveProbe(nn.Module):
-    """Logits float32 [B, C] of clips of one row each, from frozen tokens: attentive pooling, and a linear map of that."""
+    """Logits float32 [B, C] of clips of one row each, from frozen tokens: attentive pooling, and a
+    linear map of that.
+    """
 
     classes: int
     heads: int
 
     @nn.compact
     def __call__(self, x_BLD: Array, segment_BL: Array) -> Array:
-        pooled = AttentivePool(self.heads, name="pool")(nn.LayerNorm(name="norm")(x_BLD), segment_BL, 1)
+        pooled = AttentivePool(self.heads, name="pool")(
+            nn.LayerNorm(name="norm")(x_BLD), segment_BL, 1
+        )
         return Question(self.classes, name="question")(pooled)[:, 0]
 
 
@@ -60,11 +68,14 @@ class Question(nn.Module):
     @nn.compact
     def __call__(self, pooled_BSD: Array) -> Array:
         normed = nn.LayerNorm(dtype=self.dtype, name="norm")(pooled_BSD)
-        return Dense(self.answers, kernel_init=nn.initializers.normal(0.02), name="out")(normed).astype(jnp.float32)
+        return Dense(self.answers, kernel_init=nn.initializers.normal(0.02), name="out")(
+            normed
+        ).astype(jnp.float32)
 
 
 class Embed(nn.Module):
-    """Vectors [B, N, E] by which clips, or their tokens, are compared, one map for each modality, and how sharply: factor and bias.
+    """Vectors [B, N, E] by which clips, or their tokens, are compared, one map for each modality,
+    and how sharply: factor and bias.
 
     unit: of length one. bias: what it starts from, by default as in SigLIP.
     """
@@ -77,7 +88,8 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(self, x_BND: Array, modality: str) -> tuple[Array, Array, Array]:
-        log_sharpness = self.param("log_sharpness", nn.initializers.constant(np.log(10.0)), ())  # as in SigLIP (arXiv:2303.15343)
+        # as in SigLIP (arXiv:2303.15343)
+        log_sharpness = self.param("log_sharpness", nn.initializers.constant(np.log(10.0)), ())
         bias = self.param("bias", nn.initializers.constant(self.bias), ())
         normed = nn.LayerNorm(dtype=self.dtype, name=f"norm_{modality}")(x_BND)
         x = Dense(self.width, dtype=jnp.float32, name=f"project_{modality}")(normed)
@@ -87,20 +99,28 @@ class Embed(nn.Module):
 
 
 class Codebook(nn.Module):
-    """The number of the centre nearest to a payload, int32 [B, L]. Centres are found by k-means, not by gradients."""
+    """The number of the centre nearest to a payload, int32 [B, L]. Centres are found by k-means,
+    not by gradients.
+    """
 
     codes: int
     size: int
 
     @nn.compact
     def __call__(self, payload_BLP: Array) -> Array:
-        centres = jax.lax.stop_gradient(self.param("centres", nn.initializers.normal(0.02), (self.codes, self.size)))
-        near = jnp.einsum("blp,cp->blc", payload_BLP.astype(jnp.float32), centres) - jnp.square(centres).sum(-1)[None, None] / 2
+        centres = jax.lax.stop_gradient(
+            self.param("centres", nn.initializers.normal(0.02), (self.codes, self.size))
+        )
+        near = (
+            jnp.einsum("blp,cp->blc", payload_BLP.astype(jnp.float32), centres)
+            - jnp.square(centres).sum(-1)[None, None] / 2
+        )
         return near.argmax(axis=-1)
 
 
 class Moment(nn.Module):
-    """Numbers float32 [B, M, C] of each moment, of the mean of the tokens whose time covers it; and where any does, bool [B, M].
+    """Numbers float32 [B, M, C] of each moment, of the mean of the tokens whose time covers it; and
+    where any does, bool [B, M].
 
     A token of several frames covers several moments, which the place of the moment tells apart.
     """
@@ -110,14 +130,25 @@ class Moment(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Tokens, extent_BL3: Array, place_BM3: Array, size_BM3: Array, segment_BM: Array
-                 ) -> tuple[Array, Array]:
+    def __call__(
+        self,
+        tokens: Tokens,
+        extent_BL3: Array,
+        place_BM3: Array,
+        size_BM3: Array,
+        segment_BM: Array,
+    ) -> tuple[Array, Array]:
         away = jnp.abs(place_BM3[..., None, 0] - tokens.place[:, None, :, 0])
         own = (segment_BM[..., None] == tokens.segment[:, None]) & (segment_BM > 0)[..., None]
         covers = (own & (away <= extent_BL3[:, None, :, 0] / 2)).astype(jnp.float32)  # [B, M, L]
         number = covers.sum(axis=-1)
-        seen = jnp.einsum("bml,bld->bmd", covers, tokens.x.astype(jnp.float32)) / jnp.maximum(number, 1.0)[..., None]
+        seen = (
+            jnp.einsum("bml,bld->bmd", covers, tokens.x.astype(jnp.float32))
+            / jnp.maximum(number, 1.0)[..., None]
+        )
         x = nn.LayerNorm(dtype=self.dtype, name="norm")(seen)
         x += embed.Place(self.width, self.dtype, name="place")(place_BM3, size_BM3)
         x = jax.nn.gelu(Dense(self.width, dtype=self.dtype, name="hidden")(x))
-        return Dense(self.channels, kernel_init=nn.initializers.normal(0.02), name="out")(x).astype(jnp.float32), number > 0
+        return Dense(self.channels, kernel_init=nn.initializers.normal(0.02), name="out")(x).astype(
+            jnp.float32
+        ), number > 0

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pre-norm Transformer blocks over packed rows: attention stays within a segment, and within what a fusion lets it read.
+"""Pre-norm Transformer blocks over packed rows: attention stays within a segment, and within what a
+fusion lets it read.
 
 Legend: B rows, L tokens, D width.
 """
@@ -12,15 +13,18 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from particlejax import sharding, tree
-from particlejax.nn import fusion, policy, reduce, tuned
+from particlejax.core import tree
+from particlejax.distributed import sharding
+from particlejax.nn import fusion, peft_hooks, precision, token_reduction
 from particlejax.nn.attention import Attention, Between, Style, between
 from particlejax.nn.dense import Dense
-from particlejax.nn.reduce import Tokens
+from particlejax.nn.token_reduction import Tokens
 
 
 class Mlp(nn.Module):
-    """Two Dense layers with GELU between them; gated, SwiGLU at two thirds of the width, which costs as much."""
+    """Two Dense layers with GELU between them; gated, SwiGLU at two thirds of the width, which
+    costs as much.
+    """
 
     hidden: int
     dtype: Any = jnp.float32
@@ -49,7 +53,8 @@ class Scale(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); with `context`, the attention is to that instead of to x itself.
+    """x + attention(norm(x)), then x + mlp(norm(x)); with `context`, the attention is to that
+    instead of to x itself.
 
     Without an MLP (hidden 0) the first half alone.
     """
@@ -72,8 +77,13 @@ class Block(nn.Module):
                 self.mlp_scale = Scale(style.layer_scale)
         self.dropout = nn.Dropout(style.dropout, deterministic=False)
 
-    def __call__(self, x_BLD: Array, where: Between, context: Array | None = None, drop_path: Array | float = 0.0
-                 ) -> Array:
+    def __call__(
+        self,
+        x_BLD: Array,
+        where: Between,
+        context: Array | None = None,
+        drop_path: Array | float = 0.0,
+    ) -> Array:
         norm = self.attention_norm(x_BLD)
         read = norm if context is None else context
         return self._add(x_BLD, self.attention(norm, read, where), drop_path)
@@ -83,17 +93,33 @@ class Block(nn.Module):
         norm = self.attention_norm(x_BLD)
         return self.attention.ask(norm, place), *self.attention.tell(norm, place)
 
-    def finish(self, x_BLD: Array, query: Array, key: Array, value: Array, where: Between, drop_path: Array | float) -> Array:
-        """The block's output for a part of a row, given the keys and values of all parts that it reads."""
+    def finish(
+        self,
+        x_BLD: Array,
+        query: Array,
+        key: Array,
+        value: Array,
+        where: Between,
+        drop_path: Array | float,
+    ) -> Array:
+        """The block's output for a part of a row, given the keys and values of all parts that it
+        reads.
+        """
         return self._add(x_BLD, self.attention.answer(query, key, value, where), drop_path)
 
     def _add(self, x_BLD: Array, read: Array, drop_path: Array | float) -> Array:
-        read = tuned.adapted(read, self.get_variable("params", "attention_adapter"))
-        x_BLD += self._drop(self.attention_scale(read) if self.style.layer_scale else read, drop_path)
+        read = peft_hooks.adapted(read, self.get_variable("params", "attention_adapter"))
+        x_BLD += self._drop(
+            self.attention_scale(read) if self.style.layer_scale else read, drop_path
+        )
         if not self.hidden:
             return x_BLD
-        made = tuned.adapted(self.mlp(self.mlp_norm(x_BLD)), self.get_variable("params", "mlp_adapter"))
-        return x_BLD + self._drop(self.mlp_scale(made) if self.style.layer_scale else made, drop_path)
+        made = peft_hooks.adapted(
+            self.mlp(self.mlp_norm(x_BLD)), self.get_variable("params", "mlp_adapter")
+        )
+        return x_BLD + self._drop(
+            self.mlp_scale(made) if self.style.layer_scale else made, drop_path
+        )
 
     def _drop(self, x_BLD: Array, drop_path: Array | float) -> Array:
         if not self.has_rng("dropout"):  # a key for dropout is what makes it training
@@ -105,7 +131,9 @@ class Block(nn.Module):
 
 
 class Layers(NamedTuple):
-    """Stacked [layers, ...]: parameters of the blocks and of the cross-attention before them, by part, or '' for all parts."""
+    """Stacked [layers, ...]: parameters of the blocks and of the cross-attention before them, by
+    part, or '' for all parts.
+    """
 
     blocks: Mapping[str, Any]
     cross: Mapping[str, Any]
@@ -116,9 +144,10 @@ class Layers(NamedTuple):
 class Transformer(nn.Module):
     """`depth` blocks with stacked parameters [depth, ...], scanned over, and a final norm.
 
-    Returns the tokens, normed, and every block's output [blocks, B, L, D], one array for each number of tokens L: after the
-    blocks that `reduction` names, a share of them stays. With `context`, the tokens read that instead of each other; with
-    `parts`, they stand in a row in parts that read each other as the fusion says (nn/fusion.py).
+    Returns the tokens, normed, and every block's output [blocks, B, L, D], one array for each
+    number of tokens L: after the blocks that `reduction` names, a share of them stays. With
+    `context`, the tokens read that instead of each other; with `parts`, they stand in a row in
+    parts that read each other as the fusion says (nn/fusion.py).
     """
 
     depth: int
@@ -127,18 +156,31 @@ class Transformer(nn.Module):
     style: Style = Style()
     drop_path: float = 0.0
     unroll: bool = True
-    reduction: reduce.Reduction | None = None
+    reduction: token_reduction.Reduction | None = None
     remat: str = "none"
 
     @nn.compact
-    def __call__(self, tokens: Tokens, context: Tokens | None = None, parts: fusion.Parts | None = None
-                 ) -> tuple[Tokens, tuple[Array, ...]]:
+    def __call__(
+        self, tokens: Tokens, context: Tokens | None = None, parts: fusion.Parts | None = None
+    ) -> tuple[Tokens, tuple[Array, ...]]:
         block = Block(tokens.x.shape[-1], self.heads, self.mlp, self.style, parent=None)
-        inputs = (tokens.x, between(tokens, context or tokens), None if context is None else context.x)
-        keys = jax.random.split(self.make_rng("dropout"), self.depth) if self.has_rng("dropout") else None
+        inputs = (
+            tokens.x,
+            between(tokens, context or tokens),
+            None if context is None else context.x,
+        )
+        keys = (
+            jax.random.split(self.make_rng("dropout"), self.depth)
+            if self.has_rng("dropout")
+            else None
+        )
         own = parts.names if parts and parts.separate else None
-        layers = Layers(self._stacked("blocks", block, self.depth, inputs, own), {},
-                        jnp.linspace(0.0, self.drop_path, self.depth), keys)
+        layers = Layers(
+            self._stacked("blocks", block, self.depth, inputs, own),
+            {},
+            jnp.linspace(0.0, self.drop_path, self.depth),
+            keys,
+        )
         tokens = tokens._replace(x=sharding.spread(tokens.x))
         outputs, edges = [], [*(self.reduction.after if self.reduction else ()), self.depth]
         if parts and 0 < parts.fuse_from < self.depth:
@@ -152,38 +194,61 @@ class Transformer(nn.Module):
             outputs.append(each)
             if self.reduction and stop < self.depth:
                 tokens = self.reduction(tokens)
-        return tokens._replace(x=nn.LayerNorm(dtype=self.style.dtype, name="norm")(tokens.x)), tuple(outputs)
+        return tokens._replace(
+            x=nn.LayerNorm(dtype=self.style.dtype, name="norm")(tokens.x)
+        ), tuple(outputs)
 
-    def _stacked(self, name: str, block: Block, depth: int, inputs: tuple, parts: Sequence[str] | None) -> dict[str, Any]:
+    def _stacked(
+        self, name: str, block: Block, depth: int, inputs: tuple, parts: Sequence[str] | None
+    ) -> dict[str, Any]:
         def init(key: Array) -> Any:
-            return jax.vmap(lambda k: block.init(k, *inputs)["params"])(jax.random.split(key, depth))
+            return jax.vmap(lambda k: block.init(k, *inputs)["params"])(
+                jax.random.split(key, depth)
+            )
 
         if parts:
             return {part: self.param(f"{name}_{part}", init) for part in parts}
         stacked = self.param(name, init)
-        extra = self.get_variable("params", "tuned") if name == "blocks" else None  # adapters and prefixes [depth, ...]
-        return {"": stacked if extra is None else tree.nest({**tree.flatten(stacked), **tree.flatten(extra)})}
+        # adapters and prefixes [depth, ...]
+        extra = self.get_variable("params", "tuned") if name == "blocks" else None
+        return {
+            "": stacked
+            if extra is None
+            else tree.nest({**tree.flatten(stacked), **tree.flatten(extra)})
+        }
 
-    def _run(self, block: Block, tokens: Tokens, context: Tokens | None, layers: Layers, number: int) -> tuple[Tokens, Array]:
+    def _run(
+        self, block: Block, tokens: Tokens, context: Tokens | None, layers: Layers, number: int
+    ) -> tuple[Tokens, Array]:
         where = between(tokens, context or tokens)
 
         def step(x: Array, layer: Layers) -> tuple[Array, Array]:
             rngs = {} if layer.key is None else {"dropout": layer.key}
             read = None if context is None else context.x
-            x = block.apply({"params": layer.blocks[""]}, x, where, read, layer.drop_path, rngs=rngs)
+            x = block.apply(
+                {"params": layer.blocks[""]}, x, where, read, layer.drop_path, rngs=rngs
+            )
             return x, x
 
-        step = policy.remat(self.remat, step, self.unroll)
+        step = precision.remat(self.remat, step, self.unroll)
         x, each = jax.lax.scan(step, tokens.x, layers, unroll=number if self.unroll else 1)
         return tokens._replace(x=x), each
 
-    def _run_parts(self, block: Block, tokens: Tokens, parts: fusion.Parts, layers: Layers, fused: bool) -> tuple[Tokens, Array]:
+    def _run_parts(
+        self, block: Block, tokens: Tokens, parts: fusion.Parts, layers: Layers, fused: bool
+    ) -> tuple[Tokens, Array]:
         where, number = between(tokens, tokens), layers.drop_path.shape[0]
         cross = Block(block.width, self.heads, 0, self.style, parent=None)
         others = parts.others() if fused else None
         if others:
-            own = [name for name, read in zip(parts.names, others, strict=True) if read] if parts.separate else None
-            layers = layers._replace(cross=self._stacked("cross", cross, number, (tokens.x, where), own))
+            own = (
+                [name for name, read in zip(parts.names, others, strict=True) if read]
+                if parts.separate
+                else None
+            )
+            layers = layers._replace(
+                cross=self._stacked("cross", cross, number, (tokens.x, where), own)
+            )
 
         def step(x: Array, layer: Layers) -> tuple[Array, Array]:
             if others:
@@ -191,21 +256,33 @@ class Transformer(nn.Module):
             x = over_parts(block, layer.blocks, x, where, parts, parts.reads(fused), layer, 0)
             return x, x
 
-        step = policy.remat(self.remat, step, self.unroll)
+        step = precision.remat(self.remat, step, self.unroll)
         x, each = jax.lax.scan(step, tokens.x, layers, unroll=number if self.unroll else 1)
         return tokens._replace(x=x), each
 
 
-def over_parts(block: Block, params: Mapping[str, Any], x: Array, where: Between, parts: fusion.Parts,
-               reads: tuple[tuple[int, ...], ...], layer: Layers, salt: int) -> Array:
-    """A block over the parts of a row: part i reads the parts `reads[i]`, and products with any other are never formed.
+def over_parts(
+    block: Block,
+    params: Mapping[str, Any],
+    x: Array,
+    where: Between,
+    parts: fusion.Parts,
+    reads: tuple[tuple[int, ...], ...],
+    layer: Layers,
+    salt: int,
+) -> Array:
+    """A block over the parts of a row: part i reads the parts `reads[i]`, and products with any
+    other are never formed.
 
-    Only what is within a segment is read, too. A part that reads nothing is read by none, and stays as it is.
+    Only what is within a segment is read, too. A part that reads nothing is read by none, and stays
+    as it is.
     """
     spans = parts.spans()
     own = [{"params": params[name] if name in params else params.get("")} for name in parts.names]
-    made = [block.apply(p, x[:, s], where.query[:, s], method="project") if r else None
-            for p, s, r in zip(own, spans, reads, strict=True)]
+    made = [
+        block.apply(p, x[:, s], where.query[:, s], method="project") if r else None
+        for p, s, r in zip(own, spans, reads, strict=True)
+    ]
     outputs = []
     for i, (p, span) in enumerate(zip(own, spans, strict=True)):
         if not reads[i]:
@@ -214,9 +291,24 @@ def over_parts(block: Block, params: Mapping[str, Any], x: Array, where: Between
         key, value = (jnp.concatenate([made[j][k] for j in reads[i]], axis=2) for k in (1, 2))
         rows = [spans[j] for j in reads[i]]
         asking, told = where.segments
-        there = Between(where.query[:, span], jnp.concatenate([where.key[:, s] for s in rows], axis=1),
-                        jnp.concatenate([where.may[:, span, s] for s in rows], axis=2),
-                        segments=(asking[:, span], jnp.concatenate([told[:, s] for s in rows], axis=1)))
+        there = Between(
+            where.query[:, span],
+            jnp.concatenate([where.key[:, s] for s in rows], axis=1),
+            jnp.concatenate([where.may[:, span, s] for s in rows], axis=2),
+            segments=(asking[:, span], jnp.concatenate([told[:, s] for s in rows], axis=1)),
+        )
         rngs = {} if layer.key is None else {"dropout": jax.random.fold_in(layer.key, 2 * i + salt)}
-        outputs.append(block.apply(p, x[:, span], made[i][0], key, value, there, layer.drop_path, rngs=rngs, method="finish"))
+        outputs.append(
+            block.apply(
+                p,
+                x[:, span],
+                made[i][0],
+                key,
+                value,
+                there,
+                layer.drop_path,
+                rngs=rngs,
+                method="finish",
+            )
+        )
     return jnp.concatenate(outputs, axis=1)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning from labels: one class, several, or a number; of two draws of dropout where they shall agree."""
+"""Learning from labels: one class, several, or a number; of two draws of dropout where they shall
+agree.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,23 +9,28 @@ import optax
 from jax import Array
 
 from particlejax import losses
-from particlejax.models.model import Model
-from particlejax.modelspec import ClassifySpec
-from particlejax.objectives.targets import Targets
-from particlejax.objectives.types import Objective
+from particlejax.config.model import ClassifySpec
+from particlejax.core.typing import Metrics, Params
+from particlejax.models.particle_model import Model
+from particlejax.objectives.base import Objective
+from particlejax.objectives.label_targets import Targets
 from particlejax.particles.types import Batch
-from particlejax.typing import Metrics, Params
 
 
 def classify(spec: ClassifySpec, targets: Targets | None = None) -> Objective:
-    """The loss of each labelled clip; metrics: loss, and top1 and top5, or all_right (binary), or mae (regression).
+    """The loss of each labelled clip; metrics: loss, and top1 and top5, or all_right (binary), or
+    mae (regression).
 
     targets: what the labels ask of the head; None: label l is class l.
     """
 
-    def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
+    def objective(
+        params: Params, model: Model, batch: Batch, key: Array, train: bool
+    ) -> tuple[Array, Metrics]:
         def logits_of(key: Array) -> Array:
-            tokens, _ = model.apply(params, "encode", batch.particles, batch.clip.shape[1], key=key if train else None)
+            tokens, _ = model.apply(
+                params, "encode", batch.particles, batch.clip.shape[1], key=key if train else None
+            )
             return model.apply(params, "classify", tokens, batch.label.shape[1])
 
         logits, labelled = logits_of(key), batch.label >= 0
@@ -32,7 +39,9 @@ def classify(spec: ClassifySpec, targets: Targets | None = None) -> Objective:
         if spec.consistency and train:
             other = logits_of(jax.random.fold_in(key, 1))
             apart = losses.mean(_apart(spec, logits, other), labelled)
-            loss = (loss + losses.mean(_error(spec, targets, other, batch), labelled)) / 2 + spec.consistency * apart
+            loss = (
+                loss + losses.mean(_error(spec, targets, other, batch), labelled)
+            ) / 2 + spec.consistency * apart
             metrics["apart"] = apart
         return loss, {"loss": loss} | metrics
 
@@ -41,7 +50,10 @@ def classify(spec: ClassifySpec, targets: Targets | None = None) -> Objective:
 
 def _error(spec: ClassifySpec, targets: Targets | None, logits: Array, batch: Batch) -> Array:
     """Each clip's loss [B, S]; where two clips were mixed, by their shares."""
-    first, second = (_error_of(spec, targets, logits, jnp.maximum(label, 0)) * (label >= 0) for label in (batch.label, batch.other))
+    first, second = (
+        _error_of(spec, targets, logits, jnp.maximum(label, 0)) * (label >= 0)
+        for label in (batch.label, batch.other)
+    )
     return batch.share * first + (1 - batch.share) * second
 
 
@@ -55,7 +67,9 @@ def _error_of(spec: ClassifySpec, targets: Targets | None, logits: Array, label:
         smooth = target * (1 - spec.label_smoothing) + spec.label_smoothing / 2
         each = losses.binary_cross_entropy(logits, smooth, spec.focus)
     else:
-        each = losses.soft_cross_entropy(logits, optax.smooth_labels(target, spec.label_smoothing), spec.focus)
+        each = losses.soft_cross_entropy(
+            logits, optax.smooth_labels(target, spec.label_smoothing), spec.focus
+        )
     return each if targets is None else each * jnp.asarray(targets.weight)[label]
 
 

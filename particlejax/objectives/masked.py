@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hidden particles asked for by payload: masked prediction of one modality, and of later moments from the past.
+"""Hidden particles asked for by payload: masked prediction of one modality, and of later moments
+from the past.
 
 Legend: B rows, L slots, K visible, Q asked for, S clips of a row.
 """
@@ -13,16 +14,18 @@ import jax.numpy as jnp
 from jax import Array
 
 from particlejax import losses, masks
-from particlejax.models.model import Model, Payload
-from particlejax.modelspec import HiddenSpec, MaskedSpec, NextFrameSpec
-from particlejax.objectives import clock
-from particlejax.objectives.types import Objective
+from particlejax.config.model import HiddenSpec, MaskedSpec, NextFrameSpec
+from particlejax.core.typing import Metrics, Params
+from particlejax.models.particle_model import Model, Payload
+from particlejax.objectives import time_utils
+from particlejax.objectives.base import Objective
 from particlejax.particles.types import Batch, Particles
-from particlejax.typing import Metrics, Params
 
 
 class Prediction(NamedTuple):
-    """What was asked, answered and true, [B, Q, ...], and the slots [B, K] that the encoder saw with their segments."""
+    """What was asked, answered and true, [B, Q, ...], and the slots [B, K] that the encoder saw
+    with their segments.
+    """
 
     query: Particles
     predicted: Array
@@ -31,9 +34,13 @@ class Prediction(NamedTuple):
 
 
 def masked(spec: MaskedSpec) -> Objective:
-    """Masked particle prediction (MAE, arXiv:2111.06377; VideoMAE, arXiv:2203.12602) over one modality; metrics: loss."""
+    """Masked particle prediction (MAE, arXiv:2111.06377; VideoMAE, arXiv:2203.12602) over one
+    modality; metrics: loss.
+    """
 
-    def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
+    def objective(
+        params: Params, model: Model, batch: Batch, key: Array, train: bool
+    ) -> tuple[Array, Metrics]:
         loss = error_of(predict_masked(spec, params, model, batch, key, train), batch)
         return loss, {"loss": loss}
 
@@ -41,9 +48,13 @@ def masked(spec: MaskedSpec) -> Objective:
 
 
 def next_frame(spec: NextFrameSpec) -> Objective:
-    """What follows a moment drawn for each clip, from what ended before it in any modality; metrics: loss."""
+    """What follows a moment drawn for each clip, from what ended before it in any modality;
+    metrics: loss.
+    """
 
-    def objective(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> tuple[Array, Metrics]:
+    def objective(
+        params: Params, model: Model, batch: Batch, key: Array, train: bool
+    ) -> tuple[Array, Metrics]:
         loss = error_of(predict_next(spec, params, model, batch, key, train), batch)
         return loss, {"loss": loss}
 
@@ -55,33 +66,50 @@ def error_of(found: Prediction, batch: Batch) -> Array:
     clips = batch.clip.shape[1]
     error = losses.squared_error(found.predicted, found.target)
     asked = losses.membership(found.query.segment, clips).any(axis=1)
-    return losses.mean(losses.clip_mean(error, found.query.segment, clips), asked & (batch.clip >= 0))
+    return losses.mean(
+        losses.clip_mean(error, found.query.segment, clips), asked & (batch.clip >= 0)
+    )
 
 
-def predict_masked(spec: MaskedSpec, params: Params, model: Model, batch: Batch, key: Array, train: bool) -> Prediction:
-    """Masks a batch, encodes what is left and predicts the rest; the report draws its pictures from this too."""
+def predict_masked(
+    spec: MaskedSpec, params: Params, model: Model, batch: Batch, key: Array, train: bool
+) -> Prediction:
+    """Masks a batch, encodes what is left and predicts the rest; the report draws its pictures from
+    this too.
+    """
     mask_key, dropout_key = jax.random.split(key)
     whole = batch.particles[spec.modality]
     seen, asked = hide(spec, model, whole, mask_key)
     query = whole.take(asked)
     particles = {**batch.particles, spec.modality: seen}
-    predicted = ask(params, model, particles, query, spec.modality, batch, dropout_key if train else None)
+    predicted = ask(
+        params, model, particles, query, spec.modality, batch, dropout_key if train else None
+    )
     return Prediction(query, predicted, _target(query, spec.normalise), seen)
 
 
 def hide(spec: HiddenSpec, model: Model, whole: Particles, key: Array) -> tuple[Particles, Array]:
     """What of one modality stays visible, and the slots [B, Q] that are asked for."""
-    return part(SCORES[spec.mask](key, whole, model.payloads[spec.modality].base), whole, spec.keep, spec.predict)
+    return part(
+        SCORES[spec.mask](key, whole, model.payloads[spec.modality].base),
+        whole,
+        spec.keep,
+        spec.predict,
+    )
 
 
 def part(scores: Array, whole: Particles, keep: float, predict: float) -> tuple[Particles, Array]:
-    """The share `keep` of lowest scores [B, L], and the slots [B, Q] of the share `predict` of the highest."""
+    """The share `keep` of lowest scores [B, L], and the slots [B, Q] of the share `predict` of the
+    highest.
+    """
     visible, asked, segment = masks.split(scores, whole.segment, keep, predict)
     return replace(whole.take(visible), segment=segment), asked
 
 
 def change(particles: Particles, base: tuple[int, ...]) -> Array:
-    """How much each particle changes over its own time, [B, L]; where a payload is one moment, how it differs from its clip."""
+    """How much each particle changes over its own time, [B, L]; where a payload is one moment, how
+    it differs from its clip.
+    """
     payload = particles.payload
     if base and base[0] > 1:
         moments = payload.reshape(*payload.shape[:2], base[0], -1)
@@ -91,37 +119,61 @@ def change(particles: Particles, base: tuple[int, ...]) -> Array:
     return jnp.abs(payload - mean).mean(axis=-1)
 
 
-SCORES: dict[str, Callable[[Array, Particles, tuple[int, ...]], Array]] = {  # the higher, the more often hidden
+SCORES: dict[
+    str, Callable[[Array, Particles, tuple[int, ...]], Array]
+] = {  # the higher, the more often hidden
     "random": lambda key, whole, base: masks.random_scores(key, whole.place),
     "tube": lambda key, whole, base: masks.tube_scores(key, whole.place),
     "motion": lambda key, whole, base: masks.ranked_scores(key, change(whole, base), whole.segment),
     # What says most is seen more often, as AdaMAE learns to choose it (arXiv:2211.09120).
-    "adaptive": lambda key, whole, base: masks.ranked_scores(key, -whole.payload.std(axis=-1), whole.segment),
+    "adaptive": lambda key, whole, base: masks.ranked_scores(
+        key, -whole.payload.std(axis=-1), whole.segment
+    ),
 }
 
 
-def ask(params: Params, model: Model, particles: Mapping[str, Particles], query: Particles, modality: str, batch: Batch,
-        key: Array | None) -> Array:
+def ask(
+    params: Params,
+    model: Model,
+    particles: Mapping[str, Particles],
+    query: Particles,
+    modality: str,
+    batch: Batch,
+    key: Array | None,
+) -> Array:
     """The decoder's answers [B, Q, ...] from what of these particles the encoder makes."""
     tokens, _ = model.apply(params, "encode", particles, batch.clip.shape[1], key=key)
     return model.apply(params, "decode", tokens, query, modality, key=None)
 
 
-def predict_next(spec: NextFrameSpec, params: Params, model: Model, batch: Batch, key: Array, train: bool) -> Prediction:
-    """Draws a moment for each clip, shows the encoder only what ended by then and asks for what begins after it.
+def predict_next(
+    spec: NextFrameSpec, params: Params, model: Model, batch: Batch, key: Array, train: bool
+) -> Prediction:
+    """Draws a moment for each clip, shows the encoder only what ended by then and asks for what
+    begins after it.
 
-    Whatever lies across the moment, such as a caption of the whole clip, is neither shown nor asked for: nothing of the
-    future is in reach, whatever the attention does.
+    Whatever lies across the moment, such as a caption of the whole clip, is neither shown nor asked
+    for: nothing of the future is in reach, whatever the attention does.
     """
     moment_key, dropout_key = jax.random.split(key)
     whole, clips = batch.particles[spec.modality], batch.clip.shape[1]
-    first, last = clock.span(whole, clips)
-    moment = first + (last - first) * jax.random.uniform(moment_key, first.shape, jnp.float32, *spec.moment)
-    past = {name: clock.keep(p, clock.end(p) <= clock.of_particle(moment, p) + clock.SLACK)
-            for name, p in batch.particles.items()}
-    since = clock.start(whole) - clock.of_particle(moment, whole)
-    query = clock.keep(whole, (since >= -clock.SLACK) & (since < (spec.horizon or jnp.inf)))
-    predicted = ask(params, model, past, query, spec.modality, batch, dropout_key if train else None)
+    first, last = time_utils.span(whole, clips)
+    moment = first + (last - first) * jax.random.uniform(
+        moment_key, first.shape, jnp.float32, *spec.moment
+    )
+    past = {
+        name: time_utils.keep(
+            p, time_utils.end(p) <= time_utils.of_particle(moment, p) + time_utils.SLACK
+        )
+        for name, p in batch.particles.items()
+    }
+    since = time_utils.start(whole) - time_utils.of_particle(moment, whole)
+    query = time_utils.keep(
+        whole, (since >= -time_utils.SLACK) & (since < (spec.horizon or jnp.inf))
+    )
+    predicted = ask(
+        params, model, past, query, spec.modality, batch, dropout_key if train else None
+    )
     target = _target(query, spec.target == "normalised")
     if spec.target == "change":
         target = target - last_known(past[spec.modality], query, model.payloads[spec.modality])
@@ -129,47 +181,66 @@ def predict_next(spec: NextFrameSpec, params: Params, model: Model, batch: Batch
 
 
 def last_known(past: Particles, query: Particles, what: Payload) -> Array:
-    """For each query the payload [B, Q, P] of a film that stands still: the last frame of the past at its very place, size and
-    clip; 0 where there is none.
+    """For each query the payload [B, Q, P] of a film that stands still: the last frame of the past
+    at its very place, size and clip; 0 where there is none.
     """
-    there = clock.same_spot(query, past)
-    latest = jnp.where(there, clock.end(past)[:, None], -jnp.inf).argmax(axis=2)
+    there = time_utils.same_spot(query, past)
+    latest = jnp.where(there, time_utils.end(past)[:, None], -jnp.inf).argmax(axis=2)
     payload = jnp.take_along_axis(past.payload, latest[..., None], axis=1)
     if what.base:
         frames = payload.reshape(*payload.shape[:2], what.base[0], -1)
-        last = what.still * frames[:, :, -1:] + (1 - what.still) * frames.mean(axis=2, keepdims=True)
+        last = what.still * frames[:, :, -1:] + (1 - what.still) * frames.mean(
+            axis=2, keepdims=True
+        )
         payload = jnp.broadcast_to(last, frames.shape).reshape(payload.shape)
     return jnp.where(there.any(axis=2)[..., None], payload, 0)
 
 
-def rollout(spec: NextFrameSpec, params: Params, model: Model, batch: Batch, share: float, steps: int
-            ) -> tuple[Array, Array, Array]:
-    """What follows the first `share` of each clip, in `steps` steps that each read what the ones before have predicted.
+def rollout(
+    spec: NextFrameSpec, params: Params, model: Model, batch: Batch, share: float, steps: int
+) -> tuple[Array, Array, Array]:
+    """What follows the first `share` of each clip, in `steps` steps that each read what the ones
+    before have predicted.
 
-    Returns payloads [B, L, P], those of the past as they are, and bool [B, L], which are of the past and which were predicted.
-    A step is as long as the clip's longest particle. Where targets are normalised, each particle's own mean and deviation are
-    lent to it.
+    Returns payloads [B, L, P], those of the past as they are, and bool [B, L], which are of the
+    past and which were predicted. A step is as long as the clip's longest particle. Where targets
+    are normalised, each particle's own mean and deviation are lent to it.
     """
     whole, clips = batch.particles[spec.modality], batch.clip.shape[1]
-    first, last = clock.span(whole, clips)
-    step = clock.of_particle(clock.longest(whole, last - first), whole)
-    begin = clock.of_particle(first, whole) + jnp.round(share * clock.of_particle(last - first, whole) / step) * step
-    past = {name: clock.keep(p, clock.end(p) <= clock.of_particle(first + share * (last - first), p))
-            for name, p in batch.particles.items()}
+    first, last = time_utils.span(whole, clips)
+    step = time_utils.of_particle(time_utils.longest(whole, last - first), whole)
+    begin = (
+        time_utils.of_particle(first, whole)
+        + jnp.round(share * time_utils.of_particle(last - first, whole) / step) * step
+    )
+    past = {
+        name: time_utils.keep(
+            p, time_utils.end(p) <= time_utils.of_particle(first + share * (last - first), p)
+        )
+        for name, p in batch.particles.items()
+    }
     payload, asked = whole.payload, jnp.zeros(whole.segment.shape, bool)
     for number in range(steps):
         moment = begin + number * step
-        known = clock.keep(replace(whole, payload=payload), clock.end(whole) <= moment + clock.SLACK)
-        since = clock.start(whole) - moment
-        query = clock.keep(whole, (since >= -clock.SLACK) & (since < step - clock.SLACK))
-        predicted = ask(params, model, {**past, spec.modality: known}, query, spec.modality, batch, None)
+        known = time_utils.keep(
+            replace(whole, payload=payload), time_utils.end(whole) <= moment + time_utils.SLACK
+        )
+        since = time_utils.start(whole) - moment
+        query = time_utils.keep(
+            whole, (since >= -time_utils.SLACK) & (since < step - time_utils.SLACK)
+        )
+        predicted = ask(
+            params, model, {**past, spec.modality: known}, query, spec.modality, batch, None
+        )
         if spec.target == "change":
             predicted = predicted + last_known(known, query, model.payloads[spec.modality])
         if spec.target == "normalised":
-            predicted = predicted * whole.payload.std(axis=-1, keepdims=True) + whole.payload.mean(axis=-1, keepdims=True)
+            predicted = predicted * whole.payload.std(axis=-1, keepdims=True) + whole.payload.mean(
+                axis=-1, keepdims=True
+            )
         now = query.segment > 0
         payload, asked = jnp.where(now[..., None], predicted, payload), asked | now
-    return payload, (clock.end(whole) <= begin + clock.SLACK) & (whole.segment > 0), asked
+    return payload, (time_utils.end(whole) <= begin + time_utils.SLACK) & (whole.segment > 0), asked
 
 
 def _target(query: Particles, normalise: bool) -> Array:

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Particles where the video happens: coarse cuboids are split where that tells most, until a budget is spent.
+"""Particles where the video happens: coarse cuboids are split where that tells most, until a budget
+is spent.
 
-A node is a cuboid of `base` cells on a level (i, j): each cell is factor^i frames by factor^j pixels, averaged. Splitting a
-node in time, in space or in both replaces it by its children. Averages of nested blocks are orthogonal, so what a
-split explains is a difference of sums of squares, and the order in which a greedy search would split is a sort: a node
-comes no earlier than its parent (tree-structured growing, Riskin and Gray 1991). Numpy and jax choose alike to the
-last bit: cells are rounded so that sums over a node are exact, and nodes are summed in one order.
+A node is a cuboid of `base` cells on a level (i, j): each cell is factor^i frames by factor^j
+pixels, averaged. Splitting a node in time, in space or in both replaces it by its children.
+Averages of nested blocks are orthogonal, so what a split explains is a difference of sums of
+squares, and the order in which a greedy search would split is a sort: a node comes no earlier than
+its parent (tree-structured growing, Riskin and Gray 1991). Numpy and jax choose alike to the last
+bit: cells are rounded so that sums over a node are exact, and nodes are summed in one order.
 
-Legend: T frames, H rows, W columns, C channels; N nodes of all levels, from coarse to fine; those of one are [t, h, w].
+Legend: T frames, H rows, W columns, C channels; N nodes of all levels, from coarse to fine; those
+of one are [t, h, w].
 """
 
 import functools
@@ -21,10 +24,10 @@ import numpy as np
 from einops import rearrange, reduce
 from jaxtyping import Bool, Float, Int, Num
 
-from particlejax.particles.cut import Shape, Tube, edges, lattice
+from particlejax.config.experiment import ParticleSpec
+from particlejax.core.typing import Array
+from particlejax.particles.patchify import Shape, Tube, edges, lattice
 from particlejax.particles.types import Particles, numpy_of
-from particlejax.spec import ParticleSpec
-from particlejax.typing import Array
 
 Level = tuple[int, int]  # how often cells were coarsened in time and in space
 
@@ -35,11 +38,13 @@ _LATER = 1e-3  # of gains that lead as far, the one that tells more at once is t
 
 
 class Tree(NamedTuple):
-    """What does not depend on pixels: the levels from coarse to fine, and each one's nodes along each axis.
+    """What does not depend on pixels: the levels from coarse to fine, and each one's nodes along
+    each axis.
 
-    Of all N nodes: cells [N, prod(base)] are the cells of `_pyramid` that they show, parents int32 [N, kinds] the node
-    whose split of each kind makes them, -1 where there is none. frames int32 [N, 2] are their first frame and the one
-    after the last, centre and size float32 [N, 2] where they are in the picture.
+    Of all N nodes: cells [N, prod(base)] are the cells of `_pyramid` that they show, parents int32
+    [N, kinds] the node whose split of each kind makes them, -1 where there is none. frames int32
+    [N, 2] are their first frame and the one after the last, centre and size float32 [N, 2] where
+    they are in the picture.
     """
 
     levels: tuple[Level, ...]
@@ -53,7 +58,9 @@ class Tree(NamedTuple):
 
 @functools.cache
 def tree(size: Shape, spec: ParticleSpec) -> Tree:
-    """The tree over clips of `size`. Raises ValueError where the coarsest cuboids do not tile them."""
+    """The tree over clips of `size`. Raises ValueError where the coarsest cuboids do not tile
+    them.
+    """
     steps = [_STEPS[kind] for kind in spec.splits]
     found, fresh = {_top(spec)}, {_top(spec)}
     while fresh:
@@ -63,16 +70,31 @@ def tree(size: Shape, spec: ParticleSpec) -> Tree:
     shapes = [_shape(level, spec) for level in levels]
     for length, cells in zip(size, shapes[0], strict=True):
         if length % cells:
-            raise ValueError(f"clips of {tuple(size)} are not tiled by the coarsest particles of {shapes[0]}: change "
-                             "particles.levels or base, or data.frames or size.")
+            raise ValueError(
+                f"clips of {tuple(size)} are not tiled by the coarsest particles of {shapes[0]}: "
+                "change "
+                "particles.levels or base, or data.frames or size."
+            )
     counts = tuple(tuple(n // s for n, s in zip(size, shape, strict=True)) for shape in shapes)
     corners = [lattice(size, Tube(shape, shape)) for shape in shapes]
-    frames = np.concatenate([at[:, :1] + (0, shape[0]) for at, shape in zip(corners, shapes, strict=True)]).astype(np.int32)
+    frames = np.concatenate(
+        [at[:, :1] + (0, shape[0]) for at, shape in zip(corners, shapes, strict=True)]
+    ).astype(np.int32)
     picture = np.array(size[1:], np.float32)
-    wide = [np.broadcast_to(np.array(shape[1:], np.float32), (len(at), 2)) for at, shape in zip(corners, shapes, strict=True)]
+    wide = [
+        np.broadcast_to(np.array(shape[1:], np.float32), (len(at), 2))
+        for at, shape in zip(corners, shapes, strict=True)
+    ]
     middle = [at[:, 1:] + each / 2 for at, each in zip(corners, wide, strict=True)]
-    return Tree(levels, counts, _cells(size, levels, spec), _parents(levels, counts, spec), frames,
-                (np.concatenate(middle) / picture).astype(np.float32), np.concatenate(wide) / picture)
+    return Tree(
+        levels,
+        counts,
+        _cells(size, levels, spec),
+        _parents(levels, counts, spec),
+        frames,
+        (np.concatenate(middle) / picture).astype(np.float32),
+        np.concatenate(wide) / picture,
+    )
 
 
 def _cells(size: Shape, levels: tuple[Level, ...], spec: ParticleSpec) -> np.ndarray:
@@ -86,10 +108,14 @@ def _cells(size: Shape, levels: tuple[Level, ...], spec: ParticleSpec) -> np.nda
     return np.concatenate(rows)
 
 
-def _parents(levels: tuple[Level, ...], counts: tuple[Shape, ...], spec: ParticleSpec) -> np.ndarray:
+def _parents(
+    levels: tuple[Level, ...], counts: tuple[Shape, ...], spec: ParticleSpec
+) -> np.ndarray:
     starts = np.cumsum([0, *(np.prod(count) for count in counts)])
-    numbers = {level: starts[i] + np.arange(np.prod(counts[i]), dtype=np.int32).reshape(counts[i])
-               for i, level in enumerate(levels)}
+    numbers = {
+        level: starts[i] + np.arange(np.prod(counts[i]), dtype=np.int32).reshape(counts[i])
+        for i, level in enumerate(levels)
+    }
     found = np.full((starts[-1], len(spec.splits)), -1, np.int32)
     for (i, level), (kind, split) in itertools.product(enumerate(levels), enumerate(spec.splits)):
         step = _STEPS[split]
@@ -106,17 +132,23 @@ def root(spec: ParticleSpec) -> Shape:
 
 def _top(spec: ParticleSpec) -> Level:
     steps = [_STEPS[kind] for kind in spec.splits]
-    return (spec.levels - 1) * max(i for i, _ in steps), (spec.levels - 1) * max(j for _, j in steps)
+    return (spec.levels - 1) * max(i for i, _ in steps), (spec.levels - 1) * max(
+        j for _, j in steps
+    )
 
 
 def _shape(level: Level, spec: ParticleSpec) -> Shape:
     return tuple(b * s for b, s in zip(spec.base, _scale(level, spec), strict=True))
 
 
-def adaptive(video_THWC: Num[Array, "T H W C"], times_T: Float[Array, " T"], spec: ParticleSpec) -> Particles:
-    """At most `spec.budget` particles that tile the clip, fewer where splitting would tell nothing more.
+def adaptive(
+    video_THWC: Num[Array, "T H W C"], times_T: Float[Array, " T"], spec: ParticleSpec
+) -> Particles:
+    """At most `spec.budget` particles that tile the clip, fewer where splitting would tell nothing
+    more.
 
-    Pixels are 0 to 255. Slots that stay free have segment 0 and come last; numpy gives only the others.
+    Pixels are 0 to 255. Slots that stay free have segment 0 and come last; numpy gives only the
+    others.
     """
     plan = tree(video_THWC.shape[:3], spec)
     kept = choose(energies(video_THWC, plan, spec), plan, spec)
@@ -128,13 +160,17 @@ def adaptive(video_THWC: Num[Array, "T H W C"], times_T: Float[Array, " T"], spe
 
 
 def slots(kept: Bool[Array, " N"], budget: int) -> tuple[Int[Array, " K"], Int[Array, " K"]]:
-    """Numbers of what is kept, in order, and segment 1; in jax `budget` of them, those that stay free with segment 0."""
+    """Numbers of what is kept, in order, and segment 1; in jax `budget` of them, those that stay
+    free with segment 0.
+    """
     xp = numpy_of(kept)
     if xp is np:
         chosen = np.flatnonzero(kept)
         return chosen, np.ones(len(chosen), np.int32)
     slot = xp.where(kept, xp.cumsum(kept) - 1, budget)  # the others fall off the end
-    order = xp.zeros(budget, np.int32).at[slot].set(xp.arange(len(kept), dtype=np.int32), mode="drop")
+    order = (
+        xp.zeros(budget, np.int32).at[slot].set(xp.arange(len(kept), dtype=np.int32), mode="drop")
+    )
     return order, (xp.arange(budget) < kept.sum()).astype(np.int32)
 
 
@@ -153,16 +189,24 @@ def _where(times: Array, plan: Tree, order: Array) -> tuple[Array, Array]:
 
 
 def _pyramid(video: Array, plan: Tree, spec: ParticleSpec) -> Array:
-    """The clip averaged down to every level of the plan, [C, cells], level after level; whole numbers are rounded."""
+    """The clip averaged down to every level of the plan, [C, cells], level after level; whole
+    numbers are rounded.
+    """
     most, whole = math.prod(_scale(plan.levels[0], spec)), np.issubdtype(video.dtype, np.integer)
-    wide = np.float32 if not whole else np.uint16 if most <= 2**8 else np.uint32  # the narrowest that holds sums of bytes
+    # the narrowest that holds sums of bytes
+    wide = np.float32 if not whole else np.uint16 if most <= 2**8 else np.uint32
     planes = numpy_of(video).moveaxis(video, -1, 0).astype(wide)
     if isinstance(planes, np.ndarray):
-        planes = np.ascontiguousarray(planes)  # sums of neighbours take long where colours lie between them
+        # sums of neighbours take long where colours lie between them
+        planes = np.ascontiguousarray(planes)
     sums, rows = _all_sums(planes, plan, spec), []
     for level in plan.levels:
         count = math.prod(_scale(level, spec))
-        mean = (sums[level] + wide(count // 2)) // wide(count) if whole else sums[level] * np.float32(1 / count)
+        mean = (
+            (sums[level] + wide(count // 2)) // wide(count)
+            if whole
+            else sums[level] * np.float32(1 / count)
+        )
         rows.append(mean.astype(video.dtype).reshape(video.shape[-1], -1))
     return numpy_of(video).concatenate(rows, axis=1)
 
@@ -173,7 +217,9 @@ def _all_sums(x: Array, plan: Tree, spec: ParticleSpec) -> dict[Level, Array]:
     for level in sorted(itertools.product(range(top[0] + 1), range(top[1] + 1)), key=sum):
         if level != (0, 0):  # levels that are only on the way cost little
             before = (level[0] - 1, level[1]) if level[0] else (0, level[1] - 1)
-            sums[level] = _sums(sums[before], _scale((level[0] - before[0], level[1] - before[1]), spec))
+            sums[level] = _sums(
+                sums[before], _scale((level[0] - before[0], level[1] - before[1]), spec)
+            )
     return sums
 
 
@@ -181,11 +227,12 @@ def _all_sums(x: Array, plan: Tree, spec: ParticleSpec) -> dict[Level, Array]:
 
 
 def energies(video: Num[Array, "T H W C"], plan: Tree, spec: ParticleSpec) -> dict[Level, Array]:
-    """What each node's payload tells of the clip beyond a reference: sums over its pixels, [t, h, w] for every level.
+    """What each node's payload tells of the clip beyond a reference: sums over its pixels, [t, h,
+    w] for every level.
 
-    'squared': squares of brightness around the root node's, so that differences are squared errors. 'absolute': absolute
-    values, which bright edges dominate less. 'motion': squares around each pixel's mean over the clip, so that what
-    stands still tells nothing.
+    'squared': squares of brightness around the root node's, so that differences are squared errors.
+    'absolute': absolute values, which bright edges dominate less. 'motion': squares around each
+    pixel's mean over the clip, so that what stands still tells nothing.
     """
     top = plan.levels[0]
     grey = _grey(video)
@@ -195,8 +242,15 @@ def energies(video: Num[Array, "T H W C"], plan: Tree, spec: ParticleSpec) -> di
     else:
         reference = _spread(_rounded(_sums(grey, scale), int(np.prod(scale))), scale)
     sums = _all_sums(grey - reference, plan, spec)
-    return _together(sums, plan, spec) if numpy_of(grey) is np else {
-        level: _sums(_powers(sums[level], level, spec), spec.base).astype(np.float32) * _unit(level, spec) for level in plan.levels}
+    return (
+        _together(sums, plan, spec)
+        if numpy_of(grey) is np
+        else {
+            level: _sums(_powers(sums[level], level, spec), spec.base).astype(np.float32)
+            * _unit(level, spec)
+            for level in plan.levels
+        }
+    )
 
 
 def _grey(video: Array) -> Array:
@@ -207,13 +261,23 @@ def _grey(video: Array) -> Array:
     return _rounded(total, video.shape[-1])
 
 
-def _together(sums: dict[Level, np.ndarray], plan: Tree, spec: ParticleSpec) -> dict[Level, np.ndarray]:
-    """The energies of all levels: numpy's time goes into its calls, and whole numbers have the same sum in any order."""
-    powers = np.concatenate([_powers(sums[level], level, spec).reshape(-1) for level in plan.levels])
+def _together(
+    sums: dict[Level, np.ndarray], plan: Tree, spec: ParticleSpec
+) -> dict[Level, np.ndarray]:
+    """The energies of all levels: numpy's time goes into its calls, and whole numbers have the same
+    sum in any order.
+    """
+    powers = np.concatenate(
+        [_powers(sums[level], level, spec).reshape(-1) for level in plan.levels]
+    )
     energy = powers[plan.cells].sum(axis=1, dtype=np.int32).astype(np.float32)
     ends = np.cumsum([np.prod(count) for count in plan.counts])
-    return {level: each.reshape(count) * _unit(level, spec)
-            for level, each, count in zip(plan.levels, np.split(energy, ends[:-1]), plan.counts, strict=True)}
+    return {
+        level: each.reshape(count) * _unit(level, spec)
+        for level, each, count in zip(
+            plan.levels, np.split(energy, ends[:-1]), plan.counts, strict=True
+        )
+    }
 
 
 def _powers(sums: Array, level: Level, spec: ParticleSpec) -> Array:
@@ -224,12 +288,16 @@ def _powers(sums: Array, level: Level, spec: ParticleSpec) -> Array:
 
 
 def _unit(level: Level, spec: ParticleSpec) -> np.float32:
-    return np.float32(math.prod(_scale(level, spec)) / _fine(spec) ** (1 if spec.measure == "absolute" else 2))
+    return np.float32(
+        math.prod(_scale(level, spec)) / _fine(spec) ** (1 if spec.measure == "absolute" else 2)
+    )
 
 
 def _fine(spec: ParticleSpec) -> float:
     """Steps of a cell per grey level, a power of two; deviations are below 2^8."""
-    return 2.0 ** np.floor(np.log2(_EXACT / int(np.prod(spec.base))) / (1 if spec.measure == "absolute" else 2) - 8)
+    return 2.0 ** np.floor(
+        np.log2(_EXACT / int(np.prod(spec.base))) / (1 if spec.measure == "absolute" else 2) - 8
+    )
 
 
 def _rounded(sums: Array, count: int) -> Array:
@@ -245,12 +313,16 @@ def _sums(x: Array, by: Shape) -> Array:
 
 
 def _tree_sums(x: Array, by: Shape) -> Array:
-    """[..., t, h, w] summed over blocks by halves: an order that numpy and XLA share, and fast in numpy."""
+    """[..., t, h, w] summed over blocks by halves: an order that numpy and XLA share, and fast in
+    numpy.
+    """
     for axis, count in enumerate(by):
         while count > 1:
             f = next((p for p in (2, 3, 5, 7) if count % p == 0), count)
             after = (slice(None),) * (2 - axis)
-            x = functools.reduce(operator.add, [x[(..., slice(i, None, f), *after)] for i in range(f)])
+            x = functools.reduce(
+                operator.add, [x[(..., slice(i, None, f), *after)] for i in range(f)]
+            )
             count //= f
     return x
 
@@ -258,7 +330,11 @@ def _tree_sums(x: Array, by: Shape) -> Array:
 def _spread(x: Array, by: Shape) -> Array:
     """[t, h, w] repeated over blocks."""
     (t, h, w), (a, b, d) = x.shape, by
-    return numpy_of(x).broadcast_to(x[:, None, :, None, :, None], (t, a, h, b, w, d)).reshape(t * a, h * b, w * d)
+    return (
+        numpy_of(x)
+        .broadcast_to(x[:, None, :, None, :, None], (t, a, h, b, w, d))
+        .reshape(t * a, h * b, w * d)
+    )
 
 
 def _scale(by: Level, spec: ParticleSpec) -> Shape:
@@ -273,28 +349,46 @@ def choose(energy: dict[Level, Array], plan: Tree, spec: ParticleSpec) -> Bool[A
     """Which nodes stand in the end; they tile the clip."""
     xp = numpy_of(energy[plan.levels[0]])
     told = _told(energy, plan, spec)
-    gains = xp.concatenate([_gains(told[level], level, spec).reshape(len(spec.splits), -1) for level in plan.levels], axis=1)
+    gains = xp.concatenate(
+        [_gains(told[level], level, spec).reshape(len(spec.splits), -1) for level in plan.levels],
+        axis=1,
+    )
     kinds, gain = xp.argmax(gains, axis=0), gains.max(axis=0)
     made = (kinds[plan.parents] == np.arange(len(spec.splits))[None]) & (plan.parents >= 0)
-    rank = _down(plan, gain, lambda mine, above, by: xp.minimum(mine, xp.where(by, above, -np.inf).max(axis=1)), made)
-    price = xp.asarray([math.prod(_scale(_STEPS[kind], spec)) - 1 for kind in spec.splits], np.int32)
+    rank = _down(
+        plan,
+        gain,
+        lambda mine, above, by: xp.minimum(mine, xp.where(by, above, -np.inf).max(axis=1)),
+        made,
+    )
+    price = xp.asarray(
+        [math.prod(_scale(_STEPS[kind], spec)) - 1 for kind in spec.splits], np.int32
+    )
     order = xp.argsort(-rank, stable=True)
     worth = rank[order] > 0
     spent = int(np.prod(plan.counts[0])) + xp.cumsum(xp.where(worth, price[kinds][order], 0))
     splits = unsort((spent <= spec.budget) & worth, order)
     split = _down(plan, splits, lambda mine, above, by: mine & (by & above).any(axis=1), made)
     first = int(np.prod(plan.counts[0]))
-    exists = xp.concatenate([xp.ones(first, bool), (made & split[plan.parents])[first:].any(axis=1)])
+    exists = xp.concatenate(
+        [xp.ones(first, bool), (made & split[plan.parents])[first:].any(axis=1)]
+    )
     return exists & ~split
 
 
-def _down(plan: Tree, own: Array, combine: Callable[[Array, Array, Array], Array], made: Array) -> Array:
-    """[N] from the coarsest level to the finest: `combine` of each node's own value, its parents' and which of them made it."""
+def _down(
+    plan: Tree, own: Array, combine: Callable[[Array, Array, Array], Array], made: Array
+) -> Array:
+    """[N] from the coarsest level to the finest: `combine` of each node's own value, its parents'
+    and which of them made it.
+    """
     ends = np.cumsum([np.prod(count) for count in plan.counts])
     found = own[: ends[0]]
     for start, stop in itertools.pairwise(ends):
         above = found[np.maximum(plan.parents[start:stop], 0)]
-        found = numpy_of(own).concatenate([found, combine(own[start:stop], above, made[start:stop])])
+        found = numpy_of(own).concatenate(
+            [found, combine(own[start:stop], above, made[start:stop])]
+        )
     return found
 
 
@@ -308,9 +402,11 @@ def unsort(values: Array, order: Array) -> Array:
 
 
 def _gains(told: dict[Level, Array], level: Level, spec: ParticleSpec) -> Array:
-    """What a split of each kind tells for each particle that it adds, [kinds, t, h, w]; -inf where there is none.
+    """What a split of each kind tells for each particle that it adds, [kinds, t, h, w]; -inf where
+    there is none.
 
-    told: of `_told`. The best over all levels below that begin with such a split: texture may only show two levels down.
+    told: of `_told`. The best over all levels below that begin with such a split: texture may only
+    show two levels down.
     """
     best = [[] for _ in spec.splits]
     for by, more in told.items():
@@ -324,8 +420,12 @@ def _gains(told: dict[Level, Array], level: Level, spec: ParticleSpec) -> Array:
     return xp.stack([functools.reduce(xp.maximum, gains, nothing) for gains in best])
 
 
-def _told(energy: dict[Level, Array], plan: Tree, spec: ParticleSpec) -> dict[Level, dict[Level, Array]]:
-    """For each level, by how much finer another one is: what the nodes of that one tell more than those of the level."""
+def _told(
+    energy: dict[Level, Array], plan: Tree, spec: ParticleSpec
+) -> dict[Level, dict[Level, Array]]:
+    """For each level, by how much finer another one is: what the nodes of that one tell more than
+    those of the level.
+    """
     found: dict[Level, dict[Level, Array]] = {}
     sums: dict[Level, dict[Level, Array]] = {}
     for level in reversed(plan.levels):
@@ -337,6 +437,8 @@ def _told(energy: dict[Level, Array], plan: Tree, spec: ParticleSpec) -> dict[Le
                     mine[below] = _tree_sums(each, _scale(step, spec))
         xp, sums[level] = numpy_of(own), mine
         more = {(level[0] - i, level[1] - j): each for (i, j), each in mine.items()}
-        found[level] = {by: xp.where(each - own > np.float32(_NOISE) * each, each - own, np.float32(0))
-                        for by, each in more.items()}
+        found[level] = {
+            by: xp.where(each - own > np.float32(_NOISE) * each, each - own, np.float32(0))
+            for by, each in more.items()
+        }
     return found

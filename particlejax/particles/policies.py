@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which particles a clip becomes: the policies. Each is a pure function of one clip, numpy and jax arrays alike.
+"""Which particles a clip becomes: the policies. Each is a pure function of one clip, numpy and jax
+arrays alike.
 
-A policy is `(video [T, H, W, C], times [T], ParticleSpec) -> Particles` with leading axis N, a number that depends on
-the shapes alone; `thin` then keeps a random part where the spec has a budget.
+A policy is `(video [T, H, W, C], times [T], ParticleSpec) -> Particles` with leading axis N, a
+number that depends on the shapes alone; `thin` then keeps a random part where the spec has a
+budget.
 """
 
 import dataclasses
@@ -11,11 +13,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from particlejax.particles import adaptive, runs
-from particlejax.particles.cut import Tube, cut, lattice
+from particlejax.config.experiment import ParticleSpec
+from particlejax.core.typing import Array
+from particlejax.particles import adaptive, run_length
+from particlejax.particles.patchify import Tube, cut, lattice
 from particlejax.particles.types import Particles, numpy_of
-from particlejax.spec import ParticleSpec
-from particlejax.typing import Array
 
 Shape = tuple[int, int, int]
 
@@ -27,13 +29,17 @@ def grid(spec: ParticleSpec, size: Shape) -> tuple[Tube, ...]:
 
 
 def tubes(spec: ParticleSpec, size: Shape) -> tuple[Tube, ...]:
-    """Several shapes and strides, overlapping or sparse (TubeViT, arXiv:2212.03229); given as spec.tubes."""
+    """Several shapes and strides, overlapping or sparse (TubeViT, arXiv:2212.03229); given as
+    spec.tubes.
+    """
     del size
     return tuple(Tube(*map(tuple, tube)) for tube in spec.tubes)
 
 
 def pyramid(spec: ParticleSpec, size: Shape) -> tuple[Tube, ...]:
-    """The base cuboid on every level of the clip averaged down: level k is spec.factor ** k coarser on every axis."""
+    """The base cuboid on every level of the clip averaged down: level k is spec.factor ** k coarser
+    on every axis.
+    """
     del size
     scales = [tuple(f**level for f in spec.factor) for level in range(spec.levels)]
     shapes = [tuple(b * s for b, s in zip(spec.base, scale, strict=True)) for scale in scales]
@@ -41,22 +47,28 @@ def pyramid(spec: ParticleSpec, size: Shape) -> tuple[Tube, ...]:
 
 
 LATTICES: dict[str, Callable[[ParticleSpec, Shape], tuple[Tube, ...]]] = {
-    "grid": grid, "tubes": tubes, "pyramid": pyramid,
+    "grid": grid,
+    "tubes": tubes,
+    "pyramid": pyramid,
 }
 ADAPTING: dict[str, Callable[[Array, Array, ParticleSpec], Particles]] = {
-    "adaptive": adaptive.adaptive, "runs": runs.runs,
+    "adaptive": adaptive.adaptive,
+    "runs": run_length.runs,
 }
 
 
 def cut_clip(video_THWC: Array, times_T: Array, spec: ParticleSpec) -> Particles:
-    """All particles that the policy makes of one clip: `particle_count` of them, or at most so many where it adapts.
+    """All particles that the policy makes of one clip: `particle_count` of them, or at most so many
+    where it adapts.
 
     `adaptive` and `runs` spend spec.budget themselves; of the others `thin` keeps it.
     """
     if spec.policy in ADAPTING:
         return ADAPTING[spec.policy](video_THWC, times_T, spec)
     size = video_THWC.shape[:3]
-    parts = [cut(video_THWC, times_T, tube, spec.base) for tube in LATTICES[spec.policy](spec, size)]
+    parts = [
+        cut(video_THWC, times_T, tube, spec.base) for tube in LATTICES[spec.policy](spec, size)
+    ]
     if len(parts) == 1:
         return parts[0]
     xp = numpy_of(video_THWC)
@@ -65,7 +77,9 @@ def cut_clip(video_THWC: Array, times_T: Array, spec: ParticleSpec) -> Particles
 
 
 def thin(particles: Particles, scores: Array, budget: int) -> Particles:
-    """The `budget` particles [L] of smallest score, in their order: `random` when the scores are random numbers."""
+    """The `budget` particles [L] of smallest score, in their order: `random` when the scores are
+    random numbers.
+    """
     xp = numpy_of(scores)
     return particles.take(xp.sort(xp.argsort(scores)[:budget]))
 
@@ -79,7 +93,11 @@ def coarsest(spec: ParticleSpec) -> Shape:
 
 def particle_count(size: Shape, spec: ParticleSpec) -> int:
     """How many particles a clip of `size` (frames, rows, columns) becomes."""
-    tubes = (Tube(spec.base, spec.base),) if spec.policy in ADAPTING else LATTICES[spec.policy](spec, size)
+    tubes = (
+        (Tube(spec.base, spec.base),)
+        if spec.policy in ADAPTING
+        else LATTICES[spec.policy](spec, size)
+    )
     whole = sum(len(lattice(size, tube)) for tube in tubes)
     return min(whole, spec.budget) if spec.budget else whole
 
@@ -91,12 +109,18 @@ def check(size: Shape, spec: ParticleSpec) -> None:
         return
     for tube, axis in itertools.product(LATTICES[spec.policy](spec, size), range(3)):
         if tube.shape[axis] > size[axis]:
-            raise ValueError(f"particles of {tube.shape} do not fit into clips of {tuple(size)}: use smaller ones or "
-                             "larger clips.")
+            raise ValueError(
+                f"particles of {tube.shape} do not fit into clips of {tuple(size)}: use smaller "
+                "ones or "
+                "larger clips."
+            )
         if spec.policy != "tubes" and size[axis] % tube.shape[axis]:
             name = ("frames", "rows", "columns")[axis]
-            raise ValueError(f"clips of {size[axis]} {name} are not a multiple of particles of {tube.shape[axis]}: "
-                             "change data.frames, data.size or particles.base.")
+            raise ValueError(
+                f"clips of {size[axis]} {name} are not a multiple of particles of "
+                f"{tube.shape[axis]}: "
+                "change data.frames, data.size or particles.base."
+            )
 
 
 def _check_adapting(size: Shape, spec: ParticleSpec) -> None:
@@ -104,11 +128,19 @@ def _check_adapting(size: Shape, spec: ParticleSpec) -> None:
     if spec.policy == "adaptive":
         least = int(np.prod(adaptive.tree(size, spec).counts[0]))
         if spec.budget < least:
-            raise ValueError(f"particles.budget={spec.budget} is less than the {least} coarsest particles of a clip: raise it, "
-                             "or particles.levels.")
+            raise ValueError(
+                f"particles.budget={spec.budget} is less than the {least} coarsest particles of a "
+                "clip: raise it, "
+                "or particles.levels."
+            )
         return
     least = (size[1] // spec.base[1]) * (size[2] // spec.base[2])
     if not (spec.budget or spec.threshold):
-        raise ValueError("particles.policy is 'runs' but budget and threshold are 0: set one of them.")
+        raise ValueError(
+            "particles.policy is 'runs' but budget and threshold are 0: set one of them."
+        )
     if 0 < spec.budget < least:
-        raise ValueError(f"particles.budget={spec.budget} is less than the {least} runs that begin with a clip: raise it.")
+        raise ValueError(
+            f"particles.budget={spec.budget} is less than the {least} runs that begin with a clip: "
+            "raise it."
+        )

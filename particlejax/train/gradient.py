@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gradient that a step follows: of the loss as it is, under attack on the payloads, or at the worst parameters nearby.
+"""The gradient that a step follows: of the loss as it is, under attack on the payloads, or at the
+worst parameters nearby.
 
-All are pure functions (params, batch, key) -> (gradient, metrics) of one loss (params, batch, key) -> (loss, metrics).
+All are pure functions (params, batch, key) -> (gradient, metrics) of one loss (params, batch, key)
+-> (loss, metrics).
 """
 
 from collections.abc import Callable, Mapping
@@ -13,9 +15,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from particlejax.config.training import RobustSpec
+from particlejax.core.typing import Metrics, Params
 from particlejax.particles.types import Batch
-from particlejax.tunespec import RobustSpec
-from particlejax.typing import Metrics, Params
 
 Loss = Callable[[Params, Batch, Array], tuple[Array, Metrics]]
 Gradient = Callable[[Params, Batch, Array], tuple[Params, Metrics]]
@@ -43,7 +45,9 @@ def plain(loss: Loss, spec: RobustSpec) -> Gradient:
 
 
 def sharpness_aware(gradient: Gradient, radius: float) -> Gradient:
-    """The gradient at `radius` from here, uphill (SAM, arXiv:2010.01412); metrics are of that point."""
+    """The gradient at `radius` from here, uphill (SAM, arXiv:2010.01412); metrics are of that
+    point.
+    """
 
     def worst(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
         uphill, _ = gradient(params, batch, key)
@@ -54,8 +58,14 @@ def sharpness_aware(gradient: Gradient, radius: float) -> Gradient:
 
 
 def attacked(loss: Loss, spec: RobustSpec) -> Gradient:
-    """The gradient at payloads that `fgsm` or `pgd` has moved uphill from a random start, within epsilon."""
-    ascents, length = (1, _FGSM * spec.epsilon) if spec.attack == "fgsm" else (spec.ascents, _PGD * spec.epsilon / spec.ascents)
+    """The gradient at payloads that `fgsm` or `pgd` has moved uphill from a random start, within
+    epsilon.
+    """
+    ascents, length = (
+        (1, _FGSM * spec.epsilon)
+        if spec.attack == "fgsm"
+        else (spec.ascents, _PGD * spec.epsilon / spec.ascents)
+    )
 
     def gradient(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
         def climb(noise: Noise, i: Array) -> tuple[Noise, None]:
@@ -70,16 +80,20 @@ def attacked(loss: Loss, spec: RobustSpec) -> Gradient:
 
 
 def free(loss: Loss, spec: RobustSpec) -> Gradient:
-    """The mean gradient along an ascent: each pass moves the payloads and counts for the parameters (arXiv:1904.12843).
+    """The mean gradient along an ascent: each pass moves the payloads and counts for the parameters
+    (arXiv:1904.12843).
 
-    One update of the parameters a batch, as in arXiv:1909.11764, so that schedules and averages keep their meaning.
+    One update of the parameters a batch, as in arXiv:1909.11764, so that schedules and averages
+    keep their meaning.
     """
     length = _PGD * spec.epsilon / spec.ascents
 
     def gradient(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
         def climb(noise: Noise, i: Array) -> tuple[Noise, Any]:
             del i
-            both = jax.grad(lambda p, n: loss(p, _moved(batch, n), key), argnums=(0, 1), has_aux=True)
+            both = jax.grad(
+                lambda p, n: loss(p, _moved(batch, n), key), argnums=(0, 1), has_aux=True
+            )
             (grads, uphill), metrics = both(params, noise)
             return _stepped(noise, uphill, length, spec.epsilon), (grads, metrics)
 
@@ -89,21 +103,37 @@ def free(loss: Loss, spec: RobustSpec) -> Gradient:
     return gradient
 
 
-_ATTACKS: dict[str, Callable[[Loss, RobustSpec], Gradient]] = {"none": plain, "fgsm": attacked, "pgd": attacked, "free": free}
+_ATTACKS: dict[str, Callable[[Loss, RobustSpec], Gradient]] = {
+    "none": plain,
+    "fgsm": attacked,
+    "pgd": attacked,
+    "free": free,
+}
 
 
 def _start(batch: Batch, key: Array, epsilon: float) -> Noise:
     """Uniform noise for every payload of numbers; ids cannot be moved."""
-    numbers = {name: p.payload for name, p in batch.particles.items() if jnp.issubdtype(p.payload.dtype, jnp.floating)}
+    numbers = {
+        name: p.payload
+        for name, p in batch.particles.items()
+        if jnp.issubdtype(p.payload.dtype, jnp.floating)
+    }
     keys = jax.random.split(jax.random.fold_in(key, len(numbers)), len(numbers))
-    return {name: jax.random.uniform(each, payload.shape, payload.dtype, -epsilon, epsilon)
-            for each, (name, payload) in zip(keys, numbers.items(), strict=True)}
+    return {
+        name: jax.random.uniform(each, payload.shape, payload.dtype, -epsilon, epsilon)
+        for each, (name, payload) in zip(keys, numbers.items(), strict=True)
+    }
 
 
 def _moved(batch: Batch, noise: Noise) -> Batch:
-    particles = {name: replace(p, payload=p.payload + noise[name]) if name in noise else p for name, p in batch.particles.items()}
+    particles = {
+        name: replace(p, payload=p.payload + noise[name]) if name in noise else p
+        for name, p in batch.particles.items()
+    }
     return replace(batch, particles=particles)
 
 
 def _stepped(noise: Noise, uphill: Noise, length: float, epsilon: float) -> Noise:
-    return jax.tree.map(lambda n, g: jnp.clip(n + length * jnp.sign(g), -epsilon, epsilon), noise, uphill)
+    return jax.tree.map(
+        lambda n, g: jnp.clip(n + length * jnp.sign(g), -epsilon, epsilon), noise, uphill
+    )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run's figures go: metrics.jsonl (what must repeat bit for bit), timing.jsonl, TensorBoard, W&B, the screen."""
+"""Where a run's figures go: metrics.jsonl (what must repeat bit for bit), timing.jsonl,
+TensorBoard, W&B, the screen.
+"""
 
 import hashlib
 import json
@@ -16,9 +18,9 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 
-from particlejax import cluster
-from particlejax.spec import LogSpec
-from particlejax.typing import UserError
+from particlejax.config.experiment import LogSpec
+from particlejax.core.typing import UserError
+from particlejax.distributed import cluster
 
 _PLAIN_EVERY = 15.0  # seconds between lines where there is no terminal to draw a bar on
 
@@ -26,15 +28,18 @@ _PLAIN_EVERY = 15.0  # seconds between lines where there is no terminal to draw 
 class MetricLog:
     """Writes figures of one run; `cut` forgets what a resumed run will write again.
 
-    metrics.jsonl holds only what the seed determines, so that two runs can be compared byte by byte; rates and waits
-    are in timing.jsonl. Of several processes the first one writes; all of them remember the metrics, which are the same.
+    metrics.jsonl holds only what the seed determines, so that two runs can be compared byte by
+    byte; rates and waits are in timing.jsonl. Of several processes the first one writes; all of
+    them remember the metrics, which are the same.
     """
 
     def __init__(self, workdir: Path, spec: LogSpec, name: str, config: Mapping[str, Any]) -> None:
         self._metrics, self._timing = workdir / "metrics.jsonl", workdir / "timing.jsonl"
         self._kept: list[dict[str, Any]] = list(_lines(self._metrics))
         self._first = cluster.first()
-        self._wandb = _wandb_run(spec, name, config, workdir) if spec.wandb and self._first else None
+        self._wandb = (
+            _wandb_run(spec, name, config, workdir) if spec.wandb and self._first else None
+        )
         self._board = _Board(workdir / "tensorboard") if self._first else None
 
     def write(self, stage: str, step: int, split: str, values: Mapping[str, float]) -> None:
@@ -57,9 +62,14 @@ class MetricLog:
         return [line for line in _lines(self._timing) if line["stage"] == stage]
 
     def cut(self, stage: str, step: int, later_stages: tuple[str, ...]) -> None:
-        """Forgets lines of `stage` after `step`, all of `later_stages`, and a line that a kill left unfinished."""
+        """Forgets lines of `stage` after `step`, all of `later_stages`, and a line that a kill left
+        unfinished.
+        """
+
         def stays(line: Mapping[str, Any]) -> bool:
-            return line["stage"] not in later_stages and (line["stage"] != stage or line["step"] <= step)
+            return line["stage"] not in later_stages and (
+                line["stage"] != stage or line["step"] <= step
+            )
 
         self._kept = [line for line in self._kept if stays(line)]
         for path in (self._metrics, self._timing) if self._first else ():
@@ -85,18 +95,24 @@ class MetricLog:
         if self._board is not None:
             self._board.write({f"{prefix}/{name}": value for name, value in values.items()}, step)
         if self._wandb is not None:
-            self._wandb.log({f"{prefix}/{name}": value for name, value in values.items()} | {"stage_step": step})
+            self._wandb.log(
+                {f"{prefix}/{name}": value for name, value in values.items()} | {"stage_step": step}
+            )
 
 
 class _Board:
-    """TensorBoard's file, written by whoever calls: the writer's own thread dies of a full disk, and its queue then blocks."""
+    """TensorBoard's file, written by whoever calls: the writer's own thread dies of a full disk,
+    and its queue then blocks.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
         self._writer = EventsWriter(str(folder / "events"))
 
     def write(self, values: Mapping[str, float], step: int) -> None:
-        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        summary = Summary(
+            value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        )
         self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
         self._writer.flush()
 
@@ -108,7 +124,9 @@ class Progress:
     """A bar with rate and time left on a terminal, plain lines now and then elsewhere."""
 
     def __init__(self, name: str, total: int, done: int = 0, unit: str = "step") -> None:
-        self._bar = tqdm.tqdm(total=total, initial=done, desc=name, unit=unit, disable=None, dynamic_ncols=True)
+        self._bar = tqdm.tqdm(
+            total=total, initial=done, desc=name, unit=unit, disable=None, dynamic_ncols=True
+        )
         self._name, self._total, self._unit = name, total, unit
         self._first, self._done, self._begun = done, done, time.monotonic()
         self._said = self._begun
@@ -121,11 +139,16 @@ class Progress:
         self._bar.update()
         if not self._bar.disable:
             self._bar.set_postfix_str(self._note, refresh=False)
-        elif cluster.first() and (time.monotonic() - self._said > _PLAIN_EVERY or self._done == self._total):
+        elif cluster.first() and (
+            time.monotonic() - self._said > _PLAIN_EVERY or self._done == self._total
+        ):
             self._said = time.monotonic()
             rate = (self._done - self._first) / max(self._said - self._begun, 1e-6)
             left = (self._total - self._done) / max(rate, 1e-6)
-            say(f"{self._name}: {self._unit} {self._done}/{self._total}, {rate:.2f}/s, {_clock(left)} left  {self._note}")
+            say(
+                f"{self._name}: {self._unit} {self._done}/{self._total}, {rate:.2f}/s, "
+                f"{_clock(left)} left  {self._note}"
+            )
 
     def close(self) -> None:
         """Leaves the bar as it is."""
@@ -133,7 +156,9 @@ class Progress:
 
 
 def say(sentence: str) -> None:
-    """A line for the person at the screen, above any bar; of several processes the first one says it."""
+    """A line for the person at the screen, above any bar; of several processes the first one says
+    it.
+    """
     if cluster.first():
         say_here(sentence)
 
@@ -151,10 +176,11 @@ def _clock(seconds: float) -> str:
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     if path.exists():
         for text in path.read_text(encoding="utf-8").split("\n"):
+            # the last line of a killed run may be cut off
             try:
                 yield json.loads(text)
             except ValueError:
-                continue  # the last line of a killed run may be cut off
+                continue
 
 
 def _json_ready(values: Mapping[str, float]) -> dict[str, float | str]:
@@ -165,7 +191,16 @@ def _wandb_run(spec: LogSpec, name: str, config: Mapping[str, Any], workdir: Pat
     try:
         import wandb
     except ImportError as error:
-        raise UserError(f"config.log.wandb={spec.wandb!r} needs Weights & Biases: pip install particlejax[wandb], or "
-                        "leave it empty.") from error
-    return wandb.init(project=spec.wandb, name=name, config=dict(config), dir=str(workdir), resume="allow",
-                      id=f"{name}-{hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:8]}")
+        raise UserError(
+            f"config.log.wandb={spec.wandb!r} needs Weights & Biases: pip install "
+            "particlejax[wandb], or "
+            "leave it empty."
+        ) from error
+    return wandb.init(
+        project=spec.wandb,
+        name=name,
+        config=dict(config),
+        dir=str(workdir),
+        resume="allow",
+        id=f"{name}-{hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:8]}",
+    )

@@ -5,7 +5,7 @@ import runpy
 
 from ml_collections import ConfigDict
 
-from particlejax.spec import ScaleSpec, ScheduleSpec, section
+from particlejax.config.experiment import ScaleSpec, ScheduleSpec, section
 
 
 def get_config(arg: str = "") -> ConfigDict:

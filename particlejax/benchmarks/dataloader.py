@@ -1,0 +1,416 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast clips come out of the data floor, beside a bare loop that only decodes the same frames,
+and other decoders.
+"""
+
+import math
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import active_children
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+
+from particlejax.benchmarks import decoders
+from particlejax.config.experiment import DataSpec, Experiment, ParticleSpec
+from particlejax.data import clips, pipeline, sources
+from particlejax.data.sources import Listed, Record
+from particlejax.data.video.decode import Video
+from particlejax.reports.markdown import table
+from particlejax.train import stage
+from particlejax.train.log import say
+
+_RATE = 25  # frames per second of the files made here, and the length of their groups of pictures
+_SHORT, _LONG = 60, 3600  # seconds of the files that random access is tried on
+_HD = (1920, 1080)
+_HD_SECONDS = 20
+_STRIDE = 2  # frames from one wanted frame to the next in the long files
+_POSITIONS = 12  # random places tried in a repetition
+_MEMORY_STEPS = 10
+_READ_AHEAD = 12  # batches that a process may have ready before they are asked for, and one
+_ENDLESS = 10**6  # batches
+_SIDE = 112  # pixels of the short side in random access
+_BARE, _DROPS = "PyAV, decodes only", "PyAV, decodes only and drops what no other frame needs"
+_PROCESSES = "particlejax, whole pipeline in as many processes as threads"
+_LEAST = "PyAV, decodes and scales what is wanted"  # the least that any consumer asks for
+
+
+class Timed(NamedTuple):
+    """A repetition: seconds of the clock, and of all cores and processes together."""
+
+    wall: float
+    cpu: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """The clips of one comparison: what the pipeline reads, and for each clip the file and the
+    times of its frames.
+    """
+
+    batches: pipeline.Batches
+    steps: int
+    threads: int
+    processes: bool = (
+        False  # whether they are tried, too: with large frames threads keep the cores busy as well
+    )
+
+    @property
+    def wanted(self) -> decoders.Wanted:
+        """File and times in seconds of every frame that the pipeline will ask for, in its order."""
+        found = []
+        for k in range(self.steps):
+            numbers = self.batches.clips(k)
+            for i, number in enumerate(numbers):
+                record = self.batches.source[number]
+                rng = np.random.default_rng((self.batches.seed, k * len(numbers) + i))
+                found.append((record.video, record.start + self._times(record, rng)))
+        return found
+
+    def _times(self, record: Record, rng: np.random.Generator) -> np.ndarray:
+        with Video(record.video) as video:
+            length = record.until(video.duration) - record.start
+            offset, times, _ = clips.moments(length, 1 / video.fps, self.batches.data, rng)
+            return np.minimum(offset + times, length - 0.5 / video.fps)
+
+
+def bench(experiment: Experiment, workdir: Path, name: str) -> None:
+    """Job 'bench_data': tables in report.md, figures in results.json."""
+    del name
+    repetitions = experiment.bench.repetitions
+    figures: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "repetitions": repetitions}
+    for title, work in _works(experiment, workdir):
+        figures[title] = _compare(work, repetitions, title)
+    figures["random access"] = _random_access(workdir, repetitions, experiment)
+    figures["memory"] = _memory(experiment)
+    stage.add_results(workdir, "bench_data", figures, {})
+    text = "\n".join(_report(figures))
+    (workdir / "report.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def _works(experiment: Experiment, workdir: Path) -> Iterator[tuple[str, Work]]:
+    data, spec = experiment.data, experiment.bench
+    source = sources.open_source(data.source, data.split, data.cache_dir)
+    batches = pipeline.Batches(source, data, experiment.particles, experiment.seed, spec.rows)
+    yield (
+        "short clips",
+        Work(batches, max(1, spec.clips // spec.rows), data.threads, processes=True),
+    )
+    path = workdir / "hd.mp4"
+    _make(path, _HD, _HD_SECONDS if spec.clips > 50 else 2)
+    with Video(str(path)) as video:
+        length = video.duration - data.frames * _STRIDE / _RATE
+    starts = np.random.default_rng(0).uniform(0, max(length, 0.0), max(spec.rows, spec.clips // 20))
+    records = tuple(
+        Record(f"{s:.2f}", str(path), start=s, end=s + data.frames * _STRIDE / _RATE)
+        for s in starts
+    )
+    # a thread decodes a batch: each must have several
+    rows = max(1, len(records) // (4 * data.threads))
+    batches = replace(
+        batches,
+        source=Listed((), records),
+        data=replace(data, sample="dense", stride=(_STRIDE, _STRIDE)),
+        rows=rows,
+    )
+    yield "1080p", Work(batches, len(records) // rows, data.threads)
+
+
+# -- the whole pipeline against decoding alone
+
+
+def _compare(work: Work, repetitions: int, title: str) -> dict[str, Any]:
+    wanted = work.wanted
+    rivals: dict[str, Callable[[], Any]] = {
+        "particlejax, whole pipeline": lambda: _drain(work),
+        _BARE: lambda: _each(decoders.bare, wanted, work.threads),
+        _LEAST: lambda: _each(
+            partial(decoders.least, side=work.batches.data.size), wanted, work.threads
+        ),
+        _DROPS: lambda: _each(partial(decoders.bare, drop=True), wanted, work.threads),
+    }
+    if work.processes:
+        rivals[_PROCESSES] = lambda: _steady(work)
+    others, unusable = decoders.others(
+        wanted, work.batches.data.decode_side or work.batches.data.size
+    )
+    rivals |= {
+        name: partial(_each, decode, wanted, work.threads) for name, decode in others.items()
+    }
+    times: dict[str, list[Timed]] = {name: [] for name in rivals}
+    for repetition in range(repetitions + 1):
+        for name, go in list(rivals.items()):
+            if name == _PROCESSES and not repetition:
+                continue  # they start anew each time
+            try:
+                timed = _timed(go)
+            except Exception as error:  # another package gives up on a clip
+                if name not in others:
+                    raise
+                del rivals[name], times[name]
+                unusable[name] = decoders.why(error)
+                continue
+            if repetition:  # the first one warms files and code
+                times[name].append(timed)
+        say(f"{title}: repetition {repetition} of {repetitions}")
+    walls = {name: float(np.median([t.wall for t in each])) for name, each in times.items()}
+    rows = {
+        name: {
+            "clips_per_second": len(wanted) / walls[name],
+            "cores": float(np.median([t.cpu / t.wall for t in each])),
+            "of_bare": walls[_BARE] / walls[name],
+            "of_dropping": walls[_DROPS] / walls[name],
+            "all_seconds": [round(t.wall, 3) for t in each],
+        }
+        for name, each in times.items()
+    }
+    return {"rows": rows, "unusable": unusable}
+
+
+def _timed(go: Callable[[], Any]) -> Timed:
+    """How long `go()` took, or what it says itself of its time."""
+    wall, cpu = time.perf_counter(), _cpu()
+    own = go()
+    return own if isinstance(own, Timed) else Timed(time.perf_counter() - wall, _cpu() - cpu)
+
+
+def _cpu() -> float:
+    """Seconds that all cores have spent on this process, the processes it started and those of them
+    that have ended.
+    """
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (
+        time.process_time()
+        + ended.ru_utime
+        + ended.ru_stime
+        + sum(_cpu_of(child.pid) for child in active_children())
+    )
+
+
+def _cpu_of(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # not Linux, or it has just ended
+        return 0.0
+    # in user mode and in the kernel
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _drain(work: Work) -> None:
+    for loaded in pipeline.read(work.batches, 0, work.steps, work.batches.data):
+        _refuse(loaded)
+
+
+def _steady(work: Work) -> Timed:
+    """The same in as many processes as threads, each with one thread, as if they ran for ever.
+
+    Counted once more batches have come than they may have read ahead, and the data goes on after
+    the last one counted: what was ready before is then as much as what is ready after.
+    """
+    first = _READ_AHEAD * work.threads
+    data, last = replace(work.batches.data, workers=work.threads, threads=1), first + work.steps
+    with closing(pipeline.read(work.batches, 0, _ENDLESS, data)) as stream:
+        for k, loaded in enumerate(stream, 1):
+            _refuse(loaded)
+            if k == first:
+                wall, cpu = time.perf_counter(), _cpu()
+            if k == last:
+                return Timed(time.perf_counter() - wall, _cpu() - cpu)
+    raise AssertionError("the data ended")
+
+
+def _refuse(loaded: pipeline.Loaded) -> None:
+    if loaded.bad:
+        raise RuntimeError(f"the benchmark's clips must decode: {loaded.bad[0]}")
+
+
+def _each(decode: Callable[..., Any], wanted: decoders.Wanted, threads: int) -> None:
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(lambda each: decode(*each), wanted):
+            pass
+
+
+# -- random access
+
+
+def _random_access(workdir: Path, repetitions: int, experiment: Experiment) -> dict[str, Any]:
+    frames, spec = experiment.data.frames, experiment.bench
+    lengths = (_SHORT, _LONG) if spec.clips > 50 else (2, 6)
+    found: dict[str, list[float]] = {}
+    rng = np.random.default_rng(0)
+    paths = [workdir / f"{length}s.mp4" for length in lengths]
+    data = DataSpec(frames=frames, size=_SIDE, cache_dir=experiment.data.cache_dir)
+    _make(paths[0], (320, 240), lengths[0])
+    _repeat(paths[0], paths[1], lengths[1] // lengths[0])
+    span = frames * _STRIDE / _RATE
+    for _ in range(repetitions):
+        for path, length in zip(paths, lengths, strict=True):
+            starts = rng.uniform(0, length - span, _POSITIONS)
+            seconds = (
+                _timed(lambda p=path, s=starts: [_clip(p, start, span, data) for start in s]).wall
+                / _POSITIONS
+            )
+            found.setdefault(f"out of {length} s", []).append(1000 * seconds)
+        end = lengths[0] - span
+        found.setdefault(f"the end of {lengths[0]} s, decoded from its start", []).append(
+            1000 * _timed(partial(_from_start, paths[0], end, span, frames)).wall
+        )
+    return {name: {"milliseconds": float(np.median(each))} for name, each in found.items()}
+
+
+def _clip(path: Path, start: float, span: float, data: DataSpec) -> None:
+    """A clip as training loads it: the file is opened and its length found, too."""
+    clips.load(Record(path.name, str(path), start=start, end=start + span), data, clips.CENTRE)
+
+
+def _from_start(path: Path, start: float, span: float, frames: int) -> None:
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "NONE"
+        wanted = list(start + (np.arange(frames) + 0.5) * span / frames)
+        for frame in container.decode(stream):
+            if wanted and frame.time >= wanted[0]:
+                wanted.pop(0)
+                frame.reformat(_SIDE * 4 // 3 // 2 * 2, _SIDE, "rgb24").to_ndarray()
+            if not wanted:
+                break
+
+
+def _make(path: Path, size: tuple[int, int], seconds: int) -> None:
+    """A film of textures that move, with a keyframe a second."""
+    if path.exists():
+        return
+    rng = np.random.default_rng(0)
+    large = rng.integers(0, 256, (size[1] // 8 + 16, size[0] // 8 + 64, 3), np.uint8)
+    large = large.repeat(8, axis=0).repeat(8, axis=1)
+    fresh = path.with_name(path.name + ".tmp")
+    with av.open(str(fresh), "w", format="mp4") as container:
+        stream = container.add_stream(
+            "libx264", rate=_RATE, options={"g": str(_RATE), "preset": "veryfast"}
+        )
+        (stream.width, stream.height), stream.pix_fmt = size, "yuv420p"
+        for i in range(seconds * _RATE):
+            x, y = (3 * i) % 500, (i % 100)
+            picture = np.ascontiguousarray(large[y : y + size[1], x : x + size[0]])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    os.replace(fresh, path)
+
+
+def _repeat(path: Path, out: Path, times: int) -> None:
+    """The same film `times` over in one file, its packets copied."""
+    if out.exists():
+        return
+    fresh = out.with_name(out.name + ".tmp")
+    with av.open(str(fresh), "w", format="mp4") as container:
+        made, shift = None, 0
+        for _ in range(times):
+            with av.open(str(path)) as source:
+                stream = source.streams.video[0]
+                made = made or container.add_stream_from_template(stream)
+                length = round(stream.frames / (_RATE * stream.time_base))
+                for packet in source.demux(stream):
+                    if packet.dts is not None:
+                        packet.pts, packet.dts, packet.stream = (
+                            packet.pts + shift,
+                            packet.dts + shift,
+                            made,
+                        )
+                        container.mux(packet)
+                shift += length
+    os.replace(fresh, out)
+
+
+# -- memory
+
+
+def _memory(experiment: Experiment) -> dict[str, Any]:
+    """Resident memory in MiB, clip after clip, of a process that decodes for this one, and of this
+    one when it decodes.
+    """
+    spec = experiment.bench
+    source = sources.open_source("toybox:tiny", "train", experiment.data.cache_dir)
+    data = replace(experiment.data, frames=8, size=32, decode_side=0, sample="span")
+    batches = pipeline.Batches(source, data, ParticleSpec(base=(2, 16, 16)), 0, spec.rows)
+    steps = max(_MEMORY_STEPS, spec.memory_clips // spec.rows)
+    marks = [k for k in range(steps) if (k + 1) % (steps // _MEMORY_STEPS) == 0]
+    found: dict[str, Any] = {"clips": [(k + 1) * spec.rows for k in marks]}
+    for name, workers in (("a worker process", 1), ("this process, decoding itself", 0)):
+        before = set(active_children())
+        mib = []
+        for k, _ in enumerate(pipeline.read(batches, 0, steps, replace(data, workers=workers))):
+            if k in marks:
+                started = [child.pid for child in set(active_children()) - before]
+                mib.append(round(sum(map(_resident, started or [os.getpid()])), 1))
+        found[name] = mib
+        say(
+            f"memory of {name}: {mib[0]:.0f} MiB after {found['clips'][0]} clips, {mib[-1]:.0f} "
+            f"MiB after {found['clips'][-1]}"
+        )
+    return found
+
+
+def _resident(pid: int) -> float:
+    try:
+        return (
+            int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+        )
+    except OSError:  # not Linux, or it has just ended
+        return math.nan
+
+
+def _report(figures: dict[str, Any]) -> Iterator[str]:
+    yield from (
+        "# The data floor",
+        "",
+        f"{figures['cores']} cores; medians of {figures['repetitions']} interleaved repetitions.",
+        "",
+    )
+    for title in ("short clips", "1080p"):
+        yield from (f"## {title}", "")
+        yield from table(
+            ["", "clips/s", "cores busy", "of PyAV that only decodes", "of PyAV that drops, too"],
+            [
+                [
+                    name,
+                    f"{each['clips_per_second']:.1f}",
+                    f"{each['cores']:.2f}",
+                    f"{each['of_bare']:.2f}",
+                    f"{each['of_dropping']:.2f}",
+                ]
+                for name, each in figures[title]["rows"].items()
+            ],
+        )
+        yield from (
+            "",
+            *(
+                f"{name} is installed but cannot be used: {why}\n"
+                for name, why in figures[title]["unusable"].items()
+            ),
+        )
+    yield from (
+        "Cores are those of this process and of all that it starts. The loop that drops looks at "
+        "no frame that no other "
+        "needs, not even at wanted ones: a limit that no reader of these frames can reach.",
+        "",
+    )
+    yield from ("## Random access, 320x240, one thread, as training loads a clip", "")
+    yield from table(
+        ["frames", "ms a clip"],
+        [[name, f"{each['milliseconds']:.1f}"] for name, each in figures["random access"].items()],
+    )
+    memory = dict(figures["memory"])
+    yield from ("", "## Resident memory, MiB", "")
+    yield from table(
+        ["clips", *memory.pop("clips")], [[name, *mib] for name, mib in memory.items()]
+    )
+    yield ""

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What adaptive particles keep of a clip at equal numbers, and what choosing them costs beside the
+step that they save.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from particlejax.config.experiment import Experiment, MeshSpec, OptimSpec, ParticleSpec
+from particlejax.config.model import ClassifySpec
+from particlejax.data import clips, pipeline, sources
+from particlejax.distributed import sharding
+from particlejax.models import particle_model as models
+from particlejax.objectives import registry
+from particlejax.particles import packing, policies
+from particlejax.particles.types import Batch
+from particlejax.reports import plots
+from particlejax.reports.markdown import table
+from particlejax.train import optim, stage
+from particlejax.train.log import say
+from particlejax.train.train_state import initialise, jit_step, make_step
+
+_SHARES = (8, 4, 2)  # one so-manieth of the grid's particles
+_ROWS = 2  # of the steps that are timed
+_CLASSES = 10
+
+
+def bench(experiment: Experiment, workdir: Path, name: str) -> None:
+    """Job 'bench_particles': tables in report.md, figures in results.json."""
+    del name
+    seen = _clips(experiment)
+    figures = {
+        "clips": len(seen),
+        "decibels": _decibels(experiment, seen),
+        "cost": _cost(experiment, seen),
+    }
+    stage.add_results(workdir, "bench_particles", figures, {})
+    text = "\n".join(_report(experiment, figures))
+    (workdir / "report.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def _clips(experiment: Experiment) -> list[clips.Clip]:
+    data = experiment.data
+    source = sources.open_source(data.source, data.split, data.cache_dir)
+    chosen = (
+        np.linspace(0, len(source) - 1, min(experiment.bench.clips, len(source)))
+        .round()
+        .astype(int)
+    )
+    return [clips.load(source[int(i)], data, clips.CENTRE) for i in chosen]
+
+
+# -- what is kept
+
+
+def _decibels(experiment: Experiment, seen: list[clips.Clip]) -> dict[str, dict[str, float]]:
+    """Mean PSNR of the clips painted from their particles, by share of the grid and by policy."""
+    found: dict[str, dict[str, float]] = {}
+    for share in _SHARES:
+        found[f"1/{share}"] = {}
+        for name, spec in _rivals(experiment, share):
+            found[f"1/{share}"][name] = float(np.mean([_psnr(clip, spec) for clip in seen]))
+        say(
+            f"1/{share}: "
+            + ", ".join(f"{name} {value:.2f} dB" for name, value in found[f"1/{share}"].items())
+        )
+    return found
+
+
+def _rivals(experiment: Experiment, share: int) -> Iterator[tuple[str, ParticleSpec]]:
+    spec, size = (
+        experiment.particles,
+        (experiment.data.frames, experiment.data.size, experiment.data.size),
+    )
+    budget = policies.particle_count(size, replace(spec, policy="grid", budget=0)) // share
+    for doublings in range(share.bit_length()):  # in space; the rest of the coarseness is in time
+        scale = (share // 4**doublings, 2**doublings, 2**doublings)
+        shape = tuple(b * s for b, s in zip(spec.base, scale, strict=True))
+        if (
+            scale[0]
+            and np.prod(scale) == share
+            and not any(n % s for n, s in zip(size, shape, strict=True))
+        ):
+            yield (
+                f"grid of {'x'.join(map(str, shape))}",
+                replace(spec, policy="tubes", budget=0, tubes=((shape, shape),)),
+            )
+    for name, changes in (
+        ("runs", {"policy": "runs"}),
+        ("adaptive, both at once", {"splits": ("both",)}),
+        ("adaptive", {}),
+        ("adaptive, four levels", {"levels": 4}),
+        ("adaptive, absolute", {"measure": "absolute"}),
+    ):
+        each = replace(spec, **({"policy": "adaptive", "budget": budget} | changes))
+        try:
+            policies.check(size, each)
+        except ValueError:
+            continue
+        yield name, each
+
+
+def _psnr(clip: clips.Clip, spec: ParticleSpec) -> float:
+    particles = policies.cut_clip(clip.frames, clip.times, spec)
+    blank = np.full(clip.frames.shape, 127.5, np.float32)
+    painted = plots.paint(
+        particles.payload.astype(np.float32),
+        particles.place,
+        particles.extent,
+        clip.times,
+        clip.frames.shape[1:3],
+        spec.base,
+        blank,
+    )
+    error = float(np.mean((painted - clip.frames) ** 2))
+    return 10 * np.log10(255**2 / max(error, 1e-2))
+
+
+# -- what it costs
+
+
+def _cost(experiment: Experiment, seen: list[clips.Clip]) -> dict[str, float]:
+    """Milliseconds a clip: training steps on the whole grid and on half of it, and choosing that
+    half.
+    """
+    size = (experiment.data.frames, experiment.data.size, experiment.data.size)
+    grid = replace(experiment.particles, policy="grid", budget=0)
+    half = replace(
+        experiment.particles, policy="adaptive", budget=policies.particle_count(size, grid) // 2
+    )
+    videos, times = (
+        np.stack([getattr(clip, field) for clip in seen[:_ROWS]]) for field in ("frames", "times")
+    )
+    on_device = jax.jit(jax.vmap(lambda video, t: policies.cut_clip(video, t, half)))
+    steps = {name: _step(experiment, spec) for name, spec in (("whole", grid), ("half", half))}
+    works: dict[str, Callable[[], Any]] = {
+        **{f"step on the {name}": step for name, step in steps.items()},
+        "choosing, numpy": lambda: [
+            policies.cut_clip(v, t, half) for v, t in zip(videos, times, strict=True)
+        ],
+        "the grid, numpy": lambda: [
+            policies.cut_clip(v, t, grid) for v, t in zip(videos, times, strict=True)
+        ],
+        "choosing, jax": lambda: jax.block_until_ready(on_device(videos, times)),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in works}
+    for repetition in range(experiment.bench.repetitions + 1):
+        for name, work in works.items():
+            begun = time.perf_counter()
+            work()
+            if repetition:  # the first one compiles
+                taken[name].append(1000 * (time.perf_counter() - begun) / _ROWS)
+        say(f"cost: repetition {repetition} of {experiment.bench.repetitions}")
+    return {name: float(np.median(each)) for name, each in taken.items()}
+
+
+def _step(experiment: Experiment, spec: ParticleSpec) -> Callable[[], Any]:
+    """A training step on random particles of the policy's number, ready to be called again and
+    again.
+    """
+    batch = _random_batch(experiment, spec)
+    vision = batch.particles["vision"]
+    model = models.build(
+        experiment.model, {"vision": models.Payload(vision.payload.shape[-1])}, classes=_CLASSES
+    )
+    mesh, optimizer = sharding.make_mesh(MeshSpec()), optim.build(OptimSpec(), 100)
+    state = initialise(model, optimizer, jax.tree.map(lambda x: x[:1], batch), 0, 0.0, mesh)
+    classify = registry.combine({"classify": ClassifySpec()})
+    step = jit_step(make_step(model, classify, optimizer, ema=0.0, accumulate=1), state, mesh)
+    held, placed = [state], sharding.put(batch, mesh)
+
+    def once() -> None:
+        held[0], _ = step(held[0], placed)
+        jax.block_until_ready(held[0])
+
+    return once
+
+
+def _random_batch(experiment: Experiment, spec: ParticleSpec) -> Batch:
+    rng, row = (
+        np.random.default_rng(0),
+        pipeline.row_of(replace(experiment.data, clips_per_row=1), spec),
+    )
+    rows = sharding.make_mesh(MeshSpec()).size * _ROWS
+    empty = packing.pack([], [], row.slots, rows, 1)
+    vision = empty.particles["vision"]
+    shape = vision.segment.shape
+    full = replace(
+        vision,
+        payload=rng.normal(size=vision.payload.shape).astype(np.float32),
+        segment=np.ones(shape, np.int32),
+        place=rng.random((*shape, 3), np.float32),
+        extent=np.full((*shape, 3), 0.1, np.float32),
+    )
+    clip = np.arange(rows, dtype=np.int32)[:, None]
+    return replace(empty, particles={"vision": full}, label=clip % _CLASSES, clip=clip)
+
+
+def _report(experiment: Experiment, figures: dict[str, Any]) -> Iterator[str]:
+    data, model = experiment.data, experiment.model
+    yield from (
+        "# Particles",
+        "",
+        f"{figures['clips']} clips of {data.frames} frames of {data.size} x {data.size}, base "
+        f"{experiment.particles.base}. PSNR in dB of the clip painted from its particles.",
+        "",
+    )
+    for share, each in figures["decibels"].items():
+        best = max(value for name, value in each.items() if name.startswith("grid"))
+        yield from table(
+            [f"{share} of the particles", "dB", "above the best grid"],
+            [[name, f"{value:.2f}", f"{value - best:+.2f}"] for name, value in each.items()],
+        )
+        yield ""
+    cost = figures["cost"]
+    saved = cost["step on the whole"] - cost["step on the half"]
+    yield from (
+        f"Milliseconds a clip, a model of width {model.width} and depth {model.depth}, medians:",
+        "",
+    )
+    yield from table(
+        ["", "ms a clip", "of what the half saves"],
+        [[name, f"{value:.2f}", f"{100 * value / saved:.1f} %"] for name, value in cost.items()],
+    )
+    yield ""

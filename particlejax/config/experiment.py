@@ -1,0 +1,539 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an experiment may say: one frozen dataclass a section, the only place where a default
+stands.
+
+An experiment file fills a ConfigDict made of these (`section`), `Experiment.of` turns it back into
+them in one hop, and an unknown key is an error that names the nearest known one.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from particlejax.config import training
+from particlejax.config.fields import (
+    arguments,
+    as_dict,
+    at_least,
+    between,
+    interval,
+    make,
+    named,
+    one_of,
+    replaced,
+    section,
+    unknown_key,
+)
+from particlejax.config.model import OBJECTIVES, ModelSpec, check_model, check_stage
+from particlejax.core.typing import UserError
+
+# what experiment files are written with
+__all__ = ("arguments", "as_dict", "make", "one_of", "section", "unknown_key")
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentSpec:
+    """What training does to a clip at random, alike in all its frames; evaluation does none of
+    it.
+    """
+
+    # share of the area that a random resized crop keeps
+    crop: tuple[float, float] = interval((1.0, 1.0), 0.01, 1)
+    flip: float = between(0.0, 0, 1)  # probability of mirroring left and right
+    # classes that mirroring would make another: these are never flipped
+    directed: tuple[str, ...] = ()
+    # factors that the span of the frames is stretched by, log-uniform
+    speed: tuple[float, float] = interval((1.0, 1.0), 0.01)
+    # of brightness, contrast, saturation (as factors 1 +- this) and, a quarter as much, hue
+    jitter: float = at_least(0.0, 0)
+    operations: int = at_least(0, 0)  # of RandAugment (arXiv:1909.13719)
+    magnitude: float = between(0.5, 0, 1)  # of RandAugment, in [0, 1]
+    # probability that a box of 2 to 33 % of the picture is grey (arXiv:1708.04896)
+    erase: float = between(0.0, 0, 1)
+    mixup: float = at_least(0.0, 0)  # alpha of MixUp (arXiv:1710.09412); 0: none
+    # alpha of CutMix (arXiv:1905.04899); where both are set each clip draws one
+    cutmix: float = at_least(0.0, 0)
+    gain: float = at_least(0.0, 0)  # dB that sound is made louder or softer by, at most
+    shift: float = at_least(0.0, 0)  # seconds that sound is moved against sight, at most
+    # of time, and as many of frequency, that SpecAugment empties (arXiv:1904.08779)
+    bands: int = at_least(0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioSpec:
+    """Sound as a log-mel spectrogram, cut into patches."""
+
+    rate: int = at_least(16000, 1)  # samples per second; any track is mixed to one channel of it
+    window: float = at_least(0.025, 1e-4)  # seconds of a spectrum
+    hop: float = at_least(0.010, 1e-4)  # seconds from one spectrum to the next
+    mels: int = at_least(64, 1)
+    low: float = at_least(60.0, 0)  # Hz
+    high: float = at_least(7800.0, 0)  # Hz
+    patch: tuple[int, int] = at_least((16, 16), 1)  # spectra, mels
+    mean: float = -7.0  # of log(mel power + 1e-6)
+    std: float = at_least(4.0, 1e-4)
+    seconds: float = at_least(0.0, 0)  # longest sound; 0: data.seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSpec:
+    """Captions as token ids."""
+
+    tokenizer: str = "bytes"  # or the path of a tokenizer.json of the package `tokenizers`
+    length: int = at_least(64, 1)  # most tokens of a clip
+
+
+@dataclasses.dataclass(frozen=True)
+class SeriesSpec:
+    """Numeric channels from a CSV beside the clip (clip.mp4, clip.csv) with a column `time` in
+    seconds.
+    """
+
+    channels: tuple[str, ...] = ()  # columns
+    rate: float = at_least(30.0, 1e-3)  # values per second that the channels are interpolated to
+    window: int = at_least(15, 1)  # values of a particle
+    seconds: float = at_least(0.0, 0)  # longest series; 0: data.seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureSpec:
+    """What a frozen network says of sub-clips, computed before by job features.
+
+    It saw the clip's centre square, not mirrored, or heard its sound, or read its caption.
+    """
+
+    # that the job wrote; it says which network, how long sub-clips are and how many cells each has
+    folder: str = ""
+    seconds: float = at_least(0.0, 0)  # longest span; 0: data.seconds
+    # each feature by its mean and deviation over all clips; particles to equal length
+    scale: str = one_of("each", "length")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpec:
+    """Which clips, and how frames are taken from them.
+
+    A clip shorter than what is asked of it shows its last frame until the span is over, in every
+    way of sampling; its sound and series end where they end. Of MP4, Matroska and MPEG-TS only what
+    is wanted is decoded; any other container is read from its start, so clips late in a long film
+    of that kind need a larger `time_limit`, or an MP4 made of it. Where `memory_gib` is 0, parts of
+    pictures of 128 pixels and more are cut and scaled from the file's own pixels in one pass.
+    """
+
+    source: str = "toybox"  # toybox | folder:PATH | tfds:NAME | mix:WEIGHT*SOURCE,WEIGHT*SOURCE
+    split: str = "train"
+    # of vision, audio, text, series, features, heard, told
+    modalities: tuple[str, ...] = ("vision",)
+    # frames: even over `seconds`; every `stride`-th; one a segment
+    sample: str = one_of("span", "dense", "segments")
+    # frames of the file from one to the next where `sample` is dense, drawn between
+    stride: tuple[int, int] = interval((2, 2), 1)
+    # of the clips to train on, the same ones whatever the seed: few labels, quick trials
+    fraction: float = between(1.0, 0, 1)
+    # clips of each class, drawn by the seed, that keep their label in training; 0: all do
+    shots: int = at_least(0, 0)
+    listed: str = (
+        ""  # CSV with a column `path` of the clips that keep their label; '': as `shots` says
+    )
+    # share of training clips that come from the others, without label; 0: none
+    unlabelled: float = between(0.0, 0, 1)
+    cache_dir: str = "~/.cache/particlejax"  # where toybox is rendered and TFDS looks
+    frames: int = at_least(16, 1)
+    size: int = at_least(64, 1)  # pixels, height and width
+    seconds: float = at_least(0.0, 0)  # span of the frames; 0: the whole clip
+    # pixels of the short side of small or kept clips, from which parts are cut; 0: `size`
+    decode_side: int = at_least(0, 0)
+    augment: AugmentSpec = AugmentSpec()
+    audio: AudioSpec = AudioSpec()
+    text: TextSpec = TextSpec()
+    series: SeriesSpec = SeriesSpec()
+    features: FeatureSpec = FeatureSpec()
+    heard: FeatureSpec = FeatureSpec()  # those of a second network, such as one of sound
+    told: FeatureSpec = FeatureSpec()  # those of a third, such as one of words
+    mean: float = 0.45  # of pixels in [0, 1]
+    std: float = at_least(0.225, 1e-4)
+    # share of a particle's mean over time that stays in it: below 1 change counts for more
+    still: float = between(1.0, 0, 1)
+    clips_per_row: int = at_least(1, 1)
+    max_bad: int = at_least(100, 0)  # unreadable clips after which the run stops
+    # of memory in each worker for clips decoded before; 0: decode anew each time
+    memory_gib: float = at_least(0.0, 0)
+    # seconds that a clip may take to decode before it counts as unreadable; 0: any
+    time_limit: float = at_least(60.0, 0)
+    threads: int = at_least(2, 1)  # that decode, in each worker
+    workers: int = at_least(0, 0)  # processes that decode; 0: threads of this process
+
+
+@dataclasses.dataclass(frozen=True)
+class ParticleSpec:
+    """How a clip is cut into particles."""
+
+    policy: str = one_of("grid", "tubes", "pyramid", "adaptive", "runs")
+    # frames, rows, columns of the cuboid that a payload holds
+    base: tuple[int, int, int] = at_least((2, 16, 16), 1)
+    # of coarseness from one pyramid level to the next
+    factor: tuple[int, int, int] = at_least((2, 2, 2), 1)
+    # of the pyramid, the finest included; of adaptive particles on each axis that splits
+    levels: int = at_least(3, 1)
+    # how an adaptive particle may be split: of both (at once), time, space
+    splits: tuple[str, ...] = ("time", "space")
+    # what an adaptive split is worth (particles/adaptive.py)
+    measure: str = one_of("squared", "absolute", "motion")
+    # mean absolute difference, of 255, above which a run ends where there is no budget
+    threshold: float = at_least(0.0, 0)
+    tubes: tuple = ()  # of (shape, stride) or (shape, stride, offset), each three numbers
+    # most particles of a clip: spent by adaptive and runs, else kept at random; 0: all
+    budget: int = at_least(0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimSpec:
+    """The optimiser and its schedule."""
+
+    name: str = one_of("adamw", "sgd")
+    rate: float = 1e-3  # peak learning rate
+    warmup: float = 0.1  # share of the steps
+    final: float = 0.01  # learning rate at the end, in peaks
+    weight_decay: float = 0.05  # decoupled; spares norms, biases and single vectors
+    b1: float = 0.9
+    b2: float = 0.95  # as MAE pretraining has it
+    momentum: float = 0.9  # of sgd
+    clip_norm: float = 1.0  # largest gradient norm; 0: any
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleSpec:
+    """How clips are read for a part of the training; what is 0 or '' is as the stage's data and
+    particles say.
+    """
+
+    frames: int = 0
+    size: int = 0  # pixels
+    seconds: float = 0.0  # span of the frames: with their number, the speed
+    stride: int = 0  # the speed where data.sample is dense
+    policy: str = ""
+    levels: int = 0
+    splits: tuple[str, ...] = ()
+    budget: int = 0
+    tubes: tuple = ()
+    # of the clips (mixture), of the training (progressive) or of a round (cycles), beside the
+    # others'
+    share: float = 1.0
+
+    def applied(self, data: DataSpec, particles: ParticleSpec) -> tuple[DataSpec, ParticleSpec]:
+        """Data and particles as this scale says."""
+        changed = {
+            name: getattr(self, name)
+            for name in ("frames", "size", "seconds")
+            if getattr(self, name)
+        }
+        if self.stride:
+            changed["stride"] = (self.stride, self.stride)
+        cut = {
+            name: getattr(self, name)
+            for name in ("policy", "levels", "splits", "budget", "tubes")
+            if getattr(self, name)
+        }
+        return dataclasses.replace(data, **changed), dataclasses.replace(particles, **cut)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleSpec:
+    """Which scale when; rows keep their shape, so that nothing is compiled anew."""
+
+    # each clip draws; in order; in order, again and again
+    kind: str = one_of("fixed", "mixture", "progressive", "cycles")
+    scales: tuple[ScaleSpec, ...] = ()
+    rounds: int = 1  # of cycles: the long cycle of Multigrid (arXiv:1912.00998)
+    settle: float = 0.0  # share of the training at the end of cycles that stays at the last scale
+    # factors of the size that follow each other from step to step: its short cycle
+    short: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class StageSpec:
+    """One training run. `steps` or `epochs`, the other 0."""
+
+    steps: int = at_least(0, 0)
+    epochs: float = at_least(0.0, 0)
+    rows: int = at_least(32, 1)  # of a batch, over all devices
+    accumulate: int = at_least(1, 1)  # micro-batches that a step's gradient is summed over
+    # where parameters start: an earlier stage's name, or RUN_DIR or RUN_DIR:STAGE of another run
+    init: str = ""
+    objectives: Mapping[str, Any] = named(OBJECTIVES)
+    optim: OptimSpec = OptimSpec()
+    tune: training.TuneSpec = training.TuneSpec()  # which parameters train
+    robust: training.RobustSpec = training.RobustSpec()  # where the gradient is taken
+    # what differs from the experiment's
+    model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # what differs from the experiment's
+    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # what differs from the experiment's
+    particles: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    schedule: ScheduleSpec = ScheduleSpec()  # scales that the training clips are read at
+    val: str = "val"  # split that is measured while training; '': none
+    val_every: int = at_least(0, 0)  # steps; 0: at the end only
+    ema: float = 0.0  # decay of the averaged parameters, which are then the ones evaluated; 0: none
+    select: str = ""  # val metric whose best checkpoint is the stage's result; '': the last
+    select_mode: str = one_of("max", "min")
+    # measurements without a better `select` after which the stage ends; 0: never
+    patience: int = at_least(0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateSpec:
+    """The measurement at the end of a stage that classifies."""
+
+    splits: tuple[str, ...] = ("val",)
+    scale: ScaleSpec = ScaleSpec()  # what differs from the stage's data and particles
+    # temporal clips x spatial crops per video, probabilities averaged
+    views: tuple[int, int] = (1, 1)
+    rows: int = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSpec:
+    """Devices per axis of the mesh; -1 (at most once): the rest."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    sequence: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterSpec:
+    """How several processes find each other (cluster.py); what is left empty comes from the
+    environment.
+    """
+
+    start: str = one_of("auto", "off")
+    coordinator: str = ""  # HOST:PORT of the first process
+    processes: int = at_least(0, 0)  # how many
+    process: str = ""  # which one this is, '0' for the first
+    # seconds without a sign of life after which a process counts as lost, and the others end
+    heartbeat: int = at_least(100, 1)
+    patience: int = at_least(300, 1)  # seconds to wait for all processes at the start
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSpec:
+    """When the state is saved."""
+
+    every: int = at_least(200, 1)  # steps
+    keep: int = 2  # newest ones; at least 2, so that a whole one remains while the next is written
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSpec:
+    """Where figures go, besides metrics.jsonl and TensorBoard."""
+
+    every: int = at_least(20, 1)  # steps
+    # rate that FLOP utilisation is a share of: the device's, or of products timed first
+    peak: str = one_of("known", "measured")
+    wandb: str = ""  # project of Weights & Biases; '': none
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareSpec:
+    """Job prepare: where the data set goes and who writes it."""
+
+    out: str = ""  # folder that the data set NAME/1.0.0 is made in; '': the workdir
+    name: str = "mine"
+    per_shard: int = at_least(256, 1)  # clips
+    workers: int = at_least(2, 1)  # processes
+    beam: bool = False  # by Apache Beam, on its local runner or on whatever its options name
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchSpec:
+    """Benchmarks: interleaved repetitions, of which medians are taken."""
+
+    repetitions: int = at_least(7, 1)
+    clips: int = at_least(320, 1)  # of a repetition
+    rows: int = at_least(16, 1)
+    memory_clips: int = at_least(10000, 1)
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")  # that the peer and ours compute in
+    # that are injected; `repetitions` are the kills
+    faults: tuple[str, ...] = ("kill", "term", "damage", "disk", "pair")
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepSpec:
+    """Job sweep: several runs of the experiment."""
+
+    # by name, what differs, nested
+    runs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    metric: str = "finetune/val/top1"  # stage/split/figure of results.json
+    # a file, or a database's URL, through which Optuna shares the runs out to processes; '': all
+    # are this one's
+    storage: str = ""
+    search: int = (
+        0  # trials in which Optuna combines the settings of the runs; 0: the runs as they are
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything a run depends on, so that config.json is enough to run it again."""
+
+    job: str = one_of(
+        "train",
+        "sweep",
+        "evaluate",
+        "prepare",
+        "check_data",
+        "bench_data",
+        "bench_particles",
+        "bench_faults",
+        "bench_peer",
+        "soup",
+        "prototypes",
+        "label_next",
+    )
+    seed: int = 0
+    run: str = ""  # jobs evaluate, prototypes, label_next: the run that is asked
+    # job soup: the runs that are averaged, each RUN_DIR or RUN_DIR:STAGE
+    runs: tuple[str, ...] = ()
+    soup: training.SoupSpec = training.SoupSpec()
+    active: training.ActiveSpec = training.ActiveSpec()
+    # RUN_DIR or RUN_DIR:STAGE that the first stage starts from; encoder and payloads are then as
+    # there
+    init: str = ""
+    data: DataSpec = DataSpec()
+    particles: ParticleSpec = ParticleSpec()
+    model: ModelSpec = ModelSpec()
+    stages: Mapping[str, StageSpec] = dataclasses.field(default_factory=dict)
+    # in which stages run, those not named are left out; () where there is but one
+    order: tuple[str, ...] = ()
+    evaluate: EvaluateSpec = EvaluateSpec()
+    # at a loss or gradient that is no number: stop, or leave the step out
+    on_nan: str = one_of("stop", "skip")
+    # the first and the last step of a profiler trace in profile/; 0: none
+    profile_steps: tuple[int, int] = interval((0, 0), 0)
+    mesh: MeshSpec = MeshSpec()
+    cluster: ClusterSpec = ClusterSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    log: LogSpec = LogSpec()
+    sweep: SweepSpec = SweepSpec()
+    prepare: PrepareSpec = PrepareSpec()
+    bench: BenchSpec = BenchSpec()
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "Experiment":
+        """The experiment that a config describes. Raises UserError for a key or a value that it
+        cannot have.
+        """
+        return check(make(cls, config, "config"))
+
+    def data_of(self, stage: StageSpec) -> DataSpec:
+        """The data section with what the stage says differently."""
+        return replaced(self.data, stage.data, "data")
+
+    def particles_of(self, stage: StageSpec) -> ParticleSpec:
+        """The particles section with what the stage says differently."""
+        return replaced(self.particles, stage.particles, "particles")
+
+    def model_of(self, stage: StageSpec) -> ModelSpec:
+        """The model section with what the stage says differently."""
+        return replaced(self.model, stage.model, "model")
+
+
+def check(experiment: Experiment) -> Experiment:
+    """The experiment with its stages in order, when they can be run. Raises UserError otherwise."""
+    stages, order = experiment.stages, experiment.order or tuple(experiment.stages)
+    if len(stages) > 1 and not experiment.order:
+        raise UserError(
+            f"config.order is empty: name the stages to run in their order ({', '.join(stages)})."
+        )
+    for name in order:
+        if name not in stages:
+            raise UserError(unknown_key(name, "config.stages", stages))
+    experiment = dataclasses.replace(experiment, stages={name: stages[name] for name in order})
+    for name, stage in experiment.stages.items():
+        where = f"config.stages.{name}"
+        if bool(stage.steps) == bool(stage.epochs):
+            raise UserError(
+                f"{where} gives steps={stage.steps} and epochs={stage.epochs:g}: set one of them, "
+                "the "
+                "other to 0."
+            )
+        if stage.patience and not stage.select:
+            raise UserError(
+                f"{where}.patience={stage.patience} waits for a better `select`, which is empty: "
+                "name a metric of "
+                "the val split there, such as 'loss' or 'top1', or set patience to 0."
+            )
+        if not stage.objectives:
+            raise UserError(f"{where} has no objective: add one of {', '.join(OBJECTIVES)}.")
+        if stage.rows % stage.accumulate:
+            raise UserError(
+                f"{where}.rows={stage.rows} is not a multiple of accumulate={stage.accumulate}: "
+                "change one."
+            )
+        data, particles = experiment.data_of(stage), experiment.particles_of(stage)
+        _check_schedule(stage.schedule, f"{where}.schedule")
+        check_model(experiment.model_of(stage))
+        if (
+            "sync" in stage.objectives
+            and "vision" in stage.objectives["sync"].laid
+            and particles.base[0] >= data.frames
+        ):
+            raise UserError(
+                f"{where}.objectives.sync lays moments over each other, and "
+                f"particles.base[0]={particles.base[0]} of "
+                f"{data.frames} frames leaves but one: make it smaller, such as 2, or sync.how "
+                "'question'."
+            )
+        if "visual_words" in stage.objectives and (
+            stage.tune.how != "full" or stage.objectives["visual_words"].modality == "text"
+        ):
+            raise UserError(
+                f"{where}.objectives.visual_words finds clusters of numbers, which are kept beside "
+                "parameters that all "
+                "train: leave tune.how at 'full', and name a modality other than text."
+            )
+        if "latent" in stage.objectives and (
+            not stage.ema or experiment.model_of(stage).reduce_after
+        ):
+            raise UserError(
+                f"{where}.objectives.latent learns from the average of the parameters, slot by "
+                f"slot: set {where}.ema, "
+                "such as to 0.99, and leave model.reduce_after empty."
+            )
+        check_stage(stage.objectives, stage.tune, experiment.model_of(stage), where)
+    if experiment.checkpoint.keep < 2:
+        raise UserError(
+            f"config.checkpoint.keep={experiment.checkpoint.keep} would leave no whole checkpoint "
+            "while the "
+            "next is written: use 2 or more."
+        )
+    return experiment
+
+
+def _check_schedule(schedule: ScheduleSpec, where: str) -> None:
+    if (schedule.kind == "fixed") == bool(schedule.scales):
+        raise UserError(
+            f"{where} is {schedule.kind!r} with {len(schedule.scales)} scales: "
+            + (
+                "name another kind for them."
+                if schedule.scales
+                else "give it some, or leave it 'fixed'."
+            )
+        )
+    if schedule.kind != "cycles" and (schedule.rounds != 1 or schedule.settle or schedule.short):
+        raise UserError(
+            f"{where}.rounds, settle and short belong to 'cycles', and {where}.kind is "
+            f"{schedule.kind!r}: make it "
+            "that, or leave them."
+        )
+    if (
+        not 0 <= schedule.settle < 1
+        or schedule.rounds < 1
+        or any(each.share <= 0 for each in schedule.scales)
+    ):
+        raise UserError(
+            f"{where} wants rounds of at least 1, settle in [0, 1) and shares above 0: correct "
+            "them."
+        )

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a chip can do at best, as its maker publishes it; of a CPU, as measured."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# of products on CPUs and others, numbers of the copy, repetitions
+_SIDE, _LARGE, _PIECE, _BEST_OF = (1024, 8192, 2**26, 5)
+
+
+class Chip(NamedTuple):
+    """memory: bytes. product: bfloat16 operations a second. stream: bytes a second from and to the
+    main memory.
+
+    wire: bytes a second that it sends to other chips over all its links. clock: Hz of the
+    compiler's cycles. 0: not known.
+    """
+
+    memory: float
+    product: float
+    stream: float
+    wire: float
+    clock: float = 0.0
+    measured: bool = False
+
+
+# By the beginning of a device's kind, the longest first where one begins like another. TPU:
+# cloud.google.com/tpu/docs (system architecture; links in bits there), clocks from products = clock
+# x units x side^2 x 2. GPU: data sheets, dense, NVLink one way.
+CHIPS: dict[str, Chip] = {
+    "TPU v4": Chip(32 * 2**30, 275e12, 1228e9, 300e9, 1.05e9),
+    "TPU v5 lite": Chip(16 * 2**30, 197e12, 819e9, 200e9, 1.5e9),
+    "TPU v5e": Chip(16 * 2**30, 197e12, 819e9, 200e9, 1.5e9),
+    "TPU v5": Chip(95 * 2**30, 459e12, 2765e9, 600e9, 1.75e9),
+    "TPU v6": Chip(32 * 2**30, 918e12, 1640e9, 448e9, 1.75e9),
+    "NVIDIA A100": Chip(80 * 2**30, 312e12, 2039e9, 300e9),
+    "NVIDIA H100 PCIe": Chip(80 * 2**30, 756e12, 2039e9, 64e9),  # its way to others is the bus
+    "NVIDIA H100": Chip(80 * 2**30, 989e12, 3350e9, 450e9),
+    "NVIDIA H200": Chip(141e9, 989e12, 4800e9, 450e9),
+    "NVIDIA B200": Chip(180e9, 2250e12, 8000e9, 900e9),
+}
+
+
+def of(device: jax.Device, devices: int) -> Chip | None:
+    """The chip of a device; of a CPU, an equal share for each of its devices. None for a kind that
+    is not in the table.
+    """
+    if device.platform == "cpu":
+        whole = measured()
+        return whole._replace(product=whole.product / devices, stream=whole.stream / devices)
+    return known(device.device_kind)
+
+
+def known(kind: str) -> Chip | None:
+    """The chip of a kind as JAX names it. None for one that is not in the table."""
+    return next((chip for name, chip in CHIPS.items() if kind.startswith(name)), None)
+
+
+def measured() -> Chip:
+    """The machine at hand: float32 products and copies, the best of some; links between its devices
+    are its memory.
+    """
+    piece, copy = jnp.ones(_PIECE // 4), jax.jit(lambda x: x + 1)
+    stream = 2 * piece.nbytes / _seconds(lambda: copy(piece))
+    return Chip(0.0, jax.local_device_count() * product(jnp.float32), stream, 0.0, measured=True)
+
+
+def product(dtype: Any) -> float:
+    """Operations a second of one local device in square products with float32 sums, the best of
+    some.
+
+    All devices multiply at once, as they do while training: they may share cores.
+    """
+    side = _SIDE if jax.default_backend() == "cpu" else _LARGE
+    squares = [
+        jax.device_put(jnp.ones((side, side), dtype), device) for device in jax.local_devices()
+    ]
+    matmul = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
+    return 2.0 * side**3 / _seconds(lambda: [matmul(square) for square in squares])
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    found = []
+    for _ in range(_BEST_OF + 1):  # the first one compiles
+        begun = time.perf_counter()
+        jax.block_until_ready(run())
+        found.append(time.perf_counter() - begun)
+    return min(found)

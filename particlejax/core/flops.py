@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Floating-point operations of a traced function, counted from the shapes of its matrix products
+and convolutions.
+
+What is counted is what the model asks for, whatever a compiler makes of it: two operations a
+multiply-add, loops as often as they run, of branches the dearest. Elementwise work is left out, as
+is usual for FLOP utilisation (arXiv:2204.02311, B).
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from jax.extend import core
+
+
+def count(jaxpr: Any) -> int:
+    """Operations of a jaxpr (such as `jit(f).trace(*args).jaxpr`) with everything that it calls."""
+    return sum(_equation(eqn) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns)
+
+
+def _equation(eqn: Any) -> int:
+    name, params = eqn.primitive.name, eqn.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        depth = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+        return 2 * eqn.outvars[0].aval.size * depth
+    if name == "conv_general_dilated":
+        kernel, numbers = eqn.invars[1].aval, params["dimension_numbers"]
+        return 2 * eqn.outvars[0].aval.size * kernel.size // kernel.shape[numbers.rhs_spec[0]]
+    if name == "cond":
+        return max(count(branch) for branch in params["branches"])
+    times = params["length"] if name == "scan" else 1
+    if name == "shard_map":  # its shapes are those of one device
+        axes = (
+            params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]
+        )
+        times = math.prod(params["mesh"].shape[axis] for axis in axes)
+    if name == "pallas_call":  # its body is one cell of the grid
+        times = math.prod(params["grid_mapping"].grid)
+    return times * sum(count(inner) for inner in _inner(params))
+
+
+def _inner(params: dict[str, Any]) -> Iterator[Any]:
+    for value in params.values():
+        for each in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(each, (core.Jaxpr, core.ClosedJaxpr)):
+                yield each

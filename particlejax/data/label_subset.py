@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Few labels: some clips of a source keep theirs, the others lose it and are left out or learnt
+from without.
+"""
+
+import csv
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from particlejax.config.experiment import DataSpec
+from particlejax.core.typing import UserError
+from particlejax.data.sources import Listed, Mixed, Record, Source, TfdsSource, parts_of
+
+_SHOTS = 0x5407  # tells this draw from others of the same seed
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some records of a source, with or without their labels."""
+
+    source: Source
+    numbers: tuple[int, ...]
+    labelled: bool = True
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Of the source."""
+        return self.source.classes
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: int) -> Record:
+        record = self.source[self.numbers[i]]
+        return record if self.labelled else replace(record, label=-1)
+
+
+def labels(source: Source) -> np.ndarray:
+    """Of every record its label, int [N], -1 for none; videos are not decoded for it."""
+    if isinstance(source, Subset):
+        return (
+            labels(source.source)[list(source.numbers)]
+            if source.labelled
+            else np.full(len(source), -1)
+        )
+    if isinstance(source, Mixed):
+        return np.concatenate([labels(part) for part in source.parts])
+    if isinstance(source, TfdsSource) and "label" not in source.fields:
+        return np.full(len(source), -1)
+    records = (
+        source.records if isinstance(source, Listed) else (source[i] for i in range(len(source)))
+    )
+    return np.array([record.label for record in records], int)
+
+
+def limit(source: Source, data: DataSpec, seed: int) -> Source:
+    """The source with the labels of `data.shots` clips a class, drawn by the seed, or of the clips
+    of the file `data.listed`.
+
+    Of the training clips `data.unlabelled` is the share that comes from the others, without their
+    labels; 0: none does. Raises UserError when a class has too few, when the file does not fit, or
+    when `fraction` would thin the rest out.
+    """
+    if not data.shots and not data.listed:
+        return source
+    if data.fraction < 1:
+        raise UserError(
+            f"config.data.fraction={data.fraction:g} would thin out the few clips of data.shots or "
+            "data.listed: set it "
+            "to 1."
+        )
+    kept = (
+        read_list(source, data.listed)
+        if data.listed
+        else draw(labels(source), data.shots, seed, source.classes)
+    )
+    if not data.unlabelled:
+        return Subset(source, tuple(int(n) for n in kept))
+    parts, weights = [], []
+    for first, count, weight in parts_of(source):
+        inside = kept[(kept >= first) & (kept < first + count)]
+        rest = np.setdiff1d(np.arange(first, first + count), inside)
+        for numbers, labelled, share in (
+            (inside, True, 1 - data.unlabelled),
+            (rest, False, data.unlabelled),
+        ):
+            if len(numbers) and share:
+                parts.append(Subset(source, tuple(int(n) for n in numbers), labelled))
+                weights.append(weight * share)
+    firsts = np.cumsum([0, *(len(part) for part in parts)])
+    return Mixed(
+        source.classes,
+        tuple(parts),
+        tuple(
+            (int(first), len(part), weight)
+            for first, part, weight in zip(firsts, parts, weights, strict=False)
+        ),
+    )
+
+
+def draw(label: np.ndarray, shots: int, seed: int, classes: Sequence[str]) -> np.ndarray:
+    """Numbers of `shots` clips of each class that occurs, ascending. Raises UserError where a class
+    has fewer.
+    """
+    rng, kept = np.random.default_rng((seed % 2**32, _SHOTS)), []
+    for number in np.unique(label[label >= 0]):
+        # the first of it, so that 5 shots hold the 1 shot of this seed
+        mine = rng.permutation(np.flatnonzero(label == number))
+        if len(mine) < shots:
+            raise UserError(
+                f"config.data.shots={shots} and class {classes[number]!r} has {len(mine)} clips: "
+                "use as many or fewer."
+            )
+        kept.append(mine[:shots])
+    if not kept:
+        raise UserError(
+            f"config.data.shots={shots} and no clip has a label: give clips.csv a column 'label'."
+        )
+    return np.sort(np.concatenate(kept))
+
+
+def read_list(source: Source, path: str) -> np.ndarray:
+    """Numbers of the clips that a CSV names in its column `path`, ascending. Raises UserError for
+    one that is not there.
+    """
+    try:
+        with open(os.path.expanduser(path), encoding="utf-8-sig", newline="") as file:
+            lines = list(csv.DictReader(file))
+    except OSError as error:
+        raise UserError(
+            f"config.data.listed={path!r} cannot be read ({error.strerror}): check the path."
+        ) from error
+    if not lines or "path" not in lines[0]:
+        raise UserError(
+            f"config.data.listed={path!r} has no clip in a column 'path': name the column so."
+        )
+    number = {source[i].name: i for i in range(len(source))}
+    for line in lines:
+        if line["path"] not in number:
+            raise UserError(
+                f"config.data.listed={path!r} names {line['path']!r}, which the source does not "
+                "have: correct it."
+            )
+    return np.unique([number[line["path"]] for line in lines])

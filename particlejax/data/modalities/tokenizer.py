@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text as token ids: bytes by default, or any tokenizer file of the package `tokenizers`."""
+
+import functools
+import os
+
+import numpy as np
+
+from particlejax.config.experiment import TextSpec
+from particlejax.core.typing import UserError
+
+MASK, _FIRST = 1, 2  # 0 stays free for what fills up; ids of bytes begin at _FIRST
+
+
+def vocabulary(spec: TextSpec) -> int:
+    """How many ids there are."""
+    return (
+        256 + _FIRST
+        if spec.tokenizer == "bytes"
+        else _tokenizer(spec.tokenizer, spec.length).get_vocab_size()
+    )
+
+
+def encode(text: str, spec: TextSpec) -> np.ndarray:
+    """Ids int32 [n] of a text, n <= `spec.length`; of a tokenizer file with its special tokens,
+    also where it was cut.
+    """
+    if spec.tokenizer == "bytes":
+        return (np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) + _FIRST)[
+            : spec.length
+        ]
+    return np.array(_tokenizer(spec.tokenizer, spec.length).encode(text).ids, np.int32)
+
+
+@functools.cache
+def _tokenizer(path: str, length: int) -> "object":
+    """The tokenizer of a file, set to cut at `length` ids and to fill up nothing, whatever the file
+    asks for.
+    """
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise UserError(
+            f"config.data.text.tokenizer={path!r} needs the package tokenizers: run `pip install "
+            "particlejax[text]`, or use 'bytes'."
+        ) from error
+    if not os.path.isfile(os.path.expanduser(path)):
+        raise UserError(
+            f"config.data.text.tokenizer={path!r} is not there: give the path of a tokenizer.json, "
+            "or 'bytes'."
+        )
+    try:
+        found = tokenizers.Tokenizer.from_file(os.path.expanduser(path))
+    except Exception as error:  # the package raises this very class
+        raise UserError(
+            f"config.data.text.tokenizer={path!r} is not a tokenizer file ({error}): give a "
+            "tokenizer.json, or "
+            "'bytes'."
+        ) from error
+    special = found.num_special_tokens_to_add(False)
+    if length <= special:
+        raise UserError(
+            f"config.data.text.length={length} has no room for a word beside the {special} special "
+            "tokens of "
+            f"{path}: use {special + 1} or more."
+        )
+    found.no_padding()
+    found.enable_truncation(length)
+    return found

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""At which scale each clip of a training run is read, and how many slots of a row it takes
+there.
+"""
+
+import bisect
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from particlejax.config.experiment import DataSpec, ParticleSpec, ScaleSpec, ScheduleSpec
+from particlejax.core.typing import UserError
+from particlejax.data import clips
+from particlejax.data.modalities import audio, feature_reader
+from particlejax.particles import packing, policies
+
+_CHANNELS = 3
+
+
+class Scale(NamedTuple):
+    """How a clip is read and cut."""
+
+    data: DataSpec
+    particles: ParticleSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The fixed shape of a row: the slots of each modality, and how many clips it has room for."""
+
+    slots: Mapping[str, packing.Slots]
+    clips: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A ScheduleSpec over the data and particles of a stage."""
+
+    spec: ScheduleSpec
+    data: DataSpec
+    particles: ParticleSpec
+
+    @functools.cached_property
+    def scales(self) -> tuple[Scale, ...]:
+        """Every scale that may occur; those of a short cycle stand one after the other for each
+        scale of the spec.
+        """
+        longs = self.spec.scales or (ScaleSpec(),)
+        return tuple(
+            self._scale(each, factor) for each in longs for factor in self.spec.short or (1.0,)
+        )
+
+    @functools.cached_property
+    def sizes(self) -> tuple[dict[str, int], ...]:
+        """Of each scale, how many slots of each modality a clip takes at most."""
+        return tuple(
+            {name: each.length for name, each in slots(scale).items()} for scale in self.scales
+        )
+
+    @functools.cached_property
+    def row(self) -> Row:
+        """`clips_per_row` clips of the largest scale, and as many smaller ones as fit."""
+        most = {
+            name: max(size[name] for size in self.sizes) * self.data.clips_per_row
+            for name in self.sizes[0]
+        }
+        room = max(min(most[name] // n for name, n in size.items() if n) for size in self.sizes)
+        return Row(
+            {
+                name: each._replace(length=most[name])
+                for name, each in slots(self.scales[0]).items()
+            },
+            room,
+        )
+
+    def at(self, progress: float, batch: int, draw: float) -> int:
+        """The number of the scale that a clip is read at: progress of training in [0, 1), its
+        batch, its own draw in [0, 1).
+        """
+        shorts = len(self.spec.short) or 1
+        return self._long(progress, draw) * shorts + batch % shorts
+
+    def now(self, progress: float, batch: int) -> tuple[int, ...]:
+        """The numbers of the scales that `at` may give now."""
+        draws = self._edges[:-1] if self.spec.kind == "mixture" else (0.0,)
+        return tuple(self.at(progress, batch, draw) for draw in draws)
+
+    @functools.cached_property
+    def _edges(self) -> tuple[float, ...]:
+        shares = np.array([each.share for each in self.spec.scales or (ScaleSpec(),)])
+        return (0.0, *np.cumsum(shares / shares.sum()))
+
+    def _long(self, progress: float, draw: float) -> int:
+        spec, last = self.spec, len(self._edges) - 2
+        if spec.kind == "mixture":
+            return self._find(draw)
+        if spec.kind == "cycles":
+            moving = 1 - spec.settle
+            return last if progress >= moving else self._find(progress / moving * spec.rounds % 1)
+        return self._find(progress) if spec.kind == "progressive" else 0
+
+    def _find(self, at: float) -> int:
+        # a hair for what should be equal
+        return min(bisect.bisect_right(self._edges, at + 1e-9) - 1, len(self._edges) - 2)
+
+    def _scale(self, spec: ScaleSpec, factor: float) -> Scale:
+        scale = Scale(*spec.applied(self.data, self.particles))
+        if factor == 1:
+            return scale
+        step = policies.coarsest(scale.particles)[1]
+        size = max(step, round(scale.data.size * factor / step) * step)
+        return scale._replace(data=dataclasses.replace(scale.data, size=size))
+
+
+FIXED = ScheduleSpec()
+
+
+def slots(scale: Scale) -> dict[str, packing.Slots]:
+    """What one clip takes of a row for each modality. Raises UserError for sizes that do not
+    fit.
+    """
+    for name in scale.data.modalities:
+        if name not in clips.MODALITIES:
+            raise UserError(
+                f"config.data.modalities names {name!r}: choose of {', '.join(clips.MODALITIES)}."
+            )
+    return {name: _SLOTS[name](scale.data, scale.particles) for name in scale.data.modalities}
+
+
+def _vision_slots(data: DataSpec, spec: ParticleSpec) -> packing.Slots:
+    size = (data.frames, data.size, data.size)
+    try:
+        policies.check(size, spec)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return packing.Slots(
+        policies.particle_count(size, spec), int(np.prod(spec.base)) * _CHANNELS, "uint8"
+    )
+
+
+def _audio_slots(data: DataSpec, spec: ParticleSpec) -> packing.Slots:
+    del spec
+    mels, (spectra, bands) = data.audio.mels, data.audio.patch
+    if mels % bands:
+        raise UserError(
+            f"config.data.audio.mels={mels} is not a multiple of the {bands} bands of its patch: "
+            "change "
+            "one of them."
+        )
+    number = audio.spectra(_seconds(data, "audio"), data.audio) // spectra
+    return packing.Slots(max(1, number) * (mels // bands), spectra * bands)
+
+
+def _series_slots(data: DataSpec, spec: ParticleSpec) -> packing.Slots:
+    del spec
+    if not data.series.channels:
+        raise UserError(
+            "config.data.series.channels is empty: name the columns of the CSV files that are read."
+        )
+    number = round(_seconds(data, "series") * data.series.rate) // data.series.window
+    return packing.Slots(max(1, number), data.series.window * len(data.series.channels))
+
+
+def _kept_slots(modality: str, data: DataSpec, spec: ParticleSpec) -> packing.Slots:
+    del spec
+    if not clips.decodes(data):
+        for key, needless in (
+            ("sample", data.sample == "dense"),
+            ("augment.mixup", data.augment.mixup),
+            ("augment.cutmix", data.augment.cutmix),
+        ):
+            if needless:
+                raise UserError(
+                    f"config.data.{key} speaks of frames and "
+                    f"config.data.modalities={data.modalities} has none: leave "
+                    "it as it is by default, or add 'vision'."
+                )
+    what = feature_reader.opened(getattr(data, modality), modality)
+    return packing.Slots(what.most(0.0 if what.whole else _seconds(data, modality)), what.width)
+
+
+def _text_slots(data: DataSpec, spec: ParticleSpec) -> packing.Slots:
+    del spec
+    return packing.Slots(data.text.length, 1, "int32")
+
+
+def _seconds(data: DataSpec, modality: str) -> float:
+    seconds = clips.longest(data, getattr(data, modality).seconds)
+    if not seconds:
+        raise UserError(
+            f"config.data.{modality}.seconds and config.data.seconds are 0, so nobody knows how "
+            f"much {modality} "
+            "a row must hold: set one of them."
+        )
+    return seconds
+
+
+_SLOTS = {
+    clips.VISION: _vision_slots,
+    clips.AUDIO: _audio_slots,
+    clips.TEXT: _text_slots,
+    clips.SERIES: _series_slots,
+    **{name: functools.partial(_kept_slots, name) for name in clips.KEPT},
+}

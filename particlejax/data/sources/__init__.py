@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where clips come from: a folder, a TFDS data set, the toybox or a mixture, each as a
+random-access sequence of records.
+"""
+
+import os
+
+import numpy as np
+
+from particlejax.core.typing import UserError
+from particlejax.data.sources import folder, mixture, tfds
+from particlejax.data.sources.mixture import Mixed, parts_of
+from particlejax.data.sources.records import SPLIT_NAMES, Listed, Record, Source
+from particlejax.data.sources.tfds import TfdsSource
+
+__all__ = ("Listed", Mixed, "Record", "Source", "TfdsSource", "open_source", "parts_of", "splits")
+
+
+def open_source(
+    source: str, split: str, cache_dir: str, classes: tuple[str, ...] | None = None
+) -> Source:
+    """Opens one split of 'toybox', 'toybox:CONFIG', 'folder:PATH', 'tfds:NAME_OR_PATH' or
+    'mix:WEIGHT*SOURCE,...'.
+
+    'folder:PATH#COLUMN' takes the labels from another column of its clips.csv.
+
+    split: a name, or part of one as in TFDS: 'train[:90%]', 'val[10:20]'; in a folder a part is
+    taken in an order that shuffles groups but keeps them together, so that parts are like the whole
+    and share at most one group. cache_dir: prepared data sets live in its folder 'tfds'. classes:
+    of the run that was trained, labels are mapped to them by name. Raises UserError when there is
+    no such source, split or label.
+    """
+    kind, _, rest = source.partition(":")
+    data_dir = os.path.join(os.path.expanduser(cache_dir), "tfds")
+    if kind == "folder" and rest:
+        return folder.open_folder(rest, split, classes)
+    if kind == "toybox":
+        return tfds.open_builder(tfds.toybox(rest or "default", data_dir), source, split, classes)
+    if kind == "tfds" and rest:
+        try:
+            return tfds.open_builder(tfds.find_builder(rest, data_dir), source, split, classes)
+        except ImportError as error:
+            raise tfds.needs_tensorflow(source, error) from error
+    if kind == "mix" and rest:
+        return _open_mix(source, split, cache_dir, classes)
+    raise _unknown(source)
+
+
+def splits(source: str, cache_dir: str) -> tuple[str, ...]:
+    """Names of the splits that a source has. Raises UserError as `open_source` does."""
+    kind, _, rest = source.partition(":")
+    data_dir = os.path.join(os.path.expanduser(cache_dir), "tfds")
+    if kind == "folder" and rest:
+        return folder.folder_splits(rest)
+    if kind == "mix" and rest:
+        each = [set(splits(part, cache_dir)) for _, part in mixture.parse(source)]
+        return tuple(sorted(set.intersection(*each)))
+    if kind in ("toybox", "tfds"):
+        builder = (
+            tfds.toybox(rest or "default", data_dir)
+            if kind == "toybox"
+            else tfds.find_builder(rest, data_dir)
+        )
+        return tuple(SPLIT_NAMES.get(name, name) for name in builder.info.splits)
+    raise _unknown(source)
+
+
+def _open_mix(source: str, split: str, cache_dir: str, classes: tuple[str, ...] | None) -> Mixed:
+    weighted = mixture.parse(source)
+    if classes is None:
+        each = [open_source(name, split, cache_dir).classes for _, name in weighted]
+        classes = (
+            each[0]
+            if all(names == each[0] for names in each)
+            else tuple(sorted({n for names in each for n in names}))
+        )
+    parts = tuple(open_source(name, split, cache_dir, classes) for _, name in weighted)
+    firsts = np.cumsum([0, *(len(part) for part in parts)])
+    spans = tuple(
+        (int(first), len(part), weight)
+        for first, part, (weight, _) in zip(firsts, parts, weighted, strict=False)
+    )
+    return Mixed(classes, parts, spans)
+
+
+def _unknown(source: str) -> UserError:
+    return UserError(
+        f"data source {source!r} is none of 'toybox' (or 'toybox:CONFIG'), 'folder:PATH', "
+        "'tfds:NAME' (or "
+        "'tfds:PATH' of a prepared data set) and 'mix:WEIGHT*SOURCE,...': write it as one of these."
+    )

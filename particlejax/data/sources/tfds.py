@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TFDS data sets and the toybox as sources."""
+
+import importlib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from particlejax.core.typing import UserError
+from particlejax.data.sources.records import SPLIT_NAMES, Record, match_classes
+from particlejax.data.video.decode import raw_file
+
+_VIDEO_NAMES = (
+    "video",
+    "clip",
+    "mp4",
+    "avi",
+    "webm",
+    "mkv",
+    "movie",
+    "video_bytes",
+    "bytes",
+    "frames",
+    "image_sequence",
+)
+_CAPTION_NAMES = ("caption", "text", "transcript", "sentence")
+
+
+@dataclass(frozen=True)
+class TfdsSource:
+    """A source over `tfds.data_source`; `fields` says which feature is the video, label, caption,
+    name and group.
+    """
+
+    classes: tuple[str, ...]
+    examples: Sequence[Mapping[str, Any]]
+    fields: Mapping[str, str]
+    labels: tuple[int, ...]  # of the data set's label, the index into `classes`
+    split: str
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, i: int) -> Record:
+        try:
+            example = self.examples[i]
+        except ImportError as error:
+            raise needs_tensorflow(self.split, error) from error
+        words = {
+            k: _text(example[self.fields[k]])
+            for k in ("caption", "name", "group")
+            if k in self.fields
+        }
+        if "series" in self.fields:
+            words["series"] = example[self.fields["series"]]
+        if "start" in self.fields and "end" in self.fields:
+            start, end = (float(example[self.fields[k]]) for k in ("start", "end"))
+            words |= {"start": start, "end": end if end >= 0 else None}
+        label = int(example[self.fields["label"]]) if "label" in self.fields else -1
+        words["name"] = words.get("name") or f"{self.split}/{i:05d}"
+        label = self.labels[label] if label >= 0 else -1
+        return Record(video=_file(example[self.fields["video"]]), label=label, **words)
+
+
+def toybox(config: str, data_dir: str) -> Any:
+    from particlejax.data.sources.toybox import builder
+
+    known = [each.name for each in builder.Toybox.BUILDER_CONFIGS]
+    if config not in known:
+        raise UserError(
+            f"'toybox:{config}' has no configuration {config!r}: name one of {', '.join(known)}."
+        )
+    return builder.prepare(config=config, data_dir=data_dir)
+
+
+def find_builder(name: str, data_dir: str) -> Any:
+    import tensorflow_datasets as tfds
+
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        return tfds.builder_from_directory(_prepared_folder(path))
+    if os.path.isabs(path):
+        raise UserError(
+            f"tfds:{name}: there is no such folder, so check the path of the prepared data set."
+        )
+    # only this registers the builders of the video data sets
+    importlib.import_module("tensorflow_datasets.video")
+    places = (data_dir, os.path.expanduser(tfds.core.constants.DATA_DIR))
+    known = False
+    for place in places:
+        try:
+            builder = tfds.builder(name, data_dir=place)
+        except tfds.core.registered.DatasetNotFoundError:
+            continue
+        known = True
+        if builder.info.splits:
+            return builder
+    where = f"under {' or '.join(places)}"
+    if known:
+        raise UserError(
+            f"tfds:{name} is not prepared {where}: run `tfds build {name} --data_dir {data_dir} "
+            "--file_format array_record` first."
+        )
+    raise UserError(
+        f"tfds:{name} is neither a folder, nor known to TFDS, nor prepared {where}: correct the "
+        "name or "
+        "give the path of a prepared data set."
+    )
+
+
+def _prepared_folder(path: str) -> str:
+    """`path` itself, or the one folder below it (config, version) that holds a prepared data
+    set.
+    """
+    found = [folder for folder, _, files in os.walk(path) if "dataset_info.json" in files]
+    if len(found) == 1:
+        return found[0]
+    several = f"holds several prepared data sets ({', '.join(sorted(found)[:5])})"
+    what = several if found else "holds no dataset_info.json"
+    raise UserError(
+        f"tfds:{path} {what}: give the folder of one prepared version, the one with "
+        "dataset_info.json."
+    )
+
+
+def open_builder(
+    builder: Any, source: str, split: str, classes: tuple[str, ...] | None
+) -> TfdsSource:
+    fields = _fields(builder.info.features, source)
+    names = tuple(builder.info.features[fields["label"]].names) if "label" in fields else ()
+    labels = tuple(range(len(names))) if classes is None else match_classes(names, classes, source)
+    split = _known_split(split, list(builder.info.splits), source)
+    try:
+        examples = builder.as_data_source(split=split)
+    except NotImplementedError as error:
+        raise UserError(
+            f"{source} in {builder.data_dir} is in a file format without random access: prepare it "
+            "again "
+            "with `--file_format array_record`."
+        ) from error
+    except ValueError as error:
+        raise UserError(
+            f"{source} cannot be split as {split!r}: write a split like 'train[:90%]'."
+        ) from error
+    return TfdsSource(names if classes is None else classes, examples, fields, labels, split)
+
+
+def _known_split(split: str, known: list[str], source: str) -> str:
+    """`split` in the data set's own words for its splits."""
+    own = {SPLIT_NAMES.get(name, name): name for name in known} | {name: name for name in known}
+
+    def translate(match: re.Match[str]) -> str:
+        name = SPLIT_NAMES.get(match[0], match[0]) if match[0] not in own else match[0]
+        if name not in own:
+            raise UserError(f"{source} has no split {match[0]!r}: name one of {', '.join(known)}.")
+        return own[name]
+
+    return re.sub(r"(?:(?<=^)|(?<=\+))\w+", translate, split.replace(" ", ""))
+
+
+def _fields(features: Mapping[str, Any], source: str) -> dict[str, str]:
+    """Which feature plays which part, by its name and its type."""
+    videos = [name for name, feature in features.items() if _may_be_video(name, feature)]
+    videos.sort(
+        key=lambda name: _VIDEO_NAMES.index(name) if name in _VIDEO_NAMES else len(_VIDEO_NAMES)
+    )
+    if not videos:
+        raise UserError(
+            f"{source} has no video feature among {', '.join(features)}: name it 'video' and store "
+            "the "
+            "encoded file (Text, or a scalar Tensor of bytes) or frames (Tensor of uint8 [T, H, W, "
+            "3])."
+        )
+    labels = [name for name, feature in features.items() if type(feature).__name__ == "ClassLabel"]
+    fields = {"video": videos[0]}
+    if "label" in labels or len(labels) == 1:
+        fields["label"] = "label" if "label" in labels else labels[0]
+    texts = {name for name, feature in features.items() if type(feature).__name__ == "Text"} - {
+        videos[0]
+    }
+    if caption := [name for name in _CAPTION_NAMES if name in texts]:
+        fields["caption"] = caption[0]
+    # a data set made by `prepare`
+    ours = {"start", "end"} if {"start", "end", "series"} <= set(features) else set()
+    return (
+        fields
+        | {name: name for name in ("name", "group", "series") if name in texts}
+        | {name: name for name in ours}
+    )
+
+
+def _may_be_video(name: str, feature: Any) -> bool:
+    kind, shape = type(feature).__name__, getattr(feature, "shape", None)
+    if kind == "Video" or (shape is not None and len(shape) == 4 and shape[-1] in (1, 3)):
+        return True
+    scalar = shape == () and getattr(feature, "np_dtype", None) in (np.object_, object)
+    return name in _VIDEO_NAMES and (kind == "Text" or scalar)
+
+
+def _file(video: Any) -> bytes:
+    if isinstance(video, bytes):
+        return video
+    frames = np.asarray(video, np.uint8)  # decoded already; its rate is not known
+    return raw_file(np.repeat(frames, 3, axis=-1) if frames.shape[-1] == 1 else frames)
+
+
+def _text(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def needs_tensorflow(source: str, error: ImportError) -> UserError:
+    # TFDS puts what it was doing before it
+    missing = str(error).strip().splitlines()[-1].rsplit(": ")[-1]
+    return UserError(
+        f"{source} has a feature that TFDS reads with TensorFlow only ({missing}): run "
+        "`pip install particlejax[tensorflow]`."
+    )

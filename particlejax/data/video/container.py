@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opening a file: which stream is the film, how fast and how long it is, and a named reason where
+there is none.
+"""
+
+import io
+import os
+from collections.abc import Sequence
+from itertools import islice
+
+import av
+from av.stream import Disposition
+
+from particlejax.data.video import diagnose
+
+MP4 = "mov,mp4,m4a,3gp,3g2,mj2"  # as FFmpeg calls its demuxer
+# packets within which the next one to be shown is found; H.264 and HEVC reorder by 16 at most
+REORDER = 32
+NO_RATE = 25.0  # frames per second, for streams that name none
+_TAIL = 10.0  # seconds before the end in which the last packet is looked for
+# a playlist under a video's name must not reach into the network
+_IO = {"protocol_whitelist": "file"}
+_STILLS = ("_pipe", "image2")  # ends of the names of demuxers for still images
+
+
+class Unreadable(Exception):
+    """A clip that cannot be decoded. `reason` names why, in a few words.
+
+    missing, empty file, a folder, not a media file, only a picture, no video stream, no frames,
+    encrypted, truncated: ..., damaged: ... A still image is no film though FFmpeg could show it,
+    nor is sound with cover art: only a picture.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def open_file(source: str | bytes) -> av.container.InputContainer:
+    """The container of a path or of a file's bytes. Raises Unreadable with the reason."""
+    try:
+        if not (len(source) if isinstance(source, bytes) else os.stat(source).st_size):
+            raise Unreadable("empty file")
+        # An absolute path, because FFmpeg takes what stands before a colon for a protocol.
+        return av.open(
+            io.BytesIO(source) if isinstance(source, bytes) else os.path.abspath(source),
+            options=_IO,
+        )
+    except FileNotFoundError:
+        raise Unreadable("missing") from None
+    except PermissionError:
+        raise Unreadable("no permission to read it") from None
+    except IsADirectoryError:
+        raise Unreadable("a folder, not a file") from None
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise Unreadable(diagnose.why(source, error)) from None
+
+
+def video_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream:
+    """The film of a file, cover art aside, ready to be decoded. Raises Unreadable."""
+    streams = container.streams.video
+    films = [s for s in streams if not s.disposition & Disposition.attached_pic]  # cover art
+    if streams and not films or container.format.name.endswith(_STILLS):
+        raise Unreadable("only a picture")
+    if not films:
+        raise Unreadable("no video stream")
+    best = container.streams.best("video")
+    stream = best if best in films else films[0]
+    if stream.codec_context is None:
+        raise Unreadable("no decoder for its codec")
+    # the pipeline runs a decoder per core already
+    stream.thread_count, stream.thread_type = (1, "NONE")
+    return stream
+
+
+def emptiness(stream: av.video.stream.VideoStream) -> str:
+    """The reason for which a stream gives not one packet: nothing but its container says whether it
+    should.
+    """
+    container = stream.container
+    if not (
+        stream.frames or stream.duration or (len(container.streams) == 1 and container.duration)
+    ):
+        return "no frames"
+    if container.format.name == MP4 and not len(stream.index_entries):
+        return "damaged: its index names no frame"
+    return "truncated: it ends before its first frame"
+
+
+def rate(stream: av.video.stream.VideoStream) -> float:
+    """Nominal frames per second."""
+    return float(stream.average_rate or stream.guessed_rate or stream.base_rate or NO_RATE)
+
+
+def length(stream: av.video.stream.VideoStream, source: str | bytes, start: float) -> float:
+    """Seconds from the start of the first frame, at `start` on the container's clock, to the end of
+    the last.
+    """
+    frame = 1 / rate(stream)
+    # A length that was written by a muxer, not estimated from the bit rate, and of this stream, not
+    # of its sound.
+    if stream.duration and stream.container.format.name in (MP4, "avi", "gif"):
+        return max(stream.duration * float(stream.time_base), index_length(stream) + frame)
+    return max(_last_end(source, stream.index, 1 / frame) - start, frame)
+
+
+def index_length(stream: av.video.stream.VideoStream) -> float:
+    """Seconds from the first to the last entry of the index: some muxers leave out how long the
+    last frame stands.
+
+    Entries stand in the order of decoding, so the first and last to be shown are near its ends; an
+    hour has 100,000.
+    """
+    count = len(stream.index_entries)
+    head, tail = _entries(stream, range(count)), _entries(stream, range(count - 1, -1, -1))
+    return (max(tail) - min(head)) * float(stream.time_base) if head else 0.0
+
+
+def _entries(stream: av.video.stream.VideoStream, order: Sequence[int]) -> list[int]:
+    """Stamps of the first entries in this order that belong to a frame."""
+    entries = map(stream.index_entries.__getitem__, order)
+    return list(islice((entry.timestamp for entry in entries if not entry.is_discard), 2 * REORDER))
+
+
+def _last_end(source: str | bytes, index: int, fps: float) -> float:
+    """When the last frame ends on the container's clock, in seconds, from its packets alone."""
+    with open_file(source) as container:
+        stream = container.streams[index]
+        length = (container.duration or 0) / av.time_base
+        if length > 2 * _TAIL:
+            container.seek(int((length - _TAIL) * av.time_base) + (container.start_time or 0))
+        end = _packets_end(container, stream, fps)
+    if end is not None or length <= 2 * _TAIL:
+        return end or 0.0
+    with open_file(source) as container:  # nothing of this stream near the end
+        return _packets_end(container, container.streams[index], fps) or 0.0
+
+
+def _packets_end(
+    container: av.container.InputContainer, stream: av.stream.Stream, fps: float
+) -> float | None:
+    end, tick = None, float(stream.time_base)
+    # the file breaks off here
+    try:
+        for packet in container.demux(stream):
+            stamp = packet.pts if packet.pts is not None else packet.dts
+            if stamp is not None:
+                end = max(
+                    end or 0.0,
+                    stamp * tick + (packet.duration * tick if packet.duration else 1 / fps),
+                )
+    except av.FFmpegError:
+        pass
+    return end

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a decoded frame to a picture: upright, with square pixels, in RGB; the whole of it, or a
+part in one pass.
+
+A picture is uint8 [H, W, 3]. A part goes from the decoder's colours to its final size without a
+copy on the way.
+"""
+
+from typing import NamedTuple
+
+import av
+import numpy as np
+
+# pixels of the short side from which on a box may be moved to even pixels (subsampled colours)
+# unseen
+_FINE = 128
+# FFmpeg's number for a transfer curve or primaries that nobody named; scaling must not convert
+# between them
+_UNKNOWN = 2
+
+
+class Part(NamedTuple):
+    """A part of the picture as shown and what is made of it: square, `size` pixels a side,
+    `mirrored` left to right.
+    """
+
+    # left, top, right, bottom as shares of the picture's width and height
+    box: tuple[float, float, float, float]
+    size: int
+    mirrored: bool = False
+
+
+def is_fine(width: int, height: int) -> bool:
+    """Whether a picture is large enough to be cut at even pixels."""
+    return min(width, height) >= _FINE
+
+
+class Cutter:
+    """Takes the same part out of frame after frame; `turn` is the frames' display matrix [2, 2]."""
+
+    def __init__(self, part: Part, turn: np.ndarray) -> None:
+        self._part, self._turn = part, turn
+        self._form: tuple = ()
+        self._graph = self._source = self._sink = None
+
+    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
+        form = (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range)
+        if form != self._form:  # also where a film changes them on its way
+            self._build(*form)
+        frame.color_trc = frame.color_primaries = _UNKNOWN
+        self._source.push(frame)
+        picture = upright(pixels(self._sink.pull()), self._turn)
+        # else FFmpeg has done it, faster
+        return picture[:, ::-1] if self._part.mirrored and _lies(self._turn) else picture
+
+    def _build(self, width: int, height: int, kind: str, space: int, span: int) -> None:
+        self._form, self._graph = (width, height, kind, space, span), av.filter.Graph()
+        self._graph.threads = 1  # the pipeline runs a decoder per core already
+        add, size = self._graph.add, self._part.size
+        left, top, right, bottom = stored_box(self._part.box, self._turn, width, height)
+        how = "area" if size < right - left else "bilinear"
+        # By way of planes: there FFmpeg's scaler has vector code and full colours, in packed RGB
+        # neither.
+        steps = [
+            (
+                "buffer",
+                f"video_size={width}x{height}:pix_fmt={kind}:time_base=1/1:"
+                f"colorspace={space}:range={span}",
+            ),
+            ("crop", f"{right - left}:{bottom - top}:{left}:{top}"),
+            ("scale", f"{size}:{size}:flags={how}:out_range=full:interl=-1"),
+            ("format", "gbrp"),
+            ("scale", f"flags={how}:interl=-1"),
+            ("format", "rgb24"),
+        ]
+        if self._part.mirrored and not _lies(self._turn):
+            steps.append(("hflip", None))
+        nodes = [add(name, args) for name, args in steps] + [add("buffersink")]
+        self._graph.link_nodes(*nodes).configure()
+        self._source, self._sink = nodes[0], nodes[-1]
+
+
+def pixels(frame: av.VideoFrame) -> np.ndarray:
+    """The pixels of an RGB frame, uint8 [H, W, 3], in its own memory."""
+    plane = frame.planes[0]
+    rows = np.frombuffer(plane, np.uint8).reshape(frame.height, -1)
+    rows = rows[::-1] if plane.line_size < 0 else rows  # stored from the bottom up
+    return rows[:, : 3 * frame.width].reshape(frame.height, frame.width, 3)
+
+
+def stored_box(
+    box: tuple[float, ...], matrix: np.ndarray, width: int, height: int
+) -> tuple[int, int, int, int]:
+    """A box of the picture as shown, in shares, as left, top, right and bottom pixels of the frame
+    as stored, all even.
+    """
+    left, top, right, bottom = box
+    lies = _lies(matrix)
+    matrix = matrix[::-1] if lies else matrix
+    if matrix[0, 0] < 0:
+        left, right = 1 - right, 1 - left
+    if matrix[1, 1] < 0:
+        top, bottom = 1 - bottom, 1 - top
+    if lies:
+        left, top, right, bottom = top, left, bottom, right
+    (left, right), (top, bottom) = _whole(left, right, width), _whole(top, bottom, height)
+    return left, top, right, bottom
+
+
+def _whole(start: float, stop: float, length: int) -> tuple[int, int]:
+    first = min(2 * round(start * length / 2), max(length - 2, 0))
+    last = length if stop * length > length - 1 else max(2 * round(stop * length / 2), first + 2)
+    return first, last
+
+
+def _lies(matrix: np.ndarray) -> bool:
+    return abs(matrix[0, 1]) > abs(matrix[0, 0])
+
+
+def display_matrix(frame: av.VideoFrame) -> np.ndarray:
+    """How stored (column, row) becomes shown (column, row): [2, 2], rows are the images of the
+    stored axes.
+    """
+    try:
+        data = frame.side_data.get("DISPLAYMATRIX")
+    except (
+        ValueError
+    ):  # PyAV lists none where FFmpeg knows a kind of side data that it does not (EXIF)
+        angle = np.deg2rad(frame.rotation)
+        return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    if data is None:
+        return np.eye(2)
+    return np.frombuffer(bytes(data), np.int32).reshape(3, 3)[:2, :2] / 65536.0  # 16.16 fixed point
+
+
+def upright(image_HWC: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    # Quarter turns and mirrors, which is what cameras write; any other angle goes to the nearest.
+    if _lies(matrix):
+        image_HWC, matrix = image_HWC.transpose(1, 0, 2), matrix[::-1]
+    columns, rows = (-1 if matrix[0, 0] < 0 else 1), (-1 if matrix[1, 1] < 0 else 1)
+    return image_HWC[::rows, ::columns]
+
+
+def square(width: int, height: int, aspect: float) -> tuple[int, int]:
+    """The size with square pixels, `aspect` being a stored pixel's width over its height; widened,
+    never narrowed.
+    """
+    if abs(aspect - 1) < 1e-3:
+        return width, height
+    return (_even(width * aspect), height) if aspect > 1 else (width, _even(height / aspect))
+
+
+def resized(size: tuple[int, int], short_side: int | None) -> tuple[int, int]:
+    if short_side is None:
+        return size
+    short = min(size)
+    return tuple(short_side if side == short else _even(side * short_side / short) for side in size)
+
+
+def _even(side: float) -> int:
+    return max(2, 2 * round(side / 2))

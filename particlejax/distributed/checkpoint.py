@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints that are either whole or absent: Orbax writes them, a manifest of checksums says that
+they are whole.
+
+Orbax restores flipped bits without a word, so every file's SHA-256 is written beside it once Orbax
+has finished, and is compared before anything is read. What has no manifest, or not its content, is
+named, moved to `damaged/` and passed over. Where it cannot be written (a full disk), what was
+written before stays.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_utils
+
+from particlejax.core import tree
+from particlejax.core.typing import UserError
+from particlejax.distributed import cluster
+
+_MANIFEST = "manifest.json"
+_STATE, _DATA = "state", "data"
+_PARTIAL = "*.orbax-checkpoint-tmp*"  # what Orbax has begun and not finished
+_READERS = 4  # threads that compute checksums
+_DIVIDED = 2**20  # bytes of a copy's slice from which it is worth writing by itself
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+# TensorStore has no error numbers
+_FULL_TEXTS = tuple(os.strerror(number) for number in _FULL) + ("RESOURCE_EXHAUSTED",)
+# of a folder that Orbax wrote without us
+_FOREIGN = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")
+
+
+def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
+    """Orbax's own, but where devices hold copies they divide only large arrays: each slice's shape
+    is compiled.
+    """
+    kinds = [(kind, ocp.type_handlers.ScalarHandler()) for kind in (int, float, np.number)]
+    kinds += [
+        (np.ndarray, ocp.type_handlers.NumpyHandler()),
+        (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_DIVIDED)),
+    ]
+    arrays = ocp.PyTreeCheckpointHandler(
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry(*kinds)
+    )
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for args in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
+        registry.add(_STATE, args, arrays)
+    for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
+        registry.add(_DATA, args, ocp.JsonCheckpointHandler())
+    return registry
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
+
+
+class Checkpoints:
+    """The checkpoints of one stage in one folder, named by step; saving goes on in the background.
+
+    state: a pytree of arrays. data: what JSON can hold (where the data stands). Only process 0
+    touches manifests.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str], keep: int, say: Callable[[str], None] = _say
+    ) -> None:
+        self.folder = Path(folder).absolute()
+        self._say = say
+        self._marking: threading.Thread | None = None
+        self._unmarked: Exception | None = None  # why the last one could not be marked whole
+        if cluster.first():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            self._set_aside_damaged()
+        # the others look when what is damaged is out of the way
+        cluster.barrier(f"open {self.folder}")
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
+        self._manager = ocp.CheckpointManager(
+            self.folder, options=options, handler_registry=_handlers()
+        )
+
+    def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
+        """Starts writing `step`, unless it is there; the state may be changed or donated as soon as
+        this returns.
+
+        Raises UserError where this one, or the one before, cannot be written; those before it stay.
+        """
+        self.finish()
+        if step in self._manager.all_steps():
+            return
+        items = {_STATE: ocp.args.PyTreeSave(state), _DATA: ocp.args.JsonSave(data)}
+        try:
+            started = self._manager.save(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            raise self._explained(error) from error
+        if not started:
+            raise RuntimeError(
+                f"Orbax refused to save step {step} in {self.folder}: it holds {self.steps()}"
+            )
+        if cluster.first():  # at once, so that a kill before the next save loses nothing
+            self._marking = threading.Thread(target=self._mark, args=(step,), daemon=True)
+            self._marking.start()
+
+    def finish(self) -> None:
+        """Waits until what was started is on disk and marked whole. Raises UserError where that
+        failed.
+        """
+        if self._marking is not None:
+            self._marking.join()
+            self._marking = None
+        error, self._unmarked = self._unmarked, None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as raised:
+            error = raised
+        if error is not None:
+            raise self._explained(error) from error
+
+    def _mark(self, step: int) -> None:
+        folder = self.folder / str(step)
+        try:
+            self._manager.wait_until_finished()
+            write_json(folder / _MANIFEST, _checksums(folder))
+        except Exception as error:  # raised where somebody can hear it, by `finish`
+            self._unmarked = error
+
+    def _explained(self, error: Exception) -> Exception:
+        """A sentence where it is the disk's fault; what was left half written is removed, to give
+        room.
+        """
+        reason = disk_fault(error)
+        if not reason:
+            return error
+        if cluster.first():
+            self._sweep()
+        whole = [p for p in _numbered(self.folder) if (p / _MANIFEST).exists()]
+        kept = f"step {whole[-1].name} and all before it stay" if whole else "there was none before"
+        return UserError(
+            f"a checkpoint cannot be written to {self.folder} ({reason}); {kept}: make room there "
+            "and give the same "
+            "command again."
+        )
+
+    def _sweep(self) -> None:
+        for path in self.folder.glob(_PARTIAL):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def steps(self) -> list[int]:
+        """Steps of the whole checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def restore(
+        self, abstract: Any, step: int | None = None
+    ) -> tuple[int, Any, dict[str, Any]] | None:
+        """(step, state, data) of the newest or the named checkpoint, None when there is none.
+
+        abstract: ShapeDtypeStructs with shardings, of any mesh.
+        """
+        step = max(self.steps(), default=None) if step is None else step
+        if step is None:
+            return None
+        args = checkpoint_utils.construct_restore_args(abstract)
+        items = {
+            _STATE: ocp.args.PyTreeRestore(item=abstract, restore_args=args),
+            _DATA: ocp.args.JsonRestore(),
+        }
+        found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        return step, found[_STATE], found[_DATA]
+
+    def forget_after(self, step: int) -> None:
+        """Removes checkpoints newer than `step`: the run continues from before them and will write
+        them again.
+        """
+        for each in self.steps():
+            if each > step:
+                self._manager.delete(each)
+
+    def close(self) -> None:
+        """Finishes and releases what Orbax holds."""
+        try:
+            self.finish()
+        finally:
+            self._manager.close()
+
+    def _set_aside_damaged(self) -> None:
+        for folder in _numbered(self.folder):
+            wrong = fault(folder)
+            if wrong:
+                aside = self.folder / "damaged" / folder.name
+                aside.parent.mkdir(exist_ok=True)
+                while aside.exists():
+                    aside = aside.with_name(aside.name + "x")
+                shutil.move(folder, aside)
+                self._say(
+                    f"checkpoint {folder} is not whole ({wrong}): it was moved to {aside} and is "
+                    "passed over."
+                )
+
+
+def load_subtree(
+    folder: str | os.PathLike[str], want: Any, branches: tuple[str, ...], step: int | None = None
+) -> tuple[Any, dict[str, tuple]]:
+    """The newest whole checkpoint's arrays, or those of the one of `step`, that `want` names, and
+    the shapes of all it holds.
+
+    want: {path name: ShapeDtypeStruct with sharding}; branches: top-level names of the saved state
+    to look in, the first that is there counts. Paths that are absent or of another shape are left
+    out of the result: the caller compares. Raises UserError when the folder holds no whole
+    checkpoint.
+    """
+    item = _newest_whole(folder, step) / _STATE
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        saved = reader.metadata(item).item_metadata.tree
+        branch = next(b for b in branches if saved.get(b))
+        shapes = {name: tuple(leaf.shape) for name, leaf in tree.flatten(saved[branch]).items()}
+        wanted = {
+            name: leaf for name, leaf in want.items() if shapes.get(name) == tuple(leaf.shape)
+        }
+        nested = {branch: tree.nest(wanted)}
+        args = checkpoint_utils.construct_restore_args(nested)
+        found = reader.restore(
+            item, args=ocp.args.PyTreeRestore(item=nested, restore_args=args, partial_restore=True)
+        )
+    return tree.flatten(found[branch]), shapes
+
+
+def load_data(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What was saved beside the arrays of the newest whole checkpoint. Raises UserError when there
+    is none.
+    """
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return reader.restore(_newest_whole(folder) / _DATA)
+
+
+def mark(folder: str | os.PathLike[str]) -> str:
+    """A short text that tells the newest whole checkpoint from every other. Raises UserError when
+    there is none.
+    """
+    return _digest(_newest_whole(folder) / _MANIFEST)[:16]
+
+
+def load_arrays(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Every array by path name, in memory: of the newest whole checkpoint's average or parameters,
+    or of a folder that anybody's Orbax has written. Raises UserError when it is neither.
+    """
+    folder = Path(folder).absolute()
+    foreign = any((folder / name).exists() for name in _FOREIGN)
+    item = folder if foreign else _newest_whole(folder) / _STATE
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        saved = reader.metadata(item).item_metadata.tree
+        branch = (
+            next((b for b in ("average", "params") if saved.get(b)), None) if not foreign else None
+        )
+        wanted = saved if branch is None else {branch: saved[branch]}
+        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        found = reader.restore(
+            item, args=ocp.args.PyTreeRestore(item=wanted, restore_args=args, partial_restore=True)
+        )
+    return tree.flatten(found if branch is None else found[branch])
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file that is either the old one or the new one, whatever happens."""
+    fresh = path.with_name(path.name + ".tmp")
+    with open(fresh, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
+
+
+def whole_steps(folder: str | os.PathLike[str]) -> list[int]:
+    """Steps of the whole checkpoints in a folder, ascending."""
+    folder = Path(folder)
+    steps = (
+        sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    )
+    return [step for step in steps if not fault(folder / str(step))]
+
+
+def _newest_whole(folder: str | os.PathLike[str], step: int | None = None) -> Path:
+    folder = Path(folder).absolute()
+    there = _numbered(folder) if folder.is_dir() else []
+    for path in reversed(there if step is None else [folder / str(step)]):
+        if not fault(path):
+            return path
+    raise UserError(f"{folder} holds no whole checkpoint: name a run that has saved one.")
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return sorted((p for p in folder.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+
+
+def disk_fault(error: BaseException | None) -> str:
+    """What is wrong with the disk, '' where the error, or what it came from, is not about that."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return os.strerror(error.errno)
+        if found := next((text for text in _FULL_TEXTS if text in str(error)), ""):
+            return found
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(_MANIFEST))
+    with ThreadPoolExecutor(_READERS) as pool:
+        return dict(
+            zip(
+                (p.relative_to(folder).as_posix() for p in files),
+                pool.map(_digest, files),
+                strict=True,
+            )
+        )
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fault(folder: Path) -> str:
+    """Why a checkpoint is not whole, '' when it is."""
+    try:
+        expected = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "its writing was cut off"
+    except (OSError, ValueError) as error:
+        return f"its manifest cannot be read: {error}"
+    found = _checksums(folder)
+    wrong = sorted(
+        name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+    )
+    return f"{wrong[0]} is missing or not what was written" if wrong else ""

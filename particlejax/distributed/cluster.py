@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes as one: started from the environment, in step with each other, and ended
+together.
+
+Every process runs the same command. The first one alone writes logs and results; all of them write
+checkpoints, into a folder that all of them see.
+"""
+
+import glob
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from particlejax.config.experiment import ClusterSpec
+from particlejax.core.typing import UserError
+
+# exit code (EX_TEMPFAIL) of a run that whoever supervises it should start again; 2 is a user's
+# mistake
+AGAIN = 75
+_RANKS = (
+    "JAX_PROCESS_ID",
+    "JOB_COMPLETION_INDEX",
+    "OMPI_COMM_WORLD_RANK",
+    "PMI_RANK",
+    "SLURM_PROCID",
+)
+_SIZES = ("JAX_NUM_PROCESSES", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+_ORTE = "OMPI_MCA_orte_hnp_uri"  # of Open MPI up to 4: where its launcher listens
+_LOST = (
+    "Gloo",
+    "closed by peer",
+    "Connection reset",
+    "oordination service",
+    "eartbeat",
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "Barrier",
+    "Shutdown barrier",
+)
+# Says the last word of a process that could not: XLA ends a process whose peer is gone without
+# asking Python.
+_WITNESS = (
+    "import os, sys; said = sys.stdin.buffer.read(); said or os.write(2, sys.argv[1].encode())"
+)
+_witness: list[subprocess.Popen] = []
+
+
+def arguments(spec: ClusterSpec, environ: Mapping[str, str]) -> dict[str, Any]:
+    """Of jax.distributed.initialize, {} for a process on its own. Raises UserError where only a
+    part of them is known.
+
+    In this order: `config.cluster` and JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID
+    (the last also as an index of a Kubernetes Job, or a rank of MPI or SLURM); SLURM; Open MPI; a
+    TPU pod.
+    """
+    coordinator = spec.coordinator or environ.get("JAX_COORDINATOR_ADDRESS", "")
+    if spec.start == "off":
+        return {}
+    if coordinator:
+        return _explicit(spec, coordinator, environ)
+    if _number(environ, "SLURM_STEP_NUM_TASKS") > 1 and "SLURM_PROCID" in environ:
+        return {"cluster_detection_method": "slurm"}
+    if _number(environ, "OMPI_COMM_WORLD_SIZE") > 1:
+        if _ORTE not in environ:
+            raise UserError(
+                "this Open MPI does not say where its first process is: set "
+                "JAX_COORDINATOR_ADDRESS=HOST:PORT, or "
+                "config.cluster.coordinator."
+            )
+        return {"cluster_detection_method": "ompi"}
+    if spec.processes > 1 or _number(environ, "JAX_NUM_PROCESSES") > 1:
+        raise UserError(
+            "several processes are asked for and nothing says where the first one is: set "
+            "config.cluster.coordinator="
+            "HOST:PORT, or JAX_COORDINATOR_ADDRESS."
+        )
+    return {"cluster_detection_method": None} if _on_tpu(environ) else {}
+
+
+def start(spec: ClusterSpec) -> None:
+    """Joins the other processes, before anything touches a device. Raises UserError when they do
+    not come.
+    """
+    known = arguments(spec, os.environ)
+    if not known or jax.distributed.is_initialized():
+        return
+    try:
+        jax.distributed.initialize(
+            **known, heartbeat_timeout_seconds=spec.heartbeat, initialization_timeout=spec.patience
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            "the processes of this run did not find each other "
+            f"({' '.join(str(error).split())[:200]}): see that all "
+            "of them are started, and that config.cluster, or the environment, names the same "
+            "coordinator."
+        ) from error
+    if jax.process_count() > 1:
+        me = f"process {jax.process_index()} of {jax.process_count()}"
+        sentence = (
+            f"particlejax: {me} was ended, by the loss of another one or by the system: {_REMEDY}\n"
+        )
+        _witness.append(
+            subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _WITNESS, sentence],
+                stdin=subprocess.PIPE,
+                start_new_session=True,
+            )
+        )
+
+
+def several() -> bool:
+    """Whether this process is one of several."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def first() -> bool:
+    """Whether this process is the one that writes; asks no device where the process is on its
+    own.
+    """
+    return not several() or jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits for all processes."""
+    if several():
+        multihost_utils.sync_global_devices(name)
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's value, of what JSON can hold, in their order; all of them must call it."""
+    if not several():
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(text.size))).reshape(-1)
+    padded = np.pad(text, (0, int(sizes.max()) - text.size))
+    rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def failed(error: Exception) -> int:
+    """Says what ended this process of several, in a sentence where it was the loss of another;
+    returns the exit code.
+    """
+    if any(text in str(error) for text in _LOST):
+        me = f"process {jax.process_index()} of {jax.process_count()}"
+        print(f"particlejax: {me} has lost another one: {_REMEDY}", file=sys.stderr)
+        return AGAIN
+    traceback.print_exception(error)
+    return 1
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process; a failure does not wait for the others, which are then ended by its
+    loss.
+    """
+    for witness in _witness:
+        witness.communicate(b"said")
+    if code and several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+_REMEDY = (
+    "what was saved is whole, start all processes again with the same command, also fewer or more "
+    "of them, and the run "
+    "continues from its last checkpoint."
+)
+
+
+def _explicit(spec: ClusterSpec, coordinator: str, environ: Mapping[str, str]) -> dict[str, Any]:
+    processes = spec.processes or next(
+        (n for n in (_number(environ, name) for name in _SIZES) if n), 0
+    )
+    process = spec.process or next((environ[name] for name in _RANKS if name in environ), "")
+    if not processes or not process.isdigit() or int(process) >= processes:
+        raise UserError(
+            f"the coordinator is {coordinator}, of {processes or 'an unknown number of'} "
+            "processes, and this one is "
+            f"number {process or 'unknown'}: set config.cluster.processes and "
+            "config.cluster.process (0 for the "
+            "first), or JAX_NUM_PROCESSES and JAX_PROCESS_ID."
+        )
+    if processes == 1:
+        return {}
+    return {
+        "coordinator_address": coordinator,
+        "num_processes": processes,
+        "process_id": int(process),
+        "cluster_detection_method": "deactivate",
+    }
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    text = environ.get(name, "")
+    return int(text) if text.isdigit() else 0
+
+
+def _on_tpu(environ: Mapping[str, str]) -> bool:
+    """Whether this is a host of Cloud TPU, where JAX asks the platform who the others are (one host
+    is a pod of one).
+    """
+    if (
+        "tpu" not in environ.get("JAX_PLATFORMS", "tpu")
+        or importlib.util.find_spec("libtpu") is None
+    ):
+        return False
+    return bool(
+        glob.glob("/dev/accel[0-9]*")
+        or glob.glob("/dev/vfio/[0-9]*")
+        or "TPU_WORKER_HOSTNAMES" in environ
+    )

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mesh, and which part of it holds which part of an array: rules by parameter path."""
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from particlejax.config.experiment import MeshSpec
+from particlejax.core import tree
+from particlejax.core.typing import UserError
+
+AXES = ("data", "fsdp", "tensor", "sequence")
+ROWS = ("data", "fsdp")  # axes over which a batch's rows are divided
+
+# Last axes of a parameter (and of its moments in the optimiser, whose paths end alike) -> axes of
+# the mesh; stacked layers come before these and stay whole.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"(query|key|value)/kernel$", ("fsdp", "tensor", None)),
+    (r"attention/out/kernel$", ("tensor", None, "fsdp")),
+    (r"mlp/(up|gate)/kernel$", ("fsdp", "tensor")),
+    (r"mlp/down/kernel$", ("tensor", "fsdp")),
+    (r"kernel$|table/embedding$", (None, "fsdp")),
+    (r"", ()),
+)
+
+
+def make_mesh(spec: MeshSpec, of: Sequence[jax.Device] | None = None) -> Mesh:
+    """These devices, by default all, in a mesh of the four named axes. Raises UserError when their
+    number does not fit.
+    """
+    sizes, devices = (
+        [getattr(spec, axis) for axis in AXES],
+        jax.device_count() if of is None else len(of),
+    )
+    if sizes.count(-1) > 1:
+        raise UserError(
+            f"config.mesh gives -1 to {sizes.count(-1)} axes: only one can be the rest."
+        )
+    rest, over = divmod(devices, math.prod(size for size in sizes if size != -1))
+    sizes = [rest if size == -1 else size for size in sizes]
+    if over or math.prod(sizes) != devices:
+        raise UserError(
+            f"config.mesh wants {dict(zip(AXES, sizes, strict=True))} but there are {devices} "
+            "devices: make "
+            "their product that number, or one of them -1."
+        )
+    # An axis may take a part of a torus' axis: data=8, fsdp=8 on chips of 4x4x4 would else be
+    # refused.
+    grid = mesh_utils.create_device_mesh(
+        sizes, jax.devices() if of is None else of, allow_split_physical_axes=True
+    )
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def param_shardings(shapes: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for each leaf of a tree of shapes (parameters, or a state that holds them).
+
+    Warns where most of it fits no axis of fsdp, so that every device holds it whole.
+    """
+    shardings = tree.map_named(
+        lambda name, leaf: NamedSharding(mesh, _spec(name, leaf.shape, mesh)), shapes
+    )
+    if mesh.shape["fsdp"] > 1:
+        sizes = tree.flatten(jax.tree.map(lambda leaf: math.prod(leaf.shape), shapes))
+        whole = {name for name, each in tree.flatten(shardings).items() if "fsdp" not in each.spec}
+        share = sum(sizes[name] for name in whole) / max(sum(sizes.values()), 1)
+        if share > 0.5:
+            warnings.warn(
+                f"config.mesh.fsdp={mesh.shape['fsdp']} divides no axis of {share:.0%} of the "
+                "parameters and their "
+                "moments, which every device holds whole: make it a divisor of config.model.width, "
+                "and data the rest.",
+                stacklevel=2,
+            )
+    return shardings
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows divided over data and fsdp, everything else whole."""
+    return NamedSharding(mesh, P(ROWS))
+
+
+def on(mesh: Mesh, f: Callable[..., Any]) -> Callable[..., Any]:
+    """f, in which what is written for each device by itself finds the mesh."""
+
+    @functools.wraps(f)
+    def told(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return f(*args)
+
+    return told
+
+
+def spread(x_BLD: jax.Array) -> jax.Array:
+    """Tokens divided over rows and along the sequence, where the mesh that `on` tells of has an
+    axis for that.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["sequence"] == 1:
+        return x_BLD
+    if x_BLD.shape[1] % mesh.shape["sequence"]:
+        warnings.warn(
+            f"config.mesh.sequence={mesh.shape['sequence']} does not divide rows of "
+            f"{x_BLD.shape[1]} tokens, which "
+            "each of its devices computes whole.",
+            stacklevel=2,
+        )
+        return x_BLD
+    rows = ROWS if x_BLD.shape[0] % math.prod(mesh.shape[axis] for axis in ROWS) == 0 else None
+    return jax.lax.with_sharding_constraint(x_BLD, P(rows, "sequence"))
+
+
+def check_rows(rows: int, mesh: Mesh, key: str) -> None:
+    """Raises UserError when `rows` cannot be divided over the mesh."""
+    parts = math.prod(mesh.shape[axis] for axis in ROWS)
+    if rows % parts:
+        raise UserError(
+            f"{key}={rows} cannot be divided over {parts} devices (mesh data x fsdp): use a "
+            "multiple."
+        )
+
+
+def reader(mesh: Mesh) -> tuple[int, int]:
+    """(i, n): the rows of a batch are read in n parts, of which this process brings the i-th.
+
+    Processes whose devices hold the same rows (where tensor or sequence reach across processes)
+    read the same part. Raises UserError where devices of a process hold rows that another holds
+    only a part of.
+    """
+    held: dict[int, set[int]] = {}
+    for (data, fsdp, *_), device in np.ndenumerate(mesh.devices):
+        held.setdefault(device.process_index, set()).add(data * mesh.shape["fsdp"] + fsdp)
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if len({len(part) for part in parts}) > 1 or len(set().union(*parts)) != sum(map(len, parts)):
+        raise UserError(
+            f"config.mesh={dict(mesh.shape)} divides rows so that processes share some and not "
+            "others: make tensor x "
+            "sequence a divisor or a multiple of the devices of a process."
+        )
+    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+
+
+def put(batch: Any, mesh: Mesh) -> Any:
+    """A batch on the mesh; each process brings its own rows (`reader`), numpy [B / n, ...]."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+    )
+
+
+def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    axes = tree.match(RULES, name)
+    if not axes or len(shape) < len(axes):
+        return P()
+    whole = (None,) * (len(shape) - len(axes))
+    fits = (
+        a if a and size % mesh.shape[a] == 0 else None
+        for a, size in zip(axes, shape[len(whole) :], strict=True)
+    )
+    return P(*whole, *fits)

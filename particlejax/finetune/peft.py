@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameter-efficient fine-tuning: each method is a pair of pure functions, (key, base) -> extra
+and (base, extra) -> params.
+
+Both speak of flat trees {path name: array}. Only the encoder's blocks are changed; theirs are
+stacked, [depth, ...]. Legend: N depth, D width, H heads, K width of a head, F hidden width of the
+MLP, R rank, Z size.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from particlejax.config.training import TuneSpec
+from particlejax.core.typing import UserError
+
+Flat = Mapping[str, Array]
+BLOCKS = "encoder/transformer/blocks/"
+# where nn/transformer.py looks for what its blocks may have besides
+TUNED = "encoder/transformer/tuned/"
+PROMPTS = (
+    "encoder/prompts/"  # where models/model.py looks for tokens that every clip has besides its own
+)
+_DEEP = f"{TUNED}prompt/token"
+_EPSILON = 1e-6  # of linen's norms
+_STD = 0.02  # of new vectors, as of the model's own
+
+
+class Method(NamedTuple):
+    """trains: paths of the base that train. init(key, base, spec): new arrays. merge(base, extra,
+    spec): what the model reads.
+    """
+
+    trains: str
+    init: Callable[[Array, Flat, TuneSpec], dict[str, Array]]
+    merge: Callable[[Flat, Flat, TuneSpec], dict[str, Array]]
+
+
+def no_init(key: Array, base: Flat, spec: TuneSpec) -> dict[str, Array]:
+    """Nothing new."""
+    del key, base, spec
+    return {}
+
+
+def beside(base: Flat, extra: Flat, spec: TuneSpec) -> dict[str, Array]:
+    """What is new stands beside what was there: the blocks find it under its own name."""
+    del spec
+    return {**base, **extra}
+
+
+def lora_init(key: Array, base: Flat, spec: TuneSpec) -> dict[str, Array]:
+    """Of every kernel that `targets` names, `a` [N, in, R] random and `b` [N, R, out] zero. Raises
+    UserError where none is.
+    """
+    names = [name for name in base if name.startswith(BLOCKS) and re.search(spec.targets, name)]
+    if not names:
+        raise UserError(
+            f"tune.targets={spec.targets!r} names no kernel of the encoder's blocks: write it like "
+            r"'attention/(query|value)/kernel$' or 'mlp/(up|down)/kernel$'."
+        )
+    extra = {}
+    for name, each in zip(names, jax.random.split(key, len(names)), strict=True):
+        depth, inputs, outputs = _sides(name, base[name].shape)
+        extra[f"{name}/a"] = jax.random.normal(each, (depth, inputs, spec.rank)) * inputs**-0.5
+        extra[f"{name}/b"] = jnp.zeros((depth, spec.rank, outputs))
+    return extra
+
+
+def lora_merge(base: Flat, extra: Flat, spec: TuneSpec) -> dict[str, Array]:
+    """kernel + alpha / rank a b (arXiv:2106.09685)."""
+    merged = dict(base)
+    for name in (path.removesuffix("/a") for path in extra if path.endswith("/a")):
+        change = jnp.einsum("nir,nro->nio", extra[f"{name}/a"], extra[f"{name}/b"]) * (
+            spec.alpha / spec.rank
+        )
+        merged[name] = base[name] + change.reshape(base[name].shape)
+    return merged
+
+
+def _sides(name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Depth, inputs and outputs of a stacked kernel: [N, D, H, K] but for attention's way out, [N,
+    H, K, D].
+    """
+    inputs = 2 if name.endswith("attention/out/kernel") else 1
+    return shape[0], math.prod(shape[1 : 1 + inputs]), math.prod(shape[1 + inputs :])
+
+
+def ia3_init(key: Array, base: Flat, spec: TuneSpec) -> dict[str, Array]:
+    """Factors less one, zero at first, of keys and values [N, H, K] and of the MLP's hidden values
+    [N, F].
+    """
+    del key, spec
+    heads = {
+        f"{BLOCKS}attention/{part}": base[f"{BLOCKS}attention/{part}/bias"].shape
+        for part in ("key", "value")
+    }
+    hidden = {f"{BLOCKS}mlp/down": base[f"{BLOCKS}mlp/down/kernel"].shape[:2]}
+    return {f"{name}/factor": jnp.zeros(shape) for name, shape in (heads | hidden).items()}
+
+
+def ia3_merge(base: Flat, extra: Flat, spec: TuneSpec) -> dict[str, Array]:
+    """Keys, values and hidden values times their factors (arXiv:2205.05638), put into kernels and
+    biases.
+    """
+    del spec
+    merged = dict(base)
+    for part in ("key", "value"):
+        name = f"{BLOCKS}attention/{part}"
+        factor = 1 + extra[f"{name}/factor"]
+        merged[f"{name}/kernel"] = base[f"{name}/kernel"] * factor[:, None]
+        merged[f"{name}/bias"] = base[f"{name}/bias"] * factor
+    name = f"{BLOCKS}mlp/down"
+    merged[f"{name}/kernel"] = base[f"{name}/kernel"] * (1 + extra[f"{name}/factor"])[:, :, None]
+    return merged
+
+
+def adapter_init(key: Array, base: Flat, spec: TuneSpec) -> dict[str, Array]:
+    """After attention and after the MLP, Dense to [N, Z], GELU and Dense back, which is zero at
+    first.
+    """
+    depth, width = base[f"{BLOCKS}mlp/down/bias"].shape
+    extra = {}
+    for name, each in zip(("attention_adapter", "mlp_adapter"), jax.random.split(key), strict=True):
+        extra[f"{TUNED}{name}/down/kernel"] = (
+            jax.random.normal(each, (depth, width, spec.size)) * width**-0.5
+        )
+        extra[f"{TUNED}{name}/down/bias"] = jnp.zeros((depth, spec.size))
+        extra[f"{TUNED}{name}/up/kernel"] = jnp.zeros((depth, spec.size, width))
+        extra[f"{TUNED}{name}/up/bias"] = jnp.zeros((depth, width))
+    return extra
+
+
+def prefix_init(key: Array, base: Flat, spec: TuneSpec) -> dict[str, Array]:
+    """Keys and values [N, Z, H, K] that every token of every clip may read besides its own
+    clip's.
+    """
+    depth, heads, width = base[f"{BLOCKS}attention/key/bias"].shape
+    keys = zip(("key", "value"), jax.random.split(key), strict=True)
+    return {
+        f"{TUNED}attention/prefix/{name}": jax.random.normal(each, (depth, spec.size, heads, width))
+        * _STD
+        for name, each in keys
+    }
+
+
+def prompt_init(key: Array, base: Flat, spec: TuneSpec) -> dict[str, Array]:
+    """Tokens [Z, D] that go through the blocks with those of every clip."""
+    width = base[f"{BLOCKS}mlp/down/bias"].shape[-1]
+    return {f"{PROMPTS}token": jax.random.normal(key, (spec.size, width)) * _STD}
+
+
+def prompt_deep_init(key: Array, base: Flat, spec: TuneSpec) -> dict[str, Array]:
+    """Tokens [N, Z, D], of every block its own."""
+    return {
+        _DEEP: jax.random.normal(
+            key,
+            (
+                *base[f"{BLOCKS}mlp/down/bias"].shape[:1],
+                spec.size,
+                base[f"{BLOCKS}mlp/down/bias"].shape[1],
+            ),
+        )
+        * _STD
+    }
+
+
+def prompt_deep_merge(base: Flat, extra: Flat, spec: TuneSpec) -> dict[str, Array]:
+    """What a block's tokens read of its prompts: as their outputs give way to the next block's,
+    keys and values are all of it.
+    """
+    del spec
+    norm = (
+        _normed(extra[_DEEP]) * base[f"{BLOCKS}attention_norm/scale"][:, None]
+        + base[f"{BLOCKS}attention_norm/bias"][:, None]
+    )
+    merged = dict(base)
+    for name in ("key", "value"):
+        kernel, bias = (base[f"{BLOCKS}attention/{name}/{leaf}"] for leaf in ("kernel", "bias"))
+        merged[f"{TUNED}attention/prefix/{name}"] = (
+            jnp.einsum("nzd,ndhk->nzhk", norm, kernel) + bias[:, None]
+        )
+    if f"{BLOCKS}attention/key_norm/scale" in base:
+        key = merged[f"{TUNED}attention/prefix/key"]
+        root = jnp.sqrt(jnp.mean(jnp.square(key), axis=-1, keepdims=True) + _EPSILON)
+        merged[f"{TUNED}attention/prefix/key"] = (
+            key / root * base[f"{BLOCKS}attention/key_norm/scale"][:, None, None]
+        )
+    return merged
+
+
+def _normed(x_NZD: Array) -> Array:
+    """With mean 0 and variance 1, as linen's LayerNorm has it."""
+    return (x_NZD - x_NZD.mean(axis=-1, keepdims=True)) * jax.lax.rsqrt(
+        x_NZD.var(axis=-1, keepdims=True) + _EPSILON
+    )
+
+
+_TASK = r"^(?!encoder/)"
+TABLE: dict[str, Method] = {
+    "full": Method("", no_init, beside),
+    "linear": Method(_TASK, no_init, beside),
+    "probe": Method(_TASK, no_init, beside),
+    "bitfit": Method(f"{_TASK}|/bias$", no_init, beside),
+    "lora": Method(_TASK, lora_init, lora_merge),
+    "ia3": Method(_TASK, ia3_init, ia3_merge),
+    "adapter": Method(_TASK, adapter_init, beside),
+    "prefix": Method(_TASK, prefix_init, beside),
+    "prompt": Method(_TASK, prompt_init, beside),
+    "prompt_deep": Method(_TASK, prompt_deep_init, prompt_deep_merge),
+}

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters that start from another run's: params -> params, saying what was taken and what was
+not.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from particlejax.config.fields import as_dict, make
+from particlejax.config.training import TuneSpec
+from particlejax.core import tree
+from particlejax.core.typing import Params, UserError
+from particlejax.distributed import checkpoint
+from particlejax.finetune import partition, peft
+
+# of what is saved beside the arrays: says what a checkpoint without the frozen parameters builds on
+BASE = "base"
+_BRANCHES = ("average", "params")  # of a saved state, the first that is there counts
+# Parts that a stage may have to itself, by how their names begin; the encoder must match.
+_NEW_PER_TASK = (
+    "head",
+    "head_norm",
+    "pool",
+    "decoder",
+    "predictor",
+    "compare",
+    "questions",
+    "each",
+)
+
+
+def from_checkpoint(params: Params, folder: Path, step: int | None = None) -> tuple[Params, str]:
+    """`params` with every leaf that the checkpoint has under the same path, and a sentence about
+    the rest.
+
+    The newest whole one counts, or that of `step`, and its average where one was kept. One that
+    holds only what was fine-tuned is put together with those that it builds on, adapters and
+    prefixes included. Raises UserError when the encoder's paths or shapes differ, or when what it
+    builds on has changed.
+    """
+    own = checkpoint.load_data(folder).get(BASE)
+    if own is None:
+        return _plain(params, folder, step)
+    spec, base = make(TuneSpec, own["tune"], "tune"), base_folder(folder, own)
+    params, sentence = from_checkpoint(params, base)
+    like = _shapes(params)
+    template, frozen = jax.eval_shape(lambda p: partition.split(spec, p, jax.random.key(0)), like)
+    place = next(iter(tree.flatten(like).values())).sharding
+    want = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_beside(name, like, place))
+        for name, leaf in tree.flatten(template).items()
+    }
+    found, shapes = checkpoint.load_subtree(folder, want, _BRANCHES, step)
+    flat = tree.flatten(params)
+    trained = tree.nest({name: found.get(name, flat.get(name)) for name in want})
+    rest = tree.nest({name: flat[name] for name in tree.flatten(frozen)})
+    fresh = [name for name in want if name not in found]
+    _refuse(fresh, want, shapes, folder)
+    return partition.whole(
+        spec, trained, rest
+    ), f"{_sentence(folder, found, fresh, [])} ({spec.how}), on {sentence}"
+
+
+def reference(base: Path, folder: Path, spec: TuneSpec) -> dict[str, Any]:
+    """What a checkpoint in `folder` that lacks the frozen parameters says about where they are."""
+    return {
+        "tune": as_dict(spec),
+        "folder": os.path.relpath(base.absolute(), folder.absolute()),
+        "mark": checkpoint.mark(base),
+    }
+
+
+def base_folder(folder: Path, own: dict[str, Any]) -> Path:
+    """The checkpoints that one builds on, by its `reference`. Raises UserError when they are gone
+    or others.
+    """
+    base = Path(os.path.normpath(folder.absolute() / own["folder"]))
+    if not base.is_dir():
+        raise UserError(
+            f"checkpoint {folder} builds on {base}, which is not there: put that run back where it "
+            "was."
+        )
+    if checkpoint.mark(base) != own["mark"]:
+        raise UserError(
+            f"checkpoint {folder} builds on {base}, which has been trained further or anew since: "
+            "put back what was "
+            "there, or fine-tune again in a new --workdir."
+        )
+    return base
+
+
+def _plain(params: Params, folder: Path, step: int | None) -> tuple[Params, str]:
+    want = tree.flatten(_shapes(params))
+    found, shapes = checkpoint.load_subtree(folder, want, _BRANCHES, step)
+    fresh = [name for name in want if name not in found]
+    _refuse(fresh, want, shapes, folder)
+    if any(name.startswith((peft.TUNED, peft.PROMPTS)) and name not in want for name in shapes):
+        raise UserError(
+            f"checkpoint {folder} has adapters, prefixes or prompts in its encoder, which this "
+            "model would leave out: "
+            "give config.stages.*.tune.how what that run had."
+        )
+    unused = sorted({name.split("/")[0] for name in shapes if name not in found})
+    merged = tree.map_named(lambda name, leaf: found.get(name, leaf), params)
+    return merged, _sentence(folder, found, fresh, unused)
+
+
+def _refuse(fresh: list[str], want: dict[str, Any], shapes: dict[str, tuple], folder: Path) -> None:
+    """Raises UserError where a part is missing that only a run of the same encoder has."""
+    if "encoder/modality/token" in shapes:
+        raise UserError(
+            f"checkpoint {folder} is of an older version, which kept the vectors of all modalities "
+            "in one table: use "
+            "it with that version, or train it again."
+        )
+    for name in fresh:
+        if not name.startswith(_NEW_PER_TASK):
+            there = f"shape {shapes[name]}" if name in shapes else "nothing"
+            raise UserError(
+                f"checkpoint {folder} has {there} for {name} where this model has "
+                f"{tuple(want[name].shape)}: "
+                "give config.model, config.particles and the data the settings of that run."
+            )
+
+
+def _shapes(params: Params) -> Any:
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
+    )
+
+
+def _beside(name: str, like: Params, place: Any) -> Any:
+    """How a leaf is laid out: as the model's own of that path, and whole on every device where
+    there is none.
+    """
+    known = tree.flatten(like).get(name)
+    return known.sharding if known is not None else NamedSharding(place.mesh, PartitionSpec())
+
+
+def _sentence(folder: Path, found: dict[str, Any], fresh: list[str], unused: list[str]) -> str:
+    new = sorted({name.split("/")[0] for name in fresh})
+    text = f"{len(found)} arrays from {folder}"
+    return (
+        text
+        + (f"; new here: {', '.join(new)}" if new else "")
+        + (f"; left there: {', '.join(unused)}" if unused else "")
+    )

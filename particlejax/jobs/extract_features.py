@@ -1,0 +1,420 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a frozen network says of the sub-clips of a data set, computed once and kept as particles
+for training.
+
+Legend: K sub-clips of a clip, n particles of a clip, D width, T H W a feature map, t h w its cells,
+N samples of sound, L word pieces.
+"""
+
+import dataclasses
+import hashlib
+import math
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from particlejax.config.experiment import DataSpec, TextSpec
+from particlejax.config.jobs import FeaturesSpec
+from particlejax.core.typing import UserError
+from particlejax.data import clips, pipeline, sources
+from particlejax.data.modalities import audio, feature_reader
+from particlejax.data.modalities import feature_store as files
+from particlejax.data.modalities import tokenizer as tokens
+from particlejax.data.video import decode
+from particlejax.jobs import linear_probe
+from particlejax.models.zoo import backbones
+from particlejax.models.zoo.convert import packages
+from particlejax.models.zoo.networks import BackboneSpec
+from particlejax.train import stage
+from particlejax.train.log import Progress, say
+
+_PIECES = 128  # that a network of words reads of a caption
+_TYPES = {"features": "uint8", "heard": "float32", "told": "int32"}
+_LEAST = 1e-3  # deviation: a feature that never changes is not blown up
+
+
+class Work(NamedTuple):
+    """Where features go, how clips are sampled for them, and what computes them: `Given.data` to
+    [K, t h w, D].
+    """
+
+    folder: Path
+    sampling: dict[str, Any]
+    frozen: linear_probe.Frozen
+    compute: Callable[[np.ndarray], np.ndarray]
+    width: int  # D
+
+
+class Given(NamedTuple):
+    """Of one clip: where its sub-clips begin [K], how many seconds each lasts, what the network is
+    given of them.
+
+    Frames uint8 [K, T, H, W, 3], sound float32 [K, N] or words int32 [K, L]; K is 0 for a clip
+    without sound or words.
+    """
+
+    begins: np.ndarray
+    seconds: float
+    data: np.ndarray
+
+
+class Moments(NamedTuple):
+    """Sums of a split's features and of their squares, float64 [D], of how many particles."""
+
+    total: np.ndarray
+    squares: np.ndarray
+    count: int
+
+    def plus(self, values_ND: np.ndarray) -> "Moments":
+        """And those of these."""
+        return Moments(
+            self.total + values_ND.sum(axis=0),
+            self.squares + (values_ND**2).sum(axis=0),
+            self.count + len(values_ND),
+        )
+
+
+def features(spec: FeaturesSpec, workdir: Path, name: str) -> None:
+    """Job 'features': those of every readable clip of `config.splits`, and network.json, which says
+    what they are.
+    """
+    del name
+    begun = time.perf_counter()
+    work, bad = (
+        prepared(spec, Path(spec.folder).expanduser() if spec.folder else workdir),
+        stage.BadClips(spec.max_bad),
+    )
+    figures: dict[str, Any] = {}
+    for split in spec.splits:
+        source = sources.open_source(spec.source, split, spec.cache_dir)
+        computed, moments = _split(work, source, spec, bad)
+        if not moments.count:
+            raise UserError(
+                f"{spec.source} has no readable clip with what {spec.model} takes in {split}: name "
+                "other splits with "
+                "config.splits."
+            )
+        # never changed later: what was trained on these stays right
+        if feature_reader.described(work.folder) is None:
+            feature_reader.describe(work.folder, _description(work, spec, moments))
+        figures[split] = {"clips": len(source), "computed": computed, "particles": moments.count}
+        say(
+            f"{split}: features of {computed} clips computed, {moments.count} particles of "
+            f"{len(moments.total)} numbers in all"
+        )
+    seconds = time.perf_counter() - begun
+    stage.add_results(
+        workdir, "features", {**figures, "width": len(moments.total), "seconds": seconds}, bad.all()
+    )
+    modality = modality_of(work.frozen)
+    say(
+        f"train on them with --config.data.modalities=\"('{modality}',)\" "
+        f"--config.data.{modality}.folder={work.folder}"
+    )
+
+
+def prepared(spec: FeaturesSpec, folder: Path) -> Work:
+    """Raises UserError where the folder holds other features, and for cells that the network's map
+    does not have.
+    """
+    frozen = linear_probe.load(spec)
+    sampling = _sampling(spec, frozen.backbone.spec)
+    example = jax.ShapeDtypeStruct((1, *_shape(sampling)), np.dtype(_TYPES[modality_of(frozen)]))
+
+    def maps(params: Any, pixels: Array) -> Array:
+        return backbones.features(frozen.backbone, params, pixels, spec.endpoint, pooled=False)
+
+    made = jax.eval_shape(maps, frozen.params, example)
+    cells = _cells(spec, made.shape[1:-1])
+    sampling["cells"] = list(cells)
+    known = feature_reader.described(folder)
+    if known and (known.network, known.sampling) != (frozen.known, sampling):
+        there = known.network | known.sampling
+        differs = next(
+            key for key, value in (frozen.known | sampling).items() if there.get(key) != value
+        )
+        raise UserError(
+            f"{folder} holds features of another network or sampling ({differs} differs): name "
+            "another folder with "
+            f"config.folder, or do as there: `{known.command}`."
+        )
+
+    compute = jax.jit(lambda params, pixels: averaged(maps(params, pixels), cells))
+    return Work(
+        folder,
+        sampling,
+        frozen,
+        lambda data: np.asarray(compute(frozen.params, data), np.float32),
+        made.shape[-1],
+    )
+
+
+def _sampling(spec: FeaturesSpec, net: BackboneSpec) -> dict[str, Any]:
+    """What tells one way of giving clips to the network from another. Raises UserError for a length
+    that sound has not.
+    """
+    if net.text:
+        known = hashlib.sha256(_tokenizer(spec).read_bytes()).hexdigest()
+        return {
+            "words": min(_PIECES, net.net.positions),
+            "tokenizer": known,
+            "seconds": 0.0,
+            "stride": 0.0,
+        }
+    if not net.sound:
+        # a Transformer has positions for its own number
+        frames = net.frames if net.inputs or not spec.frames else spec.frames
+        return {
+            "frames": frames,
+            "size": net.size,
+            "seconds": float(spec.seconds),
+            "stride": float(spec.stride or spec.seconds),
+        }
+    seconds = net.net.samples / net.net.rate
+    if spec.seconds not in (0, seconds):
+        raise UserError(
+            f"{spec.model} hears {seconds:g} s at once: leave config.seconds at 0, and choose how "
+            "far sub-clips stand "
+            "apart with config.stride."
+        )
+    return {
+        "samples": net.net.samples,
+        "rate": net.net.rate,
+        "seconds": seconds,
+        "stride": float(spec.stride or seconds),
+    }
+
+
+def _shape(sampling: Mapping[str, Any]) -> tuple[int, ...]:
+    """Of what the network is given of a sub-clip."""
+    for only in ("samples", "words"):
+        if only in sampling:
+            return (sampling[only],)
+    return (sampling["frames"], sampling["size"], sampling["size"], 3)
+
+
+def _tokenizer(spec: FeaturesSpec) -> Path:
+    """Raises UserError where there is none."""
+    named = spec.tokenizer
+    if not named and spec.weights != "random":
+        named = str(
+            Path(spec.weights or packages.find(spec.model, "weights")).with_name("tokenizer.json")
+        )
+    path = Path(named).expanduser()
+    if not path.is_file():
+        raise UserError(
+            f"{spec.model} reads words and there is no tokenizer at {named!r}: name its "
+            "tokenizer.json with "
+            "config.tokenizer."
+        )
+    return path
+
+
+def modality_of(frozen: linear_probe.Frozen) -> str:
+    """Which of `clips.KEPT` its features are for, though any may hold them."""
+    return (
+        "told"
+        if frozen.backbone.spec.text
+        else "heard"
+        if frozen.backbone.spec.sound
+        else "features"
+    )
+
+
+def _cells(spec: FeaturesSpec, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """The cells of a map of this shape; tokens and vectors are one."""
+    if len(shape) != 3:
+        if spec.cells not in ((1, 1, 1), (0, 0, 0)):
+            raise UserError(
+                f"{spec.model} gives no map of time, rows and columns: leave config.cells at (1, "
+                "1, 1)."
+            )
+        return 1, 1, 1
+    wanted = tuple(number or most for number, most in zip(spec.cells, shape, strict=True))
+    if any(number > most for number, most in zip(wanted, shape, strict=True)):
+        raise UserError(
+            f"config.cells={spec.cells} are more than the map of {spec.model} has, {shape}: use "
+            "these or fewer."
+        )
+    return wanted
+
+
+def averaged(maps: Array, cells: tuple[int, int, int]) -> Array:
+    """Means over equal cells, [K, t h w, D], of maps [K, T, H, W, D]; what lies across two cells
+    counts in both.
+
+    Tokens [K, L, D] and vectors [K, D] are one cell.
+    """
+    if maps.ndim != 5:
+        return jnp.mean(maps.reshape(len(maps), -1, maps.shape[-1]), axis=1, keepdims=True)
+    shares = (
+        jnp.asarray(_shares(number, count))
+        for number, count in zip(maps.shape[1:4], cells, strict=True)
+    )
+    made = jnp.einsum("ktrcd,at,br,ec->kabed", maps, *shares)
+    return made.reshape(len(maps), math.prod(cells), -1)
+
+
+def _shares(number: int, cells: int) -> np.ndarray:
+    """Of each cell [cells, number], the share that each of `number` places has in it."""
+    edges, width = np.arange(number), number / cells
+    begin = np.arange(cells)[:, None] * width
+    return (
+        np.clip(np.minimum(edges + 1, begin + width) - np.maximum(edges, begin), 0, None) / width
+    ).astype(np.float32)
+
+
+def _split(
+    work: Work, source: sources.Source, spec: FeaturesSpec, bad: stage.BadClips
+) -> tuple[int, Moments]:
+    """Computes what is not kept of a source. Returns of how many clips, and the moments of all."""
+    words = (
+        TextSpec(str(_tokenizer(spec)), work.sampling["words"])
+        if "words" in work.sampling
+        else None
+    )
+    progress, moments = (
+        Progress("features", len(source), unit="clip"),
+        Moments(np.zeros(1), np.zeros(1), 0),
+    )
+    waiting: dict[str, Given] = {}
+    computed = 0
+    for i in range(len(source)):
+        record, found = source[i], []
+        if name := linear_probe.key_of(i, record, work.frozen, work.sampling, bad):
+            kept = linear_probe.kept(work.folder, name)
+            if kept is not None:
+                found = [kept]
+            elif read := _given(i, record, work.sampling, words, bad):
+                waiting[name] = read
+        if i + 1 == len(source) or sum(len(each.data) for each in waiting.values()) >= spec.rows:
+            computed += len(waiting)
+            found += _computed(work, waiting, spec.rows)
+            waiting = {}
+        for each in found:
+            moments = moments.plus(each[:, feature_reader.ABOUT :].astype(np.float64))
+        progress.update()
+    progress.close()
+    return computed, moments
+
+
+def _computed(work: Work, waiting: Mapping[str, Given], rows: int) -> list[np.ndarray]:
+    """Computes and keeps what is to be kept of clips, each float32 [n, 6 + D]."""
+    if not waiting:
+        return []
+    data = np.concatenate([each.data for each in waiting.values()])
+    values = [np.zeros((0, math.prod(work.sampling["cells"]), work.width), np.float32)]
+    for first in range(0, len(data), rows):
+        part = data[first : first + rows]
+        # one shape, one program
+        full = np.concatenate([part, np.repeat(part[:1], rows - len(part), axis=0)])
+        values.append(work.compute(full)[: len(part)])
+    ends = np.cumsum([len(each.data) for each in waiting.values()])
+    found = []
+    for (name, each), value in zip(
+        waiting.items(), np.split(np.concatenate(values), ends[:-1]), strict=True
+    ):
+        about = feature_reader.placed(each.begins, each.seconds, work.sampling["cells"])
+        if not np.isfinite(value).all():
+            raise UserError(
+                f"the network's features hold no numbers (NaN or Inf) for a clip ({name}): check "
+                "config.weights."
+            )
+        found.append(feature_reader.joined(about, value.reshape(-1, value.shape[-1])))
+        files.save(work.folder, name, found[-1])
+    return found
+
+
+def _given(
+    i: int,
+    record: sources.Record,
+    sampling: Mapping[str, Any],
+    words: TextSpec | None,
+    bad: stage.BadClips,
+) -> Given | None:
+    """None for a clip that cannot be read, which is noted."""
+    try:
+        with decode.Video(record.video) as video:
+            length, origin = (
+                max(record.until(video.duration) - record.start, 1 / video.fps),
+                video.origin,
+            )
+        begins, seconds = (
+            feature_reader.starts(length, sampling["seconds"], sampling["stride"]),
+            sampling["seconds"] or length,
+        )
+        if "samples" in sampling:
+            return _sound(
+                audio.read(record.video, origin, record.start, length, sampling["rate"]),
+                begins,
+                sampling,
+            )
+        if words:
+            return _words(record.caption, seconds, words)
+        data = DataSpec(frames=sampling["frames"], size=sampling["size"], seconds=seconds)
+        ends = record.start + np.minimum(begins + seconds, length)
+        parts = (
+            dataclasses.replace(record, start=record.start + float(begin), end=float(end))
+            for begin, end in zip(begins, ends, strict=True)
+        )
+        return Given(
+            begins,
+            seconds,
+            np.stack([clips.load(part, data, clips.CENTRE).frames for part in parts]),
+        )
+    except decode.Unreadable as error:
+        bad.note(pipeline.Loaded(None, (pipeline.Bad(i, record.name, error.reason),)))
+        return None
+
+
+def _words(caption: str, seconds: float, spec: TextSpec) -> Given:
+    ids = tokens.encode(caption, spec) if caption else np.zeros(0, np.int32)
+    padded = np.pad(ids, (0, spec.length - len(ids)))[None]
+    return (
+        Given(np.zeros(1), seconds, padded) if len(ids) else Given(np.zeros(0), seconds, padded[:0])
+    )
+
+
+def _sound(heard: np.ndarray | None, begins: np.ndarray, sampling: Mapping[str, Any]) -> Given:
+    """Sub-clips that begin before the track ends, the last one filled up with silence."""
+    count = sampling["samples"]
+    heard = np.zeros(0, np.float32) if heard is None else heard
+    firsts = np.rint(begins * sampling["rate"]).astype(int)
+    firsts = firsts[firsts < len(heard)]
+    padded = np.pad(heard, (0, count))
+    parts = [padded[first : first + count] for first in firsts]
+    return Given(
+        begins[: len(firsts)],
+        sampling["seconds"],
+        np.stack(parts) if parts else np.zeros((0, count), np.float32),
+    )
+
+
+def _description(work: Work, spec: FeaturesSpec, moments: Moments) -> feature_reader.Described:
+    mean = moments.total / moments.count
+    deviation = np.sqrt(np.maximum(moments.squares / moments.count - mean**2, 0))
+    return feature_reader.Described(
+        " ".join(_command(spec, work.folder)),
+        work.frozen.known,
+        work.sampling,
+        tuple(map(float, mean)),
+        tuple(map(float, np.maximum(deviation, _LEAST))),
+    )
+
+
+def _command(spec: FeaturesSpec, folder: Path) -> Iterator[str]:
+    """The command that does this job again."""
+    command = "python -m particlejax.main --config experiments/features.py"
+    yield f"{command} {shlex.quote(f'--config.folder={folder}')}"
+    # of which the experiment file may have its own
+    default, always = (FeaturesSpec(), ("source", "splits", "frames", "cells"))
+    for key, value in dataclasses.asdict(spec).items():
+        if key in always or key not in ("job", "folder") and value != getattr(default, key):
+            yield shlex.quote(f"--config.{key}={value}")

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published weights become a checkpoint of ours, with a report of what was matched; and go back
+under their names.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from particlejax.config.jobs import ImportSpec
+from particlejax.core import tree
+from particlejax.core.typing import Params, UserError
+from particlejax.distributed import checkpoint
+from particlejax.models.zoo import backbones
+from particlejax.models.zoo.convert import formats, names, packages
+from particlejax.reports.markdown import table
+from particlejax.train import pretrained, stage
+from particlejax.train.log import say
+
+STAGE = "import"  # of the checkpoint
+_MOST = 30  # names of a list in the report
+
+
+def import_weights(spec: ImportSpec, workdir: Path, name: str) -> None:
+    """Job 'import_weights': `config.source` into `config.model`, and out to `config.export` where
+    that is named.
+    """
+    del name
+    if not spec.model:
+        raise UserError(
+            "config.source or config.model is empty: add --config.source=PATH --config.model=NAME."
+        )
+    spec = dataclasses.replace(spec, source=spec.source or str(packages.find(spec.model, "source")))
+    backbone, params, known, report = pretrained.read(spec.source, spec.model, spec)
+    if report.missing:
+        params = _filled(backbone, params, spec.seed)
+    classes = getattr(backbone.spec.net, "classes", 0)
+    saved = checkpoint.Checkpoints(stage.checkpoint_folder(workdir, STAGE), 2)
+    saved.save(
+        0,
+        {"params": params},
+        {
+            "model": spec.model,
+            "cast": report.cast,
+            "counters": report.counters,
+            "renamed": report.renamed,
+        },
+    )
+    saved.close()
+    if spec.export:
+        formats.write(spec.export, names.export_params(params, known, report))
+        say(f"exported under the reference's names: {spec.export}")
+    figures = {
+        "source": spec.source,
+        "model": spec.model,
+        "classes": classes,
+        "parameters": tree.count(params),
+        "matched": len(report.matched),
+        "missing": report.missing,
+        "unused": report.unused,
+        "reshaped": report.reshaped,
+        "cast": report.cast,
+    }
+    stage.add_results(workdir, STAGE, figures, {})
+    path = workdir / "report.md"
+    path.write_text("\n".join(_lines(spec, backbone, figures)), encoding="utf-8")
+    say(_sentence(report))
+    say(f"report: {path}")
+
+
+def _filled(backbone: backbones.Backbone, params: Params, seed: int) -> Params:
+    fresh = jax.jit(backbone.init)(jax.random.key(seed))
+    return jax.tree.map(
+        lambda ours, new: ours if isinstance(ours, np.ndarray) else np.asarray(new), params, fresh
+    )
+
+
+def _sentence(report: names.Report) -> str:
+    text = (
+        f"{len(report.matched)} arrays matched, {len(report.missing)} missing, "
+        f"{len(report.unused)} unused"
+    )
+    return text + ("; the missing ones are random, in an export as well" if report.missing else "")
+
+
+def _lines(
+    spec: ImportSpec, backbone: backbones.Backbone, figures: Mapping[str, Any]
+) -> Iterator[str]:
+    yield from (f"# {spec.model} from {Path(spec.source).name}", "")
+    yield from table(
+        ["", ""],
+        [
+            [
+                "model",
+                f"{spec.model}, {figures['classes'] or 'no'} classes, takes {_taken(backbone)}",
+            ],
+            ["numbers", f"{figures['parameters']:,}"],
+            ["arrays matched", figures["matched"]],
+            ["of another type, turned to float32", len(figures["cast"])],
+        ],
+    )
+    yield ""
+    for key, meaning in (
+        ("missing", "our parameters that the weights do not have; they are random"),
+        ("unused", "arrays of the weights that this model has no place for"),
+        (
+            "reshaped",
+            "arrays of which axes of length one came or went, or that were read at another size",
+        ),
+    ):
+        found = figures[key]
+        yield from (f"## {len(found)} {key}: {meaning}", "")
+        yield from (f"- `{name}`" for name in found[:_MOST])
+        if len(found) > _MOST:
+            yield f"- and {len(found) - _MOST} others, in [results.json](results.json)"
+        yield ""
+    yield (
+        f"The checkpoint is in `checkpoints/{STAGE}`; `--config.weights` and `--config.source` "
+        "take this folder."
+    )
+
+
+def _taken(backbone: backbones.Backbone) -> str:
+    """What a network takes, in words."""
+    return " and ".join(
+        f"{' x '.join(map(str, shape))} {dtype}" for shape, dtype in backbone.spec.examples
+    )

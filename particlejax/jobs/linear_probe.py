@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a frozen network already tells of a data set: logistic regression on its features, which are
+computed once.
+
+Legend: N clips, D width, C classes.
+"""
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from particlejax.config.experiment import DataSpec
+from particlejax.config.jobs import BackboneProbeSpec, FeaturesSpec
+from particlejax.core import tree
+from particlejax.core.typing import Params, UserError
+from particlejax.data import clips, pipeline, sources
+from particlejax.data.modalities import feature_store
+from particlejax.data.video.decode import Unreadable
+from particlejax.models.zoo import backbones
+from particlejax.models.zoo.convert import packages
+from particlejax.reports.markdown import table
+from particlejax.train import pretrained, stage
+from particlejax.train.classification_metrics import scores
+from particlejax.train.log import Progress, say
+
+_STEPS = 2000  # of the regression, at most
+
+
+class Frozen(NamedTuple):
+    """A network whose parameters stay as they are, and what tells them from others."""
+
+    backbone: backbones.Backbone
+    params: Params
+    known: dict[str, str]
+
+
+class Told(NamedTuple):
+    """Features float32 [N, D] of the readable clips of a split with their labels [N]; how many of
+    them were computed now.
+    """
+
+    feature_store: np.ndarray
+    label: np.ndarray
+    computed: int
+
+
+def probe(spec: BackboneProbeSpec, workdir: Path, name: str) -> None:
+    """Job 'probe_backbone': features of `config.train` and `config.test`, a regression on the
+    first, its answers on the second.
+    """
+    del name
+    begun = time.perf_counter()
+    frozen, bad = load(spec), stage.BadClips(spec.max_bad)
+    train = sources.open_source(spec.source, spec.train, spec.cache_dir)
+    test = sources.open_source(spec.source, spec.test, spec.cache_dir, train.classes)
+    learnt, asked = (tell(frozen, source, spec, bad) for source in (train, test))
+    seconds = {"features": time.perf_counter() - begun}
+    figures = scores(
+        answers(learnt, asked.features, len(train.classes), spec.penalty),
+        asked.label,
+        train.classes,
+    )
+    seconds["regression"] = time.perf_counter() - begun - seconds["features"]
+    computed, clips_seen = learnt.computed + asked.computed, len(learnt.label) + len(asked.label)
+    stage.add_results(
+        workdir,
+        "probe",
+        {
+            "model": spec.model,
+            spec.test: figures,
+            "width": learnt.features.shape[1],
+            "computed": computed,
+            "kept": clips_seen - computed,
+            "seconds": seconds,
+        },
+        bad.all(),
+    )
+    say(
+        f"{spec.model} on {len(asked.label)} clips of {spec.source} ({spec.test}): top-1 "
+        f"{figures.get('top1', float('nan')):.3f}; features of {computed} clips computed, "
+        f"{clips_seen - computed} kept from before"
+    )
+    path = workdir / "report.md"
+    path.write_text("\n".join(_lines(spec, figures, learnt, computed)), encoding="utf-8")
+    say(f"report: {path}")
+
+
+def load(spec: BackboneProbeSpec | FeaturesSpec) -> Frozen:
+    """The network. Raises UserError where its weights are not found, do not fit or lack more than a
+    head.
+    """
+    found = backbones.find(spec.model)
+    if not found.video and not ((found.sound or found.text) and isinstance(spec, FeaturesSpec)):
+        raise UserError(
+            f"{spec.model} takes other things than videos: choose a model of videos with "
+            "config.model, such as i3d."
+        )
+    if spec.weights == "random":
+        say("weights are random: features are those of an untrained network.")
+        backbone = backbones.build(found)
+        params = jax.jit(backbone.init)(jax.random.key(0))
+    else:
+        path = spec.weights or str(packages.find(spec.model, "weights"))
+        backbone, params, _, report = pretrained.read(path, spec.model)
+        lacking = [name for name in report.missing if not name.startswith("head")]
+        if lacking:
+            raise UserError(
+                f"{path} lacks {len(lacking)} parameters of {spec.model} ({lacking[0]}, ...): name "
+                "the model that "
+                "they are of with config.model, or other weights with config.weights."
+            )
+        params = jax.tree.map(
+            lambda leaf: leaf if isinstance(leaf, np.ndarray) else np.zeros(leaf.shape, leaf.dtype),
+            params,
+        )
+    return Frozen(
+        backbone,
+        jax.device_put(params),
+        {
+            "model": spec.model,
+            "weights": digest(params),
+            "endpoint": spec.endpoint or backbone.spec.last,
+        },
+    )
+
+
+def digest(params: Params) -> str:
+    """SHA-256 of all parameters but the head's, which features do not see."""
+    total = hashlib.sha256()
+    for path, leaf in tree.flatten(params).items():
+        if not path.startswith("head"):
+            total.update(path.encode() + np.ascontiguousarray(leaf).tobytes())
+    return total.hexdigest()
+
+
+def tell(
+    frozen: Frozen, source: sources.Source, spec: BackboneProbeSpec, bad: stage.BadClips
+) -> Told:
+    """Features of every readable, labelled clip of a source: those that are kept already, the
+    others computed and kept.
+    """
+    net, folder = frozen.backbone.spec, Path(spec.keep).expanduser() if spec.keep else None
+    # a Transformer has positions for its own number
+    number = net.frames if net.inputs or not spec.frames else spec.frames
+    data = DataSpec(frames=number, size=net.size, seconds=spec.seconds)
+    sampling = {"frames": data.frames, "size": data.size, "seconds": data.seconds}
+    apply = jax.jit(
+        lambda params, pixels: backbones.features(frozen.backbone, params, pixels, spec.endpoint)
+    )
+    labels: dict[int, int] = {}
+    keys: dict[int, str] = {}
+    for i in range(len(source)):
+        record = source[i]
+        if record.label >= 0 and (name := key_of(i, record, frozen, sampling, bad)):
+            labels[i], keys[i] = record.label, name
+    found = {
+        i: vector
+        for i, name in keys.items()
+        if folder and (vector := kept(folder, name)) is not None
+    }
+    waiting = [i for i in keys if i not in found]
+    progress = Progress("features", len(waiting), unit="clip")
+    for first in range(0, len(waiting), spec.rows):
+        part = waiting[first : first + spec.rows]
+        read = {i: frames for i in part if (frames := _frames(i, source[i], data, bad)) is not None}
+        if read:
+            # one shape, one program
+            pixels = np.stack(
+                [*read.values(), *[next(iter(read.values()))] * (spec.rows - len(read))]
+            )
+            found |= dict(
+                zip(read, np.asarray(apply(frozen.params, pixels), np.float32), strict=False)
+            )
+        for i in read if folder else ():
+            feature_store.save(folder, keys[i], found[i])
+        for _ in part:
+            progress.update()
+    progress.close()
+    if not found:
+        raise UserError(
+            f"{spec.source} has no readable clip with a label in {spec.train} or {spec.test}: name "
+            "other splits."
+        )
+    order = sorted(found)
+    return Told(
+        np.stack([found[i] for i in order]),
+        np.array([labels[i] for i in order]),
+        len(set(waiting) & found.keys()),
+    )
+
+
+def key_of(
+    i: int, record: sources.Record, frozen: Frozen, sampling: dict[str, Any], bad: stage.BadClips
+) -> str:
+    """Under which name a clip's features are kept; '' for a file that is not there, which is
+    noted.
+    """
+    try:
+        return feature_store.key(record, frozen.known, sampling)
+    except OSError as error:
+        bad.note(pipeline.Loaded(None, (pipeline.Bad(i, record.name, str(error)),)))
+        return ""
+
+
+def _frames(
+    i: int, record: sources.Record, data: DataSpec, bad: stage.BadClips
+) -> np.ndarray | None:
+    try:
+        return clips.load(record, data, clips.CENTRE).frames
+    except Unreadable as error:
+        bad.note(pipeline.Loaded(None, (pipeline.Bad(i, record.name, error.reason),)))
+        return None
+
+
+def answers(learnt: Told, asked_ND: np.ndarray, classes: int, penalty: float) -> np.ndarray:
+    """Probabilities [N, C] by a regression on the learnt features, each number of which is brought
+    to deviation one.
+    """
+    scale = StandardScaler().fit(learnt.features)
+    if len(set(learnt.label)) < 2:
+        raise UserError(
+            "the clips to learn from have one class alone: name a split with more with "
+            "config.train."
+        )
+    model = LogisticRegression(C=1 / penalty, max_iter=_STEPS).fit(
+        scale.transform(learnt.features), learnt.label
+    )
+    found = np.zeros((len(asked_ND), classes))
+    found[:, model.classes_] = model.predict_proba(scale.transform(asked_ND))
+    return found
+
+
+def kept(folder: Path | None, name: str) -> np.ndarray | None:
+    """What is kept under a name, None where that is nothing or damaged, which is said."""
+    try:
+        return feature_store.load(folder, name) if folder else None
+    except feature_store.Damaged as error:
+        say(f"{error}: its features are computed again.")
+        return None
+
+
+def _lines(
+    spec: BackboneProbeSpec, figures: dict[str, Any], learnt: Told, computed: int
+) -> Iterator[str]:
+    yield from (f"# What {spec.model}, frozen, tells of {spec.source}", "")
+    shown: Sequence[tuple[str, Any]] = (
+        ("clips learnt from", len(learnt.label)),
+        ("numbers of a clip", learnt.features.shape[1]),
+        ("clips asked", figures.get("clips", 0)),
+        ("features computed now", computed),
+        *(
+            (f"{spec.test} {each}", figures[each])
+            for each in ("top1", "top5", "mean_class_accuracy", "ece")
+            if each in figures
+        ),
+    )
+    yield from table(
+        ["", ""],
+        [[name, f"{value:.3f}" if isinstance(value, float) else value] for name, value in shown],
+    )

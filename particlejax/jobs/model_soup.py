@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several runs of one architecture become one model (their parameters averaged), or one answer
+(their probabilities).
+
+The model is a run of its own in workdir/model, with all its parameters, whatever the runs had
+fine-tuned: with one run that is the merged export of what was trained beside a frozen base.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from particlejax.config.experiment import Experiment, as_dict
+from particlejax.core import tree
+from particlejax.core.typing import Params, UserError
+from particlejax.data import sources
+from particlejax.distributed import checkpoint, sharding
+from particlejax.finetune import weight_average
+from particlejax.reports import markdown
+from particlejax.train import eval, predictions
+from particlejax.train import stage as run
+from particlejax.train.log import say
+
+MODEL = "model"  # folder of the run that comes out
+_FIGURES = ("top1", "map", "r2")  # by which runs are ordered, the first that there is
+
+
+def soup(experiment: Experiment, workdir: Path, name: str) -> None:
+    """Job 'soup': `config.runs` measured one by one and together on `config.data`; results.json,
+    report.md, model/.
+    """
+    del name
+    if not experiment.runs:
+        raise UserError(
+            "config.runs is empty: name the runs, as in "
+            "--config.runs=\"('runs/a','runs/b:finetune')\"."
+        )
+    mesh = sharding.make_mesh(experiment.mesh)
+    sharding.check_rows(experiment.evaluate.rows, mesh, "config.evaluate.rows")
+    kitchen = _Kitchen(
+        experiment, workdir, mesh, *_ingredients(experiment, mesh, run.asked(experiment.data))
+    )
+    each = {label: kitchen.figures(params, label) for label, params in kitchen.params.items()}
+    together = _TABLE[experiment.soup.how](kitchen, each)
+    split = kitchen.stage.data.split
+    run.add_results(
+        workdir,
+        kitchen.stage.name,
+        {split: together, "ingredients": {k: _short(v) for k, v in each.items()}},
+        kitchen.bad.all(),
+    )
+    say(f"{experiment.soup.how} of {len(each)}: {_short(together)}")
+    say(f"report: {markdown.write(workdir)}")
+
+
+def _ingredients(
+    experiment: Experiment, mesh: Any, said: dict[str, Any]
+) -> tuple[run.Stage, dict[str, Params]]:
+    """The stage, and parameters by run and step. Raises UserError where they do not go together."""
+    stages, found = [], {}
+    for text in experiment.runs:
+        folder, stage = run.split_run(text)
+        steps = checkpoint.whole_steps(run.result_folder(folder, stage))[-experiment.soup.newest :]
+        if len(steps) < experiment.soup.newest:
+            raise UserError(
+                f"config.soup.newest={experiment.soup.newest} and {text} has kept {len(steps)} "
+                "checkpoints: train it "
+                "with a larger config.checkpoint.keep, or average fewer."
+            )
+        for step in steps:
+            made, params = run.load_trained(text, mesh, said, step)
+            stages.append(made)
+            found[f"{text}@{step}"] = params
+    if stages[0].targets is None:
+        raise UserError(
+            f"stage {stages[0].name} of {experiment.runs[0]} does not classify: name one that does "
+            "as RUN_DIR:STAGE."
+        )
+    for text, params in found.items():
+        weight_average.check(next(iter(found.values())), params, text)
+    for text, other in zip(found, stages, strict=True):
+        if other.classes != stages[0].classes:
+            raise UserError(
+                f"{text} names other classes than {experiment.runs[0]}: soups are of runs on the "
+                "same labels."
+            )
+    return stages[0], found
+
+
+class _Kitchen:
+    """Measures parameters on one source; every clip is decoded for each."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        workdir: Path,
+        mesh: Any,
+        stage: run.Stage,
+        params: dict[str, Params],
+    ) -> None:
+        self.experiment, self.workdir, self.stage, self.params, self.mesh = (
+            experiment,
+            workdir,
+            stage,
+            params,
+            mesh,
+        )
+        self.bad = run.BadClips(stage.data.max_bad)
+        self.source = sources.open_source(
+            stage.data.source, stage.data.split, stage.data.cache_dir, stage.classes
+        )
+        spec = experiment.evaluate
+        self._views = stage.views(self.source, spec.rows, spec.views, spec.scale)
+        self._predict = eval.jit_predict(stage.model, stage.ready, mesh, stage.targets.answers)
+
+    def said(self, params: Params, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the clips, and the answers to them."""
+        return eval.probabilities(
+            self._predict, params, self._views, self.mesh, self.bad.note, name
+        )
+
+    def score(self, numbers: np.ndarray, found: np.ndarray) -> dict[str, Any]:
+        """Figures; predictions.csv is what was scored last."""
+        records = [self.source[int(n)] for n in numbers]
+        label = np.array([record.label for record in records], int)
+        names = [record.name for record in records]
+        return predictions.score(
+            self.stage.targets,
+            self.workdir / "predictions.csv",
+            names,
+            label,
+            found,
+            self.stage.classes,
+        )
+
+    def figures(self, params: Params, name: str) -> dict[str, Any]:
+        """Figures of one model."""
+        return self.score(*self.said(params, name))
+
+    def serve(self, params: Params, names: list[str]) -> dict[str, Any]:
+        """Writes the model as a run, and measures it."""
+        folder, stage = self.workdir / MODEL, self.stage
+        plain = replace(stage.spec, init="")
+        made = replace(stage.experiment, stages={stage.name: plain}, order=(stage.name,), init="")
+        folder.mkdir(exist_ok=True)
+        checkpoint.write_json(folder / run.CONFIG, json.loads(json.dumps(as_dict(made))))
+        kept = checkpoint.Checkpoints(run.checkpoint_folder(folder, stage.name), 2)
+        kept.save(0, {"params": params}, {"classes": list(stage.classes), "of": names})
+        kept.close()
+        say(
+            f"the model: {folder}, {tree.count(params) / 1e6:.2f} M parameters of "
+            f"{', '.join(names)}"
+        )
+        return self.figures(params, "together") | {"of": names}
+
+
+def _average(kitchen: _Kitchen, each: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return kitchen.serve(weight_average.mean(list(kitchen.params.values())), list(each))
+
+
+def _greedy(kitchen: _Kitchen, each: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The best first; another one is added where the mean with it is no worse (arXiv:2203.05482,
+    recipe 1).
+    """
+    order = sorted(each, key=lambda name: -_figure(each[name]))
+    chosen, best = order[:1], _figure(each[order[0]])
+    for name in order[1:]:
+        found = _figure(
+            kitchen.figures(
+                weight_average.mean([kitchen.params[k] for k in (*chosen, name)]), f"with {name}"
+            )
+        )
+        if found >= best:
+            chosen, best = [*chosen, name], found
+    return kitchen.serve(weight_average.mean([kitchen.params[name] for name in chosen]), chosen)
+
+
+def _ensemble(kitchen: _Kitchen, each: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Means of the answers; no model comes of it."""
+    said = [kitchen.said(params, name) for name, params in kitchen.params.items()]
+    return kitchen.score(said[0][0], np.mean([found for _, found in said], axis=0)) | {
+        "of": list(each)
+    }
+
+
+_TABLE: dict[str, Callable[[_Kitchen, dict[str, dict[str, Any]]], dict[str, Any]]] = {
+    "average": _average,
+    "greedy": _greedy,
+    "ensemble": _ensemble,
+}
+
+
+def _figure(figures: dict[str, Any]) -> float:
+    return next((figures[key] for key in _FIGURES if key in figures), 0.0)
+
+
+def _short(figures: dict[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in figures.items() if isinstance(value, int | float)}

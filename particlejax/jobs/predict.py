@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names what people do in a video: the likeliest actions on screen, in results.json, and in a
+picture of report.md.
+
+Legend: T frames, H rows, W columns.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from particlejax.config.jobs import RecogniseSpec
+from particlejax.core import tree
+from particlejax.core.typing import Params, UserError
+from particlejax.data.sources.folder import VIDEO_SUFFIXES
+from particlejax.data.video.decode import Unreadable, Video
+from particlejax.models import zoo
+from particlejax.models.zoo import backbones
+from particlejax.models.zoo.convert import packages
+from particlejax.reports import plots
+from particlejax.reports.markdown import table
+from particlejax.train import pretrained, stage
+from particlejax.train.log import Progress, say
+
+# Kinetics-400's names in the order of its published label map, which is alphabetical.
+_KINETICS = Path(zoo.__file__).with_name("kinetics400.txt")
+_LABELS = "label_map.txt"
+_MOST_PICTURES = 50
+
+
+class Recogniser(NamedTuple):
+    """A network with its parameters and the names of its classes."""
+
+    backbone: backbones.Backbone
+    params: Params
+    labels: tuple[str, ...]
+
+
+class Seen(NamedTuple):
+    """What was said of a video: the likeliest actions with their probabilities, and a picture in
+    the workdir or ''.
+    """
+
+    answer: dict[str, float]
+    picture: str
+
+
+def recognise(spec: RecogniseSpec, workdir: Path, name: str) -> None:
+    """Job 'recognise': the likeliest actions in every video of `config.video`."""
+    del name
+    files = _files(spec.video)
+    recogniser = load(spec)
+    # a Transformer has positions for so many frames and no others
+    if recogniser.backbone.spec.inputs:
+        spec = dataclasses.replace(spec, frames=recogniser.backbone.spec.frames)
+    classify = jax.jit(
+        lambda params, pixels: backbones.classify(recogniser.backbone, params, pixels)
+    )
+    seen: dict[str, Seen] = {}
+    bad: dict[str, str] = {}
+    progress = Progress("recognise", len(files), unit="video")
+    for i, path in enumerate(files):
+        try:
+            windows, times = watch(path, spec, recogniser.backbone.spec.size)
+        except Unreadable as error:
+            bad[str(path)] = error.reason
+            say(f"{path} cannot be read ({error.reason}): it is left out.")
+        else:
+            each = [
+                jax.nn.softmax(classify(recogniser.params, window[None]))[0] for window in windows
+            ]
+            answer = _best(np.mean(each, axis=0), recogniser.labels, spec.top)
+            say(f"{path}: " + ", ".join(f"{label} {p:.3f}" for label, p in answer.items()))
+            middle, picture = len(windows) // 2, f"report/{i:03d}_{path.stem}.png"
+            if i < _MOST_PICTURES:
+                plots.answers(windows[middle], times[middle], answer, workdir / picture)
+            seen[str(path)] = Seen(answer, picture if i < _MOST_PICTURES else "")
+        progress.update()
+    progress.close()
+    stage.add_results(workdir, "recognise", {path: each.answer for path, each in seen.items()}, bad)
+    report = workdir / "report.md"
+    report.write_text("\n".join(_lines(spec, seen, bad)), encoding="utf-8")
+    say(f"report: {report}")
+
+
+def load(spec: RecogniseSpec) -> Recogniser:
+    """The network with its weights. Raises UserError where these are not found or not whole, or
+    where it has no actions.
+    """
+    if not backbones.find(spec.model).video or not getattr(
+        backbones.find(spec.model).net, "classes", 0
+    ):
+        raise UserError(
+            f"{spec.model} names no actions in videos: choose another model with config.model, "
+            "such as i3d."
+        )
+    if spec.weights == "random":
+        say("weights are random: the answers mean nothing.")
+        backbone = backbones.build(backbones.find(spec.model))
+        params = jax.jit(backbone.init)(jax.random.key(0))
+        return Recogniser(backbone, params, _labels(spec, None, params))
+    path = find_weights(spec)
+    backbone, params, _, report = pretrained.read(str(path), spec.model)
+    if report.missing:
+        raise UserError(
+            f"{path} lacks {len(report.missing)} parameters of {spec.model} ({report.missing[0]}, "
+            "...): "
+            "name the model that they are of with config.model, or other weights with "
+            "config.weights."
+        )
+    return Recogniser(backbone, jax.device_put(params), _labels(spec, path, params))
+
+
+def find_weights(spec: RecogniseSpec) -> Path:
+    """The named weights, else the installed package's. Raises UserError where there are neither."""
+    if spec.weights:
+        return Path(spec.weights).expanduser()
+    return packages.find(spec.model, "weights")
+
+
+def watch(path: Path, spec: RecogniseSpec, size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Windows of a video, each uint8 [T, size, size, 3] from its centre, and their frames' times in
+    seconds.
+
+    They are spread evenly; a video shorter than one shows its last frame until the window is over.
+    """
+    span = spec.frames / spec.rate
+    with Video(str(path)) as video:
+        count = min(spec.windows, max(1, round(video.duration / span)))
+        starts = (
+            np.linspace(0, max(video.duration - span, 0), count)
+            if count > 1
+            else ([max(video.duration - span, 0) / 2])
+        )
+        taken = [
+            video.frames_at(start + np.arange(spec.frames) / spec.rate, size) for start in starts
+        ]
+    return [_centre(frames, size) for frames, _ in taken], [times for _, times in taken]
+
+
+def _centre(frames_THWC: np.ndarray, size: int) -> np.ndarray:
+    top, left = ((n - size) // 2 for n in frames_THWC.shape[1:3])
+    return frames_THWC[:, top : top + size, left : left + size]
+
+
+def _best(probabilities: np.ndarray, labels: Sequence[str], top: int) -> dict[str, float]:
+    return {
+        labels[i]: float(probabilities[i]) for i in np.argsort(-probabilities, kind="stable")[:top]
+    }
+
+
+def _files(text: str) -> list[Path]:
+    if not text:
+        raise UserError(
+            "config.video is empty: name a video, or a folder of them, with --config.video=PATH."
+        )
+    path = Path(text).expanduser()
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
+        if not files:
+            raise UserError(f"{path} holds no video: name a folder with files such as clip.mp4.")
+        return files
+    if not path.exists():
+        raise UserError(f"{path} does not exist: check config.video.")
+    return [path]
+
+
+def _labels(spec: RecogniseSpec, weights: Path | None, params: Params) -> tuple[str, ...]:
+    classes = tree.flatten(params)["head/bias"].size
+    beside = weights.parent / _LABELS if weights else _KINETICS
+    path = (
+        Path(spec.labels).expanduser() if spec.labels else beside if beside.is_file() else _KINETICS
+    )
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: check config.labels.")
+    labels = tuple(
+        line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+    )
+    if len(labels) == classes:
+        return labels
+    if spec.labels:
+        raise UserError(
+            f"{path} has {len(labels)} names where the model has {classes} classes: name its label "
+            "map."
+        )
+    return tuple(f"class {i}" for i in range(classes))
+
+
+def _lines(spec: RecogniseSpec, seen: dict[str, Seen], bad: dict[str, str]) -> Iterator[str]:
+    yield from (f"# What {spec.model} sees", "")
+    if spec.weights == "random":
+        yield from ("The weights are random: the answers mean nothing.", "")
+    for path, (answer, picture) in seen.items():
+        yield from (f"## {path}", "")
+        rows: list[list[Any]] = [[label, f"{p:.3f}"] for label, p in answer.items()]
+        yield from (*table(["action", "probability"], rows), "")
+        if picture:
+            yield from (f"![{next(iter(answer))}](<{picture}>)", "")
+    if bad:
+        yield from (f"## {len(bad)} videos cannot be read", "")
+        yield from (
+            *table(["video", "reason"], [[path, reason] for path, reason in bad.items()]),
+            "",
+        )

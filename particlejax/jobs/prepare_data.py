@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Converts a source into a sharded TFDS data set, in a pool of processes or as an Apache Beam
+pipeline.
+"""
+
+import multiprocessing
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from particlejax.config.experiment import Experiment
+from particlejax.core.typing import UserError
+from particlejax.data import tfds_export as data
+from particlejax.train import stage
+from particlejax.train.log import Progress, say
+
+
+def prepare(experiment: Experiment, workdir: Path, name: str) -> None:
+    """Job 'prepare': `config.data.source` becomes OUT/NAME/1.0.0; shards that are there already are
+    left alone.
+    """
+    del name
+    spec = experiment.prepare
+    plan = data.plan(
+        experiment.data.source,
+        spec.out or str(workdir),
+        spec.name,
+        experiment.data.cache_dir,
+        spec.per_shard,
+        experiment.data.time_limit,
+    )
+    left, whole = plan.left, len(plan.shards)
+    say(
+        f"prepare: {whole} shards into {plan.folder}"
+        + (f", {whole - len(left)} are there" if len(left) < whole else "")
+    )
+    progress = Progress("prepare", whole, whole - len(left), unit="shard")
+    for _ in _beam(left, spec.workers) if spec.beam else _pool(left, spec.workers):
+        progress.update()
+    progress.close()
+    figures = data.finish(plan)
+    bad = figures.pop("bad")
+    for clip, reason in bad.items():
+        say(f"clip {clip} cannot be read ({reason}): it is left out.")
+    stage.add_results(workdir, "prepare", figures, bad)
+    if len(bad) > experiment.data.max_bad:
+        raise UserError(
+            f"{len(bad)} clips cannot be read, more than "
+            f"config.data.max_bad={experiment.data.max_bad}: see "
+            f"{workdir / stage.RESULTS}, mend them or raise the limit."
+        )
+    for split, count in figures["clips"].items():
+        if not count:
+            say(f"split {split} has no clip that can be read: it is left out.")
+    if not any(figures["clips"].values()):
+        raise UserError(
+            f"not one clip of {experiment.data.source} can be read, so there is no data set: see "
+            f"{workdir / stage.RESULTS} for each one's reason."
+        )
+    say(f"prepared {figures['clips']} clips: use --config.data.source=tfds:{plan.folder}")
+
+
+def _pool(shards: Iterable[data.Shard], workers: int) -> Iterator[Any]:
+    try:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            waiting = [pool.submit(data.write, shard) for shard in shards]
+            try:
+                for done in as_completed(waiting):
+                    yield done.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker of prepare was killed, by the system where memory was short: give the same "
+            "command again "
+            "with fewer --config.prepare.workers, what is written stays."
+        ) from error
+
+
+def _beam(shards: Iterable[data.Shard], workers: int) -> Iterator[Any]:
+    try:
+        import apache_beam as beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError as error:
+        raise UserError(
+            "config.prepare.beam needs Apache Beam: run `pip install particlejax[beam]`, or leave "
+            "it off."
+        ) from error
+    options = PipelineOptions(
+        ["--direct_num_workers", str(workers), "--direct_running_mode", "multi_processing"]
+    )
+    shards = list(shards)
+    if shards:
+        with beam.Pipeline(options=options) as pipeline:
+            _ = pipeline | beam.Create(shards) | beam.Reshuffle() | beam.Map(data.write)
+    yield from shards

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the frozen encoder of a run knows: k-NN, linear and attentive probes of the classes,
+retrieval between modalities, and how well the run's own objectives do on clips that it has not
+seen.
+
+Legend: N clips, D width, E width of an embedding, C classes.
+"""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from particlejax.config.experiment import MeshSpec
+from particlejax.config.jobs import ProbeSpec
+from particlejax.core.typing import Params, UserError
+from particlejax.data import sources
+from particlejax.distributed import sharding
+from particlejax.jobs import attentive_probe
+from particlejax.objectives import registry
+from particlejax.reports.markdown import table
+from particlejax.train import eval
+from particlejax.train import stage as run
+from particlejax.train.log import say
+
+_ITERATIONS = 2000  # of the regression, at most
+_RANKS = (1, 5, 10)
+
+
+class Told(NamedTuple):
+    """Labels [N] of the clips of a split, -1 for none, and features float64 [N, D] by the name of
+    `evaluate.jit_features`.
+    """
+
+    label: np.ndarray
+    features: dict[str, np.ndarray]
+
+
+def probe(spec: ProbeSpec, workdir: Path, name: str) -> None:
+    """Job 'probe': results.json and report.md of `config.run`."""
+    del name
+    if not spec.run:
+        raise UserError(
+            "config.run is empty: name the run whose encoder is probed with --config.run=RUN_DIR."
+        )
+    mesh = sharding.make_mesh(MeshSpec())
+    said = {
+        key: value
+        for key, value in (("source", spec.source), ("cache_dir", spec.cache_dir))
+        if value
+    }
+    stage, params = run.load_trained(spec.run, mesh, said)
+    if spec.weights == "random":
+        params = jax.jit(stage.model.init)(jax.random.key(spec.seed), stage.example)
+    bad = run.BadClips(spec.max_bad)
+    learnt, asked = (tell(stage, params, spec, split, bad) for split in (spec.train, spec.test))
+    answers = classes(learnt, asked, spec)
+    if answers and spec.attentive:
+        tokens = (
+            attentive_probe.tokens(stage, params, spec, split, tuple(answers), bad)
+            for split in (spec.train, spec.test)
+        )
+        for shown, top1 in attentive_probe.accuracy(*tokens, spec).items():
+            answers[shown]["attentive"] = top1
+    figures = {
+        "classes": answers,
+        "retrieval": retrieval(asked.features),
+        "objectives": measured(stage, params, spec, bad),
+    }
+    run.add_results(
+        workdir,
+        "probe",
+        {"run": spec.run, "weights": spec.weights, "clips": len(asked.label), **figures},
+        bad.all(),
+    )
+    lines = list(_lines(spec, figures))
+    say("\n".join(lines[2:]))
+    (workdir / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    say(f"report: {workdir / 'report.md'}")
+
+
+def tell(stage: run.Stage, params: Params, spec: ProbeSpec, split: str, bad: run.BadClips) -> Told:
+    """Features of every readable clip of a split. Raises UserError where there is none."""
+    mesh = sharding.make_mesh(MeshSpec())
+    source = sources.open_source(stage.data.source, split, stage.data.cache_dir, stage.classes)
+    names = sorted(stage.example.particles)
+    shown = ("", *(names if spec.alone and len(names) > 1 else ()))
+    compared = registry.parts(stage.spec.objectives).compared
+    compute = eval.jit_features(stage.model, stage.ready, mesh, shown, compared)
+    numbers, found = eval.per_clip(
+        compute, params, stage.views(source, spec.rows), mesh, bad.note, f"features of {split}"
+    )
+    if found is None:
+        raise UserError(
+            f"no clip of {stage.data.source} ({split}) can be read: name another split with "
+            "config.train and "
+            "config.test."
+        )
+    return Told(np.array([source[int(n)].label for n in numbers], int), found)
+
+
+def classes(learnt: Told, asked: Told, spec: ProbeSpec) -> dict[str, dict[str, float]]:
+    """Accuracy of each probe, by what it is shown; {} where the clips have fewer than two
+    classes.
+    """
+    known, there = learnt.label >= 0, asked.label >= 0
+    if len(set(learnt.label[known])) < 2 or not there.any():
+        return {}
+    probes = {
+        "linear": make_pipeline(
+            StandardScaler(), LogisticRegression(C=1 / spec.penalty, max_iter=_ITERATIONS)
+        ),
+        "knn": KNeighborsClassifier(min(spec.neighbours, int(known.sum())), metric="cosine"),
+    }
+    return {
+        name or "all": {
+            how: float(
+                each.fit(learnt.features[name][known], learnt.label[known]).score(
+                    asked.features[name][there], asked.label[there]
+                )
+            )
+            for how, each in probes.items()
+        }
+        for name in learnt.features
+        if not name.startswith("embed/")
+    }
+
+
+def retrieval(features: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """Share of clips whose own is among the nearest R, from each embedded modality to each other;
+    median rank, from 1.
+
+    What a clip lacks has the embedding of nothing, and so counts as not found.
+    """
+    units = {
+        name.removeprefix("embed/"): each
+        for name, each in features.items()
+        if name.startswith("embed/")
+    }
+    found = {}
+    for one, other in itertools.permutations(units, 2):
+        alike = units[one] @ units[other].T
+        # of equals the clip's own counts last
+        rank = (alike >= np.diag(alike)[:, None]).sum(axis=1)
+        found[f"{one} to {other}"] = {f"R@{k}": float((rank <= k).mean()) for k in _RANKS} | {
+            "median rank": float(np.median(rank))
+        }
+    return found
+
+
+def measured(
+    stage: run.Stage, params: Params, spec: ProbeSpec, bad: run.BadClips
+) -> dict[str, float]:
+    """The objectives' own metrics on the tested split."""
+    mesh = sharding.make_mesh(MeshSpec())
+    source = sources.open_source(stage.data.source, spec.test, stage.data.cache_dir, stage.classes)
+    measure = eval.jit_measure(
+        run.on_ready(stage, registry.combine(stage.spec.objectives)), stage.model, mesh
+    )
+    return eval.metrics_of(measure, params, stage.views(source, spec.rows), mesh, bad.note)
+
+
+def _lines(spec: ProbeSpec, figures: dict[str, Any]) -> Iterator[str]:
+    yield from (f"# What the encoder of {spec.run} knows ({spec.weights} weights)", "")
+    if figures["classes"]:
+        yield from table(
+            ["shown", *next(iter(figures["classes"].values()))],
+            [
+                [shown, *(f"{value:.3f}" for value in each.values())]
+                for shown, each in figures["classes"].items()
+            ],
+        )
+        yield ""
+    if figures["retrieval"]:
+        yield from table(
+            ["from, to", *next(iter(figures["retrieval"].values()))],
+            [
+                [way, *(f"{value:.3f}" for value in each.values())]
+                for way, each in figures["retrieval"].items()
+            ],
+        )
+        yield ""
+    yield from table(
+        ["objective on unseen clips", ""],
+        [[name, f"{value:.4f}"] for name, value in figures["objectives"].items()],
+    )
+    yield ""

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains every stage of an experiment, then draws and reports."""
+
+from pathlib import Path
+
+from particlejax.config.experiment import Experiment, as_dict
+from particlejax.distributed import cluster, sharding
+from particlejax.reports import markdown, visualize
+from particlejax.train import loop
+from particlejax.train.log import MetricLog, say
+
+
+def train(experiment: Experiment, workdir: Path, name: str) -> None:
+    """Job 'train'."""
+    mesh = sharding.make_mesh(experiment.mesh)
+    log = MetricLog(workdir, experiment.log, name, as_dict(experiment))
+    try:
+        loop.train(loop.Context(experiment, workdir, mesh, log))
+    finally:
+        log.close()
+    for stage in experiment.stages:
+        visualize.draw(workdir, stage, mesh)
+    if cluster.first():
+        say(f"report: {markdown.write(workdir)}")

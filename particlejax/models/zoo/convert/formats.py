@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of weights into {dotted name: array}, and back: safetensors, PyTorch's, npz, numpy pickles,
+Orbax folders.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from particlejax.core.typing import UserError
+from particlejax.distributed import checkpoint
+from particlejax.models.zoo.convert import safetensors, torch_pickle
+
+_PICKLES = (".pt", ".pth", ".pyth", ".bin", ".ckpt", ".pkl", ".tar")
+_NPZ_LIMITS = "npz holds no bfloat16 or float8: name a file that ends in .safetensors."
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The arrays of a file or folder. Runs no code that stands in it. Raises UserError where it
+    cannot be read.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        arrays = checkpoint.load_arrays(checkpoints_in(path))
+    elif not path.is_file():
+        raise UserError(f"{path} does not exist: check the path of the weights.")
+    elif path.suffix == ".safetensors":
+        arrays = safetensors.read(path)
+    elif path.suffix == ".npz":
+        arrays = _read_npz(path)
+    elif path.suffix in _PICKLES:
+        arrays = torch_pickle.read(path)
+    else:
+        raise UserError(
+            f"{path} has none of the suffixes .safetensors, .npz, {', '.join(_PICKLES)}: rename it "
+            "after "
+            "its format, or name an Orbax folder."
+        )
+    if not arrays:
+        raise UserError(f"{path} holds no arrays: name the file with the weights.")
+    return _whole({name.replace("/", "."): array for name, array in arrays.items()})
+
+
+def _whole(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Where NAME.w in int8 has NAME.scale beside it, as TFLite counts them, NAME.w is their
+    product, float32.
+
+    TFLite scales depthwise kernels [1, h, w, C] by their last axis, all others by their first.
+    """
+    scaled = {
+        name: name.removesuffix(".w") + ".scale"
+        for name, array in arrays.items()
+        if name.endswith(".w")
+        and array.dtype == np.int8
+        and name.removesuffix(".w") + ".scale" in arrays
+    }
+    for name, scale in scaled.items():
+        kernel, factor = arrays[name].astype(np.float32), arrays.pop(scale)
+        axis = -1 if kernel.ndim == 4 and kernel.shape[0] == 1 else 0
+        arrays[name] = kernel * np.expand_dims(
+            factor, tuple(set(range(kernel.ndim)) - {axis % kernel.ndim})
+        )
+    return arrays
+
+
+def checkpoints_in(folder: Path) -> Path:
+    """The checkpoints of a run with one stage, such as an import; any other folder is itself.
+
+    Raises UserError where there are several stages.
+    """
+    stages = sorted(p for p in (folder / "checkpoints").glob("*/latest"))
+    if len(stages) > 1:
+        raise UserError(f"{folder} holds {len(stages)} stages: name one, such as {stages[-1]}.")
+    return stages[0] if stages else folder
+
+
+def said_beside(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What one of our checkpoints says beside its arrays; {} for any other folder or file."""
+    folder = checkpoints_in(Path(path).expanduser())
+    ours = folder.is_dir() and any(each.name.isdigit() for each in folder.iterdir())
+    return checkpoint.load_data(folder) if ours else {}
+
+
+def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays as .safetensors or .npz. Raises UserError for another suffix."""
+    path = Path(path).expanduser()
+    if path.suffix not in (".safetensors", ".npz"):
+        raise UserError(
+            f"weights cannot be written to {path}: name a file that ends in .safetensors or .npz."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        safetensors.write(path, arrays)
+        return
+    if any(array.dtype.kind == "V" for array in arrays.values()):
+        raise UserError(_NPZ_LIMITS)
+    fresh = path.with_name(path.stem + ".tmp.npz")
+    np.savez(fresh, **dict(arrays))
+    os.replace(fresh, path)
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except Exception as error:  # a damaged file can make zipfile and numpy say anything
+        raise UserError(
+            f"{path} cannot be read as npz ({type(error).__name__}: {error}): fetch it again, or "
+            "give it the suffix of its format."
+        ) from error

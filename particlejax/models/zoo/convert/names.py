@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How reference implementations name and lay out the parameters of an architecture, and how we do:
+both ways, exactly.
+
+A mapping is made from the shapes of our parameters: rules turn a module's path into the
+reference's, a second table turns its leaf's name, and a layout turns the axes. C3D goes by the
+names of its common PyTorch ports, I3D by those of its Flax port, I3D-R50 (`resnet`) and X3D by
+pytorchvideo's, YAMNet by the order of the layers in its TFLite file, Transformers
+(`transformer_names`) by those of transformers.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from particlejax.core import tree
+from particlejax.core.typing import Params, UserError
+from particlejax.models.zoo.convert import resize, transformer_names
+from particlejax.models.zoo.convert.layouts import (
+    CONV,
+    DENSE,
+    SAME,
+    Entry,
+    Grid,
+    Layout,
+    Names,
+    Rules,
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of the arrays of a file: names are the reference's, in `missing` ours."""
+
+    matched: list[str] = field(default_factory=list)
+    # parameters that the file does not have: left as they were
+    missing: list[str] = field(default_factory=list)
+    # arrays that this architecture has no place for
+    unused: list[str] = field(default_factory=list)
+    # matched after axes of length one came or went, or read at another size
+    reshaped: list[str] = field(default_factory=list)
+    # matched, of another type than our parameter: for the way back
+    cast: dict[str, str] = field(default_factory=dict)
+    counters: dict[str, int] = field(default_factory=dict)  # for the way back
+    # names that the file has in a dialect of its own: for the way back
+    renamed: dict[str, str] = field(default_factory=dict)
+
+
+_POINT = Layout(lambda a: a.reshape(a.shape[-2:]), lambda a: a[None, None, None])  # [1, 1, 1, I, O]
+# [O, I, 1, 1, 1]
+_POINT_TORCH = Layout(lambda a: a.reshape(a.shape[:2]).T, lambda a: a.T[..., None, None, None])
+_POINT_TFLITE = Layout(lambda a: a[:, 0, 0].T, lambda a: a.T[:, None, None])  # [O, 1, 1, I]
+# [O, h, w, I]
+_IMAGE_TFLITE = Layout(
+    lambda a: a.transpose(1, 2, 3, 0)[None], lambda a: a[0].transpose(3, 0, 1, 2)
+)
+_DEPTHWISE_TFLITE = Layout(lambda a: a[:, :, :, None], lambda a: a[:, :, :, 0])  # [1, h, w, C]
+
+_TORCH_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+_BRANCH: Rules = (
+    (r"([abc])", r"branch2.conv_\1"),
+    (r"norm_([ac])", r"branch2.norm_\1"),
+    (r"shortcut", r"branch1_conv"),
+    (r"shortcut_norm", r"branch1_norm"),
+)
+
+
+def _staged(block: Mapping[int, int], inner: Rules) -> Rules:
+    """The rules of what is within a block, for every block of every stage: {our stage: the
+    reference's}.
+    """
+    return tuple(
+        (
+            rf"stage{stage}_block(\d+)/{ours}",
+            rf"blocks.{at}.res_blocks.\1." + theirs.replace(r"\1", r"\2"),
+        )
+        for stage, at in block.items()
+        for ours, theirs in inner
+    )
+
+
+_RULES: dict[str, Rules] = {
+    "c3d": ((r"head", r"fc8"), (r"(conv\w+|fc\d)", r"\1")),
+    "i3d": (
+        (r"head", r"Logits.Conv3d_0c_1x1.Conv_0"),
+        (r"(Mixed_\w+)/(\w+)/(\w+)/conv", r"\1.\2.\3.Conv_0"),
+        (r"(Mixed_\w+)/(\w+)/(\w+)/norm", r"\1.\2.\3.BatchNorm_0"),
+        (r"(Conv3d_\w+)/conv", r"\1.Conv_0"),
+        (r"(Conv3d_\w+)/norm", r"\1.BatchNorm_0"),
+    ),
+    "resnet": (
+        (r"stem", r"blocks.0.conv"),
+        (r"stem_norm", r"blocks.0.norm"),
+        (r"head", r"blocks.6.proj"),
+        *_staged({1: 1, 2: 3, 3: 4, 4: 5}, (*_BRANCH, (r"norm_b", r"branch2.norm_b"))),
+    ),  # blocks.2 is a pool
+    # pytorchvideo calls the stem's convolution in space conv_t and that in time conv_xy.
+    "x3d": (
+        (r"stem_space", r"blocks.0.conv.conv_t"),
+        (r"stem_time", r"blocks.0.conv.conv_xy"),
+        (r"stem_norm", r"blocks.0.norm"),
+        (r"last", r"blocks.5.pool.pre_conv"),
+        (r"last_norm", r"blocks.5.pool.pre_norm"),
+        (r"project", r"blocks.5.pool.post_conv"),
+        (r"head", r"blocks.5.proj"),
+        *_staged(
+            {1: 1, 2: 2, 3: 3, 4: 4},
+            (
+                *_BRANCH,
+                (r"norm_b", r"branch2.norm_b.0"),
+                (r"squeeze/down", r"branch2.norm_b.1.block.0"),
+                (r"squeeze/up", r"branch2.norm_b.1.block.2"),
+            ),
+        ),
+    ),
+}
+
+
+def names_of(kind: str, shapes: Params, grids: Mapping[str, Grid] | None = None) -> Names:
+    """The names of an architecture whose parameters have these shapes.
+
+    kind: 'c3d', 'i3d', 'resnet', 'x3d', 'yamnet' or one of `transformer_names.KINDS`. grids: of
+    tables of positions, by path.
+    """
+    flat = tree.flatten(shapes)
+    if kind in transformer_names.KINDS:
+        return transformer_names.names_of(kind, flat, grids or {})
+    if kind == "yamnet":
+        return Names(tuple(_yamnet_entry(path, flat) for path in flat), ())
+    entries = tuple(_entry(kind, path, flat) for path in flat)
+    counters = (
+        ()
+        if kind == "i3d"
+        else tuple(
+            e.theirs.replace("running_mean", "num_batches_tracked")
+            for e in entries
+            if e.ours.endswith("/mean")
+        )
+    )
+    return Names(entries, counters)
+
+
+def import_params(
+    params: Params, arrays: Mapping[str, np.ndarray], names: Names, grid: tuple[int, ...] = ()
+) -> tuple[Params, Report]:
+    """`params` (arrays or shapes) with every leaf that the arrays have, in float32 or whatever type
+    the leaf has.
+
+    Names count from any common prefix on, as training states and wrappers put one before them; our
+    own names, dotted, do as well. Kernels of images become those of videos, tables of positions
+    those of other grids (`grid`: the one that they were trained on, where it cannot be told).
+    Raises UserError where a shape differs otherwise by more than axes of length one, where layers
+    are missing from a stack, or where nothing matches.
+    """
+    report = Report()
+    arrays, originals = _in_dialect(arrays, names)
+    prefix, ours = _prefix(arrays, names)
+    leaves, parts, used = tree.flatten(params), {}, set()
+    for entry in _own(names) if ours else names.entries:
+        name = prefix + (entry.ours.replace("/", ".") if ours else entry.theirs)
+        if name in arrays:
+            if originals and not ours:
+                report.renamed[entry.theirs] = originals[name]
+            part = _fitted(arrays[name], name, entry, leaves[entry.ours], report, grid)
+            parts.setdefault(entry.ours, {})[entry.layer] = part
+            used.add(name)
+    if any("inflated" in text for text in report.reshaped):
+        report.renamed.clear()  # it goes out as the video model that it became
+    taken = {path: _stacked(each, leaves[path], path) for path, each in parts.items()}
+    report.missing.extend(
+        path for path in dict.fromkeys(entry.ours for entry in names.entries) if path not in taken
+    )
+    for name in names.counters:
+        if prefix + name in arrays and arrays[prefix + name].size == 1:
+            report.counters[name] = int(arrays[prefix + name].reshape(()))
+            used.add(prefix + name)
+    if not taken:
+        some = ", ".join(list(arrays)[:3])
+        raise UserError(
+            f"none of the {len(arrays)} arrays ({some}, ...) has a name of this architecture "
+            f"({names.entries[0].theirs}, ...): name the model that they are of with config.model."
+        )
+    report.unused.extend(sorted(set(arrays) - used))
+    return tree.map_named(lambda path, leaf: taken.get(path, leaf), params), report
+
+
+def export_params(params: Params, names: Names, report: Report) -> dict[str, np.ndarray]:
+    """The parameters under the reference's names, in its layouts and types, with the counters that
+    the report kept.
+
+    `Report()` serves where they were not imported: float32, and counters that are 0.
+    """
+    leaves, shares = tree.flatten(params), {}
+    for entry in names.entries:
+        leaf = np.asarray(leaves[entry.ours])
+        array = entry.layout.theirs(leaf if entry.layer is None else leaf[entry.layer])
+        array = np.asarray(array, jnp.dtype(report.cast.get(entry.theirs, array.dtype)), order="C")
+        shares.setdefault(report.renamed.get(entry.theirs, entry.theirs), {})[entry.share[0]] = (
+            array
+        )
+    found = {
+        name: each[0] if len(each) == 1 else np.concatenate([each[i] for i in range(len(each))])
+        for name, each in shares.items()
+    }
+    return found | {
+        name: np.array(report.counters.get(name, 0), np.int64) for name in names.counters
+    }
+
+
+def head_classes(arrays: Mapping[str, np.ndarray], names: Names) -> int:
+    """How many classes the head among the arrays has, 0 where there is none."""
+    arrays, _ = _in_dialect(arrays, names)
+    prefix, ours = _prefix(arrays, names)
+    bias = next((e for e in names.entries if e.ours == "head/bias"), None)
+    array = (
+        arrays.get(prefix + (bias.ours.replace("/", ".") if ours else bias.theirs))
+        if bias
+        else None
+    )
+    return 0 if array is None else array.size
+
+
+def _entry(kind: str, path: str, flat: Mapping[str, Any]) -> Entry:
+    module, _, leaf = path.rpartition("/")
+    theirs = next(
+        found.expand(template)
+        for pattern, template in _RULES[kind]
+        if (found := re.fullmatch(pattern, module))
+    )
+    if kind == "i3d":
+        collection = "batch_stats" if leaf in ("mean", "var") else "params"
+        return Entry(
+            path, f"{collection}.{theirs}.{leaf}", _POINT if path == "head/kernel" else SAME
+        )
+    return Entry(path, f"{theirs}.{_TORCH_LEAVES[leaf]}", _torch_layout(path, flat))
+
+
+def _yamnet_entry(path: str, flat: Mapping[str, Any]) -> Entry:
+    module, _, leaf = path.rpartition("/")
+    part = module.rstrip("0123456789")
+    number, last = (
+        int(module.removeprefix(part) or 0),
+        sum(name.endswith("/kernel") for name in flat) - 1,
+    )
+    name, layout = {
+        "mel": ("fc00", DENSE),
+        "stem": ("conv01", _IMAGE_TFLITE),
+        "depth": (f"dw{2 * number:02}", _DEPTHWISE_TFLITE),
+        "point": (f"conv{2 * number + 1:02}", _POINT_TFLITE),
+        "head": (f"fc{last:02}", DENSE),
+    }[part]
+    return Entry(path, f"{name}.w", layout) if leaf == "kernel" else Entry(path, f"{name}.b", SAME)
+
+
+def _torch_layout(path: str, flat: Mapping[str, Any]) -> Layout:
+    dims = len(flat[path].shape)
+    if path == "fc6/kernel":
+        return _flattened(flat["conv5b/bias"].shape[0], flat[path].shape[0])
+    if "/squeeze/" in path and dims == 2:
+        return _POINT_TORCH
+    return {5: CONV, 2: DENSE}.get(dims, SAME)
+
+
+def _flattened(channels: int, size: int) -> Layout:
+    """C3D's first Dense layer: theirs reads channels before places, ours after; one frame is left
+    there.
+    """
+    side = round((size // channels) ** 0.5)
+
+    def ours(a: np.ndarray) -> np.ndarray:
+        return a.reshape(-1, channels, side, side).transpose(2, 3, 1, 0).reshape(size, -1)
+
+    def theirs(a: np.ndarray) -> np.ndarray:
+        return a.reshape(side, side, channels, -1).transpose(3, 2, 0, 1).reshape(-1, size)
+
+    return Layout(ours, theirs)
+
+
+def _in_dialect(
+    arrays: Mapping[str, np.ndarray], names: Names
+) -> tuple[Mapping[str, np.ndarray], dict[str, str]]:
+    """The arrays under the reference's names, with what the file calls them where it has a dialect:
+    as matches the most.
+    """
+    known = {e.theirs for e in names.entries}
+    best, most = {}, _matches(arrays, known)
+    for rules in names.dialects:
+        said = {name: name for name in arrays}
+        for pattern, theirs in rules:
+            said = {name: re.sub(pattern, theirs, new) for name, new in said.items()}
+        count = _matches(said.values(), known)
+        if count > most:
+            best, most = {new: name for name, new in said.items()}, count
+    return ({new: arrays[name] for new, name in best.items()} if best else arrays), best
+
+
+def _matches(found: Iterable[str], known: set[str]) -> int:
+    return len(known.intersection(found))
+
+
+def _own(names: Names) -> list[Entry]:
+    """Entries for a file with our own names, where stacks are whole."""
+    return list(
+        {e.ours: Entry(e.ours, e.theirs, SAME, grid=e.grid) for e in names.entries}.values()
+    )
+
+
+def _prefix(arrays: Mapping[str, np.ndarray], names: Names) -> tuple[str, bool]:
+    """What stands before the names in a file, and whether they are our own: as matches the most."""
+    best, most = ("", False), 0
+    for ours in (False, True):
+        known = list(
+            dict.fromkeys(e.ours.replace("/", ".") if ours else e.theirs for e in names.entries)
+        )
+        ends = [name for name in arrays for last in (known[0], known[-1]) if name.endswith(last)]
+        prefixes = {
+            "",
+            *(name.removesuffix(last) for name in ends for last in (known[0], known[-1])),
+        }
+        for prefix in sorted(prefixes, key=len):
+            count = sum(prefix + name in arrays for name in known)
+            if count > most:
+                best, most = (prefix, ours), count
+    return best
+
+
+def _stacked(parts: Mapping[int | None, np.ndarray], leaf: Any, path: str) -> np.ndarray:
+    """A leaf of its layers. Raises UserError where some are missing."""
+    if None in parts:
+        return parts[None]
+    absent = [i for i in range(leaf.shape[0]) if i not in parts]
+    if absent:
+        raise UserError(
+            f"the weights have {len(parts)} of the {leaf.shape[0]} layers of {path} (none for "
+            f"layer {absent[0]}): "
+            "name the model that they are of with config.model."
+        )
+    return np.stack([parts[i] for i in range(leaf.shape[0])])
+
+
+def _fitted(
+    array: np.ndarray, name: str, entry: Entry, leaf: Any, report: Report, grid: tuple[int, ...]
+) -> np.ndarray:
+    """The array, or our share of it, as our leaf or its layer, noted in the report. Raises
+    UserError where it does not fit.
+    """
+    shape = leaf.shape if entry.layer is None else leaf.shape[1:]
+    want = entry.layout.theirs(np.empty(shape, np.bool_)).shape
+    at, shares = entry.share
+    if shares > 1 and array.shape != (shares * want[0], *want[1:]):
+        raise _misfit(name, array, (shares * want[0], *want[1:]), entry)
+    if array.dtype != leaf.dtype:
+        report.cast[entry.theirs] = array.dtype.name
+    if name not in report.matched:
+        report.matched.append(name)
+    if shares > 1:
+        array = array[at * want[0] : (at + 1) * want[0]]
+    if array.shape == want:
+        return np.asarray(entry.layout.ours(array), leaf.dtype, order="C")
+    resized = _resized(array, entry, shape, grid)
+    if resized is not None:
+        how = "inflated" if _is_image(array, entry, shape) else "read on another grid"
+        report.reshaped.append(f"{name} {array.shape} to {want}, {how}")
+        return resized.astype(leaf.dtype)
+    if [n for n in array.shape if n != 1] != [n for n in want if n != 1]:
+        raise _misfit(name, array, want, entry)
+    report.reshaped.append(f"{name} {array.shape} to {want}")
+    return np.asarray(entry.layout.ours(array.reshape(want)), leaf.dtype, order="C")
+
+
+def _misfit(name: str, array: np.ndarray, want: tuple[int, ...], entry: Entry) -> UserError:
+    hint = (
+        "set config.classes to the number of its classes"
+        if entry.ours.startswith("head/")
+        else ("name the model that the weights are of with config.model")
+    )
+    return UserError(f"array {name} has shape {array.shape} where the model wants {want}: {hint}.")
+
+
+def _resized(
+    array: np.ndarray, entry: Entry, shape: tuple[int, ...], grid: tuple[int, ...]
+) -> np.ndarray | None:
+    """Ours of an image's kernel, or of positions on another grid; None where it is neither."""
+    if _is_image(array, entry, shape):
+        return resize.inflate(array.transpose(2, 3, 1, 0), shape[0])
+    if entry.grid is None or array.shape[-1] != shape[-1] or array.size // shape[-1] == shape[0]:
+        return None
+    lead, new, square = entry.grid
+    table = array.reshape(-1, shape[-1]).astype(np.float32)
+    old = resize.old_grid(len(table) - lead, new, square, grid)
+    return np.concatenate([table[:lead], resize.positions(table[lead:], old, new)])
+
+
+def _is_image(array: np.ndarray, entry: Entry, shape: tuple[int, ...]) -> bool:
+    """Whether it is a kernel [O, I, h, w] where ours has time."""
+    return (
+        entry.ours.endswith("patches/kernel")
+        and array.ndim == 4
+        and array.shape == tuple(shape[i] for i in (4, 3, 1, 2))
+    )

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published networks by name: the table that import, recognition and features read."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+
+from particlejax.core.typing import UserError
+from particlejax.models.zoo.c3d_i3d import C3D, I3D
+from particlejax.models.zoo.resnet3d import X3D, ResNet
+from particlejax.models.zoo.text_image_encoders import (
+    AST,
+    Bert,
+    ImageText,
+    ImageTower,
+    TextTower,
+    VideoText,
+)
+from particlejax.models.zoo.video_transformers import (
+    VJEPA2,
+    Inputs,
+    TimeSformer,
+    VideoMAE,
+    VideoMAEPretraining,
+    VideoPrism,
+    ViViT,
+    VJEPA2Pretraining,
+)
+from particlejax.models.zoo.vit_blocks import Size, Style
+from particlejax.models.zoo.yamnet import YAMNet
+
+Channels = float | tuple[float, float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneSpec:
+    """A network, the clips that it was made for and how their pixels are normalised."""
+
+    kind: str  # of names in `adapt.names`
+    net: nn.Module
+    frames: int
+    size: int  # rows and columns
+    last: str  # endpoint that `features` gives by default
+    mean: Channels = 0.45  # of pixels in [0, 1]
+    std: Channels = 0.225
+    # shapes and types of what one example brings, where this is not only such a clip
+    inputs: Inputs = ()
+
+    @property
+    def examples(self) -> Inputs:
+        """Shapes and types of what one example brings."""
+        return self.inputs or (((self.frames, self.size, self.size, 3), "float32"),)
+
+    @property
+    def video(self) -> bool:
+        """Whether it takes clips alone."""
+        return [len(shape) for shape, _ in self.examples] == [4]
+
+    @property
+    def sound(self) -> bool:
+        """Whether it takes samples of sound alone."""
+        return [(len(shape), dtype) for shape, dtype in self.examples] == [(1, "float32")]
+
+    @property
+    def text(self) -> bool:
+        """Whether it takes ids of word pieces and a mask of them alone."""
+        return [(len(shape), dtype) for shape, dtype in self.examples] == [(1, "int32")] * 2
+
+
+def resized(spec: BackboneSpec, frames: int, size: int) -> BackboneSpec:
+    """The same for examples of other sizes; 0: this one's. Raises UserError where it has none."""
+    if not spec.inputs:
+        return dataclasses.replace(spec, frames=frames or spec.frames, size=size or spec.size)
+    if not hasattr(spec.net, "at"):
+        raise UserError(
+            f"a {spec.kind} takes neither frames nor sizes: leave config.frames and config.size at "
+            "0."
+        )
+    return _transformer(spec.kind, spec.net.at(frames, size), spec.mean, spec.std)
+
+
+def _transformer(
+    kind: str,
+    net: Any,
+    mean: Channels = (0.485, 0.456, 0.406),
+    std: Channels = (0.229, 0.224, 0.225),
+) -> BackboneSpec:
+    """What a Transformer takes is told by itself; ImageNet's mean and deviation where nothing else
+    is said.
+    """
+    return BackboneSpec(
+        kind, net, getattr(net, "frames", 0), getattr(net, "rows", 0), "last", mean, std, net.inputs
+    )
+
+
+# Widths and depths as published; the tiny ones are for tests and smoke runs.
+_CNNS: dict[str, BackboneSpec] = {
+    "c3d": BackboneSpec("c3d", C3D(487), 16, 112, "fc6"),  # 487: Sports-1M
+    "i3d": BackboneSpec("i3d", I3D(400), 64, 224, "Mixed_5c", 0.5, 0.5),
+    "i3d_r50": BackboneSpec("resnet", ResNet(400), 8, 224, "stage4"),
+    "x3d_xs": BackboneSpec("x3d", X3D(400, window=(4, 5, 5)), 4, 160, "stage4"),
+    "x3d_s": BackboneSpec("x3d", X3D(400, window=(13, 5, 5)), 13, 160, "stage4"),
+    "x3d_m": BackboneSpec("x3d", X3D(400), 16, 224, "stage4"),
+    "x3d_l": BackboneSpec(
+        "x3d", X3D(400, depths=(5, 10, 25, 15), window=(16, 10, 10)), 16, 312, "stage4"
+    ),
+    "c3d_tiny": BackboneSpec(
+        "c3d", C3D(10, ((4,), (4,), (4, 4), (8, 8), (8, 8)), 16), 16, 32, "fc6"
+    ),
+    "i3d_tiny": BackboneSpec("i3d", I3D(400, share=16), 16, 32, "Mixed_5c", 0.5, 0.5),
+    "i3d_r50_tiny": BackboneSpec("resnet", ResNet(10, 2, window=(2, 1, 1)), 4, 32, "stage4"),
+    "x3d_tiny": BackboneSpec(
+        "x3d",
+        X3D(10, (1, 1, 3, 2), (8, 8, 16, 32), (18, 18, 36, 72), (8, 8, 8, 8), 32, (4, 1, 1)),
+        4,
+        32,
+        "stage4",
+    ),
+}
+
+_SMALL, _NARROW = Size(32, 2, 4, 64), Size(16, 1, 2, 32)  # of tiny ones
+_CLIP_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+_TEXT, _SIGLIP = Size(512, 12, 8, 2048), Size(768, 12, 12, 3072)
+_SIGLIP_STYLE = Style(1e-6, "gelu_tanh")
+
+
+def _tiny(net: type[nn.Module], patch: tuple[int, int, int] = (2, 8, 8), **more: Any) -> nn.Module:
+    return net(
+        **{
+            "classes": 5,
+            "frames": 4,
+            "rows": 16,
+            "columns": 16,
+            "patch": patch,
+            "size": _SMALL,
+            **more,
+        }
+    )
+
+
+_TRANSFORMERS: dict[str, BackboneSpec] = {
+    "videomae_base": _transformer("videomae", VideoMAE(400)),
+    "videomae_large": _transformer("videomae", VideoMAE(400, size=Size(1024, 24, 16, 4096))),
+    "videomae_pretraining_base": _transformer("videomae_pretraining", VideoMAEPretraining()),
+    "vivit_base": _transformer("vivit", ViViT(400), 0.5, 0.5),
+    "timesformer_base": _transformer("timesformer", TimeSformer(400), 0.45, 0.225),
+    "vjepa2_large": _transformer("vjepa2", VJEPA2(174, 16)),  # 174: Something-Something v2
+    "vjepa2_pretraining_large": _transformer("vjepa2_pretraining", VJEPA2Pretraining()),
+    "videoprism_base": _transformer("videoprism", VideoPrism(400), 0.0, 1.0),
+    "videoprism_text_base": _transformer(
+        "videoprism_text", VideoText(VideoPrism(0, auxiliary=2)), 0.0, 1.0
+    ),
+    "ast_base": _transformer("ast", AST()),
+    "bert_base": _transformer("bert", Bert()),
+    "minilm": _transformer("bert", Bert(size=Size(384, 6, 12, 1536))),
+    "clip_base_32": _transformer("clip", ImageText(ImageTower(), TextTower()), *_CLIP_PIXELS),
+    "clip_base_16": _transformer(
+        "clip", ImageText(ImageTower(patch=16), TextTower()), *_CLIP_PIXELS
+    ),
+    "siglip_base_16": _transformer(
+        "siglip",
+        ImageText(
+            ImageTower(0, patch=16, style=_SIGLIP_STYLE),
+            TextTower(768, 32000, 64, -1, True, _SIGLIP, _SIGLIP_STYLE),
+            bias=True,
+        ),
+        0.5,
+        0.5,
+    ),
+    "videomae_tiny": _transformer("videomae", _tiny(VideoMAE)),
+    "videomae_pretraining_tiny": _transformer(
+        "videomae_pretraining", _tiny(VideoMAEPretraining, classes=0, decoder_size=_NARROW)
+    ),
+    "vivit_tiny": _transformer("vivit", _tiny(ViViT), 0.5, 0.5),
+    "timesformer_tiny": _transformer("timesformer", _tiny(TimeSformer, (1, 8, 8)), 0.45, 0.225),
+    "vjepa2_tiny": _transformer("vjepa2", _tiny(VJEPA2, pooler_depth=1)),
+    "vjepa2_pretraining_tiny": _transformer(
+        "vjepa2_pretraining",
+        _tiny(VJEPA2Pretraining, classes=0, predictor_size=Size(24, 1, 2, 48), mask_tokens=3),
+    ),
+    "videoprism_tiny": _transformer(
+        "videoprism", _tiny(VideoPrism, (1, 8, 8), time_depth=1), 0.0, 1.0
+    ),
+    "videoprism_text_tiny": _transformer(
+        "videoprism_text",
+        VideoText(
+            _tiny(VideoPrism, (1, 8, 8), classes=0, time_depth=1, auxiliary=1), 40, 8, _SMALL
+        ),
+        0.0,
+        1.0,
+    ),
+    "ast_tiny": _transformer("ast", AST(5, 24, 16, 8, 5, _SMALL)),
+    "bert_tiny": _transformer("bert", Bert(40, 12, 2, _SMALL)),
+    "clip_tiny": _transformer(
+        "clip",
+        ImageText(ImageTower(16, 16, 16, 8, _SMALL), TextTower(16, 40, 8, 39, size=_SMALL)),
+        *_CLIP_PIXELS,
+    ),
+    "siglip_tiny": _transformer(
+        "siglip",
+        ImageText(
+            ImageTower(0, 16, 16, 8, _SMALL, _SIGLIP_STYLE),
+            TextTower(32, 40, 8, -1, True, _SMALL, _SIGLIP_STYLE),
+            bias=True,
+        ),
+        0.5,
+        0.5,
+    ),
+}
+_SOUND: dict[str, BackboneSpec] = {
+    name: BackboneSpec("yamnet", net, 0, 0, "last", 0.0, 1.0, net.inputs)
+    for name, net in {
+        "yamnet": YAMNet(),
+        "yamnet_tiny": YAMNet(5, 4, ((8, 2), (16, 2)), 3600),
+    }.items()
+}
+VARIANTS: dict[str, BackboneSpec] = _CNNS | _TRANSFORMERS | _SOUND

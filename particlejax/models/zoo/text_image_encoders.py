@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoders of text, images and sound as published: BERT, CLIP, SigLIP, VideoPrism's text, AST.
+
+Each returns one vector of a clip and features by name: those of `vit.endpoints`.
+Legend as in `vit`; E width of the space that two towers share.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from particlejax.models.zoo.video_transformers import Grids, Inputs, VideoPrism, unit
+from particlejax.models.zoo.vit_blocks import (
+    Attention,
+    Mlp,
+    Norm,
+    Patches,
+    Size,
+    Stack,
+    Style,
+    endpoints,
+    sinusoids,
+)
+
+Endpoints = dict[str, Array]
+_SMALL = nn.initializers.truncated_normal(0.02)
+_BASE = Size(768, 12, 12, 3072)
+_CLIP = Style(1e-5, "quick_gelu")
+_SIGLIP = Style(1e-6, "gelu_tanh")
+
+
+class Bert(nn.Module):
+    """arXiv:1810.04805: ids int32 [B, L], mask [B, L] (1 for a word piece, 0 for padding) ->
+    sentence [B, D], features.
+
+    The sentence is the mean over its word pieces, of length one, as sentence-transformers have it
+    (arXiv:1908.10084); `pooled` [B, D] is BERT's own, of its first piece.
+    """
+
+    words: int = 30522
+    positions: int = 512
+    kinds: int = 2  # of segments; all pieces are of the first
+    size: Size = _BASE
+    style: Style = Style(1e-12, norm_after=True)
+    dtype: Any = jnp.float32
+
+    @property
+    def inputs(self) -> Inputs:
+        """Shapes and types of what one text brings."""
+        return ((self.positions,), "int32"), ((self.positions,), "int32")
+
+    @nn.compact
+    def __call__(self, ids_BL: Array, mask_BL: Array) -> tuple[Array, Endpoints]:
+        width, length = self.size.width, ids_BL.shape[1]
+        x = nn.Embed(self.words, width, dtype=self.dtype, embedding_init=_SMALL, name="table")(
+            ids_BL
+        )
+        x += self.param("kinds", _SMALL, (self.kinds, width))[None, :1]
+        x += self.param("positions", _SMALL, (self.positions, width))[None, :length]
+        x = Norm(self.style.epsilon, name="embed_norm")(x)
+        x, blocks = Stack(self.size, self.style, dtype=self.dtype, name="encoder")(
+            x, (mask_BL > 0)[:, None]
+        )
+        weight = (mask_BL > 0).astype(jnp.float32)[..., None]
+        mean = jnp.sum(x * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1e-9)
+        pooled = jnp.tanh(
+            nn.Dense(width, dtype=self.dtype, kernel_init=_SMALL, name="pooler")(x[:, 0])
+        )
+        return unit(mean, 1e-24), endpoints(blocks, x, pooled=pooled)
+
+
+class TextTower(nn.Module):
+    """The text tower of CLIP (arXiv:2103.00020) or SigLIP (arXiv:2303.15343): ids int32 [B, L] ->
+    [B, E], features.
+
+    CLIP reads causally and takes what its end token says; SigLIP reads everything and takes the
+    last place, padding or not.
+    """
+
+    out: int = 512
+    words: int = 49408
+    positions: int = 77
+    end: int = (
+        49407  # id of the token that ends a text; -1 takes the last place and reads both ways
+    )
+    bias: bool = False  # of the projection
+    size: Size = Size(512, 12, 8, 2048)
+    style: Style = _CLIP
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids_BL: Array) -> tuple[Array, Endpoints]:
+        width, length = self.size.width, ids_BL.shape[1]
+        x = nn.Embed(self.words, width, dtype=self.dtype, embedding_init=_SMALL, name="table")(
+            ids_BL
+        )
+        x += self.param("positions", _SMALL, (self.positions, width))[None, :length]
+        may = jnp.tril(jnp.ones((1, length, length), bool)) if self.end >= 0 else None
+        x, blocks = Stack(self.size, self.style, dtype=self.dtype, name="encoder")(x, may)
+        x = Norm(self.style.epsilon, name="norm")(x)
+        at = (
+            jnp.argmax(ids_BL == self.end, axis=1)
+            if self.end >= 0
+            else jnp.full(ids_BL.shape[:1], length - 1)
+        )
+        pooled = jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0]
+        y = nn.Dense(
+            self.out, use_bias=self.bias, dtype=self.dtype, kernel_init=_SMALL, name="project"
+        )(pooled)
+        return y, endpoints(blocks, x)
+
+
+class ImageTower(nn.Module):
+    """The image tower of CLIP or SigLIP: images [B, H, W, 3] -> [B, E], features.
+
+    CLIP has a class token, normed after the blocks and projected; SigLIP pools by an attention of
+    its own (out = 0).
+    """
+
+    out: int = 512
+    rows: int = 224
+    columns: int = 224
+    patch: int = 32
+    size: Size = _BASE
+    style: Style = _CLIP
+    dtype: Any = jnp.float32
+
+    @property
+    def grids(self) -> Grids:
+        """Learned tables of positions, for import at another size."""
+        return {
+            "positions": (
+                1 if self.out else 0,
+                (1, self.rows // self.patch, self.columns // self.patch),
+                True,
+            )
+        }
+
+    @nn.compact
+    def __call__(self, x_BHWC: Array) -> tuple[Array, Endpoints]:
+        width, style, clip = self.size.width, self.style, self.out > 0
+        number = (self.rows // self.patch) * (self.columns // self.patch)
+        patches = Patches(
+            width, (1, self.patch, self.patch), bias=not clip, dtype=self.dtype, name="patches"
+        )
+        x = patches(x_BHWC[:, None]).reshape(x_BHWC.shape[0], -1, width)
+        if clip:
+            token = self.param("class_token", _SMALL, (width,))
+            x = jnp.concatenate(
+                [jnp.broadcast_to(token[None, None], (x.shape[0], 1, width)).astype(x.dtype), x],
+                axis=1,
+            )
+        x += self.param("positions", _SMALL, (number + clip, width))[None]
+        if clip:
+            x = Norm(style.epsilon, name="embed_norm")(x)
+        x, blocks = Stack(self.size, style, dtype=self.dtype, name="encoder")(x)
+        if clip:
+            pooled = Norm(style.epsilon, name="norm")(x[:, 0])
+            y = nn.Dense(
+                self.out, use_bias=False, dtype=self.dtype, kernel_init=_SMALL, name="project"
+            )(pooled)
+            return y, endpoints(blocks, x)
+        x = Norm(style.epsilon, name="norm")(x)
+        query = jnp.broadcast_to(
+            self.param("pool_query", _SMALL, (width,))[None, None], (x.shape[0], 1, width)
+        )
+        y = Attention(self.size.heads, style, dtype=self.dtype, name="pool")(query, x)
+        y += Mlp(self.size.mlp, style, self.dtype, name="pool_mlp")(
+            Norm(style.epsilon, name="pool_norm")(y)
+        )
+        return y[:, 0], endpoints(blocks, x)
+
+
+class ImageText(nn.Module):
+    """Two towers and how alike they find images and texts: images [B, H, W, 3], ids [C, L] ->
+    logits [B, C], embeddings.
+
+    The embeddings, `image` [B, E] and `text` [C, E], have length one. SigLIP's logits have a bias
+    as well as a scale.
+    """
+
+    image: ImageTower
+    text: TextTower
+    bias: bool = False
+
+    @property
+    def grids(self) -> Grids:
+        """Learned tables of positions, for import at another size."""
+        return {f"image/{path}": grid for path, grid in self.image.grids.items()}
+
+    @property
+    def inputs(self) -> Inputs:
+        """Shapes and types of what one image and one text bring."""
+        return ((self.image.rows, self.image.columns, 3), "float32"), (
+            (self.text.positions,),
+            "int32",
+        )
+
+    def at(self, frames: int, size: int) -> "ImageText":
+        """The same for images of another size; 0: this one's."""
+        del frames
+        return self.clone(
+            image=self.image.clone(rows=size or self.image.rows, columns=size or self.image.columns)
+        )
+
+    @nn.compact
+    def __call__(self, x_BHWC: Array, ids_CL: Array) -> tuple[Array, Endpoints]:
+        image, text = unit(self.image(x_BHWC)[0], 0.0), unit(self.text(ids_CL)[0], 0.0)
+        # 1 / 0.07, where CLIP starts
+        scale = self.param("logit_scale", nn.initializers.constant(2.66), ())
+        logits = jnp.exp(scale) * (image @ text.T)
+        if self.bias:
+            logits += self.param("logit_bias", nn.initializers.constant(-10.0), ())
+        return logits, {"image": image, "text": text}
+
+
+class VideoText(nn.Module):
+    """VideoPrism with text (arXiv:2402.13217): video [B, T, H, W, 3], ids and mask [C, L] ->
+    likeness [B, C], embeddings.
+
+    The likeness is the cosine; `video` [B, D] and `text` [C, D] have length one. Texts are read
+    causally, then by a token at their end.
+    """
+
+    video: VideoPrism
+    words: int = 32000
+    positions: int = 64  # as many word pieces as it was trained with
+    size: Size = _BASE
+    style: Style = Style(1e-6, "relu", gain=True, softcap=50.0)
+    dtype: Any = jnp.float32
+
+    @property
+    def grids(self) -> Grids:
+        """Learned tables of positions, for import at another size."""
+        return {f"video/{path}": grid for path, grid in self.video.grids.items()}
+
+    @property
+    def inputs(self) -> Inputs:
+        """Shapes and types of what one video and one text bring."""
+        return *self.video.inputs, ((self.positions,), "int32"), ((self.positions,), "int32")
+
+    def at(self, frames: int, size: int) -> "VideoText":
+        """The same for clips of other sizes; 0: this one's."""
+        return self.clone(video=self.video.at(frames, size))
+
+    @nn.compact
+    def __call__(self, x_BTHWC: Array, ids_CL: Array, mask_CL: Array) -> tuple[Array, Endpoints]:
+        video, ends = self.video(x_BTHWC)
+        width, (c, length) = self.size.width, ids_CL.shape
+        x = (
+            nn.Embed(self.words, width, dtype=self.dtype, embedding_init=_SMALL, name="table")(
+                ids_CL
+            )
+            * width**0.5
+        )
+        token = self.param("end_token", _SMALL, (width,)) * width**0.5
+        x = jnp.concatenate(
+            [
+                x + sinusoids(length, width, halves=True)[None],
+                jnp.broadcast_to(token[None, None], (c, 1, width)),
+            ],
+            axis=1,
+        )
+        real = jnp.pad(mask_CL > 0, ((0, 0), (0, 1)), constant_values=True)
+        may = jnp.tril(jnp.ones((1, length + 1, length + 1), bool)) & real[:, None]
+        x, _ = Stack(self.size, self.style, dtype=self.dtype, name="text")(x, may)
+        text = unit(Norm(self.style.epsilon, self.style.gain, name="text_norm")(x)[:, -1])
+        return video @ text.T, {**ends, "video": video, "text": text}
+
+
+class AST(nn.Module):
+    """arXiv:2104.01778: log-mel spectrograms [B, frames, bands], normalised -> logits [B, classes],
+    features.
+
+    Patches overlap; a class token and one that distillation left classify together.
+    """
+
+    classes: int = 527  # AudioSet
+    frames: int = 1024  # of 10 ms
+    bands: int = 128
+    patch: int = 16
+    stride: int = 10
+    size: Size = _BASE
+    style: Style = Style(1e-12)
+    dtype: Any = jnp.float32
+
+    @property
+    def grids(self) -> Grids:
+        """Learned tables of positions, for import at another length."""
+        rows, columns = ((n - self.patch) // self.stride + 1 for n in (self.bands, self.frames))
+        return {"positions": (2, (1, rows, columns), False)}  # a band a row
+
+    @property
+    def inputs(self) -> Inputs:
+        """Shapes and types of what one sound brings."""
+        return (((self.frames, self.bands), "float32"),)
+
+    def at(self, frames: int, size: int) -> "AST":
+        """The same for sounds of another length and number of bands; 0: this one's."""
+        return self.clone(frames=frames or self.frames, bands=size or self.bands)
+
+    @nn.compact
+    def __call__(self, x_BTF: Array) -> tuple[Array, Endpoints]:
+        width, step = self.size.width, (1, self.stride, self.stride)
+        patches = Patches(
+            width, (1, self.patch, self.patch), step, dtype=self.dtype, name="patches"
+        )
+        x = patches(x_BTF.swapaxes(1, 2)[:, None, ..., None]).reshape(x_BTF.shape[0], -1, width)
+        two = jnp.stack(
+            [self.param(name, _SMALL, (width,)) for name in ("class_token", "distillation_token")]
+        )
+        x = jnp.concatenate(
+            [jnp.broadcast_to(two[None], (x.shape[0], 2, width)).astype(x.dtype), x], axis=1
+        )
+        x += self.param("positions", _SMALL, (x.shape[1], width))[None]
+        x, blocks = Stack(self.size, self.style, dtype=self.dtype, name="encoder")(x)
+        x = Norm(self.style.epsilon, name="norm")(x)
+        pooled = Norm(self.style.epsilon, name="head_norm")((x[:, 0] + x[:, 1]) / 2)
+        return nn.Dense(self.classes, kernel_init=_SMALL, name="head")(pooled), endpoints(blocks, x)

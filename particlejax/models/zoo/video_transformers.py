@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Video Transformers as published: VideoMAE, ViViT, TimeSformer, V-JEPA 2 and VideoPrism.
+
+Each takes video [B, T, H, W, 3], normalised as its weights expect, and returns logits [B, classes]
+and features by name: those of `vit.endpoints`. Legend as in `vit`; N tokens of a clip, P numbers of
+a cuboid.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from particlejax.core.typing import UserError
+from particlejax.models.zoo.vit_blocks import (
+    Attention,
+    Mlp,
+    Norm,
+    Patches,
+    Size,
+    Stack,
+    Style,
+    Turn,
+    cuboids,
+    endpoints,
+    sinusoids,
+)
+
+Endpoints = dict[str, Array]
+Triple = tuple[int, int, int]
+Inputs = tuple[tuple[tuple[int, ...], str], ...]
+# path of a table of positions: tokens before its grid, the grid, whether square
+Grids = dict[str, tuple[int, Triple, bool]]
+_SMALL = nn.initializers.truncated_normal(0.02)
+_BASE = Size(768, 12, 12, 3072)
+_NO_KEY_BIAS = Style(1e-12, bias=(True, False, True))  # VideoMAE's
+
+
+class Video(nn.Module):
+    """What all of them are told: classes, the clips' size and the cuboids'."""
+
+    classes: int
+    frames: int = 16
+    rows: int = 224
+    columns: int = 224
+    patch: Triple = (2, 16, 16)
+    size: Size = _BASE
+    style: Style = Style()
+    dtype: Any = jnp.float32
+
+    @property
+    def grid(self) -> Triple:
+        """Tokens along frames, rows and columns."""
+        return (
+            self.frames // self.patch[0],
+            self.rows // self.patch[1],
+            self.columns // self.patch[2],
+        )
+
+    @property
+    def grids(self) -> Grids:
+        """Learned tables of positions, for import at another size."""
+        return {}
+
+    @property
+    def inputs(self) -> Inputs:
+        """Shapes and types of what one clip brings."""
+        return (((self.frames, self.rows, self.columns, 3), "float32"),)
+
+    def at(self, frames: int, size: int) -> "Video":
+        """The same for clips of other sizes; 0: this one's. Raises UserError where these are no
+        multiple of its cuboids.
+        """
+        net = self.clone(
+            frames=frames or self.frames, rows=size or self.rows, columns=size or self.columns
+        )
+        if any(n % k for n, k in zip((net.frames, net.rows, net.columns), self.patch, strict=True)):
+            raise UserError(
+                f"clips of {net.frames} x {net.rows} x {net.columns} are no multiple of the "
+                "model's cuboids of "
+                f"{' x '.join(map(str, self.patch))}: choose another config.frames or config.size."
+            )
+        return net
+
+    def tokens(self, x_BTHWC: Array) -> Array:
+        """Vectors of cuboids [B, N, D] without positions; for `__call__` of the classes below."""
+        return _flat(
+            Patches(self.size.width, self.patch, dtype=self.dtype, name="patches")(x_BTHWC)
+        )
+
+    def stack(self, name: str = "encoder") -> Stack:
+        """Blocks of this size and style."""
+        return Stack(self.size, self.style, dtype=self.dtype, name=name)
+
+    def logits(self, x_BD: Array) -> Array:
+        """The head's."""
+        return nn.Dense(self.classes, kernel_init=_SMALL, name="head")(x_BD.astype(jnp.float32))
+
+
+def _flat(x_BTHWD: Array) -> Array:
+    return x_BTHWD.reshape(x_BTHWD.shape[0], -1, x_BTHWD.shape[-1])
+
+
+def _with_token(token_D: Array, x_BND: Array) -> Array:
+    token = jnp.broadcast_to(token_D[None, None], (x_BND.shape[0], 1, token_D.shape[0])).astype(
+        x_BND.dtype
+    )
+    return jnp.concatenate([token, x_BND], axis=1)
+
+
+class VideoMAE(Video):
+    """arXiv:2203.12602, fine-tuned: fixed positions, the mean of all tokens classifies."""
+
+    style: Style = _NO_KEY_BIAS
+
+    @nn.compact
+    def __call__(self, x_BTHWC: Array) -> tuple[Array, Endpoints]:
+        x = self.tokens(x_BTHWC)
+        x, blocks = self.stack()(x + sinusoids(x.shape[1], self.size.width)[None])
+        pooled = Norm(name="head_norm")(jnp.mean(x, axis=1))
+        return self.logits(pooled), endpoints(blocks, x)
+
+
+class Pretraining(Video):
+    """What hidden cuboids are, from visible ones: takes the indices of both beside the clip."""
+
+    classes: int = 0
+
+    @property
+    def inputs(self) -> Inputs:
+        """As the base class; a tenth of the cuboids is visible."""
+        number = int(np.prod(self.grid))
+        visible = max(1, number // 10)
+        return (*super().inputs, ((visible,), "int32"), ((number - visible,), "int32"))
+
+
+class VideoMAEPretraining(Pretraining):
+    """arXiv:2203.12602, pretraining: what cuboids that are hidden look like, from those that are
+    not.
+
+    Takes the video and the indices of visible [B, V] and of hidden cuboids [B, M]; returns
+    predictions [B, M, P] of what `pixel_targets` gives, and the encoder's features of the visible
+    ones.
+    """
+
+    style: Style = _NO_KEY_BIAS
+    decoder_size: Size = Size(384, 4, 6, 1536)
+
+    @nn.compact
+    def __call__(
+        self, x_BTHWC: Array, visible_BV: Array, hidden_BM: Array
+    ) -> tuple[Array, Endpoints]:
+        x = self.tokens(x_BTHWC)
+        x = _taken(x + sinusoids(x.shape[1], self.size.width)[None], visible_BV)
+        x, blocks = self.stack()(x)
+        x = Norm(self.style.epsilon, name="norm")(x)
+        small, number = self.decoder_size, np.prod(self.grid)
+        table = sinusoids(int(number), small.width)
+        seen = nn.Dense(
+            small.width, use_bias=False, dtype=self.dtype, kernel_init=_SMALL, name="to_decoder"
+        )(x)
+        token = self.param("mask_token", _SMALL, (small.width,))
+        both = jnp.concatenate(
+            [seen + table[visible_BV], token[None, None] + table[hidden_BM]], axis=1
+        )
+        y, _ = Stack(small, self.style, dtype=self.dtype, name="decoder")(both)
+        y = Norm(name="decoder_norm")(y[:, visible_BV.shape[1] :])
+        cells = int(np.prod(self.patch)) * x_BTHWC.shape[-1]
+        return nn.Dense(cells, kernel_init=_SMALL, name="decoder_head")(y), endpoints(blocks, x)
+
+
+def pixel_targets(pixels_BTHWC: Array, patch: Triple) -> Array:
+    """What VideoMAE predicts of pixels in [0, 1], [B, N, P]: each cuboid's, normed in each channel
+    by itself.
+    """
+    cut = cuboids(pixels_BTHWC, patch)
+    cut = cut.reshape(cut.shape[0], -1, int(np.prod(patch)), cut.shape[-1])
+    deviation = jnp.std(cut, axis=2, keepdims=True, ddof=1) + 1e-6
+    return ((cut - jnp.mean(cut, axis=2, keepdims=True)) / deviation).reshape(*cut.shape[:2], -1)
+
+
+def _taken(x_BND: Array, at_BL: Array) -> Array:
+    return jnp.take_along_axis(x_BND, at_BL[..., None], axis=1)
+
+
+class ViViT(Video):
+    """arXiv:2103.15691, model 1: all tokens and a class token read each other; learned
+    positions.
+    """
+
+    frames: int = 32
+    style: Style = Style(activation="gelu_tanh")
+
+    @property
+    def grids(self) -> Grids:
+        """As the base class."""
+        return {"positions": (1, self.grid, True)}
+
+    @nn.compact
+    def __call__(self, x_BTHWC: Array) -> tuple[Array, Endpoints]:
+        x = _with_token(self.param("class_token", _SMALL, (self.size.width,)), self.tokens(x_BTHWC))
+        positions = self.param("positions", _SMALL, (1 + int(np.prod(self.grid)), self.size.width))
+        x, blocks = self.stack()(x + positions[None])
+        x = Norm(self.style.epsilon, name="norm")(x)
+        return self.logits(x[:, 0]), endpoints(blocks, x)
+
+
+class TimeSformer(Video):
+    """arXiv:2102.05095 with divided attention: over time, then over space, in each block."""
+
+    frames: int = 8
+    patch: Triple = (1, 16, 16)
+
+    @property
+    def grids(self) -> Grids:
+        """As the base class."""
+        return {
+            "positions": (1, (1, *self.grid[1:]), True),
+            "time_positions": (0, (self.grid[0], 1, 1), True),
+        }
+
+    @nn.compact
+    def __call__(self, x_BTHWC: Array) -> tuple[Array, Endpoints]:
+        width, (t, h, w) = self.size.width, self.grid
+        x = self.tokens(x_BTHWC).reshape(-1, t, h * w, width)
+        positions = self.param("positions", _SMALL, (1 + h * w, width))
+        x += (
+            positions[None, None, 1:]
+            + self.param("time_positions", _SMALL, (t, width))[None, :, None]
+        )
+        token = self.param("class_token", _SMALL, (width,)) + positions[0]
+        x = _with_token(token, x.reshape(x.shape[0], -1, width))
+        x, blocks = Stack(self.size, self.style, t, dtype=self.dtype, name="encoder")(x)
+        x = Norm(self.style.epsilon, name="norm")(x)
+        return self.logits(x[:, 0]), endpoints(blocks, x)
+
+
+class VJEPA2(Video):
+    """arXiv:2506.09985 with the attentive probe that classifies: rotary positions in time, rows and
+    columns.
+    """
+
+    frames: int = 64
+    rows: int = 256
+    columns: int = 256
+    size: Size = Size(1024, 24, 16, 4096)
+    pooler_depth: int = 3
+
+    @nn.compact
+    def __call__(self, x_BTHWC: Array) -> tuple[Array, Endpoints]:
+        every = np.arange(np.prod(self.grid))[None]
+        x, blocks = self.stack()(self.tokens(x_BTHWC), None, _turn(every, self.grid, self.size))
+        x = last = Norm(self.style.epsilon, name="norm")(x)
+        width, heads = self.size.width, self.size.heads
+        pooler = Size(width, self.pooler_depth, heads, 4 * width)
+        x, _ = Stack(pooler, self.style, dtype=self.dtype, name="pooler")(x)
+        query = jnp.broadcast_to(
+            self.param("pool_query", _SMALL, (width,))[None, None], (x.shape[0], 1, width)
+        )
+        read = Norm(self.style.epsilon, name="pool_norm")(x)
+        y = query + Attention(heads, self.style, out=False, dtype=self.dtype, name="pool")(
+            query, read
+        )
+        y += Mlp(4 * width, self.style, self.dtype, name="pool_mlp")(
+            Norm(self.style.epsilon, name="pool_mlp_norm")(y)
+        )
+        return self.logits(y[:, 0]), endpoints(blocks, last)
+
+
+class VJEPA2Pretraining(Pretraining):
+    """arXiv:2506.09985, pretraining: the features of hidden cuboids from those of visible ones.
+
+    Takes the video and the indices of visible [B, V] and of hidden cuboids [B, M]; the encoder sees
+    the whole video, as in the published action-free forward pass. Returns predicted features [B, M,
+    D], and features by name.
+    """
+
+    frames: int = 64
+    rows: int = 256
+    columns: int = 256
+    size: Size = Size(1024, 24, 16, 4096)
+    predictor_size: Size = Size(384, 12, 12, 1536)
+    mask_tokens: int = 10  # of which the second is used
+
+    @nn.compact
+    def __call__(
+        self, x_BTHWC: Array, visible_BV: Array, hidden_BM: Array
+    ) -> tuple[Array, Endpoints]:
+        every = np.arange(np.prod(self.grid))[None]
+        x, blocks = self.stack()(self.tokens(x_BTHWC), None, _turn(every, self.grid, self.size))
+        x = Norm(self.style.epsilon, name="norm")(x)
+        small = self.predictor_size
+        seen = nn.Dense(small.width, dtype=self.dtype, kernel_init=_SMALL, name="to_predictor")(
+            _taken(x, visible_BV)
+        )
+        token = self.param("mask_tokens", _SMALL, (self.mask_tokens, small.width))[
+            1 % self.mask_tokens
+        ]
+        hidden = jnp.broadcast_to(token[None, None], (*hidden_BM.shape, small.width)).astype(
+            seen.dtype
+        )
+        turn = _turn(jnp.concatenate([visible_BV, hidden_BM], axis=1), self.grid, small)
+        y, _ = Stack(small, self.style, dtype=self.dtype, name="predictor")(
+            jnp.concatenate([seen, hidden], axis=1), None, turn
+        )
+        y = Norm(self.style.epsilon, name="predictor_norm")(y)[:, visible_BV.shape[1] :]
+        return nn.Dense(self.size.width, kernel_init=_SMALL, name="predictor_head")(y), endpoints(
+            blocks, x
+        )
+
+
+def _turn(at_BL: Array | np.ndarray, grid: Triple, size: Size) -> Turn:
+    """Rotary positions of cuboids by their index: a third of each head for time, rows and columns,
+    the rest unturned.
+    """
+    _, h, w = grid
+    head = size.width // size.heads
+    part = 2 * (head // 3 // 2)
+    # as published: tiled, not repeated
+    rate = np.tile(10000.0 ** (-2 * np.arange(part // 2) / part), 2).astype(np.float32)
+    where = jnp.stack([at_BL // (h * w), at_BL // w % h, at_BL % w], axis=-1).astype(jnp.float32)
+    angle = (where[..., None] * rate[None, None, None]).reshape(*where.shape[:2], -1)
+    angle = jnp.pad(angle, ((0, 0), (0, 0), (0, head - 3 * part)))
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+class VideoPrism(Video):
+    """arXiv:2402.13217: frames by themselves, then each place over time; an attention pool
+    classifies.
+
+    `auxiliary` blocks before the pool are those of the video-text model, whose video embedding
+    takes the place of logits where there are no classes: normed to length one [B, D].
+    """
+
+    rows: int = 288
+    columns: int = 288
+    patch: Triple = (1, 18, 18)
+    style: Style = Style(gain=True, softcap=50.0)
+    time_depth: int = 4
+    auxiliary: int = 0
+
+    @property
+    def grids(self) -> Grids:
+        """As the base class."""
+        return {
+            "positions": (0, (1, *self.grid[1:]), True),
+            "time_positions": (0, (self.grid[0], 1, 1), True),
+        }
+
+    @nn.compact
+    def __call__(self, x_BTHWC: Array) -> tuple[Array, Endpoints]:
+        size, style, (t, h, w) = self.size, self.style, self.grid
+        positions = self.param("positions", _SMALL, (h * w, size.width))
+        # frames as rows of the batch
+        x = self.tokens(x_BTHWC).reshape(-1, h * w, size.width) + positions[None]
+        x, blocks = self.stack()(x)
+        blocks = blocks.reshape(size.depth, -1, t * h * w, size.width)
+        x = Norm(style.epsilon, style.gain, name="norm")(x).reshape(-1, t, h * w, size.width)
+        x += self.param("time_positions", _SMALL, (t, size.width))[None, :, None]
+        x = x.swapaxes(1, 2).reshape(-1, t, size.width)
+        x, _ = Stack(
+            dataclasses.replace(size, depth=self.time_depth), style, dtype=self.dtype, name="time"
+        )(x)
+        x = Norm(style.epsilon, style.gain, name="time_norm")(x)
+        x = last = (
+            x.reshape(-1, h * w, t, size.width).swapaxes(1, 2).reshape(-1, t * h * w, size.width)
+        )
+        if self.auxiliary:
+            more = dataclasses.replace(size, depth=self.auxiliary)
+            x, _ = Stack(more, style, dtype=self.dtype, name="auxiliary")(x)
+        query = jnp.broadcast_to(
+            self.param("pool_query", _SMALL, (size.width,))[None, None], (x.shape[0], 1, size.width)
+        )
+        pool = Attention(
+            size.heads, Style(style.epsilon), size.mlp, scaled=True, dtype=self.dtype, name="pool"
+        )
+        pooled = Norm(style.epsilon, style.gain, name="pool_norm")(pool(query, x))[:, 0]
+        ends = endpoints(blocks, last)
+        return self.logits(pooled) if self.classes else unit(pooled), ends
+
+
+def unit(x_BD: Array, epsilon: float = 1e-6) -> Array:
+    """Vectors of length one."""
+    x_BD = x_BD.astype(jnp.float32)
+    return x_BD / jnp.sqrt(jnp.sum(x_BD * x_BD, axis=-1, keepdims=True) + epsilon)

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotary places: queries and keys turned by where they are, so that their product knows the
+distance (arXiv:2104.09864).
+
+Legend: B rows, H heads, L slots, K width of a head, F frequencies of an axis.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+_LONGEST = (32.0, 2.0, 2.0)  # wavelength in seconds, and in frames for row and column
+_SHORTEST = (0.25, 0.125, 0.125)
+
+
+def turn(x_BHLK: Array, place_BL3: Array) -> Array:
+    """x with pairs of its numbers turned by continuous place; a third of them for each axis, what
+    remains stays.
+    """
+    number = x_BHLK.shape[-1] // 6
+    steps = np.linspace(0, 1, number, dtype=np.float32)
+    shortest, longest = (
+        np.array(_SHORTEST, np.float32)[:, None],
+        np.array(_LONGEST, np.float32)[:, None],
+    )
+    wavelength = shortest * (longest / shortest) ** steps  # [3, F]
+    angle = (place_BL3[..., None] * (2 * np.pi / wavelength)[None, None]).reshape(
+        *place_BL3.shape[:2], -1
+    )[:, None]
+    sin, cos = jnp.sin(angle).astype(x_BHLK.dtype), jnp.cos(angle).astype(x_BHLK.dtype)
+    first, second, rest = jnp.split(x_BHLK, [3 * number, 6 * number], axis=-1)
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos, rest], axis=-1)

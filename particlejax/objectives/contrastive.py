@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What belongs together: modalities of one clip among all clips, words and their moment.
+
+Legend: B rows, L slots, S clips of a row, E width of an embedding, N clips of the batch.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from particlejax import losses, masks
+from particlejax.config.model import AlignSpec, ContrastSpec
+from particlejax.core.typing import Metrics, Params
+from particlejax.models.particle_model import Model
+from particlejax.objectives import time_utils
+from particlejax.objectives.base import Objective
+from particlejax.particles.types import Batch, Particles
+
+
+def align(spec: AlignSpec) -> Objective:
+    """When is each particle of a modality, told from its payload and from the rest of the clip
+    (temporal alignment of words, arXiv:2204.02968)? Its time is hidden: it stands in the clip's
+    middle and lasts as long as the clip.
+
+    Asked are particles that last no longer than half their clip. Metrics: loss, top1, seconds (mean
+    distance between the middle of the bin that was named and the truth).
+    """
+
+    def objective(
+        params: Params, model: Model, batch: Batch, key: Array, train: bool
+    ) -> tuple[Array, Metrics]:
+        whole, clips = batch.particles[spec.modality], batch.clip.shape[1]
+        first, last = (
+            time_utils.of_particle(each, whole) for each in time_utils.span(whole, clips)
+        )
+        time, length = whole.place[..., 0], jnp.maximum(last - first, time_utils.SLACK)
+        label = jnp.clip(jnp.floor((time - first) / length * spec.bins), 0, spec.bins - 1).astype(
+            jnp.int32
+        )
+        extent = jnp.concatenate([length[..., None], whole.extent[..., 1:]], axis=-1)
+        hidden = replace(time_utils.moved(whole, (first + last) / 2), extent=extent)
+        particles = {**batch.particles, spec.modality: hidden}
+        tokens, _ = model.apply(params, "encode", particles, clips, key=key if train else None)
+        logits = model.apply(params, "ask_each", tokens, particles, spec.modality, "align")
+        asked = jnp.where(whole.extent[..., 0] <= length / 2 + time_utils.SLACK, whole.segment, 0)
+        there = losses.membership(asked, clips).any(axis=1) & (batch.clip >= 0)
+        said = logits.argmax(axis=-1)
+        off = jnp.abs(first + (said + 0.5) / spec.bins * length - time)
+        loss, right, seconds = (
+            losses.mean(losses.clip_mean(each, asked, clips), there)
+            for each in (
+                losses.cross_entropy(logits, label),
+                (said == label).astype(jnp.float32),
+                off,
+            )
+        )
+        return loss, {"loss": loss, "top1": right, "seconds": seconds}
+
+    return objective
+
+
+def contrast(spec: ContrastSpec) -> Objective:
+    """Which of all clips does this one belong to (CLIP, arXiv:2103.00020; SigLIP,
+    arXiv:2303.15343)?
+
+    Of two modalities, each encoded by itself; of one modality named twice, two masked views.
+    Negatives are all clips of the batch, over the whole mesh: arrays are global under jit, the
+    compiler gathers them (with micro-batches, of each one). Clips without either modality are left
+    out. Metrics: loss; recall, the share of clips whose nearest is their own.
+    """
+
+    def objective(
+        params: Params, model: Model, batch: Batch, key: Array, train: bool
+    ) -> tuple[Array, Metrics]:
+        view_key, *keys = jax.random.split(key, 3)
+        views = _views(spec, batch, view_key)
+        clips = batch.clip.shape[1]
+        units = []
+        for name, view, each in zip(spec.pair, views, keys, strict=True):
+            tokens, _ = model.apply(
+                params, "encode", {name: view}, clips, key=each if train else None
+            )
+            unit, sharpness, bias = model.apply(params, "embed", tokens, clips, name)
+            units.append(unit.reshape(-1, unit.shape[-1]))
+        both = (
+            time_utils.present(views[0], clips)
+            & time_utils.present(views[1], clips)
+            & (batch.clip >= 0)
+        )
+        alike = jnp.einsum("ne,me->nm", *units)
+        there = both.reshape(-1)
+        loss = (
+            infonce(alike * sharpness, there)
+            if spec.loss == "infonce"
+            else sigmoid(alike * sharpness + bias, there)
+        )
+        nearest = jnp.where(there[None], alike, -jnp.inf).argmax(axis=1) == jnp.arange(len(there))
+        return loss, {"loss": loss, "recall": losses.mean(nearest, there), "sharpness": sharpness}
+
+    return objective
+
+
+def _views(spec: ContrastSpec, batch: Batch, key: Array) -> tuple[Particles, Particles]:
+    first, second = (batch.particles[name] for name in spec.pair)
+    if spec.pair[0] != spec.pair[1]:
+        return first, second
+    share = masks.share_rank(masks.random_scores(key, first.place), first.segment)
+    return time_utils.keep(first, share < spec.keep), time_utils.keep(
+        first, (share > 1 - spec.keep) & (share < 1)
+    )
+
+
+def infonce(logits_NM: Array, there: Array) -> Array:
+    """Cross-entropy of finding each clip's own among all, both ways, mean over the clips that are
+    there.
+    """
+    logits = jnp.where(there[:, None] & there[None], logits_NM, -1e9)
+    own = jnp.arange(len(there))
+    both = (losses.cross_entropy(logits, own) + losses.cross_entropy(logits.T, own)) / 2
+    return losses.mean(both, there)
+
+
+def sigmoid(logits_NM: Array, there: Array) -> Array:
+    """Each pair by itself: own or not; the sum over a clip's pairs, mean over the clips that are
+    there.
+    """
+    sign = 2 * jnp.eye(len(there)) - 1
+    each = -jax.nn.log_sigmoid(sign * logits_NM) * (there[:, None] & there[None])
+    return losses.mean(each.sum(axis=1), there)

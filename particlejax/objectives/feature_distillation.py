@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distillation: what a published network says of sub-clips, kept before, is asked of an encoder
+that sees the clip alone.
+"""
+
+import jax
+import optax
+from jax import Array
+
+from particlejax import losses
+from particlejax.config.model import DistilSpec
+from particlejax.core.typing import Metrics, Params
+from particlejax.models.particle_model import Model
+from particlejax.objectives import masked
+from particlejax.objectives.base import Objective
+from particlejax.particles.types import Batch, Particles
+
+_KNEE = 1.0  # deviations of a feature from which on its error counts linearly
+
+
+def distil(spec: DistilSpec) -> Objective:
+    """The teacher's features, particles of a modality that the encoder never sees, predicted at
+    their places (arXiv:2212.04500).
+
+    The encoder sees the share `keep` of `modality` and all of the others. Metrics: loss; cosine, of
+    predicted and true features.
+    """
+
+    def objective(
+        params: Params, model: Model, batch: Batch, key: Array, train: bool
+    ) -> tuple[Array, Metrics]:
+        mask_key, dropout_key = jax.random.split(key)
+        query, clips = batch.particles[spec.teacher], batch.clip.shape[1]
+        seen = {name: each for name, each in batch.particles.items() if name != spec.teacher}
+        seen[spec.modality] = visible(spec, model, seen[spec.modality], mask_key)
+        predicted = masked.ask(
+            params, model, seen, query, spec.teacher, batch, dropout_key if train else None
+        )
+        alike = optax.cosine_similarity(predicted, query.payload, epsilon=1e-6)
+        error = (
+            1 - alike
+            if spec.loss == "cosine"
+            else optax.huber_loss(predicted, query.payload, delta=_KNEE).mean(axis=-1)
+        )
+        there = losses.membership(query.segment, clips).any(axis=1) & (batch.clip >= 0)
+
+        def of_clips(values: Array) -> Array:
+            return losses.mean(losses.clip_mean(values, query.segment, clips), there)
+
+        return of_clips(error), {"loss": of_clips(error), "cosine": of_clips(alike)}
+
+    return objective
+
+
+def visible(spec: DistilSpec, model: Model, whole: Particles, key: Array) -> Particles:
+    """What of the modality the encoder sees."""
+    if spec.keep == 1:
+        return whole
+    return masked.part(
+        masked.SCORES[spec.mask](key, whole, model.payloads[spec.modality].base),
+        whole,
+        spec.keep,
+        0.0,
+    )[0]

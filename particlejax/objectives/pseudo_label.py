@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning from clips without labels: what is said of the whole clip is the target for a part of
+its particles, disturbed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from particlejax import losses, masks
+from particlejax.config.training import PseudoSpec
+from particlejax.core.typing import Metrics, Params
+from particlejax.models.particle_model import Model
+from particlejax.objectives.base import TEACHER, Objective
+from particlejax.objectives.label_targets import Targets
+from particlejax.particles.types import Batch, Particles
+
+
+def pseudo(spec: PseudoSpec, targets: Targets | None = None) -> Objective:
+    """Of clips without a label; metrics: loss, and the share of them that is sure enough to
+    count.
+    """
+    del targets
+
+    def objective(
+        params: Params, model: Model, batch: Batch, key: Array, train: bool
+    ) -> tuple[Array, Metrics]:
+        view_key, dropout_key = jax.random.split(key)
+        clips = batch.label.shape[1]
+        teacher = params.get(TEACHER, params) if spec.teacher == "average" else params
+        tokens, _ = model.apply(jax.lax.stop_gradient(teacher), "encode", batch.particles, clips)
+        said = jax.nn.softmax(
+            jax.lax.stop_gradient(model.apply(teacher, "classify", tokens, clips))
+        )
+        seen = disturbed(spec, batch.particles, view_key)
+        tokens, _ = model.apply(params, "encode", seen, clips, key=dropout_key if train else None)
+        logits = model.apply(params, "classify", tokens, clips)
+        if spec.target == "soft":
+            each = jnp.square(jax.nn.softmax(logits) - said).mean(axis=-1)
+        else:
+            each = losses.cross_entropy(logits, said.argmax(axis=-1))
+        asked = (batch.label < 0) & (batch.clip >= 0)
+        sure = (said.max(axis=-1) >= spec.threshold).astype(jnp.float32)
+        loss = losses.mean(each * sure, asked)
+        return loss, {"loss": loss, "sure": losses.mean(sure, asked)}
+
+    return objective
+
+
+def disturbed(
+    spec: PseudoSpec, particles: Mapping[str, Particles], key: Array
+) -> dict[str, Particles]:
+    """A random part of each clip's particles, in each modality, with noise on payloads of
+    numbers.
+    """
+    seen = {}
+    for i, (name, whole) in enumerate(sorted(particles.items())):
+        mask_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
+        visible, _, segment = masks.split(
+            masks.random_scores(mask_key, whole.place), whole.segment, spec.keep, 0.0
+        )
+        part = whole.take(visible)
+        payload = part.payload
+        if jnp.issubdtype(payload.dtype, jnp.floating):
+            payload = payload + spec.noise * jax.random.normal(
+                noise_key, payload.shape, payload.dtype
+            )
+        seen[name] = replace(part, payload=payload, segment=segment)
+    return seen

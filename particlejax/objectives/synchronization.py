@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sound and sight, or two halves of a picture, in time: by how much is the one shifted against the
+other?
+
+Another clip is the same place in the next row, so that packed rows stay what they are. Legend: B
+rows, L and M slots, S clips of a row, E width of an embedding, A answers.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from particlejax import losses
+from particlejax.config.model import SyncSpec
+from particlejax.core.typing import Metrics, Params
+from particlejax.models.particle_model import Model
+from particlejax.objectives import pretext, time_utils
+from particlejax.objectives.base import Objective
+from particlejax.particles.types import Batch, Particles
+
+_STILL = 1e-6  # of a product of two variances: below it nothing varies
+
+
+def sync(spec: SyncSpec) -> Objective:
+    """By how much is the second shifted against the first, or is it another clip's
+    (arXiv:1804.03641)?
+
+    `how='question'`: the encoder reads both and is asked. `how='correlation'`: it reads each by
+    itself, and the shift is where they vary alike, laid over each other at each (after SyncNet,
+    Chung and Zisserman 2016). Of one modality named twice, the picture's right half is shifted
+    against its left. Metrics: loss, top1, asked; near, the share of own ones whose shift is told
+    within one step.
+    """
+
+    def objective(
+        params: Params, model: Model, batch: Batch, key: Array, train: bool
+    ) -> tuple[Array, Metrics]:
+        label_key, swap_key, key = jax.random.split(key, 3)
+        clips = batch.clip.shape[1]
+        fixed, moving = _sides(spec, batch)
+        label = jax.random.randint(label_key, batch.clip.shape, 0, 2 * spec.shifts + 1)
+        shown, asked = shift(moving, label - spec.shifts, spec.shifts, spec.step)
+        if spec.other:
+            swapped = _swapped(swap_key, batch, spec.other)
+            shown = _choose(swapped, shown, _next(shown))
+            label = jnp.where(swapped, 2 * spec.shifts + 1, label)
+            asked = time_utils.present(shown, clips) & (
+                ~swapped | (batch.clip != _next(batch.clip))
+            )
+        asked &= time_utils.present(fixed, clips)
+        if spec.how == "correlation":
+            logits = _agreement(spec, params, model, fixed, shown, clips, key if train else None)
+            return pretext.score(logits, batch, label, asked, 2 * spec.shifts + 1)
+        pair = {spec.pair[0]: fixed, spec.pair[1]: shown}
+        if spec.pair[0] == spec.pair[1]:
+            pair = {
+                spec.pair[0]: jax.tree.map(
+                    lambda *both: jnp.concatenate(both, axis=1), fixed, shown
+                )
+            }
+        return pretext.answer(
+            "sync",
+            params,
+            model,
+            pair,
+            batch,
+            label,
+            asked,
+            key if train else None,
+            2 * spec.shifts + 1,
+        )
+
+    return objective
+
+
+def _sides(spec: SyncSpec, batch: Batch) -> tuple[Particles, Particles]:
+    first, second = (batch.particles[name] for name in spec.pair)
+    if spec.pair[0] != spec.pair[1]:
+        return first, second
+    right = first.place[..., 2] > 0.5
+    return time_utils.keep(first, ~right), time_utils.keep(first, right)
+
+
+def _agreement(
+    spec: SyncSpec,
+    params: Params,
+    model: Model,
+    fixed: Particles,
+    shown: Particles,
+    clips: int,
+    key: Array | None,
+) -> Array:
+    """Logits [B, S, A] of each shift, how well the two agree if it is taken back; and of another
+    clip, a learned bar.
+    """
+    keys = (None, None) if key is None else jax.random.split(key)
+    made = []
+    for name, particles, each in zip(spec.pair, (fixed, shown), keys, strict=True):
+        tokens, _ = model.apply(params, "encode", {name: particles}, clips, key=each)
+        said, sharpness, bias = model.apply(params, "lay", tokens, name)
+        made.append(said)
+    first, last = time_utils.span(shown, clips)
+    unit = time_utils.longest(shown, last - first) * spec.step
+    logits = jnp.stack(
+        [
+            correlation(*made, fixed, shown, unit * by)
+            for by in range(-spec.shifts, spec.shifts + 1)
+        ],
+        axis=-1,
+    )
+    if spec.other:
+        logits = jnp.concatenate([logits, jnp.broadcast_to(bias, (*logits.shape[:2], 1))], axis=-1)
+    return logits * sharpness
+
+
+def correlation(
+    fixed_BME: Array, shown_BLE: Array, fixed: Particles, shown: Particles, by_BS: Array
+) -> Array:
+    """How alike the two vary over a clip's time if the second is moved by so many seconds, -1 to 1,
+    float32 [B, S].
+
+    Each particle of the second meets the mean of the first's whose time covers it then. 0 where one
+    of the two stands still.
+    """
+    clips = by_BS.shape[1]
+    time = shown.place[..., 0] + time_utils.of_particle(by_BS, shown)
+    own = (shown.segment[:, :, None] == fixed.segment[:, None]) & (shown.segment > 0)[:, :, None]
+    reach = fixed.extent[:, None, :, 0] / 2 + time_utils.SLACK
+    covers = (own & (jnp.abs(time[..., None] - fixed.place[:, None, :, 0]) <= reach)).astype(
+        jnp.float32
+    )
+    number = covers.sum(axis=-1)
+    met = jnp.einsum("blm,bme->ble", covers, fixed_BME) / jnp.maximum(number, 1.0)[..., None]
+    meets = jnp.where(number > 0, shown.segment, 0)
+    one, other = (_varies(each, meets, clips) for each in (met, shown_BLE))
+    pairs = ((one, other), (one, one), (other, other))
+    together, first, second = (
+        losses.clip_mean((a * b).sum(axis=-1), meets, clips) for a, b in pairs
+    )
+    return together / jnp.sqrt(first * second + _STILL)
+
+
+def _varies(x_BLE: Array, segment_BL: Array, clips: int) -> Array:
+    """What is not the same over the whole clip."""
+    return x_BLE - jnp.einsum(
+        "bls,bse->ble",
+        losses.membership(segment_BL, clips),
+        losses.clip_mean(x_BLE, segment_BL, clips),
+    )
+
+
+def shift(sound: Particles, by_BS: Array, most: int, step: int) -> tuple[Particles, Array]:
+    """Sound moved by as many steps against sight, and which clips have enough of it; a step is
+    `step` of its own patches.
+
+    What is heard always fills the same part of the clip, with the same patches, whichever the
+    shift: only its content tells.
+    """
+    clips = by_BS.shape[1]
+    first, last = time_utils.span(sound, clips)
+    unit = time_utils.longest(sound, last - first)
+    steps = jnp.floor((last - first + time_utils.SLACK) / jnp.maximum(unit, time_utils.SLACK))
+    heard = (steps - 2 * most * step) * unit
+    by = by_BS * step * unit
+    begin = time_utils.of_particle(first + most * step * unit + by, sound)
+    inside = (time_utils.start(sound) >= begin - time_utils.SLACK) & (
+        time_utils.end(sound) <= begin + time_utils.of_particle(heard, sound) + time_utils.SLACK
+    )
+    shown = time_utils.keep(
+        time_utils.moved(sound, sound.place[..., 0] - time_utils.of_particle(by, sound)),
+        inside & (sound.segment > 0),
+    )
+    return shown, time_utils.present(shown, clips)
+
+
+def _next(tree: Particles | Array) -> Particles | Array:
+    """What stands in the next row."""
+    return jax.tree.map(lambda x: jnp.roll(x, -1, axis=0), tree)
+
+
+def _swapped(key: Array, batch: Batch, share: float) -> Array:
+    """Clips [B, S] of the rows that are given what the next row's have; one draw a row, none where
+    there is but one row.
+    """
+    rows, clips = batch.clip.shape
+    drawn = jax.random.bernoulli(key, share if rows > 1 else 0.0, (rows, 1))
+    return jnp.broadcast_to(drawn, (rows, clips))
+
+
+def _choose(swapped_BS: Array, own: Particles, other: Particles) -> Particles:
+    row = swapped_BS[:, 0]
+    return jax.tree.map(
+        lambda a, b: jnp.where(row.reshape(-1, *(1,) * (a.ndim - 1)), b, a), own, other
+    )

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cutting a clip into particles of one payload size, whatever their granularity; numpy and jax
+arrays alike.
+
+Legend: T frames, H rows, W columns, C channels; N particles of P = prod(base) * C numbers in the
+order (t, h, w, c).
+"""
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+from einops import rearrange, reduce, repeat
+from jaxtyping import Float, Int, Num
+
+from particlejax.core.typing import Array
+from particlejax.particles.types import Particles, numpy_of
+
+Shape = tuple[int, int, int]  # frames, rows, columns
+
+
+class Tube(NamedTuple):
+    """Cuboids of one granularity: their shape, and the stride and offset of their lattice, in
+    frames and pixels.
+    """
+
+    shape: Shape
+    stride: Shape
+    offset: Shape = (0, 0, 0)
+
+
+@functools.cache
+def lattice(size: Shape, tube: Tube) -> Int[np.ndarray, "N 3"]:
+    """First corner of each cuboid that lies wholly in a clip of `size`, in the order (t, h, w)."""
+    axes = [
+        np.arange(o, n - s + 1, d)
+        for n, s, d, o in zip(size, tube.shape, tube.stride, tube.offset, strict=True)
+    ]
+    corners = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+    corners.flags.writeable = False  # it is shared
+    return corners
+
+
+def cut(
+    video_THWC: Num[Array, "T H W C"], times_T: Float[Array, " T"], tube: Tube, base: Shape
+) -> Particles:
+    """All cuboids of one tube, each resampled to `base`: longer axes are averaged down, shorter
+    ones repeated.
+
+    times_T: seconds of the frames from the clip's start; a frame lasts until the next, the last as
+    long as the one before it. Payloads have the type of the pixels: averages of whole numbers are
+    rounded. Raises ValueError when an axis of tube.shape and base is not a multiple of the other.
+    Segment is 1.
+    """
+    _check(tube.shape, base)
+    xp = numpy_of(video_THWC)
+    size = video_THWC.shape[:3]
+    corners = lattice(size, tube)
+    cuboids = _gather(video_THWC, corners, tube)
+    place, extent = _where(times_T, corners, tube, size)
+    segment = xp.ones(len(corners), np.int32)
+    return Particles(_resample(cuboids, base), place, extent, segment)
+
+
+def uncut(payload_NP: Num[Array, "N P"], size: Shape, base: Shape) -> Num[Array, "T H W C"]:
+    """The video of a whole grid of `base` cuboids: the inverse of `cut` with shape = stride =
+    base.
+    """
+    t, h, w = (n // b for n, b in zip(size, base, strict=True))
+    return rearrange(
+        payload_NP,
+        "(t h w) (a b d c) -> (t a) (h b) (w d) c",
+        t=t,
+        h=h,
+        w=w,
+        a=base[0],
+        b=base[1],
+        d=base[2],
+    )
+
+
+def _check(shape: Shape, base: Shape) -> None:
+    if any(s % b and b % s for s, b in zip(shape, base, strict=True)):
+        raise ValueError(
+            f"a cuboid of {shape} cannot be resampled to the base {base}: make each axis a "
+            "multiple or a "
+            "divisor of the base's."
+        )
+
+
+def _gather(video_THWC: Array, corners: np.ndarray, tube: Tube) -> Array:
+    # a tiling is a reshape, many times faster
+    if tube.stride == tube.shape and tube.offset == (0, 0, 0):
+        s = tube.shape
+        t, h, w = (n // d for n, d in zip(video_THWC.shape[:3], s, strict=True))
+        whole = video_THWC[: t * s[0], : h * s[1], : w * s[2]]
+        if numpy_of(video_THWC) is np:
+            return _tiles(whole, (t, h, w), s)
+        return rearrange(whole, "(t a) (h b) (w d) c -> (t h w) a b d c", a=s[0], b=s[1], d=s[2])
+    t, h, w = (corners[:, i, None] + np.arange(tube.shape[i]) for i in range(3))
+    return video_THWC[t[:, :, None, None], h[:, None, :, None], w[:, None, None, :]]
+
+
+def _tiles(video: np.ndarray, count: Shape, shape: Shape) -> np.ndarray:
+    """The tiling in numpy: pixels side by side in a tile move as one item, several times faster
+    than one by one.
+    """
+    (t, h, w), (a, b, d), channels = count, shape, video.shape[-1]
+    rows = np.ascontiguousarray(video).reshape(t, a, h, b, w, d * channels)
+    items = rows.view(np.dtype((np.void, rows.itemsize * d * channels)))[..., 0]
+    tiles = np.ascontiguousarray(items.transpose(0, 2, 4, 1, 3))[..., None].view(video.dtype)
+    return tiles.reshape(t * h * w, a, b, d, channels)
+
+
+def _resample(cuboids: Array, base: Shape) -> Array:
+    if cuboids.shape[1:4] == base:
+        return rearrange(cuboids, "n t h w c -> n (t h w c)")
+    a, b, d = (max(s // n, 1) for s, n in zip(cuboids.shape[1:4], base, strict=True))
+    if a * b * d > 1:
+        mean = reduce(
+            cuboids.astype(np.float32), "n (t a) (h b) (w d) c -> n t h w c", "mean", a=a, b=b, d=d
+        )
+        whole = np.issubdtype(cuboids.dtype, np.integer)
+        cuboids = numpy_of(mean).round(mean).astype(cuboids.dtype) if whole else mean
+    a, b, d = (n // s for s, n in zip(cuboids.shape[1:4], base, strict=True))
+    return repeat(cuboids, "n t h w c -> n (t a h b w d c)", a=a, b=b, d=d)
+
+
+def _where(times_T: Array, corners: np.ndarray, tube: Tube, size: Shape) -> tuple[Array, Array]:
+    """Place and extent, float32 [N, 3], of a tube's cuboids at `corners` of a clip of `size`."""
+    xp, edge = numpy_of(times_T), edges(times_T)
+    start, end = edge[corners[:, 0]], edge[corners[:, 0] + tube.shape[0]]
+    frame = np.asarray(size[1:], np.float32)
+    half = np.asarray(tube.shape[1:], np.float32) / 2
+    centre = xp.asarray((corners[:, 1:] + half) / frame, np.float32)
+    spread = xp.asarray(np.broadcast_to(2 * half / frame, centre.shape), np.float32)
+    place = xp.concatenate([(start + end)[:, None] / 2, centre], axis=-1)
+    extent = xp.concatenate([(end - start)[:, None], spread], axis=-1)
+    return place.astype(np.float32), extent.astype(np.float32)
+
+
+def edges(times_T: Float[Array, " T"]) -> Float[Array, " T+1"]:
+    """When each frame begins and, last, when the last one ends: it lasts as long as the one before
+    it.
+    """
+    xp = numpy_of(times_T)
+    last = times_T[-1:] - times_T[-2:-1] if len(times_T) > 1 else xp.zeros(1, np.float32)
+    return xp.concatenate([times_T, times_T[-1:] + last])

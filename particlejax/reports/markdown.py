@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""report.md: what a run did and how well, with pictures, from the files that it left in its
+folder.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from particlejax.reports import plots
+
+_MOST_BAD, _PAIRS = 20, 5  # lines of the lists
+_ANSWERS = {
+    "map": "mean average precision",
+    "f1_micro": "F1 (micro)",
+    "f1_macro": "F1 (macro)",
+    "all_right": "all right at once",
+    "mae": "mean absolute error",
+    "rmse": "root mean squared error",
+    "r2": "variance explained",
+}
+# of objectives' metrics, those that a curve is drawn of
+_SHARES = ("top1", "near", "recall", "spread")
+_CAPTIONS = {
+    "kept": "What the encoder saw: the outlined particles, the dimmed rest was hidden from it.",
+    "reconstruction": "Hidden particles as the decoder draws them. Look for objects where they "
+    "should be and moving as they "
+    "should. Where targets are normalised, each particle's own mean and contrast are lent to the "
+    "picture; "
+    "where data.still is below 1, what does not move was hardly asked for.",
+    "rollout": "The second half of a clip, drawn step by step from the first: each step reads what "
+    "the ones before it made.",
+}
+
+
+def write(workdir: Path) -> Path:
+    """Writes report.md and its curves into workdir, replacing older ones; returns its path."""
+    workdir = Path(workdir)
+    results = _read(workdir / "results.json")
+    bad = results.pop("bad", [])
+    lines = _metric_lines(workdir)
+    text = [f"# {workdir.name}", "", _summary(results), "", *_stage_table(results)]
+    for stage, figures in results.items():
+        text += ["", f"## {stage}", "", *_stage(workdir, stage, figures, lines)]
+    text += [
+        "",
+        *_bad(bad),
+        "The settings of this run are in [config.json](config.json), every figure over time in "
+        "`metrics.jsonl` and TensorBoard's `tensorboard/`.",
+        "",
+    ]
+    path, fresh = workdir / "report.md", workdir / "report.md.tmp"
+    fresh.write_text("\n".join(text), encoding="utf-8")
+    os.replace(fresh, path)
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _metric_lines(workdir: Path) -> list[dict[str, Any]]:
+    path = workdir / "metrics.jsonl"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n") if line.endswith("}")]
+
+
+def _evaluated(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {split: each for split, each in figures.items() if "confusion" in each}
+
+
+def _answered(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Where clips have several classes, or a number."""
+    return {split: each for split, each in figures.items() if "map" in each or "rmse" in each}
+
+
+def _summary(results: dict[str, Any]) -> str:
+    for stage, figures in reversed(results.items()):
+        for split, each in _evaluated(figures).items():
+            return (
+                f"Stage `{stage}` names {100 * each['top1']:.1f} % of {each['clips']} clips of "
+                f"`{split}` rightly; chance "
+                f"is {100 * each['chance']:.1f} %."
+            )
+    if any(_answered(figures) for figures in results.values()):
+        return "What each clip was taken for stands in the predictions' CSV files."
+    return (
+        "No stage has classified anything." if results else "The run has not finished a stage yet."
+    )
+
+
+def _stage_table(results: dict[str, Any]) -> Iterator[str]:
+    rows = {
+        stage: figures["train"]
+        for stage, figures in results.items()
+        if "steps" in figures.get("train", {})
+    }
+    if rows:
+        yield from table(
+            ["stage", "steps", "clips seen", "parameters", "seconds", "train loss", "val loss"],
+            [
+                [
+                    stage,
+                    train["steps"],
+                    train["clips_seen"],
+                    f"{train['parameters'] / 1e6:.2f} M",
+                    train["seconds_since_start"],
+                    _number(train.get("loss")),
+                    _number(results[stage].get("val", {}).get("loss")),
+                ]
+                for stage, train in rows.items()
+            ],
+        )
+
+
+def _stage(
+    workdir: Path, stage: str, figures: dict[str, Any], lines: list[dict[str, Any]]
+) -> Iterator[str]:
+    mine = {
+        split: [line for line in lines if (line["stage"], line["split"]) == (stage, split)]
+        for split in ("train", "val")
+    }
+    series = {
+        split: ([line["step"] for line in each], [float(line["loss"]) for line in each])
+        for split, each in mine.items()
+        if each
+    }
+    if series:
+        plots.curves(series, workdir / "report" / f"{stage}_loss.png", stage)
+        yield from (f"![loss of {stage}](report/{stage}_loss.png)", "")
+    if shares := {
+        f"{name}, {split}": curve
+        for split, each in mine.items()
+        for name, curve in _shares(each).items()
+    }:
+        plots.curves(shares, workdir / "report" / f"{stage}_shares.png", stage, shares=True)
+        yield from (
+            f"![what is told rightly, and how far features are spread](report/{stage}_shares.png)",
+            "",
+        )
+    for kind, caption in _CAPTIONS.items():
+        if (workdir / "report" / f"{stage}_{kind}.png").exists():
+            yield from (f"![{stage}, {kind}](report/{stage}_{kind}.png)", "", caption, "")
+    for split, each in _evaluated(figures).items():
+        yield from _evaluation(workdir, f"{stage}_{split}", split, each)
+    for split, each in _answered(figures).items():
+        yield from (f"### Measured on `{split}`", "")
+        shown = [key for key in _ANSWERS if key in each]
+        yield from table(
+            ["clips", *(_ANSWERS[key] for key in shown)],
+            [[each["clips"], *(_number(each[key]) for key in shown)]],
+        )
+        yield ""
+
+
+def _shares(lines: list[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
+    """Steps and values of the metrics that are shares, and of the features' spread, which falls to
+    0 in a collapse.
+    """
+    keys = dict.fromkeys(key for line in lines for key in line if key.split("/")[-1] in _SHARES)
+    return {
+        key: (
+            [line["step"] for line in lines if key in line],
+            [float(line[key]) for line in lines if key in line],
+        )
+        for key in keys
+    }
+
+
+def _evaluation(workdir: Path, name: str, split: str, figures: dict[str, Any]) -> Iterator[str]:
+    classes = list(figures["per_class"])
+    yield from (f"### Measured on `{split}`", "")
+    yield from table(
+        ["clips", "top-1", "top-5", "mean class accuracy", "calibration error", "chance"],
+        [
+            [
+                figures["clips"],
+                *(
+                    _number(figures[key])
+                    for key in ("top1", "top5", "mean_class_accuracy", "ece", "chance")
+                ),
+            ]
+        ],
+    )
+    plots.confusion(figures["confusion"], classes, workdir / "report" / f"{name}_confusion.png")
+    yield from (
+        "",
+        f"![confusion on {split}](report/{name}_confusion.png)",
+        "",
+        "Classes, the worst first:",
+        "",
+    )
+    order = sorted(classes, key=lambda each: figures["per_class"][each]["f1"])
+    yield from table(
+        ["class", "precision", "recall", "F1", "clips"],
+        [
+            [
+                each,
+                *(
+                    _number(figures["per_class"][each][key])
+                    for key in ("precision", "recall", "f1")
+                ),
+                figures["per_class"][each]["support"],
+            ]
+            for each in order
+        ],
+    )
+    pairs = _confused(np.asarray(figures["confusion"]), classes)
+    if pairs:
+        yield from ("", "Most often confused: " + ", ".join(pairs) + ".", "")
+
+
+def _confused(counts: np.ndarray, classes: list[str]) -> list[str]:
+    off = counts * (1 - np.eye(len(classes), dtype=int))
+    order = np.argsort(-off, axis=None, kind="stable")[:_PAIRS]
+    found = [np.unravel_index(i, off.shape) for i in order]
+    return [f"{classes[i]} taken for {classes[j]} ({off[i, j]})" for i, j in found if off[i, j]]
+
+
+def _bad(bad: list[dict[str, str]]) -> Iterator[str]:
+    if bad:
+        yield from (f"## {len(bad)} clips could not be read and were left out", "")
+        yield from table(
+            ["clip", "reason"], [[each["path"], each["reason"]] for each in bad[:_MOST_BAD]]
+        )
+        yield ""
+
+
+def table(head: list[str], rows: list[list[Any]]) -> Iterator[str]:
+    """Lines of a Markdown table."""
+    for row in (head, ["---"] * len(head), *rows):
+        yield "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |"
+
+
+def _number(value: float | str | None) -> str:
+    return "" if value is None else f"{float(value):.3f}"

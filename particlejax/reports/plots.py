@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of a report, PNG: curves, confusion, particles that were kept, reconstructions.
+
+Legend: T frames, H rows, W columns, N particles, P numbers of a payload.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+_FRAMES = 8  # of a strip
+_DPI = 100
+_MOST_CLASSES = 25  # whose counts are still legible in a confusion matrix
+_DIMMED = 0.25  # brightness of what no particle covers
+_TICK = 1e-4  # seconds by which a frame may miss the start of its cuboid
+
+
+def paint(
+    payload: np.ndarray,
+    place: np.ndarray,
+    extent: np.ndarray,
+    times: np.ndarray,
+    size: tuple[int, int],
+    base: tuple[int, int, int],
+    canvas: np.ndarray,
+) -> np.ndarray:
+    """A copy of canvas [T, H, W, 3] with each payload [N, P] in its cuboid, nearest pixels where
+    that is larger.
+    """
+    canvas = canvas.copy()
+    for pixels, here, wide in zip(payload, place, extent, strict=True):
+        block = pixels.reshape(*base, 3)
+        frames = _inside(times, here[0], wide[0], _TICK)
+        rows, columns = (
+            _inside((np.arange(n) + 0.5) / n, here[i], wide[i], 0.0)
+            for i, n in ((1, size[0]), (2, size[1]))
+        )
+        pick = [
+            (np.arange(len(at)) * n // max(len(at), 1))
+            for at, n in zip((frames, rows, columns), base, strict=True)
+        ]
+        canvas[np.ix_(frames, rows, columns)] = block[np.ix_(*pick)]
+    return canvas
+
+
+def kept_strip(
+    frames: np.ndarray, times: np.ndarray, place: np.ndarray, extent: np.ndarray, path: Path
+) -> None:
+    """Up to eight of frames uint8 [T, H, W, 3] side by side; particles place, extent [K, 3]
+    outlined, the rest dimmed.
+    """
+    height, width = frames.shape[1:3]
+    shown = _pick(len(frames))
+    figure, axes = _row_of_axes(1, len(shown))
+    for ax, t in zip(axes[0], shown, strict=True):
+        covering = [
+            (p, e)
+            for p, e in zip(place, extent, strict=True)
+            if len(_inside(times[t : t + 1], p[0], e[0], _TICK))
+        ]
+        bright = np.full((height, width, 1), _DIMMED)
+        for p, e in covering:
+            top, left = (p[1] - e[1] / 2) * height, (p[2] - e[2] / 2) * width
+            high, wide = e[1] * height, e[2] * width
+            bright[round(top) : round(top + high), round(left) : round(left + wide)] = 1
+            ax.add_patch(
+                Rectangle(
+                    (left - 0.5, top - 0.5),
+                    wide,
+                    high,
+                    fill=False,
+                    edgecolor="yellow",
+                    linewidth=0.8,
+                )
+            )
+        ax.imshow((frames[t] * bright).astype(np.uint8), interpolation="nearest")
+        ax.set_xlabel(f"{times[t]:.2f} s", fontsize=8)
+    _save(figure, path)
+
+
+def reconstruction(rows: Mapping[str, np.ndarray], times: np.ndarray, path: Path) -> None:
+    """One labelled row of up to eight frames for each video uint8 [T, H, W, 3]."""
+    shown = _pick(len(times))
+    figure, axes = _row_of_axes(len(rows), len(shown))
+    for line, (name, video) in zip(axes, rows.items(), strict=True):
+        line[0].set_ylabel(name, fontsize=8)
+        for ax, t in zip(line, shown, strict=True):
+            ax.imshow(video[t], interpolation="nearest")
+    for ax, t in zip(axes[-1], shown, strict=True):
+        ax.set_xlabel(f"{times[t]:.2f} s", fontsize=8)
+    _save(figure, path)
+
+
+def answers(frames: np.ndarray, times: np.ndarray, found: Mapping[str, float], path: Path) -> None:
+    """Up to eight of frames uint8 [T, H, W, 3] under the likeliest answer, and a bar for each
+    answer's probability.
+    """
+    shown = _pick(len(frames))
+    figure = Figure(
+        figsize=(1.35 * len(shown) + 0.4, 2.2 + 0.25 * len(found)), layout="constrained"
+    )
+    strip, below = figure.subfigures(2, 1, height_ratios=(1.5, 0.7 + 0.25 * len(found)))
+    for ax, t in zip(strip.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        _bare(ax)
+        ax.imshow(frames[t], interpolation="nearest")
+        ax.set_xlabel(f"{times[t]:.2f} s", fontsize=8)
+    best = max(found, key=found.__getitem__)
+    strip.suptitle(f"{best}, {found[best]:.1%}", fontsize=11)
+    ax = below.subplots()
+    ax.barh(range(len(found)), list(found.values()))
+    ax.set_yticks(range(len(found)), [f"{name} {p:.3f}" for name, p in found.items()], fontsize=8)
+    ax.set(xlim=(0, 1), xlabel="probability")
+    ax.invert_yaxis()
+    _save(figure, path)
+
+
+def curves(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    path: Path,
+    title: str,
+    shares: bool = False,
+) -> None:
+    """Each series of (steps, values) as a line: losses, or shares from 0 to 1."""
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    ax = figure.subplots()
+    for name, (steps, values) in series.items():
+        ax.plot(steps, values, marker="o" if len(steps) < 15 else None, markersize=3, label=name)
+    values = [v for _, each in series.values() for v in each]
+    if shares:
+        ax.set_ylim(0, max(1, *values) + 0.02)
+    elif values and min(values) > 0 and max(values) > 10 * min(values):
+        ax.set_yscale("log")
+    ax.set(title=title, xlabel="step", ylabel="share" if shares else "loss")
+    ax.grid(alpha=0.3)
+    ax.legend()
+    _save(figure, path)
+
+
+def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], path: Path) -> None:
+    """Counts [C, C], rows true, coloured by share of the row."""
+    counts = np.asarray(matrix, float)
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    side = 2.0 + 0.32 * len(classes)
+    figure = Figure(figsize=(side + 0.6, side), layout="constrained")
+    ax = figure.subplots()
+    ax.imshow(share, vmin=0, vmax=1, cmap="Blues")
+    ax.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
+    ax.set_yticks(range(len(classes)), classes, fontsize=7)
+    ax.set(xlabel="predicted", ylabel="true")
+    for (i, j), count in np.ndenumerate(
+        counts if len(classes) <= _MOST_CLASSES else np.zeros((0, 0))
+    ):
+        if count:
+            ax.text(
+                j,
+                i,
+                f"{count:.0f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if share[i, j] > 0.5 else "k",
+            )
+    _save(figure, path)
+
+
+def pareto(
+    points: Mapping[str, tuple[float, float, float]],
+    best: Sequence[str],
+    path: Path,
+    cost: str,
+    figure: str,
+) -> None:
+    """Named points (cost, mean, spread), those of one family (what stands before the first '-') in
+    one colour, `best` joined.
+    """
+    canvas = Figure(figsize=(7, 4.5), layout="constrained")
+    ax = canvas.subplots()
+    families = list(dict.fromkeys(name.split("-")[0] for name in points))
+    for i, family in enumerate(families):
+        mine = {name: point for name, point in points.items() if name.split("-")[0] == family}
+        x, y, spread = np.array(list(mine.values())).T
+        ax.errorbar(x, y, spread, fmt="o", capsize=3, color=f"C{i}", label=family)
+        for name, (at, mean, _) in mine.items():
+            ax.annotate(name, (at, mean), fontsize=7, xytext=(4, 4), textcoords="offset points")
+    ax.plot(
+        [points[name][0] for name in best],
+        [points[name][1] for name in best],
+        color="0.6",
+        zorder=0,
+        label="front",
+    )
+    ax.set(xlabel=cost, ylabel=figure)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    _save(canvas, path)
+
+
+def histograms(series: Mapping[str, Sequence[float]], path: Path, title: str, unit: str) -> None:
+    """How often each value occurs, one outline for each series."""
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    ax = figure.subplots()
+    every = np.concatenate([np.asarray(values, float) for values in series.values()])
+    edges = np.histogram_bin_edges(every, bins=30)
+    for name, values in series.items():
+        ax.hist(values, edges, histtype="step", label=f"{name} ({len(values)})")
+    ax.set(title=title, xlabel=unit, ylabel="clips")
+    ax.grid(alpha=0.3)
+    ax.legend()
+    _save(figure, path)
+
+
+def bars(series: Mapping[str, Sequence[int]], names: Sequence[str], path: Path, title: str) -> None:
+    """A stacked bar of counts for each name."""
+    figure = Figure(figsize=(6, 1.0 + 0.22 * len(names)), layout="constrained")
+    ax = figure.subplots()
+    before = np.zeros(len(names))
+    for name, counts in series.items():
+        ax.barh(range(len(names)), counts, left=before, label=name)
+        before += np.asarray(counts)
+    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.invert_yaxis()
+    ax.set(title=title, xlabel="clips")
+    ax.legend()
+    _save(figure, path)
+
+
+def _inside(at: np.ndarray, centre: float, width: float, slack: float) -> np.ndarray:
+    return np.flatnonzero((at >= centre - width / 2 - slack) & (at < centre + width / 2 - slack))
+
+
+def _pick(count: int) -> np.ndarray:
+    return np.unique(np.linspace(0, count - 1, min(count, _FRAMES)).round().astype(int))
+
+
+def _row_of_axes(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
+    figure = Figure(figsize=(1.35 * columns + 0.4, 1.5 * rows + 0.1), layout="constrained")
+    axes: np.ndarray = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        _bare(ax)
+    return figure, axes
+
+
+def _bare(ax: Axes) -> None:
+    ax.set_xticks([])
+    ax.set_yticks([])
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=_DPI)

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How good class probabilities are: accuracies, calibration, confusion, per-class precision and
+recall.
+
+Legend: N clips, C classes.
+"""
+
+import csv
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn import metrics
+
+_BINS = 15  # of confidence, as in Guo et al. 2017 (arXiv:1706.04599)
+
+
+def scores(probabilities: np.ndarray, label: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
+    """Figures for results.json from probabilities float [N, C] and labels int [N]; clips of label
+    -1 are left out.
+
+    top1, top5, mean_class_accuracy (mean recall of the classes that occur), ece (expected
+    calibration error), chance and per_class are fractions; confusion counts clips, rows are the
+    true classes.
+    """
+    label = np.asarray(label)
+    if not (label >= 0).any():
+        return {"clips": 0}
+    probabilities, label = np.asarray(probabilities)[label >= 0], label[label >= 0]
+    every = range(len(classes))
+    predicted = probabilities.argmax(axis=1)
+    better = (probabilities > probabilities[np.arange(len(label)), label][:, None]).sum(axis=1)
+    confusion = metrics.confusion_matrix(label, predicted, labels=every)
+    occurs = confusion.sum(axis=1) > 0
+    report = metrics.classification_report(
+        label,
+        predicted,
+        labels=every,
+        target_names=list(classes),
+        output_dict=True,
+        zero_division=0,
+    )
+    return {
+        "top1": float((predicted == label).mean()),
+        "top5": float((better < 5).mean()),
+        "mean_class_accuracy": float(
+            (np.diag(confusion)[occurs] / confusion.sum(axis=1)[occurs]).mean()
+        ),
+        "ece": calibration_error(probabilities.max(axis=1), predicted == label),
+        "chance": 1 / len(classes),
+        "clips": len(label),
+        "confusion": confusion.tolist(),
+        "per_class": {name: _per_class(report[name]) for name in classes},
+    }
+
+
+def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
+    """Expected calibration error of confidences [N] against what was right [N]: |accuracy -
+    confidence| over 15 bins.
+    """
+    bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+    gaps = [
+        abs(right[bins == b].mean() - confidence[bins == b].mean()) * (bins == b).mean()
+        for b in range(_BINS)
+        if (bins == b).any()
+    ]
+    return float(sum(gaps))
+
+
+def write_predictions(
+    path: Path,
+    names: Sequence[str],
+    label: np.ndarray,
+    probabilities: np.ndarray,
+    classes: Sequence[str],
+) -> None:
+    """A line a clip: path, label ('' where there is none), predicted, and each class's probability
+    as p:CLASS.
+    """
+    rows = (
+        [
+            name,
+            classes[int(true)] if true >= 0 else "",
+            classes[int(each.argmax())],
+            *(f"{p:.6g}" for p in each),
+        ]
+        for name, true, each in zip(names, label, probabilities, strict=True)
+    )
+    write_table(path, ["path", "label", "predicted", *(f"p:{name}" for name in classes)], rows)
+
+
+def write_table(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A CSV, whole or not at all."""
+    fresh = Path(f"{path}.tmp")
+    with open(fresh, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([head, *rows])
+    os.replace(fresh, path)
+
+
+def _per_class(line: dict[str, float]) -> dict[str, float]:
+    return {
+        "precision": float(line["precision"]),
+        "recall": float(line["recall"]),
+        "f1": float(line["f1-score"]),
+        "support": int(line["support"]),
+    }

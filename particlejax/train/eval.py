@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measuring without learning: an objective's metrics over a split, and each clip's class
+probabilities.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from particlejax import losses
+from particlejax.core.typing import Metrics, Params
+from particlejax.data import pipeline
+from particlejax.distributed import sharding
+from particlejax.models.particle_model import Model
+from particlejax.nn.token_reduction import Tokens
+from particlejax.objectives.base import Objective
+from particlejax.particles.types import Batch
+from particlejax.train.log import Progress
+
+_KEY = 17  # of the masks in evaluation, the same at every step so that curves compare
+# told of every batch: notes unreadable clips, ends the run when asked to
+Watch = Callable[[pipeline.Loaded], None]
+
+
+def jit_measure(
+    objective: Objective, model: Model, mesh: Mesh
+) -> Callable[[Params, Batch, int], tuple[Metrics, Any]]:
+    """(params, batch, number) -> (metrics, clips in the batch), on every process alike."""
+
+    def measure(params: Params, batch: Batch, number: int) -> tuple[Metrics, Any]:
+        key = jax.random.fold_in(jax.random.key(_KEY), number)
+        _, metrics = objective(params, model, batch, key, False)
+        return metrics, jnp.sum(batch.clip >= 0)
+
+    return jax.jit(sharding.on(mesh, measure), out_shardings=NamedSharding(mesh, P()))
+
+
+def metrics_of(
+    measure: Callable, params: Params, views: pipeline.Views, mesh: Mesh, watch: Watch
+) -> dict[str, float]:
+    """Means of all metrics over the clips of a split, with masks that are the same each time."""
+    totals: dict[str, float] = {}
+    clips = 0.0
+    for k, loaded in enumerate(pipeline.read(views, 0, len(views), views.data)):
+        watch(loaded)
+        metrics, count = measure(params, sharding.put(loaded.batch, mesh), k)
+        clips += float(count)
+        for name, value in metrics.items():
+            totals[name] = totals.get(name, 0.0) + float(value) * float(count)
+    return {name: value / max(clips, 1.0) for name, value in totals.items()}
+
+
+def jit_predict(
+    model: Model,
+    ready: Callable[[Batch], Batch],
+    mesh: Mesh,
+    answers: Callable[[Any], Any] = jax.nn.softmax,
+) -> Callable[[Params, Batch], Any]:
+    """(params, batch) -> what `answers` makes of logits [B, S, C], and clips [B, S], on every
+    process alike.
+    """
+
+    def predict(params: Params, batch: Batch) -> tuple[Any, Any]:
+        tokens, _ = model.apply(params, "encode", ready(batch).particles, batch.clip.shape[1])
+        return answers(model.apply(params, "classify", tokens, batch.clip.shape[1])), batch.clip
+
+    return jax.jit(sharding.on(mesh, predict), out_shardings=NamedSharding(mesh, P()))
+
+
+def jit_features(
+    model: Model,
+    ready: Callable[[Batch], Batch],
+    mesh: Mesh,
+    modalities: tuple[str, ...] = ("",),
+    compared: tuple[str, ...] = (),
+) -> Callable[[Params, Batch], Any]:
+    """(params, batch) -> what a frozen encoder says of each clip, and clips [B, S].
+
+    Under each of `modalities`, '' for all together, the mean of the tokens float32 [B, S, D] where
+    only that is shown; under 'embed/NAME' of those `compared` the unit vectors [B, S, E] that
+    contrast trains.
+    """
+
+    def features(params: Params, batch: Batch) -> tuple[dict[str, Any], Any]:
+        batch, clips = ready(batch), batch.clip.shape[1]
+        found = {}
+        for name in dict.fromkeys((*modalities, *compared)):
+            tokens = _tokens(model, params, batch, name)
+            if name in modalities:
+                found[name] = losses.clip_mean(
+                    tokens.x.astype(jnp.float32), tokens.segment, clips, tokens.mass
+                )
+            if name in compared:
+                found[f"embed/{name}"], *_ = model.apply(params, "embed", tokens, clips, name)
+        return found, batch.clip
+
+    return jax.jit(sharding.on(mesh, features), out_shardings=NamedSharding(mesh, P()))
+
+
+def jit_tokens(
+    model: Model, ready: Callable[[Batch], Batch], mesh: Mesh, modalities: tuple[str, ...] = ("",)
+) -> Callable[[Params, Batch], Any]:
+    """(params, batch) -> under each of `modalities`, '' for all together, a frozen encoder's tokens
+    float16 [B, L, D] where only that is shown and their segments [B, L]; and clips [B, S].
+    """
+
+    def compute(params: Params, batch: Batch) -> tuple[dict[str, Any], Any]:
+        batch = ready(batch)
+        each = {name: _tokens(model, params, batch, name) for name in modalities}
+        return {
+            name: (tokens.x.astype(jnp.float16), tokens.segment) for name, tokens in each.items()
+        }, batch.clip
+
+    return jax.jit(sharding.on(mesh, compute), out_shardings=NamedSharding(mesh, P()))
+
+
+def _tokens(model: Model, params: Params, batch: Batch, modality: str) -> Tokens:
+    """What the encoder makes of one modality by itself, or of all where it is ''."""
+    shown = {modality: batch.particles[modality]} if modality else batch.particles
+    return model.apply(params, "encode", shown, batch.clip.shape[1])[0]
+
+
+def probabilities(
+    predict: Callable, params: Params, views: pipeline.Views, mesh: Mesh, watch: Watch, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the clips that could be read, [N], and their probabilities averaged over all
+    views, [N, C].
+
+    predict: of `jit_predict`.
+    """
+    numbers, found = per_clip(predict, params, views, mesh, watch, name)
+    return numbers, np.zeros((0, 0)) if found is None else found
+
+
+def per_clip(
+    compute: Callable, params: Params, views: pipeline.Views, mesh: Mesh, watch: Watch, name: str
+) -> tuple[np.ndarray, Any]:
+    """Numbers of the clips that could be read, [N], and what was computed of each, a tree of [N,
+    ...], mean over its views.
+
+    compute: (params, batch) -> (a tree of [B, S, ...], clips [B, S]). Where no clip could be read
+    the tree is None.
+    """
+    sums: dict[int, Any] = {}
+    counts: dict[int, int] = {}
+    progress = Progress(name, len(views), unit="batch")
+    for loaded in pipeline.read(views, 0, len(views), views.data):
+        watch(loaded)
+        found, clips = jax.tree.map(np.asarray, compute(params, sharding.put(loaded.batch, mesh)))
+        for row, place in zip(*np.nonzero(clips >= 0), strict=True):
+            clip = int(clips[row, place])
+            each = jax.tree.map(lambda x, at=(row, place): x[at].astype(np.float64), found)
+            sums[clip] = jax.tree.map(np.add, sums[clip], each) if clip in sums else each
+            counts[clip] = counts.get(clip, 0) + 1
+        progress.update()
+    progress.close()
+    numbers = sorted(sums)
+    if not numbers:
+        return np.zeros(0, int), None
+    means = [jax.tree.map(lambda x, n=n: x / counts[n], sums[n]) for n in numbers]
+    return np.array(numbers), jax.tree.map(lambda *each: np.stack(each), *means)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimisers and schedules: an OptimSpec becomes one optax transformation."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from particlejax.config.experiment import OptimSpec
+from particlejax.config.training import TuneSpec
+from particlejax.core import tree
+from particlejax.core.typing import Array, Params
+
+# Norms, biases and lone vectors are not decayed: their size says nothing about complexity
+# (arXiv:1706.05350). Statistics (mean, var) and a codebook's centres must stay as they came.
+# leading axis: blocks, from the bottom
+_STACKED = re.compile(r"(^|/)encoder/transformer/(blocks|tuned)/")
+_BELOW = re.compile(r"(^|/)encoder/(?!transformer/)")  # what makes the tokens
+_SPARED = re.compile(r"(^|/)(bias|scale|token|log_sharpness|centres|mean|var)$")
+
+
+def decay_mask(params: Params) -> Params:
+    """Which parameters weight decay shrinks, bool by path."""
+    return tree.map_named(lambda name, leaf: not _SPARED.search(name), params)
+
+
+def schedule(spec: OptimSpec, steps: int) -> optax.Schedule:
+    """Linear warm-up over the first share of the steps, then a cosine to `final` of the peak."""
+    warmup = round(spec.warmup * steps)
+    return optax.warmup_cosine_decay_schedule(
+        0.0 if warmup else spec.rate,
+        spec.rate,
+        warmup,
+        max(steps, warmup + 1),
+        spec.rate * spec.final,
+    )
+
+
+def build(
+    spec: OptimSpec, steps: int, after: optax.GradientTransformation | None = None, freeze: str = ""
+) -> optax.GradientTransformation:
+    """Clipping, then AdamW or SGD with decoupled weight decay, over `steps` steps; `after` has the
+    last word.
+
+    freeze: regular expression of paths whose update is zero and of which no moments are kept; '':
+    none.
+    """
+    rate = schedule(spec, steps)
+    clip = optax.clip_by_global_norm(spec.clip_norm) if spec.clip_norm else optax.identity()
+    decay = optax.add_decayed_weights(spec.weight_decay, decay_mask)
+    direction = (
+        optax.trace(spec.momentum) if spec.name == "sgd" else optax.scale_by_adam(spec.b1, spec.b2)
+    )
+    chain = optax.chain(
+        clip, direction, decay, optax.scale_by_learning_rate(rate), *([after] if after else [])
+    )
+    if not freeze:
+        return chain
+
+    def named(wanted: bool) -> Callable[[Params], Params]:
+        return lambda params: tree.map_named(
+            lambda name, _: bool(re.search(freeze, name)) == wanted, params
+        )
+
+    return optax.chain(
+        optax.masked(chain, named(False)), optax.masked(optax.set_to_zero(), named(True))
+    )
+
+
+def layered(tune: TuneSpec, depth: int, steps: int) -> optax.GradientTransformation | None:
+    """Updates times a factor of their layer: decay from the top down (arXiv:2106.08254) and gradual
+    unfreezing (arXiv:1801.06146).
+
+    What stands above the blocks always trains at the full rate. Blocks begin one after the other
+    from the top, the embedding last; before that an update is exactly zero. Moments are gathered
+    meanwhile, so that the first step is no leap.
+    """
+    if tune.layer_decay == 1 and not tune.unfreeze:
+        return None
+    under = jnp.arange(depth, 0, -1)  # how many layers stand above each block, the head included
+
+    def factor(number: Array, step: Array) -> Array:
+        begins = jnp.ceil(tune.unfreeze * steps * number / (depth + 1))
+        return jnp.where(step >= begins, tune.layer_decay ** number.astype(jnp.float32), 0.0)
+
+    def update(updates: Params, step: Array, params: Params | None = None) -> tuple[Params, Array]:
+        del params
+
+        def scaled(name: str, leaf: Array) -> Array:
+            if _STACKED.search(name):
+                return leaf * factor(under, step).reshape(depth, *(1,) * (leaf.ndim - 1))
+            return leaf * factor(jnp.asarray(depth + 1), step) if _BELOW.search(name) else leaf
+
+        return tree.map_named(scaled, updates), step + 1
+
+    def init(params: Params) -> Any:
+        del params
+        return jnp.zeros((), jnp.int32)
+
+    return optax.GradientTransformation(init, update)

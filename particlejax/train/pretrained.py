@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published weights as a network's parameters, and as those that a stage's stem starts with."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+
+from particlejax.config.jobs import ImportSpec
+from particlejax.core import tree
+from particlejax.core.typing import Params, UserError
+from particlejax.models import cnn_stem
+from particlejax.models.zoo import backbones
+from particlejax.models.zoo.convert import formats, names, packages
+from particlejax.train import stage as run
+from particlejax.train.log import say
+from particlejax.train.train_state import TrainState
+
+_AS_PUBLISHED = ImportSpec()
+
+
+def read(
+    source: str, model: str, spec: ImportSpec = _AS_PUBLISHED
+) -> tuple[backbones.Backbone, Params, names.Names, names.Report]:
+    """A backbone with the parameters of a file or folder; those that it does not have are only
+    their shapes.
+
+    spec: classes, sizes and grid, as published where none are named. Raises UserError where the
+    weights do not fit.
+    """
+    found = backbones.find(model)
+    arrays = formats.read(source)
+    backbone = backbones.build(found, spec.classes, spec.frames, spec.size)
+    shapes = backbones.parameter_shapes(backbone)
+    known = names.names_of(found.kind, shapes, backbones.grids(backbone))
+    classes = spec.classes or names.head_classes(arrays, known)
+    if classes != getattr(backbone.spec.net, "classes", 0):
+        backbone = backbones.build(found, classes, spec.frames, spec.size)
+        shapes = backbones.parameter_shapes(backbone)
+    params, report = names.import_params(shapes, arrays, known, spec.grid)
+    before = formats.said_beside(source)
+    report.cast.update(before.get("cast", {}))
+    report.counters.update(before.get("counters", {}))
+    report.renamed.update(before.get("renamed", {}))
+    return backbone, params, known, report
+
+
+def begun(state: TrainState, stage: run.Stage) -> TrainState:
+    """The state of a stage that starts afresh, with the weights of its stem where the model has one
+    and they are not random.
+
+    Raises UserError where they are not found, lack something, or were made for pixels that are
+    normalised otherwise.
+    """
+    spec = stage.experiment.model_of(stage.spec).stem
+    if not spec.network or spec.weights == "random":
+        return state
+    found = backbones.find(spec.network)
+    ours, theirs = (stage.data.mean, stage.data.std, stage.data.still), (found.mean, found.std, 1.0)
+    if ours != theirs:
+        raise UserError(
+            f"the weights of {spec.network} want config.data.mean, std and still to be {theirs} "
+            f"and they are {ours}: "
+            "set them so, or the weights to 'random'."
+        )
+    path = spec.weights or str(packages.find(spec.network, "model.stem.weights"))
+    _, params, _, _ = read(path, spec.network)
+    flat = {
+        cnn_stem.PATH + name: leaf
+        for name, leaf in tree.flatten(params).items()
+        if isinstance(leaf, np.ndarray)
+    }
+    own = [name for name in tree.flatten(state.params) if name.startswith(cnn_stem.PATH)]
+    lacking = [name for name in own if name not in flat]
+    if lacking:
+        raise UserError(
+            f"{path} lacks {len(lacking)} parameters of {spec.network} "
+            f"({lacking[0].removeprefix(cnn_stem.PATH)}, ...): "
+            "name the model that they are of with config.model.stem.network, or other weights."
+        )
+    params = tree.map_named(
+        lambda name, leaf: jax.device_put(flat[name], leaf.sharding) if name in own else leaf,
+        state.params,
+    )
+    say(f"{stage.name}: {len(own)} arrays of {spec.network} from {path}")
+    return replace(
+        state,
+        params=params,
+        average=jax.tree.map(lambda x: x.copy(), params) if stage.spec.ema else (),
+    )

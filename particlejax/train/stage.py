@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a stage is made of, built from an experiment: sources, model, folders; and a trained stage
+read back.
+"""
+
+import difflib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from particlejax.config.experiment import DataSpec, Experiment, ParticleSpec, ScaleSpec, StageSpec
+from particlejax.config.model import ClassifySpec, ModelSpec
+from particlejax.core.typing import Params, UserError
+from particlejax.data import clips, label_subset, pipeline, sources
+from particlejax.distributed import checkpoint, cluster, sharding
+from particlejax.finetune import partition, restore
+from particlejax.models import particle_model as models
+from particlejax.objectives import label_targets, registry
+from particlejax.particles.types import Batch
+from particlejax.train.log import say, say_here
+
+CONFIG, RESULTS = "config.json", "results.json"
+# of the data, what is not as the run was trained
+_ASKED = ("split", "cache_dir", "max_bad", "threads", "workers")
+_AS_THERE = {
+    "model": ("width", "depth", "heads", "near", "mlp", "stem"),
+    "data": ("mean", "std", "still"),
+    "particles": ("base",),
+}
+
+
+@dataclass
+class BadClips:
+    """Unreadable clips met so far; more than `limit` of them end the run."""
+
+    limit: int
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def note(self, loaded: pipeline.Loaded) -> None:
+        """Names each new one once. Raises UserError past the limit."""
+        for bad in loaded.bad:
+            if bad.name not in self.reasons:
+                self.reasons[bad.name] = bad.reason
+                say_here(f"clip {bad.name} cannot be read ({bad.reason}): it is left out.")
+        if len(self.reasons) > self.limit:
+            some = ", ".join(
+                f"{name} ({reason})" for name, reason in list(self.reasons.items())[:3]
+            )
+            raise UserError(
+                f"{len(self.reasons)} clips cannot be read ({some}, ...), more than "
+                "config.data.max_bad="
+                f"{self.limit}: mend the data or raise the limit."
+            )
+
+    def all(self) -> dict[str, str]:
+        """Those that any process has met; all processes must call it."""
+        return {
+            path: reason for each in cluster.gather(self.reasons) for path, reason in each.items()
+        }
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage, ready to be trained or measured."""
+
+    name: str
+    spec: StageSpec
+    experiment: Experiment
+    data: DataSpec
+    particles: ParticleSpec
+    classes: tuple[str, ...]
+    # what labels ask of the head, None where there is none
+    label_targets: label_targets.Targets | None
+    model: models.Model
+    example: Batch  # zeros with the shapes of a batch of one row, as the model reads it
+    # (i, n): of the rows of a batch, this process reads the i-th of n parts
+    reader: tuple[int, int]
+
+    def ready(self, batch: Batch) -> Batch:
+        """The batch as the model reads it; the first thing a step does, so that pixels travel as
+        bytes.
+        """
+        vision = batch.particles.get(clips.VISION)
+        if vision is None:
+            return batch
+        scale = clips.pixel_scale(self.data, self.particles)
+        read = replace(vision, payload=scale.to_payload(vision.payload))
+        return replace(batch, particles={**batch.particles, clips.VISION: read})
+
+    def views(
+        self,
+        source: sources.Source,
+        rows: int,
+        views: tuple[int, int] = (1, 1),
+        scale: ScaleSpec | None = None,
+    ) -> pipeline.Views:
+        """All clips of a source once, for measuring; at another scale where one is given."""
+        data, particles = (scale or ScaleSpec()).applied(self.data, self.particles)
+        return pipeline.Views(
+            source, data, particles, self.experiment.seed, rows, views, *self.reader
+        )
+
+    def batches(self, source: sources.Source, clips: int) -> pipeline.Batches:
+        """Training batches of a source, as many as hold `clips` clips; without end where that is
+        0.
+        """
+        return pipeline.Batches(
+            source,
+            self.data,
+            self.particles,
+            self.experiment.seed,
+            self.spec.rows,
+            *self.reader,
+            self.spec.schedule,
+            self.spec.steps,
+            clips,
+        )
+
+
+def build(
+    experiment: Experiment, name: str, classes: tuple[str, ...], mesh: Mesh | None = None
+) -> Stage:
+    """The stage and its model; without a mesh it reads all rows. Raises UserError where it wants
+    labels and there are none.
+    """
+    spec = experiment.stages[name]
+    data, particles = experiment.data_of(spec), experiment.particles_of(spec)
+    _check_directed(data, classes)
+    row = pipeline.row_of(data, particles, spec.schedule)
+    registry.check(spec.objectives, row.slots)
+    labelled = registry.classifies(spec.objectives)
+    if labelled and not classes:
+        raise UserError(
+            f"stage {name} classifies but {data.source} has no labels: give clips.csv a column "
+            "'label', or "
+            "put the clips into one folder a class."
+        )
+    ids = pipeline.vocabularies(data)
+    bases = {
+        clips.VISION: particles.base,
+        clips.AUDIO: (*data.audio.patch, 1),
+        clips.SERIES: (data.series.window, 1, 1),
+    }
+    payloads = {
+        modality: models.Payload(
+            each.size,
+            ids.get(modality, 0),
+            bases.get(modality, ()),
+            data.still if modality == clips.VISION else 1.0,
+        )
+        for modality, each in row.slots.items()
+    }
+    _check_objectives(spec, experiment.model_of(spec), f"config.stages.{name}")
+    goal = (
+        label_targets.of(spec.objectives.get("classify", ClassifySpec()), classes)
+        if labelled
+        else None
+    )
+    model = models.build(
+        experiment.model_of(spec),
+        payloads,
+        classes=len(goal.names) if goal else 0,
+        needs=registry.parts(spec.objectives),
+    )
+    stage = Stage(
+        name,
+        spec,
+        experiment,
+        data,
+        particles,
+        classes,
+        goal,
+        model,
+        pipeline.example(row, 1),
+        sharding.reader(mesh) if mesh else (0, 1),
+    )
+    return replace(stage, example=stage.ready(stage.example))
+
+
+def _check_objectives(spec: StageSpec, model: ModelSpec, where: str) -> None:
+    """What an objective asks for must be there: else it would be passed over without a word."""
+    pseudo, classify = spec.objectives.get("pseudo"), spec.objectives.get("classify")
+    if pseudo and pseudo.teacher == "average" and not spec.ema:
+        raise UserError(
+            f"{where}.objectives.pseudo.teacher is 'average' and the stage keeps none: set its "
+            "ema, such as 0.99, or "
+            "teacher to 'self'."
+        )
+    if pseudo and classify and classify.loss != "softmax":
+        raise UserError(
+            f"{where}.objectives.pseudo wants one class a clip and classify.loss is "
+            f"{classify.loss!r}: leave one out."
+        )
+    if classify and classify.balance and classify.loss != "softmax":
+        raise UserError(
+            f"{where}.objectives.classify.balance is for loss='softmax' and that is "
+            f"{classify.loss!r}: set it to 0."
+        )
+    if classify and classify.consistency and not (model.dropout or model.drop_path):
+        raise UserError(
+            f"{where}.objectives.classify.consistency compares two draws of dropout and there is "
+            "none: set "
+            "config.model.dropout or drop_path, or consistency to 0."
+        )
+
+
+def weighted(stage: Stage, source: sources.Source) -> label_targets.Targets | None:
+    """The stage's targets, with weights by how often the labels that are trained on occur where it
+    wants them.
+    """
+    spec = stage.spec.objectives.get("classify")
+    if stage.targets is None or spec is None or not spec.balance:
+        return stage.targets
+    label = label_subset.labels(source)[pipeline.chosen_clips(len(source), stage.data.fraction)]
+    return label_targets.weighted(
+        stage.targets, spec, np.bincount(label[label >= 0], minlength=len(stage.classes))
+    )
+
+
+def _check_directed(data: DataSpec, classes: tuple[str, ...]) -> None:
+    """A class that is never to be mirrored must be one: else it would be."""
+    for name in data.augment.directed if classes else ():
+        if name not in classes:
+            near = difflib.get_close_matches(name, classes, 1, 0.5)
+            remedy = (
+                f"did you mean {near[0]!r}?"
+                if near
+                else f"it has {', '.join(classes[:5])}{', ...' * (len(classes) > 5)}."
+            )
+            raise UserError(
+                f"config.data.augment.directed names {name!r}, which is no class of {data.source}: "
+                f"{remedy}"
+            )
+
+
+def on_ready(stage: Stage, objective: registry.Objective) -> registry.Objective:
+    """The objective of batches as they come from the data."""
+    return lambda params, model, batch, key, train: objective(
+        params, model, stage.ready(batch), key, train
+    )
+
+
+def checkpoint_folder(workdir: Path, stage: str, kind: str = "latest") -> Path:
+    """Where a stage's checkpoints are: kind 'latest' or 'best'."""
+    return Path(workdir) / "checkpoints" / stage / kind
+
+
+def result_folder(workdir: Path, stage: str) -> Path:
+    """The checkpoints that hold a stage's result: the best where one was selected, else the
+    latest.
+    """
+    best = checkpoint_folder(workdir, stage, "best")
+    return (
+        best
+        if best.is_dir() and any(p.name.isdigit() for p in best.iterdir())
+        else checkpoint_folder(workdir, stage)
+    )
+
+
+def find_init(experiment: Experiment, name: str, workdir: Path) -> Path | None:
+    """The checkpoints that a stage starts from, None for a fresh start. Raises UserError when they
+    are not there.
+    """
+    wanted = experiment.stages[name].init
+    if wanted in experiment.stages:
+        return result_folder(workdir, wanted)
+    if not wanted and name == next(iter(experiment.stages)):
+        wanted = experiment.init
+    if not wanted:
+        return None
+    run, name = split_run(wanted)
+    return result_folder(run, name)
+
+
+def adopt(experiment: Experiment, said: Collection[str] = ()) -> Experiment:
+    """The experiment with what must be as in the run that `init` names: payloads, and the encoder
+    that reads them.
+
+    said: settings, such as 'model.width', that somebody has asked for and that stay as they are.
+    """
+    if not experiment.init:
+        return experiment
+    run, _ = split_run(experiment.init)
+    there, changed = read_experiment(run), []
+    for section, names in _AS_THERE.items():
+        ours, theirs = getattr(experiment, section), getattr(there, section)
+        new = {
+            name: getattr(theirs, name)
+            for name in names
+            if getattr(theirs, name) != getattr(ours, name) and f"{section}.{name}" not in said
+        }
+        changed += [f"{section}.{name}={value}" for name, value in new.items()]
+        experiment = replace(experiment, **{section: replace(ours, **new)})
+    if changed:
+        say(f"as in {run}: {', '.join(changed)}")
+    return experiment
+
+
+def split_run(text: str) -> tuple[Path, str]:
+    """RUN_DIR or RUN_DIR:STAGE as a folder and the stage, the last one trained where none is
+    named.
+    """
+    run, _, name = (text, "", "") if Path(text).is_dir() else text.rpartition(":")
+    run = Path(run or text)
+    if not (run / CONFIG).exists():
+        raise UserError(
+            f"{run} is not a run (it has no {CONFIG}): give the --workdir of one, or RUN_DIR:STAGE."
+        )
+    stages = list(read_experiment(run).stages)
+    trained = [stage for stage in stages if checkpoint_folder(run, stage).is_dir()]
+    if not trained or (name and name not in trained):
+        raise UserError(
+            f"run {run} has trained {', '.join(trained) or 'no stage'} and not "
+            f"{name or 'one yet'}: name a "
+            "stage it has, or run it first."
+        )
+    return run, name or trained[-1]
+
+
+def read_experiment(run: Path) -> Experiment:
+    """The experiment of a run."""
+    return Experiment.of(json.loads((run / CONFIG).read_text(encoding="utf-8")))
+
+
+def read_results(workdir: Path) -> dict[str, Any]:
+    """results.json, {} where there is none yet."""
+    path = Path(workdir) / RESULTS
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def add_results(
+    workdir: Path, stage: str, figures: Mapping[str, Any], bad: Mapping[str, str]
+) -> None:
+    """Puts a stage's figures into results.json, and the clips that could not be read; the first
+    process alone does.
+    """
+    if not cluster.first():
+        return
+    results = read_results(workdir)
+    known = {each["path"]: each["reason"] for each in results.pop("bad", [])} | dict(bad)
+    results[stage] = results.get(stage, {}) | dict(figures)
+    results["bad"] = [{"path": path, "reason": reason} for path, reason in known.items()]
+    checkpoint.write_json(Path(workdir) / RESULTS, results)
+
+
+def asked(data: DataSpec) -> dict[str, Any]:
+    """What somebody who asks a trained run puts into its data section, for `load_trained`: another
+    source, where one is named.
+    """
+    return {key: getattr(data, key) for key in _ASKED} | (
+        {"source": data.source} if data.source else {}
+    )
+
+
+def load_trained(
+    text: str, mesh: Mesh, source: Mapping[str, Any], step: int | None = None
+) -> tuple[Stage, Params]:
+    """A trained stage of RUN_DIR[:STAGE] and its result's parameters, those of `step` where one is
+    named.
+
+    source: is put into its data section.
+    """
+    run, name = split_run(text)
+    folder = result_folder(run, name)
+    experiment = read_experiment(run)
+    classes = tuple(checkpoint.load_data(folder)["classes"])
+    stage = build(experiment, name, classes, mesh)
+    stage = replace(stage, data=replace(stage.data, **source))
+    shapes = models.parameter_shapes(stage.model, stage.example)
+    shardings = sharding.param_shardings(shapes, mesh)
+    params = jax.tree.map(
+        lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings
+    )
+    data = checkpoint.load_data(folder)
+    # merged: adapters and prefixes stand among the rest
+    if restore.BASE not in data and stage.spec.tune.how != "full":
+        merged = jax.eval_shape(
+            lambda p: partition.whole(
+                stage.spec.tune, *partition.split(stage.spec.tune, p, jax.random.key(0))
+            ),
+            params,
+        )
+        params = jax.tree.map(
+            lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d),
+            merged,
+            sharding.param_shardings(merged, mesh),
+        )
+    params, _ = restore.from_checkpoint(params, folder, step)
+    return stage, params

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of a stage and the one step that changes it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import Mesh
+
+from particlejax.config.training import RobustSpec, TuneSpec
+from particlejax.core import tree
+from particlejax.core.typing import Metrics, Params
+from particlejax.distributed import sharding
+from particlejax.finetune import partition
+from particlejax.models.particle_model import Model
+from particlejax.objectives.base import TEACHER, Objective
+from particlejax.particles.types import Batch
+from particlejax.train.gradient import gradient_of
+
+Step = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
+_ALL, _PLAIN = TuneSpec(), RobustSpec()  # all parameters train, by the loss's own gradient
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """step: int32, steps done. seed: uint32, of all randomness: an array, so that runs of other
+    seeds are the same program.
+
+    params: those that train. average: their moving average, () where the stage keeps none. frozen:
+    the others, () where all train; `tune.whole` makes of both what the model reads.
+    """
+
+    step: Array
+    seed: Array
+    params: Params
+    opt_state: Any
+    average: Params | tuple[()]
+    frozen: Params | tuple[()] = ()
+
+    @property
+    def best_params(self) -> Params:
+        """The ones to evaluate: the average where there is one."""
+        return self.average or self.params
+
+
+def initialise(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    batch: Batch,
+    seed: int,
+    ema: float,
+    mesh: Mesh,
+    tuning: TuneSpec = _ALL,
+) -> TrainState:
+    """A state born sharded: no device ever holds more than its part."""
+    born = _born(model, optimizer, batch, ema, tuning)
+    with jax.set_mesh(mesh):
+        shardings = jax.tree.map(lambda x: x.sharding, _placed(born, mesh))
+        return jax.jit(born, out_shardings=shardings)(np.uint32(seed % 2**32))
+
+
+def described(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    batch: Batch,
+    ema: float,
+    mesh: Mesh,
+    tuning: TuneSpec = _ALL,
+) -> TrainState:
+    """Shapes, types and shardings of the state that `initialise` makes; nothing is computed, and no
+    device is needed.
+    """
+    return _placed(_born(model, optimizer, batch, ema, tuning), mesh)
+
+
+def _placed(born: Callable[[Array], TrainState], mesh: Mesh) -> TrainState:
+    shapes = jax.eval_shape(born, np.uint32(0))
+    return jax.tree.map(
+        lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to),
+        shapes,
+        sharding.param_shardings(shapes, mesh),
+    )
+
+
+def _born(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    batch: Batch,
+    ema: float,
+    tuning: TuneSpec,
+) -> Callable[[Array], TrainState]:
+    def init(seed: Array) -> TrainState:
+        key = jax.random.key(seed)
+        params, frozen = partition.split(tuning, model.init(key, batch), key)
+        average = jax.tree.map(jnp.copy, params) if ema else ()
+        return TrainState(
+            jnp.zeros((), jnp.int32), seed, params, optimizer.init(params), average, frozen
+        )
+
+    return init
+
+
+def abstract(state: TrainState) -> TrainState:
+    """Shapes, types and shardings of a state, for restoring one like it."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def saved(state: TrainState) -> TrainState:
+    """What a checkpoint holds: all but the frozen parameters, which the run they came from has."""
+    return replace(state, frozen=())
+
+
+def make_step(
+    model: Model,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    ema: float,
+    accumulate: int,
+    tuning: TuneSpec = _ALL,
+    robust: RobustSpec = _PLAIN,
+    ready: Callable[[Batch], Batch] = lambda batch: batch,
+    on_nan: str = "stop",
+) -> Step:
+    """(state, batch) -> (state, metrics), pure; its randomness is fold_in(seed, step).
+
+    Metrics hold the norms of gradients and parameters, of all and of each group, and 'finite': 1
+    where the loss, the gradients and the new parameters are numbers, else 0, and then with
+    on_nan='skip' nothing changes but the step's number. objective: of a batch that `ready` has made
+    what the model reads, so that an attack moves that. With `accumulate` > 1 the rows are cut into
+    that many micro-batches under a scan, each weighted by its clips.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        def loss(params: Params, batch: Batch, key: Array) -> tuple[Array, Metrics]:
+            read = partition.whole(tuning, params, state.frozen)
+            if ema:  # for objectives that are taught by the average
+                read = {
+                    **read,
+                    TEACHER: partition.whole(
+                        tuning, jax.lax.stop_gradient(state.average), state.frozen
+                    ),
+                }
+            return objective(read, model, batch, key, True)
+
+        def gradient(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
+            return gradient_of(loss, robust)(params, ready(batch), key)
+
+        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+        grads, metrics = accumulated(gradient, accumulate)(state.params, batch, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = state.average
+        if ema:
+            # young averages forget their random start
+            decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
+            average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
+        metrics |= norms("grad_norm", grads) | norms("param_norm", params)
+        finite = (
+            jnp.isfinite(metrics["loss"])
+            & jnp.isfinite(metrics["grad_norm"])
+            & jnp.isfinite(metrics["param_norm"])
+        )
+        new = replace(
+            state, step=state.step + 1, params=params, opt_state=opt_state, average=average
+        )
+        if on_nan == "skip":
+            new = jax.tree.map(
+                lambda a, b: jnp.where(finite, a, b), new, replace(state, step=new.step)
+            )
+        return new, metrics | {"finite": finite.astype(jnp.float32)}
+
+    return step
+
+
+def norms(name: str, params: Params) -> Metrics:
+    """Euclidean norms of a tree like the parameters': `name` of all of it and 'name/GROUP' of each
+    group.
+
+    A group is a part of the model by its two upper names ('encoder/transformer'), or by the only
+    one above its arrays ('head').
+    """
+    squares: Metrics = {}
+    for path, leaf in tree.flatten(params).items():
+        group = "/".join(path.split("/")[:-1][:2])
+        squares[group] = squares.get(group, jnp.zeros(())) + jnp.sum(
+            jnp.square(leaf.astype(jnp.float32))
+        )
+    total = jnp.sqrt(sum(squares.values(), jnp.zeros(())))
+    return {name: total} | {
+        f"{name}/{group}": jnp.sqrt(square) for group, square in squares.items() if group
+    }
+
+
+def accumulated(gradient: Callable, parts: int) -> Callable:
+    """`gradient` over `parts` micro-batches of the rows, averaged with each part's clips as its
+    weight.
+    """
+    if parts == 1:
+        return gradient
+
+    def total(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
+        # Row r goes to part r mod parts, so that rows stay on the devices that hold them.
+        split = jax.tree.map(
+            lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+        clips = jnp.sum(split.clip >= 0, axis=(1, 2)).astype(jnp.float32)
+        weights = clips / jnp.maximum(clips.sum(), 1.0)
+
+        def add(total: Any, part: tuple[Batch, Array, Array]) -> tuple[Any, None]:
+            rows, weight, i = part
+            new = gradient(params, rows, jax.random.fold_in(key, i))
+            return jax.tree.map(lambda t, x: t + weight * x, total, new), None
+
+        shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], split), key)
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.lax.scan(add, zero, (split, weights, jnp.arange(parts)))[0]
+
+    return total
+
+
+def jit_step(step: Step, state: TrainState, mesh: Mesh) -> Step:
+    """The step compiled for the mesh, its state donated."""
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(
+        sharding.on(mesh, step),
+        in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+    )

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program of a stage, which the loop runs and a plan compiles: one place, so that both are the
+same.
+"""
+
+from typing import NamedTuple
+
+import optax
+
+from particlejax.objectives import label_targets, registry
+from particlejax.objectives.base import Objective
+from particlejax.train import optim
+from particlejax.train.stage import Stage
+from particlejax.train.train_state import Step, make_step
+
+
+class Program(NamedTuple):
+    """objective: of a batch that is ready. step: pure, (state, batch) -> (state, metrics)."""
+
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    step: Step
+
+
+def of(stage: Stage, goal: label_targets.Targets | None, steps: int) -> Program:
+    """The stage's program over so many steps; goal: what labels ask of the head, None where there
+    is none.
+    """
+    spec = stage.spec
+    objective = registry.combine(spec.objectives, goal)
+    layered = optim.layered(spec.tune, stage.experiment.model_of(spec).depth, steps)
+    optimizer = optim.build(
+        spec.optim, steps, layered, spec.tune.freeze if spec.tune.how == "full" else ""
+    )
+    step = make_step(
+        stage.model,
+        objective,
+        optimizer,
+        ema=spec.ema,
+        accumulate=spec.accumulate,
+        tuning=spec.tune,
+        robust=spec.robust,
+        ready=stage.ready,
+        on_nan=stage.experiment.on_nan,
+    )
+    return Program(objective, optimizer, step)
