@@ -53,7 +53,7 @@ class Asked(NamedTuple):
     file: str
     config: ml_collections.ConfigDict
     overrides: tuple[str, ...]
-    run_dir: str
+    workdir: str
 
 
 JOBS = {

@@ -160,9 +160,7 @@ def test_rows_have_room_for_all_that_is_read(beeping: bytes) -> None:
     ):
         data = dataclasses.replace(DATA, modalities=("audio",), seconds=float(seconds))
         sound = np.zeros(math.ceil(seconds * RATE - 1e-6), np.float32)
-        made = clips.particles_of(
-            clips.Clip(np.zeros(0), np.zeros(0), data.seconds, sound), data, CUT, rng
-        )
+        made = clips.particles_of(clips.Clip(np.zeros(0), data.seconds, sound), data, CUT, rng)
         assert len(made["audio"].segment) == pipeline.row_of(data, CUT).slots["audio"].length, (
             seconds
         )

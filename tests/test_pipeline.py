@@ -119,7 +119,7 @@ def test_clips_from_memory_are_the_decoded_ones(source: sources.Source) -> None:
             record, dataclasses.replace(DATA, memory_gib=0.1), np.random.default_rng(seed)
         )
         np.testing.assert_array_equal(fresh.frames, kept.frames)
-        np.testing.assert_array_equal(fresh.times, kept.times)
+        np.testing.assert_array_equal(fresh.starts, kept.starts)
     assert (record.video, 32) in frame_cache._kept
 
 
@@ -171,7 +171,7 @@ def test_large_clips_are_seen_in_one_pass_unless_some_are_kept(tmp_path: Path) -
         np.testing.assert_array_equal(
             anew.frames, kept.frames, "whether there was room is not seen"
         )
-        np.testing.assert_array_equal(once.times, kept.times)
+        np.testing.assert_array_equal(once.starts, kept.starts)
         alike = np.corrcoef(once.frames.ravel(), kept.frames.ravel())[0, 1]
         assert 0.9 < alike < 0.9999, "the same part of noise, otherwise scaled"
 
@@ -194,7 +194,7 @@ def test_start_and_end_bound_what_is_seen(source: sources.Source) -> None:
     with Video(whole.video) as video:
         expected, _ = video.frames_at(0.5 + (np.arange(6) + 0.5) / 12, 64)
     np.testing.assert_array_equal(seen.frames, expected)
-    np.testing.assert_allclose(np.diff(seen.times), 1 / 12, rtol=1e-5)
+    np.testing.assert_allclose(np.diff(seen.starts), 1 / 12, rtol=1e-5)
 
 
 def test_a_clip_that_begins_past_the_end_of_its_file_is_bad(source: sources.Source) -> None:
@@ -223,7 +223,7 @@ def test_particles_stand_where_their_frames_are_shown(source: sources.Source) ->
         times = np.unique(made.place[:, 0])
         np.testing.assert_allclose(times, [0.5, 1.5], atol=1e-6)
         np.testing.assert_allclose(made.extent[:, 0], 1.0, atol=1e-6)
-        assert all(abs(t - times[i // 4]) <= 0.5 for i, t in enumerate(seen.times)), (
+        assert all(abs(t - times[i // 4]) <= 0.5 for i, t in enumerate(seen.starts)), (
             "sound counts from the same start"
         )
 

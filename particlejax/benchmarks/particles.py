@@ -108,13 +108,13 @@ def _rivals(experiment: Experiment, share: int) -> Iterator[tuple[str, ParticleS
 
 
 def _psnr(clip: clips.Clip, spec: ParticleSpec) -> float:
-    particles = policies.cut_clip(clip.frames, clip.times, spec)
+    particles = policies.cut_clip(clip.frames, clip.starts, spec)
     blank = np.full(clip.frames.shape, 127.5, np.float32)
     painted = plots.paint(
         particles.payload.astype(np.float32),
         particles.place,
         particles.extent,
-        clip.times,
+        clip.starts,
         clip.frames.shape[1:3],
         spec.base,
         blank,
@@ -136,7 +136,7 @@ def _cost(experiment: Experiment, seen: list[clips.Clip]) -> dict[str, float]:
         experiment.particles, policy="adaptive", budget=policies.particle_count(size, grid) // 2
     )
     videos, times = (
-        np.stack([getattr(clip, field) for clip in seen[:_ROWS]]) for field in ("frames", "times")
+        np.stack([getattr(clip, field) for clip in seen[:_ROWS]]) for field in ("frames", "starts")
     )
     on_device = jax.jit(jax.vmap(lambda video, t: policies.cut_clip(video, t, half)))
     steps = {name: _step(experiment, spec) for name, spec in (("whole", grid), ("half", half))}

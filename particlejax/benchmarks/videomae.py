@@ -162,11 +162,7 @@ def _ours(experiment: Experiment, name: str, train: bool) -> Work:
     )
     sharding.check_rows(stage.spec.rows, mesh, f"config.stages.{name}.rows")
     placed, held = sharding.put(batch, mesh), [state]
-    call = (
-        jit_step(made.step, state, mesh)
-        if train
-        else eval.jit_predict(stage.model, stage.ready, mesh)
-    )
+    call = jit_step(made.step, state, mesh) if train else eval.jit_predict(stage.model, mesh)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     operations = _operations(experiment, name, batch) * (3 if train else 1) // stage.spec.rows
 
@@ -186,7 +182,7 @@ def _operations(experiment: Experiment, name: str, batch: Batch) -> int:
     plain = run.build(
         replace(experiment, model=replace(experiment.model, attention="plain")), name, _CLASSES
     )
-    objective = run.on_ready(plain, train_step.of(plain, plain.targets, plain.spec.steps).objective)
+    objective = train_step.of(plain, plain.targets, plain.spec.steps).objective
     params = jax.eval_shape(plain.model.init, jax.random.key(0), plain.example)
     return flops.count(
         jax.make_jaxpr(lambda p, b, key: objective(p, plain.model, b, key, True))(
@@ -201,9 +197,7 @@ def _batch(stage: run.Stage) -> Batch:
     packed, seconds = [], 2.0
     for i in range(stage.spec.rows):
         frames = rng.integers(0, 256, (data.frames, data.size, data.size, 3), np.uint8)
-        clip = data_clips.Clip(
-            frames, np.arange(data.frames, dtype=np.float32) * seconds / data.frames, seconds
-        )
+        clip = data_clips.Clip(frames, seconds)
         packed.append(
             packing.Clip(
                 data_clips.particles_of(clip, data, stage.particles, rng), i % len(_CLASSES), i

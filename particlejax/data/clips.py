@@ -48,23 +48,27 @@ Look = View | np.random.Generator  # training draws, evaluation names
 
 @dataclass(frozen=True)
 class Clip:
-    """What was read of a record: frames uint8 [T, size, size, 3] and their times in seconds,
-    float32 [T].
+    """What was read of a record: frames uint8 [T, size, size, 3].
 
-    All times count from the clip's start, where the sampled span begins; each frame stands
-    somewhere in its own T-th of it. sound: samples float32 [N] from the start on, None where there
+    All times count from the clip's start, where the sampled span begins; each frame stands for its
+    own T-th of it (`starts`). sound: samples float32 [N] from the start on, None where there
     is none. words: ids int32 [n]. channels: float32 [n, C] from the start on, or None. seconds: the
     span. kept: by modality particles of what networks said before. T is 0 where only those are
     asked for, and words: then no frame is decoded.
     """
 
     frames: np.ndarray
-    times: np.ndarray
     seconds: float
     sound: np.ndarray | None = None
-    tokenizer: np.ndarray | None = None
+    words: np.ndarray | None = None
     channels: np.ndarray | None = None
     kept: Mapping[str, Particles] = field(default_factory=dict)
+
+    @property
+    def starts(self) -> np.ndarray:
+        """When each frame's share of the span begins, seconds, float32 [T]."""
+        count = len(self.frames)
+        return (np.arange(count) * (self.seconds / max(count, 1))).astype(np.float32)
 
 
 def load(record: Record, spec: DataSpec, look: Look, may_flip: bool = True) -> Clip:
@@ -94,7 +98,7 @@ def _load(record: Record, spec: DataSpec, look: Look, may_flip: bool) -> Clip:
         frames = _see(video, record.start + held, spec, look, may_flip)
         origin, whole = video.origin, video.duration
     start, left = record.start + offset, min(span, length - offset)
-    clip = Clip(frames, times.astype(np.float32), span)
+    clip = Clip(frames, span)
     if AUDIO in spec.modalities:
         clip = replace(clip, sound=_hear(record, spec, look, (origin, start, left, whole)))
     if TEXT in spec.modalities and record.caption:
@@ -116,9 +120,7 @@ def _unseen(record: Record, spec: DataSpec, look: Look) -> Clip:
         else None
     )
     frames = np.zeros((0, spec.size, spec.size, 3), np.uint8)
-    return Clip(
-        frames, np.zeros(0, np.float32), span, words=text, kept=_kept(kept, offset, span, spec)
-    )
+    return Clip(frames, span, words=text, kept=_kept(kept, offset, span, spec))
 
 
 def _read(record: Record, spec: DataSpec) -> dict[str, feature_reader.Kept]:
@@ -196,13 +198,7 @@ def particles_of(
 
 
 def _vision(clip: Clip, spec: ParticleSpec, rng: np.random.Generator) -> Particles:
-    count = len(clip.frames)
-    # each frame stands for its share of the span
-    starts = (np.arange(count) * (clip.seconds / count)).astype(np.float32)
-    particles = policies.cut_clip(clip.frames, starts, spec)
-    if spec.budget and spec.policy not in policies.ADAPTING:
-        return policies.thin(particles, rng.random(len(particles.segment)), spec.budget)
-    return particles
+    return policies.cut_clip(clip.frames, clip.starts, spec, rng)
 
 
 def pixel_scale(data: DataSpec, spec: ParticleSpec) -> PixelScale:

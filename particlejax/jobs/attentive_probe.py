@@ -50,7 +50,7 @@ def tokens(
     mesh = sharding.make_mesh(MeshSpec())
     source = sources.open_source(stage.data.source, split, stage.data.cache_dir, stage.classes)
     names = {"" if name == "all" else name: name for name in shown}
-    compute = eval.jit_tokens(stage.model, stage.ready, mesh, tuple(names))
+    compute = eval.jit_tokens(stage.model, mesh, tuple(names))
     views, kept = stage.views(source, spec.rows), {}
     for loaded in pipeline.read(views, 0, len(views), views.data):
         bad.note(loaded)

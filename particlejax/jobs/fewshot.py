@@ -57,7 +57,7 @@ def prototypes(experiment: Experiment, workdir: Path, name: str) -> None:
     """
     del name
     trained = _Trained(experiment)
-    predict = eval.jit_features(trained.stage.model, trained.stage.ready, trained.mesh)
+    predict = eval.jit_features(trained.stage.model, trained.mesh)
     known = label_subset.limit(
         trained.open(experiment.data.split, None), experiment.data, experiment.seed
     )
@@ -108,9 +108,9 @@ def label_next(experiment: Experiment, workdir: Path, name: str) -> None:
         )
     source = trained.open(experiment.data.split, trained.stage.classes)
     known = _known(source, experiment)
-    model, ready, mesh = trained.stage.model, trained.stage.ready, trained.mesh
-    numbers, found = trained.look(source, eval.jit_features(model, ready, mesh), "features")
-    _, probabilities = trained.look(source, eval.jit_predict(model, ready, mesh), "classes")
+    model, mesh = trained.stage.model, trained.mesh
+    numbers, found = trained.look(source, eval.jit_features(model, mesh), "features")
+    _, probabilities = trained.look(source, eval.jit_predict(model, mesh), "classes")
     open_to = ~np.isin(numbers, known)
     if not open_to.any():
         raise UserError(

@@ -46,7 +46,7 @@ class Told(NamedTuple):
     them were computed now.
     """
 
-    feature_store: np.ndarray
+    features: np.ndarray
     label: np.ndarray
     computed: int
 

@@ -115,7 +115,7 @@ class _Kitchen:
         )
         spec = experiment.evaluate
         self._views = stage.views(self.source, spec.rows, spec.views, spec.scale)
-        self._predict = eval.jit_predict(stage.model, stage.ready, mesh, stage.targets.answers)
+        self._predict = eval.jit_predict(stage.model, mesh, stage.targets.answers)
 
     def said(self, params: Params, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of the clips, and the answers to them."""

@@ -93,7 +93,7 @@ def tell(stage: run.Stage, params: Params, spec: ProbeSpec, split: str, bad: run
     names = sorted(stage.example.particles)
     shown = ("", *(names if spec.alone and len(names) > 1 else ()))
     compared = registry.parts(stage.spec.objectives).compared
-    compute = eval.jit_features(stage.model, stage.ready, mesh, shown, compared)
+    compute = eval.jit_features(stage.model, mesh, shown, compared)
     numbers, found = eval.per_clip(
         compute, params, stage.views(source, spec.rows), mesh, bad.note, f"features of {split}"
     )
@@ -161,9 +161,7 @@ def measured(
     """The objectives' own metrics on the tested split."""
     mesh = sharding.make_mesh(MeshSpec())
     source = sources.open_source(stage.data.source, spec.test, stage.data.cache_dir, stage.classes)
-    measure = eval.jit_measure(
-        run.on_ready(stage, registry.combine(stage.spec.objectives)), stage.model, mesh
-    )
+    measure = eval.jit_measure(registry.combine(stage.spec.objectives), stage.model, mesh)
     return eval.metrics_of(measure, params, stage.views(source, spec.rows), mesh, bad.note)
 
 

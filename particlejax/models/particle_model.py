@@ -7,6 +7,7 @@ P payload, E width of an embedding.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -21,6 +22,7 @@ from particlejax.models import cnn_stem
 from particlejax.nn import attention, embed, fusion, heads, precision, token_reduction, transformer
 from particlejax.nn.dense import Dense
 from particlejax.nn.token_reduction import Tokens
+from particlejax.particles.normalize import PixelScale
 from particlejax.particles.types import Batch, Particles
 
 
@@ -29,13 +31,19 @@ class Payload(NamedTuple):
     0.
 
     base: frames, rows and columns of the cuboid that the numbers are of, in the order (t, h, w,
-    channel); () for no cuboid. still: what the mean over its frames was multiplied by.
+    channel); () for no cuboid. pixels: how uint8 pixels become those numbers; None where there are
+    no pixels.
     """
 
     size: int
     vocabulary: int = 0
     base: tuple[int, ...] = ()
-    still: float = 1.0
+    pixels: PixelScale | None = None
+
+    @property
+    def still(self) -> float:
+        """What the mean over a cuboid's frames is multiplied by."""
+        return self.pixels.still if self.pixels else 1.0
 
 
 class Needs(NamedTuple):
@@ -71,6 +79,14 @@ class Model(NamedTuple):
     apply: Callable[..., Any]
     payloads: Mapping[str, Payload]
 
+    def normalize(self, batch: Batch) -> Batch:
+        """The batch with pixels as the model computes with them, float32; a normalized one
+        as it is.
+
+        `encode` does this by itself. Call it first to compare with pixels (targets, attacks).
+        """
+        return replace(batch, particles=normalize(batch.particles, self.payloads))
+
 
 def build(
     spec: ModelSpec, payloads: Mapping[str, Payload], *, classes: int = 0, needs: Needs = _ENCODER
@@ -93,6 +109,30 @@ def build(
         return module.apply({"params": params}, *args, method=method, rngs=rngs)
 
     return Model(init, apply, dict(payloads))
+
+
+def normalize(
+    particles: Mapping[str, Particles], payloads: Mapping[str, Payload]
+) -> dict[str, Particles]:
+    """Particles with uint8 pixels made float32 by their modality's mean and deviation.
+
+    Anything but uint8 stays as it is, so that doing it twice changes nothing. Raises ValueError for
+    uint8 of a modality that has no `pixels`.
+    """
+    found = dict(particles)
+    for name, given in particles.items():
+        if given.payload.dtype == jnp.uint8:
+            found[name] = replace(given, payload=_to_payload(given.payload, payloads[name], name))
+    return found
+
+
+def _to_payload(pixels: Array, payload: Payload, modality: str) -> Array:
+    if payload.pixels is None:
+        raise ValueError(
+            f"modality {modality!r} has uint8 pixels and the model does not know their mean and "
+            "deviation: give its Payload `pixels`, a PixelScale."
+        )
+    return payload.pixels.to_payload(pixels)
 
 
 class ParticleModel(nn.Module):
@@ -166,9 +206,10 @@ class ParticleModel(nn.Module):
         """Tokens of all particles, and under 'blocks' every block's output, as `Transformer` gives
         them.
 
+        Pixels are uint8, and normalized here; float32 where `Model.normalize` has done so before.
         clips: S, which latents, class tokens and modality dropout want to know.
         """
-        return self.encoder(particles, clips)
+        return self.encoder(normalize(particles, dict(self.payloads)), clips)
 
     def decode(self, tokens: Tokens, query: Particles, modality: str) -> Array:
         """Payloads [B, Q, P] at the queries' places and extents; their own payload is not looked
@@ -223,6 +264,8 @@ class ParticleModel(nn.Module):
 
     def code(self, payload: Array, modality: str) -> Array:
         """The number of the code nearest to each payload, int32 [B, L]; nothing learns from it."""
+        if payload.dtype == jnp.uint8:
+            payload = _to_payload(payload, dict(self.payloads)[modality], modality)
         return self.codebook[modality](payload)
 
     def trace(

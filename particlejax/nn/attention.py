@@ -91,7 +91,7 @@ class Style(NamedTuple):
     """What blocks are made of; each default is what a block is without the option."""
 
     near: bool = True
-    rope: bool = False
+    rotary: bool = False
     qk_norm: bool = False  # queries and keys normed, so that logits stay bounded (arXiv:2302.05442)
     gated: bool = False  # SwiGLU (arXiv:2002.05202) instead of GELU
     layer_scale: float = 0.0  # that branches start with (arXiv:2103.17239); 0: none

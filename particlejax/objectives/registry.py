@@ -98,7 +98,7 @@ def combine(specs: Mapping[str, Any], targets: Targets | None = None) -> Objecti
     def objective(
         params: Params, model: Model, batch: Batch, key: Array, train: bool
     ) -> tuple[Array, Metrics]:
-        total, metrics = jnp.zeros(()), {}
+        total, metrics, batch = jnp.zeros(()), {}, model.normalize(batch)
         for i, (name, each) in enumerate(made.items()):
             read = batch if isinstance(specs[name], DistilSpec) else _without(batch, unseen)
             loss, more = each(params, model, read, jax.random.fold_in(key, i), train)

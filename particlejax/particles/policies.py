@@ -3,14 +3,15 @@
 arrays alike.
 
 A policy is `(video [T, H, W, C], times [T], ParticleSpec) -> Particles` with leading axis N, a
-number that depends on the shapes alone; `thin` then keeps a random part where the spec has a
-budget.
+number that depends on the shapes alone. `cut_clip` keeps a random part where the spec has a budget
+that the policy does not spend itself.
 """
 
 import dataclasses
 import itertools
 from collections.abc import Callable
 
+import jax
 import numpy as np
 
 from particlejax.config.experiment import ParticleSpec
@@ -57,12 +58,31 @@ ADAPTING: dict[str, Callable[[Array, Array, ParticleSpec], Particles]] = {
 }
 
 
-def cut_clip(video_THWC: Array, times_T: Array, spec: ParticleSpec) -> Particles:
-    """All particles that the policy makes of one clip: `particle_count` of them, or at most so many
-    where it adapts.
+def cut_clip(
+    video_THWC: Array,
+    times_T: Array,
+    spec: ParticleSpec,
+    rng: np.random.Generator | Array | None = None,
+) -> Particles:
+    """The particles that the policy makes of one clip: `particle_count` of them, or at most so many
+    where it adapts. None but those of spec.budget, where that is not 0.
 
-    `adaptive` and `runs` spend spec.budget themselves; of the others `thin` keeps it.
+    rng: a generator (numpy) or a key (jax) that decides which particles stay where the policy does
+    not spend the budget itself; None: always the same ones.
     """
+    particles = _cut(video_THWC, times_T, spec)
+    if not spec.budget or spec.policy in ADAPTING:
+        return particles
+    count = len(particles.segment)
+    if rng is None or isinstance(rng, np.random.Generator):
+        scores = (rng or np.random.default_rng(0)).random(count)
+        scores = numpy_of(video_THWC).asarray(scores)
+    else:
+        scores = jax.random.uniform(rng, (count,))
+    return thin(particles, scores, spec.budget)
+
+
+def _cut(video_THWC: Array, times_T: Array, spec: ParticleSpec) -> Particles:
     if spec.policy in ADAPTING:
         return ADAPTING[spec.policy](video_THWC, times_T, spec)
     size = video_THWC.shape[:3]

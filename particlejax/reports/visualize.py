@@ -56,14 +56,14 @@ def draw(workdir: Path, name: str, mesh: Mesh) -> None:
         return
     particles = clips.particles_of(found, stage.data, stage.particles, np.random.default_rng(0))
     row = pipeline.row_of(stage.data, stage.particles)
-    batch = stage.ready(
+    batch = stage.model.normalize(
         packing.pack([packing.Clip(particles, -1, 0)], [0], row.slots, 1, row.clips)
     )
     folder = Path(workdir) / "report"
     folder.mkdir(exist_ok=True)
     for way in ways.values():
         way(
-            _Shown(stage, params, found.frames, found.times, jax.tree.map(np.asarray, batch)),
+            _Shown(stage, params, found.frames, found.starts, jax.tree.map(np.asarray, batch)),
             folder,
             mesh,
         )

@@ -56,7 +56,7 @@ def examples(spec: VisualWordsSpec, stage: Stage, batches: pipeline.Batches) -> 
     for loaded in pipeline.read(
         whole, 0, min(_BATCHES, batches.steps or batches.plan.batches()), stage.data
     ):
-        particles = stage.ready(loaded.batch).particles[spec.modality]
+        particles = stage.model.normalize(loaded.batch).particles[spec.modality]
         payload = np.asarray(particles.payload)[np.asarray(particles.segment) > 0]
         some = rng.permutation(len(payload))[: -(-spec.examples // _BATCHES)]
         found.append(payload[some])

@@ -56,28 +56,21 @@ def metrics_of(
 
 
 def jit_predict(
-    model: Model,
-    ready: Callable[[Batch], Batch],
-    mesh: Mesh,
-    answers: Callable[[Any], Any] = jax.nn.softmax,
+    model: Model, mesh: Mesh, answers: Callable[[Any], Any] = jax.nn.softmax
 ) -> Callable[[Params, Batch], Any]:
     """(params, batch) -> what `answers` makes of logits [B, S, C], and clips [B, S], on every
     process alike.
     """
 
     def predict(params: Params, batch: Batch) -> tuple[Any, Any]:
-        tokens, _ = model.apply(params, "encode", ready(batch).particles, batch.clip.shape[1])
+        tokens, _ = model.apply(params, "encode", batch.particles, batch.clip.shape[1])
         return answers(model.apply(params, "classify", tokens, batch.clip.shape[1])), batch.clip
 
     return jax.jit(sharding.on(mesh, predict), out_shardings=NamedSharding(mesh, P()))
 
 
 def jit_features(
-    model: Model,
-    ready: Callable[[Batch], Batch],
-    mesh: Mesh,
-    modalities: tuple[str, ...] = ("",),
-    compared: tuple[str, ...] = (),
+    model: Model, mesh: Mesh, modalities: tuple[str, ...] = ("",), compared: tuple[str, ...] = ()
 ) -> Callable[[Params, Batch], Any]:
     """(params, batch) -> what a frozen encoder says of each clip, and clips [B, S].
 
@@ -87,7 +80,7 @@ def jit_features(
     """
 
     def features(params: Params, batch: Batch) -> tuple[dict[str, Any], Any]:
-        batch, clips = ready(batch), batch.clip.shape[1]
+        clips = batch.clip.shape[1]
         found = {}
         for name in dict.fromkeys((*modalities, *compared)):
             tokens = _tokens(model, params, batch, name)
@@ -103,14 +96,13 @@ def jit_features(
 
 
 def jit_tokens(
-    model: Model, ready: Callable[[Batch], Batch], mesh: Mesh, modalities: tuple[str, ...] = ("",)
+    model: Model, mesh: Mesh, modalities: tuple[str, ...] = ("",)
 ) -> Callable[[Params, Batch], Any]:
     """(params, batch) -> under each of `modalities`, '' for all together, a frozen encoder's tokens
     float16 [B, L, D] where only that is shown and their segments [B, L]; and clips [B, S].
     """
 
     def compute(params: Params, batch: Batch) -> tuple[dict[str, Any], Any]:
-        batch = ready(batch)
         each = {name: _tokens(model, params, batch, name) for name in modalities}
         return {
             name: (tokens.x.astype(jnp.float16), tokens.segment) for name, tokens in each.items()

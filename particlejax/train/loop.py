@@ -155,9 +155,7 @@ class _Trainer:
             peak_of(experiment.log.peak, experiment.model_of(spec).dtype),
             self.stage.reader[1],
         )
-        self.measure = eval.jit_measure(
-            run.on_ready(self.stage, made.objective), self.stage.model, mesh
-        )
+        self.measure = eval.jit_measure(made.objective, self.stage.model, mesh)
         self._restore(state)
         each = self.batches.plan.seen(self.steps) / self.steps
         trained, every = (
@@ -490,7 +488,7 @@ def classify(
     spec = context.experiment.evaluate
     sharding.check_rows(spec.rows, context.mesh, "config.evaluate.rows")
     views = stage.views(source, spec.rows, spec.views, spec.scale)
-    predict = eval.jit_predict(stage.model, stage.ready, context.mesh, stage.targets.answers)
+    predict = eval.jit_predict(stage.model, context.mesh, stage.targets.answers)
     numbers, found = eval.probabilities(
         predict, params, views, context.mesh, watch, f"evaluate {name}"
     )

@@ -76,22 +76,11 @@ class Stage:
     particles: ParticleSpec
     classes: tuple[str, ...]
     # what labels ask of the head, None where there is none
-    label_targets: label_targets.Targets | None
+    targets: label_targets.Targets | None
     model: models.Model
-    example: Batch  # zeros with the shapes of a batch of one row, as the model reads it
+    example: Batch  # zeros with the shapes of a batch of one row
     # (i, n): of the rows of a batch, this process reads the i-th of n parts
     reader: tuple[int, int]
-
-    def ready(self, batch: Batch) -> Batch:
-        """The batch as the model reads it; the first thing a step does, so that pixels travel as
-        bytes.
-        """
-        vision = batch.particles.get(clips.VISION)
-        if vision is None:
-            return batch
-        scale = clips.pixel_scale(self.data, self.particles)
-        read = replace(vision, payload=scale.to_payload(vision.payload))
-        return replace(batch, particles={**batch.particles, clips.VISION: read})
 
     def views(
         self,
@@ -152,7 +141,7 @@ def build(
             each.size,
             ids.get(modality, 0),
             bases.get(modality, ()),
-            data.still if modality == clips.VISION else 1.0,
+            clips.pixel_scale(data, particles) if modality == clips.VISION else None,
         )
         for modality, each in row.slots.items()
     }
@@ -168,7 +157,7 @@ def build(
         classes=len(goal.names) if goal else 0,
         needs=registry.parts(spec.objectives),
     )
-    stage = Stage(
+    return Stage(
         name,
         spec,
         experiment,
@@ -180,7 +169,6 @@ def build(
         pipeline.example(row, 1),
         sharding.reader(mesh) if mesh else (0, 1),
     )
-    return replace(stage, example=stage.ready(stage.example))
 
 
 def _check_objectives(spec: StageSpec, model: ModelSpec, where: str) -> None:
@@ -237,13 +225,6 @@ def _check_directed(data: DataSpec, classes: tuple[str, ...]) -> None:
                 f"config.data.augment.directed names {name!r}, which is no class of {data.source}: "
                 f"{remedy}"
             )
-
-
-def on_ready(stage: Stage, objective: registry.Objective) -> registry.Objective:
-    """The objective of batches as they come from the data."""
-    return lambda params, model, batch, key, train: objective(
-        params, model, stage.ready(batch), key, train
-    )
 
 
 def checkpoint_folder(workdir: Path, stage: str, kind: str = "latest") -> Path:

@@ -127,15 +127,14 @@ def make_step(
     accumulate: int,
     tuning: TuneSpec = _ALL,
     robust: RobustSpec = _PLAIN,
-    ready: Callable[[Batch], Batch] = lambda batch: batch,
     on_nan: str = "stop",
 ) -> Step:
     """(state, batch) -> (state, metrics), pure; its randomness is fold_in(seed, step).
 
     Metrics hold the norms of gradients and parameters, of all and of each group, and 'finite': 1
     where the loss, the gradients and the new parameters are numbers, else 0, and then with
-    on_nan='skip' nothing changes but the step's number. objective: of a batch that `ready` has made
-    what the model reads, so that an attack moves that. With `accumulate` > 1 the rows are cut into
+    on_nan='skip' nothing changes but the step's number. An attack moves pixels that are normalized
+    already. With `accumulate` > 1 the rows are cut into
     that many micro-batches under a scan, each weighted by its clips.
     """
 
@@ -152,7 +151,7 @@ def make_step(
             return objective(read, model, batch, key, True)
 
         def gradient(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
-            return gradient_of(loss, robust)(params, ready(batch), key)
+            return gradient_of(loss, robust)(params, model.normalize(batch), key)
 
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         grads, metrics = accumulated(gradient, accumulate)(state.params, batch, key)

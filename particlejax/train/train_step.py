@@ -15,7 +15,10 @@ from particlejax.train.train_state import Step, make_step
 
 
 class Program(NamedTuple):
-    """objective: of a batch that is ready. step: pure, (state, batch) -> (state, metrics)."""
+    """objective: of a batch as it comes from the data.
+
+    step: pure, (state, batch) -> (state, metrics).
+    """
 
     objective: Objective
     optimizer: optax.GradientTransformation
@@ -40,7 +43,6 @@ def of(stage: Stage, goal: label_targets.Targets | None, steps: int) -> Program:
         accumulate=spec.accumulate,
         tuning=spec.tune,
         robust=spec.robust,
-        ready=stage.ready,
         on_nan=stage.experiment.on_nan,
     )
     return Program(objective, optimizer, step)

@@ -152,7 +152,7 @@ class Kept:
     """
 
     about: np.ndarray
-    feature_store: np.ndarray
+    features: np.ndarray
     what: Described
 
     @property
