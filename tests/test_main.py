@@ -242,7 +242,7 @@ def test_every_experiment_file_runs_shrunk(
         (DataSpec, {"stride": (0, 0)}, r"config.stride is \(0, 0\): use numbers of 1 or more\."),
         (DataSpec, {"stride": (4, 2)}, "config.stride is .*: write the smaller one first"),
         (DataSpec, {"frames": 0}, "config.frames is 0: use a number of 1 or more"),
-        (DataSpec, {"frames": "many"}, "config.frames is 'many': use a number"),
+        (DataSpec, {"frames": "many"}, "config.frames is 'many': write a whole number"),
         (DataSpec, {"seconds": -1.0}, "config.seconds is -1.0: use a number of 0 or more"),
         (DataSpec, {"seconds": float("nan")}, "config.seconds is nan"),
         (
@@ -293,7 +293,7 @@ def test_settings_that_do_not_go_together_get_a_sentence() -> None:
     )
     with pytest.raises(
         UserError,
-        match="directed names 'slide_lft', which is no class of toybox: did you mean 'slide_left'",
+        match="directed names 'slide_lft', which is no class of toybox: did you mean slide_left",
     ):
         run_parts.build(experiment, "a", ("slide_left", "bounce"))
 
@@ -334,7 +334,7 @@ def mistakes(clips: Path, run_dir: Path, tmp: Path) -> dict[str, tuple[list[str]
         ),
         "unknown argument": (
             ["--config=experiments/quickstart.py:tinny"],
-            "no argument 'tinny': it knows tiny, scratch",
+            "no argument 'tinny': did you mean tiny",
         ),
         "missing folder": (
             [*quick, "--config.data.source=folder:/no/such"],
@@ -351,7 +351,7 @@ def mistakes(clips: Path, run_dir: Path, tmp: Path) -> dict[str, tuple[list[str]
         ),
         "unknown label": (
             [*evaluate, f"--config.run={run_dir}", f"--config.data.source=folder:{other}"],
-            "label 'bouncing' of .* is not a class of the trained run .nearest: bounce.: rename it",
+            "label 'bouncing' of .* is not a class of the trained run: did you mean bounce",
         ),
         "no run": (evaluate, "config.run is empty: name the run"),
         "not a run": ([*evaluate, "--config.run=/tmp"], "/tmp is not a run"),
@@ -368,6 +368,7 @@ def mistakes(clips: Path, run_dir: Path, tmp: Path) -> dict[str, tuple[list[str]
                 *quick,
                 f"--config.data.source=folder:{clips}",
                 "--config.data.max_bad=0",
+                "--config.evaluate.splits=('val',)",
                 "--config.order=('finetune',)",
                 "--config.stages.finetune.init=",
             ],

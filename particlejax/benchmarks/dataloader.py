@@ -21,6 +21,8 @@ import numpy as np
 
 from particlejax.benchmarks import decoders
 from particlejax.config.experiment import DataSpec, Experiment, ParticleSpec
+from particlejax.core import io
+from particlejax.core.io import fresh_file
 from particlejax.data import clips, pipeline, sources
 from particlejax.data.sources import Listed, Record
 from particlejax.data.video.decode import Video
@@ -93,7 +95,7 @@ def bench(experiment: Experiment, workdir: Path, name: str) -> None:
     figures["memory"] = _memory(experiment)
     stage.add_results(workdir, "bench_data", figures, {})
     text = "\n".join(_report(figures))
-    (workdir / "report.md").write_text(text, encoding="utf-8")
+    io.write_text(workdir / "report.md", text)
     print(text)
 
 
@@ -292,8 +294,7 @@ def _make(path: Path, size: tuple[int, int], seconds: int) -> None:
     rng = np.random.default_rng(0)
     large = rng.integers(0, 256, (size[1] // 8 + 16, size[0] // 8 + 64, 3), np.uint8)
     large = large.repeat(8, axis=0).repeat(8, axis=1)
-    fresh = path.with_name(path.name + ".tmp")
-    with av.open(str(fresh), "w", format="mp4") as container:
+    with fresh_file(path) as fresh, av.open(str(fresh), "w", format="mp4") as container:
         stream = container.add_stream(
             "libx264", rate=_RATE, options={"g": str(_RATE), "preset": "veryfast"}
         )
@@ -303,15 +304,13 @@ def _make(path: Path, size: tuple[int, int], seconds: int) -> None:
             picture = np.ascontiguousarray(large[y : y + size[1], x : x + size[0]])
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode(None))
-    os.replace(fresh, path)
 
 
 def _repeat(path: Path, out: Path, times: int) -> None:
     """The same film `times` over in one file, its packets copied."""
     if out.exists():
         return
-    fresh = out.with_name(out.name + ".tmp")
-    with av.open(str(fresh), "w", format="mp4") as container:
+    with fresh_file(out) as fresh, av.open(str(fresh), "w", format="mp4") as container:
         made, shift = None, 0
         for _ in range(times):
             with av.open(str(path)) as source:
@@ -327,7 +326,6 @@ def _repeat(path: Path, out: Path, times: int) -> None:
                         )
                         container.mux(packet)
                 shift += length
-    os.replace(fresh, out)
 
 
 # -- memory

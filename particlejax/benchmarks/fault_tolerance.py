@@ -27,7 +27,7 @@ import numpy as np
 
 import particlejax
 from particlejax.config.experiment import Experiment, as_dict
-from particlejax.core import tree
+from particlejax.core import io, tree
 from particlejax.distributed import checkpoint
 from particlejax.jobs.train import train
 from particlejax.reports.markdown import table
@@ -77,7 +77,7 @@ class Bench:
         self.experiment = replace(self.experiment, job="train")
         self.stage = next(iter(self.experiment.stages))
         (self.folder / "victim.py").write_text(_EXPERIMENT, encoding="utf-8")
-        checkpoint.write_json(self.folder / "victim.json", as_dict(self.experiment))
+        io.write_json(self.folder / "victim.json", as_dict(self.experiment))
 
     def start(
         self, workdir: Path, *more: str, environment: dict[str, str] | None = None, limit: int = 0
@@ -169,7 +169,7 @@ def bench(experiment: Experiment, workdir: Path, name: str) -> None:
         say(f"faults: {kind}")
         rows += KINDS[kind](it)
         stage.add_results(workdir, "bench_faults", {row.what: vars(row) for row in rows}, {})
-        (workdir / "report.md").write_text("\n".join(_report(it, rows)), encoding="utf-8")
+        io.write_text(workdir / "report.md", "\n".join(_report(it, rows)))
     print("\n".join(_report(it, rows)))
     if any(row.lost for row in rows):
         raise RuntimeError(f"something was lost, see {workdir / 'report.md'}")

@@ -14,6 +14,7 @@ import numpy as np
 
 from particlejax.config.experiment import Experiment, MeshSpec, OptimSpec, ParticleSpec
 from particlejax.config.model import ClassifySpec
+from particlejax.core import io
 from particlejax.data import clips, pipeline, sources
 from particlejax.distributed import sharding
 from particlejax.models import particle_model as models
@@ -42,7 +43,7 @@ def bench(experiment: Experiment, workdir: Path, name: str) -> None:
     }
     stage.add_results(workdir, "bench_particles", figures, {})
     text = "\n".join(_report(experiment, figures))
-    (workdir / "report.md").write_text(text, encoding="utf-8")
+    io.write_text(workdir / "report.md", text)
     print(text)
 
 

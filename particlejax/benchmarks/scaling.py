@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from particlejax.config.jobs import PlanSpec
-from particlejax.core import accelerators
-from particlejax.distributed import checkpoint, sharding
+from particlejax.core import accelerators, io
+from particlejax.distributed import sharding
 from particlejax.jobs import plan
 from particlejax.reports.markdown import table
 from particlejax.train import stage
@@ -44,9 +44,9 @@ def bench(spec: PlanSpec, workdir: Path, name: str) -> None:
                 f"{label}: {found[label]['bytes'].get('sent', 0.0) / 2**20:.1f} MiB sent by each "
                 "device"
             )
-            checkpoint.write_json(workdir / stage.RESULTS, {_JOB: found})
+            io.write_json(workdir / stage.RESULTS, {_JOB: found})
     text = "\n".join(_lines(spec, found)) + "\n"
-    (workdir / "report.md").write_text(text, encoding="utf-8")
+    io.write_text(workdir / "report.md", text)
     print(text)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from particlejax.benchmarks import linen_videomae
 from particlejax.config.experiment import Experiment
-from particlejax.core import accelerators, flops
+from particlejax.core import accelerators, flops, io
 from particlejax.core.typing import UserError
 from particlejax.data import clips as data_clips
 from particlejax.data import pipeline
@@ -64,7 +64,7 @@ def bench(experiment: Experiment, workdir: Path, name: str) -> None:
         )
         run.add_results(workdir, "bench_peer", figures, {})  # each may take minutes
     text = "\n".join(_report(experiment, figures))
-    (workdir / "report.md").write_text(text, encoding="utf-8")
+    io.write_text(workdir / "report.md", text)
     print(text)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from particlejax.config import training
 from particlejax.config.fields import (
+    Spec,
+    above,
     arguments,
     as_dict,
     at_least,
@@ -19,20 +21,24 @@ from particlejax.config.fields import (
     interval,
     make,
     named,
+    number,
     one_of,
     replaced,
     section,
+    some_of,
     unknown_key,
 )
-from particlejax.config.model import OBJECTIVES, ModelSpec, check_model, check_stage
+from particlejax.config.model import OBJECTIVES, ModelSpec, check_stage
 from particlejax.core.typing import UserError
 
 # what experiment files are written with
+MODALITIES = ("vision", "audio", "text", "series", "features", "heard", "told")
+
 __all__ = ("arguments", "as_dict", "make", "one_of", "section", "unknown_key")
 
 
 @dataclasses.dataclass(frozen=True)
-class AugmentSpec:
+class AugmentSpec(Spec):
     """What training does to a clip at random, alike in all its frames; evaluation does none of
     it.
     """
@@ -60,7 +66,7 @@ class AugmentSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class AudioSpec:
+class AudioSpec(Spec):
     """Sound as a log-mel spectrogram, cut into patches."""
 
     rate: int = at_least(16000, 1)  # samples per second; any track is mixed to one channel of it
@@ -70,13 +76,13 @@ class AudioSpec:
     low: float = at_least(60.0, 0)  # Hz
     high: float = at_least(7800.0, 0)  # Hz
     patch: tuple[int, int] = at_least((16, 16), 1)  # spectra, mels
-    mean: float = -7.0  # of log(mel power + 1e-6)
+    mean: float = number(-7.0)  # of log(mel power + 1e-6)
     std: float = at_least(4.0, 1e-4)
     seconds: float = at_least(0.0, 0)  # longest sound; 0: data.seconds
 
 
 @dataclasses.dataclass(frozen=True)
-class TextSpec:
+class TextSpec(Spec):
     """Captions as token ids."""
 
     tokenizer: str = "bytes"  # or the path of a tokenizer.json of the package `tokenizers`
@@ -84,7 +90,7 @@ class TextSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class SeriesSpec:
+class SeriesSpec(Spec):
     """Numeric channels from a CSV beside the clip (clip.mp4, clip.csv) with a column `time` in
     seconds.
     """
@@ -96,7 +102,7 @@ class SeriesSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class FeatureSpec:
+class FeatureSpec(Spec):
     """What a frozen network says of sub-clips, computed before by job features.
 
     It saw the clip's centre square, not mirrored, or heard its sound, or read its caption.
@@ -110,7 +116,7 @@ class FeatureSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataSpec:
+class DataSpec(Spec):
     """Which clips, and how frames are taken from them.
 
     A clip shorter than what is asked of it shows its last frame until the span is over, in every
@@ -123,13 +129,13 @@ class DataSpec:
     source: str = "toybox"  # toybox | folder:PATH | tfds:NAME | mix:WEIGHT*SOURCE,WEIGHT*SOURCE
     split: str = "train"
     # of vision, audio, text, series, features, heard, told
-    modalities: tuple[str, ...] = ("vision",)
+    modalities: tuple[str, ...] = some_of(("vision",), MODALITIES)
     # frames: even over `seconds`; every `stride`-th; one a segment
     sample: str = one_of("span", "dense", "segments")
     # frames of the file from one to the next where `sample` is dense, drawn between
     stride: tuple[int, int] = interval((2, 2), 1)
     # of the clips to train on, the same ones whatever the seed: few labels, quick trials
-    fraction: float = between(1.0, 0, 1)
+    fraction: float = between(1.0, 0, 1, open_at="least")
     # clips of each class, drawn by the seed, that keep their label in training; 0: all do
     shots: int = at_least(0, 0)
     listed: str = (
@@ -150,7 +156,7 @@ class DataSpec:
     features: FeatureSpec = FeatureSpec()
     heard: FeatureSpec = FeatureSpec()  # those of a second network, such as one of sound
     told: FeatureSpec = FeatureSpec()  # those of a third, such as one of words
-    mean: float = 0.45  # of pixels in [0, 1]
+    mean: float = number(0.45)  # of pixels in [0, 1]
     std: float = at_least(0.225, 1e-4)
     # share of a particle's mean over time that stays in it: below 1 change counts for more
     still: float = between(1.0, 0, 1)
@@ -165,7 +171,7 @@ class DataSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class ParticleSpec:
+class ParticleSpec(Spec):
     """How a clip is cut into particles."""
 
     policy: str = one_of("grid", "tubes", "pyramid", "adaptive", "runs")
@@ -176,7 +182,7 @@ class ParticleSpec:
     # of the pyramid, the finest included; of adaptive particles on each axis that splits
     levels: int = at_least(3, 1)
     # how an adaptive particle may be split: of both (at once), time, space
-    splits: tuple[str, ...] = ("time", "space")
+    splits: tuple[str, ...] = some_of(("time", "space"), ("both", "time", "space"))
     # what an adaptive split is worth (particles/adaptive.py)
     measure: str = one_of("squared", "absolute", "motion")
     # mean absolute difference, of 255, above which a run ends where there is no budget
@@ -187,38 +193,38 @@ class ParticleSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimSpec:
+class OptimSpec(Spec):
     """The optimiser and its schedule."""
 
     name: str = one_of("adamw", "sgd")
-    rate: float = 1e-3  # peak learning rate
-    warmup: float = 0.1  # share of the steps
-    final: float = 0.01  # learning rate at the end, in peaks
-    weight_decay: float = 0.05  # decoupled; spares norms, biases and single vectors
-    b1: float = 0.9
-    b2: float = 0.95  # as MAE pretraining has it
-    momentum: float = 0.9  # of sgd
-    clip_norm: float = 1.0  # largest gradient norm; 0: any
+    rate: float = at_least(1e-3, 0)  # peak learning rate
+    warmup: float = between(0.1, 0, 1)  # share of the steps
+    final: float = between(0.01, 0, 1)  # learning rate at the end, in peaks
+    weight_decay: float = at_least(0.05, 0)  # decoupled; spares norms, biases and single vectors
+    b1: float = between(0.9, 0, 1, open_at="most")
+    b2: float = between(0.95, 0, 1, open_at="most")  # as MAE pretraining has it
+    momentum: float = between(0.9, 0, 1, open_at="most")  # of sgd
+    clip_norm: float = at_least(1.0, 0)  # largest gradient norm; 0: any
 
 
 @dataclasses.dataclass(frozen=True)
-class ScaleSpec:
+class ScaleSpec(Spec):
     """How clips are read for a part of the training; what is 0 or '' is as the stage's data and
     particles say.
     """
 
-    frames: int = 0
-    size: int = 0  # pixels
-    seconds: float = 0.0  # span of the frames: with their number, the speed
-    stride: int = 0  # the speed where data.sample is dense
+    frames: int = at_least(0, 0)
+    size: int = at_least(0, 0)  # pixels
+    seconds: float = at_least(0.0, 0)  # span of the frames: with their number, the speed
+    stride: int = at_least(0, 0)  # the speed where data.sample is dense
     policy: str = ""
-    levels: int = 0
+    levels: int = at_least(0, 0)
     splits: tuple[str, ...] = ()
-    budget: int = 0
+    budget: int = at_least(0, 0)
     tubes: tuple = ()
     # of the clips (mixture), of the training (progressive) or of a round (cycles), beside the
     # others'
-    share: float = 1.0
+    share: float = above(1.0, 0)
 
     def applied(self, data: DataSpec, particles: ParticleSpec) -> tuple[DataSpec, ParticleSpec]:
         """Data and particles as this scale says."""
@@ -238,20 +244,35 @@ class ScaleSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class ScheduleSpec:
+class ScheduleSpec(Spec):
     """Which scale when; rows keep their shape, so that nothing is compiled anew."""
 
     # each clip draws; in order; in order, again and again
     kind: str = one_of("fixed", "mixture", "progressive", "cycles")
     scales: tuple[ScaleSpec, ...] = ()
-    rounds: int = 1  # of cycles: the long cycle of Multigrid (arXiv:1912.00998)
-    settle: float = 0.0  # share of the training at the end of cycles that stays at the last scale
+    rounds: int = at_least(1, 1)  # of cycles: the long cycle of Multigrid (arXiv:1912.00998)
+    settle: float = between(
+        0.0, 0, 1, open_at="most"
+    )  # share of the training at the end of cycles that stays at the last scale
     # factors of the size that follow each other from step to step: its short cycle
-    short: tuple[float, ...] = ()
+    short: tuple[float, ...] = above((), 0)
+
+    def check(self) -> None:
+        """Raises UserError for scales or settings that the kind does not use."""
+        if (self.kind == "fixed") == bool(self.scales):
+            remedy = "name another kind" if self.scales else "give it some, or leave it 'fixed'"
+            raise UserError(
+                f"ScheduleSpec.kind is {self.kind!r} with {len(self.scales)} scales: {remedy}."
+            )
+        if self.kind != "cycles" and (self.rounds != 1 or self.settle or self.short):
+            raise UserError(
+                "ScheduleSpec.rounds, settle and short belong to 'cycles', and kind is "
+                f"{self.kind!r}: make it that, or leave them."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
-class StageSpec:
+class StageSpec(Spec):
     """One training run. `steps` or `epochs`, the other 0."""
 
     steps: int = at_least(0, 0)
@@ -273,7 +294,9 @@ class StageSpec:
     schedule: ScheduleSpec = ScheduleSpec()  # scales that the training clips are read at
     val: str = "val"  # split that is measured while training; '': none
     val_every: int = at_least(0, 0)  # steps; 0: at the end only
-    ema: float = 0.0  # decay of the averaged parameters, which are then the ones evaluated; 0: none
+    ema: float = between(
+        0.0, 0, 1, open_at="most"
+    )  # decay of the averaged parameters, which are then the ones evaluated; 0: none
     select: str = ""  # val metric whose best checkpoint is the stage's result; '': the last
     select_mode: str = one_of("max", "min")
     # measurements without a better `select` after which the stage ends; 0: never
@@ -281,28 +304,37 @@ class StageSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateSpec:
+class EvaluateSpec(Spec):
     """The measurement at the end of a stage that classifies."""
 
     splits: tuple[str, ...] = ("val",)
     scale: ScaleSpec = ScaleSpec()  # what differs from the stage's data and particles
     # temporal clips x spatial crops per video, probabilities averaged
-    views: tuple[int, int] = (1, 1)
-    rows: int = 32
+    views: tuple[int, int] = at_least((1, 1), 1)
+    rows: int = at_least(32, 1)
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshSpec:
+class MeshSpec(Spec):
     """Devices per axis of the mesh; -1 (at most once): the rest."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    sequence: int = 1
+    data: int = at_least(-1, -1)
+    fsdp: int = at_least(1, -1)
+    tensor: int = at_least(1, -1)
+    sequence: int = at_least(1, -1)
+
+    def check(self) -> None:
+        """Raises UserError for an axis without devices, and for two that take the rest."""
+        sizes = dataclasses.asdict(self)
+        for axis, size in sizes.items():
+            if size == 0:
+                raise UserError(f"MeshSpec.{axis} is 0: use 1 or more devices, or -1 for the rest.")
+        if list(sizes.values()).count(-1) > 1:
+            raise UserError("MeshSpec.data and others are -1: only one axis can take the rest.")
 
 
 @dataclasses.dataclass(frozen=True)
-class ClusterSpec:
+class ClusterSpec(Spec):
     """How several processes find each other (cluster.py); what is left empty comes from the
     environment.
     """
@@ -317,15 +349,17 @@ class ClusterSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointSpec:
+class CheckpointSpec(Spec):
     """When the state is saved."""
 
     every: int = at_least(200, 1)  # steps
-    keep: int = 2  # newest ones; at least 2, so that a whole one remains while the next is written
+    keep: int = at_least(
+        2, 2
+    )  # newest ones; at least 2, so that a whole one remains while the next is written
 
 
 @dataclasses.dataclass(frozen=True)
-class LogSpec:
+class LogSpec(Spec):
     """Where figures go, besides metrics.jsonl and TensorBoard."""
 
     every: int = at_least(20, 1)  # steps
@@ -335,7 +369,7 @@ class LogSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class PrepareSpec:
+class PrepareSpec(Spec):
     """Job prepare: where the data set goes and who writes it."""
 
     out: str = ""  # folder that the data set NAME/1.0.0 is made in; '': the workdir
@@ -346,7 +380,7 @@ class PrepareSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchSpec:
+class BenchSpec(Spec):
     """Benchmarks: interleaved repetitions, of which medians are taken."""
 
     repetitions: int = at_least(7, 1)
@@ -359,23 +393,22 @@ class BenchSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class SweepSpec:
+class SweepSpec(Spec):
     """Job sweep: several runs of the experiment."""
 
     # by name, what differs, nested
     runs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = at_least((0, 1, 2), 0)
     metric: str = "finetune/val/top1"  # stage/split/figure of results.json
     # a file, or a database's URL, through which Optuna shares the runs out to processes; '': all
     # are this one's
     storage: str = ""
-    search: int = (
-        0  # trials in which Optuna combines the settings of the runs; 0: the runs as they are
-    )
+    # trials in which Optuna combines the settings of the runs; 0: the runs as they are
+    search: int = at_least(0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
+class Experiment(Spec):
     """Everything a run depends on, so that config.json is enough to run it again."""
 
     job: str = one_of(
@@ -392,7 +425,7 @@ class Experiment:
         "prototypes",
         "label_next",
     )
-    seed: int = 0
+    seed: int = at_least(0, 0)
     run: str = ""  # jobs evaluate, prototypes, label_next: the run that is asked
     # job soup: the runs that are averaged, each RUN_DIR or RUN_DIR:STAGE
     runs: tuple[str, ...] = ()
@@ -420,120 +453,81 @@ class Experiment:
     prepare: PrepareSpec = PrepareSpec()
     bench: BenchSpec = BenchSpec()
 
+    def check(self) -> None:
+        """Puts the stages in their order. Raises UserError where they cannot be run."""
+        if len(self.stages) > 1 and not self.order:
+            raise UserError(
+                "Experiment.order is empty: name the stages to run in their order "
+                f"({', '.join(self.stages)})."
+            )
+        for name in self.order:
+            if name not in self.stages:
+                raise UserError(unknown_key(name, "Experiment.stages", self.stages))
+        order = self.order or tuple(self.stages)
+        object.__setattr__(self, "stages", {name: self.stages[name] for name in order})
+        for name, stage in self.stages.items():
+            _check_lengths(stage, f"Experiment.stages.{name}")
+            _check_objectives(self, stage, f"Experiment.stages.{name}")
+
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Experiment":
         """The experiment that a config describes. Raises UserError for a key or a value that it
         cannot have.
         """
-        return check(make(cls, config, "config"))
+        return make(cls, config, "config")
 
     def data_of(self, stage: StageSpec) -> DataSpec:
         """The data section with what the stage says differently."""
-        return replaced(self.data, stage.data, "data")
+        return replaced(self.data, stage.data, "config.stages.*.data")
 
     def particles_of(self, stage: StageSpec) -> ParticleSpec:
         """The particles section with what the stage says differently."""
-        return replaced(self.particles, stage.particles, "particles")
+        return replaced(self.particles, stage.particles, "config.stages.*.particles")
 
     def model_of(self, stage: StageSpec) -> ModelSpec:
         """The model section with what the stage says differently."""
-        return replaced(self.model, stage.model, "model")
+        return replaced(self.model, stage.model, "config.stages.*.model")
 
 
-def check(experiment: Experiment) -> Experiment:
-    """The experiment with its stages in order, when they can be run. Raises UserError otherwise."""
-    stages, order = experiment.stages, experiment.order or tuple(experiment.stages)
-    if len(stages) > 1 and not experiment.order:
+def _check_lengths(stage: StageSpec, where: str) -> None:
+    if bool(stage.steps) == bool(stage.epochs):
         raise UserError(
-            f"config.order is empty: name the stages to run in their order ({', '.join(stages)})."
+            f"{where} gives steps={stage.steps} and epochs={stage.epochs:g}: set one of them, the "
+            "other to 0."
         )
-    for name in order:
-        if name not in stages:
-            raise UserError(unknown_key(name, "config.stages", stages))
-    experiment = dataclasses.replace(experiment, stages={name: stages[name] for name in order})
-    for name, stage in experiment.stages.items():
-        where = f"config.stages.{name}"
-        if bool(stage.steps) == bool(stage.epochs):
-            raise UserError(
-                f"{where} gives steps={stage.steps} and epochs={stage.epochs:g}: set one of them, "
-                "the "
-                "other to 0."
-            )
-        if stage.patience and not stage.select:
-            raise UserError(
-                f"{where}.patience={stage.patience} waits for a better `select`, which is empty: "
-                "name a metric of "
-                "the val split there, such as 'loss' or 'top1', or set patience to 0."
-            )
-        if not stage.objectives:
-            raise UserError(f"{where} has no objective: add one of {', '.join(OBJECTIVES)}.")
-        if stage.rows % stage.accumulate:
-            raise UserError(
-                f"{where}.rows={stage.rows} is not a multiple of accumulate={stage.accumulate}: "
-                "change one."
-            )
-        data, particles = experiment.data_of(stage), experiment.particles_of(stage)
-        _check_schedule(stage.schedule, f"{where}.schedule")
-        check_model(experiment.model_of(stage))
-        if (
-            "sync" in stage.objectives
-            and "vision" in stage.objectives["sync"].laid
-            and particles.base[0] >= data.frames
-        ):
-            raise UserError(
-                f"{where}.objectives.sync lays moments over each other, and "
-                f"particles.base[0]={particles.base[0]} of "
-                f"{data.frames} frames leaves but one: make it smaller, such as 2, or sync.how "
-                "'question'."
-            )
-        if "visual_words" in stage.objectives and (
-            stage.tune.how != "full" or stage.objectives["visual_words"].modality == "text"
-        ):
-            raise UserError(
-                f"{where}.objectives.visual_words finds clusters of numbers, which are kept beside "
-                "parameters that all "
-                "train: leave tune.how at 'full', and name a modality other than text."
-            )
-        if "latent" in stage.objectives and (
-            not stage.ema or experiment.model_of(stage).reduce_after
-        ):
-            raise UserError(
-                f"{where}.objectives.latent learns from the average of the parameters, slot by "
-                f"slot: set {where}.ema, "
-                "such as to 0.99, and leave model.reduce_after empty."
-            )
-        check_stage(stage.objectives, stage.tune, experiment.model_of(stage), where)
-    if experiment.checkpoint.keep < 2:
+    if stage.patience and not stage.select:
         raise UserError(
-            f"config.checkpoint.keep={experiment.checkpoint.keep} would leave no whole checkpoint "
-            "while the "
-            "next is written: use 2 or more."
+            f"{where}.patience={stage.patience} waits for a better `select`, which is empty: name "
+            "a metric of the val split there, such as 'loss' or 'top1', or set patience to 0."
         )
-    return experiment
+    if stage.rows % stage.accumulate:
+        raise UserError(
+            f"{where}.rows={stage.rows} is not a multiple of accumulate={stage.accumulate}: change "
+            "one."
+        )
 
 
-def _check_schedule(schedule: ScheduleSpec, where: str) -> None:
-    if (schedule.kind == "fixed") == bool(schedule.scales):
+def _check_objectives(experiment: Experiment, stage: StageSpec, where: str) -> None:
+    if not stage.objectives:
+        raise UserError(f"{where} has no objective: add one of {', '.join(OBJECTIVES)}.")
+    data, particles = experiment.data_of(stage), experiment.particles_of(stage)
+    model = experiment.model_of(stage)
+    sync, words = stage.objectives.get("sync"), stage.objectives.get("visual_words")
+    if sync and "vision" in sync.laid and particles.base[0] >= data.frames:
         raise UserError(
-            f"{where} is {schedule.kind!r} with {len(schedule.scales)} scales: "
-            + (
-                "name another kind for them."
-                if schedule.scales
-                else "give it some, or leave it 'fixed'."
-            )
+            f"{where}.objectives.sync needs at least 2 time steps, but "
+            f"particles.base[0]={particles.base[0]} covers all {data.frames} frames: use a smaller "
+            "one, such as 2, or sync.how 'question'."
         )
-    if schedule.kind != "cycles" and (schedule.rounds != 1 or schedule.settle or schedule.short):
+    if words and (stage.tune.how != "full" or words.modality == "text"):
         raise UserError(
-            f"{where}.rounds, settle and short belong to 'cycles', and {where}.kind is "
-            f"{schedule.kind!r}: make it "
-            "that, or leave them."
+            f"{where}.objectives.visual_words finds clusters of numbers, which are kept beside "
+            "parameters that all train: leave tune.how at 'full', and name a modality other than "
+            "text."
         )
-    if (
-        not 0 <= schedule.settle < 1
-        or schedule.rounds < 1
-        or any(each.share <= 0 for each in schedule.scales)
-    ):
+    if "latent" in stage.objectives and (not stage.ema or model.reduce_after):
         raise UserError(
-            f"{where} wants rounds of at least 1, settle in [0, 1) and shares above 0: correct "
-            "them."
+            f"{where}.objectives.latent learns from the average of the parameters, slot by slot: "
+            f"set {where}.ema, such as to 0.99, and leave model.reduce_after empty."
         )
+    check_stage(stage.objectives, stage.tune, model, where)

@@ -1,35 +1,73 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frozen dataclasses that are filled from settings: what a field may hold stands beside its
-default.
+"""Settings as frozen dataclasses: what a field may hold stands beside its default, and is checked
+whenever one is made.
 
-`make` turns nested mappings into them in one hop; an unknown key is an error that names the nearest
-known one.
+A spec made in Python is refused with the name of its class (`OptimSpec.b1 is 2`), one made of a
+config by `make` with the key (`config.stages.finetune.optim.b1 is 2`).
 """
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin
 
+from particlejax.core.suggest import did_you_mean
 from particlejax.core.typing import UserError
 
 
+class Spec:
+    """Base of every dataclass of settings: checks its values when it is made.
+
+    Lists become tuples, and whole numbers such as 1e3 become int where the field is one. Raises
+    UserError for a value of another type, outside its range or not among its names; subclasses
+    check what fields say together in `check`, with `Class.field` in their sentences.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            where = f"{type(self).__name__}.{field.name}"
+            value = _converted(field, getattr(self, field.name), where)
+            object.__setattr__(self, field.name, value)
+            _check_range(field.metadata, value, where)
+        self.check()
+
+    def check(self) -> None:
+        """Raises UserError where fields contradict each other."""
+
+
 def one_of(default: str, *others: str) -> Any:
-    """A field that may only be one of these names; `make` refuses others."""
+    """A field that may only be one of these names."""
     return dataclasses.field(default=default, metadata={"names": (default, *others)})
 
 
-def between(default: Any, least: float, most: float = math.inf) -> Any:
-    """A field whose number, or each of whose numbers, lies between these two; `make` refuses
-    others.
+def some_of(default: tuple[str, ...], known: tuple[str, ...], least: int = 1) -> Any:
+    """A field of at least `least` different names out of the known ones."""
+    return dataclasses.field(default=default, metadata={"names": known, "items": least})
+
+
+def between(default: Any, least: float, most: float = math.inf, *, open_at: str = "") -> Any:
+    """A field whose number, or each of whose numbers, lies between these two.
+
+    open_at: 'least', 'most' or both in one text: which of the two limits is not allowed itself.
     """
-    return dataclasses.field(default=default, metadata={"least": least, "most": most})
+    return dataclasses.field(
+        default=default, metadata={"least": least, "most": most, "open_at": open_at}
+    )
 
 
 def at_least(default: Any, least: float) -> Any:
     """A field whose number, or each of whose numbers, is no smaller than this."""
     return between(default, least)
+
+
+def above(default: Any, least: float) -> Any:
+    """A field whose number is larger than this."""
+    return between(default, least, open_at="least")
+
+
+def number(default: Any) -> Any:
+    """A field of any finite number."""
+    return between(default, -math.inf, open_at="least most")
 
 
 def interval(default: tuple, least: float, most: float = math.inf) -> Any:
@@ -59,7 +97,7 @@ def arguments(text: str, *known: str) -> dict[str, bool]:
     for word in given:
         if word not in known:
             raise UserError(
-                f"the experiment file has no argument {word!r}: it knows {', '.join(known)}."
+                f"the experiment file has no argument {word!r}: {did_you_mean(word, known)}"
             )
     return {word: word in given for word in known}
 
@@ -71,93 +109,144 @@ def as_dict(spec: Any) -> dict[str, Any]:
 
 def make(spec: type, values: Mapping[str, Any], where: str) -> Any:
     """`spec(**values)`, nested sections included. Raises UserError for a key that the spec does not
-    have.
+    have, and for a value that it may not hold, with their place behind `where`.
     """
     fields = {field.name: field for field in dataclasses.fields(spec)}
     for key in values:
         if key not in fields:
             raise UserError(unknown_key(key, where, fields))
-        known = fields[key].metadata.get("names")
-        if known and values[key] not in known:
-            raise UserError(f"{where}.{key} is {values[key]!r}: choose one of {', '.join(known)}.")
-        _check_shape(fields[key], values[key], f"{where}.{key}")
-        _check_range(fields[key].metadata, values[key], f"{where}.{key}")
-    return spec(
-        **{key: _value(fields[key], value, f"{where}.{key}") for key, value in values.items()}
-    )
+    inner = {key: _filled(fields[key], value, f"{where}.{key}") for key, value in values.items()}
+    try:
+        return spec(**inner)
+    except UserError as error:
+        raise UserError(str(error).replace(f"{spec.__name__}.", f"{where}.")) from None
 
 
-def replaced(spec: Any, changes: Mapping[str, Any], name: str) -> Any:
-    """`spec` with what a stage's section `name` changes; a section within it keeps what it had of
-    the other keys.
-    """
-    changed = make(type(spec), changes, f"config.stages.*.{name}")
-    inner = {key: value for key, value in changes.items() if isinstance(value, Mapping)}
-    deeper = {
-        key: replaced(getattr(spec, key), value, f"{name}.{key}") for key, value in inner.items()
+def replaced(spec: Any, changes: Mapping[str, Any], where: str) -> Any:
+    """`spec` with some keys changed; a section within it keeps what it had of the other keys."""
+    return make(type(spec), _merged(as_dict(spec), changes), where)
+
+
+def _merged(old: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    inner = {
+        key: _merged(old[key], value)
+        for key, value in changes.items()
+        if isinstance(value, Mapping) and isinstance(old.get(key), Mapping)
     }
-    return dataclasses.replace(spec, **{key: getattr(changed, key) for key in changes} | deeper)
+    return {**old, **changes, **inner}
 
 
-def _check_shape(field: dataclasses.Field, value: Any, where: str) -> None:
+def unknown_key(key: str, where: str, known: Any) -> str:
+    """The sentence for a misspelt key."""
+    return f"{where} has no key {key!r}: {did_you_mean(key, known, f'{where}.')}"
+
+
+# -- values as their types want them
+
+
+def _converted(field: dataclasses.Field, value: Any, where: str) -> Any:
+    """The value as its field's type wants it. Raises UserError where it is none of that type."""
+    if field.type is tuple or get_origin(field.type) is tuple:
+        return _tuple(field, value, where)
+    names = field.metadata.get("names")
+    if names and value not in names:
+        raise UserError(f"{where} is {value!r}: choose one of {', '.join(names)}.")
+    if field.type is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    wanted = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}.get(field.type)
+    if wanted and not (isinstance(value, wanted) and (bool in wanted or not _is_bool(value))):
+        kind = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
+        raise UserError(f"{where} is {value!r}: write {kind[field.type]}.")
+    return value
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _tuple(field: dataclasses.Field, value: Any, where: str) -> tuple:
     """A tuple is written as one, and of a fixed length where its type says so."""
-    if get_origin(field.type) is not tuple:
-        return
-    wanted = len(get_args(field.type))
+    inner = get_args(field.type)
     if not isinstance(value, list | tuple):
         raise UserError(
             f"{where} is {value!r}: write it in brackets, with commas, such as {(value,)!r}."
         )
-    if get_args(field.type)[-1] is not ... and len(value) != wanted:
+    if inner and inner[-1] is not ... and len(value) != len(inner):
         raise UserError(
-            f"{where} is {tuple(value)!r}: write {wanted} values, such as {field.default!r}."
+            f"{where} is {tuple(value)!r}: write {len(inner)} values, such as {field.default!r}."
         )
+    if inner and inner[0] is int:
+        value = [int(v) if isinstance(v, float) and v.is_integer() else v for v in value]
+    names = field.metadata.get("names", ())
+    for name in value if names else ():
+        if name not in names:
+            raise UserError(f"{where} names {name!r}: choose of {', '.join(names)}.")
+    if len(value) < field.metadata.get("items", 0):
+        raise UserError(f"{where} is empty: name at least one of {', '.join(names)}.")
+    if names and len(set(value)) < len(value):
+        raise UserError(f"{where} is {tuple(value)!r}: name each of them once.")
+    return _tuples(value)
 
 
 def _check_range(limits: Mapping[str, Any], value: Any, where: str) -> None:
     """Numbers lie between their limits, NaN nowhere."""
     if "least" not in limits:
         return
-    each = list(value) if isinstance(value, list | tuple) else [value]
-    least, most = limits["least"], limits["most"]
-    if not all(isinstance(number, int | float) and least <= number <= most for number in each):
-        wanted = f"of {least:g} or more" if most == math.inf else f"between {least:g} and {most:g}"
-        raise UserError(
-            f"{where} is {value!r}: use {'numbers' if len(each) > 1 else 'a number'} {wanted}."
-        )
-    if limits.get("rising") and each[0] > each[1]:
-        raise UserError(f"{where} is {tuple(value)!r}: write the smaller one first.")
+    numbers = list(value) if isinstance(value, tuple) else [value]
+    if not all(_within(number, limits) for number in numbers):
+        few = "numbers" if len(numbers) > 1 else "a number"
+        raise UserError(f"{where} is {value!r}: use {few} {range_text(limits)}.")
+    if limits.get("rising") and numbers[0] > numbers[1]:
+        raise UserError(f"{where} is {value!r}: write the smaller one first.")
 
 
-def unknown_key(key: str, where: str, known: Any) -> str:
-    """The sentence for a misspelt key."""
-    near = difflib.get_close_matches(key, list(known), 1, 0.5)
-    remedy = f"did you mean {where}.{near[0]}?" if near else f"it knows {', '.join(known)}."
-    return f"{where} has no key {key!r}: {remedy}"
+def _within(value: Any, limits: Mapping[str, Any]) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    outside = limits.get("open_at", "")
+    over = value > limits["least"] if "least" in outside else value >= limits["least"]
+    under = value < limits["most"] if "most" in outside else value <= limits["most"]
+    return over and under
 
 
-def _value(field: dataclasses.Field, value: Any, where: str) -> Any:
+def range_text(limits: Mapping[str, Any]) -> str:
+    """A field's limits in words, such as 'of 1 or more'; '' where it has none."""
+    if "least" not in limits:
+        return ""
+    least, most, outside = limits["least"], limits["most"], limits.get("open_at", "")
+    if least == -math.inf:
+        return "that is finite"
+    if most == math.inf:
+        return f"above {least:g}" if "least" in outside else f"of {least:g} or more"
+    if not outside:
+        return f"between {least:g} and {most:g}"
+    low = f"above {least:g}" if "least" in outside else f"of {least:g} or more"
+    return f"{low} and {'below' if 'most' in outside else 'at most'} {most:g}"
+
+
+# -- nested sections
+
+
+def _filled(field: dataclasses.Field, value: Any, where: str) -> Any:
     """The value with every mapping in it turned into the dataclass that the field's type names."""
-    inner = next(
-        (each for each in (field.type, *get_args(field.type)) if dataclasses.is_dataclass(each)),
-        None,
-    )
     table = field.metadata.get("table")
     if table is not None:
         return {
-            name: _filled(_of_table(table, name, where), each, f"{where}.{name}")
-            for name, each in value.items()
+            name: _made(_of_table(table, name, where), settings, f"{where}.{name}")
+            for name, settings in value.items()
         }
+    types = (field.type, *get_args(field.type))
+    inner = next((kind for kind in types if dataclasses.is_dataclass(kind)), None)
     if inner is None:
-        return _tuples(value)
+        return value
     if inner is field.type:
-        return _filled(inner, value, where)
+        return _made(inner, value, where)
     if isinstance(value, Mapping):
-        return {name: _filled(inner, each, f"{where}.{name}") for name, each in value.items()}
-    return tuple(_filled(inner, each, f"{where}[{i}]") for i, each in enumerate(value))
+        return {name: _made(inner, item, f"{where}.{name}") for name, item in value.items()}
+    return tuple(_made(inner, item, f"{where}[{i}]") for i, item in enumerate(value))
 
 
-def _filled(spec: type, value: Any, where: str) -> Any:
+def _made(spec: type, value: Any, where: str) -> Any:
     return make(spec, value, where) if isinstance(value, Mapping) else value
 
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from particlejax.config.experiment import Experiment, MeshSpec, make, one_of
-from particlejax.config.fields import at_least
+from particlejax.config.fields import Spec, above, at_least
 
 
 @dataclasses.dataclass(frozen=True)
-class ImportSpec:
+class ImportSpec(Spec):
     """Job import_weights: a file of weights becomes a checkpoint of ours."""
 
     job: str = one_of("import_weights")
@@ -27,11 +27,11 @@ class ImportSpec:
     grid: tuple[int, ...] = at_least((), 1)
     # file to write the weights to under the reference's own names, .safetensors or .npz; '': none
     export: str = ""
-    seed: int = 0  # of the parameters that the weights do not have
+    seed: int = at_least(0, 0)  # of the parameters that the weights do not have
 
 
 @dataclasses.dataclass(frozen=True)
-class RecogniseSpec:
+class RecogniseSpec(Spec):
     """Job recognise: names what people do in videos."""
 
     job: str = one_of("recognise")
@@ -40,14 +40,16 @@ class RecogniseSpec:
     weights: str = ""
     model: str = "i3d"
     labels: str = ""  # file with a name a line; '': beside the weights, else Kinetics-400's
-    frames: int = 64  # that the model sees at once
-    rate: float = 25.0  # of these frames per second
-    windows: int = 3  # of so many frames, spread over the video, probabilities averaged
-    top: int = 5  # answers
+    frames: int = at_least(64, 1)  # that the model sees at once
+    rate: float = above(25.0, 0)  # of these frames per second
+    windows: int = at_least(
+        3, 1
+    )  # of so many frames, spread over the video, probabilities averaged
+    top: int = at_least(5, 1)  # answers
 
 
 @dataclasses.dataclass(frozen=True)
-class ProbeSpec:
+class ProbeSpec(Spec):
     """Job probe: what the frozen encoder of a run knows."""
 
     job: str = one_of("probe")
@@ -65,11 +67,11 @@ class ProbeSpec:
     attentive: int = at_least(400, 0)
     rows: int = at_least(32, 1)
     max_bad: int = at_least(100, 0)  # unreadable clips after which it stops
-    seed: int = 0  # of random weights, and of the attentive probe
+    seed: int = at_least(0, 0)  # of random weights, and of the attentive probe
 
 
 @dataclasses.dataclass(frozen=True)
-class BackboneProbeSpec:
+class BackboneProbeSpec(Spec):
     """Job probe_backbone: a logistic regression on what a frozen network says of the clips of a
     data set.
     """
@@ -96,7 +98,7 @@ class BackboneProbeSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class FeaturesSpec:
+class FeaturesSpec(Spec):
     """Job features: what a frozen network says of sub-clips, kept for training as modality
     `features`.
     """
@@ -125,7 +127,7 @@ class FeaturesSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class PlanSpec:
+class PlanSpec(Spec):
     """Job plan: what the train step of an experiment would need and take, compiled for devices that
     need not be there.
 

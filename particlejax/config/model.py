@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from particlejax.config import training
-from particlejax.config.fields import at_least, between, interval, one_of
+from particlejax.config.fields import Spec, at_least, between, interval, one_of
 from particlejax.core.typing import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class StemSpec:
+class StemSpec(Spec):
     """A published 3D CNN between the pixels of each vision particle, which are a sub-clip, and its
     token.
 
@@ -28,14 +28,14 @@ class StemSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelSpec:
+class ModelSpec(Spec):
     """The encoder and, where an objective needs it, the decoder."""
 
-    width: int = 192
-    depth: int = 6
-    heads: int = 3
+    width: int = at_least(192, 1)
+    depth: int = at_least(6, 1)
+    heads: int = at_least(3, 1)
     near: bool = True  # attention falls with distance in time and space, learned per head
-    mlp: int = 4  # hidden width of the MLP, in widths
+    mlp: int = at_least(4, 1)  # hidden width of the MLP, in widths
     rotary: bool = False  # queries and keys turned by place (nn/rotary.py)
     qk_norm: bool = False  # queries and keys normed (arXiv:2302.05442)
     gate: str = one_of("gelu", "swiglu")  # of the MLP
@@ -51,20 +51,24 @@ class ModelSpec:
     # probability that training hides a modality of a clip, never all
     modality_dropout: float = between(0.0, 0, 1)
     stem: StemSpec = StemSpec()  # what reads the pixels of vision
-    dropout: float = 0.0
-    drop_path: float = 0.0  # stochastic depth of the last block, linear from 0 (arXiv:1603.09382)
+    dropout: float = between(0.0, 0, 1, open_at="most")
+    drop_path: float = between(
+        0.0, 0, 1, open_at="most"
+    )  # stochastic depth of the last block, linear from 0 (arXiv:1603.09382)
     # what becomes of tokens after the blocks `reduce_after` (nn/reduce.py)
     reduce: str = one_of("drop", "merge")
     # numbers of blocks, ascending; (): all tokens go through all blocks
-    reduce_after: tuple[int, ...] = ()
-    reduce_keep: float = 0.5  # share of a clip's tokens that stays each time
+    reduce_after: tuple[int, ...] = at_least((), 1)
+    reduce_keep: float = between(
+        0.5, 0, 1, open_at="least most"
+    )  # share of a clip's tokens that stays each time
     # how a clip's tokens become the vector that is classified
     pool: str = one_of("mean", "attention", "token")
-    pool_heads: int = 8  # of attention pooling
+    pool_heads: int = at_least(8, 1)  # of attention pooling
     embedding: int = at_least(128, 1)  # width of what clips are compared by
-    decoder_width: int = 128
-    decoder_depth: int = 2
-    decoder_heads: int = 2
+    decoder_width: int = at_least(128, 1)
+    decoder_depth: int = at_least(2, 1)
+    decoder_heads: int = at_least(2, 1)
     # auto: what the devices run best (nn/flash.py)
     attention: str = one_of("auto", "plain", "splash", "cudnn")
     unroll: bool = True  # layers unrolled in the program: faster, in less memory; slower to compile
@@ -73,12 +77,52 @@ class ModelSpec:
     # what the backward pass computes again (nn/policy.py)
     remat: str = one_of("none", "blocks", "attention", "elementwise")
 
+    def check(self) -> None:
+        """Raises UserError where settings contradict each other."""
+        if self.width % self.heads or self.decoder_width % self.decoder_heads:
+            raise UserError(
+                f"ModelSpec.width={self.width} and decoder_width={self.decoder_width} must be "
+                f"multiples of heads={self.heads} and decoder_heads={self.decoder_heads}."
+            )
+        if self.pool == "attention" and self.width % self.pool_heads:
+            raise UserError(
+                f"ModelSpec.width={self.width} is not a multiple of pool_heads={self.pool_heads}: "
+                "change one."
+            )
+        edges = (0, *self.reduce_after, self.depth)
+        if any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
+            raise UserError(
+                f"ModelSpec.reduce_after={self.reduce_after} must name blocks between 1 and "
+                f"{self.depth - 1}, "
+                "ascending: correct it, or leave it empty."
+            )
+        if self.reduce_after and (self.fusion != "early" or self.separate or self.pool == "token"):
+            raise UserError(
+                "ModelSpec.reduce_after goes with fusion 'early', shared blocks and pool 'mean' or "
+                "'attention', as "
+                "tokens lose their order: leave it empty, or choose those."
+            )
+        # what latents have read is read a block later
+        last = self.depth - (2 if self.fusion == "bottleneck" else 1)
+        if self.fuse_from > last and self.fusion != "early":
+            raise UserError(
+                f"ModelSpec.fuse_from={self.fuse_from} is too late for {self.depth} blocks of "
+                "fusion "
+                f"{self.fusion!r}: use {last} or less."
+            )
+        least = 0.5 if self.reduce == "merge" else 0.0
+        if not least <= self.reduce_keep < 1 or not self.reduce_keep:
+            raise UserError(
+                f"ModelSpec.reduce_keep={self.reduce_keep:g} must be below 1 and "
+                + ("at least 0.5, as tokens merge in pairs." if least else "above 0.")
+            )
+
 
 @dataclasses.dataclass(frozen=True)
-class HiddenSpec:
+class HiddenSpec(Spec):
     """What is hidden of a modality, and how much of that is asked for."""
 
-    weight: float = 1.0
+    weight: float = at_least(1.0, 0)
     modality: str = "vision"
     # hidden more often is what changes most; what says least
     mask: str = one_of("tube", "random", "motion", "adaptive")
@@ -96,14 +140,14 @@ class MaskedSpec(HiddenSpec):
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassifySpec:
+class ClassifySpec(Spec):
     """What a clip is: one class (softmax), several at once, written 'a|b' (binary), or a number
     (regression).
     """
 
-    weight: float = 1.0
+    weight: float = at_least(1.0, 0)
     loss: str = one_of("softmax", "binary", "regression")
-    label_smoothing: float = 0.0
+    label_smoothing: float = between(0.0, 0, 1, open_at="most")
     # gamma of the focal loss: what is known already counts less (arXiv:1708.02002); 0: alike
     focus: float = at_least(0.0, 0)
     # beta of class-balanced weights, such as 0.999 (arXiv:1901.05555); 0: alike
@@ -120,12 +164,12 @@ class LatentSpec(HiddenSpec):
 
 
 @dataclasses.dataclass(frozen=True)
-class DistilSpec:
+class DistilSpec(Spec):
     """What a published network says of sub-clips (job features), predicted from what the encoder
     sees of `modality`.
     """
 
-    weight: float = 1.0
+    weight: float = at_least(1.0, 0)
     modality: str = "vision"
     teacher: str = "features"  # modality that holds the answers; the encoder never sees it
     # hidden more often is what changes most; what says least
@@ -136,10 +180,10 @@ class DistilSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class NextFrameSpec:
+class NextFrameSpec(Spec):
     """Prediction of the particles of later moments from what ended before."""
 
-    weight: float = 1.0
+    weight: float = at_least(1.0, 0)
     modality: str = "vision"
     # shares of the clip that the present is drawn between
     moment: tuple[float, float] = interval((0.25, 0.75), 0, 1)
@@ -149,41 +193,41 @@ class NextFrameSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class OrderSpec:
+class OrderSpec(Spec):
     """Which of six orders a clip's thirds stand in."""
 
-    weight: float = 1.0
+    weight: float = at_least(1.0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
-class SpeedSpec:
+class SpeedSpec(Spec):
     """How often a clip's speed was doubled. Clips want at least 2 ** doublings particles one after
     the other.
     """
 
-    weight: float = 1.0
+    weight: float = at_least(1.0, 0)
     doublings: int = between(1, 1, 4)  # at most
 
 
 @dataclasses.dataclass(frozen=True)
-class ArrowSpec:
+class ArrowSpec(Spec):
     """Whether a clip runs forward or backward."""
 
-    weight: float = 1.0
+    weight: float = at_least(1.0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformSpec:
+class TransformSpec(Spec):
     """Which of eight turns and mirrorings a clip went through."""
 
-    weight: float = 1.0
+    weight: float = at_least(1.0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
-class SyncSpec:
+class SyncSpec(Spec):
     """By how much a second modality is shifted against a first, or whether it is another clip's."""
 
-    weight: float = 1.0
+    weight: float = at_least(1.0, 0)
     # the second is shifted; one named twice: the picture's right half against its left
     pair: tuple[str, str] = ("vision", "audio")
     shifts: int = at_least(2, 1)  # steps to either side: 2 * shifts + 1 answers
@@ -199,22 +243,22 @@ class SyncSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class ContrastSpec:
+class ContrastSpec(Spec):
     """Clips told from each other by embeddings of two modalities, or of two masked views of one
     named twice.
     """
 
-    weight: float = 1.0
+    weight: float = at_least(1.0, 0)
     pair: tuple[str, str] = ("vision", "text")
     loss: str = one_of("infonce", "sigmoid")
     keep: float = between(0.5, 0, 1)  # share of the particles in each of two views
 
 
 @dataclasses.dataclass(frozen=True)
-class MatchSpec:
+class MatchSpec(Spec):
     """Whether a text belongs to the clip or to another one of the batch."""
 
-    weight: float = 1.0
+    weight: float = at_least(1.0, 0)
     modality: str = "text"
     other: float = between(0.5, 0, 1)  # share of clips that are shown the text of another
     # whose: the next row's, or drawn by how alike the encoder finds the clips
@@ -222,19 +266,19 @@ class MatchSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class AlignSpec:
+class AlignSpec(Spec):
     """When in its clip each particle of a modality is, given the others; its own time is hidden."""
 
-    weight: float = 1.0
+    weight: float = at_least(1.0, 0)
     modality: str = "text"
     bins: int = at_least(8, 2)  # of the clip's time, equal ones, that are told apart
 
 
 @dataclasses.dataclass(frozen=True)
-class WordsSpec:
+class WordsSpec(Spec):
     """Masked language modelling given the rest of the clip."""
 
-    weight: float = 1.0
+    weight: float = at_least(1.0, 0)
     modality: str = "text"
     # share of the words that the encoder sees; the others are asked for
     keep: float = between(0.7, 0, 1)
@@ -251,12 +295,12 @@ class VisualWordsSpec(HiddenSpec):
 
 
 @dataclasses.dataclass(frozen=True)
-class TraceSpec:
+class TraceSpec(Spec):
     """The channels of a series, or the spectrum of a sound, at each moment, told from what the clip
     holds besides them.
     """
 
-    weight: float = 1.0
+    weight: float = at_least(1.0, 0)
     modality: str = one_of("series", "audio")
     # binary: channels of 0 and 1, such as whether a moment belongs to the summary
     loss: str = one_of("squared", "binary")
@@ -281,37 +325,6 @@ OBJECTIVES = {
     "classify": ClassifySpec,
     "pseudo": training.PseudoSpec,
 }
-
-
-def check_model(model: ModelSpec) -> None:
-    """Raises UserError where settings of the model contradict each other."""
-    edges = (0, *model.reduce_after, model.depth)
-    if any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
-        raise UserError(
-            f"config.model.reduce_after={model.reduce_after} must name blocks between 1 and "
-            f"{model.depth - 1}, "
-            "ascending: correct it, or leave it empty."
-        )
-    if model.reduce_after and (model.fusion != "early" or model.separate or model.pool == "token"):
-        raise UserError(
-            "config.model.reduce_after goes with fusion 'early', shared blocks and pool 'mean' or "
-            "'attention', as "
-            "tokens lose their order: leave it empty, or choose those."
-        )
-    # what latents have read is read a block later
-    last = model.depth - (2 if model.fusion == "bottleneck" else 1)
-    if model.fuse_from > last and model.fusion != "early":
-        raise UserError(
-            f"config.model.fuse_from={model.fuse_from} is too late for {model.depth} blocks of "
-            "fusion "
-            f"{model.fusion!r}: use {last} or less."
-        )
-    least = 0.5 if model.reduce == "merge" else 0.0
-    if not least <= model.reduce_keep < 1 or not model.reduce_keep:
-        raise UserError(
-            f"config.model.reduce_keep={model.reduce_keep:g} must be below 1 and "
-            + ("at least 0.5, as tokens merge in pairs." if least else "above 0.")
-        )
 
 
 def check_stage(

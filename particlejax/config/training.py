@@ -5,12 +5,12 @@ robust than a plain gradient.
 
 import dataclasses
 
-from particlejax.config.fields import at_least, between, one_of
+from particlejax.config.fields import Spec, at_least, between, one_of
 from particlejax.core.typing import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class TuneSpec:
+class TuneSpec(Spec):
     """Which parameters train. What stands outside the encoder (head, pool, decoder) always does.
 
     linear: that alone. probe: that, with attention pooling. bitfit: and the encoder's biases
@@ -65,7 +65,7 @@ def check(tune: TuneSpec, pool: str, where: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class RobustSpec:
+class RobustSpec(Spec):
     """Gradients that are taken where the loss is worse than here. Payloads are in the units that
     the model reads.
     """
@@ -80,7 +80,7 @@ class RobustSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class SoupSpec:
+class SoupSpec(Spec):
     """Job soup: runs of one architecture become one model, or one answer."""
 
     # of parameters (arXiv:2203.05482), of those that help, of probabilities
@@ -94,7 +94,7 @@ class SoupSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class ActiveSpec:
+class ActiveSpec(Spec):
     """Job label_next: which clips without a label are worth one."""
 
     # least sure; nearest tie; far from all known (arXiv:1708.00489)
@@ -103,7 +103,7 @@ class ActiveSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class PseudoSpec:
+class PseudoSpec(Spec):
     """Clips without a label learn from what is said of them when they are seen whole (FixMatch,
     arXiv:2001.07685).
 
@@ -111,7 +111,7 @@ class PseudoSpec:
     exactly that paper's loss.
     """
 
-    weight: float = 1.0
+    weight: float = at_least(1.0, 0)
     # who says it: the parameters of the moment, or their moving average (stage.ema)
     teacher: str = one_of("self", "average")
     # the likeliest class, by cross-entropy; all probabilities, by squared error

@@ -20,11 +20,11 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.proto import tf_example_pb2
 
+from particlejax.core.io import fresh_file, write_json
 from particlejax.core.typing import UserError
 from particlejax.data import sources
 from particlejax.data.video import timeout
 from particlejax.data.video.decode import Unreadable, Video
-from particlejax.distributed.checkpoint import write_json
 
 VERSION = "1.0.0"
 _PLAN = "plan.json"
@@ -146,25 +146,22 @@ def write(shard: Shard) -> dict[str, Any]:
     if shard.note.exists():
         return json.loads(shard.note.read_text(encoding="utf-8"))
     source = sources.open_source(shard.source, shard.split, shard.cache_dir)
-    fresh = f"{shard.path}.{os.getpid()}.tmp"
     kind, note = features(shard.classes), {"clips": 0, "bytes": 0, "bad": {}}
     try:
         _check_room(shard, source)
-        writer = ArrayRecordWriter(fresh, "group_size:1")
-        try:
-            for i in range(shard.first, shard.last):
-                _add(writer, kind, source[i], shard, note)
-        finally:
-            writer.close()
-        with open(fresh, "rb") as file:
-            os.fsync(file.fileno())  # a full disk may speak up only here
-        os.replace(fresh, shard.path)
+        with fresh_file(
+            shard.path, sync=True
+        ) as fresh:  # a full disk may speak up only when synced
+            writer = ArrayRecordWriter(str(fresh), "group_size:1")
+            try:
+                for i in range(shard.first, shard.last):
+                    _add(writer, kind, source[i], shard, note)
+            finally:
+                writer.close()
         note["bytes"] = os.path.getsize(shard.path)
         write_json(shard.note, note)
     except (OSError, RuntimeError) as error:
         raise _disk(Path(shard.path).parent, error) from error
-    finally:
-        Path(fresh).unlink(missing_ok=True)
     return note
 
 

@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_utils
 
 from particlejax.core import tree
+from particlejax.core.io import write_json
 from particlejax.core.typing import UserError
 from particlejax.distributed import cluster
 
@@ -268,16 +269,6 @@ def load_arrays(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             item, args=ocp.args.PyTreeRestore(item=wanted, restore_args=args, partial_restore=True)
         )
     return tree.flatten(found if branch is None else found[branch])
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file that is either the old one or the new one, whatever happens."""
-    fresh = path.with_name(path.name + ".tmp")
-    with open(fresh, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
 
 
 def whole_steps(folder: str | os.PathLike[str]) -> list[int]:

@@ -40,10 +40,6 @@ def make_mesh(spec: MeshSpec, of: Sequence[jax.Device] | None = None) -> Mesh:
         [getattr(spec, axis) for axis in AXES],
         jax.device_count() if of is None else len(of),
     )
-    if sizes.count(-1) > 1:
-        raise UserError(
-            f"config.mesh gives -1 to {sizes.count(-1)} axes: only one can be the rest."
-        )
     rest, over = divmod(devices, math.prod(size for size in sizes if size != -1))
     sizes = [rest if size == -1 else size for size in sizes]
     if over or math.prod(sizes) != devices:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from particlejax.config.experiment import DataSpec, Experiment
+from particlejax.core import io
 from particlejax.core.typing import UserError
 from particlejax.data import inspect, sources
 from particlejax.data.video import timeout
@@ -44,7 +45,7 @@ def check_data(experiment: Experiment, workdir: Path, name: str) -> None:
     figures["near_duplicates"] = [list(pair) for pair in alike]
     stage.add_results(workdir, "check", figures, bad)
     path = workdir / "report.md"
-    path.write_text("\n".join(_report(data.source, seen, figures, bad, workdir)), encoding="utf-8")
+    io.write_text(path, "\n".join(_report(data.source, seen, figures, bad, workdir)))
     if not any(seen.values()):
         raise UserError(
             f"not one of the {len(bad)} clips of {data.source} can be read "

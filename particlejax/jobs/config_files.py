@@ -4,7 +4,6 @@ changes.
 """
 
 import ast
-import difflib
 import runpy
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import ml_collections
 
 from particlejax.config.experiment import unknown_key
+from particlejax.core.suggest import did_you_mean
 from particlejax.core.typing import UserError
 
 
@@ -25,11 +25,8 @@ def load(file: str) -> ml_collections.ConfigDict:
             "no experiment: add --config experiments/quickstart.py or another file of experiments/."
         )
     if not Path(path).is_file():
-        near = difflib.get_close_matches(
-            path, [str(p) for p in Path("experiments").rglob("*.py")], 1
-        )
-        remedy = f"did you mean {near[0]}?" if near else "check its path."
-        raise UserError(f"the experiment file {path!r} is not there: {remedy}")
+        known = sorted(str(p) for p in Path("experiments").rglob("*.py"))
+        raise UserError(f"there is no experiment file {path!r}: {did_you_mean(path, known)}")
     make = runpy.run_path(path)["get_config"]
     return make(arg) if arg else make()
 

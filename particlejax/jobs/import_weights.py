@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from particlejax.config.jobs import ImportSpec
-from particlejax.core import tree
+from particlejax.core import io, tree
 from particlejax.core.typing import Params, UserError
 from particlejax.distributed import checkpoint
 from particlejax.models.zoo import backbones
@@ -67,7 +67,7 @@ def import_weights(spec: ImportSpec, workdir: Path, name: str) -> None:
     }
     stage.add_results(workdir, STAGE, figures, {})
     path = workdir / "report.md"
-    path.write_text("\n".join(_lines(spec, backbone, figures)), encoding="utf-8")
+    io.write_text(path, "\n".join(_lines(spec, backbone, figures)))
     say(_sentence(report))
     say(f"report: {path}")
 

@@ -18,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 
 from particlejax.config.experiment import DataSpec
 from particlejax.config.jobs import BackboneProbeSpec, FeaturesSpec
-from particlejax.core import tree
+from particlejax.core import io, tree
 from particlejax.core.typing import Params, UserError
 from particlejax.data import clips, pipeline, sources
 from particlejax.data.modalities import feature_store
@@ -88,7 +88,7 @@ def probe(spec: BackboneProbeSpec, workdir: Path, name: str) -> None:
         f"{clips_seen - computed} kept from before"
     )
     path = workdir / "report.md"
-    path.write_text("\n".join(_lines(spec, figures, learnt, computed)), encoding="utf-8")
+    io.write_text(path, "\n".join(_lines(spec, figures, learnt, computed)))
     say(f"report: {path}")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from particlejax.config.experiment import Experiment, as_dict
-from particlejax.core import tree
+from particlejax.core import io, tree
 from particlejax.core.typing import Params, UserError
 from particlejax.data import sources
 from particlejax.distributed import checkpoint, sharding
@@ -147,7 +147,7 @@ class _Kitchen:
         plain = replace(stage.spec, init="")
         made = replace(stage.experiment, stages={stage.name: plain}, order=(stage.name,), init="")
         folder.mkdir(exist_ok=True)
-        checkpoint.write_json(folder / run.CONFIG, json.loads(json.dumps(as_dict(made))))
+        io.write_json(folder / run.CONFIG, json.loads(json.dumps(as_dict(made))))
         kept = checkpoint.Checkpoints(run.checkpoint_folder(folder, stage.name), 2)
         kept.save(0, {"params": params}, {"classes": list(stage.classes), "of": names})
         kept.close()

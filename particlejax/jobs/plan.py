@@ -23,10 +23,10 @@ from jax.sharding import Mesh
 
 from particlejax.config.experiment import Experiment, MeshSpec
 from particlejax.config.jobs import PlanSpec
-from particlejax.core import accelerators, flops, hlo_cost
+from particlejax.core import accelerators, flops, hlo_cost, io
 from particlejax.core.typing import UserError
 from particlejax.data import pipeline, sources
-from particlejax.distributed import checkpoint, sharding
+from particlejax.distributed import sharding
 from particlejax.jobs import config_files
 from particlejax.objectives import registry
 from particlejax.particles.types import Batch
@@ -75,9 +75,9 @@ def plan(spec: PlanSpec, workdir: Path, name: str) -> None:
             found[label]["seconds_to_compile"] = round(time.monotonic() - begun, 1)
             say(f"{label}: {_sentence(found[label])}")
             # each may take minutes
-            checkpoint.write_json(workdir / run.RESULTS, {stage.name: found, "best": best(found)})
+            io.write_json(workdir / run.RESULTS, {stage.name: found, "best": best(found)})
     path = workdir / "report.md"
-    path.write_text("\n".join(_lines(spec, stage, found)) + "\n", encoding="utf-8")
+    io.write_text(path, "\n".join(_lines(spec, stage, found)) + "\n")
     print(path.read_text(encoding="utf-8"))
     say(f"report: {path}")
 

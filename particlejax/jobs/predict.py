@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from particlejax.config.jobs import RecogniseSpec
-from particlejax.core import tree
+from particlejax.core import io, tree
 from particlejax.core.typing import Params, UserError
 from particlejax.data.sources.folder import VIDEO_SUFFIXES
 from particlejax.data.video.decode import Unreadable, Video
@@ -83,7 +83,7 @@ def recognise(spec: RecogniseSpec, workdir: Path, name: str) -> None:
     progress.close()
     stage.add_results(workdir, "recognise", {path: each.answer for path, each in seen.items()}, bad)
     report = workdir / "report.md"
-    report.write_text("\n".join(_lines(spec, seen, bad)), encoding="utf-8")
+    io.write_text(report, "\n".join(_lines(spec, seen, bad)))
     say(f"report: {report}")
 
 

@@ -20,6 +20,7 @@ from sklearn.preprocessing import StandardScaler
 
 from particlejax.config.experiment import MeshSpec
 from particlejax.config.jobs import ProbeSpec
+from particlejax.core import io
 from particlejax.core.typing import Params, UserError
 from particlejax.data import sources
 from particlejax.distributed import sharding
@@ -82,7 +83,7 @@ def probe(spec: ProbeSpec, workdir: Path, name: str) -> None:
     )
     lines = list(_lines(spec, figures))
     say("\n".join(lines[2:]))
-    (workdir / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    io.write_text(workdir / "report.md", "\n".join(lines))
     say(f"report: {workdir / 'report.md'}")
 
 

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from particlejax.config.experiment import Experiment, as_dict
-from particlejax.core import tree
+from particlejax.core import io, tree
+from particlejax.core.suggest import did_you_mean
 from particlejax.core.typing import UserError
 from particlejax.jobs import optuna_sweep
 from particlejax.jobs.train import train
 from particlejax.reports import plots
 from particlejax.reports.markdown import table
-from particlejax.train import run_dir
+from particlejax.train import loop, run_dir
 from particlejax.train import stage as run
 from particlejax.train.log import say
 
@@ -56,6 +57,7 @@ def sweep(experiment: Experiment, top: Path, name: str) -> None:
             "config.sweep.runs is empty: name runs, each with the settings that are its own."
         )
     runs = plan(experiment)  # first all of them: a misspelt key ends the sweep before it begins
+    _check_metric(runs, spec.metric)
     if spec.search:
         runs = _search(experiment, top)
     elif spec.storage:
@@ -67,7 +69,7 @@ def sweep(experiment: Experiment, top: Path, name: str) -> None:
             _one(each, top)
     figures = collect(runs, spec.metric, top)
     run.add_results(top, "sweep", figures, {})
-    (top / "report.md").write_text("\n".join(_report(experiment, figures, top)), encoding="utf-8")
+    io.write_text(top / "report.md", "\n".join(_report(experiment, figures, top)))
     say(f"report: {top / 'report.md'}")
     failed = [f"{key} ({row['error']})" for key, row in figures.items() if row["error"]]
     if failed:
@@ -76,6 +78,32 @@ def sweep(experiment: Experiment, top: Path, name: str) -> None:
             "what they say "
             "and give the same command again."
         )
+
+
+def _check_metric(runs: list[Run], metric: str) -> None:
+    """Raises UserError where a run will not have the figure that the sweep compares by."""
+    parts = metric.split("/", 2)
+    if len(parts) < 3:
+        raise UserError(f"config.sweep.metric={metric!r}: write it as stage/split/figure.")
+    name, split, figure = parts
+    for made in runs:
+        stages = made.experiment.stages
+        if name not in stages:
+            raise UserError(
+                f"config.sweep.metric={metric!r} is of stage {name!r}, which run {made.name} does "
+                f"not have: {did_you_mean(name, stages)}"
+            )
+        known = loop.figures_of(made.experiment, name)
+        if split not in known:
+            raise UserError(
+                f"config.sweep.metric={metric!r} is of split {split!r}, which stage {name} does "
+                f"not measure: {did_you_mean(split, known)}"
+            )
+        if known[split] and figure not in known[split]:
+            raise UserError(
+                f"config.sweep.metric={metric!r} is not measured: "
+                f"{did_you_mean(figure, known[split])}"
+            )
 
 
 def plan(experiment: Experiment) -> list[Run]:

@@ -4,13 +4,13 @@ folder.
 """
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from particlejax.core import io
 from particlejax.reports import plots
 
 _MOST_BAD, _PAIRS = 20, 5  # lines of the lists
@@ -53,9 +53,8 @@ def write(workdir: Path) -> Path:
         "`metrics.jsonl` and TensorBoard's `tensorboard/`.",
         "",
     ]
-    path, fresh = workdir / "report.md", workdir / "report.md.tmp"
-    fresh.write_text("\n".join(text), encoding="utf-8")
-    os.replace(fresh, path)
+    path = workdir / "report.md"
+    io.write_text(path, "\n".join(text))
     return path
 
 

@@ -6,13 +6,14 @@ Legend: N clips, C classes.
 """
 
 import csv
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from sklearn import metrics
+
+from particlejax.core.io import fresh_file
 
 _BINS = 15  # of confidence, as in Guo et al. 2017 (arXiv:1706.04599)
 
@@ -93,10 +94,8 @@ def write_predictions(
 
 def write_table(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """A CSV, whole or not at all."""
-    fresh = Path(f"{path}.tmp")
-    with open(fresh, "w", newline="", encoding="utf-8") as file:
+    with fresh_file(path) as fresh, open(fresh, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([head, *rows])
-    os.replace(fresh, path)
 
 
 def _per_class(line: dict[str, float]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -18,9 +19,11 @@ from particlejax.data import pipeline
 from particlejax.distributed import sharding
 from particlejax.models.particle_model import Model
 from particlejax.nn.token_reduction import Tokens
+from particlejax.objectives import registry
 from particlejax.objectives.base import Objective
 from particlejax.particles.types import Batch
 from particlejax.train.log import Progress
+from particlejax.train.stage import Stage
 
 _KEY = 17  # of the masks in evaluation, the same at every step so that curves compare
 # told of every batch: notes unreadable clips, ends the run when asked to
@@ -53,6 +56,17 @@ def metrics_of(
         for name, value in metrics.items():
             totals[name] = totals.get(name, 0.0) + float(value) * float(count)
     return {name: value / max(clips, 1.0) for name, value in totals.items()}
+
+
+def metric_names(stage: Stage) -> tuple[str, ...]:
+    """Names of the metrics that a stage's objectives are measured by; nothing is computed."""
+    objective = registry.combine(stage.spec.objectives, stage.targets)
+
+    def measure(key: Array, batch: Batch) -> Metrics:
+        params = stage.model.init(key, batch)
+        return objective(params, stage.model, batch, key, False)[1]
+
+    return tuple(jax.eval_shape(measure, jax.random.key(0), stage.example))
 
 
 def jit_predict(

@@ -6,7 +6,6 @@ TensorBoard, W&B, the screen.
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 
 from particlejax.config.experiment import LogSpec
+from particlejax.core import io
 from particlejax.core.typing import UserError
 from particlejax.distributed import cluster
 
@@ -74,9 +74,7 @@ class MetricLog:
         self._kept = [line for line in self._kept if stays(line)]
         for path in (self._metrics, self._timing) if self._first else ():
             kept = [line for line in _lines(path) if stays(line)]
-            fresh = path.with_name(path.name + ".tmp")
-            fresh.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            os.replace(fresh, path)
+            io.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def close(self) -> None:
         """Flushes everything."""

@@ -132,6 +132,7 @@ class _Trainer:
         )
         self.stage = run.build(experiment, self.name, self.source.classes, mesh)
         self.val = self._open(spec.val) if spec.val else None
+        self._check_measuring()
         clips = len(pipeline.chosen_clips(len(self.source), data.fraction))
         self.batches = self.stage.batches(self.source, math.ceil(clips * spec.epochs))
         self.steps = spec.steps or self.batches.plan.batches()
@@ -170,6 +171,24 @@ class _Trainer:
             "of "
             f"{each:.4g} clips" + (f", continuing at step {self.done}" if self.done else "")
         )
+
+    def _check_measuring(self) -> None:
+        """Raises UserError for splits or a metric that will not be there: before the training."""
+        spec = self.stage.spec
+        if "classify" in spec.objectives:
+            for split in self.context.experiment.evaluate.splits:
+                self._open(split)
+        known = eval.metric_names(self.stage)
+        if spec.select and not spec.val:
+            raise UserError(
+                f"config.stages.{self.name}.select={spec.select!r} is measured on the val split, "
+                "and val is empty: name a split there."
+            )
+        if spec.select and spec.select not in known:
+            raise UserError(
+                f"config.stages.{self.name}.select={spec.select!r} is not measured: choose one of "
+                f"{', '.join(known)}."
+            )
 
     def _open(self, split: str) -> sources.Source:
         data = self.stage.data
@@ -364,12 +383,6 @@ class _Trainer:
         """(value, step) of every measurement of the selected metric, larger is better."""
         spec = self.stage.spec
         lines = self.context.log.lines(self.name, "val") if spec.select else []
-        if lines and spec.select not in lines[-1]:
-            known = ", ".join(k for k in lines[-1] if k not in ("stage", "step", "split"))
-            raise UserError(
-                f"config.stages.{self.name}.select={spec.select!r} is not measured: choose one of "
-                f"{known}."
-            )
         sign = 1.0 if spec.select_mode == "max" else -1.0
         return [(sign * float(line[spec.select]), line["step"]) for line in lines]
 
@@ -500,6 +513,25 @@ def classify(
     return predictions.score(
         stage.targets, path, [record.name for record in records], label, found, stage.classes
     )
+
+
+def figures_of(experiment: Experiment, name: str) -> dict[str, tuple[str, ...]]:
+    """Names of the figures that a stage will leave in results.json, by split: known before it runs.
+
+    Those of `train` are metrics of the step and what it cost; () stands for any.
+    """
+    spec = experiment.stages[name]
+    data = experiment.data_of(spec)
+    source = sources.open_source(data.source, data.split, data.cache_dir)
+    stage = run.build(experiment, name, source.classes)
+    found: dict[str, tuple[str, ...]] = {"train": ()}
+    if spec.val:
+        found[spec.val] = found["val"] = eval.metric_names(stage)
+    if "classify" in spec.objectives:
+        for split in experiment.evaluate.splits:
+            scored = predictions.FIGURES[stage.targets.loss]
+            found[split] = (*found.get(split, ()), *scored)
+    return found
 
 
 def _figures(line: dict[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from particlejax.core import io
 from particlejax.core.typing import UserError
-from particlejax.distributed import checkpoint, cluster
+from particlejax.distributed import cluster
 from particlejax.train.log import say
 
 _IN_A_ROW = 20  # steps left out after which the training is not going anywhere
@@ -69,7 +70,7 @@ class Finite:
         path = self.workdir / "nan" / f"{self.stage}_{step}.json"
         if cluster.first():
             path.parent.mkdir(exist_ok=True)
-            checkpoint.write_json(
+            io.write_json(
                 path,
                 {"stage": self.stage, "step": step, "batch": step - 1, "clips": self.clips(step)},
             )

@@ -15,6 +15,13 @@ from sklearn import metrics
 from particlejax.objectives.label_targets import SEVERAL, Targets
 from particlejax.train import classification_metrics
 
+# what `score` gives of the clips that have a label, by the loss of the head
+FIGURES = {
+    "softmax": ("top1", "top5", "mean_class_accuracy", "ece", "chance", "clips"),
+    "binary": ("clips", "map", "f1_micro", "f1_macro", "all_right"),
+    "regression": ("clips", "mae", "rmse", "r2"),
+}
+
 
 def score(
     targets: Targets,

@@ -7,8 +7,9 @@ from typing import Any
 
 from particlejax.config.experiment import as_dict
 from particlejax.config.jobs import Job
+from particlejax.core import io
 from particlejax.core.typing import UserError
-from particlejax.distributed import checkpoint, cluster
+from particlejax.distributed import cluster
 from particlejax.train.log import say
 from particlejax.train.stage import CONFIG
 
@@ -63,7 +64,7 @@ def _enter(workdir: Path, experiment: Job) -> Path:
         return workdir
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(path, new)
+        io.write_json(path, new)
     except OSError as error:
         raise UserError(
             f"workdir {workdir} cannot be written ({error.strerror}): give another --workdir."

@@ -3,7 +3,6 @@
 read back.
 """
 
-import difflib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,8 @@ from jax.sharding import Mesh
 
 from particlejax.config.experiment import DataSpec, Experiment, ParticleSpec, ScaleSpec, StageSpec
 from particlejax.config.model import ClassifySpec, ModelSpec
+from particlejax.core import io
+from particlejax.core.suggest import did_you_mean
 from particlejax.core.typing import Params, UserError
 from particlejax.data import clips, label_subset, pipeline, sources
 from particlejax.distributed import checkpoint, cluster, sharding
@@ -215,15 +216,9 @@ def _check_directed(data: DataSpec, classes: tuple[str, ...]) -> None:
     """A class that is never to be mirrored must be one: else it would be."""
     for name in data.augment.directed if classes else ():
         if name not in classes:
-            near = difflib.get_close_matches(name, classes, 1, 0.5)
-            remedy = (
-                f"did you mean {near[0]!r}?"
-                if near
-                else f"it has {', '.join(classes[:5])}{', ...' * (len(classes) > 5)}."
-            )
             raise UserError(
                 f"config.data.augment.directed names {name!r}, which is no class of {data.source}: "
-                f"{remedy}"
+                f"{did_you_mean(name, classes)}"
             )
 
 
@@ -327,7 +322,7 @@ def add_results(
     known = {each["path"]: each["reason"] for each in results.pop("bad", [])} | dict(bad)
     results[stage] = results.get(stage, {}) | dict(figures)
     results["bad"] = [{"path": path, "reason": reason} for path, reason in known.items()]
-    checkpoint.write_json(Path(workdir) / RESULTS, results)
+    io.write_json(Path(workdir) / RESULTS, results)
 
 
 def asked(data: DataSpec) -> dict[str, Any]:

@@ -151,7 +151,9 @@ def make_step(
             return objective(read, model, batch, key, True)
 
         def gradient(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
-            return gradient_of(loss, robust)(params, model.normalize(batch), key)
+            if robust.attack != "none":  # it moves pixels as the model computes with them
+                batch = model.normalize(batch)
+            return gradient_of(loss, robust)(params, batch, key)
 
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         grads, metrics = accumulated(gradient, accumulate)(state.params, batch, key)

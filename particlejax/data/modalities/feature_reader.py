@@ -9,8 +9,6 @@ of `data.features`. Legend: n particles of a clip, D width of the features.
 import dataclasses
 import json
 import math
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from particlejax.config.experiment import FeatureSpec
+from particlejax.core.io import write_text
 from particlejax.core.typing import UserError
 from particlejax.data.modalities import feature_store
 from particlejax.data.sources.records import Record
@@ -84,9 +83,7 @@ def described(folder: Path) -> Described | None:
 def describe(folder: Path, what: Described) -> None:
     """Writes network.json, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    fresh = folder / f"{DESCRIPTION}.{uuid.uuid4().hex}.tmp"
-    fresh.write_text(json.dumps(dataclasses.asdict(what)), encoding="utf-8")
-    os.replace(fresh, folder / DESCRIPTION)
+    write_text(folder / DESCRIPTION, json.dumps(dataclasses.asdict(what)))
 
 
 def opened(spec: FeatureSpec, modality: str = "features") -> Described:

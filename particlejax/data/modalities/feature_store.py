@@ -8,13 +8,13 @@ import io
 import json
 import os
 import threading
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from particlejax.core.io import fresh_file
 from particlejax.data.sources.records import Record
 
 _DIGEST = 32  # bytes of SHA-256 that stand before the array
@@ -64,9 +64,8 @@ def save(folder: Path, name: str, features: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     np.save(buffer, features, allow_pickle=False)
-    fresh = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    fresh.write_bytes(hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
-    os.replace(fresh, path)
+    with fresh_file(path) as fresh:
+        fresh.write_bytes(hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
 
 
 def _path(folder: Path, name: str) -> Path:

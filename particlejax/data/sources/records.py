@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A clip that is not decoded yet, and what a source of such clips is."""
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from particlejax.core.suggest import did_you_mean
 from particlejax.core.typing import UserError
 from particlejax.data.video.decode import Unreadable
 
@@ -65,12 +65,8 @@ def match_classes(labels: Sequence[str], classes: tuple[str, ...], source: str) 
     index = {name: i for i, name in enumerate(classes)}
     for label in labels:
         if label not in index:
-            near = difflib.get_close_matches(label, classes, 3, 0.5)
-            some = ", ".join(classes[:5]) + ", ..." * (len(classes) > 5)
-            hint = f"nearest: {', '.join(near)}" if near else f"known: {some}"
             raise UserError(
-                f"label {label!r} of {source} is not a class of the trained run ({hint}): rename "
-                "it to one "
-                "of its classes or leave these clips out."
+                f"label {label!r} of {source} is not a class of the trained run: "
+                f"{did_you_mean(label, classes, many=3)} Rename it, or leave these clips out."
             )
     return tuple(index[label] for label in labels)

@@ -6,7 +6,6 @@ Legend: B clips, T frames, H rows, W columns, D width of features, C classes.
 """
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import numpy as np
 from jax import Array
 
 from particlejax.core import tree
+from particlejax.core.suggest import did_you_mean
 from particlejax.core.typing import Params, UserError
 from particlejax.models.zoo.networks import VARIANTS, BackboneSpec, resized
 from particlejax.models.zoo.video_transformers import Grids
@@ -37,9 +37,7 @@ class Backbone(NamedTuple):
 def find(name: str) -> BackboneSpec:
     """The variant of this name. Raises UserError for another's."""
     if name not in VARIANTS:
-        near = difflib.get_close_matches(name, VARIANTS, 1)
-        remedy = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(VARIANTS)}."
-        raise UserError(f"there is no model {name!r}: {remedy}")
+        raise UserError(f"there is no model {name!r}: {did_you_mean(name, VARIANTS)}")
     return VARIANTS[name]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from particlejax.core.io import fresh_file
 from particlejax.core.typing import UserError
 from particlejax.distributed import checkpoint
 from particlejax.models.zoo.convert import safetensors, torch_pickle
@@ -97,9 +98,8 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> Non
         return
     if any(array.dtype.kind == "V" for array in arrays.values()):
         raise UserError(_NPZ_LIMITS)
-    fresh = path.with_name(path.stem + ".tmp.npz")
-    np.savez(fresh, **dict(arrays))
-    os.replace(fresh, path)
+    with fresh_file(path) as fresh:
+        np.savez(fresh, **dict(arrays))
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:

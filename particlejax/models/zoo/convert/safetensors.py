@@ -5,7 +5,6 @@ place, the arrays.
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from particlejax.core.io import fresh_file
 from particlejax.core.typing import UserError
 
 _TYPES = {
@@ -64,12 +64,10 @@ def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         place = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # arrays begin at a multiple of eight
-    fresh = path.with_name(path.name + ".tmp")
-    with open(fresh, "wb") as file:
+    with fresh_file(path) as fresh, open(fresh, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in header:
             file.write(np.ascontiguousarray(arrays[name]).tobytes())
-    os.replace(fresh, path)
 
 
 def _array(data: np.ndarray, entry: dict[str, Any]) -> np.ndarray:

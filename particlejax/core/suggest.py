@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The remedy for a name that does not exist: the closest one that does."""
+
+import difflib
+from collections.abc import Iterable
+
+_LISTED = 12  # names, at most, where none is close
+
+
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "", many: int = 1) -> str:
+    """'did you mean X?' with the closest known names, each behind `prefix`; else what there is."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, many, 0.5)
+    if close:
+        return f"did you mean {' or '.join(prefix + match for match in close)}?"
+    some = ", ".join(known[:_LISTED]) + ", ..." * (len(known) > _LISTED)
+    return f"choose one of {some}." if known else "there is none."
