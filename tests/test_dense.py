@@ -19,6 +19,7 @@ from particlejax.config.model import MaskedSpec, ModelSpec, WordsSpec
 from particlejax.core import flops
 from particlejax.distributed import sharding
 from particlejax.models import particle_model as models
+from particlejax.models.modality import Payload
 from particlejax.nn import dense
 from particlejax.objectives import registry
 from particlejax.particles import packing
@@ -142,8 +143,9 @@ def reduced(spec: ModelSpec, mesh: jax.sharding.Mesh, folder: Path) -> list[tupl
     specs = {"masked": MaskedSpec(keep=0.5), "words": WordsSpec(keep=0.5)}
     model = models.build(
         spec,
-        {"text": models.Payload(1, 20), "vision": models.Payload(96)},
-        needs=registry.parts(specs),
+        {"text": Payload(1, 20), "vision": Payload(96)},
+        heads=registry.heads(specs),
+        unseen=registry.unseen(specs),
     )
     objective, key = registry.combine(specs), jax.random.key(0)
     shapes = models.parameter_shapes(model, batch())

@@ -16,6 +16,8 @@ from particlejax.config.model import ModelSpec
 from particlejax.core import tree
 from particlejax.core.typing import UserError
 from particlejax.models import particle_model as models
+from particlejax.models.heads import DecoderHead, classification
+from particlejax.models.modality import Payload
 from particlejax.nn import fusion, rope
 from particlejax.particles import packing
 from particlejax.particles.types import Batch, Particles
@@ -77,16 +79,15 @@ def built(name: str) -> tuple[models.Model, dict]:
     spec = dataclasses.replace(SPEC, **VARIANTS[name])
     model = models.build(
         spec,
-        {m: models.Payload(size) for m, size in SIZES.items()},
-        classes=5,
-        needs=models.Needs(decoder=True),
+        {m: Payload(size) for m, size in SIZES.items()},
+        heads={"decoder": DecoderHead(), **classification(5)},
     )
     return model, jax.jit(model.init)(jax.random.key(0), rows_of(CLIPS[:3]))
 
 
 def logits(model: models.Model, params: dict, batch: Batch) -> jax.Array:
     tokens, _ = model.apply(params, "encode", batch.particles, 4)
-    return model.apply(params, "classify", tokens, 4)
+    return model.head(params, "head", tokens, 4)
 
 
 @pytest.mark.parametrize(
@@ -100,10 +101,10 @@ def test_packed_equals_alone_no_clip_sees_another_and_every_parameter_counts(nam
     def of_first_clip(params: dict, payloads: dict) -> tuple[jax.Array, jax.Array]:
         new = {m: dataclasses.replace(p, payload=payloads[m]) for m, p in batch.particles.items()}
         tokens, _ = model.apply(params, "encode", new, 4)
-        found = model.apply(params, "classify", tokens, 4)
+        found = model.head(params, "head", tokens, 4)
         total = jnp.sin(found[0, 0]).sum()
         for m, p in new.items():
-            answer = model.apply(params, "decode", tokens, p, m)
+            answer = model.head(params, "decoder", tokens, p, m)
             total += (jnp.sin(answer).sum(-1) * (p.segment == 1))[0].sum()
         return total, found
 
@@ -218,7 +219,7 @@ def test_a_modality_is_hidden_now_and_then_and_never_the_last() -> None:
     for number, row in ((2, 0), (3, 0), (2, 1)):  # clips with one
         assert ((hidden[:, row] == number).sum(-1) == (whole[row] == number).sum()).all()
     spec = dataclasses.replace(SPEC, modality_dropout=0.9)
-    model = models.build(spec, {m: models.Payload(size) for m, size in SIZES.items()})
+    model = models.build(spec, {m: Payload(size) for m, size in SIZES.items()})
     particles = rows_of(CLIPS[:1]).particles
     segment = jax.jit(
         lambda p: [
@@ -246,9 +247,8 @@ def test_scan_equals_unroll_where_parts_fuse_late() -> None:
     spec = dataclasses.replace(SPEC, **VARIANTS["bottleneck"], unroll=True)
     model = models.build(
         spec,
-        {m: models.Payload(size) for m, size in SIZES.items()},
-        classes=5,
-        needs=models.Needs(decoder=True),
+        {m: Payload(size) for m, size in SIZES.items()},
+        heads={"decoder": DecoderHead(), **classification(5)},
     )
     batch = rows_of(CLIPS[:3])
     found = jax.jit(lambda p: [logits(each, p, batch) for each in (model, built("bottleneck")[0])])(

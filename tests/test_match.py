@@ -13,6 +13,7 @@ from test_objectives import BASES, CLASSES, MODEL, SLOTS, WORDS, clip
 
 from particlejax.config.model import MatchSpec
 from particlejax.models import particle_model as models
+from particlejax.models.modality import Payload
 from particlejax.objectives import pretext, registry, text_matching, time_utils
 from particlejax.particles import packing
 from particlejax.particles.types import Batch
@@ -50,11 +51,16 @@ def words(text: text_matching.Particles, row: int, segment: int) -> list[int]:
 @pytest.fixture(scope="module")
 def built() -> tuple[models.Model, dict]:
     payloads = {
-        name: models.Payload(SLOTS[name].size, WORDS * (name == "text"), BASES.get(name, ()))
+        name: Payload(SLOTS[name].size, WORDS * (name == "text"), BASES.get(name, ()))
         for name in PAIR
     }
     spec = dataclasses.replace(MODEL, width=16, depth=1, heads=1)
-    model = models.build(spec, payloads, needs=registry.parts({"match": MatchSpec()}))
+    model = models.build(
+        spec,
+        payloads,
+        heads=registry.heads({"match": MatchSpec()}),
+        unseen=registry.unseen({"match": MatchSpec()}),
+    )
     return model, jax.jit(model.init)(jax.random.key(0), packed())
 
 

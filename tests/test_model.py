@@ -14,6 +14,8 @@ from particlejax.config.experiment import ParticleSpec
 from particlejax.config.model import ModelSpec
 from particlejax.core import tree
 from particlejax.models import particle_model as models
+from particlejax.models.heads import DecoderHead, classification
+from particlejax.models.modality import Payload
 from particlejax.nn.embed import place_features
 from particlejax.particles import packing, policies
 from particlejax.particles.types import Batch, Particles
@@ -49,7 +51,7 @@ def rows_of(clips: list[packing.Clip], rows: int, length: int, per_row: int) -> 
 @pytest.fixture(scope="module")
 def built() -> tuple[models.Model, dict]:
     model = models.build(
-        SPEC, {"vision": models.Payload(PAYLOAD)}, classes=5, needs=models.Needs(decoder=True)
+        SPEC, {"vision": Payload(PAYLOAD)}, heads={"decoder": DecoderHead(), **classification(5)}
     )
     return model, jax.jit(model.init)(jax.random.key(0), rows_of(CLIPS, 1, 40, 3))
 
@@ -58,7 +60,7 @@ def logits(model: models.Model, params: dict, batch: Batch) -> jax.Array:
     @jax.jit
     def found(params: dict, batch: Batch) -> jax.Array:
         tokens, _ = model.apply(params, "encode", batch.particles)
-        return model.apply(params, "classify", tokens, batch.clip.shape[1])
+        return model.head(params, "head", tokens, batch.clip.shape[1])
 
     return found(params, batch)
 
@@ -77,15 +79,14 @@ def test_packed_equals_unpacked(built: tuple) -> None:
 def test_fewer_tokens_in_depth_are_still_each_clip_s_own(how: str) -> None:
     spec = dataclasses.replace(SPEC, reduce=how, reduce_after=(1,), reduce_keep=0.5)
     model = models.build(
-        spec, {"vision": models.Payload(PAYLOAD)}, classes=5, needs=models.Needs(decoder=True)
+        spec, {"vision": Payload(PAYLOAD)}, heads={"decoder": DecoderHead(), **classification(5)}
     )
     batch = rows_of(CLIPS, 1, 48, 4)
     params = jax.jit(model.init)(jax.random.key(0), batch)
     whole = models.build(
         dataclasses.replace(spec, reduce_after=()),
-        {"vision": models.Payload(PAYLOAD)},
-        classes=5,
-        needs=models.Needs(decoder=True),
+        {"vision": Payload(PAYLOAD)},
+        heads={"decoder": DecoderHead(), **classification(5)},
     )
     assert jax.tree.structure(models.parameter_shapes(whole, batch)) == jax.tree.structure(
         params
@@ -108,13 +109,12 @@ def test_merging_twins_changes_nothing(built: tuple) -> None:
     twins = packing.Clip({"vision": vision.take(np.repeat(np.arange(8), 2))}, 0, 0)
     batch = rows_of([twins, CLIPS[1]], 1, 50, 2)
     model = models.build(
-        SPEC, {"vision": models.Payload(PAYLOAD)}, classes=5, needs=models.Needs(decoder=True)
+        SPEC, {"vision": Payload(PAYLOAD)}, heads={"decoder": DecoderHead(), **classification(5)}
     )
     merged = models.build(
         dataclasses.replace(SPEC, reduce="merge", reduce_after=(1,)),
-        {"vision": models.Payload(PAYLOAD)},
-        classes=5,
-        needs=models.Needs(decoder=True),
+        {"vision": Payload(PAYLOAD)},
+        heads={"decoder": DecoderHead(), **classification(5)},
     )
     np.testing.assert_allclose(
         logits(model, params, batch)[0, 0], logits(merged, params, batch)[0, 0], atol=2e-5
@@ -174,7 +174,7 @@ def test_the_decoder_is_asked_by_place_and_never_reads_the_payload(built: tuple)
 
     @jax.jit
     def decoded(query: Particles) -> jax.Array:
-        return model.apply(params, "decode", tokens, query, "vision")
+        return model.head(params, "decoder", tokens, query, "vision")
 
     grads = jax.grad(lambda payload: decoded(dataclasses.replace(query, payload=payload)).sum())(
         query.payload
@@ -196,7 +196,7 @@ def test_a_clip_of_which_nothing_is_visible_is_told_of_no_other(built: tuple) ->
         )
         return jnp.where(
             (vision.segment == 2)[..., None],
-            model.apply(params, "decode", tokens, vision, "vision"),
+            model.head(params, "decoder", tokens, vision, "vision"),
             0,
         ).sum()
 
@@ -207,9 +207,8 @@ def test_scan_equals_unroll(built: tuple) -> None:
     model, params = built
     unrolled = models.build(
         dataclasses.replace(SPEC, unroll=True),
-        {"vision": models.Payload(PAYLOAD)},
-        classes=5,
-        needs=models.Needs(decoder=True),
+        {"vision": Payload(PAYLOAD)},
+        heads={"decoder": DecoderHead(), **classification(5)},
     )
     batch = rows_of(CLIPS, 1, 40, 3)
     np.testing.assert_allclose(
@@ -221,9 +220,8 @@ def test_a_key_switches_dropout_on(built: tuple) -> None:
     _, params = built
     model = models.build(
         dataclasses.replace(SPEC, dropout=0.5, drop_path=0.3),
-        {"vision": models.Payload(PAYLOAD)},
-        classes=5,
-        needs=models.Needs(decoder=True),
+        {"vision": Payload(PAYLOAD)},
+        heads={"decoder": DecoderHead(), **classification(5)},
     )
     batch = rows_of(CLIPS[:1], 1, 8, 1)
     encode = jax.jit(lambda key: model.apply(params, "encode", batch.particles, key=key)[0].x)
@@ -234,8 +232,8 @@ def test_a_key_switches_dropout_on(built: tuple) -> None:
 
 
 def test_two_modalities_and_one_missing() -> None:
-    payloads = {"vision": models.Payload(PAYLOAD), "text": models.Payload(1, vocabulary=50)}
-    model = models.build(SPEC, payloads, classes=3)
+    payloads = {"vision": Payload(PAYLOAD), "text": Payload(1, vocabulary=50)}
+    model = models.build(SPEC, payloads, heads=classification(3))
     words = Particles(
         np.arange(5, dtype=np.int32)[:, None],
         np.zeros((5, 3), np.float32),

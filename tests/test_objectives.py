@@ -24,6 +24,7 @@ from particlejax.config.model import OBJECTIVES, ModelSpec
 from particlejax.core import tree
 from particlejax.core.typing import UserError
 from particlejax.models import particle_model as models
+from particlejax.models.modality import Payload
 from particlejax.objectives import contrastive, feature_distillation, masked, registry
 from particlejax.objectives import masked_tokens as hidden_words
 from particlejax.objectives.base import TEACHER
@@ -208,11 +209,8 @@ def noisy(batch: Batch, key: jax.Array, noise: jax.Array) -> Batch:
     return dataclasses.replace(batch, particles=made)
 
 
-def payloads_of(modalities: tuple[str, ...]) -> dict[str, models.Payload]:
-    return {
-        m: models.Payload(SLOTS[m].size, WORDS * (m == "text"), BASES.get(m, ()))
-        for m in modalities
-    }
+def payloads_of(modalities: tuple[str, ...]) -> dict[str, Payload]:
+    return {m: Payload(SLOTS[m].size, WORDS * (m == "text"), BASES.get(m, ())) for m in modalities}
 
 
 def setup(name: str, **changes: object) -> tuple[registry.Objective, models.Model]:
@@ -220,10 +218,7 @@ def setup(name: str, **changes: object) -> tuple[registry.Objective, models.Mode
     specs = {name: make(OBJECTIVES[name], case.spec | changes, name)}
     payloads = payloads_of(case.modalities)
     model = models.build(
-        case.model,
-        payloads,
-        classes=CLASSES if registry.classifies(specs) else 0,
-        needs=registry.parts(specs),
+        case.model, payloads, heads=registry.heads(specs, CLASSES), unseen=registry.unseen(specs)
     )
     registry.check(specs, payloads)
     return registry.combine(specs), model
@@ -484,7 +479,9 @@ def test_what_is_never_seen_stands_in_no_other_objectives_way() -> None:
     together = ("align", "distil", "masked", "trace", "visual_words")
     specs = {name: make(OBJECTIVES[name], CASES[name].spec, name) for name in together}
     modalities = ("features", "series", "vision")
-    model = models.build(MODEL, payloads_of(modalities), needs=registry.parts(specs))
+    model = models.build(
+        MODEL, payloads_of(modalities), heads=registry.heads(specs), unseen=registry.unseen(specs)
+    )
     batch, key = make_batch(modalities), jax.random.key(0)
     params = jax.eval_shape(model.init, key, batch)
     loss, metrics = jax.eval_shape(

@@ -16,6 +16,8 @@ from particlejax.config.experiment import ModelSpec, ParticleSpec, make
 from particlejax.core import flops, tree
 from particlejax.core.typing import Params, UserError
 from particlejax.models import particle_model as models
+from particlejax.models.heads import classification
+from particlejax.models.modality import Payload
 from particlejax.nn import precision
 from particlejax.particles import packing, policies
 from particlejax.particles.types import Batch
@@ -37,11 +39,11 @@ def built(**changes: Any) -> tuple[models.Model, Any]:
     spec = ModelSpec(
         **{"width": 16, "depth": 2, "heads": 2, "unroll": False, "near": False, **changes}
     )
-    model = models.build(spec, {"vision": models.Payload(96)}, classes=3)
+    model = models.build(spec, {"vision": Payload(96)}, heads=classification(3))
 
     def loss(params: Params) -> jax.Array:
         tokens, _ = model.apply(params, "encode", batch().particles, key=jax.random.key(1))
-        return jnp.mean(jax.nn.logsumexp(model.apply(params, "classify", tokens, 1), axis=-1))
+        return jnp.mean(jax.nn.logsumexp(model.head(params, "head", tokens, 1), axis=-1))
 
     return model, loss
 

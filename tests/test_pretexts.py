@@ -196,7 +196,7 @@ def test_a_film_that_stands_still_is_as_the_last_frame_of_its_place() -> None:
     # Of a clip that was there twice, of another clip, where only an empty slot stands, and where
     # nothing does.
     query = Particles(past.payload, places, np.ones_like(places), np.array([[1, 2, 1, 1]]))
-    found = masked.last_known(past, query, Payload(96, base=(2, 4, 4), still=0.4))
+    found = masked.last_known(past, query, Payload(96, base=(2, 4, 4), pixels=scale))
     still = np.broadcast_to(pixels[:, [1, 2], -1:], (1, 2, 2, 4, 4, 3))  # not the earlier one's
     np.testing.assert_allclose(found[:, :2], scale.to_payload(still.reshape(1, 2, -1)), atol=1e-5)
     assert (found[:, 2:] == 0).all()

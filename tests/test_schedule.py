@@ -23,6 +23,8 @@ from particlejax.data import pipeline, sources
 from particlejax.data.packing_plan import Plan, Stand
 from particlejax.data.scale_schedule import Schedule
 from particlejax.models import particle_model as models
+from particlejax.models.heads import classification
+from particlejax.models.modality import Payload
 from particlejax.objectives import registry
 from particlejax.particles import packing, policies
 from particlejax.particles.types import Batch
@@ -242,8 +244,8 @@ def ramps(frames: int, size: int, number: int, seed: int) -> Batch:
 def test_what_was_learnt_at_one_scale_holds_at_another() -> None:
     model = models.build(
         ModelSpec(width=32, depth=2, heads=2, unroll=False),
-        {"vision": models.Payload(96)},
-        classes=4,
+        {"vision": Payload(96)},
+        heads=classification(4),
     )
     objective = registry.combine({"classify": ClassifySpec()})
     params = jax.jit(model.init)(jax.random.key(0), ramps(4, 8, 1, 0))

@@ -13,6 +13,8 @@ from particlejax.core import tree
 from particlejax.core.typing import UserError
 from particlejax.distributed import sharding
 from particlejax.models import particle_model as models
+from particlejax.models.heads import DecoderHead, classification
+from particlejax.models.modality import Payload
 from particlejax.objectives import registry
 from particlejax.particles import packing, policies
 from particlejax.particles.types import Batch
@@ -54,7 +56,7 @@ def losses(
     mesh: jax.sharding.Mesh, accumulate: int = 1, specs: dict = BOTH, missing: tuple[int, ...] = ()
 ) -> tuple[list[float], TrainState]:
     model = models.build(
-        MODEL, {"vision": models.Payload(96)}, classes=3, needs=models.Needs(decoder=True)
+        MODEL, {"vision": Payload(96)}, heads={"decoder": DecoderHead(), **classification(3)}
     )
     optimizer = optim.build(OptimSpec(rate=1e-2, warmup=0), 10)
     state = initialise(model, optimizer, jax.tree.map(lambda x: x[:1], batch()), 0, 0.9, mesh)
@@ -112,7 +114,7 @@ def test_accumulation_equals_the_whole_batch_also_with_clips_missing() -> None:
 
 
 def test_weight_decay_spares_norms_biases_and_tokens() -> None:
-    model = models.build(MODEL, {"vision": models.Payload(96)}, classes=3)
+    model = models.build(MODEL, {"vision": Payload(96)}, heads=classification(3))
     mask = tree.flatten(optim.decay_mask(models.parameter_shapes(model, batch())))
     spared = {name.split("/")[-1] for name, decayed in mask.items() if not decayed}
     assert spared == {"bias", "scale", "token", "log_sharpness"}

@@ -24,6 +24,8 @@ from particlejax.distributed import checkpoint
 from particlejax.finetune import partition
 from particlejax.models import cnn_stem
 from particlejax.models import particle_model as models
+from particlejax.models.heads import classification
+from particlejax.models.modality import Payload
 from particlejax.models.zoo import backbones
 from particlejax.models.zoo.convert import formats
 from particlejax.objectives import registry
@@ -105,7 +107,9 @@ def states(tuning: TuneSpec) -> tuple[TrainState, TrainState]:
     # compiles sooner
     small = dataclasses.replace(MODEL, stem=dataclasses.replace(MODEL.stem, endpoint="stem"))
     model = models.build(
-        small if tuning.freeze else MODEL, {"vision": models.Payload(SIZE, base=BASE)}, classes=2
+        small if tuning.freeze else MODEL,
+        {"vision": Payload(SIZE, base=BASE)},
+        heads=classification(2),
     )
     spec = OptimSpec(rate=0.1, warmup=0.0, weight_decay=0.5 if tuning.freeze else 0.0)
     optimizer = optim.build(spec, 10, freeze=tuning.freeze)
@@ -193,9 +197,7 @@ def test_what_cannot_be_read_is_refused(
     spec: StemSpec, base: tuple[int, ...], sentence: str
 ) -> None:
     with pytest.raises(UserError, match=sentence):
-        payloads = (
-            {"vision": models.Payload(1, base=base)} if base else {"audio": models.Payload(4)}
-        )
+        payloads = {"vision": Payload(1, base=base)} if base else {"audio": Payload(4)}
         models.build(dataclasses.replace(MODEL, stem=spec), payloads)
 
 

@@ -35,6 +35,8 @@ from particlejax.data import pipeline, sources
 from particlejax.distributed import checkpoint, sharding
 from particlejax.finetune import partition, peft, restore
 from particlejax.models import particle_model as models
+from particlejax.models.heads import classification
+from particlejax.models.modality import Payload
 from particlejax.nn import attention, transformer
 from particlejax.objectives import registry
 from particlejax.particles import packing, policies
@@ -85,7 +87,7 @@ def batch(rows: int = 8) -> Batch:
 
 @cache
 def base() -> tuple[models.Model, dict]:
-    model = models.build(MODEL, {"vision": models.Payload(96)}, classes=C)
+    model = models.build(MODEL, {"vision": Payload(96)}, heads=classification(C))
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), sharding.AXES)
     params = jax.jit(model.init)(jax.random.key(0), batch())
     return model, jax.device_put(params, sharding.param_shardings(params, mesh))
@@ -330,7 +332,7 @@ def test_prompts_leave_the_particles_their_places(pool: str) -> None:
     said of particles alone.
     """
     model = models.build(
-        dataclasses.replace(MODEL, pool=pool), {"vision": models.Payload(96)}, classes=C
+        dataclasses.replace(MODEL, pool=pool), {"vision": Payload(96)}, heads=classification(C)
     )
     params = jax.jit(model.init)(jax.random.key(0), batch())
     merged = {**params, "encoder": {**params["encoder"], "prompts": {"token": jnp.ones((3, D))}}}

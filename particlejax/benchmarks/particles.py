@@ -18,6 +18,8 @@ from particlejax.core import io
 from particlejax.data import clips, pipeline, sources
 from particlejax.distributed import sharding
 from particlejax.models import particle_model as models
+from particlejax.models.heads import classification
+from particlejax.models.modality import Payload
 from particlejax.objectives import registry
 from particlejax.particles import packing, policies
 from particlejax.particles.types import Batch
@@ -169,7 +171,9 @@ def _step(experiment: Experiment, spec: ParticleSpec) -> Callable[[], Any]:
     batch = _random_batch(experiment, spec)
     vision = batch.particles["vision"]
     model = models.build(
-        experiment.model, {"vision": models.Payload(vision.payload.shape[-1])}, classes=_CLASSES
+        experiment.model,
+        {"vision": Payload(vision.payload.shape[-1])},
+        heads=classification(_CLASSES),
     )
     mesh, optimizer = sharding.make_mesh(MeshSpec()), optim.build(OptimSpec(), 100)
     state = initialise(model, optimizer, jax.tree.map(lambda x: x[:1], batch), 0, 0.0, mesh)

@@ -20,17 +20,6 @@ from particlejax.finetune import partition, peft
 # of what is saved beside the arrays: says what a checkpoint without the frozen parameters builds on
 BASE = "base"
 _BRANCHES = ("average", "params")  # of a saved state, the first that is there counts
-# Parts that a stage may have to itself, by how their names begin; the encoder must match.
-_NEW_PER_TASK = (
-    "head",
-    "head_norm",
-    "pool",
-    "decoder",
-    "predictor",
-    "compare",
-    "questions",
-    "each",
-)
 
 
 def from_checkpoint(params: Params, folder: Path, step: int | None = None) -> tuple[Params, str]:
@@ -118,7 +107,7 @@ def _refuse(fresh: list[str], want: dict[str, Any], shapes: dict[str, tuple], fo
             "it with that version, or train it again."
         )
     for name in fresh:
-        if not name.startswith(_NEW_PER_TASK):
+        if name.startswith("encoder/"):  # a stage may have all else to itself
             there = f"shape {shapes[name]}" if name in shapes else "nothing"
             raise UserError(
                 f"checkpoint {folder} has {there} for {name} where this model has "

@@ -93,7 +93,8 @@ def tell(stage: run.Stage, params: Params, spec: ProbeSpec, split: str, bad: run
     source = sources.open_source(stage.data.source, split, stage.data.cache_dir, stage.classes)
     names = sorted(stage.example.particles)
     shown = ("", *(names if spec.alone and len(names) > 1 else ()))
-    compared = registry.parts(stage.spec.objectives).compared
+    heads = registry.heads(stage.spec.objectives)
+    compared = heads["projection"].modalities if "projection" in heads else ()
     compute = eval.jit_features(stage.model, mesh, shown, compared)
     numbers, found = eval.per_clip(
         compute, params, stage.views(source, spec.rows), mesh, bad.note, f"features of {split}"

@@ -19,53 +19,13 @@ from particlejax import losses
 from particlejax.config.model import ModelSpec
 from particlejax.core.typing import Params
 from particlejax.models import cnn_stem
-from particlejax.nn import attention, embed, fusion, heads, precision, token_reduction, transformer
-from particlejax.nn.dense import Dense
+from particlejax.models.decoder import style_of
+from particlejax.models.heads import HeadSpec, Sample
+from particlejax.models.modality import Payload
+from particlejax.nn import embed, fusion, precision, token_reduction, transformer
+from particlejax.nn.heads import AttentivePool
 from particlejax.nn.token_reduction import Tokens
-from particlejax.particles.normalize import PixelScale
 from particlejax.particles.types import Batch, Particles
-
-
-class Payload(NamedTuple):
-    """What a modality's payloads are: `size` numbers, or ids below `vocabulary` where that is not
-    0.
-
-    base: frames, rows and columns of the cuboid that the numbers are of, in the order (t, h, w,
-    channel); () for no cuboid. pixels: how uint8 pixels become those numbers; None where there are
-    no pixels.
-    """
-
-    size: int
-    vocabulary: int = 0
-    base: tuple[int, ...] = ()
-    pixels: PixelScale | None = None
-
-    @property
-    def still(self) -> float:
-        """What the mean over a cuboid's frames is multiplied by."""
-        return self.pixels.still if self.pixels else 1.0
-
-
-class Needs(NamedTuple):
-    """What objectives want of a model besides the encoder: a decoder, a predictor of features,
-    questions about a clip with as many answers each, the modalities that are compared ((): none),
-    and questions about each particle. codebooks: of which modalities, and of how many codes;
-    traced: modalities whose every moment is told from the others; unseen: modalities that are asked
-    for and never seen, which the encoder knows nothing of, so that it fits a stage without them.
-    """
-
-    decoder: bool = False
-    predictor: bool = False
-    questions: tuple[tuple[str, int], ...] = ()
-    compared: tuple[str, ...] = ()
-    each: tuple[tuple[str, int], ...] = ()
-    codebooks: tuple[tuple[str, int], ...] = ()
-    traced: tuple[str, ...] = ()
-    unseen: tuple[str, ...] = ()
-    laid: tuple[str, ...] = ()
-
-
-_ENCODER = Needs()  # that alone
 
 
 class Model(NamedTuple):
@@ -79,6 +39,20 @@ class Model(NamedTuple):
     apply: Callable[..., Any]
     payloads: Mapping[str, Payload]
 
+    def encode(
+        self,
+        params: Params,
+        particles: Mapping[str, Particles],
+        clips: int | None = None,
+        key: Array | None = None,
+    ) -> Tokens:
+        """Tokens of all particles; pixels may be uint8. See `ParticleModel.encode`."""
+        return self.apply(params, "encode", particles, clips, key=key)[0]
+
+    def head(self, params: Params, name: str, *args: Any) -> Any:
+        """What the head of this name makes of `args`; each kind in models/heads.py says of what."""
+        return self.apply(params, "apply_head", name, *args)
+
     def normalize(self, batch: Batch) -> Batch:
         """The batch with pixels as the model computes with them, float32; a normalized one
         as it is.
@@ -89,17 +63,23 @@ class Model(NamedTuple):
 
 
 def build(
-    spec: ModelSpec, payloads: Mapping[str, Payload], *, classes: int = 0, needs: Needs = _ENCODER
+    spec: ModelSpec,
+    payloads: Mapping[str, Payload],
+    heads: Mapping[str, HeadSpec] | None = None,
+    unseen: tuple[str, ...] = (),
 ) -> Model:
-    """The model of a spec for these modalities; with a classification head where classes > 0.
+    """The model of a spec for these modalities, with the heads that its objectives declare.
 
-    Raises UserError where the stem cannot read the payloads.
+    unseen: modalities that are targets alone. The encoder knows nothing of them, so that it fits a
+    stage without them. Raises UserError where the stem cannot read the payloads.
     """
     if spec.stem.network:
         cnn_stem.check(
             spec.stem, payloads[cnn_stem.VISION].base if cnn_stem.VISION in payloads else ()
         )
-    module = ParticleModel(spec, tuple(sorted(payloads.items())), classes, needs)
+    module = ParticleModel(
+        spec, tuple(sorted(payloads.items())), tuple(sorted((heads or {}).items())), unseen
+    )
 
     def init(key: Array, batch: Batch) -> Params:
         return module.init(key, batch)["params"]
@@ -114,91 +94,44 @@ def build(
 def normalize(
     particles: Mapping[str, Particles], payloads: Mapping[str, Payload]
 ) -> dict[str, Particles]:
-    """Particles with uint8 pixels made float32 by their modality's mean and deviation.
-
-    Anything but uint8 stays as it is, so that doing it twice changes nothing. Raises ValueError for
-    uint8 of a modality that has no `pixels`.
-    """
-    found = dict(particles)
-    for name, given in particles.items():
-        if given.payload.dtype == jnp.uint8:
-            found[name] = replace(given, payload=_to_payload(given.payload, payloads[name], name))
-    return found
-
-
-def _to_payload(pixels: Array, payload: Payload, modality: str) -> Array:
-    if payload.pixels is None:
-        raise ValueError(
-            f"modality {modality!r} has uint8 pixels and the model does not know their mean and "
-            "deviation: give its Payload `pixels`, a PixelScale."
-        )
-    return payload.pixels.to_payload(pixels)
+    """Particles with uint8 pixels made float32; doing it twice changes nothing."""
+    return {
+        name: replace(given, payload=payloads[name].normalize(given.payload))
+        for name, given in particles.items()
+    }
 
 
 class ParticleModel(nn.Module):
-    """Particles of any modalities -> one token sequence -> Transformer; decoder and heads are parts
-    of their own.
-    """
+    """Particles of any modalities -> one token sequence -> Transformer -> heads."""
 
     spec: ModelSpec
     payloads: tuple[tuple[str, Payload], ...]
-    classes: int
-    needs: Needs
+    heads: tuple[tuple[str, HeadSpec], ...]
+    unseen: tuple[str, ...] = ()
 
     def setup(self) -> None:
-        spec, dtype, needs = self.spec, precision.PRECISIONS[self.spec.dtype].compute, self.needs
         self.encoder = Encoder(
-            spec, tuple(each for each in self.payloads if each[0] not in needs.unseen)
+            self.spec, tuple(item for item in self.payloads if item[0] not in self.unseen)
         )
-        if needs.decoder:
-            self.decoder = Decoder(spec, self.payloads)
-        if needs.predictor:
-            self.predictor = Decoder(spec, self.payloads, features=True)
-        if spec.pool == "attention" and (self.classes or needs.questions or needs.compared):
-            self.pool = heads.AttentivePool(spec.pool_heads, dtype)
-        if self.classes:
-            self.head_norm = nn.LayerNorm(dtype=dtype)
-            self.head = nn.Dense(self.classes, kernel_init=nn.initializers.normal(0.02))
-        self.questions = {name: heads.Question(count, dtype) for name, count in needs.questions}
-        self.each = {name: heads.Question(count, dtype) for name, count in needs.each}
-        if needs.compared:
-            self.compare = heads.Embed(spec.embedding, needs.compared, dtype)
-        if needs.laid:
-            self.lag = heads.Embed(spec.embedding, needs.laid, dtype, unit=False, bias=0.0)
-        known = dict(self.payloads)
-        self.codebook = {
-            name: heads.Codebook(count, known[name].size) for name, count in needs.codebooks
-        }
-        self.moment = {
-            name: heads.Moment(spec.width, known[name].size // known[name].base[0], dtype)
-            for name in needs.traced
-        }
+        if self.spec.pool == "attention" and any(head.pools for _, head in self.heads):
+            dtype = precision.PRECISIONS[self.spec.dtype].compute
+            self.pool = AttentivePool(self.spec.pool_heads, dtype)
+        for name, head in self.heads:
+            setattr(self, name, head.build(self.spec, dict(self.payloads)))
 
     def __call__(self, batch: Batch) -> None:
         """Touches every parameter once, for `init`."""
         clips = batch.label.shape[1]
-        seen = {
-            name: each for name, each in batch.particles.items() if name not in self.needs.unseen
-        }
+        given = normalize(batch.particles, dict(self.payloads))
+        seen = {name: each for name, each in given.items() if name not in self.unseen}
         tokens, _ = self.encode(seen, clips)
-        for part in ("decode", "predict"):
-            if getattr(self.needs, {"decode": "decoder", "predict": "predictor"}[part]):
-                for name, particles in batch.particles.items():
-                    getattr(self, part)(tokens, particles, name)
-        if self.classes:
-            self.classify(tokens, clips)
-        for name, _ in self.needs.questions:
-            self.ask(tokens, clips, name)
-        for name, _ in self.needs.each:
-            self.ask_each(tokens, seen, next(iter(seen)), name)
-        for name in self.needs.compared:
-            self.embed(tokens, clips, name)
-        for name in self.needs.laid:
-            self.lay(tokens, name)
-        for name, _ in self.needs.codebooks:
-            self.code(seen[name].payload, name)
-        for name in self.needs.traced:
-            self.trace(tokens, seen, seen[name], name)
+        for name, head in self.heads:
+            for args in head.examples(Sample(tokens, clips, seen, given)):
+                self.apply_head(name, *args)
+
+    def apply_head(self, name: str, *args: Any) -> Any:
+        """What the head of this name makes of `args`."""
+        return dict(self.heads)[name].apply(self, getattr(self, name), *args)
 
     def encode(
         self, particles: Mapping[str, Particles], clips: int | None = None
@@ -210,16 +143,6 @@ class ParticleModel(nn.Module):
         clips: S, which latents, class tokens and modality dropout want to know.
         """
         return self.encoder(normalize(particles, dict(self.payloads)), clips)
-
-    def decode(self, tokens: Tokens, query: Particles, modality: str) -> Array:
-        """Payloads [B, Q, P] at the queries' places and extents; their own payload is not looked
-        at.
-        """
-        return self.decoder(tokens, query, modality)
-
-    def predict(self, tokens: Tokens, query: Particles, modality: str) -> Array:
-        """Features [B, Q, D] as an encoder that saw everything would give them there."""
-        return self.predictor(tokens, query, modality)
 
     def pooled(self, tokens: Tokens, clips: int) -> Array:
         """One vector a clip, float32 [B, S, D], pooled as the spec says."""
@@ -239,59 +162,6 @@ class ParticleModel(nn.Module):
         member = losses.membership(tokens.segment, clips)
         number = jnp.einsum("bls,blk->bsk", member, kinds)
         return 1 / jnp.maximum(jnp.einsum("bls,blk,bsk->bl", member, kinds, number), 1.0)
-
-    def classify(self, tokens: Tokens, clips: int) -> Array:
-        """Logits of each clip, float32 [B, S, C]."""
-        return self.head(self.head_norm(self.pooled(tokens, clips))).astype(jnp.float32)
-
-    def ask(self, tokens: Tokens, clips: int, question: str) -> Array:
-        """Logits of an objective's own question about each clip, float32 [B, S, C]."""
-        return self.questions[question](self.pooled(tokens, clips))
-
-    def ask_each(
-        self, tokens: Tokens, particles: Mapping[str, Particles], modality: str, question: str
-    ) -> Array:
-        """Logits of an objective's own question about each particle of a modality, float32 [B, l,
-        C].
-        """
-        return self.each[question](part_of(tokens, particles, modality))
-
-    def ask_hidden(self, tokens: Tokens, query: Particles, modality: str, question: str) -> Array:
-        """Logits of the same about particles that were not shown, at the queries' places, float32
-        [B, Q, C].
-        """
-        return self.each[question](self.predict(tokens, query, modality))
-
-    def code(self, payload: Array, modality: str) -> Array:
-        """The number of the code nearest to each payload, int32 [B, L]; nothing learns from it."""
-        if payload.dtype == jnp.uint8:
-            payload = _to_payload(payload, dict(self.payloads)[modality], modality)
-        return self.codebook[modality](payload)
-
-    def trace(
-        self, tokens: Tokens, particles: Mapping[str, Particles], moments: Particles, modality: str
-    ) -> tuple[Array, Array]:
-        """A modality's channels at moments [B, M] of no payload, float32 [B, M, C], and at which
-        some particle stands, bool [B, M].
-
-        particles: those that the tokens are of.
-        """
-        extent = jnp.concatenate(
-            [particles[name].extent for name, _ in self.payloads if name in particles], axis=1
-        )
-        return self.moment[modality](tokens, extent, moments.place, moments.extent, moments.segment)
-
-    def embed(self, tokens: Tokens, clips: int, modality: str) -> tuple[Array, Array, Array]:
-        """Unit vectors of each clip, float32 [B, S, E], to be compared with another modality's;
-        sharpness and bias of that.
-        """
-        return self.compare(self.pooled(tokens, clips), modality)
-
-    def lay(self, tokens: Tokens, modality: str) -> tuple[Array, Array, Array]:
-        """What of each token is laid over another modality's in time, float32 [B, L, E]; sharpness
-        and bias of that.
-        """
-        return self.lag(tokens.x, modality)
 
 
 class Encoder(nn.Module):
@@ -443,68 +313,6 @@ class Encoder(nn.Module):
     def _known(self, clips: int | None) -> int:
         assert clips is not None, "encode wants to be told how many clips a row may hold"
         return clips
-
-
-class Decoder(nn.Module):
-    """Asks the tokens what is at a place: blocks of cross-attention, queries blind to each other
-    (arXiv:2401.14391).
-
-    It answers with payloads, or, for `features`, with what the encoder makes of them. Where a
-    fusion keeps modalities apart it reads the asked one's tokens alone.
-    """
-
-    spec: ModelSpec
-    payloads: tuple[tuple[str, Payload], ...]
-    features: bool = False
-
-    @nn.compact
-    def __call__(self, tokens: Tokens, query: Particles, modality: str) -> Array:
-        spec, dtype = self.spec, precision.PRECISIONS[self.spec.dtype].compute
-        width = spec.decoder_width
-        names = tuple(name for name, _ in self.payloads)
-        if tokens.kind is not None and spec.fusion in ("late", "bottleneck"):
-            tokens = tokens._replace(
-                segment=jnp.where(tokens.kind == names.index(modality), tokens.segment, 0)
-            )
-        context = Dense(width, dtype=dtype, name="context")(tokens.x)
-        x = embed.Place(width, dtype, name="place")(query.place, query.extent)
-        x = (x + embed.Learned(width, 1, name=f"modality_{modality}")()[None]).astype(dtype)
-        body = transformer.Transformer(
-            spec.decoder_depth,
-            spec.decoder_heads,
-            spec.mlp * width,
-            style_of(spec)._replace(dropout=0.0),
-            unroll=spec.unroll,
-            remat=spec.remat,
-            name="transformer",
-        )
-        answers, _ = body(Tokens(x, query.place, query.segment), tokens._replace(x=context))
-        if self.features:
-            return Dense(spec.width, name="features")(answers.x)
-        payload = dict(self.payloads)[modality]
-        return Dense(payload.vocabulary or payload.size, name=f"payload_{modality}")(answers.x)
-
-
-def style_of(spec: ModelSpec) -> attention.Style:
-    """What the blocks of a model are made of."""
-    return attention.Style(
-        spec.near,
-        spec.rotary,
-        spec.qk_norm,
-        spec.gate == "swiglu",
-        spec.layer_scale,
-        spec.dropout,
-        precision.PRECISIONS[spec.dtype].compute,
-        spec.attention,
-    )
-
-
-def part_of(tokens: Tokens, particles: Mapping[str, Particles], modality: str) -> Array:
-    """The tokens [B, l, D] of one modality's slots, where nothing reduced them: modalities stand in
-    the order of their names.
-    """
-    start = sum(each.segment.shape[1] for name, each in particles.items() if name < modality)
-    return tokens.x[:, start : start + particles[modality].segment.shape[1]]
 
 
 def parameter_shapes(model: Model, batch: Batch) -> Any:

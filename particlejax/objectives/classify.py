@@ -11,8 +11,9 @@ from jax import Array
 from particlejax import losses
 from particlejax.config.model import ClassifySpec
 from particlejax.core.typing import Metrics, Params
+from particlejax.models.heads import classification
 from particlejax.models.particle_model import Model
-from particlejax.objectives.base import Objective
+from particlejax.objectives.base import Objective, ObjectiveType
 from particlejax.objectives.label_targets import Targets
 from particlejax.particles.types import Batch
 
@@ -31,7 +32,7 @@ def classify(spec: ClassifySpec, targets: Targets | None = None) -> Objective:
             tokens, _ = model.apply(
                 params, "encode", batch.particles, batch.clip.shape[1], key=key if train else None
             )
-            return model.apply(params, "classify", tokens, batch.label.shape[1])
+            return model.head(params, "head", tokens, batch.label.shape[1])
 
         logits, labelled = logits_of(key), batch.label >= 0
         loss = losses.mean(_error(spec, targets, logits, batch), labelled)
@@ -92,3 +93,11 @@ def _figures(targets: Targets | None, logits: Array, label: Array, labelled: Arr
         return {"all_right": losses.mean(((logits > 0) == (target > 0.5)).all(axis=-1), labelled)}
     rank = jnp.sum(logits > jnp.take_along_axis(logits, safe[..., None], -1), axis=-1)
     return {"top1": losses.mean(rank < 1, labelled), "top5": losses.mean(rank < 5, labelled)}
+
+
+CLASSIFY = ObjectiveType(
+    classify,
+    heads=lambda spec, classes: classification(classes),
+    modalities=lambda spec: (),
+    labelled=True,
+)

@@ -13,10 +13,13 @@ from jax import Array
 from particlejax import losses, masks
 from particlejax.config.model import AlignSpec, ContrastSpec
 from particlejax.core.typing import Metrics, Params
+from particlejax.models.heads import ParticleHead, ProjectionHead
 from particlejax.models.particle_model import Model
 from particlejax.objectives import time_utils
-from particlejax.objectives.base import Objective
+from particlejax.objectives.base import Objective, ObjectiveType
 from particlejax.particles.types import Batch, Particles
+
+ALIGNMENT, PROJECTION = "temporal_alignment_head", "projection"
 
 
 def align(spec: AlignSpec) -> Objective:
@@ -43,7 +46,7 @@ def align(spec: AlignSpec) -> Objective:
         hidden = replace(time_utils.moved(whole, (first + last) / 2), extent=extent)
         particles = {**batch.particles, spec.modality: hidden}
         tokens, _ = model.apply(params, "encode", particles, clips, key=key if train else None)
-        logits = model.apply(params, "ask_each", tokens, particles, spec.modality, "align")
+        logits = model.head(params, ALIGNMENT, tokens, particles, spec.modality)
         asked = jnp.where(whole.extent[..., 0] <= length / 2 + time_utils.SLACK, whole.segment, 0)
         there = losses.membership(asked, clips).any(axis=1) & (batch.clip >= 0)
         said = logits.argmax(axis=-1)
@@ -82,7 +85,7 @@ def contrast(spec: ContrastSpec) -> Objective:
             tokens, _ = model.apply(
                 params, "encode", {name: view}, clips, key=each if train else None
             )
-            unit, sharpness, bias = model.apply(params, "embed", tokens, clips, name)
+            unit, sharpness, bias = model.head(params, PROJECTION, tokens, clips, name)
             units.append(unit.reshape(-1, unit.shape[-1]))
         both = (
             time_utils.present(views[0], clips)
@@ -129,3 +132,13 @@ def sigmoid(logits_NM: Array, there: Array) -> Array:
     sign = 2 * jnp.eye(len(there)) - 1
     each = -jax.nn.log_sigmoid(sign * logits_NM) * (there[:, None] & there[None])
     return losses.mean(each.sum(axis=1), there)
+
+
+CONTRASTIVE = ObjectiveType(
+    contrast,
+    heads=lambda spec, classes: {PROJECTION: ProjectionHead(tuple(sorted(set(spec.pair))))},
+    modalities=lambda spec: spec.pair,
+)
+TEMPORAL_ALIGNMENT = ObjectiveType(
+    align, heads=lambda spec, classes: {ALIGNMENT: ParticleHead(spec.bins)}
+)

@@ -10,9 +10,10 @@ from jax import Array
 from particlejax import losses
 from particlejax.config.model import DistilSpec
 from particlejax.core.typing import Metrics, Params
+from particlejax.models.heads import DecoderHead
 from particlejax.models.particle_model import Model
 from particlejax.objectives import masked
-from particlejax.objectives.base import Objective
+from particlejax.objectives.base import Objective, ObjectiveType
 from particlejax.particles.types import Batch, Particles
 
 _KNEE = 1.0  # deviations of a feature from which on its error counts linearly
@@ -62,3 +63,11 @@ def visible(spec: DistilSpec, model: Model, whole: Particles, key: Array) -> Par
         spec.keep,
         0.0,
     )[0]
+
+
+FEATURE_DISTILLATION = ObjectiveType(
+    distil,
+    heads=lambda spec, classes: {"decoder": DecoderHead()},
+    modalities=lambda spec: (spec.modality, spec.teacher),
+    unseen=lambda spec: (spec.teacher,),
+)

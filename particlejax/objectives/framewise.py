@@ -12,10 +12,16 @@ from jax import Array
 from particlejax import losses
 from particlejax.config.model import TraceSpec
 from particlejax.core.typing import Metrics, Params, UserError
+from particlejax.models.heads import FramewiseHead
 from particlejax.models.particle_model import Model
 from particlejax.objectives import time_utils
-from particlejax.objectives.base import Objective
+from particlejax.objectives.base import Objective, ObjectiveType
 from particlejax.particles.types import Batch, Particles
+
+
+def head_name(modality: str) -> str:
+    """The head that tells this modality."""
+    return f"framewise_head_{modality}"
 
 
 def trace(spec: TraceSpec) -> Objective:
@@ -66,7 +72,7 @@ def predict(
         )
     each, target = moments(batch.particles[spec.modality], model.payloads[spec.modality].base[0])
     tokens, _ = model.apply(params, "encode", rest, batch.clip.shape[1], key=key)
-    told, covered = model.apply(params, "trace", tokens, rest, each, spec.modality)
+    told, covered = model.head(params, head_name(spec.modality), tokens, rest, each)
     return told, target, jnp.where(covered, each.segment, 0)
 
 
@@ -85,3 +91,8 @@ def moments(series: Particles, count: int) -> tuple[Particles, Array]:
     )
     target = series.payload.reshape(rows, length * count, size // count)
     return Particles(jnp.zeros((*place.shape[:2], 0)), place, extent, repeated[2]), target
+
+
+FRAMEWISE = ObjectiveType(
+    trace, heads=lambda spec, classes: {head_name(spec.modality): FramewiseHead(spec.modality)}
+)

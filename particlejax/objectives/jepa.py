@@ -10,9 +10,10 @@ from jax import Array
 from particlejax import losses
 from particlejax.config.model import LatentSpec
 from particlejax.core.typing import Metrics, Params
-from particlejax.models.particle_model import Model, part_of
+from particlejax.models.heads import FeatureDecoderHead, part_of
+from particlejax.models.particle_model import Model
 from particlejax.objectives import masked
-from particlejax.objectives.base import TEACHER, Objective
+from particlejax.objectives.base import TEACHER, Objective, ObjectiveType
 from particlejax.particles.types import Batch
 
 
@@ -39,7 +40,7 @@ def latent(spec: LatentSpec) -> Objective:
             key=dropout_key if train else None,
         )
         query = whole.take(asked)
-        predicted = model.apply(params, "predict", tokens, query, spec.modality)
+        predicted = model.head(params, "predictor", tokens, query, spec.modality)
         target = jnp.take_along_axis(
             features(params, model, batch, spec.modality), asked[..., None], axis=1
         )
@@ -70,3 +71,6 @@ def spread(features_BQD: Array, segment: Array) -> Array:
     number = jnp.maximum(there.sum(), 1)
     mean = jnp.sum(features_BQD * there, axis=(0, 1), keepdims=True) / number
     return jnp.sqrt(jnp.sum(jnp.square(features_BQD - mean) * there, axis=(0, 1)) / number).mean()
+
+
+JEPA = ObjectiveType(latent, heads=lambda spec, classes: {"predictor": FeatureDecoderHead()})

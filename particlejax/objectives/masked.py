@@ -16,9 +16,11 @@ from jax import Array
 from particlejax import losses, masks
 from particlejax.config.model import HiddenSpec, MaskedSpec, NextFrameSpec
 from particlejax.core.typing import Metrics, Params
-from particlejax.models.particle_model import Model, Payload
+from particlejax.models.heads import DecoderHead
+from particlejax.models.modality import Payload
+from particlejax.models.particle_model import Model
 from particlejax.objectives import time_utils
-from particlejax.objectives.base import Objective
+from particlejax.objectives.base import Objective, ObjectiveType
 from particlejax.particles.types import Batch, Particles
 
 
@@ -143,7 +145,7 @@ def ask(
 ) -> Array:
     """The decoder's answers [B, Q, ...] from what of these particles the encoder makes."""
     tokens, _ = model.apply(params, "encode", particles, batch.clip.shape[1], key=key)
-    return model.apply(params, "decode", tokens, query, modality, key=None)
+    return model.head(params, "decoder", tokens, query, modality)
 
 
 def predict_next(
@@ -245,3 +247,9 @@ def rollout(
 
 def _target(query: Particles, normalise: bool) -> Array:
     return losses.normalise_payload(query.payload) if normalise else query.payload
+
+
+MASKED = ObjectiveType(masked, heads=lambda spec, classes: {"decoder": DecoderHead()})
+FUTURE_PREDICTION = ObjectiveType(
+    next_frame, heads=lambda spec, classes: {"decoder": DecoderHead()}
+)

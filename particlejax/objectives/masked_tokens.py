@@ -10,10 +10,18 @@ from jax import Array
 from particlejax import losses, masks
 from particlejax.config.model import VisualWordsSpec, WordsSpec
 from particlejax.core.typing import Metrics, Params
+from particlejax.models.heads import CodebookHead, DecoderHead, FeatureDecoderHead, QueryHead
 from particlejax.models.particle_model import Model
-from particlejax.objectives.base import Objective
+from particlejax.objectives.base import Objective, ObjectiveType
 from particlejax.objectives.masked import Prediction, ask, hide, part
 from particlejax.particles.types import Batch
+
+HEAD = "masked_visual_tokens_head"
+
+
+def codebook_name(modality: str) -> str:
+    """The head that holds the codes of a modality."""
+    return f"codebook_{modality}"
 
 
 def words(spec: WordsSpec) -> Objective:
@@ -78,9 +86,9 @@ def predict_codes(
         batch.clip.shape[1],
         key=dropout_key if train else None,
     )
-    logits = model.apply(params, "ask_hidden", tokens, query, spec.modality, "visual_words")
+    logits = model.head(params, HEAD, tokens, query, spec.modality)
     return Prediction(
-        query, logits, model.apply(params, "code", query.payload, spec.modality), seen
+        query, logits, model.head(params, codebook_name(spec.modality), query.payload), seen
     )
 
 
@@ -105,3 +113,14 @@ def _told(found: Prediction, batch: Batch) -> tuple[Array, Metrics]:
     there = losses.membership(segment, clips).any(axis=1) & (batch.clip >= 0)
     loss = losses.mean(each, there)
     return loss, {"loss": loss, "top1": losses.mean(right, there)}
+
+
+MASKED_LM = ObjectiveType(words, heads=lambda spec, classes: {"decoder": DecoderHead()})
+MASKED_VISUAL_TOKENS = ObjectiveType(
+    visual_words,
+    heads=lambda spec, classes: {
+        "predictor": FeatureDecoderHead(),
+        HEAD: QueryHead(spec.codes),
+        codebook_name(spec.modality): CodebookHead(spec.modality, spec.codes),
+    },
+)

@@ -30,7 +30,7 @@ def answer(
     """
     clips = batch.clip.shape[1]
     tokens, _ = model.apply(params, "encode", particles, clips, key=key)
-    return score(model.apply(params, "ask", tokens, clips, question), batch, label, asked, ordered)
+    return score(model.head(params, question, tokens, clips), batch, label, asked, ordered)
 
 
 def score(

@@ -10,6 +10,7 @@ rows, L slots, S clips of a row, P numbers of a payload.
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,10 @@ from jax import Array
 
 from particlejax.config.model import ArrowSpec, OrderSpec, SpeedSpec, TransformSpec
 from particlejax.core.typing import Metrics, Params, UserError
+from particlejax.models.heads import ClipHead
 from particlejax.models.particle_model import Model
 from particlejax.objectives import pretext, time_utils
-from particlejax.objectives.base import Objective
+from particlejax.objectives.base import Objective, ObjectiveType
 from particlejax.particles.types import Batch, Particles
 
 VISION = "vision"
@@ -32,7 +34,9 @@ def arrow(spec: ArrowSpec) -> Objective:
     """Does time run forward or backward (arXiv:1803.09490)? Metrics: loss, top1, asked."""
     del spec
     return _pretext(
-        "arrow", 2, lambda whole, label, base, key: (reverse(whole, label > 0, base), None)
+        "arrow_of_time_head",
+        2,
+        lambda whole, label, base, key: (reverse(whole, label > 0, base), None),
     )
 
 
@@ -42,7 +46,9 @@ def transform(spec: TransformSpec) -> Objective:
     """
     del spec
     return _pretext(
-        "transform", TRANSFORMS, lambda whole, label, base, key: (turn(whole, label, base), None)
+        "rotation_flip_head",
+        TRANSFORMS,
+        lambda whole, label, base, key: (turn(whole, label, base), None),
     )
 
 
@@ -50,7 +56,7 @@ def order(spec: OrderSpec) -> Objective:
     """In which order do the clip's thirds stand (arXiv:1603.08561)? Metrics: loss, top1, asked."""
     del spec
     return _pretext(
-        "order", len(PERMUTATIONS), lambda whole, label, base, key: shuffle(whole, label)
+        "clip_order_head", len(PERMUTATIONS), lambda whole, label, base, key: shuffle(whole, label)
     )
 
 
@@ -62,7 +68,7 @@ def speed(spec: SpeedSpec) -> Objective:
     ) -> tuple[Particles, Array]:
         return faster(whole, label, jax.random.uniform(key, label.shape), spec.doublings, base)
 
-    return _pretext("speed", spec.doublings + 1, change)
+    return _pretext("playback_speed_head", spec.doublings + 1, change)
 
 
 def _pretext(
@@ -91,10 +97,8 @@ def _pretext(
 
 def _base(model: Model, name: str) -> tuple[int, ...]:
     base = model.payloads[VISION].base
-    assert base, (
-        f"objective {name} wants to know the cuboid of a payload: give models.Payload its base"
-    )
-    if name == "transform" and base[1] != base[2]:
+    assert base, f"{name} needs the cuboid of a payload: give its Payload a base"
+    if name == "rotation_flip_head" and base[1] != base[2]:
         raise UserError(
             f"objective transform turns cuboids and config.particles.base={base} is not square: "
             "make its rows and "
@@ -225,3 +229,19 @@ def _doubled(shown: Particles, base: tuple[int, ...]) -> Particles:
     )[:, :, ::2]
     new = replace(shown, payload=frames.reshape(shown.payload.shape))
     return time_utils.keep(time_utils.moved(new, start / 2 + duration / 2), even & found)
+
+
+def _type(
+    make: Callable[..., Objective], head: str, outputs: Callable[[Any], int]
+) -> ObjectiveType:
+    return ObjectiveType(
+        make,
+        heads=lambda spec, classes: {head: ClipHead(outputs(spec))},
+        modalities=lambda spec: (VISION,),
+    )
+
+
+CLIP_ORDER = _type(order, "clip_order_head", lambda spec: len(PERMUTATIONS))
+PLAYBACK_SPEED = _type(speed, "playback_speed_head", lambda spec: spec.doublings + 1)
+ARROW_OF_TIME = _type(arrow, "arrow_of_time_head", lambda spec: 2)
+ROTATION_FLIP = _type(transform, "rotation_flip_head", lambda spec: TRANSFORMS)

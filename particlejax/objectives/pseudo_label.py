@@ -13,8 +13,9 @@ from jax import Array
 from particlejax import losses, masks
 from particlejax.config.training import PseudoSpec
 from particlejax.core.typing import Metrics, Params
+from particlejax.models.heads import classification
 from particlejax.models.particle_model import Model
-from particlejax.objectives.base import TEACHER, Objective
+from particlejax.objectives.base import TEACHER, Objective, ObjectiveType
 from particlejax.objectives.label_targets import Targets
 from particlejax.particles.types import Batch, Particles
 
@@ -32,12 +33,10 @@ def pseudo(spec: PseudoSpec, targets: Targets | None = None) -> Objective:
         clips = batch.label.shape[1]
         teacher = params.get(TEACHER, params) if spec.teacher == "average" else params
         tokens, _ = model.apply(jax.lax.stop_gradient(teacher), "encode", batch.particles, clips)
-        said = jax.nn.softmax(
-            jax.lax.stop_gradient(model.apply(teacher, "classify", tokens, clips))
-        )
+        said = jax.nn.softmax(jax.lax.stop_gradient(model.head(teacher, "head", tokens, clips)))
         seen = disturbed(spec, batch.particles, view_key)
         tokens, _ = model.apply(params, "encode", seen, clips, key=dropout_key if train else None)
-        logits = model.apply(params, "classify", tokens, clips)
+        logits = model.head(params, "head", tokens, clips)
         if spec.target == "soft":
             each = jnp.square(jax.nn.softmax(logits) - said).mean(axis=-1)
         else:
@@ -70,3 +69,11 @@ def disturbed(
             )
         seen[name] = replace(part, payload=payload, segment=segment)
     return seen
+
+
+PSEUDO_LABEL = ObjectiveType(
+    pseudo,
+    heads=lambda spec, classes: classification(classes),
+    modalities=lambda spec: (),
+    labelled=True,
+)

@@ -6,81 +6,52 @@ The loss and each metric are means over the clips they apply to; `train` switche
 feeds masks too. They are grouped by theme in the files beside this one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from particlejax.config.model import ContrastSpec, DistilSpec, SyncSpec, TraceSpec, VisualWordsSpec
 from particlejax.core.typing import Metrics, Params, UserError
-from particlejax.models.particle_model import Model, Needs
-from particlejax.objectives import contrastive, pretext_video
-from particlejax.objectives.base import Objective
-from particlejax.objectives.classify import classify
-from particlejax.objectives.feature_distillation import distil
-from particlejax.objectives.framewise import trace
-from particlejax.objectives.jepa import latent
+from particlejax.models.heads import HeadSpec
+from particlejax.models.particle_model import Model
+from particlejax.objectives import (
+    classify,
+    contrastive,
+    feature_distillation,
+    framewise,
+    jepa,
+    masked,
+    masked_tokens,
+    pretext_video,
+    pseudo_label,
+    synchronization,
+    text_matching,
+)
+from particlejax.objectives.base import Objective, ObjectiveType
 from particlejax.objectives.label_targets import Targets
-from particlejax.objectives.masked import masked, next_frame
-from particlejax.objectives.masked_tokens import visual_words, words
-from particlejax.objectives.pseudo_label import pseudo
-from particlejax.objectives.synchronization import sync
-from particlejax.objectives.text_matching import match
 from particlejax.particles.types import Batch
 
-_VISION: tuple[str, ...] = (pretext_video.VISION,)
-
-
-class Entry(NamedTuple):
-    """An objective's maker, the parts of the model that it needs, and the modalities that it reads,
-    of its spec.
-
-    answers: how many answers its question about a clip has, 0 for no question; each: the same of
-    one about each particle.
-    """
-
-    make: Callable[..., Objective]
-    reads: Callable[[Any], tuple[str, ...]] = lambda spec: (spec.modality,)
-    decoder: bool = False
-    predictor: bool = False
-    head: bool = False
-    answers: Callable[[Any], int] = lambda spec: 0
-    each: Callable[[Any], int] = lambda spec: 0
-
-
-TABLE: dict[str, Entry] = {
-    "masked": Entry(masked, decoder=True),
-    "latent": Entry(latent, predictor=True),
-    "distil": Entry(distil, lambda spec: (spec.modality, spec.teacher), decoder=True),
-    "next_frame": Entry(next_frame, decoder=True),
-    "order": Entry(
-        pretext_video.order,
-        lambda spec: _VISION,
-        answers=lambda spec: len(pretext_video.PERMUTATIONS),
-    ),
-    "speed": Entry(
-        pretext_video.speed, lambda spec: _VISION, answers=lambda spec: spec.doublings + 1
-    ),
-    "arrow": Entry(pretext_video.arrow, lambda spec: _VISION, answers=lambda spec: 2),
-    "transform": Entry(
-        pretext_video.transform, lambda spec: _VISION, answers=lambda spec: pretext_video.TRANSFORMS
-    ),
-    "sync": Entry(
-        sync,
-        lambda spec: spec.pair,
-        answers=lambda spec: (2 * spec.shifts + 1 + (spec.other > 0)) * (not spec.laid),
-    ),
-    "contrast": Entry(contrastive.contrast, lambda spec: spec.pair),
-    "match": Entry(match, answers=lambda spec: 2),
-    "align": Entry(contrastive.align, each=lambda spec: spec.bins),
-    "words": Entry(words, decoder=True),
-    "visual_words": Entry(visual_words, predictor=True, each=lambda spec: spec.codes),
-    "trace": Entry(trace),
-    "classify": Entry(classify, lambda spec: (), head=True),
-    "pseudo": Entry(pseudo, lambda spec: (), head=True),
+TABLE: dict[str, ObjectiveType] = {
+    "masked": masked.MASKED,
+    "latent": jepa.JEPA,
+    "distil": feature_distillation.FEATURE_DISTILLATION,
+    "next_frame": masked.FUTURE_PREDICTION,
+    "order": pretext_video.CLIP_ORDER,
+    "speed": pretext_video.PLAYBACK_SPEED,
+    "arrow": pretext_video.ARROW_OF_TIME,
+    "transform": pretext_video.ROTATION_FLIP,
+    "sync": synchronization.SYNCHRONIZATION,
+    "contrast": contrastive.CONTRASTIVE,
+    "match": text_matching.TEXT_MATCHING,
+    "align": contrastive.TEMPORAL_ALIGNMENT,
+    "words": masked_tokens.MASKED_LM,
+    "visual_words": masked_tokens.MASKED_VISUAL_TOKENS,
+    "trace": framewise.FRAMEWISE,
+    "classify": classify.CLASSIFY,
+    "pseudo": pseudo_label.PSEUDO_LABEL,
 }
 
 
@@ -90,17 +61,17 @@ def combine(specs: Mapping[str, Any], targets: Targets | None = None) -> Objecti
     targets: what labels ask of the head; None: each is a class.
     """
     made = {
-        name: TABLE[name].make(spec, *([targets] if TABLE[name].head else []))
+        name: TABLE[name].make(spec, *([targets] if TABLE[name].labelled else []))
         for name, spec in specs.items()
     }
-    unseen = _unseen(specs)
+    hidden = set(unseen(specs))
 
     def objective(
         params: Params, model: Model, batch: Batch, key: Array, train: bool
     ) -> tuple[Array, Metrics]:
         total, metrics, batch = jnp.zeros(()), {}, model.normalize(batch)
         for i, (name, each) in enumerate(made.items()):
-            read = batch if isinstance(specs[name], DistilSpec) else _without(batch, unseen)
+            read = _without(batch, hidden - set(TABLE[name].unseen(specs[name])))
             loss, more = each(params, model, read, jax.random.fold_in(key, i), train)
             total += specs[name].weight * loss
             metrics |= {f"{name}/{metric}": value for metric, value in more.items()}
@@ -109,43 +80,25 @@ def combine(specs: Mapping[str, Any], targets: Targets | None = None) -> Objecti
     return objective
 
 
-def parts(specs: Mapping[str, Any]) -> Needs:
-    """Which parts of the model the objectives need, besides a head."""
-    asked = tuple(
-        (name, TABLE[name].answers(spec))
-        for name, spec in specs.items()
-        if TABLE[name].answers(spec)
-    )
-    each = tuple(
-        (name, TABLE[name].each(spec)) for name, spec in specs.items() if TABLE[name].each(spec)
-    )
-    compared = {
-        name for spec in specs.values() if isinstance(spec, ContrastSpec) for name in spec.pair
-    }
-    laid = {name for spec in specs.values() if isinstance(spec, SyncSpec) for name in spec.laid}
-    return Needs(
-        any(TABLE[name].decoder for name in specs),
-        any(TABLE[name].predictor for name in specs),
-        asked,
-        tuple(sorted(compared)),
-        each,
-        tuple(
-            (spec.modality, spec.codes)
-            for spec in specs.values()
-            if isinstance(spec, VisualWordsSpec)
-        ),
-        tuple(spec.modality for spec in specs.values() if isinstance(spec, TraceSpec)),
-        _unseen(specs),
-        tuple(sorted(laid)),
-    )
+def heads(specs: Mapping[str, Any], classes: int = 0) -> dict[str, HeadSpec]:
+    """The heads that the objectives declare. Raises ValueError where two differ under one name."""
+    found: dict[str, HeadSpec] = {}
+    for name, spec in specs.items():
+        for key, head in TABLE[name].heads(spec, classes).items():
+            if found.setdefault(key, head) != head:
+                raise ValueError(
+                    f"objective {name} declares a head {key!r} that another one declares "
+                    f"differently ({head} and {found[key]}): give it another name."
+                )
+    return found
 
 
-def _unseen(specs: Mapping[str, Any]) -> tuple[str, ...]:
-    """Modalities that are answers alone."""
-    return tuple(sorted({spec.teacher for spec in specs.values() if isinstance(spec, DistilSpec)}))
+def unseen(specs: Mapping[str, Any]) -> tuple[str, ...]:
+    """Modalities that are targets alone, which the encoder never sees."""
+    return tuple(sorted({m for name, spec in specs.items() for m in TABLE[name].unseen(spec)}))
 
 
-def _without(batch: Batch, modalities: tuple[str, ...]) -> Batch:
+def _without(batch: Batch, modalities: Collection[str]) -> Batch:
     return replace(
         batch,
         particles={name: each for name, each in batch.particles.items() if name not in modalities},
@@ -154,13 +107,13 @@ def _without(batch: Batch, modalities: tuple[str, ...]) -> Batch:
 
 def classifies(specs: Mapping[str, Any]) -> bool:
     """Whether the objectives need a classification head, and so labels."""
-    return any(TABLE[name].head for name in specs)
+    return any(TABLE[name].labelled for name in specs)
 
 
 def check(specs: Mapping[str, Any], modalities: Mapping[str, Any]) -> None:
     """Raises UserError for an objective of modalities that the data do not have."""
     for name, spec in specs.items():
-        lacking = [each for each in TABLE[name].reads(spec) if each not in modalities]
+        lacking = [each for each in TABLE[name].modalities(spec) if each not in modalities]
         if lacking:
             raise UserError(
                 f"objective {name} reads {lacking[0]}, which "

@@ -13,11 +13,13 @@ from jax import Array
 from particlejax import losses
 from particlejax.config.model import SyncSpec
 from particlejax.core.typing import Metrics, Params
+from particlejax.models.heads import ClipHead, HeadSpec, TokenProjectionHead
 from particlejax.models.particle_model import Model
 from particlejax.objectives import pretext, time_utils
-from particlejax.objectives.base import Objective
+from particlejax.objectives.base import Objective, ObjectiveType
 from particlejax.particles.types import Batch, Particles
 
+HEAD, PROJECTION = "synchronization_head", "synchronization_projection"
 _STILL = 1e-6  # of a product of two variances: below it nothing varies
 
 
@@ -59,7 +61,7 @@ def sync(spec: SyncSpec) -> Objective:
                 )
             }
         return pretext.answer(
-            "sync",
+            HEAD,
             params,
             model,
             pair,
@@ -97,7 +99,7 @@ def _agreement(
     made = []
     for name, particles, each in zip(spec.pair, (fixed, shown), keys, strict=True):
         tokens, _ = model.apply(params, "encode", {name: particles}, clips, key=each)
-        said, sharpness, bias = model.apply(params, "lay", tokens, name)
+        said, sharpness, bias = model.head(params, PROJECTION, tokens, name)
         made.append(said)
     first, last = time_utils.span(shown, clips)
     unit = time_utils.longest(shown, last - first) * spec.step
@@ -192,3 +194,13 @@ def _choose(swapped_BS: Array, own: Particles, other: Particles) -> Particles:
     return jax.tree.map(
         lambda a, b: jnp.where(row.reshape(-1, *(1,) * (a.ndim - 1)), b, a), own, other
     )
+
+
+def _heads(spec: SyncSpec, classes: int) -> dict[str, HeadSpec]:
+    del classes
+    if spec.laid:
+        return {PROJECTION: TokenProjectionHead(tuple(sorted(set(spec.laid))))}
+    return {HEAD: ClipHead(2 * spec.shifts + 1 + (spec.other > 0))}
+
+
+SYNCHRONIZATION = ObjectiveType(sync, heads=_heads, modalities=lambda spec: spec.pair)

@@ -14,11 +14,13 @@ from jax import Array
 from particlejax import losses
 from particlejax.config.model import MatchSpec
 from particlejax.core.typing import Metrics, Params
+from particlejax.models.heads import ClipHead
 from particlejax.models.particle_model import Model
 from particlejax.objectives import pretext, time_utils
-from particlejax.objectives.base import Objective
+from particlejax.objectives.base import Objective, ObjectiveType
 from particlejax.particles.types import Batch, Particles
 
+HEAD = "text_matching_head"
 _SHARPNESS = 10.0  # factor of cosines before the softmax that negatives are drawn from
 
 
@@ -48,7 +50,7 @@ def match(spec: MatchSpec) -> Objective:
         seen = jnp.stack([time_utils.present(p, clips) for p in rest.values()]).any(axis=0)
         label = (~swapped).reshape(batch.clip.shape).astype(jnp.int32)
         return pretext.answer(
-            "match",
+            HEAD,
             params,
             model,
             {**rest, spec.modality: shown},
@@ -142,3 +144,6 @@ def given(each: Particles, chosen: Array, own: Particles, clips: int) -> Particl
     number = jnp.tile(jnp.arange(1, clips + 1), len(chosen) // clips)[:, None]
     shown = replace(shown, extent=extent, segment=jnp.where(shown.segment > 0, number, 0))
     return jax.tree.map(lambda x: x.reshape(len(own.segment), -1, *x.shape[2:]), shown)
+
+
+TEXT_MATCHING = ObjectiveType(match, heads=lambda spec, classes: {HEAD: ClipHead(2)})

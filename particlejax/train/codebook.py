@@ -18,6 +18,7 @@ from particlejax.config.model import VisualWordsSpec
 from particlejax.core import tree
 from particlejax.core.typing import UserError
 from particlejax.data import pipeline
+from particlejax.objectives.masked_tokens import codebook_name
 from particlejax.train.log import say
 from particlejax.train.stage import Stage
 from particlejax.train.train_state import TrainState
@@ -36,7 +37,7 @@ def fitted(state: TrainState, stage: Stage, batches: pipeline.Batches) -> TrainS
     say(f"{stage.name}: {spec.codes} visual words of {spec.modality}")
 
     def put(name: str, leaf: Any) -> Any:
-        if not name.endswith(f"codebook_{spec.modality}/centres"):
+        if not name.endswith(f"{codebook_name(spec.modality)}/centres"):
             return leaf
         return jax.make_array_from_callback(
             leaf.shape, leaf.sharding, lambda index: found[index].copy()

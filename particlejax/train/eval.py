@@ -78,7 +78,7 @@ def jit_predict(
 
     def predict(params: Params, batch: Batch) -> tuple[Any, Any]:
         tokens, _ = model.apply(params, "encode", batch.particles, batch.clip.shape[1])
-        return answers(model.apply(params, "classify", tokens, batch.clip.shape[1])), batch.clip
+        return answers(model.head(params, "head", tokens, batch.clip.shape[1])), batch.clip
 
     return jax.jit(sharding.on(mesh, predict), out_shardings=NamedSharding(mesh, P()))
 
@@ -103,7 +103,7 @@ def jit_features(
                     tokens.x.astype(jnp.float32), tokens.segment, clips, tokens.mass
                 )
             if name in compared:
-                found[f"embed/{name}"], *_ = model.apply(params, "embed", tokens, clips, name)
+                found[f"embed/{name}"], *_ = model.head(params, "projection", tokens, clips, name)
         return found, batch.clip
 
     return jax.jit(sharding.on(mesh, features), out_shardings=NamedSharding(mesh, P()))

@@ -22,6 +22,7 @@ from particlejax.data import clips, label_subset, pipeline, sources
 from particlejax.distributed import checkpoint, cluster, sharding
 from particlejax.finetune import partition, restore
 from particlejax.models import particle_model as models
+from particlejax.models.modality import Payload
 from particlejax.objectives import label_targets, registry
 from particlejax.particles.types import Batch
 from particlejax.train.log import say, say_here
@@ -138,7 +139,7 @@ def build(
         clips.SERIES: (data.series.window, 1, 1),
     }
     payloads = {
-        modality: models.Payload(
+        modality: Payload(
             each.size,
             ids.get(modality, 0),
             bases.get(modality, ()),
@@ -155,8 +156,8 @@ def build(
     model = models.build(
         experiment.model_of(spec),
         payloads,
-        classes=len(goal.names) if goal else 0,
-        needs=registry.parts(spec.objectives),
+        registry.heads(spec.objectives, len(goal.names) if goal else 0),
+        registry.unseen(spec.objectives),
     )
     return Stage(
         name,

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder: what is at places that the encoder was not shown.
+
+Legend: B rows, L slots, Q queries, D width, P payload.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from particlejax.config.model import ModelSpec
+from particlejax.models.modality import Payload
+from particlejax.nn import attention, embed, precision, transformer
+from particlejax.nn.dense import Dense
+from particlejax.nn.token_reduction import Tokens
+from particlejax.particles.types import Particles
+
+
+class Decoder(nn.Module):
+    """Asks the tokens what is at a place: blocks of cross-attention, queries blind to each other
+    (arXiv:2401.14391).
+
+    It answers with payloads, or, for `features`, with what the encoder makes of them. Where a
+    fusion keeps modalities apart it reads the asked one's tokens alone.
+    """
+
+    spec: ModelSpec
+    payloads: tuple[tuple[str, Payload], ...]
+    features: bool = False
+
+    @nn.compact
+    def __call__(self, tokens: Tokens, query: Particles, modality: str) -> Array:
+        spec, dtype = self.spec, precision.PRECISIONS[self.spec.dtype].compute
+        width = spec.decoder_width
+        names = tuple(name for name, _ in self.payloads)
+        if tokens.kind is not None and spec.fusion in ("late", "bottleneck"):
+            tokens = tokens._replace(
+                segment=jnp.where(tokens.kind == names.index(modality), tokens.segment, 0)
+            )
+        context = Dense(width, dtype=dtype, name="context")(tokens.x)
+        x = embed.Place(width, dtype, name="place")(query.place, query.extent)
+        x = (x + embed.Learned(width, 1, name=f"modality_{modality}")()[None]).astype(dtype)
+        body = transformer.Transformer(
+            spec.decoder_depth,
+            spec.decoder_heads,
+            spec.mlp * width,
+            style_of(spec)._replace(dropout=0.0),
+            unroll=spec.unroll,
+            remat=spec.remat,
+            name="transformer",
+        )
+        answers, _ = body(Tokens(x, query.place, query.segment), tokens._replace(x=context))
+        if self.features:
+            return Dense(spec.width, name="features")(answers.x)
+        payload = dict(self.payloads)[modality]
+        return Dense(payload.vocabulary or payload.size, name=f"payload_{modality}")(answers.x)
+
+
+def style_of(spec: ModelSpec) -> attention.Style:
+    """What the blocks of a model are made of."""
+    return attention.Style(
+        spec.near,
+        spec.rotary,
+        spec.qk_norm,
+        spec.gate == "swiglu",
+        spec.layer_scale,
+        spec.dropout,
+        precision.PRECISIONS[spec.dtype].compute,
+        spec.attention,
+    )
