@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from particlejax.config import training
+from particlejax.config import plugins, training
 from particlejax.config.fields import (
     Spec,
     above,
@@ -21,6 +21,7 @@ from particlejax.config.fields import (
     interval,
     make,
     named,
+    named_in,
     number,
     one_of,
     replaced,
@@ -32,6 +33,9 @@ from particlejax.config.model import OBJECTIVES, ModelSpec, check_stage
 from particlejax.core.typing import UserError
 
 # what experiment files are written with
+# names that plugins may add to; particles/policies.py and data/augment.py hold what they stand for
+POLICIES: dict[str, None] = dict.fromkeys(("grid", "tubes", "pyramid", "adaptive", "runs"))
+AUGMENTATIONS: dict[str, None] = {}
 MODALITIES = ("vision", "audio", "text", "series", "features", "heard", "told")
 
 __all__ = ("arguments", "as_dict", "make", "one_of", "section", "unknown_key")
@@ -61,6 +65,8 @@ class AugmentSpec(Spec):
     cutmix: float = at_least(0.0, 0)
     gain: float = at_least(0.0, 0)  # dB that sound is made louder or softer by, at most
     shift: float = at_least(0.0, 0)  # seconds that sound is moved against sight, at most
+    # augmentations of plugins, by name, in this order after the others
+    custom: tuple[str, ...] = some_of((), AUGMENTATIONS, 0)
     # of time, and as many of frequency, that SpecAugment empties (arXiv:1904.08779)
     bands: int = at_least(0, 0)
 
@@ -174,7 +180,7 @@ class DataSpec(Spec):
 class ParticleSpec(Spec):
     """How a clip is cut into particles."""
 
-    policy: str = one_of("grid", "tubes", "pyramid", "adaptive", "runs")
+    policy: str = named_in("grid", POLICIES)
     # frames, rows, columns of the cuboid that a payload holds
     base: tuple[int, int, int] = at_least((2, 16, 16), 1)
     # of coarseness from one pyramid level to the next
@@ -426,6 +432,8 @@ class Experiment(Spec):
         "label_next",
     )
     seed: int = at_least(0, 0)
+    # modules of your own that add objectives, policies, augmentations, sources or networks
+    plugins: tuple[str, ...] = ()
     run: str = ""  # jobs evaluate, prototypes, label_next: the run that is asked
     # job soup: the runs that are averaged, each RUN_DIR or RUN_DIR:STAGE
     runs: tuple[str, ...] = ()
@@ -474,6 +482,7 @@ class Experiment(Spec):
         """The experiment that a config describes. Raises UserError for a key or a value that it
         cannot have.
         """
+        plugins.load(*config.get("plugins", ()))
         return make(cls, config, "config")
 
     def data_of(self, stage: StageSpec) -> DataSpec:

@@ -8,9 +8,10 @@ config by `make` with the key (`config.stages.finetune.optim.b1 is 2`).
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, get_args, get_origin
 
+from particlejax.config import plugins
 from particlejax.core.suggest import did_you_mean
 from particlejax.core.typing import UserError
 
@@ -40,7 +41,12 @@ def one_of(default: str, *others: str) -> Any:
     return dataclasses.field(default=default, metadata={"names": (default, *others)})
 
 
-def some_of(default: tuple[str, ...], known: tuple[str, ...], least: int = 1) -> Any:
+def named_in(default: str, table: Collection[str]) -> Any:
+    """A field that holds a name of a table to which a plugin may add."""
+    return dataclasses.field(default=default, metadata={"names": table})
+
+
+def some_of(default: tuple[str, ...], known: Collection[str], least: int = 1) -> Any:
     """A field of at least `least` different names out of the known ones."""
     return dataclasses.field(default=default, metadata={"names": known, "items": least})
 
@@ -149,7 +155,7 @@ def _converted(field: dataclasses.Field, value: Any, where: str) -> Any:
     if field.type is tuple or get_origin(field.type) is tuple:
         return _tuple(field, value, where)
     names = field.metadata.get("names")
-    if names and value not in names:
+    if names and not _known(value, names):
         raise UserError(f"{where} is {value!r}: choose one of {', '.join(names)}.")
     if field.type is int and isinstance(value, float) and value.is_integer():
         return int(value)
@@ -158,6 +164,13 @@ def _converted(field: dataclasses.Field, value: Any, where: str) -> Any:
         kind = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
         raise UserError(f"{where} is {value!r}: write {kind[field.type]}.")
     return value
+
+
+def _known(name: Any, names: Collection[str]) -> bool:
+    """Whether a name is known, also by a plugin that the process which started this one had."""
+    if name not in names and isinstance(names, dict):  # one that plugins add to
+        plugins.load_inherited()
+    return name in names
 
 
 def _is_bool(value: Any) -> bool:
@@ -177,9 +190,9 @@ def _tuple(field: dataclasses.Field, value: Any, where: str) -> tuple:
         )
     if inner and inner[0] is int:
         value = [int(v) if isinstance(v, float) and v.is_integer() else v for v in value]
-    names = field.metadata.get("names", ())
-    for name in value if names else ():
-        if name not in names:
+    names = field.metadata.get("names")
+    for name in value if names is not None else ():
+        if not _known(name, names):
             raise UserError(f"{where} names {name!r}: choose of {', '.join(names)}.")
     if len(value) < field.metadata.get("items", 0):
         raise UserError(f"{where} is empty: name at least one of {', '.join(names)}.")

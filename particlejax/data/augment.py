@@ -6,22 +6,25 @@ Legend: T frames, H rows, W columns; frames are uint8 [T, H, W, 3].
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from particlejax.config.experiment import AugmentSpec
+from particlejax.config import plugins
+from particlejax.config.experiment import AUGMENTATIONS, AugmentSpec
 
 _GREY = 115  # what is brought in from outside the picture, and what erasing leaves
 _ERASED = (0.02, 0.33)  # share of the picture
 _ASPECT = 0.3  # narrowest erased box: height over width, or the other way round
 _HUE = 0.25  # of the other jitters, as a share of the colour circle times a half
 
+Change = TypeVar("Change", bound=Callable[..., np.ndarray])
 Picture = Callable[[Image.Image], Image.Image]
 
 
 def pictures(frames: np.ndarray, spec: AugmentSpec, rng: np.random.Generator) -> np.ndarray:
-    """Colour jitter, RandAugment and erasing, in this order."""
+    """Colour jitter, RandAugment, erasing and those of plugins, in this order."""
     steps = [*_jitter(spec.jitter, rng)] if spec.jitter else []
     if spec.operations:
         steps += [
@@ -32,7 +35,34 @@ def pictures(frames: np.ndarray, spec: AugmentSpec, rng: np.random.Generator) ->
         frames = np.stack([np.asarray(_apply(steps, frame)) for frame in frames])
     if spec.erase and rng.random() < spec.erase:
         frames = _erase(frames, rng)
+    for name in spec.custom:
+        frames = _custom(name)(frames, rng)
     return frames
+
+
+CUSTOM: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {}
+
+
+def _custom(name: str) -> Callable[[np.ndarray, np.random.Generator], np.ndarray]:
+    """A plugin's augmentation; data workers import plugins only when one of theirs is asked for."""
+    if name not in CUSTOM:
+        plugins.load_inherited()
+    return CUSTOM[name]
+
+
+def register_augmentation(name: str) -> Callable[[Change], Change]:
+    """Adds an augmentation by a decorator: `config.data.augment.custom` may then name it.
+
+    The function is (frames uint8 [T, H, W, 3], generator) -> frames of the same shape and type,
+    with no other randomness than the generator's. Raises ValueError for a name that is taken.
+    """
+
+    def register(change: Change) -> Change:
+        plugins.add(CUSTOM, "augmentation", name, change)
+        AUGMENTATIONS[name] = None
+        return change
+
+    return register
 
 
 def _apply(steps: list[Picture], frame: np.ndarray) -> Image.Image:

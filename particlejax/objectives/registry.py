@@ -6,14 +6,18 @@ The loss and each metric are means over the clips they apply to; `train` switche
 feeds masks too. They are grouped by theme in the files beside this one.
 """
 
-from collections.abc import Collection, Mapping
+import typing
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from particlejax.config import plugins
+from particlejax.config.fields import Spec
+from particlejax.config.model import OBJECTIVES
 from particlejax.core.typing import Metrics, Params, UserError
 from particlejax.models.heads import HeadSpec
 from particlejax.models.particle_model import Model
@@ -34,6 +38,8 @@ from particlejax.objectives.base import Objective, ObjectiveType
 from particlejax.objectives.label_targets import Targets
 from particlejax.particles.types import Batch
 
+Make = TypeVar("Make", bound=Callable[..., Objective])
+
 TABLE: dict[str, ObjectiveType] = {
     "masked": masked.MASKED,
     "latent": jepa.JEPA,
@@ -53,6 +59,37 @@ TABLE: dict[str, ObjectiveType] = {
     "classify": classify.CLASSIFY,
     "pseudo": pseudo_label.PSEUDO_LABEL,
 }
+
+
+def register_objective(
+    name: str,
+    *,
+    heads: Callable[[Any, int], Mapping[str, HeadSpec]] = lambda spec, classes: {},
+    modalities: Callable[[Any], tuple[str, ...]] = lambda spec: (),
+    labelled: bool = False,
+    unseen: Callable[[Any], tuple[str, ...]] = lambda spec: (),
+) -> Callable[[Make], Make]:
+    """Adds an objective by a decorator: a stage may then have `objectives={name: {...}}`.
+
+    The function is (spec) -> objective, with the class of its settings (a dataclass that inherits
+    `Spec` and has a `weight`) as the annotation of `spec`; the objective is (params, model, batch,
+    key, train) -> (loss, metrics). See `ObjectiveType` for the others. Raises ValueError for a name
+    that is taken, TypeError without the annotation.
+    """
+
+    def register(make: Make) -> Make:
+        settings = next(iter(typing.get_type_hints(make).values()), None)
+        if not (isinstance(settings, type) and issubclass(settings, Spec)):
+            raise TypeError(
+                f"objective {name!r}: annotate the argument of {make.__qualname__} with the class "
+                "of its settings, a frozen dataclass that inherits particlejax.Spec."
+            )
+        made = ObjectiveType(make, heads, modalities, labelled, unseen)
+        plugins.add(TABLE, "objective", name, made)
+        OBJECTIVES[name] = settings
+        return make
+
+    return register
 
 
 def combine(specs: Mapping[str, Any], targets: Targets | None = None) -> Objective:

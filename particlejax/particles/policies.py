@@ -2,25 +2,25 @@
 """Which particles a clip becomes: the policies. Each is a pure function of one clip, numpy and jax
 arrays alike.
 
-A policy is `(video [T, H, W, C], times [T], ParticleSpec) -> Particles` with leading axis N, a
-number that depends on the shapes alone. `cut_clip` keeps a random part where the spec has a budget
-that the policy does not spend itself.
+`cut_clip` keeps a random part where the spec has a budget that the policy does not spend itself.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
 
-from particlejax.config.experiment import ParticleSpec
+from particlejax.config import plugins
+from particlejax.config.experiment import POLICIES, ParticleSpec
 from particlejax.core.typing import Array
 from particlejax.particles import adaptive, run_length
 from particlejax.particles.patchify import Tube, cut, lattice
 from particlejax.particles.types import Particles, numpy_of
 
 Shape = tuple[int, int, int]
+Cut = TypeVar("Cut", bound=Callable[..., Particles])
 
 
 def grid(spec: ParticleSpec, size: Shape) -> tuple[Tube, ...]:
@@ -47,15 +47,47 @@ def pyramid(spec: ParticleSpec, size: Shape) -> tuple[Tube, ...]:
     return tuple(Tube(shape, shape) for shape in shapes)
 
 
-LATTICES: dict[str, Callable[[ParticleSpec, Shape], tuple[Tube, ...]]] = {
-    "grid": grid,
-    "tubes": tubes,
-    "pyramid": pyramid,
-}
-ADAPTING: dict[str, Callable[[Array, Array, ParticleSpec], Particles]] = {
-    "adaptive": adaptive.adaptive,
-    "runs": run_length.runs,
-}
+class Policy(NamedTuple):
+    """How a clip becomes particles.
+
+    cut: (video [T, H, W, C], times [T], spec) -> Particles with leading axis N. count: (size, spec)
+    -> N for a clip of `size` (frames, rows, columns); of a policy that spends the budget, N without
+    one. check: raises ValueError for clips or settings that it cannot take. spends_budget: whether
+    it makes at most spec.budget particles itself; of the others a random part is kept.
+    """
+
+    cut: Callable[[Array, Array, ParticleSpec], Particles]
+    count: Callable[[Shape, ParticleSpec], int]
+    check: Callable[[Shape, ParticleSpec], None] = lambda size, spec: None
+    spends_budget: bool = False
+
+
+def _of_tubes(tubes_of: Callable[[ParticleSpec, Shape], tuple[Tube, ...]]) -> Policy:
+    """The policy that cuts every cuboid of fixed lattices."""
+
+    def cut_all(video_THWC: Array, times_T: Array, spec: ParticleSpec) -> Particles:
+        tubes = tubes_of(spec, video_THWC.shape[:3])
+        parts = [cut(video_THWC, times_T, tube, spec.base) for tube in tubes]
+        if len(parts) == 1:
+            return parts[0]
+        xp = numpy_of(video_THWC)
+        fields = ("payload", "place", "extent", "segment")
+        return Particles(
+            **{name: xp.concatenate([getattr(p, name) for p in parts]) for name in fields}
+        )
+
+    def count(size: Shape, spec: ParticleSpec) -> int:
+        return sum(len(lattice(size, tube)) for tube in tubes_of(spec, size))
+
+    def check_tubes(size: Shape, spec: ParticleSpec) -> None:
+        _check_tubes(size, spec, tubes_of(spec, size))
+
+    return Policy(cut_all, count, check_tubes)
+
+
+def _adapting(cut: Callable[[Array, Array, ParticleSpec], Particles]) -> Policy:
+    """A policy that starts from the grid and spends the budget where that tells most."""
+    return Policy(cut, GRID.count, _check_adapting, spends_budget=True)
 
 
 def cut_clip(
@@ -70,8 +102,9 @@ def cut_clip(
     rng: a generator (numpy) or a key (jax) that decides which particles stay where the policy does
     not spend the budget itself; None: always the same ones.
     """
-    particles = _cut(video_THWC, times_T, spec)
-    if not spec.budget or spec.policy in ADAPTING:
+    policy = find(spec.policy)
+    particles = policy.cut(video_THWC, times_T, spec)
+    if not spec.budget or policy.spends_budget:
         return particles
     count = len(particles.segment)
     if rng is None or isinstance(rng, np.random.Generator):
@@ -80,20 +113,6 @@ def cut_clip(
     else:
         scores = jax.random.uniform(rng, (count,))
     return thin(particles, scores, spec.budget)
-
-
-def _cut(video_THWC: Array, times_T: Array, spec: ParticleSpec) -> Particles:
-    if spec.policy in ADAPTING:
-        return ADAPTING[spec.policy](video_THWC, times_T, spec)
-    size = video_THWC.shape[:3]
-    parts = [
-        cut(video_THWC, times_T, tube, spec.base) for tube in LATTICES[spec.policy](spec, size)
-    ]
-    if len(parts) == 1:
-        return parts[0]
-    xp = numpy_of(video_THWC)
-    fields = ("payload", "place", "extent", "segment")
-    return Particles(**{name: xp.concatenate([getattr(p, name) for p in parts]) for name in fields})
 
 
 def thin(particles: Particles, scores: Array, budget: int) -> Particles:
@@ -112,39 +131,33 @@ def coarsest(spec: ParticleSpec) -> Shape:
 
 
 def particle_count(size: Shape, spec: ParticleSpec) -> int:
-    """How many particles a clip of `size` (frames, rows, columns) becomes."""
-    tubes = (
-        (Tube(spec.base, spec.base),)
-        if spec.policy in ADAPTING
-        else LATTICES[spec.policy](spec, size)
-    )
-    whole = sum(len(lattice(size, tube)) for tube in tubes)
+    """How many particles a clip of `size` (frames, rows, columns) becomes, at most."""
+    whole = find(spec.policy).count(size, spec)
     return min(whole, spec.budget) if spec.budget else whole
 
 
 def check(size: Shape, spec: ParticleSpec) -> None:
     """Raises ValueError when the policy leaves a part of the clip out."""
-    if spec.policy in ADAPTING:
-        _check_adapting(size, spec)
-        return
-    for tube, axis in itertools.product(LATTICES[spec.policy](spec, size), range(3)):
+    find(spec.policy).check(size, spec)
+
+
+def _check_tubes(size: Shape, spec: ParticleSpec, tubes: tuple[Tube, ...]) -> None:
+    for tube, axis in itertools.product(tubes, range(3)):
         if tube.shape[axis] > size[axis]:
             raise ValueError(
                 f"particles of {tube.shape} do not fit into clips of {tuple(size)}: use smaller "
-                "ones or "
-                "larger clips."
+                "ones or larger clips."
             )
         if spec.policy != "tubes" and size[axis] % tube.shape[axis]:
             name = ("frames", "rows", "columns")[axis]
             raise ValueError(
                 f"clips of {size[axis]} {name} are not a multiple of particles of "
-                f"{tube.shape[axis]}: "
-                "change data.frames, data.size or particles.base."
+                f"{tube.shape[axis]}: change data.frames, data.size or particles.base."
             )
 
 
 def _check_adapting(size: Shape, spec: ParticleSpec) -> None:
-    check(size, dataclasses.replace(spec, policy="grid"))
+    GRID.check(size, spec)
     if spec.policy == "adaptive":
         least = int(np.prod(adaptive.tree(size, spec).counts[0]))
         if spec.budget < least:
@@ -164,3 +177,42 @@ def _check_adapting(size: Shape, spec: ParticleSpec) -> None:
             f"particles.budget={spec.budget} is less than the {least} runs that begin with a clip: "
             "raise it."
         )
+
+
+GRID = _of_tubes(grid)
+TABLE: dict[str, Policy] = {
+    "grid": GRID,
+    "tubes": _of_tubes(tubes),
+    "pyramid": _of_tubes(pyramid),
+    "adaptive": _adapting(adaptive.adaptive),
+    "runs": _adapting(run_length.runs),
+}
+
+
+def find(name: str) -> Policy:
+    """The policy of this name; data workers import plugins only when one of theirs is asked for."""
+    if name not in TABLE:
+        plugins.load_inherited()
+    return TABLE[name]
+
+
+def register_policy(
+    name: str,
+    *,
+    count: Callable[[Shape, ParticleSpec], int],
+    check: Callable[[Shape, ParticleSpec], None] = lambda size, spec: None,
+    spends_budget: bool = False,
+) -> Callable[[Cut], Cut]:
+    """Adds a particle policy by a decorator: `config.particles.policy` may then be `name`.
+
+    The function is (video [T, H, W, C], times [T] in seconds, ParticleSpec) -> Particles with
+    leading axis N, for numpy and, where it is used inside jit, jax arrays. See `Policy` for the
+    others. Raises ValueError for a name that is taken.
+    """
+
+    def register(cut: Cut) -> Cut:
+        plugins.add(TABLE, "policy", name, Policy(cut, count, check, spends_budget))
+        POLICIES[name] = None
+        return cut
+
+    return register

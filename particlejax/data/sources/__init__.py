@@ -4,13 +4,17 @@ random-access sequence of records.
 """
 
 import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from particlejax.config import plugins
 from particlejax.core.typing import UserError
 from particlejax.data.sources import folder, mixture, tfds
 from particlejax.data.sources.mixture import Mixed, parts_of
-from particlejax.data.sources.records import SPLIT_NAMES, Listed, Record, Source
+from particlejax.data.sources.records import SPLIT_NAMES, Listed, Record, Source, match_classes
 from particlejax.data.sources.tfds import TfdsSource
 
 __all__ = ("Listed", Mixed, "Record", "Source", "TfdsSource", "open_source", "parts_of", "splits")
@@ -43,7 +47,49 @@ def open_source(
             raise tfds.needs_tensorflow(source, error) from error
     if kind == "mix" and rest:
         return _open_mix(source, split, cache_dir, classes)
+    if kind in CUSTOM:
+        return _of_classes(CUSTOM[kind].open(rest, split), classes, source)
     raise _unknown(source)
+
+
+def _of_classes(opened: Source, classes: tuple[str, ...] | None, source: str) -> Source:
+    """The source with its labels counted in the classes of a trained run, where there is one."""
+    if classes is None or not opened.classes or opened.classes == classes:
+        return opened
+    index = match_classes(opened.classes, classes, source)
+    records = (opened[i] for i in range(len(opened)))
+    return Listed(
+        classes, tuple(replace(r, label=index[r.label]) if r.label >= 0 else r for r in records)
+    )
+
+
+class CustomSource(NamedTuple):
+    """open: (rest of the name, split) -> Source. splits: their names, () for any."""
+
+    open: Callable[[str, str], Source]
+    splits: tuple[str, ...]
+
+
+CUSTOM: dict[str, CustomSource] = {}
+Open = TypeVar("Open", bound=Callable[[str, str], Source])
+
+
+def register_source(
+    kind: str, splits: tuple[str, ...] = ("train", "val")
+) -> Callable[[Open], Open]:
+    """Adds a source by a decorator: `config.data.source` may then be 'KIND' or 'KIND:REST'.
+
+    The function is (REST, split) -> a `Source`, such as `ListSource(classes, records)`; it raises
+    UserError for a split that it lacks. Raises ValueError for a kind that is taken.
+    """
+    if kind in ("toybox", "folder", "tfds", "mix"):
+        raise ValueError(f"there is a source {kind!r} already: register yours by another name.")
+
+    def register(open_it: Open) -> Open:
+        plugins.add(CUSTOM, "source", kind, CustomSource(open_it, splits))
+        return open_it
+
+    return register
 
 
 def splits(source: str, cache_dir: str) -> tuple[str, ...]:
@@ -62,6 +108,8 @@ def splits(source: str, cache_dir: str) -> tuple[str, ...]:
             else tfds.find_builder(rest, data_dir)
         )
         return tuple(SPLIT_NAMES.get(name, name) for name in builder.info.splits)
+    if kind in CUSTOM:
+        return CUSTOM[kind].splits
     raise _unknown(source)
 
 

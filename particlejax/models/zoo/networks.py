@@ -2,10 +2,12 @@
 """Published networks by name: the table that import, recognition and features read."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import flax.linen as nn
 
+from particlejax.config import plugins
 from particlejax.core.typing import UserError
 from particlejax.models.zoo.c3d_i3d import C3D, I3D
 from particlejax.models.zoo.resnet3d import X3D, ResNet
@@ -30,6 +32,7 @@ from particlejax.models.zoo.video_transformers import (
 from particlejax.models.zoo.vit_blocks import Size, Style
 from particlejax.models.zoo.yamnet import YAMNet
 
+Describe = TypeVar("Describe", bound=Callable[[], "BackboneSpec"])
 Channels = float | tuple[float, float, float]
 
 
@@ -216,3 +219,17 @@ _SOUND: dict[str, BackboneSpec] = {
     }.items()
 }
 VARIANTS: dict[str, BackboneSpec] = _CNNS | _TRANSFORMERS | _SOUND
+
+
+def register_network(name: str) -> Callable[[Describe], Describe]:
+    """Adds a network by a decorator on a function of no arguments that gives its `BackboneSpec`.
+
+    Wherever a published network is named (features, probes, stems, predictions) `name` may then
+    stand. Raises ValueError for a name that is taken.
+    """
+
+    def register(describe: Describe) -> Describe:
+        plugins.add(VARIANTS, "network", name, describe())
+        return describe
+
+    return register
