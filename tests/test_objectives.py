@@ -100,7 +100,7 @@ CASES = {
         ("text", "vision"),
         0.6,
         steps=600,
-        rate=1e-3,
+        rate=5e-4,
         model=dataclasses.replace(MODEL, width=64, heads=4),
     ),
     "align": Case(dict(modality="vision", bins=3), floor=0.9 * math.log(3)),

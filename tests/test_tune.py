@@ -98,9 +98,7 @@ def logits_of(clips: int) -> Any:
     model, _ = base()
 
     def logits(params: dict, particles: Any) -> jax.Array:
-        return model.apply(
-            params, "classify", model.apply(params, "encode", particles, clips)[0], clips
-        )
+        return model.head(params, "head", model.apply(params, "encode", particles, clips)[0], clips)
 
     return jax.jit(logits)
 
@@ -530,7 +528,7 @@ def test_merged_it_is_a_run_that_says_the_same(
     "changes, sentence",
     [
         (["tune.how=probe"], "set config.model.pool to 'attention'"),
-        (["tune.how=lora"], "would freeze random parameters: name a run"),
+        (["tune.how=lora"], "freezes the encoder, but no pretrained run is given"),
         (["tune.how=loro"], "choose one of full, linear"),
         (["tune.freeze=payload_visoin"], "tune.freeze='payload_visoin' names no parameter"),
     ],

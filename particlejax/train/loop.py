@@ -3,13 +3,13 @@
 results.json.
 """
 
-import math
 import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,20 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from particlejax.config.experiment import Experiment
-from particlejax.core import flops, tree
+from particlejax.core import tree
 from particlejax.core.typing import UserError
-from particlejax.data import label_subset, pipeline, sources
+from particlejax.data import pipeline, sources
 from particlejax.data.packing_plan import Stand
 from particlejax.distributed import cluster, sharding
 from particlejax.distributed.checkpoint import Checkpoints
 from particlejax.finetune import partition, restore
-from particlejax.train import codebook, eval, optim, predictions, pretrained, train_step
+from particlejax.train import codebook, eval, optim, predictions, pretrained
 from particlejax.train import stage as run
 from particlejax.train.log import MetricLog, Progress, say
 from particlejax.train.nan_guard import Finite
+from particlejax.train.setup import Setup, set_up
 from particlejax.train.telemetry import Compilations, Gauge, Trace, peak_of
-from particlejax.train.train_state import TrainState, abstract, initialise, jit_step, saved
+from particlejax.train.train_state import TrainState, abstract, saved
 
 
 class Stopped(Exception):
@@ -94,228 +95,198 @@ def train(context: Context) -> None:
         if "train" in run.read_results(context.workdir).get(name, {}):
             say(f"{name}: done before, see {context.workdir / run.RESULTS}")
             continue
-        _Trainer(context, name).run()
+        _train_stage(context, name)
 
 
 @dataclass
-class _Trainer:
-    """One stage under way. What it must remember beyond the state is derived from metrics.jsonl."""
+class _Position:
+    """Where a run stands: what its checkpoints hold, and nothing else.
 
-    context: Context
-    name: str
-    bad: run.BadClips = field(init=False)
-    gauge: Gauge = field(init=False)
-    running: Any = None  # a result of the step that was started last
-    pending: tuple[int, Any] | None = (
-        None  # step and metrics not read yet: one step late, the device never waits
+    base: where the frozen parameters are, of a checkpoint that does not hold them.
+    """
+
+    state: TrainState
+    done: int
+    bad: run.BadClips
+    base: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Store:
+    """Where a stage is kept: its newest checkpoints and its best ones."""
+
+    latest: Checkpoints
+    best: Checkpoints
+
+    @classmethod
+    def open(cls, context: Context, name: str) -> "_Store":
+        """The two folders of a stage."""
+        folder = run.checkpoint_folder(context.workdir, name)
+        keep = context.experiment.checkpoint.keep
+        return cls(Checkpoints(folder, keep), Checkpoints(folder.with_name("best"), 2))
+
+
+def _train_stage(context: Context, name: str) -> None:
+    """Trains, measures, and writes the figures of one stage."""
+    setup = set_up(context.experiment, name, context.mesh)
+    store = _Store.open(context, name)
+    position, batches = _restore(context, setup, store)
+    _announce(setup, position)
+    loop = _Loop(context, setup, store, position, batches)
+    begun = time.monotonic()
+    with context.signals(), closing(store.best), closing(store.latest):
+        loop.steps()
+        loop.save()
+        store.best.finish()
+        store.latest.finish()
+        _write_figures(loop, time.monotonic() - begun)
+
+
+def _restore(context: Context, setup: Setup, store: _Store) -> tuple[_Position, pipeline.Batches]:
+    """Where the run stands, and the batches that follow."""
+    state, bad = setup.init_state(), run.BadClips(setup.stage.data.max_bad)
+    found = store.latest.restore(abstract(saved(state)))
+    batches = setup.batches
+    if found:
+        done, kept, data = found
+        base = {restore.BASE: data[restore.BASE]} if restore.BASE in data else {}
+        frozen = _initialize(context, setup, state, base)[0].frozen if base else ()
+        bad.reasons.update(data["bad"])
+        position = _Position(replace(kept, frozen=frozen), done, bad, base)
+        batches = replace(batches, since=Stand.of(data["stand"]))
+    else:
+        state = codebook.fitted(state, setup.stage, batches)
+        state, base = _initialize(context, setup, state, {})
+        position = _Position(state, 0, bad, base)
+    store.best.forget_after(position.done)
+    stages = list(context.experiment.stages)
+    later = tuple(stages[stages.index(setup.name) + 1 :])
+    context.log.cut(setup.name, position.done, later)
+    return position, batches
+
+
+def _initialize(
+    context: Context, setup: Setup, state: TrainState, base: dict[str, Any]
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state with the parameters that it starts from, and the reference to the run that they are
+    of where a checkpoint does not hold them; `base`: the one of a run that goes on.
+    """
+    name, tuning = setup.name, setup.stage.spec.tune
+    folder = run.find_init(context.experiment, name, context.workdir)
+    if folder is None and tuning.how != "full":
+        raise UserError(
+            f"config.stages.{name}.tune.how={tuning.how!r} freezes the encoder, but no pretrained "
+            "run is given: name one in config.init, or an earlier stage in the stage's init."
+        )
+    if folder is None:
+        return pretrained.begun(state, setup.stage), {}
+    reference = base
+    if tuning.how != "full":
+        here = run.checkpoint_folder(context.workdir, name)
+        reference = base or {restore.BASE: restore.reference(folder, here, tuning)}
+        folder = restore.base_folder(here, reference[restore.BASE])
+    start, sentence = restore.from_checkpoint(partition.base(state.params, state.frozen), folder)
+    say(f"{name}: {'stands on' if base else 'starts from'} {sentence}")
+    params, frozen = partition.rebased(state.params, state.frozen, start)
+    average = jax.tree.map(lambda x: x.copy(), params) if setup.stage.spec.ema else ()
+    return replace(state, params=params, average=average, frozen=frozen), reference
+
+
+def _announce(setup: Setup, position: _Position) -> None:
+    tuning, state = setup.stage.spec.tune, position.state
+    trained = partition.training(tuning, state.params)
+    total = tree.count((state.params, state.frozen))
+    part = f" ({trained / 1e6:.3g} M of them trained: {tuning.how})" if trained < total else ""
+    per_step = setup.batches.plan.seen(setup.steps) / setup.steps
+    say(
+        f"{setup.name}: {total / 1e6:.2f} M parameters{part}, {setup.clips} clips, {setup.steps} "
+        f"steps of {per_step:.4g} clips"
+        + (f", continuing at step {position.done}" if position.done else "")
     )
 
-    def run(self) -> None:
-        """Trains, measures, writes the figures."""
-        self._prepare()
-        begun = time.monotonic()
-        with self.context.signals(), closing(self.best), closing(self.latest):
-            self._steps()
-            self._finish(time.monotonic() - begun)
 
-    # -- before the first step
+class _Loop:
+    """The steps of one stage: reads top to bottom in `steps`, the rest are its helpers."""
 
-    def _prepare(self) -> None:
-        experiment, mesh = self.context.experiment, self.context.mesh
-        spec = experiment.stages[self.name]
-        data = experiment.data_of(spec)
-        sharding.check_rows(
-            spec.rows // spec.accumulate, mesh, f"config.stages.{self.name}.rows / accumulate"
-        )
-        self.source = label_subset.limit(
-            sources.open_source(data.source, data.split, data.cache_dir), data, experiment.seed
-        )
-        self.stage = run.build(experiment, self.name, self.source.classes, mesh)
-        self.val = self._open(spec.val) if spec.val else None
-        self._check_measuring()
-        clips = len(pipeline.chosen_clips(len(self.source), data.fraction))
-        self.batches = self.stage.batches(self.source, math.ceil(clips * spec.epochs))
-        self.steps = spec.steps or self.batches.plan.batches()
-        self.bad = run.BadClips(data.max_bad)
-        self.targets = run.weighted(self.stage, self.source)
-        made = train_step.of(self.stage, self.targets, self.steps)
-        state = initialise(
-            self.stage.model,
-            made.optimizer,
-            self.stage.example,
-            experiment.seed,
-            spec.ema,
-            mesh,
-            spec.tune,
-        )
-        self.whole = jax.jit(lambda params, frozen: partition.whole(spec.tune, params, frozen))
-        self.step = jit_step(made.step, state, mesh)
-        self.finite = Finite(self.context.workdir, self.name, experiment.on_nan, self._clips)
-        self.gauge = Gauge(
-            self._operations,
-            peak_of(experiment.log.peak, experiment.model_of(spec).dtype),
-            self.stage.reader[1],
-        )
-        self.measure = eval.jit_measure(made.objective, self.stage.model, mesh)
-        self._restore(state)
-        each = self.batches.plan.seen(self.steps) / self.steps
-        trained, every = (
-            partition.training(spec.tune, self.state.params),
-            tree.count((self.state.params, self.state.frozen)),
-        )
-        some = (
-            f" ({trained / 1e6:.3g} M of them trained: {spec.tune.how})" if trained < every else ""
-        )
-        say(
-            f"{self.name}: {every / 1e6:.2f} M parameters{some}, {clips} clips, {self.steps} steps "
-            "of "
-            f"{each:.4g} clips" + (f", continuing at step {self.done}" if self.done else "")
-        )
+    def __init__(
+        self,
+        context: Context,
+        setup: Setup,
+        store: _Store,
+        position: _Position,
+        batches: pipeline.Batches,
+    ) -> None:
+        self.context, self.setup, self.store = context, setup, store
+        self.position, self.batches = position, batches
+        experiment, stage = context.experiment, setup.stage
+        self.finite = Finite(context.workdir, setup.name, experiment.on_nan, self._clip_names)
+        peak = peak_of(experiment.log.peak, experiment.model_of(stage.spec).dtype)
+        self.gauge = Gauge(setup.operations, peak, stage.reader[1])
+        # step and metrics not read yet: they are read one step late, so the device never waits
+        self.pending: tuple[int, Any] | None = None
 
-    def _check_measuring(self) -> None:
-        """Raises UserError for splits or a metric that will not be there: before the training."""
-        spec = self.stage.spec
-        if "classify" in spec.objectives:
-            for split in self.context.experiment.evaluate.splits:
-                self._open(split)
-        known = eval.metric_names(self.stage)
-        if spec.select and not spec.val:
-            raise UserError(
-                f"config.stages.{self.name}.select={spec.select!r} is measured on the val split, "
-                "and val is empty: name a split there."
-            )
-        if spec.select and spec.select not in known:
-            raise UserError(
-                f"config.stages.{self.name}.select={spec.select!r} is not measured: choose one of "
-                f"{', '.join(known)}."
-            )
-
-    def _open(self, split: str) -> sources.Source:
-        data = self.stage.data
-        return sources.open_source(data.source, split, data.cache_dir, self.stage.classes)
-
-    def _restore(self, state: TrainState) -> None:
-        keep = self.context.experiment.checkpoint.keep
-        folder = run.checkpoint_folder(self.context.workdir, self.name)
-        self.latest = Checkpoints(folder, keep)
-        self.best = Checkpoints(folder.with_name("best"), 2)
-        # what a checkpoint without the frozen parameters says about where they are
-        self.base: dict[str, Any] = {}
-        found = self.latest.restore(abstract(saved(state)))
-        if found:
-            self.done, kept, data = found
-            self.state = replace(
-                kept,
-                frozen=self._start(state, data[restore.BASE]).frozen
-                if restore.BASE in data
-                else (),
-            )
-            self.bad.reasons.update(data["bad"])
-            self.batches = replace(self.batches, since=Stand.of(data["stand"]))
-        else:
-            self.done, self.state = 0, self._start(codebook.fitted(state, self.stage, self.batches))
-        self.best.forget_after(self.done)
-        stages = list(self.context.experiment.stages)
-        self.context.log.cut(self.name, self.done, tuple(stages[stages.index(self.name) + 1 :]))
-
-    def _start(self, state: TrainState, before: dict[str, Any] | None = None) -> TrainState:
-        """The state with the parameters that it starts from, of the very checkpoint that it was
-        begun with `before`.
-        """
-        folder, tuning = (
-            run.find_init(self.context.experiment, self.name, self.context.workdir),
-            self.stage.spec.tune,
-        )
-        if folder is None and tuning.how != "full":
-            raise UserError(
-                f"config.stages.{self.name}.tune.how={tuning.how!r} would freeze random "
-                "parameters: name a run to "
-                "start from in config.init, or an earlier stage in the stage's init."
-            )
-        if folder is None:
-            return pretrained.begun(state, self.stage)
-        if tuning.how != "full":
-            here = run.checkpoint_folder(self.context.workdir, self.name)
-            self.base = {restore.BASE: before or restore.reference(folder, here, tuning)}
-            folder = restore.base_folder(here, self.base[restore.BASE])
-        start, sentence = restore.from_checkpoint(
-            partition.base(state.params, state.frozen), folder
-        )
-        say(f"{self.name}: {'stands on' if before else 'starts from'} {sentence}")
-        params, frozen = partition.rebased(state.params, state.frozen, start)
-        average = jax.tree.map(lambda x: x.copy(), params) if self.stage.spec.ema else ()
-        return replace(state, params=params, average=average, frozen=frozen)
-
-    def _whole(self, state: TrainState) -> Any:
-        """The parameters to measure, as the model reads them."""
-        all_train = self.stage.spec.tune.how == "full"
-        return state.best_params if all_train else self.whole(state.best_params, state.frozen)
-
-    # -- the steps
-
-    def _steps(self) -> None:
-        if self._due_measure(self.done) and not self._measured(self.done):
+    def steps(self) -> None:
+        """Takes all steps that are left, measures and saves in between."""
+        context, setup, position = self.context, self.setup, self.position
+        experiment = context.experiment
+        if self._is_due(position.done) and not self._is_measured(position.done):
             self._measure()  # it was stopped while measuring
-        if self._over():
+        if self._is_patience_over():
             return
-        stream = pipeline.read(self.batches, self.done, self.steps, self.stage.data)
-        progress = Progress(self.name, self.steps, self.done)
+        stream = pipeline.read(self.batches, position.done, setup.steps, setup.stage.data)
+        progress = Progress(setup.name, setup.steps, position.done)
+        trace = Trace(context.workdir, experiment.profile_steps)
+        compilations = Compilations(setup.name, setup.step)
+        loss = None  # of the step that was started last
         self.gauge.begin()
-        self.trace = Trace(self.context.workdir, self.context.experiment.profile_steps)
-        self.compilations = Compilations(self.name, self.step)
         try:
-            while self.done < self.steps and not self._over():
-                self._one(stream, progress)
+            while position.done < setup.steps and not self._is_patience_over():
+                with self.gauge.spent("data", unless=partial(_is_running, loss)):
+                    loaded = self._next(stream)
+                position.bad.note(loaded)
+                trace.before(position.done + 1)
+                batch = sharding.put(loaded.batch, context.mesh)
+                position.state, metrics = setup.step(position.state, batch)
+                position.done += 1
+                loss = metrics["loss"]
+                compilations.check(position.done)
+                self.finite.check()  # of the step before
+                self.finite.note(position.done, metrics.pop("finite"))
+                note = self._flush()
+                self.gauge.add(loaded.batch)
+                trace.after(position.done, loss)
+                last = position.done == setup.steps
+                if position.done % experiment.log.every == 0 or last:
+                    self.pending = (position.done, metrics)
+                progress.update(note)
+                if self._is_due(position.done):
+                    self.finite.check()
+                    self._flush()
+                    self._measure()
+                if position.done % experiment.checkpoint.every == 0 or last:
+                    self.save()
+                self._stop_if_told()
         finally:
             stream.close()
             progress.close()
-            self.trace.stop(self.running)
-
-    def _one(self, stream: Iterator[pipeline.Loaded], progress: Progress) -> None:
-        with self.gauge.spent(
-            "data", unless=lambda: self.running is not None and not self.running.is_ready()
-        ):
-            loaded = self._next(stream)
-        self.bad.note(loaded)
-        self.trace.before(self.done + 1)
-        self.state, metrics = self.step(self.state, sharding.put(loaded.batch, self.context.mesh))
-        self.done += 1
-        self.running = metrics["loss"]
-        self.compilations.check(self.done)
-        self.finite.check()  # of the step before
-        self.finite.note(self.done, metrics.pop("finite"))
-        note = self._flush()
-        self.gauge.add(loaded.batch)
-        self.trace.after(self.done, self.running)
-        every = self.context.experiment
-        if self.done % every.log.every == 0 or self.done == self.steps:
-            self.pending = (self.done, metrics)
-        progress.update(note)
-        if self._due_measure(self.done):
-            self.finite.check()
-            self._flush()
-            self._measure()
-        if self.done % every.checkpoint.every == 0 or self.done == self.steps:
-            self._save()
-        self._heed()
+            trace.stop(loss)
 
     def _next(self, stream: Iterator[pipeline.Loaded]) -> pipeline.Loaded:
         try:
             return next(stream)
         except UserError:  # a process that decodes was killed: what was trained is not lost with it
             if not cluster.several():  # the others do not know, and saving takes all of them
-                self._save()
+                self.save()
             raise
 
-    def _heed(self) -> None:
-        """Saves and leaves when somebody asked for it."""
+    def _stop_if_told(self) -> None:
+        """Saves and leaves when somebody wants the run to stop."""
         if self.context.must_stop():
-            self._save()
-            self.latest.finish()
+            self.save()
+            self.store.latest.finish()
             raise Stopped(
-                f"{self.context.asked}: {self.name} is saved at step {self.done} of {self.steps}, "
-                "the same "
-                "command continues there."
+                f"{self.context.asked}: {self.setup.name} is saved at step {self.position.done} of "
+                f"{self.setup.steps}, the same command continues there."
             )
 
     def _flush(self) -> str:
@@ -323,170 +294,151 @@ class _Trainer:
         if self.pending is None:
             return ""
         (step, metrics), self.pending = self.pending, None
+        setup, log = self.setup, self.context.log
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        values["rate"] = float(optim.schedule(self.stage.spec.optim, self.steps)(step - 1))
-        self.context.log.write(self.name, step, "train", values)
-        self.context.log.time(self.name, step, self.gauge.figures())
+        values["rate"] = float(optim.schedule(setup.stage.spec.optim, setup.steps)(step - 1))
+        log.write(setup.name, step, "train", values)
+        log.time(setup.name, step, self.gauge.figures())
         return f"loss {values['loss']:.4f}"
 
-    def _clips(self, step: int) -> list[str]:
-        return [self.source[number].name for number in self.batches.clips(step - 1)]
+    def _clip_names(self, step: int) -> list[str]:
+        return [self.setup.source[number].name for number in self.batches.clips(step - 1)]
 
-    def _save(self) -> None:
-        self.finite.check()  # a state that is no number is never saved
+    def save(self) -> None:
+        """Saves the state, which is finite, and all that a run needs to go on from it."""
+        self.finite.check()
         self._flush()
         with self.gauge.spent("save"):
             # first: who resumes from this step will not measure what came before it again
-            self.best.finish()
-            self.latest.save(self.done, saved(self.state), self._data())
+            self.store.best.finish()
+            self.store.latest.save(self.position.done, saved(self.position.state), self._data())
 
     def _data(self) -> dict[str, Any]:
         return {
-            "stand": self.batches.plan.stand(self.done),
+            "stand": self.batches.plan.stand(self.position.done),
             "seed": self.context.experiment.seed,
-            "bad": self.bad.all(),
-            "classes": list(self.stage.classes),
-            **self.base,
+            "bad": self.position.bad.all(),
+            "classes": list(self.setup.stage.classes),
+            **self.position.base,
         }
 
     # -- measuring while training
 
-    def _due_measure(self, step: int) -> bool:
-        every = self.stage.spec.val_every
-        return (
-            self.val is not None
-            and step > 0
-            and (step == self.steps or (every > 0 and step % every == 0))
-        )
+    def _is_due(self, step: int) -> bool:
+        every, val = self.setup.stage.spec.val_every, self.setup.val
+        if val is None or step == 0:
+            return False
+        return step == self.setup.steps or (every > 0 and step % every == 0)
 
-    def _measured(self, step: int) -> bool:
-        return any(line["step"] == step for line in self.context.log.lines(self.name, "val"))
+    def _is_measured(self, step: int) -> bool:
+        lines = self.context.log.lines(self.setup.name, "val")
+        return any(line["step"] == step for line in lines)
 
     def _measure(self) -> None:
         with self.gauge.spent("measure"):
-            self._measured_now()
+            self._measure_now()
 
-    def _measured_now(self) -> None:
-        views = self.stage.views(self.val, self.stage.spec.rows)
-        values = eval.metrics_of(
-            self.measure, self._whole(self.state), views, self.context.mesh, self._watch
-        )
-        self.context.log.write(self.name, self.done, "val", values)
-        if self._selected() and self._best_step() == self.done:
-            self.best.save(self.done, saved(self.state), self._data())
+    def _measure_now(self) -> None:
+        setup, position = self.setup, self.position
+        views = setup.stage.views(setup.val, setup.stage.spec.rows)
+        params = setup.eval_params(position.state)
+        values = eval.metrics_of(setup.measure, params, views, self.context.mesh, self.watch)
+        self.context.log.write(setup.name, position.done, "val", values)
+        if self.selected() and self._best_step() == position.done:
+            self.store.best.save(position.done, saved(position.state), self._data())
 
-    def _watch(self, loaded: pipeline.Loaded) -> None:
-        self.bad.note(loaded)
-        self._heed()
+    def watch(self, loaded: pipeline.Loaded) -> None:
+        """Notes unreadable clips of a measurement, and stops where somebody wants it."""
+        self.position.bad.note(loaded)
+        self._stop_if_told()
 
-    def _selected(self) -> list[tuple[float, int]]:
+    def selected(self) -> list[tuple[float, int]]:
         """(value, step) of every measurement of the selected metric, larger is better."""
-        spec = self.stage.spec
-        lines = self.context.log.lines(self.name, "val") if spec.select else []
+        spec = self.setup.stage.spec
+        lines = self.context.log.lines(self.setup.name, "val") if spec.select else []
         sign = 1.0 if spec.select_mode == "max" else -1.0
         return [(sign * float(line[spec.select]), line["step"]) for line in lines]
 
     def _best_step(self) -> int:
-        return max(self._selected(), key=lambda each: (each[0], -each[1]))[1]
+        return max(self.selected(), key=lambda measured: (measured[0], -measured[1]))[1]
 
-    def _over(self) -> bool:
-        """Whether patience has run out."""
-        values = self._selected()
-        patience = self.stage.spec.patience
-        if (
-            not (patience and values)
-            or sum(step > self._best_step() for _, step in values) < patience
-        ):
+    def _is_patience_over(self) -> bool:
+        values, spec = self.selected(), self.setup.stage.spec
+        if not (spec.patience and values):
+            return False
+        if sum(step > self._best_step() for _, step in values) < spec.patience:
             return False
         say(
-            f"{self.name}: no better {self.stage.spec.select} in {patience} measurements, stopping "
-            f"at step {self.done}"
+            f"{self.setup.name}: no better {spec.select} in {spec.patience} measurements, stopping "
+            f"at step {self.position.done}"
         )
         return True
 
-    # -- after the last step
 
-    def _finish(self, seconds: float) -> None:
-        self._save()
-        self.best.finish()
-        self.latest.finish()
-        log, stage = self.context.log, self.stage
-        last = {split: log.lines(self.name, split)[-1:] for split in ("train", "val")}
-        figures: dict[str, Any] = {
-            split: _figures(lines[0]) for split, lines in last.items() if lines
-        }
-        figures["train"] = figures.get("train", {}) | {
-            "steps": self.done,
-            "seconds_since_start": round(seconds, 1),
-            "clips_seen": self.batches.plan.seen(self.done),
-            "clips": len(pipeline.chosen_clips(len(self.source), stage.data.fraction)),
-            "parameters": tree.count(partition.base(self.state.params, self.state.frozen)),
-            "parameters_trained": partition.training(stage.spec.tune, self.state.params),
-            "parameters_saved": tree.count(saved(self.state).best_params),
-            "compilations": self.step._cache_size(),
-            **self._costs(),
-        }
-        if "classify" in stage.spec.objectives:
-            for split in self.context.experiment.evaluate.splits:
-                figures[split] = figures.get(split, {}) | self._classify(split)
-        run.add_results(self.context.workdir, self.name, figures, self.bad.all())
-        # who goes on reads what the first process has written
-        cluster.barrier(f"{self.name} is done")
+def _is_running(result: Any) -> bool:
+    """Whether the device still computes it; None: nothing was started."""
+    return result is not None and not result.is_ready()
 
-    def _costs(self) -> dict[str, float]:
-        """What training took: measured over the whole run, also where it was resumed, and
-        operations from shapes.
-        """
-        lines = self.context.log.timings(self.name)
-        if not lines:
-            return {}
-        each = {
-            key: [line[key] for line in lines if key in line]
-            for key in ("seconds_per_step", "clips_per_second", "data_wait_share", "fill", "mfu")
-        }
-        middle = {key: float(np.median(values)) for key, values in each.items() if values}
-        return {
-            "seconds_of_steps": middle.pop("seconds_per_step") * self.done,
-            **middle,
-            "particles_per_clip": float(np.mean([line["particles_per_clip"] for line in lines])),
-            "flops_per_clip": self._operations()
-            * self.done
-            / max(self.batches.plan.seen(self.done), 1),
-        }
 
-    def _operations(self) -> int:
-        """Of a step, from shapes; what the backward pass computes again is not the model's."""
-        row = pipeline.example(self.batches.plan.schedule.row, 1)
-        # as it is called, so not traced again
-        rows, divided = (self.stage.spec.rows, sharding.batch_sharding(self.context.mesh))
-        batch = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=divided), row
-        )
-        if self.context.experiment.model_of(self.stage.spec).remat == "none":
-            return flops.count(self.step.trace(abstract(self.state), batch).jaxpr)
-        experiment = replace(
-            self.context.experiment,
-            stages={
-                self.name: replace(
-                    self.stage.spec, model={**self.stage.spec.model, "remat": "none"}
-                )
-            },
-        )
-        plain = run.build(experiment, self.name, self.stage.classes)
-        return flops.count(
-            jax.make_jaxpr(train_step.of(plain, self.targets, self.steps).step)(
-                abstract(self.state), batch
+# -- after the last step
+
+
+def _write_figures(loop: _Loop, seconds: float) -> None:
+    """Measures the result on the splits of config.evaluate and writes results.json."""
+    context, setup, position = loop.context, loop.setup, loop.position
+    name, state, stage = setup.name, position.state, setup.stage
+    last = {split: context.log.lines(name, split)[-1:] for split in ("train", "val")}
+    figures: dict[str, Any] = {split: _figures(lines[0]) for split, lines in last.items() if lines}
+    figures["train"] = figures.get("train", {}) | {
+        "steps": position.done,
+        "seconds_since_start": round(seconds, 1),
+        "clips_seen": setup.batches.plan.seen(position.done),
+        "clips": setup.clips,
+        "parameters": tree.count(partition.base(state.params, state.frozen)),
+        "parameters_trained": partition.training(stage.spec.tune, state.params),
+        "parameters_saved": tree.count(saved(state).best_params),
+        "compilations": setup.step._cache_size(),
+        **_costs(context, setup, position.done),
+    }
+    if "classify" in stage.spec.objectives:
+        params = _result_params(loop)
+        for split in context.experiment.evaluate.splits:
+            found = classify(
+                stage, params, setup.open(split), context, f"{name}_{split}", loop.watch
             )
-        )
+            figures[split] = figures.get(split, {}) | found
+    run.add_results(context.workdir, name, figures, position.bad.all())
+    # who goes on reads what the first process has written
+    cluster.barrier(f"{name} is done")
 
-    def _classify(self, split: str) -> dict[str, Any]:
-        params = self._whole(self.state)
-        if self._selected():
-            found = self.best.restore(abstract(saved(self.state)))
-            params = self._whole(replace(found[1], frozen=self.state.frozen)) if found else params
-        return classify(
-            self.stage, params, self._open(split), self.context, f"{self.name}_{split}", self._watch
-        )
+
+def _costs(context: Context, setup: Setup, done: int) -> dict[str, float]:
+    """What training took: measured over the whole run, also where it was resumed, and operations
+    from shapes.
+    """
+    lines = context.log.timings(setup.name)
+    if not lines:
+        return {}
+    columns = {
+        key: [line[key] for line in lines if key in line]
+        for key in ("seconds_per_step", "clips_per_second", "data_wait_share", "fill", "mfu")
+    }
+    medians = {key: float(np.median(values)) for key, values in columns.items() if values}
+    return {
+        "seconds_of_steps": medians.pop("seconds_per_step") * done,
+        **medians,
+        "particles_per_clip": float(np.mean([line["particles_per_clip"] for line in lines])),
+        "flops_per_clip": setup.operations() * done / max(setup.batches.plan.seen(done), 1),
+    }
+
+
+def _result_params(loop: _Loop) -> Any:
+    """The parameters that are the stage's result: the best where one was selected, else the
+    last.
+    """
+    setup, state = loop.setup, loop.position.state
+    found = loop.store.best.restore(abstract(saved(state))) if loop.selected() else None
+    return setup.eval_params(replace(found[1], frozen=state.frozen) if found else state)
 
 
 def classify(

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything about a stage that is decided before its first step and never changes afterwards."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from particlejax.config.experiment import Experiment
+from particlejax.core import flops
+from particlejax.core.typing import Params, UserError
+from particlejax.data import label_subset, pipeline, sources
+from particlejax.distributed import sharding
+from particlejax.finetune import partition
+from particlejax.objectives.label_targets import Targets
+from particlejax.train import eval, train_step
+from particlejax.train import stage as run
+from particlejax.train.train_state import (
+    Step,
+    TrainState,
+    abstract,
+    described,
+    initialise,
+    jit_step,
+)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A stage with its data, its compiled programs and its length.
+
+    batches: from the first step on. step: (state, batch) -> (state, metrics), jitted, its state
+    donated. measure: of `eval.jit_measure`. merge: (trained, frozen) -> what the model reads.
+    shapes: those of the state, with shardings.
+    """
+
+    stage: run.Stage
+    mesh: Mesh
+    source: sources.Source
+    val: sources.Source | None
+    clips: int  # that are trained on
+    batches: pipeline.Batches
+    steps: int
+    targets: Targets | None
+    program: train_step.Program
+    shapes: TrainState
+    step: Step
+    measure: Any
+    merge: Any
+
+    @property
+    def name(self) -> str:
+        """The stage's name."""
+        return self.stage.name
+
+    def init_state(self) -> TrainState:
+        """A fresh state, its parameters drawn by the experiment's seed, sharded over the mesh."""
+        stage = self.stage
+        spec = stage.spec
+        return initialise(
+            stage.model,
+            self.program.optimizer,
+            stage.example,
+            stage.experiment.seed,
+            spec.ema,
+            self.mesh,
+            spec.tune,
+        )
+
+    def eval_params(self, state: TrainState) -> Params:
+        """The parameters to measure, as the model reads them: the average where there is one."""
+        if self.stage.spec.tune.how == "full":
+            return state.best_params
+        return self.merge(state.best_params, state.frozen)
+
+    def open(self, split: str) -> sources.Source:
+        """A split of the stage's source, its labels counted in the stage's classes."""
+        data = self.stage.data
+        return sources.open_source(data.source, split, data.cache_dir, self.stage.classes)
+
+    def operations(self) -> int:
+        """FLOPs of a step, from shapes; recomputation by remat is not the model's and not
+        counted.
+        """
+        stage = self.stage
+        row = pipeline.example(self.batches.plan.schedule.row, 1)
+        # as the step is called, so that it is not traced again
+        rows, divided = stage.spec.rows, sharding.batch_sharding(self.mesh)
+        batch = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=divided), row
+        )
+        state = abstract(self.shapes)
+        if stage.experiment.model_of(stage.spec).remat == "none":
+            return flops.count(self.step.trace(state, batch).jaxpr)
+        spec = replace(stage.spec, model={**stage.spec.model, "remat": "none"})
+        plain_experiment = replace(
+            stage.experiment, stages={self.name: spec}, order=(self.name,), init=""
+        )
+        plain = run.build(plain_experiment, self.name, stage.classes)
+        step = train_step.of(plain, self.targets, self.steps).step
+        return flops.count(jax.make_jaxpr(step)(state, batch))
+
+
+def set_up(experiment: Experiment, name: str, mesh: Mesh) -> Setup:
+    """The setup of a stage. Raises UserError for data, splits or metrics that are not there."""
+    spec = experiment.stages[name]
+    data = experiment.data_of(spec)
+    sharding.check_rows(
+        spec.rows // spec.accumulate, mesh, f"config.stages.{name}.rows / accumulate"
+    )
+    source = label_subset.limit(
+        sources.open_source(data.source, data.split, data.cache_dir), data, experiment.seed
+    )
+    stage = run.build(experiment, name, source.classes, mesh)
+    clips = len(pipeline.chosen_clips(len(source), data.fraction))
+    batches = stage.batches(source, math.ceil(clips * spec.epochs))
+    steps = spec.steps or batches.plan.batches()
+    targets = run.weighted(stage, source)
+    program = train_step.of(stage, targets, steps)
+    shapes = described(stage.model, program.optimizer, stage.example, spec.ema, mesh, spec.tune)
+    found = Setup(
+        stage,
+        mesh,
+        source,
+        None,
+        clips,
+        batches,
+        steps,
+        targets,
+        program,
+        shapes,
+        jit_step(program.step, shapes, mesh),
+        eval.jit_measure(program.objective, stage.model, mesh),
+        jax.jit(lambda params, frozen: partition.whole(spec.tune, params, frozen)),
+    )
+    _check_measuring(found)
+    return replace(found, val=found.open(spec.val) if spec.val else None)
+
+
+def _check_measuring(setup: Setup) -> None:
+    """Raises UserError for splits or a metric that will not be there: before the training."""
+    spec, name = setup.stage.spec, setup.name
+    if "classify" in spec.objectives:
+        for split in setup.stage.experiment.evaluate.splits:
+            setup.open(split)
+    if not spec.select:
+        return
+    if not spec.val:
+        raise UserError(
+            f"config.stages.{name}.select={spec.select!r} is measured on the val split, and val is "
+            "empty: name a split there."
+        )
+    known = eval.metric_names(setup.stage)
+    if spec.select not in known:
+        raise UserError(
+            f"config.stages.{name}.select={spec.select!r} is not measured: choose one of "
+            f"{', '.join(known)}."
+        )
