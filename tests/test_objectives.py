@@ -28,7 +28,7 @@ from particlejax.models.modality import Payload
 from particlejax.objectives import contrastive, feature_distillation, masked, registry
 from particlejax.objectives import masked_tokens as hidden_words
 from particlejax.objectives.base import TEACHER
-from particlejax.particles import packing, patchify, policies
+from particlejax.particles import cuboids, packing, policies
 from particlejax.particles.types import Batch, Particles
 
 # compiles sooner
@@ -165,8 +165,8 @@ def clip(
             axis=-1,
         )
         base = BASES["series"]
-        made["series"] = patchify.cut(
-            values[:, None, None].astype(np.float32), times, patchify.Tube(base, base), base
+        made["series"] = cuboids.cut(
+            values[:, None, None].astype(np.float32), times, cuboids.Tube(base, base), base
         )
     # of sub-clips of a second: how bright each fifth of its columns is
     if "features" in modalities:

@@ -11,7 +11,7 @@ import pytest
 from particlejax import masks
 from particlejax.config.experiment import ParticleSpec
 from particlejax.particles import packing, policies
-from particlejax.particles.patchify import Tube, cut, uncut
+from particlejax.particles.cuboids import Tube, cut, uncut
 from particlejax.particles.types import Particles
 
 SIZE, BASE = (8, 16, 24), (2, 4, 8)

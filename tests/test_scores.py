@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from particlejax.config.experiment import ParticleSpec
-from particlejax.particles import policies
-from particlejax.reports import markdown, plots
+from particlejax.particles import painting, policies
+from particlejax.reports import markdown
 from particlejax.train import classification_metrics
 
 CLASSES = ("a", "b", "c")
@@ -49,12 +49,12 @@ def test_painted_particles_are_the_clip_they_were_cut_from() -> None:
     cut = policies.cut_clip(video, times, spec)
     blank = np.zeros(video.shape)
     order = rng.permutation(len(cut.segment))
-    painted = plots.paint(
+    painted = painting.paint(
         cut.payload[order], cut.place[order], cut.extent[order], times, (32, 48), spec.base, blank
     )
     np.testing.assert_array_equal(painted, video)
     half = order[: len(order) // 2]
-    painted = plots.paint(
+    painted = painting.paint(
         cut.payload[half], cut.place[half], cut.extent[half], times, (32, 48), spec.base, blank
     )
     shown = (painted == video).all(-1)
@@ -66,7 +66,7 @@ def test_a_coarse_particle_fills_its_extent() -> None:
     spec = ParticleSpec(policy="pyramid", base=(2, 8, 8), levels=3)
     cut = policies.cut_clip(video, times, spec)
     coarsest = [len(cut.segment) - 1]
-    painted = plots.paint(
+    painted = painting.paint(
         cut.payload[coarsest],
         cut.place[coarsest],
         cut.extent[coarsest],

@@ -21,9 +21,8 @@ from particlejax.models import particle_model as models
 from particlejax.models.heads import classification
 from particlejax.models.modality import Payload
 from particlejax.objectives import registry
-from particlejax.particles import packing, policies
+from particlejax.particles import packing, painting, policies
 from particlejax.particles.types import Batch
-from particlejax.reports import plots
 from particlejax.reports.markdown import table
 from particlejax.train import optim, stage
 from particlejax.train.log import say
@@ -113,7 +112,7 @@ def _rivals(experiment: Experiment, share: int) -> Iterator[tuple[str, ParticleS
 def _psnr(clip: clips.Clip, spec: ParticleSpec) -> float:
     particles = policies.cut_clip(clip.frames, clip.starts, spec)
     blank = np.full(clip.frames.shape, 127.5, np.float32)
-    painted = plots.paint(
+    painted = painting.paint(
         particles.payload.astype(np.float32),
         particles.place,
         particles.extent,

@@ -18,7 +18,7 @@ from particlejax.data.modalities import audio, feature_reader, timeseries, token
 from particlejax.data.sources import Record
 from particlejax.data.video import timeout
 from particlejax.data.video.frame_ops import Part
-from particlejax.particles import patchify, policies
+from particlejax.particles import cuboids, policies
 from particlejax.particles.normalize import PixelScale
 from particlejax.particles.types import Particles
 
@@ -90,7 +90,8 @@ def decodes(spec: DataSpec) -> bool:
 def _load(record: Record, spec: DataSpec, look: Look, may_flip: bool) -> Clip:
     if not decodes(spec):
         return _unseen(record, spec, look)
-    with frame_cache.opened(record.video, spec.decode_side or spec.size, spec.memory_gib) as video:
+    side = spec.decode_side or spec.size
+    with frame_cache.opened(record.video, side, spec.memory_gib, record.whole_frames) as video:
         length = max(record.until(video.duration) - record.start, 1 / video.fps)
         offset, times, span = moments(length, 1 / video.fps, spec, look)
         # past its end a clip shows its last frame
@@ -219,13 +220,13 @@ def _audio(sound: np.ndarray, data: DataSpec, rng: np.random.Generator) -> Parti
             np.float32
         )
         times = (np.arange(len(mel)) * spec.hop).astype(np.float32)
-    return patchify.cut(mel[:, :, None, None], times, patchify.Tube(base, base), base)
+    return cuboids.cut(mel[:, :, None, None], times, cuboids.Tube(base, base), base)
 
 
 def _series(channels: np.ndarray, data: DataSpec) -> Particles:
     base = (data.series.window, 1, 1)
     times = (np.arange(len(channels)) / data.series.rate).astype(np.float32)
-    return patchify.cut(channels[:, None, None, :], times, patchify.Tube(base, base), base)
+    return cuboids.cut(channels[:, None, None, :], times, cuboids.Tube(base, base), base)
 
 
 def _text(ids: np.ndarray, seconds: float) -> Particles:

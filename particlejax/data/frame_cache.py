@@ -92,16 +92,20 @@ _used = 0
 
 
 @contextmanager
-def opened(source: str | bytes, side: int, gib: float) -> Iterator[Frames]:
+def opened(
+    source: str | bytes, side: int, gib: float, whole_frames: bool = False
+) -> Iterator[Frames]:
     """The clip, its short side `side` pixels; whole and from memory where `gib` leaves room for it.
 
-    Raises decode.Unreadable.
+    whole_frames: as it is, RGB, nothing cut or scaled by the decoder. Raises decode.Unreadable.
     """
     if gib > 0 and (source, side) in _kept:
         yield _kept[source, side]
         return
     with Video(source) as video:
-        if _room(video, side, gib):
+        if whole_frames:
+            yield _Decoding(video, min(video.width, video.height), True)
+        elif _room(video, side, gib):
             yield _keep(source, side, video)
         else:
             yield _Decoding(video, side, gib > 0)

@@ -114,9 +114,14 @@ def spread(x_BLD: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x_BLD, P(rows, "sequence"))
 
 
+def row_divisor(mesh: Mesh) -> int:
+    """What the rows of a batch must be a multiple of."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
 def check_rows(rows: int, mesh: Mesh, key: str) -> None:
     """Raises UserError when `rows` cannot be divided over the mesh."""
-    parts = math.prod(mesh.shape[axis] for axis in ROWS)
+    parts = row_divisor(mesh)
     if rows % parts:
         raise UserError(
             f"{key}={rows} cannot be divided over {parts} devices (mesh data x fsdp): use a "

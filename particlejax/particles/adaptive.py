@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int, Num
 
 from particlejax.config.experiment import ParticleSpec
 from particlejax.core.typing import Array
-from particlejax.particles.patchify import Shape, Tube, edges, lattice
+from particlejax.particles.cuboids import Shape, Tube, edges, lattice
 from particlejax.particles.types import Particles, numpy_of
 
 Level = tuple[int, int]  # how often cells were coarsened in time and in space

@@ -16,7 +16,7 @@ from particlejax.config import plugins
 from particlejax.config.experiment import POLICIES, ParticleSpec
 from particlejax.core.typing import Array
 from particlejax.particles import adaptive, run_length
-from particlejax.particles.patchify import Tube, cut, lattice
+from particlejax.particles.cuboids import Tube, cut, lattice
 from particlejax.particles.types import Particles, numpy_of
 
 Shape = tuple[int, int, int]

@@ -11,7 +11,7 @@ from jaxtyping import Float, Num
 from particlejax.config.experiment import ParticleSpec
 from particlejax.core.typing import Array
 from particlejax.particles.adaptive import slots, unsort
-from particlejax.particles.patchify import Tube, cut
+from particlejax.particles.cuboids import Tube, cut
 from particlejax.particles.types import Particles, numpy_of
 
 

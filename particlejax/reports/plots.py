@@ -13,39 +13,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from particlejax.particles.painting import TICK, inside
+
 _FRAMES = 8  # of a strip
 _DPI = 100
 _MOST_CLASSES = 25  # whose counts are still legible in a confusion matrix
 _DIMMED = 0.25  # brightness of what no particle covers
-_TICK = 1e-4  # seconds by which a frame may miss the start of its cuboid
-
-
-def paint(
-    payload: np.ndarray,
-    place: np.ndarray,
-    extent: np.ndarray,
-    times: np.ndarray,
-    size: tuple[int, int],
-    base: tuple[int, int, int],
-    canvas: np.ndarray,
-) -> np.ndarray:
-    """A copy of canvas [T, H, W, 3] with each payload [N, P] in its cuboid, nearest pixels where
-    that is larger.
-    """
-    canvas = canvas.copy()
-    for pixels, here, wide in zip(payload, place, extent, strict=True):
-        block = pixels.reshape(*base, 3)
-        frames = _inside(times, here[0], wide[0], _TICK)
-        rows, columns = (
-            _inside((np.arange(n) + 0.5) / n, here[i], wide[i], 0.0)
-            for i, n in ((1, size[0]), (2, size[1]))
-        )
-        pick = [
-            (np.arange(len(at)) * n // max(len(at), 1))
-            for at, n in zip((frames, rows, columns), base, strict=True)
-        ]
-        canvas[np.ix_(frames, rows, columns)] = block[np.ix_(*pick)]
-    return canvas
 
 
 def kept_strip(
@@ -61,7 +34,7 @@ def kept_strip(
         covering = [
             (p, e)
             for p, e in zip(place, extent, strict=True)
-            if len(_inside(times[t : t + 1], p[0], e[0], _TICK))
+            if len(inside(times[t : t + 1], p[0], e[0], TICK))
         ]
         bright = np.full((height, width, 1), _DIMMED)
         for p, e in covering:
@@ -227,10 +200,6 @@ def bars(series: Mapping[str, Sequence[int]], names: Sequence[str], path: Path, 
     ax.set(title=title, xlabel="clips")
     ax.legend()
     _save(figure, path)
-
-
-def _inside(at: np.ndarray, centre: float, width: float, slack: float) -> np.ndarray:
-    return np.flatnonzero((at >= centre - width / 2 - slack) & (at < centre + width / 2 - slack))
 
 
 def _pick(count: int) -> np.ndarray:

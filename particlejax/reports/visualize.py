@@ -15,7 +15,7 @@ from particlejax.data import clips, pipeline, sources
 from particlejax.data.video.decode import Unreadable
 from particlejax.distributed import cluster, sharding
 from particlejax.objectives import masked
-from particlejax.particles import packing
+from particlejax.particles import packing, painting
 from particlejax.particles.types import Batch, Particles
 from particlejax.reports import plots
 from particlejax.train import stage as run
@@ -136,7 +136,7 @@ def _paint(
     """The canvas [T, H, W, 3] of pixels in [0, 1] with these particles on it."""
     real = particles.segment > 0
     pixels = clips.pixel_scale(stage.data, stage.particles).to_pixels(payload[real])
-    return plots.paint(
+    return painting.paint(
         pixels,
         particles.place[real],
         particles.extent[real],

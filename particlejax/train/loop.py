@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from particlejax.config.experiment import Experiment
+from particlejax.config.experiment import EvaluateSpec, Experiment
 from particlejax.core import tree
 from particlejax.core.typing import UserError
 from particlejax.data import pipeline, sources
@@ -450,21 +450,32 @@ def classify(
     watch: eval.Watch,
 ) -> dict[str, Any]:
     """Scores over all views of a source; each clip's probabilities go to predictions_NAME.csv."""
+    path = context.workdir / (f"predictions_{name}.csv" if name else "predictions.csv")
     spec = context.experiment.evaluate
-    sharding.check_rows(spec.rows, context.mesh, "config.evaluate.rows")
-    views = stage.views(source, spec.rows, spec.views, spec.scale)
-    predict = eval.jit_predict(stage.model, context.mesh, stage.targets.answers)
-    numbers, found = eval.probabilities(
-        predict, params, views, context.mesh, watch, f"evaluate {name}"
+    return score(
+        stage, params, source, context.mesh, spec, watch, name, path if cluster.first() else None
     )
+
+
+def score(
+    stage: run.Stage,
+    params: Any,
+    source: sources.Source,
+    mesh: Mesh,
+    spec: EvaluateSpec,
+    watch: eval.Watch,
+    name: str,
+    path: Path | None,
+) -> dict[str, Any]:
+    """The same, written to the CSV `path`, if any."""
+    sharding.check_rows(spec.rows, mesh, "config.evaluate.rows")
+    views = stage.views(source, spec.rows, spec.views, spec.scale)
+    predict = eval.jit_predict(stage.model, mesh, stage.targets.answers)
+    numbers, found = eval.probabilities(predict, params, views, mesh, watch, f"evaluate {name}")
     records = [source[int(n)] for n in numbers]
     label = np.array([record.label for record in records], int)
-    path = context.workdir / (f"predictions_{name}.csv" if name else "predictions.csv")
-    if not cluster.first():
-        path = None
-    return predictions.score(
-        stage.targets, path, [record.name for record in records], label, found, stage.classes
-    )
+    names = [record.name for record in records]
+    return predictions.score(stage.targets, path, names, label, found, stage.classes)
 
 
 def figures_of(experiment: Experiment, name: str) -> dict[str, tuple[str, ...]]:

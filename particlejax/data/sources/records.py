@@ -27,6 +27,9 @@ class Record:
     series: str | bytes = ""  # a CSV of numeric channels, as a path or as it is; '': none
     group: str = ""  # clips of one group (one source video, one person) never stand in two splits
 
+    # frames are decoded to whole RGB pictures before anything is cut out, like frames in memory
+    whole_frames: bool = False
+
     def until(self, duration: float) -> float:
         """Where the clip ends, in seconds, in a file that lasts so long. Raises Unreadable where it
         begins past its end.
