@@ -6,7 +6,7 @@ what stands twice.
 
 results.json holds the figures and `bad`, a list of {path, reason}; report.md shows them. Decodes
 every frame once, clips of one file that follow each other together; a file may take
-config.data.time_limit for each of its minutes.
+config.data.decode_timeout_seconds for each of its minutes.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@ predictions.csv, report.md.
     python -m particlejax.main --config experiments/evaluate.py --config.run=RUN_DIR \
         --config.data.source=folder:PATH --config.data.split=test
 
-Frames, sizes and particles are the run's own, but for what config.evaluate.scale says (frames,
+Frames, sizes and particles are the run's own, but for what config.eval.scale says (frames,
 size, seconds, policy, budget, ...): any scale goes through the same parameters. Of config.data only
 the source, split, cache_dir, max_bad, threads and workers
 count. An empty source is the run's. Takes seconds for a hundred short clips.
@@ -13,7 +13,7 @@ count. An empty source is the run's. Takes seconds for a hundred short clips.
 
 from ml_collections import ConfigDict
 
-from particlejax.config.experiment import DataSpec, EvaluateSpec, Experiment, arguments, section
+from particlejax.config.experiment import DataSpec, EvalSpec, Experiment, arguments, section
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -25,6 +25,6 @@ def get_config(arg: str = "") -> ConfigDict:
             job="evaluate",
             run="",
             data=section(DataSpec, source="", split="val"),
-            evaluate=section(EvaluateSpec, views=(1, 1) if tiny else (2, 3)),
+            eval=section(EvalSpec, views=(1, 1) if tiny else (2, 3)),
         )
     )

@@ -2,19 +2,19 @@
 """Action recognition on a folder of one's own videos, from scratch or from a pretrained run.
 
     python -m particlejax.main --config experiments/finetune.py \
-        --config.data.source=folder:PATH [--config.init=RUN_DIR]
+        --config.data.source=folder:PATH [--config.init_from=RUN_DIR]
 
 Trains on the split 'train', measures on 'val'. `:pretrain` first learns from the training clips
 without their labels; to learn from others' too, let a run of its own do that
-(--config.order="('pretrain',)" --config.data.source=mix:...) and name it in
---config.init. `:tiny` is a smoke run on the toybox. See README.md for figures on JHMDB.
+(--config.stage_order="('pretrain',)" --config.data.source=mix:...) and name it in
+--config.init_from. `:tiny` is a smoke run on the toybox. See README.md for figures on JHMDB.
 """
 
 from ml_collections import ConfigDict
 
 from particlejax.config.experiment import (
     DataSpec,
-    EvaluateSpec,
+    EvalSpec,
     Experiment,
     ModelSpec,
     OptimSpec,
@@ -31,48 +31,53 @@ def get_config(arg: str = "") -> ConfigDict:
     tiny, source = args["tiny"], "toybox:tiny" if args["tiny"] else "folder:../shared/data/jhmdb21"
     finetune = section(
         StageSpec,
-        steps=4 if tiny else 0,
-        epochs=0 if tiny else 60,
-        rows=8 if tiny else 16,
-        val_every=4 if tiny else 200,
+        num_steps=4 if tiny else 0,
+        num_epochs=0 if tiny else 60,
+        batch_size=8 if tiny else 16,
+        val_every_steps=4 if tiny else 200,
         objectives={"classify": {"label_smoothing": 0.1}},
-        ema=0.99 if tiny else 0.999,
-        init="pretrain" if args["pretrain"] else "",
-        optim=section(OptimSpec, rate=1e-3, weight_decay=0.05, b2=0.999),
+        ema_decay=0.99 if tiny else 0.999,
+        init_from="pretrain" if args["pretrain"] else "",
+        optim=section(OptimSpec, learning_rate=1e-3, weight_decay=0.05, b2=0.999),
     )
     stages = {"finetune": finetune}
     if args["pretrain"]:
         stages = {
             "pretrain": section(
                 StageSpec,
-                steps=4 if tiny else 3000,
-                rows=8 if tiny else 16,
-                val_every=4 if tiny else 500,
+                num_steps=4 if tiny else 3000,
+                batch_size=8 if tiny else 16,
+                val_every_steps=4 if tiny else 500,
                 objectives={
-                    "masked": {"mask": "random", "keep": 0.4, "predict": 0.3, "normalise": False}
+                    "masked_autoencoder": {
+                        "mask_type": "random",
+                        "mask_ratio": 0.6,
+                        "target_ratio": 0.3,
+                        "norm_pix_loss": False,
+                    }
                 },
-                optim=section(OptimSpec, rate=1e-3),
+                optim=section(OptimSpec, learning_rate=1e-3),
             ),
             **stages,
         }
-    small = section(ModelSpec, width=32, depth=2, heads=2)
+    small = section(ModelSpec, width=32, depth=2, num_heads=2)
     return ConfigDict(
         section(
             Experiment,
             data=section(
                 DataSpec,
                 source=source,
-                frames=16,
-                size=32 if tiny else 64,
-                decode_side=0 if tiny else 80,
-                still=0.4,
-                augment={"crop": (0.3, 1.0), "flip": 0.5},
-                memory_gib=0.0 if tiny else 4.0,
+                num_frames=16,
+                image_size=32 if tiny else 64,
+                decode_short_side=0 if tiny else 80,
+                temporal_mean_scale=0.4,
+                augment={"crop_scale": (0.3, 1.0), "hflip_prob": 0.5},
+                ram_cache_gib=0.0 if tiny else 4.0,
             ),
-            particles=section(ParticleSpec, policy="grid", base=(16, 8, 8)),
-            model=small if tiny else section(ModelSpec, width=128, depth=4, heads=2),
-            evaluate=section(EvaluateSpec, splits=("val",), views=(1, 1) if tiny else (2, 3)),
+            particles=section(ParticleSpec, policy="grid", patch_size=(16, 8, 8)),
+            model=small if tiny else section(ModelSpec, width=128, depth=4, num_heads=2),
+            eval=section(EvalSpec, splits=("val",), views=(1, 1) if tiny else (2, 3)),
             stages=stages,
-            order=tuple(stages),
+            stage_order=tuple(stages),
         )
     )

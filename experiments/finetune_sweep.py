@@ -3,7 +3,7 @@
 or a search over all of it.
 
     python -m particlejax.main --config experiments/finetune_sweep.py \
-        --config.init=RUN_DIR[:STAGE] \
+        --config.init_from=RUN_DIR[:STAGE] \
         --config.data.source=folder:PATH --workdir runs/sweep
     python -m particlejax.main \
         --config experiments/finetune_sweep.py:search ...  # pip install particlejax[optuna]
@@ -26,13 +26,13 @@ from particlejax.config.experiment import SweepSpec, arguments, section
 HERE = Path(__file__).parent
 # learning rates
 WAYS = {
-    "linear": 3e-3,
+    "linear_probe": 3e-3,
     "bitfit": 3e-3,
     "lora": 2e-3,
     "adapter": 2e-3,
     "prefix": 5e-3,
-    "prompt": 5e-3,
-    "prompt_deep": 5e-3,
+    "vpt_shallow": 5e-3,
+    "vpt_deep": 5e-3,
     "ia3": 5e-3,
     "full": 1e-3,
 }
@@ -46,25 +46,28 @@ def finetune(**more: Any) -> dict[str, Any]:
 def ways() -> Iterator[tuple[str, dict[str, Any]]]:
     """Names and what is different."""
     for how, rate in WAYS.items():
-        yield how, finetune(tune={"how": how}, optim={"rate": rate})
-    yield "full-decay", finetune(tune={"layer_decay": 0.7}, optim={"rate": 2e-3})
-    yield "full-unfreeze", finetune(tune={"unfreeze": 0.5}, optim={"rate": 1e-3})
+        yield how, finetune(finetune={"method": how}, optim={"learning_rate": rate})
+    yield "full-decay", finetune(finetune={"layer_decay": 0.7}, optim={"learning_rate": 2e-3})
+    yield (
+        "full-unfreeze",
+        finetune(finetune={"gradual_unfreeze_fraction": 0.5}, optim={"learning_rate": 1e-3}),
+    )
 
 
 def space() -> Iterator[tuple[str, dict[str, Any]]]:
     """Every value that a search may combine with every other."""
     for how in WAYS:
-        yield f"how-{how}", finetune(tune={"how": how})
+        yield f"method-{how}", finetune(finetune={"method": how})
     for name, values in (
-        ("rate", (3e-4, 1e-3, 3e-3, 1e-2)),
-        ("warmup", (0.0, 0.1, 0.3)),
-        ("final", (0.01, 0.1, 1.0)),
+        ("learning_rate", (3e-4, 1e-3, 3e-3, 1e-2)),
+        ("warmup_ratio", (0.0, 0.1, 0.3)),
+        ("final_lr_ratio", (0.01, 0.1, 1.0)),
         ("weight_decay", (0.0, 0.05, 0.2)),
     ):
         for i, value in enumerate(values):  # no name may have a dot
             yield f"{name}-{i}", finetune(optim={name: value})
     for i, value in enumerate((0.6, 0.8, 1.0)):
-        yield f"layer_decay-{i}", finetune(tune={"layer_decay": value})
+        yield f"layer_decay-{i}", finetune(finetune={"layer_decay": value})
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -82,7 +85,7 @@ def get_config(arg: str = "") -> ConfigDict:
             runs=runs,
             seeds=(0,) if tiny or args["search"] else (0, 1, 2),
             metric="finetune/val/top1",
-            search=(1 if tiny else 20) if args["search"] else 0,
+            num_trials=(1 if tiny else 20) if args["search"] else 0,
         )
     )
     return config

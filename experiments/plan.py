@@ -3,8 +3,8 @@
 estimates of time.
 
     python -m particlejax.main --config experiments/plan.py \
-        --config.experiment=experiments/pretrain/mae_base.py
-        --config.rows=32 --config.topology=v5e:2x2,v5e:16x16
+        --config.experiment=experiments/pretrain/videomae_base.py
+        --config.per_device_batch_size=32 --config.topology=v5e:2x2,v5e:16x16
 
 TPUs want `pip install particlejax[plan]`, best in an environment of its own.
 `--config.topology=here` is for the devices at hand. A mesh takes about a minute to compile; meshes
@@ -26,6 +26,9 @@ def get_config(arg: str = "") -> ConfigDict:
         )
     return ConfigDict(
         section(
-            PlanSpec, experiment="experiments/pretrain/mae_base.py", topology="v5e:4x4", rows=32
+            PlanSpec,
+            experiment="experiments/pretrain/videomae_base.py",
+            topology="v5e:4x4",
+            per_device_batch_size=32,
         )
     )

@@ -7,9 +7,9 @@ both ways, its objectives on unseen clips.
         --config.weights=random
 
 The second is the same encoder untrained: what pretraining must beat. The attentive probe holds
-every token of every clip in memory (2 bytes a number; --config.attentive=0 leaves it out); where
-that is too much, or data shall be augmented, let a stage train the pooling head alone
-(tune.how='probe', experiments/finetune.py).
+every token of every clip in memory (2 bytes a number; --config.attentive_steps=0 leaves it out);
+where that is too much, or data shall be augmented, let a stage train the pooling head alone
+(finetune.method='attentive_probe', experiments/finetune.py).
 """
 
 from ml_collections import ConfigDict
@@ -21,4 +21,4 @@ from particlejax.config.jobs import ProbeSpec
 def get_config(arg: str = "") -> ConfigDict:
     """The job; arg: '' or 'tiny'."""
     tiny = arguments(arg, "tiny")["tiny"]
-    return ConfigDict(section(ProbeSpec, attentive=20 if tiny else 400))
+    return ConfigDict(section(ProbeSpec, attentive_steps=20 if tiny else 400))

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from particlejax.config.experiment import (
     DataSpec,
-    EvaluateSpec,
+    EvalSpec,
     Experiment,
     ModelSpec,
     OptimSpec,
@@ -30,48 +30,55 @@ def get_config(arg: str = "") -> ConfigDict:
     stages = {
         "pretrain": section(
             StageSpec,
-            steps=4 if tiny else 2400,
-            rows=8 if tiny else 16,
-            val_every=4 if tiny else 400,
+            num_steps=4 if tiny else 2400,
+            batch_size=8 if tiny else 16,
+            val_every_steps=4 if tiny else 400,
             objectives={
-                "masked": {"keep": 0.4, "predict": 0.3, "mask": "random", "normalise": False}
+                "masked_autoencoder": {
+                    "mask_ratio": 0.6,
+                    "target_ratio": 0.3,
+                    "mask_type": "random",
+                    "norm_pix_loss": False,
+                }
             },
-            optim=section(OptimSpec, rate=1e-3),
+            optim=section(OptimSpec, learning_rate=1e-3),
         ),
         "finetune": section(
             StageSpec,
-            steps=4 if tiny else 200,
-            rows=8 if tiny else 16,
-            val_every=4 if tiny else 50,
-            init="" if args["scratch"] else "pretrain",
-            data={"fraction": 0.25},
+            num_steps=4 if tiny else 200,
+            batch_size=8 if tiny else 16,
+            val_every_steps=4 if tiny else 50,
+            init_from="" if args["scratch"] else "pretrain",
+            data={"train_fraction": 0.25},
             objectives={"classify": {"label_smoothing": 0.1}},
-            optim=section(OptimSpec, rate=1e-3, weight_decay=0.05, b2=0.999),
+            optim=section(OptimSpec, learning_rate=1e-3, weight_decay=0.05, b2=0.999),
         ),
     }
     if args["scratch"]:
         del stages["pretrain"]
-    small = section(ModelSpec, width=32, depth=2, heads=2, decoder_width=32, pool="attention")
+    small = section(
+        ModelSpec, width=32, depth=2, num_heads=2, decoder_width=32, pool_type="attention"
+    )
     return ConfigDict(
         section(
             Experiment,
             data=section(
                 DataSpec,
                 source="toybox:tiny" if tiny else "toybox",
-                frames=16,
-                size=32,
-                still=0.05,
-                memory_gib=1.0,
-                augment={"crop": (0.5, 1.0), "flip": 0.5},
+                num_frames=16,
+                image_size=32,
+                temporal_mean_scale=0.05,
+                ram_cache_gib=1.0,
+                augment={"crop_scale": (0.5, 1.0), "hflip_prob": 0.5},
             ),
-            particles=section(ParticleSpec, policy="grid", base=(16, 4, 4)),
+            particles=section(ParticleSpec, policy="grid", patch_size=(16, 4, 4)),
             model=small
             if tiny
             else section(
-                ModelSpec, width=128, depth=4, heads=2, decoder_width=96, pool="attention"
+                ModelSpec, width=128, depth=4, num_heads=2, decoder_width=96, pool_type="attention"
             ),
-            evaluate=section(EvaluateSpec, splits=("test",), views=(1, 1)),
+            eval=section(EvalSpec, splits=("test",), views=(1, 1)),
             stages=stages,
-            order=tuple(stages),
+            stage_order=tuple(stages),
         )
     )

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from particlejax.config.experiment import EvaluateSpec, Experiment, MeshSpec
+from particlejax.config.experiment import EvalSpec, Experiment, MeshSpec
 from particlejax.core.typing import Metrics, Params, UserError
 from particlejax.data import pipeline, sources
 from particlejax.data.sources.folder import VIDEO_SUFFIXES
@@ -122,7 +122,7 @@ class Run:
         stage = replace(self.stage, data=replace(self.stage.data, split=split))
         if source:
             stage = replace(stage, data=replace(stage.data, source=source))
-        return evaluate(stage, self.params, self.mesh, stage.experiment.evaluate)
+        return evaluate(stage, self.params, self.mesh, stage.experiment.eval)
 
     # -- programs, each compiled once
 
@@ -152,7 +152,9 @@ class Run:
         """A tree of [N, ...] of what the program gives of each video."""
         records = _records(videos, fps)
         source = sources.Listed((), tuple(records))
-        rows = max(1, min(len(records) * views[0] * views[1], self.stage.experiment.evaluate.rows))
+        rows = max(
+            1, min(len(records) * views[0] * views[1], self.stage.experiment.eval.batch_size)
+        )
         shown = self.stage.views(source, _rows(rows, self.mesh), views)
         bad = _Refusing()
         _, found = eval.per_clip(program, self.params, shown, self.mesh, bad, name)
@@ -177,7 +179,8 @@ class Run:
         tokens = np.asarray(x[0], np.float32)
         if len(tokens) != len(there):
             raise UserError(
-                "model.reduce_after leaves fewer tokens than particles, so they have no places: "
+                "model.token_reduction_layers leaves fewer tokens than particles, so they have no "
+                "places: "
                 "use embed(pool=True)."
             )
         return Tokens(tokens[there], place[there], extent[there], modality[there])
@@ -194,10 +197,11 @@ def load_run(path: str | Path, mesh: MeshSpec | None = None) -> Run:
     return Run(stage, params, devices)
 
 
-def evaluate(stage: stages.Stage, params: Params, mesh: Mesh, spec: EvaluateSpec) -> dict[str, Any]:
+def evaluate(stage: stages.Stage, params: Params, mesh: Mesh, spec: EvalSpec) -> dict[str, Any]:
     """Figures of a stage on the source and split of its data, `spec` says how; no file is written.
 
-    Raises UserError where the stage does not classify, and past data.max_bad unreadable clips.
+    Raises UserError where the stage does not classify, and past data.max_unreadable unreadable
+    clips.
     """
     if not stage.classes or stage.targets is None:
         raise UserError(f"stage {stage.name} does not classify: load one that does.")
@@ -205,7 +209,7 @@ def evaluate(stage: stages.Stage, params: Params, mesh: Mesh, spec: EvaluateSpec
     source = sources.open_source(stage.data.source, stage.data.split, stage.data.cache_dir, known)
     targets = label_targets.asked(stage.targets, source.classes)
     stage = replace(stage, classes=source.classes, targets=targets)
-    bad = stages.BadClips(stage.data.max_bad)
+    bad = stages.BadClips(stage.data.max_unreadable)
     return loop.score(stage, params, source, mesh, spec, bad.note, stage.name, None)
 
 
@@ -396,7 +400,7 @@ class Trainer:
     def batches(self, first: int = 0) -> Iterator[Batch]:
         """The stage's batches on the devices, from step `first` on, in the order of the seed."""
         setup = self.setup
-        bad = stages.BadClips(setup.stage.data.max_bad)
+        bad = stages.BadClips(setup.stage.data.max_unreadable)
         stream = pipeline.read(setup.batches, first, setup.steps, setup.stage.data)
         try:
             for loaded in stream:

@@ -16,11 +16,11 @@ import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
-from particlejax.benchmarks import dataloader as bench_data
-from particlejax.benchmarks import fault_tolerance as bench_faults
+from particlejax.benchmarks import dataloader as bench_dataloader
+from particlejax.benchmarks import fault_tolerance as bench_fault_tolerance
 from particlejax.benchmarks import particles as bench_particles
 from particlejax.benchmarks import scaling as bench_scaling
-from particlejax.benchmarks import videomae as bench_peer
+from particlejax.benchmarks import videomae as bench_videomae
 from particlejax.config import jobs
 from particlejax.config.experiment import Experiment
 from particlejax.core.typing import UserError
@@ -60,20 +60,20 @@ JOBS = {
     "train": train.train,
     "sweep": sweep.sweep,
     "evaluate": evaluate.evaluate,
-    "prepare": prepare_data.prepare,
+    "prepare_data": prepare_data.prepare_data,
     "check_data": check_data.check_data,
-    "bench_data": bench_data.bench,
+    "bench_dataloader": bench_dataloader.bench,
     "bench_particles": bench_particles.bench,
-    "bench_faults": bench_faults.bench,
-    "bench_peer": bench_peer.bench,
+    "bench_fault_tolerance": bench_fault_tolerance.bench,
+    "bench_videomae": bench_videomae.bench,
     "import_weights": import_weights.import_weights,
-    "recognise": predict.recognise,
+    "predict": predict.predict,
     "probe": probe.probe,
-    "probe_backbone": linear_probe.probe,
-    "features": extract_features.features,
-    "soup": model_soup.soup,
-    "prototypes": fewshot.prototypes,
-    "label_next": fewshot.label_next,
+    "linear_probe": linear_probe.linear_probe,
+    "extract_features": extract_features.extract_features,
+    "model_soup": model_soup.model_soup,
+    "fewshot_prototypes": fewshot.fewshot_prototypes,
+    "active_learning": fewshot.active_learning,
     "plan": plan.plan,
     "bench_scaling": bench_scaling.bench,
 }
@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
         asked = _parse(argv)
         job = jobs.of(asked.config.to_dict())
         if isinstance(job, Experiment):
-            cluster.start(job.cluster)
+            cluster.start(job.distributed)
             job = stage.adopt(
                 job, {re.match(r"--?(?:no)?config\.([\w.]+)", text)[1] for text in asked.overrides}
             )

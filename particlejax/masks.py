@@ -51,6 +51,11 @@ def _share_rank(scores: Array, segment: Array) -> Array:
     return jnp.zeros_like(share).at[order].set(share)
 
 
+def visible_ratio(mask_ratio: float) -> float:
+    """1 - mask_ratio, rounded: 0.4 of 0.6, so that counts are those of the decimal number."""
+    return round(1 - mask_ratio, 12)
+
+
 def split(
     scores: Float[Array, "B L"], segment: Int[Array, "B L"], keep: float, ask: float
 ) -> tuple[Int[Array, "B K"], Int[Array, "B Q"], Int[Array, "B K"]]:

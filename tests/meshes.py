@@ -41,8 +41,8 @@ MESHES = {
 }
 # The battery hides by motion, and particles that move alike are told apart by rounding, which
 # meshes do differently.
-battery.CASES["latent"] = dataclasses.replace(
-    battery.CASES["latent"], spec=dict(keep=0.5, predict=0.5, mask="random")
+battery.CASES["jepa"] = dataclasses.replace(
+    battery.CASES["jepa"], spec=dict(keep=0.5, predict=0.5, mask="random")
 )
 LOSS, GRADIENT = 2e-5, 2e-3
 
@@ -51,12 +51,12 @@ def first_step(name: str, mesh: jax.sharding.Mesh) -> tuple[float, dict[str, np.
     """Loss and gradients by path."""
     objective, model = battery.setup(name)
     batch = battery.make_batch(battery.CASES[name].modalities)
-    if name == "pseudo":
+    if name == "pseudo_label":
         batch = dataclasses.replace(batch, label=jnp.full_like(batch.label, -1))
     start = jax.jit(model.init)(jax.random.key(0), batch)
 
     def step(params: dict, batch: Batch) -> tuple:
-        branch = {TEACHER: params} if name == "latent" else {}
+        branch = {TEACHER: params} if name == "jepa" else {}
         return jax.value_and_grad(
             lambda p: objective({**p, **branch}, model, batch, jax.random.key(1), True)[0]
         )(params)

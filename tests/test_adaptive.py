@@ -19,19 +19,19 @@ FULL = 8 * 8 * 12
 TIMES = (np.cumsum(np.random.default_rng(9).uniform(0.02, 0.06, 16)) - 0.02).astype(np.float32)
 SPECS = {
     "time or space": ParticleSpec("adaptive", BASE, budget=FULL // 4),
-    "at once": ParticleSpec("adaptive", BASE, budget=FULL // 4, splits=("both",)),
+    "at once": ParticleSpec("adaptive", BASE, budget=FULL // 4, split_axes=("spacetime",)),
     "any": ParticleSpec(
-        "adaptive", BASE, budget=FULL // 10, splits=("both", "time", "space"), levels=3
+        "adaptive", BASE, budget=FULL // 10, split_axes=("spacetime", "time", "space"), num_levels=3
     ),
-    "only space": ParticleSpec("adaptive", BASE, budget=FULL // 2, splits=("space",)),
+    "only space": ParticleSpec("adaptive", BASE, budget=FULL // 2, split_axes=("space",)),
     "four levels in time": ParticleSpec(
-        "adaptive", (2, 16, 16), budget=30, splits=("time",), levels=4
+        "adaptive", (2, 16, 16), budget=30, split_axes=("time",), num_levels=4
     ),
-    "absolute": ParticleSpec("adaptive", BASE, budget=FULL // 4, measure="absolute"),
-    "motion": ParticleSpec("adaptive", BASE, budget=FULL // 4, measure="motion"),
+    "absolute": ParticleSpec("adaptive", BASE, budget=FULL // 4, split_criterion="absolute_error"),
+    "motion": ParticleSpec("adaptive", BASE, budget=FULL // 4, split_criterion="motion"),
     "everything": ParticleSpec("adaptive", BASE, budget=FULL),
-    "runs of a budget": ParticleSpec("runs", BASE, budget=FULL // 3),
-    "runs of a threshold": ParticleSpec("runs", BASE, threshold=4.0),
+    "runs of a budget": ParticleSpec("run_length", BASE, budget=FULL // 3),
+    "runs of a threshold": ParticleSpec("run_length", BASE, run_threshold=4.0),
 }
 
 
@@ -112,8 +112,12 @@ def test_particles_tile_the_clip_within_the_budget_and_jax_chooses_the_same(name
 
 @pytest.mark.parametrize("budget", [FULL // 10, FULL // 8, FULL // 4, FULL // 3, FULL // 2, FULL])
 def test_at_most_one_split_is_missing(budget: int) -> None:
-    for splits, dearest in ((("time", "space"), 3), (("both",), 7), (("both", "time", "space"), 7)):
-        spec = ParticleSpec("adaptive", BASE, budget=budget, splits=splits)
+    for splits, dearest in (
+        (("time", "space"), 3),
+        (("spacetime",), 7),
+        (("spacetime", "time", "space"), 7),
+    ):
+        spec = ParticleSpec("adaptive", BASE, budget=budget, split_axes=splits)
         number = len(policies.cut_clip(noise(3), TIMES, spec).segment)
         assert budget - dearest < number <= budget
 
@@ -167,11 +171,11 @@ def test_the_fine_ones_go_to_what_moves(name: str) -> None:
     [
         (ParticleSpec("adaptive", BASE, budget=5), "less than the 12 coarsest particles"),
         (
-            ParticleSpec("adaptive", BASE, budget=50, levels=4),
+            ParticleSpec("adaptive", BASE, budget=50, num_levels=4),
             "not tiled by the coarsest particles",
         ),
-        (ParticleSpec("runs", BASE), "budget and threshold are 0"),
-        (ParticleSpec("runs", BASE, budget=50), "less than the 96 runs"),
+        (ParticleSpec("run_length", BASE), "budget and threshold are 0"),
+        (ParticleSpec("run_length", BASE, budget=50), "less than the 96 runs"),
         (ParticleSpec("adaptive", (3, 4, 4), budget=99), "16 frames are not a multiple"),
     ],
 )

@@ -24,7 +24,7 @@ def test_an_attentive_probe_finds_the_token_that_a_mean_drowns() -> None:
         )
 
     learnt, asked = made(200, 0), made(100, 1)
-    found = attentive_probe.accuracy(learnt, asked, ProbeSpec(attentive=150))["all"]
+    found = attentive_probe.accuracy(learnt, asked, ProbeSpec(attentive_steps=150))["all"]
     means = [
         np.average(x.astype(float), axis=1, weights=np.broadcast_to(segment[..., None], x.shape))
         for x, segment in (learnt.x["all"], asked.x["all"])
@@ -35,4 +35,4 @@ def test_an_attentive_probe_finds_the_token_that_a_mean_drowns() -> None:
         .score(means[1][:-3], asked.label[:-3])
     )
     assert found > 0.8 > linear + 0.2, (found, linear)
-    assert attentive_probe.accuracy(learnt, asked, ProbeSpec(attentive=150))["all"] == found
+    assert attentive_probe.accuracy(learnt, asked, ProbeSpec(attentive_steps=150))["all"] == found

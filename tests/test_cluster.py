@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from particlejax import main as entry
-from particlejax.config.experiment import ClusterSpec
+from particlejax.config.experiment import DistributedSpec
 from particlejax.core.typing import UserError
 from particlejax.distributed import cluster, sharding
 
@@ -52,11 +52,11 @@ OMPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"}
             {**OMPI, "OMPI_MCA_orte_hnp_uri": "1.0;tcp://h:1"},
             {"cluster_detection_method": "ompi"},
         ),
-        ({"coordinator": "a:1"}, OMPI, EXPLICIT),
+        ({"coordinator_address": "a:1"}, OMPI, EXPLICIT),
         ({}, {**SLURM, "JAX_COORDINATOR_ADDRESS": "a:1"}, EXPLICIT),
-        ({"coordinator": "a:1", "processes": 4, "process": "2"}, {}, EXPLICIT),
+        ({"coordinator_address": "a:1", "num_processes": 4, "process_id": "2"}, {}, EXPLICIT),
         (
-            {"processes": 4},
+            {"num_processes": 4},
             {"JAX_COORDINATOR_ADDRESS": "a:1", "JOB_COMPLETION_INDEX": "2"},
             EXPLICIT,
         ),
@@ -65,24 +65,24 @@ OMPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"}
             {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"},
             EXPLICIT,
         ),
-        ({"coordinator": "a:1", "processes": 1, "process": "0"}, {}, {}),
+        ({"coordinator_address": "a:1", "num_processes": 1, "process_id": "0"}, {}, {}),
         (
             {},
             OMPI,
             "this Open MPI does not say where its first process is: set JAX_COORDINATOR_ADDRESS",
         ),
         (
-            {"processes": 4},
+            {"num_processes": 4},
             {},
-            "nothing says where the first one is: set config.cluster.coordinator",
+            "nothing says where the first one is: set config.distributed.coordinator_address",
         ),
         (
-            {"coordinator": "a:1", "processes": 4},
+            {"coordinator_address": "a:1", "num_processes": 4},
             {},
             "of 4 processes, and this one is number unknown: set",
         ),
         (
-            {"coordinator": "a:1", "processes": 4, "process": "4"},
+            {"coordinator_address": "a:1", "num_processes": 4, "process_id": "4"},
             {},
             "of 4 processes, and this one is number 4: set",
         ),
@@ -91,9 +91,9 @@ OMPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"}
 def test_where_the_others_are(spec: dict, environ: dict, found: dict | str) -> None:
     if isinstance(found, str):
         with pytest.raises(UserError, match=found):
-            cluster.arguments(ClusterSpec(**spec), environ)
+            cluster.arguments(DistributedSpec(**spec), environ)
     else:
-        assert cluster.arguments(ClusterSpec(**spec), environ) == found
+        assert cluster.arguments(DistributedSpec(**spec), environ) == found
 
 
 class _Device:
@@ -169,7 +169,7 @@ LOOP = """
 import jax, numpy as np
 from particlejax.distributed import cluster, sharding
 from particlejax.config.experiment import ClusterSpec, MeshSpec
-cluster.start(ClusterSpec(heartbeat=5))
+distributed.start(ClusterSpec(heartbeat=5))
 mesh = sharding.make_mesh(MeshSpec())
 i, n = sharding.reader(mesh)
 print(cluster.gather({"who": "me" * (jax.process_index() + 1), "part": (i, n)}), flush=True)
@@ -235,13 +235,13 @@ def command(workdir: Path, cache_dir: str) -> list[str]:
         "experiments/finetune.py:tiny",
         "--workdir",
         str(workdir),
-        "--config.log.every=1",
+        "--config.log.every_steps=1",
         f"--config.data.cache_dir={cache_dir}",
         f"{STAGE}.val=",
         f"{STAGE}.steps=60",
-        "--config.checkpoint.every=100",
+        "--config.checkpoint.save_interval_steps=100",
         "--config.model.depth=1",
-        "--config.evaluate.splits=()",
+        "--config.eval.splits=()",
     ]
 
 

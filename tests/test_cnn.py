@@ -183,7 +183,7 @@ def test_training_leaves_statistics_alone() -> None:
     )
     before = tree.map_named(lambda name, a: jnp.abs(a) if name.endswith("/var") else a, before)
     grads = jax.jit(jax.grad(lambda p: jnp.sum(block.apply({"params": p}, x) ** 2)))(before)
-    step = optim.build(OptimSpec(warmup=0.0, rate=0.1), 10)
+    step = optim.build(OptimSpec(warmup_ratio=0.0, learning_rate=0.1), 10)
     trained = jax.jit(lambda p, g: optax.apply_updates(p, step.update(g, step.init(p), p)[0]))(
         before, grads
     )

@@ -44,19 +44,23 @@ def test_every_number_has_a_range_and_every_default_is_allowed(spec: type) -> No
     [
         (ParticleSpec, {"policy": "chekker"}, "ParticleSpec.policy is 'chekker': choose one of"),
         (OptimSpec, {"b1": 2}, "OptimSpec.b1 is 2: use a number of 0 or more and below 1"),
-        (OptimSpec, {"rate": -1}, "OptimSpec.rate is -1"),
-        (OptimSpec, {"warmup": 5}, "OptimSpec.warmup is 5"),
+        (OptimSpec, {"learning_rate": -1}, "OptimSpec.learning_rate is -1"),
+        (OptimSpec, {"warmup_ratio": 5}, "OptimSpec.warmup_ratio is 5"),
         (ModelSpec, {"dropout": 1.5}, "ModelSpec.dropout is 1.5"),
-        (ModelSpec, {"heads": 0}, "ModelSpec.heads is 0: use a number of 1 or more"),
-        (ModelSpec, {"heads": 5}, "width=192 .* must be multiples of heads=5"),
-        (specs.StageSpec, {"ema": 1.5}, "StageSpec.ema is 1.5"),
-        (specs.EvaluateSpec, {"views": (0, 3)}, "EvaluateSpec.views is"),
+        (ModelSpec, {"num_heads": 0}, "ModelSpec.num_heads is 0: use a number of 1 or more"),
+        (ModelSpec, {"num_heads": 5}, "width=192 .* must be multiples of heads=5"),
+        (specs.StageSpec, {"ema_decay": 1.5}, "StageSpec.ema_decay is 1.5"),
+        (specs.EvalSpec, {"views": (0, 3)}, "EvalSpec.views is"),
         (MeshSpec, {"data": 0}, "MeshSpec.data is 0"),
         (MeshSpec, {"fsdp": -1}, "only one axis can take the rest"),
-        (specs.DataSpec, {"fraction": 0}, "DataSpec.fraction is 0: use a number above 0 and at"),
+        (
+            specs.DataSpec,
+            {"train_fraction": 0},
+            "DataSpec.train_fraction is 0: use a number above 0 and at",
+        ),
         (specs.DataSpec, {"modalities": ()}, "DataSpec.modalities is empty"),
         (specs.DataSpec, {"modalities": ("sight",)}, "DataSpec.modalities names 'sight'"),
-        (specs.DataSpec, {"frames": True}, "DataSpec.frames is True: write a whole number"),
+        (specs.DataSpec, {"num_frames": True}, "DataSpec.num_frames is True: write a whole number"),
         (specs.DataSpec, {"source": 3}, "DataSpec.source is 3: write a text"),
     ],
 )
@@ -70,19 +74,21 @@ def test_a_wrong_value_is_refused_in_python_and_in_a_config(
 
 
 def test_whole_numbers_may_be_written_as_floats_and_tuples_as_lists() -> None:
-    stage = specs.StageSpec(steps=1e3)
-    assert stage.steps == 1000 and isinstance(stage.steps, int)
-    assert specs.EvaluateSpec(splits=["a", "b"]).splits == ("a", "b")
+    stage = specs.StageSpec(num_steps=1e3)
+    assert stage.num_steps == 1000 and isinstance(stage.num_steps, int)
+    assert specs.EvalSpec(splits=["a", "b"]).splits == ("a", "b")
 
 
 def test_stages_of_an_experiment_made_in_python_are_checked_too() -> None:
-    stage = specs.StageSpec(steps=2, objectives={"masked": model.MaskedSpec()})
-    with pytest.raises(UserError, match="Experiment.order is empty"):
+    stage = specs.StageSpec(
+        num_steps=2, objectives={"masked_autoencoder": model.MaskedAutoencoderSpec()}
+    )
+    with pytest.raises(UserError, match="Experiment.stage_order is empty"):
         Experiment(stages={"a": stage, "b": stage})
-    ordered = Experiment(stages={"a": stage, "b": stage}, order=("b", "a"))
+    ordered = Experiment(stages={"a": stage, "b": stage}, stage_order=("b", "a"))
     assert list(ordered.stages) == ["b", "a"]
     with pytest.raises(UserError, match=r"config\.stages\.a gives steps=0"):
-        Experiment.of({"stages": {"a": {"objectives": {"masked": {}}}}})
+        Experiment.of({"stages": {"a": {"objectives": {"masked_autoencoder": {}}}}})
 
 
 @pytest.mark.parametrize("policy", ["grid", "tubes", "pyramid", "adaptive", "runs"])
@@ -90,7 +96,7 @@ def test_the_budget_is_kept_by_every_policy(policy: str) -> None:
     video = np.random.default_rng(0).integers(0, 256, (16, 64, 64, 3), np.uint8)
     times = np.arange(16, dtype=np.float32) / 25
     spec = ParticleSpec(
-        policy=policy, budget=64, tubes=(((2, 16, 16), (2, 16, 16)),), base=(2, 8, 8)
+        policy=policy, budget=64, tubes=(((2, 16, 16), (2, 16, 16)),), patch_size=(2, 8, 8)
     )
     cut = policies.cut_clip(video, times, spec)
     assert 0 < len(cut.segment) <= 64
@@ -105,8 +111,9 @@ def test_what_is_measured_later_is_checked_before_the_first_step(tmp_path: Path)
     quick = ["particlejax.main", "--config", "experiments/quickstart.py:tiny,scratch"]
     for number, (setting, sentence) in enumerate(
         {
-            "--config.evaluate.splits=('val','trest')": "has no split 'trest'",
-            "--config.stages.finetune.select=classify/topp1": "is not measured: choose one of loss",
+            "--config.eval.splits=('val','trest')": "has no split 'trest'",
+            "--config.stages.finetune.best_metric=classify/topp1": "is not measured: choose one of "
+            "loss",
         }.items()
     ):
         folder = tmp_path / str(number)

@@ -616,7 +616,7 @@ def test_a_long_film_that_cannot_be_sought_in_says_so(
     assert reasons == [
         "not decoded after 0.3 s: avi files can only be read from their start, so convert it to "
         "mp4 or raise "
-        "config.data.time_limit",
+        "config.data.decode_timeout_seconds",
         "not decoded after 0.3 s",
     ]
 

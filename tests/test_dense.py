@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from particlejax.config.experiment import MeshSpec
-from particlejax.config.model import MaskedSpec, ModelSpec, WordsSpec
+from particlejax.config.model import MaskedAutoencoderSpec, MaskedLmSpec, ModelSpec
 from particlejax.core import flops
 from particlejax.distributed import sharding
 from particlejax.models import particle_model as models
@@ -140,7 +140,10 @@ def reduced(spec: ModelSpec, mesh: jax.sharding.Mesh, folder: Path) -> list[tupl
 
     Backends go on from there in their own ways: XLA's CPU, for one, sums bfloat16 in float32.
     """
-    specs = {"masked": MaskedSpec(keep=0.5), "words": WordsSpec(keep=0.5)}
+    specs = {
+        "masked_autoencoder": MaskedAutoencoderSpec(mask_ratio=0.5),
+        "masked_lm": MaskedLmSpec(mask_ratio=0.5),
+    }
     model = models.build(
         spec,
         {"text": Payload(1, 20), "vision": Payload(96)},
@@ -168,14 +171,14 @@ def test_what_devices_add_up_for_parameters_is_float32(tmp_path: Path) -> None:
     spec = ModelSpec(
         width=32,
         depth=1,
-        heads=2,
+        num_heads=2,
         decoder_width=16,
         decoder_depth=1,
-        decoder_heads=2,
-        unroll=False,
+        decoder_num_heads=2,
+        unroll_layers=False,
         dtype="bfloat16",
         layer_scale=0.1,
-        gate="swiglu",
+        mlp_activation="swiglu",
         qk_norm=True,
     )
     found = reduced(spec, sharding.make_mesh(MeshSpec(data=2, fsdp=2, tensor=2)), tmp_path)

@@ -84,7 +84,7 @@ def found(
 def test_kernels_equal_the_plain_one_on_packed_rows(kernel: str, variant: str) -> None:
     style = VARIANTS[variant]
     query, key = tokens(2, 20, 0), tokens(2, 33, 1, mass=variant == "near")
-    plain, kernels = (found(style._replace(attention=how), query, key) for how in ("plain", kernel))
+    plain, kernels = (found(style._replace(attention=how), query, key) for how in ("xla", kernel))
     jax.tree.map(close, kernels, plain)
     moved = jax.tree.map(lambda x: float(jnp.abs(x).max()), plain[1][0])
     assert min(moved["params"]["query"].values()) > 0 and all(
@@ -110,7 +110,7 @@ def test_on_a_mesh_each_device_runs_its_own_rows_and_heads() -> None:
 def test_a_sequence_divided_over_devices_is_the_same_and_its_keys_are_gathered() -> None:
     mesh, one = sharding.make_mesh(MeshSpec(data=2, sequence=4)), tokens(4, 20, 0)
     plain, body = (
-        Transformer(2, HEADS, 32, Style(attention=how), unroll=False) for how in ("plain", "splash")
+        Transformer(2, HEADS, 32, Style(attention=how), unroll=False) for how in ("xla", "splash")
     )
     params = plain.init(jax.random.key(0), one)
 
@@ -168,15 +168,15 @@ def test_blocks_divide_what_is_padded_least(length: int) -> None:
 
 def test_auto_is_what_the_devices_run_best(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (
-        fused_attention.chosen("auto", jnp.float32, 999) == "plain"
+        fused_attention.chosen("auto", jnp.float32, 999) == "xla"
         and fused_attention.chosen("splash", jnp.float32, 9) == "splash"
     )
     ways = (
         ("tpu", jnp.float32, 512, "splash"),
-        ("tpu", jnp.bfloat16, 157, "plain"),
+        ("tpu", jnp.bfloat16, 157, "xla"),
         ("gpu", jnp.bfloat16, 157, "cudnn"),
-        ("gpu", jnp.float32, 512, "plain"),
-        ("cpu", jnp.bfloat16, 512, "plain"),
+        ("gpu", jnp.float32, 512, "xla"),
+        ("cpu", jnp.bfloat16, 512, "xla"),
     )
     for platform, dtype, keys, best in ways:
         device = AbstractDevice(device_kind="any", num_cores=None, platform=platform)
@@ -189,7 +189,7 @@ def test_auto_is_what_the_devices_run_best(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(
         UserError, match="config.attention is 'fast': choose one of auto, plain, splash, cudnn"
     ):
-        make(ModelSpec, {"attention": "fast"}, "config")
+        make(ModelSpec, {"attention_impl": "fast"}, "config")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -48,7 +48,7 @@ def test_products_loops_and_gradients() -> None:
 
 def test_a_transformer_is_what_the_books_say() -> None:
     length, width, payload = 32, 16, 12
-    spec = ModelSpec(width=width, depth=3, heads=2, near=False, unroll=False)
+    spec = ModelSpec(width=width, depth=3, num_heads=2, distance_bias=False, unroll_layers=False)
     model = models.build(spec, {"vision": Payload(payload)})
     zeros = jnp.zeros((1, length, 3))
     particles = {

@@ -25,25 +25,29 @@ from particlejax.particles.types import Batch, Particles
 SPEC = ModelSpec(
     width=24,
     depth=3,
-    heads=2,
+    num_heads=2,
     decoder_width=16,
     decoder_depth=1,
-    decoder_heads=1,
-    mlp=2,
-    unroll=False,
+    decoder_num_heads=1,
+    mlp_ratio=2,
+    unroll_layers=False,
 )
 VARIANTS = {
     "early": {},
-    "token": dict(pool="token"),
-    "separate": dict(separate=True),
-    "bottleneck": dict(fusion="bottleneck", fuse_from=1, latents=2),
+    "token": dict(pool_type="cls"),
+    "separate": dict(share_encoder=False),
+    "bottleneck": dict(fusion="bottleneck", fusion_layer=1, num_bottlenecks=2),
     "late": dict(fusion="late"),
-    "cross": dict(fusion="cross", fuse_from=1),
-    "cross separate": dict(fusion="cross", fuse_from=2, separate=True, pool="token"),
+    "cross": dict(fusion="cross", fusion_layer=1),
+    "cross separate": dict(fusion="cross", fusion_layer=2, share_encoder=False, pool_type="cls"),
     "bottleneck separate": dict(
-        fusion="bottleneck", latents=3, separate=True, pool="attention", pool_heads=2
+        fusion="bottleneck",
+        num_bottlenecks=3,
+        share_encoder=False,
+        pool_type="attention",
+        pool_num_heads=2,
     ),
-    "options": dict(rotary=True, qk_norm=True, gate="swiglu", layer_scale=0.1),
+    "options": dict(rope=True, qk_norm=True, mlp_activation="swiglu", layer_scale=0.1),
 }
 SIZES = {"audio": 5, "vision": 7}
 SLOTS = {"audio": packing.Slots(13, 5), "vision": packing.Slots(17, 7)}
@@ -244,7 +248,7 @@ def test_rotary_places_know_distances_alone() -> None:
 
 def test_scan_equals_unroll_where_parts_fuse_late() -> None:
     _, params = built("bottleneck")
-    spec = dataclasses.replace(SPEC, **VARIANTS["bottleneck"], unroll=True)
+    spec = dataclasses.replace(SPEC, **VARIANTS["bottleneck"], unroll_layers=True)
     model = models.build(
         spec,
         {m: Payload(size) for m, size in SIZES.items()},
@@ -268,5 +272,8 @@ def test_scan_equals_unroll_where_parts_fuse_late() -> None:
 def test_what_does_not_go_together_is_refused(model: dict, match: str) -> None:
     with pytest.raises(UserError, match=match):
         Experiment.of(
-            {"model": model, "stages": {"one": {"steps": 1, "objectives": {"masked": {}}}}}
+            {
+                "model": model,
+                "stages": {"one": {"num_steps": 1, "objectives": {"masked_autoencoder": {}}}},
+            }
         )

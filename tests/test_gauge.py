@@ -74,7 +74,7 @@ def test_seconds_of_a_step_add_up_and_rates_count_what_is_there(clock: list[floa
 
 
 def test_the_peak_is_known_measured_or_neither(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert telemetry.peak_of("known", "float32") == 0.0, "of a CPU nobody knows it"
+    assert telemetry.peak_of("table", "float32") == 0.0, "of a CPU nobody knows it"
     assert "mfu" not in _figures(0.0)
     monkeypatch.setattr(accelerators, "_SIDE", 128)
     assert telemetry.peak_of("measured", "float32") > 1e6
@@ -83,7 +83,7 @@ def test_the_peak_is_known_measured_or_neither(monkeypatch: pytest.MonkeyPatch) 
         device_kind = "TPU v5 lite"
 
     monkeypatch.setattr(jax, "devices", lambda: [Chip()])
-    assert telemetry.peak_of("known", "float32") == 197e12
+    assert telemetry.peak_of("table", "float32") == 197e12
 
 
 def _figures(peak: float) -> dict[str, float]:

@@ -79,7 +79,7 @@ def test_softmax_and_its_weights() -> None:
 
 
 def test_focal_forgets_what_is_known() -> None:
-    found, _ = loss(ClassifySpec(focus=2.0), ("a", "b", "c"), LOGITS, batch([0, 1, -1]))
+    found, _ = loss(ClassifySpec(focal_gamma=2.0), ("a", "b", "c"), LOGITS, batch([0, 1, -1]))
     p = np.array([P[0, 0], P[1, 1]])
     np.testing.assert_allclose(found, (-np.log(p) * (1 - p) ** 2).mean(), rtol=1e-5)
     sure = jax.grad(lambda x: losses.soft_cross_entropy(x, jnp.array([1.0, 0.0]), 2.0))(
@@ -90,10 +90,10 @@ def test_focal_forgets_what_is_known() -> None:
 
 def test_binary_is_a_choice_for_each_class() -> None:
     labels = ("a|c", "b", "c")
-    goal = label_targets.of(ClassifySpec(loss="binary"), labels)
+    goal = label_targets.of(ClassifySpec(loss="sigmoid"), labels)
     assert goal.names == ("a", "b", "c")
     np.testing.assert_array_equal(goal.table, [[1, 0, 1], [0, 1, 0], [0, 0, 1]])
-    found, metrics = loss(ClassifySpec(loss="binary"), labels, LOGITS, batch([0, 1, -1]))
+    found, metrics = loss(ClassifySpec(loss="sigmoid"), labels, LOGITS, batch([0, 1, -1]))
     expected = optax.sigmoid_binary_cross_entropy(
         jnp.asarray(LOGITS[:2, 0], jnp.float32), goal.table[:2]
     ).mean()
@@ -109,7 +109,7 @@ def test_binary_is_a_choice_for_each_class() -> None:
 
 
 def test_a_head_can_be_asked_about_other_labels() -> None:
-    goal = label_targets.of(ClassifySpec(loss="binary"), ("a|c", "b"))
+    goal = label_targets.of(ClassifySpec(loss="sigmoid"), ("a|c", "b"))
     np.testing.assert_array_equal(
         label_targets.asked(goal, ("b|a", "c", "")).table, [[1, 1, 0], [0, 0, 1], [0, 0, 0]]
     )
@@ -135,7 +135,7 @@ def test_regression_learns_a_number_in_its_own_units(tmp_path: Path) -> None:
         goal, tmp_path / "p.csv", ["x", "y", "z"], np.array([0, 1, -1]), found, labels
     )
     assert (
-        figures["clips"] == 2
+        figures["num_clips"] == 2
         and np.isclose(figures["mae"], 15)
         and np.isclose(figures["r2"], 1 - 250 / 10000)
     )
@@ -145,10 +145,10 @@ def test_regression_learns_a_number_in_its_own_units(tmp_path: Path) -> None:
         label_targets.of(ClassifySpec(loss="regression"), ("1", "walk"))
 
 
-@pytest.mark.parametrize("kind, size", [("softmax", 3), ("binary", 3), ("regression", 1)])
+@pytest.mark.parametrize("kind, size", [("softmax", 3), ("sigmoid", 3), ("regression", 1)])
 def test_two_draws_that_agree_cost_nothing_more(kind: str, size: int) -> None:
     labels = ("1", "2", "3")
-    spec = ClassifySpec(loss=kind, consistency=2.0)
+    spec = ClassifySpec(loss=kind, rdrop_weight=2.0)
     one, other = LOGITS[:2, :, :size], LOGITS[1:, :, :size] + 1.0
 
     def found(*logits: np.ndarray, train: bool = True) -> tuple[float, dict]:
@@ -212,7 +212,7 @@ def test_the_rest_comes_without_labels_as_often_as_asked_for(tmp_path: Path) -> 
     source = listed()
     alone = label_subset.limit(source, DataSpec(shots=2), 0)
     assert len(alone) == 4 and (label_subset.labels(alone) >= 0).all()
-    data = DataSpec(shots=2, unlabelled=0.75)
+    data = DataSpec(shots=2, unlabelled_fraction=0.75)
     both = label_subset.limit(source, data, 0)
     assert len(both) == len(source) and (label_subset.labels(both) >= 0).sum() == 4
     assert sorted(both[i].name for i in range(len(both))) == sorted(
@@ -222,34 +222,37 @@ def test_the_rest_comes_without_labels_as_often_as_asked_for(tmp_path: Path) -> 
     seen = label_subset.labels(both)[[n for k in range(100) for n in made.clips(k)]]
     assert abs((seen < 0).mean() - 0.75) < 0.02
     (tmp_path / "next.csv").write_text("path,why\nl0,x\nk5,y\n")
-    chosen = label_subset.limit(source, DataSpec(listed=str(tmp_path / "next.csv")), 0)
+    chosen = label_subset.limit(source, DataSpec(labelled_csv=str(tmp_path / "next.csv")), 0)
     assert [chosen[i].name for i in range(len(chosen))] == ["k5", "l0"]
     (tmp_path / "next.csv").write_text("path\nq\n")
     with pytest.raises(UserError, match="names 'q', which the source does not have"):
-        label_subset.limit(source, DataSpec(listed=str(tmp_path / "next.csv")), 0)
+        label_subset.limit(source, DataSpec(labelled_csv=str(tmp_path / "next.csv")), 0)
     with pytest.raises(UserError, match="would thin out"):
-        label_subset.limit(source, DataSpec(shots=1, fraction=0.5), 0)
+        label_subset.limit(source, DataSpec(shots=1, train_fraction=0.5), 0)
     assert label_subset.limit(source, DataSpec(), 0) is source
 
 
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"objectives": {"pseudo": {"teacher": "average"}}}, "the stage keeps none: set its ema"),
+        ({"objectives": {"pseudo_label": {"teacher": "ema"}}}, "the stage keeps none: set its ema"),
         (
-            {"objectives": {"classify": {"consistency": 1.0}}},
+            {"objectives": {"classify": {"rdrop_weight": 1.0}}},
             "compares two draws of dropout and there is none",
         ),
         (
-            {"objectives": {"classify": {"loss": "binary", "balance": 0.9}}},
+            {"objectives": {"classify": {"loss": "sigmoid", "class_balance_beta": 0.9}}},
             "balance is for loss='softmax'",
         ),
-        ({"objectives": {"classify": {"loss": "binary"}, "pseudo": {}}}, "wants one class a clip"),
+        (
+            {"objectives": {"classify": {"loss": "sigmoid"}, "pseudo_label": {}}},
+            "wants one class a clip",
+        ),
         ({"objectives": {"classify": {"loss": "regression"}}}, "label 'a' is not a number"),
     ],
 )
 def test_what_would_be_passed_over_in_silence_is_refused(changes: dict, sentence: str) -> None:
-    experiment = Experiment.of({"stages": {"s": {"steps": 1, **changes}}})
+    experiment = Experiment.of({"stages": {"s": {"num_steps": 1, **changes}}})
     with pytest.raises(UserError, match=sentence):
         stage.build(experiment, "s", ("a", "b"))
 

@@ -111,7 +111,10 @@ def test_the_average_follows_the_parameters() -> None:
         return loss, {"loss": loss}
 
     optimizer = optim.build(
-        OptimSpec("sgd", rate=0.1, warmup=0, weight_decay=0, clip_norm=0, momentum=0.0), 1000
+        OptimSpec(
+            "sgd", learning_rate=0.1, warmup_ratio=0, weight_decay=0, grad_clip_norm=0, momentum=0.0
+        ),
+        1000,
     )
     params = {"w": jnp.array([1.0, -2.0])}
     state = TrainState(
@@ -138,7 +141,7 @@ def test_weights_and_biases_without_a_network(
             "main",
             TINY,
             f"--config.data.cache_dir={cache_dir}",
-            "--config.log.wandb=trial",
+            "--config.log.wandb_project=trial",
             "--workdir",
             str(tmp_path / "run"),
         ]

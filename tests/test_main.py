@@ -69,7 +69,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory, cache_dir: str) -> Path
 
 def test_quickstart_leaves_what_the_design_says(quickstart: Path) -> None:
     results = json.loads((quickstart / "results.json").read_text())
-    assert set(results) == {"pretrain", "finetune", "bad"}
+    assert set(results) == {"pretrain", "finetune", "unreadable"}
     assert TOP_KEYS <= set(results["finetune"]["test"])
     assert (
         results["pretrain"]["train"]["compilations"]
@@ -78,7 +78,7 @@ def test_quickstart_leaves_what_the_design_says(quickstart: Path) -> None:
     )
     lines = [json.loads(line) for line in (quickstart / "metrics.jsonl").read_text().splitlines()]
     assert {(line["stage"], line["split"]) for line in lines} == {
-        (s, p) for s in results if s != "bad" for p in ("train", "val")
+        (s, p) for s in results if s != "unreadable" for p in ("train", "val")
     }
     assert all("step" in line and np.isfinite(line["loss"]) for line in lines)
     report = (quickstart / "report.md").read_text()
@@ -133,20 +133,20 @@ def test_finetune_on_a_folder_from_a_run_then_evaluate(
         capfd,
         "--config=experiments/finetune.py:tiny",
         f"--config.data.source=folder:{clips_folder}",
-        f"--config.init={quickstart}:pretrain",
+        f"--config.init_from={quickstart}:pretrain",
         "--workdir",
         str(tmp_path / "f"),
     )
     assert code == 0, said
     assert "starts from" in said and "new here: head" in said
-    assert "as in" in said and "data.still=0.05, particles.base=(16, 4, 4)" in said, (
-        "payloads are those that the encoder knows"
-    )
+    assert (
+        "as in" in said and "data.temporal_mean_scale=0.05, particles.patch_size=(16, 4, 4)" in said
+    ), "payloads are those that the encoder knows"
     results = json.loads((tmp_path / "f" / "results.json").read_text())
-    assert results["finetune"]["val"]["clips"] == 8
-    assert [bad["path"] for bad in results["bad"]] == ["val/bounce/broken.mp4"] and results["bad"][
-        0
-    ]["reason"]
+    assert results["finetune"]["val"]["num_clips"] == 8
+    assert [bad["path"] for bad in results["unreadable"]] == ["val/bounce/broken.mp4"] and results[
+        "unreadable"
+    ][0]["reason"]
     code, said = run(
         capfd,
         "--config=experiments/evaluate.py",
@@ -188,33 +188,40 @@ def test_every_experiment_file_runs_shrunk(
     if name == "quickstart.py":
         return  # the fixture ran it
     cache = [f"--config.data.cache_dir={cache_dir}"]
-    video = [f"--config.video={next((clips_folder / 'train').rglob('*.mp4'))}"]
+    video = [f"--config.videos={next((clips_folder / 'train').rglob('*.mp4'))}"]
     trained = [*cache, f"--config.run={quickstart}"]
     more = {
         "evaluate.py": trained,
-        "prototypes.py": trained,
-        "label_next.py": trained,
+        "fewshot_prototypes.py": trained,
+        "active_learning.py": trained,
         "import_weights.py": [],
-        "soup.py": [*cache, f"--config.runs=('{quickstart}',)"],
-        "recognise.py": video,
+        "model_soup.py": [*cache, f"--config.runs=('{quickstart}',)"],
+        "predict.py": video,
         "plan.py": [],
         "bench/scaling.py": [],
-        "features.py": [f"--config.cache_dir={cache_dir}"],
-        "finetune_features.py": [*cache, f"--config.data.features.folder={tmp_path / 'kept'}"],
-        "pretrain/distil.py": [*cache, f"--config.data.features.folder={tmp_path / 'kept'}"],
-        "probe_backbone.py": [f"--config.cache_dir={cache_dir}"],
+        "extract_features.py": [f"--config.cache_dir={cache_dir}"],
+        "finetune_features.py": [
+            *cache,
+            f"--config.data.video_features.folder={tmp_path / 'kept'}",
+        ],
+        "pretrain/feature_distillation.py": [
+            *cache,
+            f"--config.data.video_features.folder={tmp_path / 'kept'}",
+        ],
+        "linear_probe.py": [f"--config.cache_dir={cache_dir}"],
         "probe.py": [f"--config.cache_dir={cache_dir}", f"--config.run={quickstart}:pretrain"],
-        "finetune_sweep.py": [*cache, f"--config.init={quickstart}:pretrain"],
+        "finetune_sweep.py": [*cache, f"--config.init_from={quickstart}:pretrain"],
     }
-    if name in ("finetune_features.py", "pretrain/distil.py"):  # which reads what another job wrote
+    # which reads what another job wrote
+    if name in ("finetune_features.py", "pretrain/feature_distillation.py"):
         kept = str(tmp_path / "kept")
         assert (
             run(
                 capfd,
-                "--config=experiments/features.py:tiny",
+                "--config=experiments/extract_features.py:tiny",
                 "--workdir",
                 kept,
-                *more["features.py"],
+                *more["extract_features.py"],
             )[0]
             == 0
         )
@@ -228,7 +235,10 @@ def test_every_experiment_file_runs_shrunk(
     )
     assert code == 0, said
     assert (tmp_path / "run" / "results.json").exists()
-    assert (tmp_path / "run" / "report.md").exists() or name in ("prepare.py", "features.py")
+    assert (tmp_path / "run" / "report.md").exists() or name in (
+        "prepare_data.py",
+        "extract_features.py",
+    )
 
 
 @pytest.mark.parametrize(
@@ -236,15 +246,28 @@ def test_every_experiment_file_runs_shrunk(
     [
         (
             DataSpec,
-            {"stride": (3,)},
-            r"config.stride is \(3,\): write 2 values, such as \(2, 2\)\.",
+            {"frame_stride": (3,)},
+            r"config.stride_seconds is \(3,\): write 2 values, such as \(2, 2\)\.",
         ),
-        (DataSpec, {"stride": (0, 0)}, r"config.stride is \(0, 0\): use numbers of 1 or more\."),
-        (DataSpec, {"stride": (4, 2)}, "config.stride is .*: write the smaller one first"),
-        (DataSpec, {"frames": 0}, "config.frames is 0: use a number of 1 or more"),
-        (DataSpec, {"frames": "many"}, "config.frames is 'many': write a whole number"),
-        (DataSpec, {"seconds": -1.0}, "config.seconds is -1.0: use a number of 0 or more"),
-        (DataSpec, {"seconds": float("nan")}, "config.seconds is nan"),
+        (
+            DataSpec,
+            {"frame_stride": (0, 0)},
+            r"config.stride_seconds is \(0, 0\): use numbers of 1 "
+            r"or more\.",
+        ),
+        (
+            DataSpec,
+            {"frame_stride": (4, 2)},
+            "config.stride_seconds is .*: write the smaller one first",
+        ),
+        (DataSpec, {"num_frames": 0}, "config.num_frames is 0: use a number of 1 or more"),
+        (DataSpec, {"num_frames": "many"}, "config.num_frames is 'many': write a whole number"),
+        (
+            DataSpec,
+            {"clip_seconds": -1.0},
+            "config.clip_seconds is -1.0: use a number of 0 or more",
+        ),
+        (DataSpec, {"clip_seconds": float("nan")}, "config.clip_seconds is nan"),
         (
             DataSpec,
             {"modalities": "vision"},
@@ -252,20 +275,20 @@ def test_every_experiment_file_runs_shrunk(
         ),
         (
             DataSpec,
-            {"augment": {"crop": (0.5,)}},
+            {"augment": {"crop_scale": (0.5,)}},
             r"config.augment.crop is \(0.5,\): write 2 values, such as \(1.0, 1.0\)",
         ),
         (
             DataSpec,
-            {"augment": {"crop": [0.5, 1.5]}},
+            {"augment": {"crop_scale": [0.5, 1.5]}},
             "config.augment.crop .*: use numbers between 0.01 and 1",
         ),
         (
             DataSpec,
-            {"audio": {"patch": (16, 0)}},
+            {"audio": {"patch_size": (16, 0)}},
             "config.audio.patch is .*: use numbers of 1 or more",
         ),
-        (PrepareSpec, {"workers": 0}, "config.workers is 0: use a number of 1 or more"),
+        (PrepareSpec, {"num_workers": 0}, "config.workers is 0: use a number of 1 or more"),
     ],
 )
 def test_values_of_the_wrong_shape_get_a_sentence(
@@ -277,19 +300,22 @@ def test_values_of_the_wrong_shape_get_a_sentence(
 
 def test_values_of_the_right_shape_are_taken() -> None:
     assert make(
-        DataSpec, {"stride": [1, 4], "modalities": ("vision", "audio"), "seconds": 0}, "config"
-    ).stride == (1, 4)
+        DataSpec,
+        {"frame_stride": [1, 4], "modalities": ("vision", "audio"), "clip_seconds": 0},
+        "config",
+    ).frame_stride == (1, 4)
 
 
 def test_settings_that_do_not_go_together_get_a_sentence() -> None:
-    stage = {"steps": 1, "objectives": {"classify": {}}}
+    stage = {"num_steps": 1, "objectives": {"classify": {}}}
     with pytest.raises(
         UserError,
-        match="stages.a.patience=3 waits for a better `select`, which is empty: name a metric",
+        match="stages.a.early_stopping_patience=3 waits for a better `select`, which is empty: "
+        "name a metric",
     ):
-        Experiment.of({"stages": {"a": {**stage, "patience": 3}}})
+        Experiment.of({"stages": {"a": {**stage, "early_stopping_patience": 3}}})
     experiment = Experiment.of(
-        {"stages": {"a": stage}, "data": {"augment": {"directed": ("slide_lft",)}}}
+        {"stages": {"a": stage}, "data": {"augment": {"no_flip_classes": ("slide_lft",)}}}
     )
     with pytest.raises(
         UserError,
@@ -320,11 +346,11 @@ def mistakes(clips: Path, run_dir: Path, tmp: Path) -> dict[str, tuple[list[str]
         "misspelt deep key": (
             [*quick, "--config.stages.finetune.optim.ratee=1"],
             "config.stages.finetune.optim has no key 'ratee': did you mean "
-            "config.stages.finetune.optim.rate?",
+            "config.stages.finetune.optim.learning_rate?",
         ),
         "unknown name": (
-            [*quick, "--config.stages.pretrain.objectives.masked.mask=tubes"],
-            "objectives.masked.mask is 'tubes': choose one of tube, random",
+            [*quick, "--config.stages.pretrain.objectives.masked_autoencoder.mask_type=tubes"],
+            "objectives.masked_autoencoder.mask_type is 'tubes': choose one of tube, random",
         ),
         "wrong type": ([*quick, "--config.seed=zero"], "seed"),
         "no experiment": ([], "no experiment: add --config experiments/quickstart.py"),
@@ -346,7 +372,7 @@ def mistakes(clips: Path, run_dir: Path, tmp: Path) -> dict[str, tuple[list[str]
         ),
         "unknown source": ([*quick, "--config.data.source=web:x"], "is none of 'toybox'"),
         "unknown split": (
-            [*quick, "--config.stages.pretrain.val=dev"],
+            [*quick, "--config.stages.pretrain.val_split=dev"],
             "has no split 'dev': name one of train, val, test",
         ),
         "unknown label": (
@@ -356,25 +382,25 @@ def mistakes(clips: Path, run_dir: Path, tmp: Path) -> dict[str, tuple[list[str]
         "no run": (evaluate, "config.run is empty: name the run"),
         "not a run": ([*evaluate, "--config.run=/tmp"], "/tmp is not a run"),
         "another shape": (
-            [*quick, f"--config.init={run_dir}:pretrain", "--config.model.width=64"],
+            [*quick, f"--config.init_from={run_dir}:pretrain", "--config.model.width=64"],
             r"has shape .* where this model has .*: give config.model",
         ),
         "bad sizes": (
-            [*quick, "--config.data.size=70"],
+            [*quick, "--config.data.image_size=70"],
             "clips of 70 rows are not a multiple of particles of 4",
         ),
         "too many bad": (
             [
                 *quick,
                 f"--config.data.source=folder:{clips}",
-                "--config.data.max_bad=0",
-                "--config.evaluate.splits=('val',)",
-                "--config.order=('finetune',)",
-                "--config.stages.finetune.init=",
+                "--config.data.max_unreadable=0",
+                "--config.eval.splits=('val',)",
+                "--config.stage_order=('finetune',)",
+                "--config.stages.finetune.init_from=",
             ],
-            "more than config.data.max_bad=0: mend the data or raise the limit",
+            "more than config.data.max_unreadable=0: mend the data or raise the limit",
         ),
-        "steps and epochs": ([*quick, "--config.stages.pretrain.epochs=2"], "set one of them"),
+        "steps and epochs": ([*quick, "--config.stages.pretrain.num_epochs=2"], "set one of them"),
         "mesh": ([*quick, "--config.mesh.data=3"], "there are 8 devices"),
         "no labels": (
             [

@@ -20,8 +20,8 @@ from particlejax.config.experiment import (
     AugmentSpec,
     DataSpec,
     ParticleSpec,
-    SeriesSpec,
     TextSpec,
+    TimeseriesSpec,
 )
 from particlejax.core.typing import UserError
 from particlejax.data import augment, clips, pipeline, sources
@@ -96,7 +96,7 @@ def test_sound_stands_where_the_frames_stand(container: str) -> None:
 def test_a_tone_lies_in_its_band() -> None:
     spec = AudioSpec()
     clock = np.arange(RATE) / RATE
-    centres = (mel_filters := audio.mel_filters(spec)).argmax(0) * spec.rate / 512
+    centres = (mel_filters := audio.mel_filters(spec)).argmax(0) * spec.sample_rate / 512
     for hertz in (200.0, 1000.0, 4000.0):
         mel = audio.log_mel(np.sin(2 * np.pi * hertz * clock).astype(np.float32), spec)
         assert mel.shape == (98, 64) and mel_filters.shape == (257, 64)
@@ -106,11 +106,11 @@ def test_a_tone_lies_in_its_band() -> None:
 
 
 DATA = DataSpec(
-    frames=8,
-    size=32,
-    seconds=2.0,
-    modalities=("vision", "audio", "text", "series"),
-    series=SeriesSpec(channels=("x", "y"), rate=10, window=5),
+    num_frames=8,
+    image_size=32,
+    clip_seconds=2.0,
+    modalities=("vision", "audio", "text", "timeseries"),
+    timeseries=TimeseriesSpec(channels=("x", "y"), sample_rate=10, patch_length=5),
 )
 TABLE = b"time,x,y\n" + b"".join(
     b"%.2f,%.2f,%.2f\n" % (t, 2 * t, -t) for t in np.arange(0, 6.01, 0.25)
@@ -122,7 +122,7 @@ def test_modalities_share_a_clock_and_what_is_missing_has_no_particle(beeping: b
     made = clips.particles_of(
         clips.load(whole, DATA, clips.CENTRE), DATA, CUT, np.random.default_rng(0)
     )
-    assert set(made) == {"vision", "audio", "text", "series"}
+    assert set(made) == {"vision", "audio", "text", "timeseries"}
     slots = pipeline.row_of(DATA, CUT).slots
     assert {m: (p.payload.shape, p.payload.dtype.name) for m, p in made.items() if m != "text"} == {
         m: ((s.length, s.size), s.dtype) for m, s in slots.items() if m != "text"
@@ -134,7 +134,7 @@ def test_modalities_share_a_clock_and_what_is_missing_has_no_particle(beeping: b
         assert abs(place - 0.55) <= extent / 2 + 0.06, name
     first = clips.load(whole, DATA, clips.CENTRE)
     np.testing.assert_allclose(first.channels[:, 0], 2 * (3.0 + np.arange(20) / 10), atol=1e-5)
-    np.testing.assert_allclose(made["series"].place[:, 0], [0.25, 0.75, 1.25, 1.75], atol=1e-5)
+    np.testing.assert_allclose(made["timeseries"].place[:, 0], [0.25, 0.75, 1.25, 1.75], atol=1e-5)
     assert (made["text"].payload[:, 0] - 2).astype(np.uint8).tobytes() == b"a beep" and (
         made["text"].place[:, 0] == 1
     ).all()
@@ -158,9 +158,9 @@ def test_rows_have_room_for_all_that_is_read(beeping: bytes) -> None:
         *rng.uniform(0.03, 2.0, 60),
         *rng.integers(1, 400, 40) / 200,
     ):
-        data = dataclasses.replace(DATA, modalities=("audio",), seconds=float(seconds))
+        data = dataclasses.replace(DATA, modalities=("audio",), clip_seconds=float(seconds))
         sound = np.zeros(math.ceil(seconds * RATE - 1e-6), np.float32)
-        made = clips.particles_of(clips.Clip(np.zeros(0), data.seconds, sound), data, CUT, rng)
+        made = clips.particles_of(clips.Clip(np.zeros(0), data.clip_seconds, sound), data, CUT, rng)
         assert len(made["audio"].segment) == pipeline.row_of(data, CUT).slots["audio"].length, (
             seconds
         )
@@ -168,11 +168,13 @@ def test_rows_have_room_for_all_that_is_read(beeping: bytes) -> None:
     for seconds, own in ((0.495, 0.0), (1.7, 0.5), (1.0, 3.0), (2.495, 1.31)):
         data = dataclasses.replace(
             DATA,
-            seconds=seconds,
-            modalities=("audio", "series"),
-            augment=AugmentSpec(speed=(0.5, 2.0), shift=0.3),
-            audio=AudioSpec(seconds=own),
-            series=SeriesSpec(channels=("x",), rate=10, window=3, seconds=own),
+            clip_seconds=seconds,
+            modalities=("audio", "timeseries"),
+            augment=AugmentSpec(speed_range=(0.5, 2.0), audio_shift_seconds=0.3),
+            audio=AudioSpec(max_seconds=own),
+            timeseries=TimeseriesSpec(
+                channels=("x",), sample_rate=10, patch_length=3, max_seconds=own
+            ),
         )
         for seed in range(2):
             seen = clips.load(record, data, np.random.default_rng(seed))
@@ -185,7 +187,7 @@ def test_sound_from_memory_is_the_decoded_one(beeping: bytes) -> None:
     data = dataclasses.replace(DATA, modalities=("audio",))
     record = sources.Record("a", beeping, start=2.9, end=4.9)
     decoded, kept = (
-        clips.load(record, dataclasses.replace(data, memory_gib=gib), clips.CENTRE).sound
+        clips.load(record, dataclasses.replace(data, ram_cache_gib=gib), clips.CENTRE).sound
         for gib in (0.0, 0.1)
     )
     assert abs(onset(decoded) - onset(kept)) < 2 / RATE and abs(len(decoded) - len(kept)) <= 1
@@ -276,11 +278,13 @@ def test_a_tokenizer_file_is_read(tmp_path: Path) -> None:
 
 def test_bytes_are_cut_at_the_length() -> None:
     np.testing.assert_array_equal(
-        tokenizer.encode("é!", TextSpec(length=2)), np.frombuffer("é".encode(), np.uint8) + 2
+        tokenizer.encode("é!", TextSpec(max_length=2)), np.frombuffer("é".encode(), np.uint8) + 2
     )
 
 
-EVERYTHING = AugmentSpec(jitter=0.5, operations=2, magnitude=0.7, erase=1.0)
+EVERYTHING = AugmentSpec(
+    color_jitter=0.5, randaug_num_ops=2, randaug_magnitude=0.7, random_erasing_prob=1.0
+)
 
 
 def test_augmentation_is_the_same_for_every_frame_and_pure() -> None:
@@ -299,7 +303,10 @@ def test_erasing_leaves_the_rest_alone() -> None:
     frames = np.full((3, 50, 50, 3), 200, np.uint8)
     for seed in range(20):
         changed = (
-            augment.pictures(frames, AugmentSpec(erase=1.0), np.random.default_rng(seed)) != 200
+            augment.pictures(
+                frames, AugmentSpec(random_erasing_prob=1.0), np.random.default_rng(seed)
+            )
+            != 200
         ).all(-1)
         assert 0.01 < changed.mean() < 0.4 and (changed == changed[0]).all()
 
@@ -307,15 +314,17 @@ def test_erasing_leaves_the_rest_alone() -> None:
 def test_mixing_says_how_much_is_whose() -> None:
     a, b = (np.full((2, 40, 40, 3), level, np.uint8) for level in (0, 200))
     for seed in range(10):
-        mixed, share = augment.mix(a, b, AugmentSpec(mixup=1.0), np.random.default_rng(seed))
+        mixed, share = augment.mix(a, b, AugmentSpec(mixup_alpha=1.0), np.random.default_rng(seed))
         assert abs(mixed.mean() / 200 - (1 - share)) < 0.01 and np.ptp(mixed) == 0
-        mixed, share = augment.mix(a, b, AugmentSpec(cutmix=1.0), np.random.default_rng(seed))
+        mixed, share = augment.mix(a, b, AugmentSpec(cutmix_alpha=1.0), np.random.default_rng(seed))
         assert np.isclose((mixed == 200).mean(), 1 - share) and set(np.unique(mixed)) <= {0, 200}
 
 
 def test_bands_and_loudness() -> None:
     mel = np.ones((50, 40), np.float32)
-    emptied = augment.empty_bands(mel, AugmentSpec(bands=2), np.random.default_rng(1), 0.0)
+    emptied = augment.empty_bands(
+        mel, AugmentSpec(specaugment_num_masks=2), np.random.default_rng(1), 0.0
+    )
     gone = emptied == 0
     assert (
         0 < gone.mean() < 0.65
@@ -324,7 +333,10 @@ def test_bands_and_loudness() -> None:
     )
     sound = np.ones(10, np.float32)
     decibels = [
-        20 * np.log10(augment.loudness(sound, AugmentSpec(gain=6.0), np.random.default_rng(s))[0])
+        20
+        * np.log10(
+            augment.loudness(sound, AugmentSpec(audio_gain_db=6.0), np.random.default_rng(s))[0]
+        )
         for s in range(50)
     ]
     assert -6 <= min(decibels) < -4 and 4 < max(decibels) <= 6
@@ -349,7 +361,10 @@ def frames_of(clip: clips.Clip) -> np.ndarray:
 
 
 def test_sampling_in_time() -> None:
-    record, dense = ramp(), DataSpec(frames=8, size=64, sample="dense", stride=(3, 3))
+    record, dense = (
+        ramp(),
+        DataSpec(num_frames=8, image_size=64, frame_sampling="dense", frame_stride=(3, 3)),
+    )
     np.testing.assert_array_equal(np.diff(frames_of(clips.load(record, dense, clips.CENTRE))), 3)
     assert frames_of(clips.load(record, dense, clips.CENTRE))[[0, -1]].mean() == pytest.approx(
         28.5, abs=1
@@ -359,7 +374,9 @@ def test_sampling_in_time() -> None:
             np.diff(
                 frames_of(
                     clips.load(
-                        record, dataclasses.replace(dense, stride=(1, 4)), np.random.default_rng(s)
+                        record,
+                        dataclasses.replace(dense, frame_stride=(1, 4)),
+                        np.random.default_rng(s),
                     )
                 )
             )[0]
@@ -367,14 +384,16 @@ def test_sampling_in_time() -> None:
         for s in range(30)
     }
     assert speeds == {1, 2, 3, 4}
-    segments = DataSpec(frames=6, size=64, sample="segments")
+    segments = DataSpec(num_frames=6, image_size=64, frame_sampling="segment")
     for seed in range(5):
         found = frames_of(clips.load(record, segments, np.random.default_rng(seed)))
         assert (found // 10 == np.arange(6)).all() and len(set(np.diff(found))) > 1
-    span = DataSpec(frames=4, size=64, seconds=0.8, augment=AugmentSpec(speed=(0.5, 2.0)))
+    span = DataSpec(
+        num_frames=4, image_size=64, clip_seconds=0.8, augment=AugmentSpec(speed_range=(0.5, 2.0))
+    )
     spans = [clips.load(record, span, np.random.default_rng(s)).seconds for s in range(40)]
     assert 0.4 <= min(spans) < 0.5 and 1.3 < max(spans) <= 1.6
-    over = dataclasses.replace(dense, frames=30)  # 90 frames out of 60
+    over = dataclasses.replace(dense, num_frames=30)  # 90 frames out of 60
     found = frames_of(clips.load(record, over, clips.CENTRE))
     assert found[0] <= 1 and (found[-10:] == 59).all(), "it holds its last frame"
     within = dataclasses.replace(record, start=0.5, end=1.0)
@@ -384,7 +403,9 @@ def test_sampling_in_time() -> None:
 
 
 def test_directed_classes_are_never_mirrored() -> None:
-    data = DataSpec(frames=4, size=64, augment=AugmentSpec(flip=1.0, directed=("left",)))
+    data = DataSpec(
+        num_frames=4, image_size=64, augment=AugmentSpec(hflip_prob=1.0, no_flip_classes=("left",))
+    )
     record = ramp()
     for classes, mirrored in ((("right", "left"), False), (("left", "right"), True)):
         made = pipeline.Batches(
@@ -396,7 +417,9 @@ def test_directed_classes_are_never_mirrored() -> None:
 
 
 def test_mixed_clips_carry_both_labels() -> None:
-    data = DataSpec(frames=4, size=64, augment=AugmentSpec(mixup=0.8, cutmix=0.8))
+    data = DataSpec(
+        num_frames=4, image_size=64, augment=AugmentSpec(mixup_alpha=0.8, cutmix_alpha=0.8)
+    )
     records = tuple(dataclasses.replace(ramp(), name=str(i), label=i) for i in range(4))
     made = pipeline.Batches(
         sources.Listed(tuple("abcd"), records), data, ParticleSpec("grid", (4, 64, 64)), 0, rows=4

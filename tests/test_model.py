@@ -21,7 +21,13 @@ from particlejax.particles import packing, policies
 from particlejax.particles.types import Batch, Particles
 
 SPEC = ModelSpec(
-    width=32, depth=2, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=1, unroll=False
+    width=32,
+    depth=2,
+    num_heads=2,
+    decoder_width=16,
+    decoder_depth=1,
+    decoder_num_heads=1,
+    unroll_layers=False,
 )
 CUT = ParticleSpec("grid", (2, 4, 4))
 # frames, rows, columns: clips of different lengths and shapes
@@ -75,16 +81,18 @@ def test_packed_equals_unpacked(built: tuple) -> None:
         np.testing.assert_allclose(packed[i], alone, atol=2e-5)
 
 
-@pytest.mark.parametrize("how", ["drop", "merge"])
+@pytest.mark.parametrize("how", ["prune", "merge"])
 def test_fewer_tokens_in_depth_are_still_each_clip_s_own(how: str) -> None:
-    spec = dataclasses.replace(SPEC, reduce=how, reduce_after=(1,), reduce_keep=0.5)
+    spec = dataclasses.replace(
+        SPEC, token_reduction=how, token_reduction_layers=(1,), token_keep_rate=0.5
+    )
     model = models.build(
         spec, {"vision": Payload(PAYLOAD)}, heads={"decoder": DecoderHead(), **classification(5)}
     )
     batch = rows_of(CLIPS, 1, 48, 4)
     params = jax.jit(model.init)(jax.random.key(0), batch)
     whole = models.build(
-        dataclasses.replace(spec, reduce_after=()),
+        dataclasses.replace(spec, token_reduction_layers=()),
         {"vision": Payload(PAYLOAD)},
         heads={"decoder": DecoderHead(), **classification(5)},
     )
@@ -112,7 +120,7 @@ def test_merging_twins_changes_nothing(built: tuple) -> None:
         SPEC, {"vision": Payload(PAYLOAD)}, heads={"decoder": DecoderHead(), **classification(5)}
     )
     merged = models.build(
-        dataclasses.replace(SPEC, reduce="merge", reduce_after=(1,)),
+        dataclasses.replace(SPEC, token_reduction="merge", token_reduction_layers=(1,)),
         {"vision": Payload(PAYLOAD)},
         heads={"decoder": DecoderHead(), **classification(5)},
     )
@@ -206,7 +214,7 @@ def test_a_clip_of_which_nothing_is_visible_is_told_of_no_other(built: tuple) ->
 def test_scan_equals_unroll(built: tuple) -> None:
     model, params = built
     unrolled = models.build(
-        dataclasses.replace(SPEC, unroll=True),
+        dataclasses.replace(SPEC, unroll_layers=True),
         {"vision": Payload(PAYLOAD)},
         heads={"decoder": DecoderHead(), **classification(5)},
     )
@@ -219,7 +227,7 @@ def test_scan_equals_unroll(built: tuple) -> None:
 def test_a_key_switches_dropout_on(built: tuple) -> None:
     _, params = built
     model = models.build(
-        dataclasses.replace(SPEC, dropout=0.5, drop_path=0.3),
+        dataclasses.replace(SPEC, dropout=0.5, drop_path_rate=0.3),
         {"vision": Payload(PAYLOAD)},
         heads={"decoder": DecoderHead(), **classification(5)},
     )

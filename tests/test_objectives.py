@@ -35,19 +35,19 @@ from particlejax.particles.types import Batch, Particles
 MODEL = ModelSpec(
     width=32,
     depth=2,
-    heads=2,
-    mlp=2,
+    num_heads=2,
+    mlp_ratio=2,
     decoder_width=32,
     decoder_depth=1,
-    decoder_heads=1,
-    embedding=16,
-    unroll=False,
+    decoder_num_heads=1,
+    embed_dim=16,
+    unroll_layers=False,
 )
-BASES = {"vision": (2, 4, 4), "audio": (2, 2, 1), "series": (2, 1, 1)}
+BASES = {"vision": (2, 4, 4), "audio": (2, 2, 1), "timeseries": (2, 1, 1)}
 SLOTS = {
     "audio": packing.Slots(12, 4),
-    "features": packing.Slots(6, 5),
-    "series": packing.Slots(6, 4),
+    "video_features": packing.Slots(6, 5),
+    "timeseries": packing.Slots(6, 4),
     "text": packing.Slots(6, 1, "int32"),
     "vision": packing.Slots(24, 96),
 }
@@ -74,56 +74,67 @@ class Case:
 
 
 CASES = {
-    "masked": Case(dict(keep=0.5, predict=0.5, mask="random"), floor=0.97),
-    "latent": Case(dict(keep=0.5, predict=0.5, mask="motion")),
+    "masked_autoencoder": Case(
+        dict(mask_ratio=0.5, target_ratio=0.5, mask_type="random"), floor=0.97
+    ),
+    "jepa": Case(dict(mask_ratio=0.5, target_ratio=0.5, mask_type="motion")),
     # Noise of deviation one: a mean smooth L1 of 0.42 for who answers nothing.
-    "distil": Case(
-        dict(keep=0.7),
-        ("features", "vision"),
+    "feature_distillation": Case(
+        dict(mask_ratio=0.3),
+        ("video_features", "vision"),
         0.4,
         dead=("decoder/payload_vision", "decoder/modality_vision"),
     ),
-    "next_frame": Case(floor=0.97),
-    "order": Case(floor=0.9 * math.log(6), steps=200, rate=2e-3),
-    "speed": Case(floor=0.9 * math.log(2)),
-    "arrow": Case(floor=0.9 * math.log(2)),
-    "transform": Case(floor=0.9 * math.log(8)),
-    "sync": Case(
-        dict(shifts=1, step=2, other=0.2), ("audio", "vision"), 1.25, steps=560, rate=1e-3
+    "future_prediction": Case(floor=0.97),
+    "clip_order": Case(floor=0.9 * math.log(6), steps=200, rate=2e-3),
+    "playback_speed": Case(floor=0.9 * math.log(2)),
+    "arrow_of_time": Case(floor=0.9 * math.log(2)),
+    "rotation_flip": Case(floor=0.9 * math.log(8)),
+    "synchronization": Case(
+        dict(max_shift=1, shift_stride=2, mismatch_prob=0.2),
+        ("audio", "vision"),
+        1.25,
+        steps=560,
+        rate=1e-3,
     ),
-    "sync:correlation": Case(
-        dict(shifts=1, step=2, other=0.2, how="correlation"), ("audio", "vision"), 1.25, steps=200
+    "synchronization:correlation": Case(
+        dict(max_shift=1, shift_stride=2, mismatch_prob=0.2, method="correlation"),
+        ("audio", "vision"),
+        1.25,
+        steps=200,
     ),
-    "contrast": Case(dict(pair=("vision", "text"), loss="sigmoid"), ("text", "vision"), 1.8),
-    "match": Case(
+    "contrastive": Case(
+        dict(modalities=("vision", "text"), loss="sigmoid"), ("text", "vision"), 1.8
+    ),
+    "text_matching": Case(
         dict(),
         ("text", "vision"),
         0.6,
         steps=600,
         rate=5e-4,
-        model=dataclasses.replace(MODEL, width=64, heads=4),
+        model=dataclasses.replace(MODEL, width=64, num_heads=4),
     ),
-    "align": Case(dict(modality="vision", bins=3), floor=0.9 * math.log(3)),
-    "words": Case(
-        dict(keep=0.5),
+    "temporal_alignment": Case(dict(modality="vision", num_bins=3), floor=0.9 * math.log(3)),
+    "masked_lm": Case(
+        dict(mask_ratio=0.5),
         ("text", "vision"),
         0.9 * math.log(WORDS - 2),
         dead=("decoder/payload_vision", "decoder/modality_vision"),
     ),
-    "visual_words": Case(
-        dict(keep=0.5, predict=0.5, mask="random", codes=6),
+    "masked_visual_tokens": Case(
+        dict(mask_ratio=0.5, target_ratio=0.5, mask_type="random", codebook_size=6),
         ("text", "vision"),
         0.9 * math.log(6),
         dead=("codebook", "predictor/modality_text"),
     ),
-    "trace": Case(
+    "framewise": Case(
         dict(),
-        ("series", "vision"),
+        ("timeseries", "vision"),
         0.95,
         dead=("encoder/payload_series", "encoder/modality_series"),
     ),
     "classify": Case(dict(label_smoothing=0.1), floor=0.9 * math.log(CLASSES)),
-    "pseudo": Case(dict(threshold=0.0)),
+    "pseudo_label": Case(dict(threshold=0.0)),
 }
 
 
@@ -159,20 +170,20 @@ def clip(
             np.full((frames, 3), [0.5, 1, 1], np.float32),
             np.ones(frames, np.int32),
         )
-    if "series" in modalities:  # when it flashes, and which clip it is
+    if "timeseries" in modalities:  # when it flashes, and which clip it is
         values = np.stack(
             [2.0 * (np.arange(frames) // 2 == 1 + i % 4), np.full(frames, 0.5 * (i % CLASSES))],
             axis=-1,
         )
-        base = BASES["series"]
-        made["series"] = cuboids.cut(
+        base = BASES["timeseries"]
+        made["timeseries"] = cuboids.cut(
             values[:, None, None].astype(np.float32), times, cuboids.Tube(base, base), base
         )
     # of sub-clips of a second: how bright each fifth of its columns is
-    if "features" in modalities:
+    if "video_features" in modalities:
         seen = video(i, frames).reshape(frames // 2, 2, 8, 8, 3).mean(axis=(1, 2, 4))[:, :5]
         middle = np.stack([times[1::2], 0.5 + 0 * times[::2], 0.5 + 0 * times[::2]], axis=-1)
-        made["features"] = Particles(
+        made["video_features"] = Particles(
             seen.astype(np.float32),
             middle,
             np.full((frames // 2, 3), 1, np.float32),
@@ -231,7 +242,7 @@ def trained(name: str) -> tuple[dict, np.ndarray, np.ndarray, dict, dict, dict]:
     """
     objective, model = setup(name)
     batch, optimizer = make_batch(CASES[name].modalities), optax.adam(CASES[name].rate)
-    if name == "pseudo":
+    if name == "pseudo_label":
         batch = dataclasses.replace(batch, label=jnp.full_like(batch.label, -1))
     start = jax.jit(model.init)(jax.random.key(0), batch)
 
@@ -240,7 +251,7 @@ def trained(name: str) -> tuple[dict, np.ndarray, np.ndarray, dict, dict, dict]:
         def step(state: tuple, key: jax.Array) -> tuple:
             params, moments, average, most = state
             new = noisy(batch, jax.random.fold_in(key, 1), noise)
-            branch = {TEACHER: average} if name == "latent" else {}
+            branch = {TEACHER: average} if name == "jepa" else {}
             (_, metrics), grads = jax.value_and_grad(
                 lambda p: objective({**p, **branch}, model, new, key, True), has_aux=True
             )(params)
@@ -289,8 +300,8 @@ def test_finite_and_gradients_reach_every_parameter(name: str) -> None:
 def test_it_learns_what_can_be_learnt(name: str) -> None:
     _, seen, _, metrics, *_ = trained(name)
     assert np.mean(seen[-10:]) < CASES[name].falls * np.mean(seen[:3]), seen
-    if name == "latent":
-        assert metrics["latent/spread"][-1] > 0.2, "features have not collapsed"
+    if name == "jepa":
+        assert metrics["jepa/feature_std"][-1] > 0.2, "features have not collapsed"
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.floor])
@@ -299,13 +310,16 @@ def test_it_does_not_learn_what_cannot_be_learnt(name: str) -> None:
     assert np.mean(noise[-10:]) > CASES[name].floor, noise
 
 
-@pytest.mark.parametrize("name", ["classify", "contrast", "words", "visual_words", "trace"])
+@pytest.mark.parametrize(
+    "name", ["classify", "contrastive", "masked_lm", "masked_visual_tokens", "framewise"]
+)
 def test_rows_without_a_clip_count_for_nothing(name: str) -> None:
     objective, model = setup(name)
     params = trained(name)[0]
     loss = jax.jit(lambda b: objective(params, model, b, jax.random.key(1), False)[0])
     assert loss(make_batch(CASES[name].modalities, empty_rows=ROWS)) == 0
-    if "words" not in name:  # whose masks are drawn for the whole batch: fewer rows draw others
+    # whose masks are drawn for the whole batch: fewer rows draw others
+    if name not in ("masked_lm", "masked_visual_tokens"):
         partly = make_batch(CASES[name].modalities, empty_rows=3)
         np.testing.assert_allclose(
             loss(partly), loss(jax.tree.map(lambda x: x[:5], partly)), rtol=1e-5
@@ -315,24 +329,26 @@ def test_rows_without_a_clip_count_for_nothing(name: str) -> None:
 @pytest.mark.parametrize(
     "name, mask",
     [
-        ("masked", "random"),
-        ("masked", "tube"),
-        ("masked", "motion"),
-        ("next_frame", ""),
-        ("visual_words", "random"),
-        ("visual_words", "motion"),
+        ("masked_autoencoder", "random"),
+        ("masked_autoencoder", "tube"),
+        ("masked_autoencoder", "motion"),
+        ("future_prediction", ""),
+        ("masked_visual_tokens", "random"),
+        ("masked_visual_tokens", "motion"),
     ],
 )
 def test_what_is_asked_for_is_never_seen(name: str, mask: str) -> None:
     _, model = setup(name)
     params, batch = trained(name)[0], make_batch(CASES[name].modalities)
     spec = make(
-        OBJECTIVES[name], {"keep": 0.5, "mask": mask} if mask else {"moment": (0.4, 0.7)}, name
+        OBJECTIVES[name],
+        {"mask_ratio": 0.5, "mask_type": mask} if mask else {"split_range": (0.4, 0.7)},
+        name,
     )
     predict = {
-        "masked": masked.predict_masked,
-        "next_frame": masked.predict_next,
-        "visual_words": hidden_words.predict_codes,
+        "masked_autoencoder": masked.predict_masked,
+        "future_prediction": masked.predict_next,
+        "masked_visual_tokens": hidden_words.predict_codes,
     }[name]
     vision = batch.particles["vision"]
 
@@ -354,19 +370,19 @@ def test_what_is_asked_for_is_never_seen(name: str, mask: str) -> None:
         assert shown == {tuple(p) for p in vision.place[row][seen[row]].tolist()}, (
             "exactly the visible ones matter"
         )
-        if name == "next_frame":
+        if name == "future_prediction":
             assert (
                 ends[row][seen[row]].max() <= begins[row][found.query.segment[row] > 0].min() + 1e-3
             ), "the past alone"
 
 
-@pytest.mark.parametrize("target", ["plain", "change"])
+@pytest.mark.parametrize("target", ["pixels", "residual"])
 def test_a_rollout_reads_the_past_and_what_it_made_itself(target: str) -> None:
-    _, model = setup("next_frame")
-    params, batch = trained("next_frame")[0], make_batch(("vision",))
+    _, model = setup("future_prediction")
+    params, batch = trained("future_prediction")[0], make_batch(("vision",))
     vision, spec = (
         batch.particles["vision"],
-        make(OBJECTIVES["next_frame"], {"target": target}, "next_frame"),
+        make(OBJECTIVES["future_prediction"], {"target": target}, "future_prediction"),
     )
     later = vision.place[..., 0] > 3
 
@@ -385,18 +401,18 @@ def test_a_rollout_reads_the_past_and_what_it_made_itself(target: str) -> None:
 
 
 def test_a_change_is_asked_against_what_the_past_last_showed() -> None:
-    _, model = setup("next_frame")
-    params, batch = trained("next_frame")[0], make_batch(("vision",))
+    _, model = setup("future_prediction")
+    params, batch = trained("future_prediction")[0], make_batch(("vision",))
     plain, change = (
         masked.predict_next(
-            make(OBJECTIVES["next_frame"], {"target": target}, "next_frame"),
+            make(OBJECTIVES["future_prediction"], {"target": target}, "future_prediction"),
             params,
             model,
             batch,
             jax.random.key(3),
             False,
         )
-        for target in ("plain", "change")
+        for target in ("pixels", "residual")
     )
     last = masked.last_known(plain.visible, plain.query, model.payloads["vision"])
     np.testing.assert_allclose(change.target + last, plain.target, atol=1e-6)
@@ -414,8 +430,8 @@ def test_motion_masks_hide_what_moves_more_often() -> None:
 
 
 def test_the_teacher_is_not_taught_and_its_features_do_not_leak() -> None:
-    objective, model = setup("latent")
-    params, batch = trained("latent")[0], make_batch(("vision",))
+    objective, model = setup("jepa")
+    params, batch = trained("jepa")[0], make_batch(("vision",))
     other = jax.tree.map(lambda x: x * 1.1, params)
     vision = batch.particles["vision"]
 
@@ -433,24 +449,24 @@ def test_the_teacher_is_not_taught_and_its_features_do_not_leak() -> None:
     assert value != jax.jit(loss)(params, params, vision.payload), "the teacher's parameters count"
 
 
-@pytest.mark.parametrize("loss", ["smooth", "cosine"])
+@pytest.mark.parametrize("loss", ["smooth_l1", "cosine"])
 def test_the_encoder_never_sees_what_it_is_to_say(loss: str) -> None:
     """The teacher's features are the answer and nothing else; the share of the clip that is hidden
     counts for nothing.
     """
-    objective, model = setup("distil", loss=loss)
-    params, batch = trained("distil")[0], make_batch(("features", "vision"))
+    objective, model = setup("feature_distillation", loss=loss)
+    params, batch = trained("feature_distillation")[0], make_batch(("video_features", "vision"))
 
     def answer(payloads: dict[str, jax.Array]) -> jax.Array:
         new = {
             name: dataclasses.replace(p, payload=payloads[name])
             for name, p in batch.particles.items()
         }
-        seen = {name: p for name, p in new.items() if name != "features"}
+        seen = {name: p for name, p in new.items() if name != "video_features"}
         shown = {
             **seen,
             "vision": feature_distillation.visible(
-                make(OBJECTIVES["distil"], CASES["distil"].spec, ""),
+                make(OBJECTIVES["feature_distillation"], CASES["feature_distillation"].spec, ""),
                 model,
                 seen["vision"],
                 jax.random.key(0),
@@ -458,27 +474,34 @@ def test_the_encoder_never_sees_what_it_is_to_say(loss: str) -> None:
         }
         whole = dataclasses.replace(batch, particles=new)
         asked = masked.ask(
-            params, model, shown, whole.particles["features"], "features", whole, None
+            params, model, shown, whole.particles["video_features"], "video_features", whole, None
         )
         return jnp.sin(asked).sum()
 
     payloads = {name: p.payload for name, p in batch.particles.items()}
     grads = jax.jit(jax.grad(answer))(payloads)
-    assert (grads["features"] == 0).all()
+    assert (grads["video_features"] == 0).all()
     assert ((jnp.abs(grads["vision"]).sum(-1) > 0).sum(axis=1) == round(0.7 * 24)).all()
     assert not {"payload_features", "modality_features"} & params["encoder"].keys(), (
         "it fits without"
     )
     value, metrics = jax.jit(lambda b: objective(params, model, b, jax.random.key(0), False))(batch)
-    assert value == metrics["distil/loss"] and (
-        loss == "smooth" or abs(value + metrics["distil/cosine"] - 1) < 1e-5
+    assert value == metrics["feature_distillation/loss"] and (
+        loss == "smooth_l1"
+        or abs(value + metrics["feature_distillation/cosine_similarity"] - 1) < 1e-5
     )
 
 
 def test_what_is_never_seen_stands_in_no_other_objectives_way() -> None:
-    together = ("align", "distil", "masked", "trace", "visual_words")
+    together = (
+        "temporal_alignment",
+        "feature_distillation",
+        "masked_autoencoder",
+        "framewise",
+        "masked_visual_tokens",
+    )
     specs = {name: make(OBJECTIVES[name], CASES[name].spec, name) for name in together}
-    modalities = ("features", "series", "vision")
+    modalities = ("video_features", "timeseries", "vision")
     model = models.build(
         MODEL, payloads_of(modalities), heads=registry.heads(specs), unseen=registry.unseen(specs)
     )
@@ -492,8 +515,8 @@ def test_what_is_never_seen_stands_in_no_other_objectives_way() -> None:
 
 @pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
 def test_contrast_over_eight_devices_equals_one(loss: str) -> None:
-    objective, model = setup("contrast", loss=loss)
-    params, batch = trained("contrast")[0], make_batch(("text", "vision"), empty_rows=1)
+    objective, model = setup("contrastive", loss=loss)
+    params, batch = trained("contrastive")[0], make_batch(("text", "vision"), empty_rows=1)
     compute = jax.jit(
         jax.value_and_grad(lambda p, b: objective(p, model, b, jax.random.key(0), False)[0])
     )
@@ -506,8 +529,12 @@ def test_contrast_over_eight_devices_equals_one(loss: str) -> None:
 
 
 def test_hard_negatives_are_harder_and_are_learnt_too() -> None:
-    (objective, model), (easy, _) = setup("match", negatives="hard"), setup("match")
-    batch, optimizer, end = make_batch(("text", "vision")), optax.adam(1e-3), trained("match")[-1]
+    (objective, model), (easy, _) = setup("text_matching", negatives="hard"), setup("text_matching")
+    batch, optimizer, end = (
+        make_batch(("text", "vision")),
+        optax.adam(1e-3),
+        trained("text_matching")[-1],
+    )
 
     @jax.jit
     def run(params: dict) -> tuple:
@@ -545,12 +572,12 @@ def test_contrast_losses_against_hand_computation() -> None:
 
 def test_settings_that_cannot_be_are_refused() -> None:
     with pytest.raises(UserError, match="add it there"):
-        registry.check({"words": OBJECTIVES["words"]()}, {"vision": None})
-    stage = {"steps": 1, "objectives": {"distil": {}}}
+        registry.check({"masked_lm": OBJECTIVES["masked_lm"]()}, {"vision": None})
+    stage = {"num_steps": 1, "objectives": {"feature_distillation": {}}}
     with pytest.raises(UserError, match="set model.fusion to 'early' or 'cross'"):
         Experiment.of({"stages": {"one": stage}, "model": {"fusion": "late"}})
-    with pytest.raises(UserError, match="set config.stages.one.ema"):
-        Experiment.of({"stages": {"one": {"steps": 1, "objectives": {"latent": {}}}}})
+    with pytest.raises(UserError, match="set config.stages.one.ema_decay"):
+        Experiment.of({"stages": {"one": {"num_steps": 1, "objectives": {"jepa": {}}}}})
 
 
 def test_losses_are_means_over_clips_not_rows() -> None:

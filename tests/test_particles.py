@@ -24,7 +24,7 @@ SPECS = {
         BASE,
         tubes=(((2, 4, 8), (2, 4, 8)), ((4, 8, 8), (2, 8, 8), (1, 0, 4)), ((1, 8, 8), (4, 8, 8))),
     ),
-    "pyramid": ParticleSpec("pyramid", BASE, levels=3, factor=(2, 2, 1)),
+    "pyramid": ParticleSpec("pyramid", BASE, num_levels=3, level_factor=(2, 2, 1)),
 }
 
 

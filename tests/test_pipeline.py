@@ -24,7 +24,12 @@ from particlejax.particles.types import Particles
 from particlejax.train import run_dir
 
 CUT = ParticleSpec("grid", (4, 16, 16))
-DATA = DataSpec(frames=8, size=32, threads=1, augment=AugmentSpec(crop=(0.5, 1.0), flip=0.5))
+DATA = DataSpec(
+    num_frames=8,
+    image_size=32,
+    num_threads=1,
+    augment=AugmentSpec(crop_scale=(0.5, 1.0), hflip_prob=0.5),
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +56,21 @@ def test_every_clip_once_an_epoch_in_another_order_each_time(source: sources.Sou
 def test_threads_processes_and_resuming_change_nothing(source: sources.Source) -> None:
     made = batches(source)
     expected = [made[k] for k in range(5)]
-    for data in (DATA, dataclasses.replace(DATA, threads=3), dataclasses.replace(DATA, workers=2)):
+    for data in (
+        DATA,
+        dataclasses.replace(DATA, num_threads=3),
+        dataclasses.replace(DATA, num_workers=2),
+    ):
         for a, b in zip(pipeline.read(made, 2, 5, data), expected[2:], strict=True):
             same(a, b)
 
 
 def test_a_worker_that_is_killed_ends_in_a_sentence(source: sources.Source) -> None:
-    stream = pipeline.read(batches(source), 0, 10**6, dataclasses.replace(DATA, workers=1))
+    stream = pipeline.read(batches(source), 0, 10**6, dataclasses.replace(DATA, num_workers=1))
     next(stream)
     for child in multiprocessing.active_children():
         child.kill()
-    with pytest.raises(UserError, match="killed, by the system .* fewer config.data.workers"):
+    with pytest.raises(UserError, match="killed, by the system .* fewer config.data.num_workers"):
         for _ in range(10**3):
             next(stream)
 
@@ -116,7 +125,7 @@ def test_clips_from_memory_are_the_decoded_ones(source: sources.Source) -> None:
     for seed in range(4):
         fresh = clips.load(record, DATA, np.random.default_rng(seed))
         kept = clips.load(
-            record, dataclasses.replace(DATA, memory_gib=0.1), np.random.default_rng(seed)
+            record, dataclasses.replace(DATA, ram_cache_gib=0.1), np.random.default_rng(seed)
         )
         np.testing.assert_array_equal(fresh.frames, kept.frames)
         np.testing.assert_array_equal(fresh.starts, kept.starts)
@@ -159,12 +168,15 @@ def test_large_clips_are_seen_in_one_pass_unless_some_are_kept(tmp_path: Path) -
     bench._make(tmp_path / "a.mp4", (320, 240), 1)
     record = sources.Record("a", str(tmp_path / "a.mp4"))
     data = DataSpec(
-        frames=4, size=80, decode_side=120, augment=AugmentSpec(crop=(0.3, 1.0), flip=0.5)
+        num_frames=4,
+        image_size=80,
+        decode_short_side=120,
+        augment=AugmentSpec(crop_scale=(0.3, 1.0), hflip_prob=0.5),
     )
     for seed in range(4):
         once, anew, kept = (
             clips.load(
-                record, dataclasses.replace(data, memory_gib=gib), np.random.default_rng(seed)
+                record, dataclasses.replace(data, ram_cache_gib=gib), np.random.default_rng(seed)
             )
             for gib in (0.0, 1e-9, 0.1)
         )
@@ -178,7 +190,7 @@ def test_large_clips_are_seen_in_one_pass_unless_some_are_kept(tmp_path: Path) -
 
 def test_a_run_goes_on_with_more_memory_but_not_with_none(tmp_path: Path) -> None:
     def enter(gib: float) -> None:
-        run_dir.enter(tmp_path / "run", Experiment(data=DataSpec(memory_gib=gib)))
+        run_dir.enter(tmp_path / "run", Experiment(data=DataSpec(ram_cache_gib=gib)))
 
     enter(1.0)
     enter(2.5)
@@ -189,7 +201,7 @@ def test_a_run_goes_on_with_more_memory_but_not_with_none(tmp_path: Path) -> Non
 def test_start_and_end_bound_what_is_seen(source: sources.Source) -> None:
     whole = source[0]
     part = dataclasses.replace(whole, start=0.5, end=1.0)
-    data = DataSpec(frames=6, size=64)
+    data = DataSpec(num_frames=6, image_size=64)
     seen = clips.load(part, data, clips.CENTRE)
     with Video(whole.video) as video:
         expected, _ = video.frames_at(0.5 + (np.arange(6) + 0.5) / 12, 64)
@@ -206,7 +218,9 @@ def test_a_clip_that_begins_past_the_end_of_its_file_is_bad(source: sources.Sour
 
 
 def test_a_short_clip_holds_its_last_frame(source: sources.Source) -> None:
-    frames = clips.load(source[0], DataSpec(frames=8, size=64, seconds=4.0), clips.CENTRE).frames
+    frames = clips.load(
+        source[0], DataSpec(num_frames=8, image_size=64, clip_seconds=4.0), clips.CENTRE
+    ).frames
     np.testing.assert_array_equal(frames[4], frames[7])
 
 
@@ -239,11 +253,11 @@ def test_payloads_are_normalised(source: sources.Source) -> None:
         )
 
     made = cut(DATA, CUT)
-    back = made.payload * DATA.std + DATA.mean
+    back = made.payload * DATA.image_std + DATA.image_mean
     np.testing.assert_allclose(
         back.reshape(-1, 4, 16, 16, 3)[0], seen.frames[:4, :16, :16] / 255, atol=1e-6
     )
-    data = dataclasses.replace(DATA, still=0.25)
+    data = dataclasses.replace(DATA, temporal_mean_scale=0.25)
     quiet = cut(data, CUT).payload.reshape(-1, 4, 768)
     loud = made.payload.reshape(-1, 4, 768)
     np.testing.assert_allclose(quiet.mean(1), 0.25 * loud.mean(1), atol=1e-5)
@@ -253,12 +267,14 @@ def test_payloads_are_normalised(source: sources.Source) -> None:
     np.testing.assert_allclose(
         clips.pixel_scale(data, CUT).to_pixels(quiet.reshape(-1, 3072)), back, atol=1e-5
     )
-    pyramid = ParticleSpec("pyramid", (2, 8, 8), levels=2)
+    pyramid = ParticleSpec("pyramid", (2, 8, 8), num_levels=2)
     coarse = cut(DATA, pyramid).payload[-1].reshape(2, 8, 8, 3)
     average = (
         seen.frames[-4:, -16:, -16:].astype(float).reshape(2, 2, 8, 2, 8, 2, 3).mean((1, 3, 5))
     )
-    np.testing.assert_allclose(coarse * DATA.std + DATA.mean, average / 255, atol=0.51 / 255)
+    np.testing.assert_allclose(
+        coarse * DATA.image_std + DATA.image_mean, average / 255, atol=0.51 / 255
+    )
     budget = cut(DATA, dataclasses.replace(CUT, budget=3))
     assert len(budget.segment) == 3
 
@@ -317,10 +333,11 @@ class VideoReader:
 
 def test_the_benchmark_measures_a_worker_process(cache_dir: str) -> None:
     experiment = Experiment(
-        data=DataSpec(cache_dir=cache_dir, threads=1), bench=BenchSpec(rows=2, memory_clips=20)
+        data=DataSpec(cache_dir=cache_dir, num_threads=1),
+        bench=BenchSpec(batch_size=2, memory_clips=20),
     )
     found = bench._memory(experiment)
-    assert found["clips"] == list(range(2, 21, 2)) and len(found["a worker process"]) == 10
+    assert found["num_clips"] == list(range(2, 21, 2)) and len(found["a worker process"]) == 10
     assert all(20 < mib < 10_000 for mib in found["a worker process"])
     assert found["a worker process"][-1] != found["this process, decoding itself"][-1]
 

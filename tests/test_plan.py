@@ -28,8 +28,8 @@ from particlejax.train.train_state import abstract, described, initialise, jit_s
 
 AXES = {"data": 2, "tensor": 4}
 SMALL = (
-    "stages.pretrain.rows=16",
-    "model.unroll=False",
+    "stages.pretrain.batch_size=16",
+    "model.unroll_layers=False",
     "model.width=16",
     "model.depth=1",
     "model.decoder_depth=1",
@@ -190,7 +190,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> dict:
             "main",
             "--config=experiments/plan.py:tiny",
             f"--workdir={folder}",
-            f"--config.settings={SMALL}",
+            f"--config.overrides={SMALL}",
             "--config.meshes=({'data': 8}, {'data': 2, 'fsdp': 4})",
         ]
     )
@@ -201,15 +201,21 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 def test_the_plan_is_of_the_step_that_trains(planned: dict) -> None:
-    spec = PlanSpec(experiment="experiments/quickstart.py:tiny", settings=SMALL)
+    spec = PlanSpec(experiment="experiments/quickstart.py:tiny", overrides=SMALL)
     stage, goal = plan.stage_of(spec, "auto")
     mesh = sharding.make_mesh(MeshSpec(data=2, fsdp=4))
-    made = train_step.of(stage, goal, stage.spec.steps)
+    made = train_step.of(stage, goal, stage.spec.num_steps)
     state = initialise(
-        stage.model, made.optimizer, stage.example, 0, stage.spec.ema, mesh, stage.spec.tune
+        stage.model,
+        made.optimizer,
+        stage.example,
+        0,
+        stage.spec.ema_decay,
+        mesh,
+        stage.spec.finetune,
     )
     promised = described(
-        stage.model, made.optimizer, stage.example, stage.spec.ema, mesh, stage.spec.tune
+        stage.model, made.optimizer, stage.example, stage.spec.ema_decay, mesh, stage.spec.finetune
     )
     assert jax.tree.all(
         jax.tree.map(
@@ -257,10 +263,7 @@ def test_estimates_name_what_binds_and_never_undercut_the_roofline() -> None:
     chip = accelerators.Chip(2**30, 100.0, 10.0, 5.0, clock=2.0)
     sent = (hlo_cost.Collective("all-reduce", ("data",), 1, 40.0),)
     found = plan.estimates(300.0, hlo_cost.Cost(20.0, 0.0, sent, 0), chip)
-    assert (
-        found["seconds"] == {"product": 3.0, "memory": 2.0, "wire": 8.0}
-        and found["binds"] == "wire"
-    )
+    assert found["seconds"] == {"compute": 3.0, "hbm": 2.0, "ici": 8.0} and found["binds"] == "wire"
     assert found["step"] == found["roofline"] == 8.0 and "compiler" not in found
     slow = plan.estimates(300.0, hlo_cost.Cost(20.0, 24.0, (), 0), chip)
     assert (slow["binds"], slow["compiler"], slow["step"], slow["utilisation"]) == (
@@ -304,11 +307,11 @@ def test_meshes_that_are_compared_fit(devices: int) -> None:
             "config.stage='x' is no stage of .* has pretrain, finetune",
         ),
         (
-            PlanSpec(experiment="experiments/quickstart.py:tiny", settings=("model.widht=3",)),
+            PlanSpec(experiment="experiments/quickstart.py:tiny", overrides=("model.widht=3",)),
             "did you mean config.model.width",
         ),
         (
-            PlanSpec(experiment="experiments/quickstart.py:tiny", settings=("model.width=wide",)),
+            PlanSpec(experiment="experiments/quickstart.py:tiny", overrides=("model.width=wide",)),
             "'model.width=wide' does not fit",
         ),
     ],
@@ -375,7 +378,7 @@ def test_a_tpu_that_is_not_there_is_planned(tmp_path: Path) -> None:
             "--config=experiments/plan.py:tiny",
             f"--workdir={tmp_path}",
             "--config.topology=v5e:2x2",
-            f"--config.settings={SMALL}",
+            f"--config.overrides={SMALL}",
         ]
     )
     assert code == 0

@@ -37,7 +37,14 @@ def batch() -> Batch:
 
 def built(**changes: Any) -> tuple[models.Model, Any]:
     spec = ModelSpec(
-        **{"width": 16, "depth": 2, "heads": 2, "unroll": False, "near": False, **changes}
+        **{
+            "width": 16,
+            "depth": 2,
+            "num_heads": 2,
+            "unroll_layers": False,
+            "distance_bias": False,
+            **changes,
+        }
     )
     model = models.build(spec, {"vision": Payload(96)}, heads=classification(3))
 
@@ -56,15 +63,14 @@ def plain() -> tuple[Params, tuple[jax.Array, Params]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "unroll"),
-    [("blocks", False), ("blocks", True), ("attention", False), ("elementwise", False)],
+    ("name", "unroll"), [("full", False), ("full", True), ("dots_no_batch", False), ("dots", False)]
 )
 def test_remat_equals_no_remat_and_remembers_less(name: str, unroll: bool, plain: tuple) -> None:
     params, (_, expected) = plain
-    _, loss = built(remat=name, unroll=unroll)
+    _, loss = built(remat_policy=name, unroll_layers=unroll)
     for path, grad in tree.flatten(jax.jit(jax.grad(loss))(params)).items():
         np.testing.assert_allclose(grad, tree.flatten(expected)[path], atol=1e-6, err_msg=path)
-    _, without = built(unroll=unroll)
+    _, without = built(unroll_layers=unroll)
     assert remembered(loss, params) < 0.95 * remembered(without, params)
 
 
@@ -73,12 +79,12 @@ def test_what_is_made_twice_is_what_the_name_says(plain: tuple) -> None:
     * 2 operations each.
     """
     made = {
-        name: flops.count(jax.make_jaxpr(jax.grad(built(remat=name)[1]))(plain[0]).jaxpr)
+        name: flops.count(jax.make_jaxpr(jax.grad(built(remat_policy=name)[1]))(plain[0]).jaxpr)
         for name in precision.REMATS
     }
     attention = 2 * 2 * 4 * 8 * 8 * 16 * 2
-    assert made["elementwise"] == made["none"] and made["attention"] - made["none"] == attention
-    assert made["blocks"] > made["attention"]
+    assert made["dots"] == made["none"] and made["dots_no_batch"] - made["none"] == attention
+    assert made["full"] > made["dots_no_batch"]
 
 
 def remembered(loss: Any, params: Params) -> int:
@@ -88,10 +94,10 @@ def remembered(loss: Any, params: Params) -> int:
 
 
 def test_a_table_of_names_and_the_spec_agree() -> None:
-    for section in ("remat", "dtype"):
+    for section in ("remat_policy", "dtype"):
         with pytest.raises(UserError) as error:
             make(ModelSpec, {section: "something else"}, "config.model")
-        names = {"remat": precision.REMATS, "dtype": precision.PRECISIONS}[section]
+        names = {"remat_policy": precision.REMATS, "dtype": precision.PRECISIONS}[section]
         assert str(error.value).endswith(f"choose one of {', '.join(names)}.")
 
 

@@ -53,11 +53,11 @@ def command(folder: Path, out: Path, workdir: Path, *more: str) -> int:
     return entry.main(
         [
             "main",
-            "--config=experiments/prepare.py",
+            "--config=experiments/prepare_data.py",
             f"--config.data.source=folder:{folder}",
-            f"--config.prepare.out={out}",
-            "--config.prepare.per_shard=3",
-            "--config.prepare.workers=1",
+            f"--config.prepare.data_dir={out}",
+            "--config.prepare.clips_per_shard=3",
+            "--config.prepare.num_workers=1",
             f"--workdir={workdir}",
             *more,
         ]
@@ -93,8 +93,8 @@ def test_a_prepared_folder_is_the_folder_also_when_it_was_interrupted(
     assert command(folder, tmp_path, tmp_path / "run") == 0
     assert os.stat(first.path).st_mtime_ns == written, "what was written is left alone"
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["prepare"]["clips"] == {"train": 6, "val": 3}
-    assert [bad["path"] for bad in results["bad"]] == ["train: 3.mp4"]
+    assert results["prepare_data"]["num_clips"] == {"train": 6, "val": 3}
+    assert [bad["path"] for bad in results["unreadable"]] == ["train: 3.mp4"]
     for split in ("train", "val"):
         made = sources.open_source(f"tfds:{tmp_path}/mine", split, "unused")
         plain = sources.open_source(f"folder:{folder}", split, "unused")
@@ -146,7 +146,7 @@ def test_a_full_disk_loses_nothing(
     assert planned(folder, tmp_path).left == plan.shards[1:]
     for shard in plan.left:
         tfds_export.write(shard)
-    assert tfds_export.finish(plan)["clips"] == {"train": 6, "val": 3}
+    assert tfds_export.finish(plan)["num_clips"] == {"train": 6, "val": 3}
 
 
 @contextmanager
@@ -178,7 +178,7 @@ def test_plan_and_description_are_whole_or_absent(folder: Path, tmp_path: Path) 
         tfds_export.finish(plan)
     with pytest.raises(UserError, match="no dataset_info.json"):
         sources.open_source(f"tfds:{plan.folder}", "train", "unused")
-    assert tfds_export.finish(planned(folder, tmp_path))["clips"] == {"train": 6, "val": 3}
+    assert tfds_export.finish(planned(folder, tmp_path))["num_clips"] == {"train": 6, "val": 3}
 
 
 def test_a_worker_of_prepare_that_is_killed_ends_in_a_sentence(
@@ -242,15 +242,15 @@ def test_check_data_leaves_a_hanging_decoder_behind(hanging: Path, tmp_path: Pat
                 "main",
                 "--config=experiments/check_data.py",
                 f"--config.data.source=folder:{hanging}",
-                "--config.data.time_limit=0.5",
+                "--config.data.decode_timeout_seconds=0.5",
                 f"--workdir={tmp_path / 'run'}",
             ]
         )
         == 0
     )
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["bad"] == [{"path": "hangs.mp4", "reason": "not decoded after 0.5 s"}]
-    assert results["check"]["train"]["clips"] == 2
+    assert results["unreadable"] == [{"path": "hangs.mp4", "reason": "not decoded after 0.5 s"}]
+    assert results["check"]["train"]["num_clips"] == 2
 
 
 def test_beam_writes_the_same_files(folder: Path, tmp_path: Path) -> None:
@@ -310,14 +310,14 @@ def test_a_check_finds_damage_and_what_stands_on_both_sides(folder: Path, tmp_pa
         == 0
     )
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert {bad["path"]: bad["reason"] for bad in results["bad"]} == {
+    assert {bad["path"]: bad["reason"] for bad in results["unreadable"]} == {
         "3.mp4": "not a media file",
         "none.mp4": "missing",
     }
     assert results["check"]["near_duplicates"] == [["train: 0.mp4", "val: 9.mp4"]]
     train = results["check"]["train"]
     assert (
-        train["clips"] == 6
+        train["num_clips"] == 6
         and train["labels"] == {"a": 4, "b": 2}
         and train["audio"] == 6
         and train["sizes"] == {"64x64": 6}

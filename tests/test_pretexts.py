@@ -157,11 +157,13 @@ def test_clips_of_a_packed_row_are_changed_each_by_itself() -> None:
     parts = [cut(video(16, 1)), cut(video(12, 2)), cut(video(24, 3), "pyramid")]
     packed, label = row(*parts, length=300), jnp.array([[1, 0, 1]])
     ways = {
-        "arrow": lambda p, a: pretext_video.reverse(p, a > 0, BASE),
-        "transform": lambda p, a: pretext_video.turn(p, 3 * a, BASE),
-        "order": lambda p, a: pretext_video.shuffle(p, 4 * a)[0],
-        "speed": lambda p, a: pretext_video.faster(p, a, 0.5 * jnp.ones(a.shape), 1, BASE)[0],
-        "sync": lambda p, a: synchronization.shift(p, a, 1, 1)[0],
+        "arrow_of_time": lambda p, a: pretext_video.reverse(p, a > 0, BASE),
+        "rotation_flip": lambda p, a: pretext_video.turn(p, 3 * a, BASE),
+        "clip_order": lambda p, a: pretext_video.shuffle(p, 4 * a)[0],
+        "playback_speed": lambda p, a: pretext_video.faster(p, a, 0.5 * jnp.ones(a.shape), 1, BASE)[
+            0
+        ],
+        "synchronization": lambda p, a: synchronization.shift(p, a, 1, 1)[0],
     }
     for name, way in ways.items():
         together = way(packed, label)
@@ -214,6 +216,14 @@ def test_a_shift_told_within_a_step_counts_as_near() -> None:
     number = jnp.arange(5)[:, None]
     batch = Batch({}, number, number, number, number)
     _, metrics = pretext.answer(
-        "sync", {}, model, {}, batch, jnp.asarray(label), jnp.ones((5, 1), bool), None, ordered=5
+        "synchronization",
+        {},
+        model,
+        {},
+        batch,
+        jnp.asarray(label),
+        jnp.ones((5, 1), bool),
+        None,
+        ordered=5,
     )
-    assert np.isclose(metrics["near"], 2 / 4) and np.isclose(metrics["top1"], 1 / 5)
+    assert np.isclose(metrics["acc_within_1"], 2 / 4) and np.isclose(metrics["top1"], 1 / 5)

@@ -17,14 +17,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STEPS, KILLS = 24, 3
 OVERRIDES = [
-    f"--config.stages.finetune.steps={STEPS}",
-    "--config.stages.finetune.val_every=8",
-    "--config.log.every=1",
-    "--config.stages.finetune.accumulate=2",
-    "--config.checkpoint.every=5",
+    f"--config.stages.finetune.num_steps={STEPS}",
+    "--config.stages.finetune.val_every_steps=8",
+    "--config.log.every_steps=1",
+    "--config.stages.finetune.grad_accum_steps=2",
+    "--config.checkpoint.save_interval_steps=5",
     "--config.model.dropout=0.2",
-    "--config.stages.finetune.select=classify/top1",
-    "--config.data.workers=0",
+    "--config.stages.finetune.best_metric=classify/top1",
+    "--config.data.num_workers=0",
 ]
 
 

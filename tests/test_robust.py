@@ -42,7 +42,7 @@ def linear(params: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict]
 
 
 def test_sharpness_aware_is_the_gradient_further_up() -> None:
-    grads, metrics = gradient_of(bowl, RobustSpec(sam=0.5))(W, batch(np.zeros((1, 1, 2))), KEY)
+    grads, metrics = gradient_of(bowl, RobustSpec(sam_rho=0.5))(W, batch(np.zeros((1, 1, 2))), KEY)
     np.testing.assert_allclose(grads["w"], np.array([3.0, -4.0]) * (1 + 0.5 / 5), rtol=1e-6)
     np.testing.assert_allclose(metrics["loss"], 5.5**2 / 2, rtol=1e-6)
 
@@ -69,12 +69,12 @@ def test_free_is_the_mean_along_the_way() -> None:
     of three is in the corner.
     """
     x = np.zeros((16, 16, 2))
-    spec = RobustSpec(attack="free", epsilon=0.3, ascents=3)
+    spec = RobustSpec(attack="free", epsilon=0.3, attack_steps=3)
     grads, _ = jax.jit(gradient_of(linear, spec))(W, batch(x), KEY)
     start = np.asarray(
-        gradient_of(linear, RobustSpec(attack="free", epsilon=0.3, ascents=1))(W, batch(x), KEY)[0][
-            "w"
-        ]
+        gradient_of(linear, RobustSpec(attack="free", epsilon=0.3, attack_steps=1))(
+            W, batch(x), KEY
+        )[0]["w"]
     )
     assert (np.abs(start) < 0.05).all(), "uniform noise has hardly a mean"
     uniform = np.linspace(-0.3, 0.3, 100001)

@@ -16,7 +16,7 @@ import optax
 import pytest
 
 from particlejax import main as entry
-from particlejax.config.experiment import DataSpec, ParticleSpec, ScaleSpec, ScheduleSpec
+from particlejax.config.experiment import DataSpec, ParticleSpec, ScaleScheduleSpec, ScaleSpec
 from particlejax.config.model import ClassifySpec, ModelSpec
 from particlejax.core.typing import UserError
 from particlejax.data import pipeline, sources
@@ -29,21 +29,23 @@ from particlejax.objectives import registry
 from particlejax.particles import packing, policies
 from particlejax.particles.types import Batch
 
-DATA = DataSpec(frames=8, size=32, threads=1)
+DATA = DataSpec(num_frames=8, image_size=32, num_threads=1)
 CUT = ParticleSpec("grid", (4, 8, 8))  # 32 particles at the largest scale
 # 32, 18, 8 and 9
-MIXED = ScheduleSpec(
+MIXED = ScaleScheduleSpec(
     "mixture",
     (
-        ScaleSpec(share=0.3),
-        ScaleSpec(size=24, share=0.2),
-        ScaleSpec(size=16, share=0.2),
-        ScaleSpec(frames=4, size=24, share=0.3),
+        ScaleSpec(weight=0.3),
+        ScaleSpec(image_size=24, weight=0.2),
+        ScaleSpec(image_size=16, weight=0.2),
+        ScaleSpec(num_frames=4, image_size=24, weight=0.3),
     ),
 )
 
 
-def planned(scales: ScheduleSpec = MIXED, rows: int = 8, per_row: int = 1, **more: object) -> Plan:
+def planned(
+    scales: ScaleScheduleSpec = MIXED, rows: int = 8, per_row: int = 1, **more: object
+) -> Plan:
     return Plan(
         Schedule(scales, dataclasses.replace(DATA, clips_per_row=per_row), CUT), rows, 3, **more
     )
@@ -85,15 +87,15 @@ def test_the_plan_is_the_same_from_wherever_it_goes_on() -> None:
     assert plan.stand(9) == frontier and not filled
 
 
-@pytest.mark.parametrize("scales", [MIXED, ScheduleSpec()])
-def test_epochs_end_with_every_clip_seen(scales: ScheduleSpec) -> None:
+@pytest.mark.parametrize("scales", [MIXED, ScaleScheduleSpec()])
+def test_epochs_end_with_every_clip_seen(scales: ScaleScheduleSpec) -> None:
     plan = planned(scales, positions=101)
     steps = plan.batches()
     seen = [placed.position for k in range(steps) for placed in plan.batch(k)]
     assert sorted(seen) == list(range(101)) and plan.batch(steps) == [] and plan.batch(steps - 1)
 
 
-def sizes_over(scales: ScheduleSpec, steps: int) -> list[tuple[int, ...]]:
+def sizes_over(scales: ScaleScheduleSpec, steps: int) -> list[tuple[int, ...]]:
     """Size in pixels of the clips of each step that were not carried over from the one before."""
     plan = planned(scales, steps=steps)
     every = plan.schedule.scales
@@ -101,7 +103,7 @@ def sizes_over(scales: ScheduleSpec, steps: int) -> list[tuple[int, ...]]:
         tuple(
             sorted(
                 {
-                    every[p.scale].data.size
+                    every[p.scale].data.image_size
                     for p in plan.batch(k)
                     if p.position >= plan.stand(k).position
                 }
@@ -112,22 +114,33 @@ def sizes_over(scales: ScheduleSpec, steps: int) -> list[tuple[int, ...]]:
 
 
 def test_schedules_say_which_scale_when() -> None:
-    small, large = ScaleSpec(size=16, share=1), ScaleSpec(size=32, share=3)
-    assert sizes_over(ScheduleSpec("progressive", (small, large)), 8) == [(16,)] * 2 + [(32,)] * 6
-    cycles = ScheduleSpec("cycles", (small, ScaleSpec(size=32)), rounds=2, settle=0.2)
+    small, large = ScaleSpec(image_size=16, weight=1), ScaleSpec(image_size=32, weight=3)
+    assert (
+        sizes_over(ScaleScheduleSpec("progressive", (small, large)), 8) == [(16,)] * 2 + [(32,)] * 6
+    )
+    cycles = ScaleScheduleSpec(
+        "cycles", (small, ScaleSpec(image_size=32)), num_cycles=2, final_fraction=0.2
+    )
     assert sizes_over(cycles, 10) == [(16,)] * 2 + [(32,)] * 2 + [(16,)] * 2 + [(32,)] * 4
-    short = sizes_over(ScheduleSpec("cycles", (ScaleSpec(),), short=(0.5, 0.75, 1.0)), 6)
+    short = sizes_over(
+        ScaleScheduleSpec("cycles", (ScaleSpec(),), short_cycle_factors=(0.5, 0.75, 1.0)), 6
+    )
     assert short == [(16,), (24,), (32,)] * 2
     mixed = planned()
     assert all({p.scale for p in mixed.batch(k)} == {0, 1, 2, 3} for k in range(4, 8)), (
         "all at a time"
     )
     speeds = Schedule(
-        ScheduleSpec("mixture", (ScaleSpec(seconds=0.5), ScaleSpec(seconds=2.0, budget=4))),
+        ScaleScheduleSpec(
+            "mixture", (ScaleSpec(clip_seconds=0.5), ScaleSpec(clip_seconds=2.0, budget=4))
+        ),
         DATA,
         CUT,
     )
-    assert [(s.data.seconds, s.particles.budget) for s in speeds.scales] == [(0.5, 0), (2.0, 4)]
+    assert [(s.data.clip_seconds, s.particles.budget) for s in speeds.scales] == [
+        (0.5, 0),
+        (2.0, 4),
+    ]
     assert speeds.row.clips == 8
 
 
@@ -135,31 +148,39 @@ def test_schedules_say_which_scale_when() -> None:
     "changes, sentence",
     [
         ({"kind": "mixture"}, "'mixture' with 0 scales: give it some"),
-        ({"scales": ({"size": 16},)}, "'fixed' with 1 scales: name another kind"),
-        ({"kind": "mixture", "scales": ({"size": 16},), "rounds": 2}, "belong to 'cycles'"),
+        ({"scales": ({"image_size": 16},)}, "'fixed' with 1 scales: name another kind"),
+        (
+            {"kind": "mixture", "scales": ({"image_size": 16},), "num_cycles": 2},
+            "belong to 'cycles'",
+        ),
         (
             {"kind": "mixture", "scales": ({"sise": 16},)},
-            r"schedule.scales\[0\] has no key 'sise': did you mean",
+            r"scale_schedule.scales\[0\] has no key 'sise': did you mean",
         ),
-        ({"kind": "mixture", "scales": ({"size": 17},)}, "17 rows are not a multiple"),
+        ({"kind": "mixture", "scales": ({"image_size": 17},)}, "17 rows are not a multiple"),
     ],
 )
 def test_a_schedule_that_cannot_be_is_refused(changes: dict, sentence: str) -> None:
     from particlejax.config.experiment import Experiment, as_dict
 
-    stage = {"steps": 1, "objectives": {"classify": {}}, "schedule": changes}
+    stage = {"num_steps": 1, "objectives": {"classify": {}}, "scale_schedule": changes}
     with pytest.raises(UserError, match=sentence):
         experiment = Experiment.of(
             {"stages": {"one": stage}, "data": as_dict(DATA), "particles": as_dict(CUT)}
         )
-        pipeline.row_of(experiment.data, experiment.particles, experiment.stages["one"].schedule)
+        pipeline.row_of(
+            experiment.data, experiment.particles, experiment.stages["one"].scale_schedule
+        )
 
 
 def test_batches_of_mixed_scales_are_one_whoever_reads_them(cache_dir: str) -> None:
     source = sources.open_source("toybox:tiny", "train", cache_dir)
-    adaptive = dataclasses.replace(CUT, policy="adaptive", base=(2, 4, 4), levels=2, budget=128)
-    scales = ScheduleSpec(
-        "mixture", (ScaleSpec(), ScaleSpec(size=16, budget=32), ScaleSpec(size=24, budget=60))
+    adaptive = dataclasses.replace(
+        CUT, policy="adaptive", patch_size=(2, 4, 4), num_levels=2, budget=128
+    )
+    scales = ScaleScheduleSpec(
+        "mixture",
+        (ScaleSpec(), ScaleSpec(image_size=16, budget=32), ScaleSpec(image_size=24, budget=60)),
     )
     made = pipeline.Batches(source, DATA, adaptive, 3, rows=4, scales=scales)
     expected = [made[k] for k in range(4)]
@@ -167,7 +188,7 @@ def test_batches_of_mixed_scales_are_one_whoever_reads_them(cache_dir: str) -> N
     joined = jax.tree.map(lambda *x: np.concatenate(x), *(part.batch for part in parts))
     jax.tree.map(np.testing.assert_array_equal, joined, expected[1].batch)
     later = dataclasses.replace(made, since=made.plan.stand(2))
-    for data in (DATA, dataclasses.replace(DATA, workers=2)):
+    for data in (DATA, dataclasses.replace(DATA, num_workers=2)):
         for a, b in zip(pipeline.read(later, 2, 4, data), expected[2:], strict=True):
             jax.tree.map(np.testing.assert_array_equal, a.batch, b.batch)
     vision = expected[0].batch.particles["vision"]
@@ -187,9 +208,9 @@ def test_a_stage_of_many_scales_compiles_once_and_is_measured_at_any(
         "main",
         "--config=tests/experiments/mixed.py",
         f"--config.data.cache_dir={cache_dir}",
-        "--config.log.every=2",
-        "--config.stages.finetune.steps=8",
-        "--config.stages.finetune.val_every=0",
+        "--config.log.every_steps=2",
+        "--config.stages.finetune.num_steps=8",
+        "--config.stages.finetune.val_every_steps=0",
     ]
     assert entry.main([*command, "--workdir", str(tmp_path / "run")]) == 0
     results = json.loads((tmp_path / "run/results.json").read_text())["finetune"]
@@ -206,14 +227,16 @@ def test_a_stage_of_many_scales_compiles_once_and_is_measured_at_any(
                 "--config=experiments/evaluate.py:tiny",
                 f"--config.run={tmp_path / 'run'}",
                 f"--config.data.cache_dir={cache_dir}",
-                f"--config.evaluate.scale.{setting}",
+                f"--config.eval.scale.{setting}",
                 "--workdir",
                 str(tmp_path / name),
             ]
         )
         assert code == 0, capfd.readouterr().err
         assert (
-            json.loads((tmp_path / name / "results.json").read_text())["finetune"]["val"]["clips"]
+            json.loads((tmp_path / name / "results.json").read_text())["finetune"]["val"][
+                "num_clips"
+            ]
             == 24
         )
 
@@ -243,7 +266,7 @@ def ramps(frames: int, size: int, number: int, seed: int) -> Batch:
 
 def test_what_was_learnt_at_one_scale_holds_at_another() -> None:
     model = models.build(
-        ModelSpec(width=32, depth=2, heads=2, unroll=False),
+        ModelSpec(width=32, depth=2, num_heads=2, unroll_layers=False),
         {"vision": Payload(96)},
         heads=classification(4),
     )

@@ -23,7 +23,7 @@ def test_scores_are_what_one_counts_by_hand() -> None:
     # the last is unlabelled
     found = classification_metrics.scores(probabilities, np.array([0, 1, 1, 0, -1]), CLASSES)
     assert (
-        found["clips"] == 4
+        found["num_clips"] == 4
         and found["top1"] == 0.5
         and found["top5"] == 1.0
         and found["chance"] == 1 / 3
@@ -33,7 +33,7 @@ def test_scores_are_what_one_counts_by_hand() -> None:
     assert found["per_class"]["a"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2}
     # confidences .6 right, .8 right, .5 and .5 wrong, the two share a bin of 15
     assert np.isclose(found["ece"], (0.4 + 0.2 + 2 * 0.5) / 4)
-    assert classification_metrics.scores(probabilities, np.full(5, -1), CLASSES) == {"clips": 0}
+    assert classification_metrics.scores(probabilities, np.full(5, -1), CLASSES) == {"num_clips": 0}
 
 
 def test_mean_class_accuracy_does_not_follow_the_large_class() -> None:
@@ -45,17 +45,29 @@ def test_mean_class_accuracy_does_not_follow_the_large_class() -> None:
 def test_painted_particles_are_the_clip_they_were_cut_from() -> None:
     rng = np.random.default_rng(0)
     video, times = rng.random((8, 32, 48, 3)).astype(np.float32), np.arange(8, dtype=np.float32) / 7
-    spec = ParticleSpec(base=(4, 8, 16))
+    spec = ParticleSpec(patch_size=(4, 8, 16))
     cut = policies.cut_clip(video, times, spec)
     blank = np.zeros(video.shape)
     order = rng.permutation(len(cut.segment))
     painted = painting.paint(
-        cut.payload[order], cut.place[order], cut.extent[order], times, (32, 48), spec.base, blank
+        cut.payload[order],
+        cut.place[order],
+        cut.extent[order],
+        times,
+        (32, 48),
+        spec.patch_size,
+        blank,
     )
     np.testing.assert_array_equal(painted, video)
     half = order[: len(order) // 2]
     painted = painting.paint(
-        cut.payload[half], cut.place[half], cut.extent[half], times, (32, 48), spec.base, blank
+        cut.payload[half],
+        cut.place[half],
+        cut.extent[half],
+        times,
+        (32, 48),
+        spec.patch_size,
+        blank,
     )
     shown = (painted == video).all(-1)
     assert shown.mean() == 0.5 and not painted[~shown].any()
@@ -63,7 +75,7 @@ def test_painted_particles_are_the_clip_they_were_cut_from() -> None:
 
 def test_a_coarse_particle_fills_its_extent() -> None:
     video, times = np.ones((8, 32, 32, 3), np.float32), np.arange(8, dtype=np.float32)
-    spec = ParticleSpec(policy="pyramid", base=(2, 8, 8), levels=3)
+    spec = ParticleSpec(policy="pyramid", patch_size=(2, 8, 8), num_levels=3)
     cut = policies.cut_clip(video, times, spec)
     coarsest = [len(cut.segment) - 1]
     painted = painting.paint(
@@ -72,7 +84,7 @@ def test_a_coarse_particle_fills_its_extent() -> None:
         cut.extent[coarsest],
         times,
         (32, 32),
-        spec.base,
+        spec.patch_size,
         np.zeros(video.shape),
     )
     assert painted.all()
@@ -80,16 +92,16 @@ def test_a_coarse_particle_fills_its_extent() -> None:
 
 def test_a_report_draws_shares_only_where_there_are_some(tmp_path: Path) -> None:
     lines = [
-        {"stage": "latent", "split": "train", "step": step, "loss": 1.0, "latent/spread": 0.5}
+        {"stage": "jepa", "split": "train", "step": step, "loss": 1.0, "jepa/feature_std": 0.5}
         for step in (1, 2)
     ]
     lines += [
-        {"stage": "plain", "split": "train", "step": step, "loss": 1.0, "asked": 1.0}
+        {"stage": "plain", "split": "train", "step": step, "loss": 1.0, "valid_fraction": 1.0}
         for step in (1, 2)
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "results.json").write_text(
-        json.dumps({name: {"train": {"loss": 1.0}} for name in ("latent", "plain")})
+        json.dumps({name: {"train": {"loss": 1.0}} for name in ("jepa", "plain")})
     )
     said = markdown.write(tmp_path).read_text()
     assert (

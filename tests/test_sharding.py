@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from particlejax.config.experiment import MeshSpec, OptimSpec, ParticleSpec
-from particlejax.config.model import ClassifySpec, MaskedSpec, ModelSpec
+from particlejax.config.model import ClassifySpec, MaskedAutoencoderSpec, ModelSpec
 from particlejax.core import tree
 from particlejax.core.typing import UserError
 from particlejax.distributed import sharding
@@ -23,9 +23,18 @@ from particlejax.train.train_state import TrainState, initialise, jit_step, make
 
 # compiles sooner
 MODEL = ModelSpec(
-    width=32, depth=2, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2, unroll=False
+    width=32,
+    depth=2,
+    num_heads=2,
+    decoder_width=16,
+    decoder_depth=1,
+    decoder_num_heads=2,
+    unroll_layers=False,
 )
-BOTH = {"masked": MaskedSpec(keep=0.5, weight=0.5), "classify": ClassifySpec()}
+BOTH = {
+    "masked_autoencoder": MaskedAutoencoderSpec(mask_ratio=0.5, weight=0.5),
+    "classify": ClassifySpec(),
+}
 MESHES = {
     "data and fsdp": MeshSpec(data=2, fsdp=4),
     "sequence": MeshSpec(data=2, sequence=4),
@@ -58,7 +67,7 @@ def losses(
     model = models.build(
         MODEL, {"vision": Payload(96)}, heads={"decoder": DecoderHead(), **classification(3)}
     )
-    optimizer = optim.build(OptimSpec(rate=1e-2, warmup=0), 10)
+    optimizer = optim.build(OptimSpec(learning_rate=1e-2, warmup_ratio=0), 10)
     state = initialise(model, optimizer, jax.tree.map(lambda x: x[:1], batch()), 0, 0.9, mesh)
     step = make_step(model, registry.combine(specs), optimizer, ema=0.9, accumulate=accumulate)
     found = []
@@ -123,7 +132,14 @@ def test_weight_decay_spares_norms_biases_and_tokens() -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_optimisers_follow_their_schedule(name: str) -> None:
-    spec = OptimSpec(name=name, rate=0.1, warmup=0.2, final=0.1, weight_decay=0.5, clip_norm=0.0)
+    spec = OptimSpec(
+        name=name,
+        learning_rate=0.1,
+        warmup_ratio=0.2,
+        final_lr_ratio=0.1,
+        weight_decay=0.5,
+        grad_clip_norm=0.0,
+    )
     rate = optim.schedule(spec, 100)
     assert (
         float(rate(0)) == 0

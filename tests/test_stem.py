@@ -17,7 +17,7 @@ import pytest
 from particlejax import main as entry
 from particlejax.config.experiment import Experiment, OptimSpec, ParticleSpec, as_dict
 from particlejax.config.model import ClassifySpec, ModelSpec, StemSpec
-from particlejax.config.training import TuneSpec
+from particlejax.config.training import FinetuneSpec
 from particlejax.core import tree
 from particlejax.core.typing import UserError
 from particlejax.distributed import checkpoint
@@ -36,7 +36,11 @@ from particlejax.train.train_state import TrainState, make_step
 
 BASE, SIZE = (4, 32, 32), 4 * 32 * 32 * 3
 MODEL = ModelSpec(
-    width=16, depth=1, heads=2, unroll=False, stem=StemSpec("x3d_tiny", "stage1", "random")
+    width=16,
+    depth=1,
+    num_heads=2,
+    unroll_layers=False,
+    stem=StemSpec("x3d_tiny", "stage1", "random"),
 )
 ENDS = {
     "c3d_tiny": "pool4",
@@ -100,7 +104,7 @@ def test_a_token_is_what_the_network_says_of_the_sub_clip(name: str) -> None:
 
 
 @cache
-def states(tuning: TuneSpec) -> tuple[TrainState, TrainState]:
+def states(tuning: FinetuneSpec) -> tuple[TrainState, TrainState]:
     """Before and after two steps. Weight decay is strong where something must stay, and none where
     gradients alone shall move.
     """
@@ -111,7 +115,9 @@ def states(tuning: TuneSpec) -> tuple[TrainState, TrainState]:
         {"vision": Payload(SIZE, base=BASE)},
         heads=classification(2),
     )
-    spec = OptimSpec(rate=0.1, warmup=0.0, weight_decay=0.5 if tuning.freeze else 0.0)
+    spec = OptimSpec(
+        learning_rate=0.1, warmup_ratio=0.0, weight_decay=0.5 if tuning.freeze else 0.0
+    )
     optimizer = optim.build(spec, 10, freeze=tuning.freeze)
     params = drawn(jax.eval_shape(model.init, jax.random.key(0), batch()))
     step = jax.jit(
@@ -141,7 +147,7 @@ def states(tuning: TuneSpec) -> tuple[TrainState, TrainState]:
 
 @pytest.mark.parametrize("freeze", ["", "payload_vision/network"])
 def test_it_trains_or_stays_to_the_last_bit(freeze: str) -> None:
-    tuning = TuneSpec(freeze=freeze)
+    tuning = FinetuneSpec(freeze=freeze)
     before, after = states(tuning)
     first, network = tree.flatten(before.params), 0
     for path, leaf in tree.flatten(after.params).items():
@@ -161,7 +167,7 @@ def test_it_trains_or_stays_to_the_last_bit(freeze: str) -> None:
 
 def test_gradients_reach_every_parameter() -> None:
     """Every channel's, but those of a ReLU that is below zero everywhere."""
-    _, after = states(TuneSpec())
+    _, after = states(FinetuneSpec())
     moments = {
         path.split("/mu/")[1]: leaf
         for path, leaf in tree.flatten(after.opt_state).items()
@@ -208,7 +214,7 @@ def command(cache_dir: str, workdir: Path, *more: str) -> list[str]:
         f"--config.data.cache_dir={cache_dir}",
         "--workdir",
         str(workdir),
-        "--config.evaluate.splits=()",
+        "--config.eval.splits=()",
         *more,
     ]
 
@@ -222,7 +228,7 @@ def test_published_weights_are_read_kept_and_handed_on(
     kept.save(0, {"params": params}, {"model": "x3d_tiny"})
     kept.close()
     weights = f"--config.model.stem.weights={tmp_path}/import"
-    still = "--config.stages.finetune.tune.freeze=payload_vision/network"
+    still = "--config.stages.finetune.finetune.freeze=payload_vision/network"
     assert entry.main(command(cache_dir, tmp_path / "frozen", weights, still)) == 0
     assert "arrays of x3d_tiny from" in capfd.readouterr().err
     figures = json.loads((tmp_path / "frozen" / "results.json").read_text())["finetune"]["train"]
@@ -244,7 +250,9 @@ def test_published_weights_are_read_kept_and_handed_on(
     for path, leaf in held.items():
         np.testing.assert_allclose(leaf, tree.flatten(params)[path], rtol=1e-6, err_msg=path)
     assert (
-        entry.main(command(cache_dir, tmp_path / "on", f"--config.init={tmp_path}/frozen", weights))
+        entry.main(
+            command(cache_dir, tmp_path / "on", f"--config.init_from={tmp_path}/frozen", weights)
+        )
         == 0
     )
     trained = checkpoint.load_arrays(stage.checkpoint_folder(tmp_path / "on", "finetune"))
@@ -259,7 +267,7 @@ def test_published_weights_are_read_kept_and_handed_on(
 @pytest.mark.parametrize(
     "data, weights, sentence",
     [
-        ({"still": 0.4}, "fixture", "want config.data.mean, std and still to be"),
+        ({"still": 0.4}, "fixture", "want config.data.image_mean, std and still to be"),
         ({}, "", "there are no weights for x3d_tiny: add --config.model.stem.weights"),
         ({}, "/no/such.npz", "/no/such.npz does not exist"),
         ({}, "part", r"part.npz lacks 1 parameters of x3d_tiny \(stem_space/kernel"),
@@ -280,11 +288,12 @@ def test_weights_that_do_not_fit_are_refused(
     model = as_dict(dataclasses.replace(MODEL, stem=dataclasses.replace(MODEL.stem, weights=path)))
     experiment = Experiment.of(
         {
-            "data": {"frames": 8, "size": 32, "mean": 0.45, "std": 0.225} | data,
-            "particles": {"policy": "grid", "base": BASE},
+            "data": {"num_frames": 8, "image_size": 32, "image_mean": 0.45, "image_std": 0.225}
+            | data,
+            "particles": {"policy": "grid", "patch_size": BASE},
             "model": model,
-            "stages": {"one": {"steps": 1, "objectives": {"classify": {}}}},
+            "stages": {"one": {"num_steps": 1, "objectives": {"classify": {}}}},
         }
     )
     with pytest.raises(UserError, match=sentence):
-        pretrained.begun(states(TuneSpec())[0], stage.build(experiment, "one", ("a", "b")))
+        pretrained.begun(states(FinetuneSpec())[0], stage.build(experiment, "one", ("a", "b")))

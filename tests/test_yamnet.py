@@ -149,43 +149,49 @@ def test_a_model_learns_from_sound_and_words_that_others_heard_and_read(
     tmp_path: Path, tokenizer: Path
 ) -> None:
     for name, arg, more in (
-        ("heard", "sound", ["--config.model=yamnet_tiny"]),
-        ("told", "words", ["--config.model=bert_tiny", f"--config.tokenizer={tokenizer}"]),
+        ("audio_features", "sound", ["--config.model=yamnet_tiny"]),
+        ("text_features", "words", ["--config.model=bert_tiny", f"--config.tokenizer={tokenizer}"]),
     ):
         found = run(
-            f"features.py:{arg}",
+            f"extract_features.py:{arg}",
             tmp_path / f"job_{name}",
-            "--config.source=toybox:tiny",
+            "--config.weights=toybox:tiny",
             "--config.weights=random",
-            f"--config.folder={tmp_path / name}",
+            f"--config.out_dir={tmp_path / name}",
             *more,
         )
-        assert found["features"]["train"]["clips"] == found["features"]["train"]["computed"] > 0
-        assert found["features"]["width"] == {"heard": 16, "told": 32}[name]
+        assert (
+            found["extract_features"]["train"]["num_clips"]
+            == found["extract_features"]["train"]["computed"]
+            > 0
+        )
+        assert (
+            found["extract_features"]["width"] == {"audio_features": 16, "text_features": 32}[name]
+        )
     both = DataSpec(
-        modalities=("heard", "told"),
-        size=32,
-        seconds=1.0,
-        heard=FeatureSpec(str(tmp_path / "heard")),
-        told=FeatureSpec(str(tmp_path / "told")),
+        modalities=("audio_features", "text_features"),
+        image_size=32,
+        clip_seconds=1.0,
+        audio_features=FeatureSpec(str(tmp_path / "audio_features")),
+        text_features=FeatureSpec(str(tmp_path / "text_features")),
     )
     record = sources.open_source("toybox:tiny", "train", "~/.cache/particlejax")[0]
     clip = clips.load(record, both, clips.CENTRE)
-    assert not len(clip.frames) and set(clip.kept) == {"heard", "told"}
+    assert not len(clip.frames) and set(clip.kept) == {"audio_features", "text_features"}
     # of what the network hears at once, each 0.48 s; the last goes from 1.92 past the end
     length = 3600 / 16000
     middle = (1.92 + length - 1.0) / 2
     np.testing.assert_allclose(
-        clip.kept["heard"].place[:, 0], np.array([0.96 + length / 2]) - middle, atol=1e-3
+        clip.kept["audio_features"].place[:, 0], np.array([0.96 + length / 2]) - middle, atol=1e-3
     )
-    assert clip.kept["told"].payload.shape == (1, 32)
+    assert clip.kept["text_features"].payload.shape == (1, 32)
     found = run(
         "finetune_features.py:tiny",
         tmp_path / "run",
-        "--config.data.modalities=('heard','told')",
-        f"--config.data.heard.folder={tmp_path / 'heard'}",
-        f"--config.data.told.folder={tmp_path / 'told'}",
-        "--config.data.seconds=2.0",
+        "--config.data.modalities=('audio_features','text_features')",
+        f"--config.data.audio_features.folder={tmp_path / 'audio_features'}",
+        f"--config.data.text_features.folder={tmp_path / 'text_features'}",
+        "--config.data.clip_seconds=2.0",
     )
     assert 0 <= found["finetune"]["val"]["top1"] <= 1
 

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from particlejax.config.experiment import (
     AudioSpec,
     DataSpec,
-    EvaluateSpec,
+    EvalSpec,
     Experiment,
     ModelSpec,
     OptimSpec,
@@ -38,8 +38,8 @@ def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "sight", {"data": {"modalities": ("vision",)}}
     yield "sound", {"data": {"modalities": ("audio",)}}
     yield "early", {}
-    yield "bottleneck", {"model": {"fusion": "bottleneck", "fuse_from": 1, "latents": 4}}
-    yield "cross", {"model": {"fusion": "cross", "fuse_from": 1}}
+    yield "bottleneck", {"model": {"fusion": "bottleneck", "fusion_layer": 1, "num_bottlenecks": 4}}
+    yield "cross", {"model": {"fusion": "cross", "fusion_layer": 1}}
     yield "late", {"model": {"fusion": "late"}}
 
 
@@ -63,18 +63,18 @@ def get_config(arg: str = "") -> ConfigDict:
     runs = {name: changes for name, changes in sweep() if name in chosen}
     train = section(
         StageSpec,
-        steps=2 if tiny else 600,
-        rows=8 if tiny else 16,
-        val="",
-        ema=0.99,
+        num_steps=2 if tiny else 600,
+        batch_size=8 if tiny else 16,
+        val_split="",
+        ema_decay=0.99,
         objectives={"classify": {"label_smoothing": 0.1}},
-        optim=section(OptimSpec, rate=1e-3, b2=0.999),
+        optim=section(OptimSpec, learning_rate=1e-3, b2=0.999),
     )
     side, patch, pool = (64, (4, 16), "attention") if long else (32, (8, 64), "mean")
     size = (
-        {"width": 24, "depth": 3, "heads": 2, "unroll": False}
+        {"width": 24, "depth": 3, "num_heads": 2, "unroll_layers": False}
         if tiny
-        else {"width": 96, "depth": 3, "heads": 3}
+        else {"width": 96, "depth": 3, "num_heads": 3}
     )
     splits = ("test", "test[:50%]", "test[50%:]") if toybox else ("val",)
     return ConfigDict(
@@ -85,16 +85,16 @@ def get_config(arg: str = "") -> ConfigDict:
                 DataSpec,
                 source="toybox:tiny" if tiny else "toybox:apart",
                 modalities=("vision", "audio"),
-                frames=16,
-                size=side,
-                still=0.05,
-                memory_gib=1.0,
-                augment={"crop": (0.5, 1.0), "flip": 0.5},
-                audio=section(AudioSpec, patch=patch, seconds=2.0),
+                num_frames=16,
+                image_size=side,
+                temporal_mean_scale=0.05,
+                ram_cache_gib=1.0,
+                augment={"crop_scale": (0.5, 1.0), "hflip_prob": 0.5},
+                audio=section(AudioSpec, patch_size=patch, max_seconds=2.0),
             ),
-            particles=section(ParticleSpec, policy="grid", base=(16, 4, 4)),
-            model=section(ModelSpec, pool=pool, **size),
-            evaluate=section(EvaluateSpec, splits=splits, rows=8 if tiny else 16),
+            particles=section(ParticleSpec, policy="grid", patch_size=(16, 4, 4)),
+            model=section(ModelSpec, pool_type=pool, **size),
+            eval=section(EvalSpec, splits=splits, batch_size=8 if tiny else 16),
             stages={"train": train},
             sweep=section(
                 SweepSpec,

@@ -31,15 +31,15 @@ def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
         return {"particles": {"policy": "adaptive", "budget": HALF, **more}}
 
     yield "time-or-space", adaptive()
-    yield "both-at-once", adaptive(splits=("both",))
-    yield "time-only", adaptive(splits=("time",))
-    yield "space-only", adaptive(splits=("space",))
-    yield "two-levels", adaptive(levels=2)
-    yield "absolute", adaptive(measure="absolute")
-    yield "motion", adaptive(measure="motion")
+    yield "both-at-once", adaptive(split_axes=("spacetime",))
+    yield "time-only", adaptive(split_axes=("time",))
+    yield "space-only", adaptive(split_axes=("space",))
+    yield "two-levels", adaptive(num_levels=2)
+    yield "absolute", adaptive(split_criterion="absolute_error")
+    yield "motion", adaptive(split_criterion="motion")
     yield "pyramid", {"particles": {"policy": "pyramid", "budget": HALF}}
-    yield "merge", {"model": {"reduce": "merge", "reduce_after": (1,)}}
-    yield "drop", {"model": {"reduce": "drop", "reduce_after": (1,)}}
+    yield "merge", {"model": {"token_reduction": "merge", "token_reduction_layers": (1,)}}
+    yield "drop", {"model": {"token_reduction": "prune", "token_reduction_layers": (1,)}}
 
 
 def get_config(arg: str = "") -> ConfigDict:

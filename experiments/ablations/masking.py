@@ -23,13 +23,13 @@ def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
     """Names and what is different."""
 
     def masked(**more: Any) -> dict[str, Any]:
-        return {"stages": {"pretrain": {"objectives": {"masked": more}}}}
+        return {"stages": {"pretrain": {"objectives": {"masked_autoencoder": more}}}}
 
     yield "random-40", {}
-    yield "random-20", masked(keep=0.2)
-    yield "random-60", masked(keep=0.6)
-    yield "tube-40", masked(mask="tube")
-    yield "normalised-40", masked(normalise=True)
+    yield "random-20", masked(mask_ratio=0.8)
+    yield "random-60", masked(mask_ratio=0.4)
+    yield "tube-40", masked(mask_type="tube")
+    yield "normalised-40", masked(norm_pix_loss=True)
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -20,7 +20,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from particlejax.config.experiment import ScaleSpec, ScheduleSpec, SweepSpec, arguments, section
+from particlejax.config.experiment import (
+    ScaleScheduleSpec,
+    ScaleSpec,
+    SweepSpec,
+    arguments,
+    section,
+)
 
 HERE = Path(__file__).parent
 
@@ -36,33 +42,48 @@ def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
 
     def schedule(*scales: dict[str, Any], **more: Any) -> dict[str, Any]:
         made = section(
-            ScheduleSpec, scales=tuple(section(ScaleSpec, **scale) for scale in scales), **more
+            ScaleScheduleSpec, scales=tuple(section(ScaleSpec, **scale) for scale in scales), **more
         )
-        return {"stages": {"train": {"steps": SHORT, "rows": FEW, "schedule": made}}}
+        return {
+            "stages": {"train": {"num_steps": SHORT, "batch_size": FEW, "scale_schedule": made}}
+        }
 
     whole: dict[str, Any] = {}  # the full grid
-    half, small = {"frames": 8}, {"frames": 8, "size": 32}  # 128 and 32 particles
+    half, small = {"num_frames": 8}, {"num_frames": 8, "image_size": 32}  # 128 and 32 particles
     few, some = {"policy": "adaptive", "budget": 64}, {"policy": "adaptive", "budget": 128}
     yield "fixed", {}
-    yield "fixed-third", {"stages": {"train": {"steps": STEPS // 3}}}
-    yield "fixed-few-rows", {"stages": {"train": {"steps": SHORT, "rows": FEW}}}
-    sizes = ({**small, "share": 0.6}, {**half, "share": 0.3}, {**whole, "share": 0.1})
-    budgets = ({**few, "share": 0.7}, {**some, "share": 0.2}, {**whole, "share": 0.1})
+    yield "fixed-third", {"stages": {"train": {"num_steps": STEPS // 3}}}
+    yield "fixed-few-rows", {"stages": {"train": {"num_steps": SHORT, "batch_size": FEW}}}
+    sizes = ({**small, "weight": 0.6}, {**half, "weight": 0.3}, {**whole, "weight": 0.1})
+    budgets = ({**few, "weight": 0.7}, {**some, "weight": 0.2}, {**whole, "weight": 0.1})
     yield "progressive-sizes", schedule(*sizes, kind="progressive")
     yield "progressive-budgets", schedule(*budgets, kind="progressive")
-    cycles = schedule(*budgets, kind="cycles", rounds=4, settle=0.1)
+    cycles = schedule(*budgets, kind="cycles", num_cycles=4, final_fraction=0.1)
     yield "cycles-budgets", cycles
     yield (
         "cycles-budgets-short",
-        {"stages": {"train": {**cycles["stages"]["train"], "steps": SHORT * 9 // 10}}},
+        {"stages": {"train": {**cycles["stages"]["train"], "num_steps": SHORT * 9 // 10}}},
     )
     yield (
         "mixture-budgets",
         schedule(
-            {**few, "share": 0.8}, {**some, "share": 0.15}, {**whole, "share": 0.05}, kind="mixture"
+            {**few, "weight": 0.8},
+            {**some, "weight": 0.15},
+            {**whole, "weight": 0.05},
+            kind="mixture",
         ),
     )
-    yield "multigrid", schedule(half, whole, kind="cycles", rounds=4, settle=0.2, short=(0.5, 1.0))
+    yield (
+        "multigrid",
+        schedule(
+            half,
+            whole,
+            kind="cycles",
+            num_cycles=4,
+            final_fraction=0.2,
+            short_cycle_factors=(0.5, 1.0),
+        ),
+    )
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -72,9 +93,9 @@ def get_config(arg: str = "") -> ConfigDict:
     runs = dict(sweep())
     if tiny:
         runs = {"multigrid": runs["multigrid"]}
-        runs["multigrid"]["stages"]["train"].update(steps=2, rows=8)
+        runs["multigrid"]["stages"]["train"].update(num_steps=2, batch_size=8)
     else:
-        config.stages.train.steps, config.stages.train.epochs = STEPS, 0
+        config.stages.train.num_steps, config.stages.train.num_epochs = STEPS, 0
     config.sweep = ConfigDict(
         section(SweepSpec, runs=runs, seeds=tuple(config.sweep.seeds), metric=config.sweep.metric)
     )

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from particlejax.config.experiment import (
     DataSpec,
-    EvaluateSpec,
+    EvalSpec,
     Experiment,
     ModelSpec,
     OptimSpec,
@@ -31,10 +31,10 @@ from particlejax.config.experiment import (
 )
 
 FULL = 256  # particles of the whole grid
-FINE = {"base": (4, 8, 8)}  # of 16 x 64 x 64; every payload has this size, whatever it covers
+FINE = {"patch_size": (4, 8, 8)}  # of 16 x 64 x 64; every payload has this size, whatever it covers
 
 
-def sweep(base: tuple[int, int, int] = FINE["base"]) -> Iterator[tuple[str, dict[str, Any]]]:
+def sweep(base: tuple[int, int, int] = FINE["patch_size"]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Names and what is different."""
 
     def tubes(*scales: tuple[int, int, int]) -> dict[str, Any]:
@@ -50,8 +50,11 @@ def sweep(base: tuple[int, int, int] = FINE["base"]) -> Iterator[tuple[str, dict
     for budget in (128, 64):
         yield f"random-{budget}", {"particles": {"budget": budget}}
         yield f"adaptive-{budget}", {"particles": {"policy": "adaptive", "budget": budget}}
-    yield "motion-128", {"particles": {"policy": "adaptive", "budget": 128, "measure": "motion"}}
-    yield "runs-128", {"particles": {"policy": "runs", "budget": 128}}
+    yield (
+        "motion-128",
+        {"particles": {"policy": "adaptive", "budget": 128, "split_criterion": "motion"}},
+    )
+    yield "runs-128", {"particles": {"policy": "run_length", "budget": 128}}
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -64,22 +67,22 @@ def get_config(arg: str = "") -> ConfigDict:
     data = section(
         DataSpec,
         source="folder:../shared/data/jhmdb21" if real else "toybox:tiny" if tiny else "toybox",
-        frames=16,
-        size=64,
-        decode_side=80 if real else 0,
-        still=0.4,
-        memory_gib=0.0 if tiny else 4.0,
-        augment={"crop": (0.4, 1.0), "flip": 0.5},
+        num_frames=16,
+        image_size=64,
+        decode_short_side=80 if real else 0,
+        temporal_mean_scale=0.4,
+        ram_cache_gib=0.0 if tiny else 4.0,
+        augment={"crop_scale": (0.4, 1.0), "hflip_prob": 0.5},
     )
     train = section(
         StageSpec,
-        steps=2 if tiny else 0,
-        epochs=0 if tiny else 12,
-        rows=8 if tiny else 16,
-        val="",
+        num_steps=2 if tiny else 0,
+        num_epochs=0 if tiny else 12,
+        batch_size=8 if tiny else 16,
+        val_split="",
         objectives={"classify": {"label_smoothing": 0.1}},
-        ema=0.99,
-        optim=section(OptimSpec, rate=1e-3, weight_decay=0.05, b2=0.999),
+        ema_decay=0.99,
+        optim=section(OptimSpec, learning_rate=1e-3, weight_decay=0.05, b2=0.999),
     )
     split = "val" if real else "test"
     return ConfigDict(
@@ -87,17 +90,19 @@ def get_config(arg: str = "") -> ConfigDict:
             Experiment,
             job="sweep",
             data=data,
-            particles=section(ParticleSpec, policy="grid", base=FINE["base"], levels=3),
-            model=(
-                section(ModelSpec, width=32, depth=2, heads=2, unroll=False)
-                if tiny
-                else section(ModelSpec, width=64, depth=3, heads=2)
+            particles=section(
+                ParticleSpec, policy="grid", patch_size=FINE["patch_size"], num_levels=3
             ),
-            evaluate=section(
-                EvaluateSpec,
+            model=(
+                section(ModelSpec, width=32, depth=2, num_heads=2, unroll_layers=False)
+                if tiny
+                else section(ModelSpec, width=64, depth=3, num_heads=2)
+            ),
+            eval=section(
+                EvalSpec,
                 splits=(split,),
                 views=(2, 1) if real else (1, 1),
-                rows=8 if tiny else 16,
+                batch_size=8 if tiny else 16,
             ),
             stages={"train": train},
             sweep=section(

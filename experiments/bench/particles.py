@@ -30,17 +30,17 @@ def get_config(arg: str = "") -> ConfigDict:
             data=section(
                 DataSpec,
                 source="toybox:tiny" if tiny else "folder:../shared/data/jhmdb21",
-                frames=16,
-                size=64 if tiny else 128,
+                num_frames=16,
+                image_size=64 if tiny else 128,
             ),
-            particles=section(ParticleSpec, policy="adaptive", base=(2, 8, 8)),
+            particles=section(ParticleSpec, policy="adaptive", patch_size=(2, 8, 8)),
             model=(
-                section(ModelSpec, width=32, depth=1, heads=2, unroll=False)
+                section(ModelSpec, width=32, depth=1, num_heads=2, unroll_layers=False)
                 if tiny
-                else section(ModelSpec, width=192, depth=6, heads=3)
+                else section(ModelSpec, width=192, depth=6, num_heads=3)
             ),
-            bench=section(BenchSpec, repetitions=1, clips=2)
+            bench=section(BenchSpec, repetitions=1, num_clips=2)
             if tiny
-            else section(BenchSpec, repetitions=5, clips=30),
+            else section(BenchSpec, repetitions=5, num_clips=30),
         )
     )

@@ -7,7 +7,7 @@ to 512 TPU chips.
 TPUs want `pip install particlejax[plan]`, and none need be there. Two to four minutes a mesh on one
 core; the same command goes on where it was stopped. Layers stand in a loop, which compiles sooner
 and sends the same. Of ViT-g:
---config.experiment=experiments/pretrain/mae_base.py:giant --config.rows=8.
+--config.experiment=experiments/pretrain/videomae_base.py:giant --config.per_device_batch_size=8.
 """
 
 from ml_collections import ConfigDict
@@ -16,8 +16,8 @@ from particlejax.config.experiment import MeshSpec, arguments, section
 from particlejax.config.jobs import PlanSpec
 
 _TINY = (
-    "stages.pretrain.rows=8",
-    "model.unroll=False",
+    "stages.pretrain.batch_size=8",
+    "model.unroll_layers=False",
     "model.width=16",
     "model.depth=1",
     "model.decoder_depth=1",
@@ -33,7 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 PlanSpec,
                 job="bench_scaling",
                 experiment="experiments/quickstart.py:tiny",
-                settings=_TINY,
+                overrides=_TINY,
                 topology="here:1,here",
                 meshes=(fsdp,),
             )
@@ -42,10 +42,10 @@ def get_config(arg: str = "") -> ConfigDict:
         section(
             PlanSpec,
             job="bench_scaling",
-            experiment="experiments/pretrain/mae_base.py",
+            experiment="experiments/pretrain/videomae_base.py",
             topology="v5p:1x1x1,v5p:2x2x1,v5p:2x2x4,v5p:4x4x4,v5p:4x8x8,v5p:8x8x8",
-            rows=32,
-            settings=("model.unroll=False",),
+            per_device_batch_size=32,
+            overrides=("model.unroll_layers=False",),
             meshes=(section(MeshSpec), fsdp),
         )
     )

@@ -34,29 +34,39 @@ def get_config(arg: str = "") -> ConfigDict:
     """The experiment; arg: '' or 'tiny'."""
     tiny = arguments(arg, "tiny")["tiny"]
     objectives = {
-        "sync": {"shifts": 2, "step": 3, "other": 0.0, "how": "correlation"},
-        "contrast": {"pair": ("vision", "audio")},
-        "masked": {"mask": "random", "keep": 0.5, "predict": 0.25, "weight": 0.5},
+        "synchronization": {
+            "max_shift": 2,
+            "shift_stride": 3,
+            "mismatch_prob": 0.0,
+            "method": "correlation",
+        },
+        "contrastive": {"modalities": ("vision", "audio")},
+        "masked_autoencoder": {
+            "mask_type": "random",
+            "mask_ratio": 0.5,
+            "target_ratio": 0.25,
+            "weight": 0.5,
+        },
     }
     stage = section(
         StageSpec,
-        steps=4 if tiny else 1200,
-        rows=8 if tiny else 16,
-        val="" if tiny else "val",
-        val_every=300,
+        num_steps=4 if tiny else 1200,
+        batch_size=8 if tiny else 16,
+        val_split="" if tiny else "val",
+        val_every_steps=300,
         objectives={
-            name: objectives[name] for name in objectives if not tiny or name == "sync"
+            name: objectives[name] for name in objectives if not tiny or name == "synchronization"
         },  # one compiles sooner
-        optim=section(OptimSpec, rate=1e-3),
+        optim=section(OptimSpec, learning_rate=1e-3),
     )
     small = section(
         ModelSpec,
         width=24,
         depth=2,
-        heads=2,
+        num_heads=2,
         decoder_width=24,
         decoder_depth=1,
-        unroll=False,
+        unroll_layers=False,
         fusion="bottleneck",
     )
     return ConfigDict(
@@ -66,18 +76,18 @@ def get_config(arg: str = "") -> ConfigDict:
                 DataSpec,
                 source="toybox:tiny" if tiny else "toybox",
                 modalities=("vision", "audio"),
-                frames=16,
-                size=32,
-                still=0.05,
-                memory_gib=1.0,
-                augment={"flip": 0.5},
-                audio=section(AudioSpec, patch=(8, 64), seconds=2.0),
+                num_frames=16,
+                image_size=32,
+                temporal_mean_scale=0.05,
+                ram_cache_gib=1.0,
+                augment={"hflip_prob": 0.5},
+                audio=section(AudioSpec, patch_size=(8, 64), max_seconds=2.0),
             ),
-            particles=section(ParticleSpec, policy="grid", base=(2, 8, 8)),
+            particles=section(ParticleSpec, policy="grid", patch_size=(2, 8, 8)),
             model=small
             if tiny
             else section(
-                ModelSpec, width=96, depth=3, heads=3, decoder_width=96, fusion="bottleneck"
+                ModelSpec, width=96, depth=3, num_heads=3, decoder_width=96, fusion="bottleneck"
             ),
             stages={"pretrain": stage},
         )

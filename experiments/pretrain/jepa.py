@@ -29,16 +29,22 @@ def get_config(arg: str = "") -> ConfigDict:
     tiny = arguments(arg, "tiny")["tiny"]
     stage = section(
         StageSpec,
-        steps=4 if tiny else 1200,
-        rows=8 if tiny else 16,
-        val="" if tiny else "val",
-        val_every=300,
-        ema=0.99,
-        objectives={"latent": {"mask": "tube", "keep": 0.25, "predict": 0.5}},
-        optim=section(OptimSpec, rate=1e-3),
+        num_steps=4 if tiny else 1200,
+        batch_size=8 if tiny else 16,
+        val_split="" if tiny else "val",
+        val_every_steps=300,
+        ema_decay=0.99,
+        objectives={"jepa": {"mask_type": "tube", "mask_ratio": 0.75, "target_ratio": 0.5}},
+        optim=section(OptimSpec, learning_rate=1e-3),
     )
     small = section(
-        ModelSpec, width=24, depth=1, heads=2, decoder_width=24, decoder_depth=1, unroll=False
+        ModelSpec,
+        width=24,
+        depth=1,
+        num_heads=2,
+        decoder_width=24,
+        decoder_depth=1,
+        unroll_layers=False,
     )
     return ConfigDict(
         section(
@@ -46,16 +52,16 @@ def get_config(arg: str = "") -> ConfigDict:
             data=section(
                 DataSpec,
                 source="toybox:tiny" if tiny else "toybox",
-                frames=16,
-                size=32,
-                still=0.4,
-                memory_gib=1.0,
-                augment={"crop": (0.5, 1.0), "flip": 0.5},
+                num_frames=16,
+                image_size=32,
+                temporal_mean_scale=0.4,
+                ram_cache_gib=1.0,
+                augment={"crop_scale": (0.5, 1.0), "hflip_prob": 0.5},
             ),
-            particles=section(ParticleSpec, policy="grid", base=(16, 4, 4)),
+            particles=section(ParticleSpec, policy="grid", patch_size=(16, 4, 4)),
             model=small
             if tiny
-            else section(ModelSpec, width=96, depth=3, heads=3, decoder_width=96),
+            else section(ModelSpec, width=96, depth=3, num_heads=3, decoder_width=96),
             stages={"pretrain": stage},
         )
     )

@@ -31,23 +31,29 @@ def get_config(arg: str = "") -> ConfigDict:
     """The experiment; arg: '' or 'tiny'."""
     tiny = arguments(arg, "tiny")["tiny"]
     objectives = {
-        "contrast": {"pair": ("vision", "text")},
-        "match": {"negatives": "hard"},
-        "words": {"weight": 0.5},
+        "contrastive": {"modalities": ("vision", "text")},
+        "text_matching": {"negatives": "hard"},
+        "masked_lm": {"weight": 0.5},
     }
     stage = section(
         StageSpec,
-        steps=4 if tiny else 2400,
-        rows=8 if tiny else 16,
-        val="" if tiny else "val",
-        val_every=300,
+        num_steps=4 if tiny else 2400,
+        batch_size=8 if tiny else 16,
+        val_split="" if tiny else "val",
+        val_every_steps=300,
         objectives={
-            name: objectives[name] for name in objectives if not tiny or name == "contrast"
+            name: objectives[name] for name in objectives if not tiny or name == "contrastive"
         },  # one compiles sooner
-        optim=section(OptimSpec, rate=1e-3),
+        optim=section(OptimSpec, learning_rate=1e-3),
     )
     small = section(
-        ModelSpec, width=24, depth=1, heads=2, decoder_width=24, decoder_depth=1, unroll=False
+        ModelSpec,
+        width=24,
+        depth=1,
+        num_heads=2,
+        decoder_width=24,
+        decoder_depth=1,
+        unroll_layers=False,
     )
     return ConfigDict(
         section(
@@ -56,16 +62,16 @@ def get_config(arg: str = "") -> ConfigDict:
                 DataSpec,
                 source="toybox:tiny" if tiny else "toybox",
                 modalities=("vision", "text"),
-                frames=16,
-                size=32,
-                still=0.05,
-                memory_gib=1.0,
-                augment={"crop": (0.7, 1.0), "flip": 0.5},
+                num_frames=16,
+                image_size=32,
+                temporal_mean_scale=0.05,
+                ram_cache_gib=1.0,
+                augment={"crop_scale": (0.7, 1.0), "hflip_prob": 0.5},
             ),
-            particles=section(ParticleSpec, policy="grid", base=(16, 4, 4)),
+            particles=section(ParticleSpec, policy="grid", patch_size=(16, 4, 4)),
             model=small
             if tiny
-            else section(ModelSpec, width=96, depth=3, heads=3, decoder_width=96, dropout=0.2),
+            else section(ModelSpec, width=96, depth=3, num_heads=3, decoder_width=96, dropout=0.2),
             stages={"pretrain": stage},
         )
     )

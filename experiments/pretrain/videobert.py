@@ -5,10 +5,10 @@ reads both.
     python -m particlejax.main --config experiments/pretrain/videobert.py
 
 Visual words are clusters that k-means finds among the particles of the first batches. As in the
-paper they may be those of a frozen network: compute experiments/features.py, then
---config.data.modalities="('features','text')"
---config.data.features.folder=FOLDER
---config.stages.pretrain.objectives.visual_words.modality=features.
+paper they may be those of a frozen network: compute experiments/extract_features.py, then
+--config.data.modalities="('video_features','text')"
+--config.data.video_features.folder=FOLDER
+--config.stages.pretrain.objectives.masked_visual_tokens.modality=video_features.
 
 On the toybox 1200 steps take 7 minutes of a core. Of 240 unseen clips' hidden visual words it names
 42.7 % of 64, of the captions' hidden bytes 23.4 %, and the match of 54.6 % of clips. Frozen, sight
@@ -28,27 +28,45 @@ from particlejax.config.experiment import (
     arguments,
     section,
 )
-from particlejax.config.model import VisualWordsSpec
+from particlejax.config.model import MaskedVisualTokensSpec
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The experiment; arg: '' or 'tiny'."""
     tiny = arguments(arg, "tiny")["tiny"]
-    seen = section(VisualWordsSpec, mask="random", keep=0.4, predict=0.3, codes=16 if tiny else 64)
-    objectives = {"words": {"keep": 0.7}, "visual_words": seen, "match": {"negatives": "hard"}}
+    seen = section(
+        MaskedVisualTokensSpec,
+        mask_type="random",
+        mask_ratio=0.6,
+        target_ratio=0.3,
+        codebook_size=16 if tiny else 64,
+    )
+    objectives = {
+        "masked_lm": {"mask_ratio": 0.3},
+        "masked_visual_tokens": seen,
+        "text_matching": {"negatives": "hard"},
+    }
     stage = section(
         StageSpec,
-        steps=4 if tiny else 1200,
-        rows=8 if tiny else 16,
-        val="" if tiny else "val",
-        val_every=300,
+        num_steps=4 if tiny else 1200,
+        batch_size=8 if tiny else 16,
+        val_split="" if tiny else "val",
+        val_every_steps=300,
         objectives={
-            name: objectives[name] for name in objectives if not tiny or name == "visual_words"
+            name: objectives[name]
+            for name in objectives
+            if not tiny or name == "masked_visual_tokens"
         },  # one compiles sooner
-        optim=section(OptimSpec, rate=1e-3),
+        optim=section(OptimSpec, learning_rate=1e-3),
     )
     small = section(
-        ModelSpec, width=24, depth=1, heads=2, decoder_width=24, decoder_depth=1, unroll=False
+        ModelSpec,
+        width=24,
+        depth=1,
+        num_heads=2,
+        decoder_width=24,
+        decoder_depth=1,
+        unroll_layers=False,
     )
     return ConfigDict(
         section(
@@ -57,16 +75,16 @@ def get_config(arg: str = "") -> ConfigDict:
                 DataSpec,
                 source="toybox:tiny" if tiny else "toybox",
                 modalities=("vision", "text"),
-                frames=16,
-                size=32,
-                still=0.05,
-                memory_gib=1.0,
-                augment={"flip": 0.5},
+                num_frames=16,
+                image_size=32,
+                temporal_mean_scale=0.05,
+                ram_cache_gib=1.0,
+                augment={"hflip_prob": 0.5},
             ),
-            particles=section(ParticleSpec, policy="grid", base=(16, 4, 4)),
+            particles=section(ParticleSpec, policy="grid", patch_size=(16, 4, 4)),
             model=small
             if tiny
-            else section(ModelSpec, width=96, depth=3, heads=3, decoder_width=96),
+            else section(ModelSpec, width=96, depth=3, num_heads=3, decoder_width=96),
             stages={"pretrain": stage},
         )
     )

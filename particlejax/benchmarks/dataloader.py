@@ -85,7 +85,7 @@ class Work:
 
 
 def bench(experiment: Experiment, workdir: Path, name: str) -> None:
-    """Job 'bench_data': tables in report.md, figures in results.json."""
+    """Job 'bench_dataloader': tables in report.md, figures in results.json."""
     del name
     repetitions = experiment.bench.repetitions
     figures: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "repetitions": repetitions}
@@ -93,7 +93,7 @@ def bench(experiment: Experiment, workdir: Path, name: str) -> None:
         figures[title] = _compare(work, repetitions, title)
     figures["random access"] = _random_access(workdir, repetitions, experiment)
     figures["memory"] = _memory(experiment)
-    stage.add_results(workdir, "bench_data", figures, {})
+    stage.add_results(workdir, "bench_dataloader", figures, {})
     text = "\n".join(_report(figures))
     io.write_text(workdir / "report.md", text)
     print(text)
@@ -102,29 +102,31 @@ def bench(experiment: Experiment, workdir: Path, name: str) -> None:
 def _works(experiment: Experiment, workdir: Path) -> Iterator[tuple[str, Work]]:
     data, spec = experiment.data, experiment.bench
     source = sources.open_source(data.source, data.split, data.cache_dir)
-    batches = pipeline.Batches(source, data, experiment.particles, experiment.seed, spec.rows)
+    batches = pipeline.Batches(source, data, experiment.particles, experiment.seed, spec.batch_size)
     yield (
         "short clips",
-        Work(batches, max(1, spec.clips // spec.rows), data.threads, processes=True),
+        Work(batches, max(1, spec.num_clips // spec.batch_size), data.num_threads, processes=True),
     )
     path = workdir / "hd.mp4"
-    _make(path, _HD, _HD_SECONDS if spec.clips > 50 else 2)
+    _make(path, _HD, _HD_SECONDS if spec.num_clips > 50 else 2)
     with Video(str(path)) as video:
-        length = video.duration - data.frames * _STRIDE / _RATE
-    starts = np.random.default_rng(0).uniform(0, max(length, 0.0), max(spec.rows, spec.clips // 20))
+        length = video.duration - data.num_frames * _STRIDE / _RATE
+    starts = np.random.default_rng(0).uniform(
+        0, max(length, 0.0), max(spec.batch_size, spec.num_clips // 20)
+    )
     records = tuple(
-        Record(f"{s:.2f}", str(path), start=s, end=s + data.frames * _STRIDE / _RATE)
+        Record(f"{s:.2f}", str(path), start=s, end=s + data.num_frames * _STRIDE / _RATE)
         for s in starts
     )
     # a thread decodes a batch: each must have several
-    rows = max(1, len(records) // (4 * data.threads))
+    rows = max(1, len(records) // (4 * data.num_threads))
     batches = replace(
         batches,
         source=Listed((), records),
-        data=replace(data, sample="dense", stride=(_STRIDE, _STRIDE)),
+        data=replace(data, frame_sampling="dense", frame_stride=(_STRIDE, _STRIDE)),
         rows=rows,
     )
-    yield "1080p", Work(batches, len(records) // rows, data.threads)
+    yield "1080p", Work(batches, len(records) // rows, data.num_threads)
 
 
 # -- the whole pipeline against decoding alone
@@ -136,14 +138,14 @@ def _compare(work: Work, repetitions: int, title: str) -> dict[str, Any]:
         "particlejax, whole pipeline": lambda: _drain(work),
         _BARE: lambda: _each(decoders.bare, wanted, work.threads),
         _LEAST: lambda: _each(
-            partial(decoders.least, side=work.batches.data.size), wanted, work.threads
+            partial(decoders.least, side=work.batches.data.image_size), wanted, work.threads
         ),
         _DROPS: lambda: _each(partial(decoders.bare, drop=True), wanted, work.threads),
     }
     if work.processes:
         rivals[_PROCESSES] = lambda: _steady(work)
     others, unusable = decoders.others(
-        wanted, work.batches.data.decode_side or work.batches.data.size
+        wanted, work.batches.data.decode_short_side or work.batches.data.image_size
     )
     rivals |= {
         name: partial(_each, decode, wanted, work.threads) for name, decode in others.items()
@@ -219,7 +221,10 @@ def _steady(work: Work) -> Timed:
     the last one counted: what was ready before is then as much as what is ready after.
     """
     first = _READ_AHEAD * work.threads
-    data, last = replace(work.batches.data, workers=work.threads, threads=1), first + work.steps
+    data, last = (
+        replace(work.batches.data, num_workers=work.threads, num_threads=1),
+        first + work.steps,
+    )
     with closing(pipeline.read(work.batches, 0, _ENDLESS, data)) as stream:
         for k, loaded in enumerate(stream, 1):
             _refuse(loaded)
@@ -245,12 +250,12 @@ def _each(decode: Callable[..., Any], wanted: decoders.Wanted, threads: int) -> 
 
 
 def _random_access(workdir: Path, repetitions: int, experiment: Experiment) -> dict[str, Any]:
-    frames, spec = experiment.data.frames, experiment.bench
-    lengths = (_SHORT, _LONG) if spec.clips > 50 else (2, 6)
+    frames, spec = experiment.data.num_frames, experiment.bench
+    lengths = (_SHORT, _LONG) if spec.num_clips > 50 else (2, 6)
     found: dict[str, list[float]] = {}
     rng = np.random.default_rng(0)
     paths = [workdir / f"{length}s.mp4" for length in lengths]
-    data = DataSpec(frames=frames, size=_SIDE, cache_dir=experiment.data.cache_dir)
+    data = DataSpec(num_frames=frames, image_size=_SIDE, cache_dir=experiment.data.cache_dir)
     _make(paths[0], (320, 240), lengths[0])
     _repeat(paths[0], paths[1], lengths[1] // lengths[0])
     span = frames * _STRIDE / _RATE
@@ -337,22 +342,27 @@ def _memory(experiment: Experiment) -> dict[str, Any]:
     """
     spec = experiment.bench
     source = sources.open_source("toybox:tiny", "train", experiment.data.cache_dir)
-    data = replace(experiment.data, frames=8, size=32, decode_side=0, sample="span")
-    batches = pipeline.Batches(source, data, ParticleSpec(base=(2, 16, 16)), 0, spec.rows)
-    steps = max(_MEMORY_STEPS, spec.memory_clips // spec.rows)
+    data = replace(
+        experiment.data, num_frames=8, image_size=32, decode_short_side=0, frame_sampling="uniform"
+    )
+    batches = pipeline.Batches(
+        source, data, ParticleSpec(patch_size=(2, 16, 16)), 0, spec.batch_size
+    )
+    steps = max(_MEMORY_STEPS, spec.memory_clips // spec.batch_size)
     marks = [k for k in range(steps) if (k + 1) % (steps // _MEMORY_STEPS) == 0]
-    found: dict[str, Any] = {"clips": [(k + 1) * spec.rows for k in marks]}
+    found: dict[str, Any] = {"num_clips": [(k + 1) * spec.batch_size for k in marks]}
     for name, workers in (("a worker process", 1), ("this process, decoding itself", 0)):
         before = set(active_children())
         mib = []
-        for k, _ in enumerate(pipeline.read(batches, 0, steps, replace(data, workers=workers))):
+        for k, _ in enumerate(pipeline.read(batches, 0, steps, replace(data, num_workers=workers))):
             if k in marks:
                 started = [child.pid for child in set(active_children()) - before]
                 mib.append(round(sum(map(_resident, started or [os.getpid()])), 1))
         found[name] = mib
         say(
-            f"memory of {name}: {mib[0]:.0f} MiB after {found['clips'][0]} clips, {mib[-1]:.0f} "
-            f"MiB after {found['clips'][-1]}"
+            f"memory of {name}: {mib[0]:.0f} MiB after {found['num_clips'][0]} clips, "
+            f"{mib[-1]:.0f} "
+            f"MiB after {found['num_clips'][-1]}"
         )
     return found
 
@@ -409,6 +419,6 @@ def _report(figures: dict[str, Any]) -> Iterator[str]:
     memory = dict(figures["memory"])
     yield from ("", "## Resident memory, MiB", "")
     yield from table(
-        ["clips", *memory.pop("clips")], [[name, *mib] for name, mib in memory.items()]
+        ["clips", *memory.pop("num_clips")], [[name, *mib] for name, mib in memory.items()]
     )
     yield ""

@@ -157,8 +157,8 @@ class Bench:
 
 
 def bench(experiment: Experiment, workdir: Path, name: str) -> None:
-    """Job 'bench_faults': the table in report.md and results.json. Raises RuntimeError where
-    anything was lost.
+    """Job 'bench_fault_tolerance': the table in report.md and results.json. Raises RuntimeError
+    where anything was lost.
     """
     del name
     it = Bench(experiment, workdir, random.Random(experiment.seed))
@@ -168,7 +168,9 @@ def bench(experiment: Experiment, workdir: Path, name: str) -> None:
     for kind in experiment.bench.faults:
         say(f"faults: {kind}")
         rows += KINDS[kind](it)
-        stage.add_results(workdir, "bench_faults", {row.what: vars(row) for row in rows}, {})
+        stage.add_results(
+            workdir, "bench_fault_tolerance", {row.what: vars(row) for row in rows}, {}
+        )
         io.write_text(workdir / "report.md", "\n".join(_report(it, rows)))
     print("\n".join(_report(it, rows)))
     if any(row.lost for row in rows):
@@ -278,7 +280,7 @@ def disk(it: Bench) -> Iterator[Row]:
             else "files limited in size (as a full disk: this user may not mount one)"
         )
         process = it.start(workdir)
-        it.after_step(workdir, process, it.experiment.checkpoint.every + 1)
+        it.after_step(workdir, process, it.experiment.checkpoint.save_interval_steps + 1)
         process.terminate()
         process.wait()
         before = [p.name for p in _steps(stage.checkpoint_folder(workdir, it.stage))]
@@ -311,7 +313,9 @@ def pairs(it: Bench) -> Iterator[Row]:
     for victim, which in enumerate(("first", "second")):
         workdir, row = it.folder / f"pair_{which}", Row(f"the {which} of two processes killed")
         two = _pair(it, workdir)
-        row.times += it.after_step(workdir, two[0], it.experiment.checkpoint.every + 1)
+        row.times += it.after_step(
+            workdir, two[0], it.experiment.checkpoint.save_interval_steps + 1
+        )
         two[victim].kill()
         begun = time.monotonic()
         row.exit_codes.append(two[1 - victim].wait())
@@ -323,7 +327,7 @@ def pairs(it: Bench) -> Iterator[Row]:
         row.lost = (
             it.lost(workdir, _TOLERANCE) + any(ended) + (row.exit_codes == [0]) + (not row.saw)
         )
-        row.lost += seconds > 1.5 * it.experiment.cluster.heartbeat
+        row.lost += seconds > 1.5 * it.experiment.distributed.heartbeat_timeout_seconds
         yield row
 
 
@@ -344,11 +348,11 @@ def _pair_terminated(it: Bench) -> Row:
 
 
 KINDS: dict[str, Callable[[Bench], Iterator[Row]]] = {
-    "kill": kills,
-    "term": terms,
-    "damage": damage,
-    "disk": disk,
-    "pair": pairs,
+    "sigkill": kills,
+    "sigterm": terms,
+    "corrupt_checkpoint": damage,
+    "disk_full": disk,
+    "lost_process": pairs,
 }
 
 
@@ -450,8 +454,10 @@ def _report(it: Bench, rows: list[Row]) -> Iterator[str]:
     yield from (
         "# Faults",
         "",
-        f"{len(it.losses(it.alone()))} steps, a checkpoint every {it.experiment.checkpoint.every}, "
-        f"heartbeat {it.experiment.cluster.heartbeat} s. Lost: lines of metrics that differ in any "
+        f"{len(it.losses(it.alone()))} steps, a checkpoint every "
+        f"{it.experiment.checkpoint.save_interval_steps}, "
+        f"heartbeat {it.experiment.distributed.heartbeat_timeout_seconds} s. Lost: lines of "
+        "metrics that differ in any "
         "byte from those of a "
         f"run that was left alone (of two processes: losses by more than {_TOLERANCE:g}), and "
         "whatever was not as it "

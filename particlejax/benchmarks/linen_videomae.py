@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from particlejax.config.model import MaskedSpec, ModelSpec
+from particlejax import masks
+from particlejax.config.model import MaskedAutoencoderSpec, ModelSpec
 
 _PACKAGES = ("torch", "transformers")
 
@@ -26,7 +27,7 @@ class Task(NamedTuple):
     base: tuple[int, int, int]
     rows: int
     classes: int
-    masked: MaskedSpec | None
+    masked: MaskedAutoencoderSpec | None
     train: bool
 
     @property
@@ -43,7 +44,11 @@ class Task(NamedTuple):
     @property
     def hidden(self) -> int:
         """Tokens of a clip that the encoder does not see."""
-        return self.tokens - round(self.tokens * self.masked.keep) if self.masked else 0
+        return (
+            self.tokens - round(self.tokens * masks.visible_ratio(self.masked.mask_ratio))
+            if self.masked
+            else 0
+        )
 
 
 def missing() -> str:
@@ -79,9 +84,11 @@ def operations(spec: ModelSpec, task: Task) -> int:
         spec.decoder_width,
     )
     # it embeds what it then hides
-    found = 2 * tokens * task.payload * width + spec.depth * _block(seen, width, spec.mlp)
+    found = 2 * tokens * task.payload * width + spec.depth * _block(seen, width, spec.mlp_ratio)
     if task.masked:
-        found += 2 * seen * width * narrow + spec.decoder_depth * _block(tokens, narrow, spec.mlp)
+        found += 2 * seen * width * narrow + spec.decoder_depth * _block(
+            tokens, narrow, spec.mlp_ratio
+        )
         found += 2 * task.hidden * narrow * task.payload
     else:
         found += 2 * width * task.classes
@@ -141,12 +148,12 @@ def _model(spec: ModelSpec, task: Task) -> Any:
         tubelet_size=task.base[0],
         hidden_size=spec.width,
         num_hidden_layers=spec.depth,
-        num_attention_heads=spec.heads,
-        intermediate_size=spec.mlp * spec.width,
+        num_attention_heads=spec.num_heads,
+        intermediate_size=spec.mlp_ratio * spec.width,
         decoder_hidden_size=spec.decoder_width,
         decoder_num_hidden_layers=spec.decoder_depth,
-        decoder_num_attention_heads=spec.decoder_heads,
-        decoder_intermediate_size=spec.mlp * spec.decoder_width,
+        decoder_num_attention_heads=spec.decoder_num_heads,
+        decoder_intermediate_size=spec.mlp_ratio * spec.decoder_width,
         num_labels=task.classes,
         attn_implementation="sdpa",
     )

@@ -38,7 +38,7 @@ def bench(experiment: Experiment, workdir: Path, name: str) -> None:
     del name
     seen = _clips(experiment)
     figures = {
-        "clips": len(seen),
+        "num_clips": len(seen),
         "decibels": _decibels(experiment, seen),
         "cost": _cost(experiment, seen),
     }
@@ -52,7 +52,7 @@ def _clips(experiment: Experiment) -> list[clips.Clip]:
     data = experiment.data
     source = sources.open_source(data.source, data.split, data.cache_dir)
     chosen = (
-        np.linspace(0, len(source) - 1, min(experiment.bench.clips, len(source)))
+        np.linspace(0, len(source) - 1, min(experiment.bench.num_clips, len(source)))
         .round()
         .astype(int)
     )
@@ -79,12 +79,12 @@ def _decibels(experiment: Experiment, seen: list[clips.Clip]) -> dict[str, dict[
 def _rivals(experiment: Experiment, share: int) -> Iterator[tuple[str, ParticleSpec]]:
     spec, size = (
         experiment.particles,
-        (experiment.data.frames, experiment.data.size, experiment.data.size),
+        (experiment.data.num_frames, experiment.data.image_size, experiment.data.image_size),
     )
     budget = policies.particle_count(size, replace(spec, policy="grid", budget=0)) // share
     for doublings in range(share.bit_length()):  # in space; the rest of the coarseness is in time
         scale = (share // 4**doublings, 2**doublings, 2**doublings)
-        shape = tuple(b * s for b, s in zip(spec.base, scale, strict=True))
+        shape = tuple(b * s for b, s in zip(spec.patch_size, scale, strict=True))
         if (
             scale[0]
             and np.prod(scale) == share
@@ -95,11 +95,11 @@ def _rivals(experiment: Experiment, share: int) -> Iterator[tuple[str, ParticleS
                 replace(spec, policy="tubes", budget=0, tubes=((shape, shape),)),
             )
     for name, changes in (
-        ("runs", {"policy": "runs"}),
-        ("adaptive, both at once", {"splits": ("both",)}),
+        ("run_length", {"policy": "run_length"}),
+        ("adaptive, both at once", {"split_axes": ("spacetime",)}),
         ("adaptive", {}),
-        ("adaptive, four levels", {"levels": 4}),
-        ("adaptive, absolute", {"measure": "absolute"}),
+        ("adaptive, four levels", {"num_levels": 4}),
+        ("adaptive, absolute", {"split_criterion": "absolute_error"}),
     ):
         each = replace(spec, **({"policy": "adaptive", "budget": budget} | changes))
         try:
@@ -118,7 +118,7 @@ def _psnr(clip: clips.Clip, spec: ParticleSpec) -> float:
         particles.extent,
         clip.starts,
         clip.frames.shape[1:3],
-        spec.base,
+        spec.patch_size,
         blank,
     )
     error = float(np.mean((painted - clip.frames) ** 2))
@@ -132,7 +132,7 @@ def _cost(experiment: Experiment, seen: list[clips.Clip]) -> dict[str, float]:
     """Milliseconds a clip: training steps on the whole grid and on half of it, and choosing that
     half.
     """
-    size = (experiment.data.frames, experiment.data.size, experiment.data.size)
+    size = (experiment.data.num_frames, experiment.data.image_size, experiment.data.image_size)
     grid = replace(experiment.particles, policy="grid", budget=0)
     half = replace(
         experiment.particles, policy="adaptive", budget=policies.particle_count(size, grid) // 2
@@ -212,8 +212,9 @@ def _report(experiment: Experiment, figures: dict[str, Any]) -> Iterator[str]:
     yield from (
         "# Particles",
         "",
-        f"{figures['clips']} clips of {data.frames} frames of {data.size} x {data.size}, base "
-        f"{experiment.particles.base}. PSNR in dB of the clip painted from its particles.",
+        f"{figures['num_clips']} clips of {data.num_frames} frames of {data.image_size} x "
+        f"{data.image_size}, base "
+        f"{experiment.particles.patch_size}. PSNR in dB of the clip painted from its particles.",
         "",
     )
     for share, each in figures["decibels"].items():

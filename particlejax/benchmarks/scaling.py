@@ -25,7 +25,8 @@ def bench(spec: PlanSpec, workdir: Path, name: str) -> None:
     Raises UserError where a topology or a mesh cannot be.
     """
     del name
-    found: dict[str, dict[str, Any]] = stage.read_results(workdir).get(_JOB, {})
+    before = stage.read_results(workdir).get(_JOB, {})
+    found: dict[str, dict[str, Any]] = {k: v for k, v in before.items() if "num_params" in v}
     for topology in plan.topologies(spec):
         devices = plan.devices_of(topology)
         meshes = [
@@ -41,7 +42,8 @@ def bench(spec: PlanSpec, workdir: Path, name: str) -> None:
         for label, mesh in missing.items():
             found[label] = plan.figures(prepared, mesh, accelerators.of(devices[0], len(devices)))
             say(
-                f"{label}: {found[label]['bytes'].get('sent', 0.0) / 2**20:.1f} MiB sent by each "
+                f"{label}: {found[label]['bytes'].get('ici_bytes', 0.0) / 2**20:.1f} MiB sent by "
+                "each "
                 "device"
             )
             io.write_json(workdir / stage.RESULTS, {_JOB: found})
@@ -55,11 +57,12 @@ def _divided(figures: dict[str, Any]) -> str:
 
 
 def _lines(spec: PlanSpec, found: dict[str, dict[str, Any]]) -> Iterator[str]:
-    count = next(iter(found.values()))["parameters"]
+    count = next(iter(found.values()))["num_params"]
     yield from (f"# Scaling of {spec.experiment}: {count / 1e6:.2f} M parameters", "")
     yield from (
-        f"{spec.rows or 'The same'} rows "
-        f"{'for each device' if spec.rows else 'of all devices together'}. Compiled, not "
+        f"{spec.per_device_batch_size or 'The same'} rows "
+        f"{'for each device' if spec.per_device_batch_size else 'of all devices together'}. "
+        "Compiled, not "
         "run: memory and collectives are the compiler's, times estimates at rates as published or, "
         "of a CPU, measured.",
         "",
@@ -91,9 +94,9 @@ def _table(found: dict[str, dict[str, Any]]) -> Iterator[str]:
         "fits",
         *(f"{key}, MiB" for key in exchanges),
         "all, MiB",
-        "wire, ms",
+        "ICI, ms",
         "step, ms",
-        "binds",
+        "bottleneck",
     ]
     rows = []
     for label, each in found.items():
@@ -107,9 +110,9 @@ def _table(found: dict[str, dict[str, Any]]) -> Iterator[str]:
                 "yes" if each["fits"] else "no",
                 *(f"{sent[label].get(key, 0.0) / 2**20:.2f}" for key in exchanges),
                 f"{sum(sent[label].values()) / 2**20:.2f}",
-                _ms(guess["seconds"].get("wire")),
+                _ms(guess["seconds"].get("ici")),
                 _ms(guess.get("step")),
-                guess.get("binds", ""),
+                guess.get("bottleneck", ""),
             ]
         )
     yield from table(head, rows)

@@ -44,8 +44,8 @@ class Work(NamedTuple):
 
 
 def bench(experiment: Experiment, workdir: Path, name: str) -> None:
-    """Job 'bench_peer': tables in report.md, figures in results.json. Raises UserError for a stage
-    that has no peer.
+    """Job 'bench_videomae': tables in report.md, figures in results.json. Raises UserError for a
+    stage that has no peer.
     """
     del name
     experiment, said = _worthwhile(experiment)
@@ -60,9 +60,9 @@ def bench(experiment: Experiment, workdir: Path, name: str) -> None:
         _task(experiment, stage, train)  # raises before minutes have passed
     for task, stage, train in _tasks(experiment):
         figures[task] = _measured(
-            experiment, _works(experiment, stage, train), experiment.stages[stage].rows, task
+            experiment, _works(experiment, stage, train), experiment.stages[stage].batch_size, task
         )
-        run.add_results(workdir, "bench_peer", figures, {})  # each may take minutes
+        run.add_results(workdir, "bench_videomae", figures, {})  # each may take minutes
     text = "\n".join(_report(experiment, figures))
     io.write_text(workdir / "report.md", text)
     print(text)
@@ -125,7 +125,7 @@ def _works(experiment: Experiment, name: str, train: bool) -> dict[str, Work]:
 
 def _task(experiment: Experiment, name: str, train: bool) -> linen_videomae.Task:
     spec, data = experiment.stages[name], experiment.data
-    if set(spec.objectives) not in ({"masked"}, {"classify"}):
+    if set(spec.objectives) not in ({"masked_autoencoder"}, {"classify"}):
         raise UserError(
             f"config.stages.{name} has the objectives {', '.join(spec.objectives)}, and VideoMAE "
             "knows 'masked' and "
@@ -138,11 +138,11 @@ def _task(experiment: Experiment, name: str, train: bool) -> linen_videomae.Task
             "stage's own data, particles and model empty."
         )
     return linen_videomae.Task(
-        (data.frames, data.size, data.size),
-        experiment.particles.base,
-        spec.rows,
+        (data.num_frames, data.image_size, data.image_size),
+        experiment.particles.patch_size,
+        spec.batch_size,
         len(_CLASSES),
-        spec.objectives.get("masked"),
+        spec.objectives.get("masked_autoencoder"),
         train,
     )
 
@@ -150,21 +150,21 @@ def _task(experiment: Experiment, name: str, train: bool) -> linen_videomae.Task
 def _ours(experiment: Experiment, name: str, train: bool) -> Work:
     """The program that the loop runs, on particles as they come from the data."""
     stage, mesh = run.build(experiment, name, _CLASSES), sharding.make_mesh(experiment.mesh)
-    made, batch = train_step.of(stage, stage.targets, stage.spec.steps), _batch(stage)
+    made, batch = train_step.of(stage, stage.targets, stage.spec.num_steps), _batch(stage)
     state = initialise(
         stage.model,
         made.optimizer,
         stage.example,
         experiment.seed,
-        stage.spec.ema,
+        stage.spec.ema_decay,
         mesh,
-        stage.spec.tune,
+        stage.spec.finetune,
     )
-    sharding.check_rows(stage.spec.rows, mesh, f"config.stages.{name}.rows")
+    sharding.check_rows(stage.spec.batch_size, mesh, f"config.stages.{name}.batch_size")
     placed, held = sharding.put(batch, mesh), [state]
     call = jit_step(made.step, state, mesh) if train else eval.jit_predict(stage.model, mesh)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    operations = _operations(experiment, name, batch) * (3 if train else 1) // stage.spec.rows
+    operations = _operations(experiment, name, batch) * (3 if train else 1) // stage.spec.batch_size
 
     def times(number: int) -> None:
         for _ in range(number):
@@ -180,9 +180,9 @@ def _ours(experiment: Experiment, name: str, train: bool) -> Work:
 def _operations(experiment: Experiment, name: str, batch: Batch) -> int:
     """Of a forward pass; with plain attention, as kernels hide or repeat what they compute."""
     plain = run.build(
-        replace(experiment, model=replace(experiment.model, attention="plain")), name, _CLASSES
+        replace(experiment, model=replace(experiment.model, attention_impl="xla")), name, _CLASSES
     )
-    objective = train_step.of(plain, plain.targets, plain.spec.steps).objective
+    objective = train_step.of(plain, plain.targets, plain.spec.num_steps).objective
     params = jax.eval_shape(plain.model.init, jax.random.key(0), plain.example)
     return flops.count(
         jax.make_jaxpr(lambda p, b, key: objective(p, plain.model, b, key, True))(
@@ -195,8 +195,10 @@ def _batch(stage: run.Stage) -> Batch:
     """Random pixels cut as the stage says, one clip of two seconds a row."""
     rng, data = np.random.default_rng(0), stage.data
     packed, seconds = [], 2.0
-    for i in range(stage.spec.rows):
-        frames = rng.integers(0, 256, (data.frames, data.size, data.size, 3), np.uint8)
+    for i in range(stage.spec.batch_size):
+        frames = rng.integers(
+            0, 256, (data.num_frames, data.image_size, data.image_size, 3), np.uint8
+        )
         clip = data_clips.Clip(frames, seconds)
         packed.append(
             packing.Clip(
@@ -204,7 +206,7 @@ def _batch(stage: run.Stage) -> Batch:
             )
         )
     row = pipeline.row_of(data, stage.particles)
-    return packing.pack(packed, range(stage.spec.rows), row.slots, stage.spec.rows, 1)
+    return packing.pack(packed, range(stage.spec.batch_size), row.slots, stage.spec.batch_size, 1)
 
 
 # -- how it is measured
@@ -214,7 +216,7 @@ def _measured(
     experiment: Experiment, works: dict[str, Work], rows: int, task: str
 ) -> dict[str, Any]:
     """Figures by work, from repetitions in which all take turns, the products first."""
-    number = max(1, experiment.bench.clips // rows)
+    number = max(1, experiment.bench.num_clips // rows)
     for name, work in works.items():
         begun = time.perf_counter()
         work.times(1)  # compiles
@@ -271,15 +273,15 @@ def _report(experiment: Experiment, figures: dict[str, Any]) -> Iterator[str]:
     data, model, base = (
         experiment.data,
         experiment.model,
-        "x".join(map(str, experiment.particles.base)),
+        "x".join(map(str, experiment.particles.patch_size)),
     )
     yield from (
         "# Beside VideoMAE",
         "",
-        f"Width {model.width}, depth {model.depth}, {model.heads} heads; decoder "
-        f"{model.decoder_width}, {model.decoder_depth}, {model.decoder_heads}. Clips of "
-        f"{data.frames} x {data.size} x "
-        f"{data.size} in cuboids of {base}, on {figures['devices']} x {figures['device']}.",
+        f"Width {model.width}, depth {model.depth}, {model.num_heads} heads; decoder "
+        f"{model.decoder_width}, {model.decoder_depth}, {model.decoder_num_heads}. Clips of "
+        f"{data.num_frames} x {data.image_size} x "
+        f"{data.image_size} in cuboids of {base}, on {figures['devices']} x {figures['device']}.",
         "",
     )
     for sentence in figures["left_out"]:
@@ -299,7 +301,7 @@ def _report(experiment: Experiment, figures: dict[str, Any]) -> Iterator[str]:
         )
         peers = [name for name in found if name.startswith(_PEER)]
         yield from (
-            f"## {task}, {experiment.stages[stage].rows} clips",
+            f"## {task}, {experiment.stages[stage].batch_size} clips",
             "",
             f"Products: {rates}.",
             "",

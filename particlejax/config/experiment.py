@@ -29,6 +29,7 @@ from particlejax.config.fields import (
     some_of,
     unknown_key,
 )
+from particlejax.config.modalities import MODALITIES
 from particlejax.config.model import OBJECTIVES, ModelSpec, check_stage
 from particlejax.core.typing import UserError
 
@@ -36,7 +37,7 @@ from particlejax.core.typing import UserError
 # names that plugins may add to; particles/policies.py and data/augment.py hold what they stand for
 POLICIES: dict[str, None] = dict.fromkeys(("grid", "tubes", "pyramid", "adaptive", "runs"))
 AUGMENTATIONS: dict[str, None] = {}
-MODALITIES = ("vision", "audio", "text", "series", "features", "heard", "told")
+
 
 __all__ = ("arguments", "as_dict", "make", "one_of", "section", "unknown_key")
 
@@ -48,43 +49,45 @@ class AugmentSpec(Spec):
     """
 
     # share of the area that a random resized crop keeps
-    crop: tuple[float, float] = interval((1.0, 1.0), 0.01, 1)
-    flip: float = between(0.0, 0, 1)  # probability of mirroring left and right
+    crop_scale: tuple[float, float] = interval((1.0, 1.0), 0.01, 1)
+    hflip_prob: float = between(0.0, 0, 1)  # probability of mirroring left and right
     # classes that mirroring would make another: these are never flipped
-    directed: tuple[str, ...] = ()
+    no_flip_classes: tuple[str, ...] = ()
     # factors that the span of the frames is stretched by, log-uniform
-    speed: tuple[float, float] = interval((1.0, 1.0), 0.01)
+    speed_range: tuple[float, float] = interval((1.0, 1.0), 0.01)
     # of brightness, contrast, saturation (as factors 1 +- this) and, a quarter as much, hue
-    jitter: float = at_least(0.0, 0)
-    operations: int = at_least(0, 0)  # of RandAugment (arXiv:1909.13719)
-    magnitude: float = between(0.5, 0, 1)  # of RandAugment, in [0, 1]
+    color_jitter: float = at_least(0.0, 0)
+    randaug_num_ops: int = at_least(0, 0)  # of RandAugment (arXiv:1909.13719)
+    randaug_magnitude: float = between(0.5, 0, 1)  # of RandAugment, in [0, 1]
     # probability that a box of 2 to 33 % of the picture is grey (arXiv:1708.04896)
-    erase: float = between(0.0, 0, 1)
-    mixup: float = at_least(0.0, 0)  # alpha of MixUp (arXiv:1710.09412); 0: none
+    random_erasing_prob: float = between(0.0, 0, 1)
+    mixup_alpha: float = at_least(0.0, 0)  # alpha of MixUp (arXiv:1710.09412); 0: none
     # alpha of CutMix (arXiv:1905.04899); where both are set each clip draws one
-    cutmix: float = at_least(0.0, 0)
-    gain: float = at_least(0.0, 0)  # dB that sound is made louder or softer by, at most
-    shift: float = at_least(0.0, 0)  # seconds that sound is moved against sight, at most
+    cutmix_alpha: float = at_least(0.0, 0)
+    audio_gain_db: float = at_least(0.0, 0)  # dB that sound is made louder or softer by, at most
+    # seconds that sound is moved against sight, at most
+    audio_shift_seconds: float = at_least(0.0, 0)
     # augmentations of plugins, by name, in this order after the others
     custom: tuple[str, ...] = some_of((), AUGMENTATIONS, 0)
     # of time, and as many of frequency, that SpecAugment empties (arXiv:1904.08779)
-    bands: int = at_least(0, 0)
+    specaugment_num_masks: int = at_least(0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class AudioSpec(Spec):
     """Sound as a log-mel spectrogram, cut into patches."""
 
-    rate: int = at_least(16000, 1)  # samples per second; any track is mixed to one channel of it
-    window: float = at_least(0.025, 1e-4)  # seconds of a spectrum
-    hop: float = at_least(0.010, 1e-4)  # seconds from one spectrum to the next
-    mels: int = at_least(64, 1)
-    low: float = at_least(60.0, 0)  # Hz
-    high: float = at_least(7800.0, 0)  # Hz
-    patch: tuple[int, int] = at_least((16, 16), 1)  # spectra, mels
+    # samples per second; any track is mixed to one channel of it
+    sample_rate: int = at_least(16000, 1)
+    window_seconds: float = at_least(0.025, 1e-4)  # seconds of a spectrum
+    hop_seconds: float = at_least(0.010, 1e-4)  # seconds from one spectrum to the next
+    num_mels: int = at_least(64, 1)
+    f_min: float = at_least(60.0, 0)  # Hz
+    f_max: float = at_least(7800.0, 0)  # Hz
+    patch_size: tuple[int, int] = at_least((16, 16), 1)  # spectra, mels
     mean: float = number(-7.0)  # of log(mel power + 1e-6)
     std: float = at_least(4.0, 1e-4)
-    seconds: float = at_least(0.0, 0)  # longest sound; 0: data.seconds
+    max_seconds: float = at_least(0.0, 0)  # longest sound; 0: data.clip_seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,33 +95,34 @@ class TextSpec(Spec):
     """Captions as token ids."""
 
     tokenizer: str = "bytes"  # or the path of a tokenizer.json of the package `tokenizers`
-    length: int = at_least(64, 1)  # most tokens of a clip
+    max_length: int = at_least(64, 1)  # most tokens of a clip
 
 
 @dataclasses.dataclass(frozen=True)
-class SeriesSpec(Spec):
+class TimeseriesSpec(Spec):
     """Numeric channels from a CSV beside the clip (clip.mp4, clip.csv) with a column `time` in
     seconds.
     """
 
     channels: tuple[str, ...] = ()  # columns
-    rate: float = at_least(30.0, 1e-3)  # values per second that the channels are interpolated to
-    window: int = at_least(15, 1)  # values of a particle
-    seconds: float = at_least(0.0, 0)  # longest series; 0: data.seconds
+    # values per second that the channels are interpolated to
+    sample_rate: float = at_least(30.0, 1e-3)
+    patch_length: int = at_least(15, 1)  # values of a particle
+    max_seconds: float = at_least(0.0, 0)  # longest series; 0: data.clip_seconds
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSpec(Spec):
-    """What a frozen network says of sub-clips, computed before by job features.
+    """What a frozen network says of sub-clips, computed before by job extract_features.
 
     It saw the clip's centre square, not mirrored, or heard its sound, or read its caption.
     """
 
     # that the job wrote; it says which network, how long sub-clips are and how many cells each has
     folder: str = ""
-    seconds: float = at_least(0.0, 0)  # longest span; 0: data.seconds
+    max_seconds: float = at_least(0.0, 0)  # longest span; 0: data.clip_seconds
     # each feature by its mean and deviation over all clips; particles to equal length
-    scale: str = one_of("each", "length")
+    normalization: str = one_of("standardize", "rms")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,46 +138,46 @@ class DataSpec(Spec):
 
     source: str = "toybox"  # toybox | folder:PATH | tfds:NAME | mix:WEIGHT*SOURCE,WEIGHT*SOURCE
     split: str = "train"
-    # of vision, audio, text, series, features, heard, told
+    # of vision, audio, text, timeseries, video_features, audio_features, text_features
     modalities: tuple[str, ...] = some_of(("vision",), MODALITIES)
     # frames: even over `seconds`; every `stride`-th; one a segment
-    sample: str = one_of("span", "dense", "segments")
+    frame_sampling: str = one_of("uniform", "dense", "segment")
     # frames of the file from one to the next where `sample` is dense, drawn between
-    stride: tuple[int, int] = interval((2, 2), 1)
+    frame_stride: tuple[int, int] = interval((2, 2), 1)
     # of the clips to train on, the same ones whatever the seed: few labels, quick trials
-    fraction: float = between(1.0, 0, 1, open_at="least")
+    train_fraction: float = between(1.0, 0, 1, open_at="least")
     # clips of each class, drawn by the seed, that keep their label in training; 0: all do
     shots: int = at_least(0, 0)
-    listed: str = (
+    labelled_csv: str = (
         ""  # CSV with a column `path` of the clips that keep their label; '': as `shots` says
     )
     # share of training clips that come from the others, without label; 0: none
-    unlabelled: float = between(0.0, 0, 1)
+    unlabelled_fraction: float = between(0.0, 0, 1)
     cache_dir: str = "~/.cache/particlejax"  # where toybox is rendered and TFDS looks
-    frames: int = at_least(16, 1)
-    size: int = at_least(64, 1)  # pixels, height and width
-    seconds: float = at_least(0.0, 0)  # span of the frames; 0: the whole clip
+    num_frames: int = at_least(16, 1)
+    image_size: int = at_least(64, 1)  # pixels, height and width
+    clip_seconds: float = at_least(0.0, 0)  # span of the frames; 0: the whole clip
     # pixels of the short side of small or kept clips, from which parts are cut; 0: `size`
-    decode_side: int = at_least(0, 0)
+    decode_short_side: int = at_least(0, 0)
     augment: AugmentSpec = AugmentSpec()
     audio: AudioSpec = AudioSpec()
     text: TextSpec = TextSpec()
-    series: SeriesSpec = SeriesSpec()
-    features: FeatureSpec = FeatureSpec()
-    heard: FeatureSpec = FeatureSpec()  # those of a second network, such as one of sound
-    told: FeatureSpec = FeatureSpec()  # those of a third, such as one of words
-    mean: float = number(0.45)  # of pixels in [0, 1]
-    std: float = at_least(0.225, 1e-4)
+    timeseries: TimeseriesSpec = TimeseriesSpec()
+    video_features: FeatureSpec = FeatureSpec()
+    audio_features: FeatureSpec = FeatureSpec()  # those of a second network, such as one of sound
+    text_features: FeatureSpec = FeatureSpec()  # those of a third, such as one of words
+    image_mean: float = number(0.45)  # of pixels in [0, 1]
+    image_std: float = at_least(0.225, 1e-4)
     # share of a particle's mean over time that stays in it: below 1 change counts for more
-    still: float = between(1.0, 0, 1)
+    temporal_mean_scale: float = between(1.0, 0, 1)
     clips_per_row: int = at_least(1, 1)
-    max_bad: int = at_least(100, 0)  # unreadable clips after which the run stops
+    max_unreadable: int = at_least(100, 0)  # unreadable clips after which the run stops
     # of memory in each worker for clips decoded before; 0: decode anew each time
-    memory_gib: float = at_least(0.0, 0)
+    ram_cache_gib: float = at_least(0.0, 0)
     # seconds that a clip may take to decode before it counts as unreadable; 0: any
-    time_limit: float = at_least(60.0, 0)
-    threads: int = at_least(2, 1)  # that decode, in each worker
-    workers: int = at_least(0, 0)  # processes that decode; 0: threads of this process
+    decode_timeout_seconds: float = at_least(60.0, 0)
+    num_threads: int = at_least(2, 1)  # that decode, in each worker
+    num_workers: int = at_least(0, 0)  # processes that decode; 0: threads of this process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,17 +186,17 @@ class ParticleSpec(Spec):
 
     policy: str = named_in("grid", POLICIES)
     # frames, rows, columns of the cuboid that a payload holds
-    base: tuple[int, int, int] = at_least((2, 16, 16), 1)
+    patch_size: tuple[int, int, int] = at_least((2, 16, 16), 1)
     # of coarseness from one pyramid level to the next
-    factor: tuple[int, int, int] = at_least((2, 2, 2), 1)
+    level_factor: tuple[int, int, int] = at_least((2, 2, 2), 1)
     # of the pyramid, the finest included; of adaptive particles on each axis that splits
-    levels: int = at_least(3, 1)
+    num_levels: int = at_least(3, 1)
     # how an adaptive particle may be split: of both (at once), time, space
-    splits: tuple[str, ...] = some_of(("time", "space"), ("both", "time", "space"))
+    split_axes: tuple[str, ...] = some_of(("time", "space"), ("spacetime", "time", "space"))
     # what an adaptive split is worth (particles/adaptive.py)
-    measure: str = one_of("squared", "absolute", "motion")
+    split_criterion: str = one_of("squared_error", "absolute_error", "motion")
     # mean absolute difference, of 255, above which a run ends where there is no budget
-    threshold: float = at_least(0.0, 0)
+    run_threshold: float = at_least(0.0, 0)
     tubes: tuple = ()  # of (shape, stride) or (shape, stride, offset), each three numbers
     # most particles of a clip: spent by adaptive and runs, else kept at random; 0: all
     budget: int = at_least(0, 0)
@@ -203,14 +207,14 @@ class OptimSpec(Spec):
     """The optimiser and its schedule."""
 
     name: str = one_of("adamw", "sgd")
-    rate: float = at_least(1e-3, 0)  # peak learning rate
-    warmup: float = between(0.1, 0, 1)  # share of the steps
-    final: float = between(0.01, 0, 1)  # learning rate at the end, in peaks
+    learning_rate: float = at_least(1e-3, 0)  # peak learning rate
+    warmup_ratio: float = between(0.1, 0, 1)  # share of the steps
+    final_lr_ratio: float = between(0.01, 0, 1)  # learning rate at the end, in peaks
     weight_decay: float = at_least(0.05, 0)  # decoupled; spares norms, biases and single vectors
     b1: float = between(0.9, 0, 1, open_at="most")
     b2: float = between(0.95, 0, 1, open_at="most")  # as MAE pretraining has it
     momentum: float = between(0.9, 0, 1, open_at="most")  # of sgd
-    clip_norm: float = at_least(1.0, 0)  # largest gradient norm; 0: any
+    grad_clip_norm: float = at_least(1.0, 0)  # largest gradient norm; 0: any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,60 +223,62 @@ class ScaleSpec(Spec):
     particles say.
     """
 
-    frames: int = at_least(0, 0)
-    size: int = at_least(0, 0)  # pixels
-    seconds: float = at_least(0.0, 0)  # span of the frames: with their number, the speed
-    stride: int = at_least(0, 0)  # the speed where data.sample is dense
+    num_frames: int = at_least(0, 0)
+    image_size: int = at_least(0, 0)  # pixels
+    clip_seconds: float = at_least(0.0, 0)  # span of the frames: with their number, the speed
+    frame_stride: int = at_least(0, 0)  # the speed where data.frame_sampling is dense
     policy: str = ""
-    levels: int = at_least(0, 0)
-    splits: tuple[str, ...] = ()
+    num_levels: int = at_least(0, 0)
+    split_axes: tuple[str, ...] = ()
     budget: int = at_least(0, 0)
     tubes: tuple = ()
     # of the clips (mixture), of the training (progressive) or of a round (cycles), beside the
     # others'
-    share: float = above(1.0, 0)
+    weight: float = above(1.0, 0)
 
     def applied(self, data: DataSpec, particles: ParticleSpec) -> tuple[DataSpec, ParticleSpec]:
         """Data and particles as this scale says."""
         changed = {
             name: getattr(self, name)
-            for name in ("frames", "size", "seconds")
+            for name in ("num_frames", "image_size", "clip_seconds")
             if getattr(self, name)
         }
-        if self.stride:
-            changed["stride"] = (self.stride, self.stride)
+        if self.frame_stride:
+            changed["frame_stride"] = (self.frame_stride, self.frame_stride)
         cut = {
             name: getattr(self, name)
-            for name in ("policy", "levels", "splits", "budget", "tubes")
+            for name in ("policy", "num_levels", "split_axes", "budget", "tubes")
             if getattr(self, name)
         }
         return dataclasses.replace(data, **changed), dataclasses.replace(particles, **cut)
 
 
 @dataclasses.dataclass(frozen=True)
-class ScheduleSpec(Spec):
+class ScaleScheduleSpec(Spec):
     """Which scale when; rows keep their shape, so that nothing is compiled anew."""
 
     # each clip draws; in order; in order, again and again
     kind: str = one_of("fixed", "mixture", "progressive", "cycles")
     scales: tuple[ScaleSpec, ...] = ()
-    rounds: int = at_least(1, 1)  # of cycles: the long cycle of Multigrid (arXiv:1912.00998)
-    settle: float = between(
+    num_cycles: int = at_least(1, 1)  # of cycles: the long cycle of Multigrid (arXiv:1912.00998)
+    final_fraction: float = between(
         0.0, 0, 1, open_at="most"
     )  # share of the training at the end of cycles that stays at the last scale
     # factors of the size that follow each other from step to step: its short cycle
-    short: tuple[float, ...] = above((), 0)
+    short_cycle_factors: tuple[float, ...] = above((), 0)
 
     def check(self) -> None:
         """Raises UserError for scales or settings that the kind does not use."""
         if (self.kind == "fixed") == bool(self.scales):
             remedy = "name another kind" if self.scales else "give it some, or leave it 'fixed'"
             raise UserError(
-                f"ScheduleSpec.kind is {self.kind!r} with {len(self.scales)} scales: {remedy}."
+                f"ScaleScheduleSpec.kind is {self.kind!r} with {len(self.scales)} scales: {remedy}."
             )
-        if self.kind != "cycles" and (self.rounds != 1 or self.settle or self.short):
+        if self.kind != "cycles" and (
+            self.num_cycles != 1 or self.final_fraction or self.short_cycle_factors
+        ):
             raise UserError(
-                "ScheduleSpec.rounds, settle and short belong to 'cycles', and kind is "
+                "ScaleScheduleSpec.num_cycles, settle and short belong to 'cycles', and kind is "
                 f"{self.kind!r}: make it that, or leave them."
             )
 
@@ -281,15 +287,15 @@ class ScheduleSpec(Spec):
 class StageSpec(Spec):
     """One training run. `steps` or `epochs`, the other 0."""
 
-    steps: int = at_least(0, 0)
-    epochs: float = at_least(0.0, 0)
-    rows: int = at_least(32, 1)  # of a batch, over all devices
-    accumulate: int = at_least(1, 1)  # micro-batches that a step's gradient is summed over
+    num_steps: int = at_least(0, 0)
+    num_epochs: float = at_least(0.0, 0)
+    batch_size: int = at_least(32, 1)  # of a batch, over all devices
+    grad_accum_steps: int = at_least(1, 1)  # micro-batches that a step's gradient is summed over
     # where parameters start: an earlier stage's name, or RUN_DIR or RUN_DIR:STAGE of another run
-    init: str = ""
+    init_from: str = ""
     objectives: Mapping[str, Any] = named(OBJECTIVES)
     optim: OptimSpec = OptimSpec()
-    tune: training.TuneSpec = training.TuneSpec()  # which parameters train
+    finetune: training.FinetuneSpec = training.FinetuneSpec()  # which parameters train
     robust: training.RobustSpec = training.RobustSpec()  # where the gradient is taken
     # what differs from the experiment's
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -297,27 +303,28 @@ class StageSpec(Spec):
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     # what differs from the experiment's
     particles: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    schedule: ScheduleSpec = ScheduleSpec()  # scales that the training clips are read at
-    val: str = "val"  # split that is measured while training; '': none
-    val_every: int = at_least(0, 0)  # steps; 0: at the end only
-    ema: float = between(
+    # scales that the training clips are read at
+    scale_schedule: ScaleScheduleSpec = ScaleScheduleSpec()
+    val_split: str = "val"  # split that is measured while training; '': none
+    val_every_steps: int = at_least(0, 0)  # steps; 0: at the end only
+    ema_decay: float = between(
         0.0, 0, 1, open_at="most"
     )  # decay of the averaged parameters, which are then the ones evaluated; 0: none
-    select: str = ""  # val metric whose best checkpoint is the stage's result; '': the last
-    select_mode: str = one_of("max", "min")
+    best_metric: str = ""  # val metric whose best checkpoint is the stage's result; '': the last
+    best_mode: str = one_of("max", "min")
     # measurements without a better `select` after which the stage ends; 0: never
-    patience: int = at_least(0, 0)
+    early_stopping_patience: int = at_least(0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateSpec(Spec):
+class EvalSpec(Spec):
     """The measurement at the end of a stage that classifies."""
 
     splits: tuple[str, ...] = ("val",)
     scale: ScaleSpec = ScaleSpec()  # what differs from the stage's data and particles
     # temporal clips x spatial crops per video, probabilities averaged
     views: tuple[int, int] = at_least((1, 1), 1)
-    rows: int = at_least(32, 1)
+    batch_size: int = at_least(32, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,26 +347,26 @@ class MeshSpec(Spec):
 
 
 @dataclasses.dataclass(frozen=True)
-class ClusterSpec(Spec):
+class DistributedSpec(Spec):
     """How several processes find each other (cluster.py); what is left empty comes from the
     environment.
     """
 
     start: str = one_of("auto", "off")
-    coordinator: str = ""  # HOST:PORT of the first process
-    processes: int = at_least(0, 0)  # how many
-    process: str = ""  # which one this is, '0' for the first
+    coordinator_address: str = ""  # HOST:PORT of the first process
+    num_processes: int = at_least(0, 0)  # how many
+    process_id: str = ""  # which one this is, '0' for the first
     # seconds without a sign of life after which a process counts as lost, and the others end
-    heartbeat: int = at_least(100, 1)
-    patience: int = at_least(300, 1)  # seconds to wait for all processes at the start
+    heartbeat_timeout_seconds: int = at_least(100, 1)
+    initialization_timeout: int = at_least(300, 1)  # seconds to wait for all processes at the start
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSpec(Spec):
     """When the state is saved."""
 
-    every: int = at_least(200, 1)  # steps
-    keep: int = at_least(
+    save_interval_steps: int = at_least(200, 1)  # steps
+    max_to_keep: int = at_least(
         2, 2
     )  # newest ones; at least 2, so that a whole one remains while the next is written
 
@@ -368,20 +375,20 @@ class CheckpointSpec(Spec):
 class LogSpec(Spec):
     """Where figures go, besides metrics.jsonl and TensorBoard."""
 
-    every: int = at_least(20, 1)  # steps
+    every_steps: int = at_least(20, 1)  # steps
     # rate that FLOP utilisation is a share of: the device's, or of products timed first
-    peak: str = one_of("known", "measured")
-    wandb: str = ""  # project of Weights & Biases; '': none
+    peak_flops: str = one_of("table", "measured")
+    wandb_project: str = ""  # project of Weights & Biases; '': none
 
 
 @dataclasses.dataclass(frozen=True)
 class PrepareSpec(Spec):
-    """Job prepare: where the data set goes and who writes it."""
+    """Job prepare_data: where the data set goes and who writes it."""
 
-    out: str = ""  # folder that the data set NAME/1.0.0 is made in; '': the workdir
+    data_dir: str = ""  # folder that the data set NAME/1.0.0 is made in; '': the workdir
     name: str = "mine"
-    per_shard: int = at_least(256, 1)  # clips
-    workers: int = at_least(2, 1)  # processes
+    clips_per_shard: int = at_least(256, 1)  # clips
+    num_workers: int = at_least(2, 1)  # processes
     beam: bool = False  # by Apache Beam, on its local runner or on whatever its options name
 
 
@@ -390,12 +397,18 @@ class BenchSpec(Spec):
     """Benchmarks: interleaved repetitions, of which medians are taken."""
 
     repetitions: int = at_least(7, 1)
-    clips: int = at_least(320, 1)  # of a repetition
-    rows: int = at_least(16, 1)
+    num_clips: int = at_least(320, 1)  # of a repetition
+    batch_size: int = at_least(16, 1)
     memory_clips: int = at_least(10000, 1)
     dtypes: tuple[str, ...] = ("float32", "bfloat16")  # that the peer and ours compute in
     # that are injected; `repetitions` are the kills
-    faults: tuple[str, ...] = ("kill", "term", "damage", "disk", "pair")
+    faults: tuple[str, ...] = (
+        "sigkill",
+        "sigterm",
+        "corrupt_checkpoint",
+        "disk_full",
+        "lost_process",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -410,7 +423,7 @@ class SweepSpec(Spec):
     # are this one's
     storage: str = ""
     # trials in which Optuna combines the settings of the runs; 0: the runs as they are
-    search: int = at_least(0, 0)
+    num_trials: int = at_least(0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -421,40 +434,40 @@ class Experiment(Spec):
         "train",
         "sweep",
         "evaluate",
-        "prepare",
+        "prepare_data",
         "check_data",
-        "bench_data",
+        "bench_dataloader",
         "bench_particles",
-        "bench_faults",
-        "bench_peer",
-        "soup",
-        "prototypes",
-        "label_next",
+        "bench_fault_tolerance",
+        "bench_videomae",
+        "model_soup",
+        "fewshot_prototypes",
+        "active_learning",
     )
     seed: int = at_least(0, 0)
     # modules of your own that add objectives, policies, augmentations, sources or networks
     plugins: tuple[str, ...] = ()
     run: str = ""  # jobs evaluate, prototypes, label_next: the run that is asked
-    # job soup: the runs that are averaged, each RUN_DIR or RUN_DIR:STAGE
+    # job model_soup: the runs that are averaged, each RUN_DIR or RUN_DIR:STAGE
     runs: tuple[str, ...] = ()
-    soup: training.SoupSpec = training.SoupSpec()
-    active: training.ActiveSpec = training.ActiveSpec()
+    model_soup: training.ModelSoupSpec = training.ModelSoupSpec()
+    active_learning: training.ActiveLearningSpec = training.ActiveLearningSpec()
     # RUN_DIR or RUN_DIR:STAGE that the first stage starts from; encoder and payloads are then as
     # there
-    init: str = ""
+    init_from: str = ""
     data: DataSpec = DataSpec()
     particles: ParticleSpec = ParticleSpec()
     model: ModelSpec = ModelSpec()
     stages: Mapping[str, StageSpec] = dataclasses.field(default_factory=dict)
     # in which stages run, those not named are left out; () where there is but one
-    order: tuple[str, ...] = ()
-    evaluate: EvaluateSpec = EvaluateSpec()
+    stage_order: tuple[str, ...] = ()
+    eval: EvalSpec = EvalSpec()
     # at a loss or gradient that is no number: stop, or leave the step out
     on_nan: str = one_of("stop", "skip")
     # the first and the last step of a profiler trace in profile/; 0: none
     profile_steps: tuple[int, int] = interval((0, 0), 0)
     mesh: MeshSpec = MeshSpec()
-    cluster: ClusterSpec = ClusterSpec()
+    distributed: DistributedSpec = DistributedSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
     log: LogSpec = LogSpec()
     sweep: SweepSpec = SweepSpec()
@@ -463,15 +476,15 @@ class Experiment(Spec):
 
     def check(self) -> None:
         """Puts the stages in their order. Raises UserError where they cannot be run."""
-        if len(self.stages) > 1 and not self.order:
+        if len(self.stages) > 1 and not self.stage_order:
             raise UserError(
-                "Experiment.order is empty: name the stages to run in their order "
+                "Experiment.stage_order is empty: name the stages to run in their order "
                 f"({', '.join(self.stages)})."
             )
-        for name in self.order:
+        for name in self.stage_order:
             if name not in self.stages:
                 raise UserError(unknown_key(name, "Experiment.stages", self.stages))
-        order = self.order or tuple(self.stages)
+        order = self.stage_order or tuple(self.stages)
         object.__setattr__(self, "stages", {name: self.stages[name] for name in order})
         for name, stage in self.stages.items():
             _check_lengths(stage, f"Experiment.stages.{name}")
@@ -499,19 +512,22 @@ class Experiment(Spec):
 
 
 def _check_lengths(stage: StageSpec, where: str) -> None:
-    if bool(stage.steps) == bool(stage.epochs):
+    if bool(stage.num_steps) == bool(stage.num_epochs):
         raise UserError(
-            f"{where} gives steps={stage.steps} and epochs={stage.epochs:g}: set one of them, the "
+            f"{where} gives steps={stage.num_steps} and epochs={stage.num_epochs:g}: set one of "
+            "them, the "
             "other to 0."
         )
-    if stage.patience and not stage.select:
+    if stage.early_stopping_patience and not stage.best_metric:
         raise UserError(
-            f"{where}.patience={stage.patience} waits for a better `select`, which is empty: name "
+            f"{where}.early_stopping_patience={stage.early_stopping_patience} waits for a better "
+            "`select`, which is empty: name "
             "a metric of the val split there, such as 'loss' or 'top1', or set patience to 0."
         )
-    if stage.rows % stage.accumulate:
+    if stage.batch_size % stage.grad_accum_steps:
         raise UserError(
-            f"{where}.rows={stage.rows} is not a multiple of accumulate={stage.accumulate}: change "
+            f"{where}.batch_size={stage.batch_size} is not a multiple of "
+            f"accumulate={stage.grad_accum_steps}: change "
             "one."
         )
 
@@ -521,22 +537,28 @@ def _check_objectives(experiment: Experiment, stage: StageSpec, where: str) -> N
         raise UserError(f"{where} has no objective: add one of {', '.join(OBJECTIVES)}.")
     data, particles = experiment.data_of(stage), experiment.particles_of(stage)
     model = experiment.model_of(stage)
-    sync, words = stage.objectives.get("sync"), stage.objectives.get("visual_words")
-    if sync and "vision" in sync.laid and particles.base[0] >= data.frames:
+    sync, words = (
+        stage.objectives.get("synchronization"),
+        stage.objectives.get("masked_visual_tokens"),
+    )
+    if sync and "vision" in sync.laid and particles.patch_size[0] >= data.num_frames:
         raise UserError(
-            f"{where}.objectives.sync needs at least 2 time steps, but "
-            f"particles.base[0]={particles.base[0]} covers all {data.frames} frames: use a smaller "
-            "one, such as 2, or sync.how 'question'."
+            f"{where}.objectives.synchronization needs at least 2 time steps, but "
+            f"particles.patch_size[0]={particles.patch_size[0]} covers all {data.num_frames} "
+            "frames: use a smaller "
+            "one, such as 2, or synchronization.method 'question'."
         )
-    if words and (stage.tune.how != "full" or words.modality == "text"):
+    if words and (stage.finetune.method != "full" or words.modality == "text"):
         raise UserError(
-            f"{where}.objectives.visual_words finds clusters of numbers, which are kept beside "
-            "parameters that all train: leave tune.how at 'full', and name a modality other than "
+            f"{where}.objectives.masked_visual_tokens finds clusters of numbers, which are kept "
+            "beside "
+            "parameters that all train: leave finetune.method at 'full', and name a modality other "
+            "than "
             "text."
         )
-    if "latent" in stage.objectives and (not stage.ema or model.reduce_after):
+    if "jepa" in stage.objectives and (not stage.ema_decay or model.token_reduction_layers):
         raise UserError(
-            f"{where}.objectives.latent learns from the average of the parameters, slot by slot: "
-            f"set {where}.ema, such as to 0.99, and leave model.reduce_after empty."
+            f"{where}.objectives.jepa learns from the average of the parameters, slot by slot: "
+            f"set {where}.ema_decay, such as to 0.99, and leave model.token_reduction_layers empty."
         )
-    check_stage(stage.objectives, stage.tune, model, where)
+    check_stage(stage.objectives, stage.finetune, model, where)

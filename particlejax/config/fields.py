@@ -11,7 +11,7 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any, get_args, get_origin
 
-from particlejax.config import plugins
+from particlejax.config import plugins, renames
 from particlejax.core.suggest import did_you_mean
 from particlejax.core.typing import UserError
 
@@ -27,7 +27,10 @@ class Spec:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             where = f"{type(self).__name__}.{field.name}"
-            value = _converted(field, getattr(self, field.name), where)
+            value = getattr(self, field.name)
+            if answer := renames.answer_value(type(self), field, value):
+                raise UserError(answer)
+            value = _converted(field, value, where)
             object.__setattr__(self, field.name, value)
             _check_range(field.metadata, value, where)
         self.check()
@@ -120,7 +123,7 @@ def make(spec: type, values: Mapping[str, Any], where: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(spec)}
     for key in values:
         if key not in fields:
-            raise UserError(unknown_key(key, where, fields))
+            raise UserError(renames.answer_key(spec, key, where) or unknown_key(key, where, fields))
     inner = {key: _filled(fields[key], value, f"{where}.{key}") for key, value in values.items()}
     try:
         return spec(**inner)
@@ -152,6 +155,8 @@ def unknown_key(key: str, where: str, known: Any) -> str:
 
 def _converted(field: dataclasses.Field, value: Any, where: str) -> Any:
     """The value as its field's type wants it. Raises UserError where it is none of that type."""
+    if table := field.metadata.get("table"):  # in its order, whatever order they were given in
+        return {name: value[name] for name in table if name in value} | dict(value)
     if field.type is tuple or get_origin(field.type) is tuple:
         return _tuple(field, value, where)
     names = field.metadata.get("names")
@@ -265,7 +270,12 @@ def _made(spec: type, value: Any, where: str) -> Any:
 
 def _of_table(table: Mapping[str, type], name: str, where: str) -> type:
     if name not in table:
-        raise UserError(unknown_key(name, where, table))
+        new = renames.OBJECTIVES.get(name, "")
+        raise UserError(
+            f"{where}.{name} is now {where}.{new}."
+            if new in table
+            else unknown_key(name, where, table)
+        )
     return table[name]
 
 

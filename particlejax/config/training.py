@@ -10,7 +10,7 @@ from particlejax.core.typing import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class TuneSpec(Spec):
+class FinetuneSpec(Spec):
     """Which parameters train. What stands outside the encoder (head, pool, decoder) always does.
 
     linear: that alone. probe: that, with attention pooling. bitfit: and the encoder's biases
@@ -19,48 +19,51 @@ class TuneSpec(Spec):
     prompt_deep (at every block's, VPT-deep): and new parameters.
     """
 
-    how: str = one_of(
+    method: str = one_of(
         "full",
-        "linear",
-        "probe",
+        "linear_probe",
+        "attentive_probe",
         "bitfit",
         "lora",
         "adapter",
         "prefix",
         "ia3",
-        "prompt",
-        "prompt_deep",
+        "vpt_shallow",
+        "vpt_deep",
     )
     # regular expression of paths that train as well, such as 'norm/' or 'encoder/modality'; '':
     # none
-    also: str = ""
+    extra_trainable: str = ""
     # regular expression of paths that do not train whatever `how` says, such as
     # 'payload_vision/network'
     freeze: str = ""
-    rank: int = at_least(8, 1)  # of lora
-    alpha: float = at_least(16.0, 0)  # of lora: its product counts alpha / rank
+    lora_rank: int = at_least(8, 1)  # of lora
+    lora_alpha: float = at_least(16.0, 0)  # of lora: its product counts alpha / rank
     # regular expression of the encoder's kernels that lora changes
-    targets: str = r"attention/(query|value)/kernel$"
-    size: int = at_least(16, 1)  # hidden width of an adapter; number of prefix vectors or prompts
+    target_modules: str = r"attention/(query|value)/kernel$"
+    adapter_dim: int = at_least(16, 1)  # hidden width of an adapter
+    num_virtual_tokens: int = at_least(16, 1)  # of prefix, vpt_shallow and vpt_deep
     # learning rate of a block over that of the next one above (arXiv:2106.08254)
     layer_decay: float = between(1.0, 0.01, 1)
     # share of the steps in which blocks begin to train, from the top (arXiv:1801.06146)
-    unfreeze: float = between(0.0, 0, 1)
+    gradual_unfreeze_fraction: float = between(0.0, 0, 1)
 
 
-def check(tune: TuneSpec, pool: str, where: str) -> None:
+def check(tune: FinetuneSpec, pool: str, where: str) -> None:
     """Raises UserError where a frozen part would stay as random as it was born."""
-    if tune.how == "probe" and pool != "attention":
+    if tune.method == "attentive_probe" and pool != "attention":
         raise UserError(
-            f"{where}.tune.how is 'probe' and the model's pool is {pool!r}: set config.model.pool "
+            f"{where}.finetune.method is 'probe' and the model's pool is {pool!r}: set "
+            "config.model.pool_type "
             "to 'attention', or "
-            "tune.how to 'linear'."
+            "finetune.method to 'linear'."
         )
-    if tune.how == "linear" and pool != "mean":
+    if tune.method == "linear_probe" and pool != "mean":
         raise UserError(
-            f"{where}.tune.how is 'linear' and the model's pool is {pool!r}: set config.model.pool "
+            f"{where}.finetune.method is 'linear' and the model's pool is {pool!r}: set "
+            "config.model.pool_type "
             "to 'mean', or "
-            "tune.how to 'probe'."
+            "finetune.method to 'probe'."
         )
 
 
@@ -71,39 +74,39 @@ class RobustSpec(Spec):
     """
 
     # distance in the trained parameters (SAM, arXiv:2010.01412), doubles a step's cost; 0: none
-    sam: float = at_least(0.0, 0)
+    sam_rho: float = at_least(0.0, 0)
     # on payloads: arXiv:2001.03994, 1706.06083, 1909.11764
     attack: str = one_of("none", "fgsm", "pgd", "free")
     epsilon: float = at_least(0.05, 0)  # most that each number of a payload is moved by
     # of pgd, which costs as many gradients more; of free, which costs as many in all
-    ascents: int = at_least(3, 1)
+    attack_steps: int = at_least(3, 1)
 
 
 @dataclasses.dataclass(frozen=True)
-class SoupSpec(Spec):
-    """Job soup: runs of one architecture become one model, or one answer."""
+class ModelSoupSpec(Spec):
+    """Job model_soup: runs of one architecture become one model, or one answer."""
 
     # of parameters (arXiv:2203.05482), of those that help, of probabilities
-    how: str = one_of("average", "greedy", "ensemble")
-    newest: int = at_least(
+    method: str = one_of("uniform", "greedy", "ensemble")
+    last_k_checkpoints: int = at_least(
         1,
         1,
-        # checkpoints of each run that count, of those that config.checkpoint.keep left
+        # checkpoints of each run that count, of those that config.checkpoint.max_to_keep left
         # (arXiv:1803.05407)
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class ActiveSpec(Spec):
-    """Job label_next: which clips without a label are worth one."""
+class ActiveLearningSpec(Spec):
+    """Job active_learning: which clips without a label are worth one."""
 
     # least sure; nearest tie; far from all known (arXiv:1708.00489)
-    how: str = one_of("entropy", "margin", "coreset", "random")
-    number: int = at_least(20, 1)  # clips of a round
+    strategy: str = one_of("entropy", "margin", "coreset", "random")
+    num_clips: int = at_least(20, 1)  # clips of a round
 
 
 @dataclasses.dataclass(frozen=True)
-class PseudoSpec(Spec):
+class PseudoLabelSpec(Spec):
     """Clips without a label learn from what is said of them when they are seen whole (FixMatch,
     arXiv:2001.07685).
 
@@ -113,10 +116,11 @@ class PseudoSpec(Spec):
 
     weight: float = at_least(1.0, 0)
     # who says it: the parameters of the moment, or their moving average (stage.ema)
-    teacher: str = one_of("self", "average")
+    teacher: str = one_of("self", "ema")
     # the likeliest class, by cross-entropy; all probabilities, by squared error
-    target: str = one_of("label", "soft")
+    target: str = one_of("hard", "soft")
     # clips whose likeliest class is less likely are not learnt from
     threshold: float = between(0.95, 0, 1)
-    keep: float = between(0.5, 0.01, 1)  # share of the particles that the learner sees
-    noise: float = at_least(0.2, 0)  # deviation of what is added to each number of its payloads
+    # share of the particles that the learner does not see
+    mask_ratio: float = between(0.5, 0, 0.99)
+    noise_std: float = at_least(0.2, 0)  # deviation of what is added to each number of its payloads

@@ -25,15 +25,15 @@ Picture = Callable[[Image.Image], Image.Image]
 
 def pictures(frames: np.ndarray, spec: AugmentSpec, rng: np.random.Generator) -> np.ndarray:
     """Colour jitter, RandAugment, erasing and those of plugins, in this order."""
-    steps = [*_jitter(spec.jitter, rng)] if spec.jitter else []
-    if spec.operations:
+    steps = [*_jitter(spec.color_jitter, rng)] if spec.color_jitter else []
+    if spec.randaug_num_ops:
         steps += [
-            _operation(name, spec.magnitude, rng)
-            for name in rng.choice(sorted(_OPERATIONS), spec.operations)
+            _operation(name, spec.randaug_magnitude, rng)
+            for name in rng.choice(sorted(_OPERATIONS), spec.randaug_num_ops)
         ]
     if steps:
         frames = np.stack([np.asarray(_apply(steps, frame)) for frame in frames])
-    if spec.erase and rng.random() < spec.erase:
+    if spec.random_erasing_prob and rng.random() < spec.random_erasing_prob:
         frames = _erase(frames, rng)
     for name in spec.custom:
         frames = _custom(name)(frames, rng)
@@ -153,11 +153,11 @@ def mix(
     frames: np.ndarray, others: np.ndarray, spec: AugmentSpec, rng: np.random.Generator
 ) -> tuple[np.ndarray, float]:
     """MixUp or CutMix of two clips of one shape, and the share of the first in the result."""
-    kinds = [kind for kind in ("mixup", "cutmix") if getattr(spec, kind)]
+    kinds = [kind for kind in ("mixup_alpha", "cutmix_alpha") if getattr(spec, kind)]
     kind = kinds[int(rng.integers(len(kinds)))]
     alpha = getattr(spec, kind)
     share = rng.beta(alpha, alpha)
-    if kind == "mixup":
+    if kind == "mixup_alpha":
         mixed = frames.astype(np.float32) * share + others.astype(np.float32) * (1 - share)
         return mixed.round().astype(np.uint8), float(share)
     rows, columns = _box(frames.shape[1:3], 1 - share, 1.0, rng)
@@ -169,7 +169,7 @@ def mix(
 
 def loudness(sound: np.ndarray, spec: AugmentSpec, rng: np.random.Generator) -> np.ndarray:
     """Sound float32 [N] by up to `spec.gain` dB louder or softer."""
-    return sound * np.float32(10 ** (rng.uniform(-spec.gain, spec.gain) / 20))
+    return sound * np.float32(10 ** (rng.uniform(-spec.audio_gain_db, spec.audio_gain_db) / 20))
 
 
 def empty_bands(
@@ -180,7 +180,7 @@ def empty_bands(
     """
     mel = mel.copy()
     for axis, n in enumerate(mel.shape):
-        for _ in range(spec.bands):
+        for _ in range(spec.specaugment_num_masks):
             wide = int(rng.integers(0, max(1, n // 5) + 1))
             start = int(rng.integers(0, n - wide + 1))
             mel[(slice(None),) * axis + (slice(start, start + wide),)] = fill

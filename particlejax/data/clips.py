@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from particlejax.config import modalities
 from particlejax.config.experiment import DataSpec, ParticleSpec
 from particlejax.data import augment, frame_cache
 from particlejax.data.modalities import audio, feature_reader, timeseries, tokenizer
@@ -22,9 +23,10 @@ from particlejax.particles import cuboids, policies
 from particlejax.particles.normalize import PixelScale
 from particlejax.particles.types import Particles
 
-VISION, AUDIO, TEXT, SERIES = "vision", "audio", "text", "series"
-KEPT = ("features", "heard", "told")  # what frozen networks said
-MODALITIES = (VISION, AUDIO, TEXT, SERIES, *KEPT)
+VISION, AUDIO, TEXT = modalities.VISION, modalities.AUDIO, modalities.TEXT
+TIMESERIES = modalities.TIMESERIES
+FEATURE_MODALITIES = modalities.FEATURES  # what frozen networks said
+
 _ASPECT = 4 / 3  # a random crop's sides differ by at most this factor
 _BILINEAR, _MIRROR = Image.Resampling.BILINEAR, Image.Transpose.FLIP_LEFT_RIGHT
 _SMALL = 64  # pixels of the side up to which frames are resized together
@@ -76,22 +78,22 @@ def load(record: Record, spec: DataSpec, look: Look, may_flip: bool = True) -> C
     long.
     """
     return timeout.within(
-        spec.time_limit, partial(_load, record, spec, look, may_flip), record.video
+        spec.decode_timeout_seconds, partial(_load, record, spec, look, may_flip), record.video
     )
 
 
 def decodes(spec: DataSpec) -> bool:
     """Whether frames are decoded: not for kept features, alone or with words."""
-    return not set(KEPT) & set(spec.modalities) or bool(
-        {VISION, AUDIO, SERIES} & set(spec.modalities)
+    return not set(FEATURE_MODALITIES) & set(spec.modalities) or bool(
+        {VISION, AUDIO, TIMESERIES} & set(spec.modalities)
     )
 
 
 def _load(record: Record, spec: DataSpec, look: Look, may_flip: bool) -> Clip:
     if not decodes(spec):
         return _unseen(record, spec, look)
-    side = spec.decode_side or spec.size
-    with frame_cache.opened(record.video, side, spec.memory_gib, record.whole_frames) as video:
+    side = spec.decode_short_side or spec.image_size
+    with frame_cache.opened(record.video, side, spec.ram_cache_gib, record.whole_frames) as video:
         length = max(record.until(video.duration) - record.start, 1 / video.fps)
         offset, times, span = moments(length, 1 / video.fps, spec, look)
         # past its end a clip shows its last frame
@@ -104,9 +106,9 @@ def _load(record: Record, spec: DataSpec, look: Look, may_flip: bool) -> Clip:
         clip = replace(clip, sound=_hear(record, spec, look, (origin, start, left, whole)))
     if TEXT in spec.modalities and record.caption:
         clip = replace(clip, words=tokenizer.encode(record.caption, spec.text))
-    if SERIES in spec.modalities and record.series:
-        left = min(left, longest(spec, spec.series.seconds))
-        clip = replace(clip, channels=timeseries.read(record.series, start, left, spec.series))
+    if TIMESERIES in spec.modalities and record.series:
+        left = min(left, longest(spec, spec.timeseries.max_seconds))
+        clip = replace(clip, channels=timeseries.read(record.series, start, left, spec.timeseries))
     return replace(clip, kept=_kept(_read(record, spec), offset, span, spec))
 
 
@@ -120,14 +122,14 @@ def _unseen(record: Record, spec: DataSpec, look: Look) -> Clip:
         if TEXT in spec.modalities and record.caption
         else None
     )
-    frames = np.zeros((0, spec.size, spec.size, 3), np.uint8)
+    frames = np.zeros((0, spec.image_size, spec.image_size, 3), np.uint8)
     return Clip(frames, span, words=text, kept=_kept(kept, offset, span, spec))
 
 
 def _read(record: Record, spec: DataSpec) -> dict[str, feature_reader.Kept]:
     return {
         name: feature_reader.read(record, getattr(spec, name), name)
-        for name in KEPT
+        for name in FEATURE_MODALITIES
         if name in spec.modalities
     }
 
@@ -136,7 +138,7 @@ def _kept(
     kept: Mapping[str, feature_reader.Kept], offset: float, span: float, spec: DataSpec
 ) -> dict[str, Particles]:
     return {
-        name: each.during(offset, min(span, longest(spec, getattr(spec, name).seconds) or span))
+        name: each.during(offset, min(span, longest(spec, getattr(spec, name).max_seconds) or span))
         for name, each in kept.items()
     }
 
@@ -147,11 +149,15 @@ def _see(
     drawn = isinstance(look, np.random.Generator)
     height, width = video.size
     left, top, right, bottom = box = _crop((height, width), spec, look)
-    mirrored = bool(drawn and spec.augment.flip and look.random() < spec.augment.flip and may_flip)
-    part = Part((left / width, top / height, right / width, bottom / height), spec.size, mirrored)
+    mirrored = bool(
+        drawn and spec.augment.hflip_prob and look.random() < spec.augment.hflip_prob and may_flip
+    )
+    part = Part(
+        (left / width, top / height, right / width, bottom / height), spec.image_size, mirrored
+    )
     frames = video.parts_at(times, part)
     if frames is None:
-        frames = crop_resize(video.frames_at(times), box, spec.size, mirrored)
+        frames = crop_resize(video.frames_at(times), box, spec.image_size, mirrored)
     return augment.pictures(frames, spec.augment, look) if drawn else frames
 
 
@@ -160,13 +166,13 @@ def _hear(
 ) -> np.ndarray | None:
     origin, start, seconds, whole = when
     drawn = isinstance(look, np.random.Generator)
-    if drawn and spec.augment.shift:
-        start = max(0.0, start + look.uniform(-1, 1) * spec.augment.shift)
-    seconds = min(seconds, longest(spec, spec.audio.seconds))
+    if drawn and spec.augment.audio_shift_seconds:
+        start = max(0.0, start + look.uniform(-1, 1) * spec.augment.audio_shift_seconds)
+    seconds = min(seconds, longest(spec, spec.audio.max_seconds))
     sound = frame_cache.sound(
-        record.video, origin, start, seconds, spec.audio.rate, spec.memory_gib, whole
+        record.video, origin, start, seconds, spec.audio.sample_rate, spec.ram_cache_gib, whole
     )
-    if sound is not None and drawn and spec.augment.gain:
+    if sound is not None and drawn and spec.augment.audio_gain_db:
         sound = augment.loudness(sound, spec.augment, look)
     return sound
 
@@ -175,7 +181,7 @@ def longest(spec: DataSpec, own: float) -> float:
     """Seconds of sound, series or features that a row has room for: the modality's own setting,
     else the span of the frames.
     """
-    return own or spec.seconds
+    return own or spec.clip_seconds
 
 
 def particles_of(
@@ -192,8 +198,8 @@ def particles_of(
         made[AUDIO] = _audio(clip.sound, data, rng)
     if clip.words is not None and len(clip.words):
         made[TEXT] = _text(clip.words, clip.seconds)
-    if clip.channels is not None and len(clip.channels) >= data.series.window:
-        made[SERIES] = _series(clip.channels, data)
+    if clip.channels is not None and len(clip.channels) >= data.timeseries.patch_length:
+        made[TIMESERIES] = _series(clip.channels, data)
     made |= clip.kept
     return {name: particles for name, particles in made.items() if len(particles.segment)}
 
@@ -204,28 +210,28 @@ def _vision(clip: Clip, spec: ParticleSpec, rng: np.random.Generator) -> Particl
 
 def pixel_scale(data: DataSpec, spec: ParticleSpec) -> PixelScale:
     """How vision payloads become what the model reads."""
-    return PixelScale(data.mean, data.std, data.still, spec.base[0])
+    return PixelScale(data.image_mean, data.image_std, data.temporal_mean_scale, spec.patch_size[0])
 
 
 def _audio(sound: np.ndarray, data: DataSpec, rng: np.random.Generator) -> Particles:
     spec = data.audio
     mel = (audio.log_mel(sound, spec) - spec.mean) / spec.std
-    if data.augment.bands:
+    if data.augment.specaugment_num_masks:
         mel = augment.empty_bands(mel, data.augment, rng, 0.0)
-    times = (np.arange(len(mel)) * spec.hop).astype(np.float32)
-    base = (spec.patch[0], spec.patch[1], 1)
+    times = (np.arange(len(mel)) * spec.hop_seconds).astype(np.float32)
+    base = (spec.patch_size[0], spec.patch_size[1], 1)
     if len(mel) < base[0]:  # shorter than a patch: silence follows
         quiet = (np.log(1e-6) - spec.mean) / spec.std
         mel = np.pad(mel, ((0, base[0] - len(mel)), (0, 0)), constant_values=quiet).astype(
             np.float32
         )
-        times = (np.arange(len(mel)) * spec.hop).astype(np.float32)
+        times = (np.arange(len(mel)) * spec.hop_seconds).astype(np.float32)
     return cuboids.cut(mel[:, :, None, None], times, cuboids.Tube(base, base), base)
 
 
 def _series(channels: np.ndarray, data: DataSpec) -> Particles:
-    base = (data.series.window, 1, 1)
-    times = (np.arange(len(channels)) / data.series.rate).astype(np.float32)
+    base = (data.timeseries.patch_length, 1, 1)
+    times = (np.arange(len(channels)) / data.timeseries.sample_rate).astype(np.float32)
     return cuboids.cut(channels[:, None, None, :], times, cuboids.Tube(base, base), base)
 
 
@@ -245,20 +251,22 @@ def moments(
     frame of the file.
     """
     drawn = isinstance(look, np.random.Generator)
-    if spec.sample == "dense":
-        low, high = spec.stride
+    if spec.frame_sampling == "dense":
+        low, high = spec.frame_stride
         stride = int(look.integers(low, high + 1)) if drawn else round((low * high) ** 0.5)
-        span = spec.frames * stride * frame
+        span = spec.num_frames * stride * frame
     else:
-        span = spec.seconds or length
-    if drawn and spec.augment.speed != (1.0, 1.0):
-        span *= float(np.exp(look.uniform(*np.log(spec.augment.speed))))
+        span = spec.clip_seconds or length
+    if drawn and spec.augment.speed_range != (1.0, 1.0):
+        span *= float(np.exp(look.uniform(*np.log(spec.augment.speed_range))))
     slack = max(length - span, 0.0)
     start = look.uniform(0, slack) if drawn else slack * (look.time + 0.5) / look.times
     phase: float | np.ndarray = 0.5
-    if drawn and spec.sample != "dense":
-        phase = look.uniform(0.1, 0.9, spec.frames if spec.sample == "segments" else None)
-    return start, (np.arange(spec.frames) + phase) * (span / spec.frames), span
+    if drawn and spec.frame_sampling != "dense":
+        phase = look.uniform(
+            0.1, 0.9, spec.num_frames if spec.frame_sampling == "segment" else None
+        )
+    return start, (np.arange(spec.num_frames) + phase) * (span / spec.num_frames), span
 
 
 def _crop(size: tuple[int, int], spec: DataSpec, look: Look) -> tuple[float, ...]:
@@ -268,7 +276,7 @@ def _crop(size: tuple[int, int], spec: DataSpec, look: Look) -> tuple[float, ...
         side, place = min(size), look.crop / (look.crops - 1) if look.crops > 1 else 0.5
         left, top = (width - side) * place, (height - side) * place
         return left, top, left + side, top + side
-    share = spec.augment.crop
+    share = spec.augment.crop_scale
     for _ in range(_TRIES):
         area = look.uniform(*share) * min(size) ** 2
         aspect = np.exp(look.uniform(-1, 1) * np.log(_ASPECT)) if share[0] < 1 else 1.0

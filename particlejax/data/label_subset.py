@@ -58,34 +58,35 @@ def labels(source: Source) -> np.ndarray:
 
 def limit(source: Source, data: DataSpec, seed: int) -> Source:
     """The source with the labels of `data.shots` clips a class, drawn by the seed, or of the clips
-    of the file `data.listed`.
+    of the file `data.labelled_csv`.
 
-    Of the training clips `data.unlabelled` is the share that comes from the others, without their
-    labels; 0: none does. Raises UserError when a class has too few, when the file does not fit, or
-    when `fraction` would thin the rest out.
+    Of the training clips `data.unlabelled_fraction` is the share that comes from the others,
+    without their labels; 0: none does. Raises UserError when a class has too few, when the file
+    does not fit, or when `fraction` would thin the rest out.
     """
-    if not data.shots and not data.listed:
+    if not data.shots and not data.labelled_csv:
         return source
-    if data.fraction < 1:
+    if data.train_fraction < 1:
         raise UserError(
-            f"config.data.fraction={data.fraction:g} would thin out the few clips of data.shots or "
-            "data.listed: set it "
+            f"config.data.train_fraction={data.train_fraction:g} would thin out the few clips of "
+            "data.shots or "
+            "data.labelled_csv: set it "
             "to 1."
         )
     kept = (
-        read_list(source, data.listed)
-        if data.listed
+        read_list(source, data.labelled_csv)
+        if data.labelled_csv
         else draw(labels(source), data.shots, seed, source.classes)
     )
-    if not data.unlabelled:
+    if not data.unlabelled_fraction:
         return Subset(source, tuple(int(n) for n in kept))
     parts, weights = [], []
     for first, count, weight in parts_of(source):
         inside = kept[(kept >= first) & (kept < first + count)]
         rest = np.setdiff1d(np.arange(first, first + count), inside)
         for numbers, labelled, share in (
-            (inside, True, 1 - data.unlabelled),
-            (rest, False, data.unlabelled),
+            (inside, True, 1 - data.unlabelled_fraction),
+            (rest, False, data.unlabelled_fraction),
         ):
             if len(numbers) and share:
                 parts.append(Subset(source, tuple(int(n) for n in numbers), labelled))
@@ -131,17 +132,18 @@ def read_list(source: Source, path: str) -> np.ndarray:
             lines = list(csv.DictReader(file))
     except OSError as error:
         raise UserError(
-            f"config.data.listed={path!r} cannot be read ({error.strerror}): check the path."
+            f"config.data.labelled_csv={path!r} cannot be read ({error.strerror}): check the path."
         ) from error
     if not lines or "path" not in lines[0]:
         raise UserError(
-            f"config.data.listed={path!r} has no clip in a column 'path': name the column so."
+            f"config.data.labelled_csv={path!r} has no clip in a column 'path': name the column so."
         )
     number = {source[i].name: i for i in range(len(source))}
     for line in lines:
         if line["path"] not in number:
             raise UserError(
-                f"config.data.listed={path!r} names {line['path']!r}, which the source does not "
+                f"config.data.labelled_csv={path!r} names {line['path']!r}, which the source does "
+                "not "
                 "have: correct it."
             )
     return np.unique([number[line["path"]] for line in lines])

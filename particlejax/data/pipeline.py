@@ -15,7 +15,7 @@ import absl.flags
 import grain
 import numpy as np
 
-from particlejax.config.experiment import DataSpec, ParticleSpec, ScheduleSpec
+from particlejax.config.experiment import DataSpec, ParticleSpec, ScaleScheduleSpec
 from particlejax.core.typing import UserError
 from particlejax.data import augment, clips
 from particlejax.data.modalities import tokenizer
@@ -65,7 +65,7 @@ class Batches:
     rows: int  # over all processes
     process: int = 0
     processes: int = 1
-    scales: ScheduleSpec = FIXED
+    scales: ScaleScheduleSpec = FIXED
     steps: int = (
         0  # of the training, which the schedule's progress is a share of; 0: `positions` says
     )
@@ -112,7 +112,7 @@ class Batches:
         """Which clip stands at each position, for ever."""
         parts, seed = parts_of(self.source), self.seed % 2**32
         orders = [
-            grain.MapDataset.source(first + chosen_clips(count, self.data.fraction))
+            grain.MapDataset.source(first + chosen_clips(count, self.data.train_fraction))
             .seed(seed)
             .shuffle()
             .repeat(None)
@@ -130,7 +130,7 @@ class Views:
     """Every look at every clip once, for measuring: `views` = temporal clips x spatial crops; the
     last batch is padded.
 
-    `data.fraction` is for training: what is measured is always the whole split.
+    `data.train_fraction` is for training: what is measured is always the whole split.
     """
 
     source: Source
@@ -172,7 +172,7 @@ def chosen_clips(count: int, fraction: float) -> np.ndarray:
     return np.sort(drawn)
 
 
-def row_of(data: DataSpec, spec: ParticleSpec, scales: ScheduleSpec = FIXED) -> Row:
+def row_of(data: DataSpec, spec: ParticleSpec, scales: ScaleScheduleSpec = FIXED) -> Row:
     """The shape of a row. Raises UserError for sizes that do not fit."""
     return Schedule(scales, data, spec).row
 
@@ -188,20 +188,20 @@ def example(row: Row, rows: int) -> Batch:
 
 
 def read(batches: Batches | Views, start: int, stop: int, data: DataSpec) -> Iterator[Loaded]:
-    """Batches start..stop-1 in order, read ahead by `data.threads` threads or in `data.workers`
-    processes.
+    """Batches start..stop-1 in order, read ahead by `data.num_threads` threads or in
+    `data.num_workers` processes.
     """
     numbers = grain.MapDataset.source(_Slice(batches, start, stop))
     options = grain.ReadOptions(
-        num_threads=data.threads, prefetch_buffer_size=data.threads + _AHEAD
+        num_threads=data.num_threads, prefetch_buffer_size=data.num_threads + _AHEAD
     )
     stream = numbers.to_iter_dataset(options)
-    if data.workers:
+    if data.num_workers:
         if not absl.flags.FLAGS.is_parsed():
             # Grain's processes read a flag, and a notebook has parsed none
             absl.flags.FLAGS.mark_as_parsed()
         stream = stream.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=2)
+            grain.MultiprocessingOptions(num_workers=data.num_workers, per_worker_buffer_size=2)
         )
     iterator = iter(stream)
     # else Grain's workers and shared memory outlive it
@@ -213,7 +213,7 @@ def read(batches: Batches | Views, start: int, stop: int, data: DataSpec) -> Ite
         raise UserError(
             "a process that decodes was killed, by the system where memory was short: give the "
             "same command "
-            "again, it continues from the last checkpoint, with fewer config.data.workers."
+            "again, it continues from the last checkpoint, with fewer config.data.num_workers."
         ) from error
     finally:
         iterator.close()
@@ -249,7 +249,9 @@ def _load(source: Source, wanted: list[_Wanted], row: Row, rows: int) -> Loaded:
     read, bad = [], []
     for each in wanted:
         record, data = source[each.number], each.scale.data
-        may_flip = record.label < 0 or source.classes[record.label] not in data.augment.directed
+        may_flip = (
+            record.label < 0 or source.classes[record.label] not in data.augment.no_flip_classes
+        )
         try:
             read.append(_Read(each, clips.load(record, data, each.look, may_flip), record.label))
         except Unreadable as error:
@@ -272,7 +274,9 @@ def _packed(read: list[_Read], i: int) -> packing.Clip:
         else np.random.default_rng((_CUT_SEED, number))
     )
     share, other = 1.0, -1
-    if isinstance(look, np.random.Generator) and (data.augment.mixup or data.augment.cutmix):
+    if isinstance(look, np.random.Generator) and (
+        data.augment.mixup_alpha or data.augment.cutmix_alpha
+    ):
         others = (read[(i + step) % len(read)] for step in range(1, len(read) + 1))
         partner = next(each for each in others if each.clip.frames.shape == clip.frames.shape)
         frames, share = augment.mix(clip.frames, partner.clip.frames, data.augment, rng)

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from particlejax.config.experiment import DataSpec, ParticleSpec, ScaleSpec, ScheduleSpec
+from particlejax.config.experiment import DataSpec, ParticleSpec, ScaleScheduleSpec, ScaleSpec
+from particlejax.config.modalities import MODALITIES
 from particlejax.core.typing import UserError
 from particlejax.data import clips
 from particlejax.data.modalities import audio, feature_reader
@@ -39,7 +40,7 @@ class Row:
 class Schedule:
     """A ScheduleSpec over the data and particles of a stage."""
 
-    spec: ScheduleSpec
+    spec: ScaleScheduleSpec
     data: DataSpec
     particles: ParticleSpec
 
@@ -50,7 +51,9 @@ class Schedule:
         """
         longs = self.spec.scales or (ScaleSpec(),)
         return tuple(
-            self._scale(each, factor) for each in longs for factor in self.spec.short or (1.0,)
+            self._scale(each, factor)
+            for each in longs
+            for factor in self.spec.short_cycle_factors or (1.0,)
         )
 
     @functools.cached_property
@@ -80,7 +83,7 @@ class Schedule:
         """The number of the scale that a clip is read at: progress of training in [0, 1), its
         batch, its own draw in [0, 1).
         """
-        shorts = len(self.spec.short) or 1
+        shorts = len(self.spec.short_cycle_factors) or 1
         return self._long(progress, draw) * shorts + batch % shorts
 
     def now(self, progress: float, batch: int) -> tuple[int, ...]:
@@ -90,7 +93,7 @@ class Schedule:
 
     @functools.cached_property
     def _edges(self) -> tuple[float, ...]:
-        shares = np.array([each.share for each in self.spec.scales or (ScaleSpec(),)])
+        shares = np.array([each.weight for each in self.spec.scales or (ScaleSpec(),)])
         return (0.0, *np.cumsum(shares / shares.sum()))
 
     def _long(self, progress: float, draw: float) -> int:
@@ -98,8 +101,10 @@ class Schedule:
         if spec.kind == "mixture":
             return self._find(draw)
         if spec.kind == "cycles":
-            moving = 1 - spec.settle
-            return last if progress >= moving else self._find(progress / moving * spec.rounds % 1)
+            moving = 1 - spec.final_fraction
+            return (
+                last if progress >= moving else self._find(progress / moving * spec.num_cycles % 1)
+            )
         return self._find(progress) if spec.kind == "progressive" else 0
 
     def _find(self, at: float) -> int:
@@ -111,11 +116,11 @@ class Schedule:
         if factor == 1:
             return scale
         step = policies.coarsest(scale.particles)[1]
-        size = max(step, round(scale.data.size * factor / step) * step)
-        return scale._replace(data=dataclasses.replace(scale.data, size=size))
+        size = max(step, round(scale.data.image_size * factor / step) * step)
+        return scale._replace(data=dataclasses.replace(scale.data, image_size=size))
 
 
-FIXED = ScheduleSpec()
+FIXED = ScaleScheduleSpec()
 
 
 def slots(scale: Scale) -> dict[str, packing.Slots]:
@@ -123,54 +128,61 @@ def slots(scale: Scale) -> dict[str, packing.Slots]:
     fit.
     """
     for name in scale.data.modalities:
-        if name not in clips.MODALITIES:
+        if name not in MODALITIES:
             raise UserError(
-                f"config.data.modalities names {name!r}: choose of {', '.join(clips.MODALITIES)}."
+                f"config.data.modalities names {name!r}: choose of {', '.join(MODALITIES)}."
             )
     return {name: _SLOTS[name](scale.data, scale.particles) for name in scale.data.modalities}
 
 
 def _vision_slots(data: DataSpec, spec: ParticleSpec) -> packing.Slots:
-    size = (data.frames, data.size, data.size)
+    size = (data.num_frames, data.image_size, data.image_size)
     try:
         policies.check(size, spec)
     except ValueError as error:
         raise UserError(str(error)) from error
     return packing.Slots(
-        policies.particle_count(size, spec), int(np.prod(spec.base)) * _CHANNELS, "uint8"
+        policies.particle_count(size, spec), int(np.prod(spec.patch_size)) * _CHANNELS, "uint8"
     )
 
 
 def _audio_slots(data: DataSpec, spec: ParticleSpec) -> packing.Slots:
     del spec
-    mels, (spectra, bands) = data.audio.mels, data.audio.patch
+    mels, (spectra, bands) = data.audio.num_mels, data.audio.patch_size
     if mels % bands:
         raise UserError(
-            f"config.data.audio.mels={mels} is not a multiple of the {bands} bands of its patch: "
+            f"config.data.audio.num_mels={mels} is not a multiple of the {bands} bands of its "
+            "patch: "
             "change "
             "one of them."
         )
-    number = audio.spectra(_seconds(data, "audio"), data.audio) // spectra
+    number = audio.spectra(_seconds(data, clips.AUDIO), data.audio) // spectra
     return packing.Slots(max(1, number) * (mels // bands), spectra * bands)
 
 
 def _series_slots(data: DataSpec, spec: ParticleSpec) -> packing.Slots:
     del spec
-    if not data.series.channels:
+    if not data.timeseries.channels:
         raise UserError(
-            "config.data.series.channels is empty: name the columns of the CSV files that are read."
+            "config.data.timeseries.channels is empty: name the columns of the CSV files that are "
+            "read."
         )
-    number = round(_seconds(data, "series") * data.series.rate) // data.series.window
-    return packing.Slots(max(1, number), data.series.window * len(data.series.channels))
+    number = (
+        round(_seconds(data, clips.TIMESERIES) * data.timeseries.sample_rate)
+        // data.timeseries.patch_length
+    )
+    return packing.Slots(
+        max(1, number), data.timeseries.patch_length * len(data.timeseries.channels)
+    )
 
 
 def _kept_slots(modality: str, data: DataSpec, spec: ParticleSpec) -> packing.Slots:
     del spec
     if not clips.decodes(data):
         for key, needless in (
-            ("sample", data.sample == "dense"),
-            ("augment.mixup", data.augment.mixup),
-            ("augment.cutmix", data.augment.cutmix),
+            ("frame_sampling", data.frame_sampling == "dense"),
+            ("augment.mixup_alpha", data.augment.mixup_alpha),
+            ("augment.cutmix_alpha", data.augment.cutmix_alpha),
         ):
             if needless:
                 raise UserError(
@@ -184,14 +196,15 @@ def _kept_slots(modality: str, data: DataSpec, spec: ParticleSpec) -> packing.Sl
 
 def _text_slots(data: DataSpec, spec: ParticleSpec) -> packing.Slots:
     del spec
-    return packing.Slots(data.text.length, 1, "int32")
+    return packing.Slots(data.text.max_length, 1, "int32")
 
 
 def _seconds(data: DataSpec, modality: str) -> float:
-    seconds = clips.longest(data, getattr(data, modality).seconds)
+    seconds = clips.longest(data, getattr(data, modality).max_seconds)
     if not seconds:
         raise UserError(
-            f"config.data.{modality}.seconds and config.data.seconds are 0, so nobody knows how "
+            f"config.data.{modality}.max_seconds and config.data.clip_seconds are 0, so nobody "
+            "knows how "
             f"much {modality} "
             "a row must hold: set one of them."
         )
@@ -202,6 +215,6 @@ _SLOTS = {
     clips.VISION: _vision_slots,
     clips.AUDIO: _audio_slots,
     clips.TEXT: _text_slots,
-    clips.SERIES: _series_slots,
-    **{name: functools.partial(_kept_slots, name) for name in clips.KEPT},
+    clips.TIMESERIES: _series_slots,
+    **{name: functools.partial(_kept_slots, name) for name in clips.FEATURE_MODALITIES},
 }

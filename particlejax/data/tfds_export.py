@@ -104,7 +104,7 @@ def _remember(folder: Path, wanted: dict[str, Any]) -> None:
         if json.loads(path.read_text(encoding="utf-8")) != wanted:
             raise UserError(
                 f"{folder} was begun for another source, other clips or other shards: give another "
-                "config.prepare.out or name, or remove that folder."
+                "config.prepare.data_dir or name, or remove that folder."
             )
         return
     if (folder / _INFO).exists():
@@ -248,7 +248,7 @@ def finish(plan: Plan) -> dict[str, Any]:
         for name, why in note["bad"].items()
     }
     return {
-        "clips": clips,
+        "num_clips": clips,
         "bytes": sum(info.num_bytes for info in infos),
         "shards": len(plan.shards),
         "bad": bad,

@@ -25,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_utils
 
+from particlejax.config import renames
 from particlejax.core import tree
 from particlejax.core.io import write_json
 from particlejax.core.typing import UserError
@@ -171,6 +172,9 @@ class Checkpoints:
         step = max(self.steps(), default=None) if step is None else step
         if step is None:
             return None
+        saved = self._saved_names(step)
+        if saved != set(tree.flatten(abstract)):
+            return step, *self._restore_renamed(step, abstract, saved)
         args = checkpoint_utils.construct_restore_args(abstract)
         items = {
             _STATE: ocp.args.PyTreeRestore(item=abstract, restore_args=args),
@@ -178,6 +182,28 @@ class Checkpoints:
         }
         found = self._manager.restore(step, args=ocp.args.Composite(**items))
         return step, found[_STATE], found[_DATA]
+
+    def _saved_names(self, step: int) -> set[str]:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            saved = reader.metadata(self.folder / str(step) / _STATE).item_metadata.tree
+        return set(tree.flatten(saved))
+
+    def _restore_renamed(
+        self, step: int, abstract: Any, saved: set[str]
+    ) -> tuple[Any, dict[str, Any]]:
+        """The state of a checkpoint whose parameters have names of format 1."""
+        old = {renames.parameter(name): name for name in saved}
+        flat = tree.flatten(abstract)
+        wanted = tree.nest({old.get(name, name): leaf for name, leaf in flat.items()})
+        args = ocp.args.PyTreeRestore(
+            item=wanted, restore_args=checkpoint_utils.construct_restore_args(wanted)
+        )
+        items = {_STATE: args, _DATA: ocp.args.JsonRestore()}
+        found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        leaves = {
+            renames.parameter(name): leaf for name, leaf in tree.flatten(found[_STATE]).items()
+        }
+        return tree.map_named(lambda name, _: leaves[name], abstract), found[_DATA]
 
     def forget_after(self, step: int) -> None:
         """Removes checkpoints newer than `step`: the run continues from before them and will write
@@ -224,16 +250,24 @@ def load_subtree(
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         saved = reader.metadata(item).item_metadata.tree
         branch = next(b for b in branches if saved.get(b))
-        shapes = {name: tuple(leaf.shape) for name, leaf in tree.flatten(saved[branch]).items()}
+        flat = tree.flatten(saved[branch])
+        old = {renames.parameter(name): name for name in flat}
+        shapes = {name: tuple(flat[old[name]].shape) for name in old}
         wanted = {
-            name: leaf for name, leaf in want.items() if shapes.get(name) == tuple(leaf.shape)
+            old[name]: leaf for name, leaf in want.items() if shapes.get(name) == tuple(leaf.shape)
         }
+
         nested = {branch: tree.nest(wanted)}
         args = checkpoint_utils.construct_restore_args(nested)
         found = reader.restore(
             item, args=ocp.args.PyTreeRestore(item=nested, restore_args=args, partial_restore=True)
         )
-    return tree.flatten(found[branch]), shapes
+    return _renamed(found[branch]), shapes
+
+
+def _renamed(found: Any) -> dict[str, Any]:
+    """Leaves by path under the names of today."""
+    return {renames.parameter(name): leaf for name, leaf in tree.flatten(found).items()}
 
 
 def load_data(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -268,7 +302,7 @@ def load_arrays(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         found = reader.restore(
             item, args=ocp.args.PyTreeRestore(item=wanted, restore_args=args, partial_restore=True)
         )
-    return tree.flatten(found if branch is None else found[branch])
+    return tree.flatten(found) if branch is None else _renamed(found[branch])
 
 
 def whole_steps(folder: str | os.PathLike[str]) -> list[int]:

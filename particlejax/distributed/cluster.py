@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from particlejax.config.experiment import ClusterSpec
+from particlejax.config.experiment import DistributedSpec
 from particlejax.core.typing import UserError
 
 # exit code (EX_TEMPFAIL) of a run that whoever supervises it should start again; 2 is a user's
@@ -54,15 +54,15 @@ _WITNESS = (
 _witness: list[subprocess.Popen] = []
 
 
-def arguments(spec: ClusterSpec, environ: Mapping[str, str]) -> dict[str, Any]:
+def arguments(spec: DistributedSpec, environ: Mapping[str, str]) -> dict[str, Any]:
     """Of jax.distributed.initialize, {} for a process on its own. Raises UserError where only a
     part of them is known.
 
-    In this order: `config.cluster` and JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID
-    (the last also as an index of a Kubernetes Job, or a rank of MPI or SLURM); SLURM; Open MPI; a
-    TPU pod.
+    In this order: `config.distributed` and JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,
+    JAX_PROCESS_ID (the last also as an index of a Kubernetes Job, or a rank of MPI or SLURM);
+    SLURM; Open MPI; a TPU pod.
     """
-    coordinator = spec.coordinator or environ.get("JAX_COORDINATOR_ADDRESS", "")
+    coordinator = spec.coordinator_address or environ.get("JAX_COORDINATOR_ADDRESS", "")
     if spec.start == "off":
         return {}
     if coordinator:
@@ -74,19 +74,19 @@ def arguments(spec: ClusterSpec, environ: Mapping[str, str]) -> dict[str, Any]:
             raise UserError(
                 "this Open MPI does not say where its first process is: set "
                 "JAX_COORDINATOR_ADDRESS=HOST:PORT, or "
-                "config.cluster.coordinator."
+                "config.distributed.coordinator_address."
             )
         return {"cluster_detection_method": "ompi"}
-    if spec.processes > 1 or _number(environ, "JAX_NUM_PROCESSES") > 1:
+    if spec.num_processes > 1 or _number(environ, "JAX_NUM_PROCESSES") > 1:
         raise UserError(
             "several processes are asked for and nothing says where the first one is: set "
-            "config.cluster.coordinator="
+            "config.distributed.coordinator_address="
             "HOST:PORT, or JAX_COORDINATOR_ADDRESS."
         )
     return {"cluster_detection_method": None} if _on_tpu(environ) else {}
 
 
-def start(spec: ClusterSpec) -> None:
+def start(spec: DistributedSpec) -> None:
     """Joins the other processes, before anything touches a device. Raises UserError when they do
     not come.
     """
@@ -95,13 +95,15 @@ def start(spec: ClusterSpec) -> None:
         return
     try:
         jax.distributed.initialize(
-            **known, heartbeat_timeout_seconds=spec.heartbeat, initialization_timeout=spec.patience
+            **known,
+            heartbeat_timeout_seconds=spec.heartbeat_timeout_seconds,
+            initialization_timeout=spec.initialization_timeout,
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
             "the processes of this run did not find each other "
             f"({' '.join(str(error).split())[:200]}): see that all "
-            "of them are started, and that config.cluster, or the environment, names the same "
+            "of them are started, and that config.distributed, or the environment, names the same "
             "coordinator."
         ) from error
     if jax.process_count() > 1:
@@ -179,17 +181,19 @@ _REMEDY = (
 )
 
 
-def _explicit(spec: ClusterSpec, coordinator: str, environ: Mapping[str, str]) -> dict[str, Any]:
-    processes = spec.processes or next(
+def _explicit(
+    spec: DistributedSpec, coordinator: str, environ: Mapping[str, str]
+) -> dict[str, Any]:
+    processes = spec.num_processes or next(
         (n for n in (_number(environ, name) for name in _SIZES) if n), 0
     )
-    process = spec.process or next((environ[name] for name in _RANKS if name in environ), "")
+    process = spec.process_id or next((environ[name] for name in _RANKS if name in environ), "")
     if not processes or not process.isdigit() or int(process) >= processes:
         raise UserError(
             f"the coordinator is {coordinator}, of {processes or 'an unknown number of'} "
             "processes, and this one is "
-            f"number {process or 'unknown'}: set config.cluster.processes and "
-            "config.cluster.process (0 for the "
+            f"number {process or 'unknown'}: set config.distributed.num_processes and "
+            "config.distributed.process_id (0 for the "
             "first), or JAX_NUM_PROCESSES and JAX_PROCESS_ID."
         )
     if processes == 1:

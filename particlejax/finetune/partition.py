@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax import Array
 
-from particlejax.config.training import TuneSpec
+from particlejax.config.training import FinetuneSpec
 from particlejax.core import tree
 from particlejax.core.typing import Params, UserError
 from particlejax.finetune import peft
@@ -20,25 +20,29 @@ _EXTRA = "extra/"
 _KEY = 0x7E4E  # tells the draw of new parameters from the model's own
 
 
-def split(spec: TuneSpec, params: Params, key: Array) -> tuple[Params, Params | tuple[()]]:
+def split(spec: FinetuneSpec, params: Params, key: Array) -> tuple[Params, Params | tuple[()]]:
     """(trained, frozen) of the parameters of a model; frozen is () where all train.
 
     Where `how` is full, what `freeze` names stands among the trained ones all the same, so that
     checkpoints are whole: `whole` cuts its gradient and the optimiser passes it over. Raises
     UserError where it names nothing.
     """
-    method, flat = peft.TABLE[spec.how], tree.flatten(params)
+    method, flat = peft.TABLE[spec.method], tree.flatten(params)
     if spec.freeze and not any(still(spec, name) for name in flat):
         raise UserError(
-            f"tune.freeze={spec.freeze!r} names no parameter: write it like "
+            f"finetune.freeze={spec.freeze!r} names no parameter: write it like "
             "'payload_vision/network'."
         )
-    if spec.how == "full":
+    if spec.method == "full":
         return params, ()
     trains = [
         name
         for name in flat
-        if (re.search(method.trains, name) or spec.also and re.search(spec.also, name))
+        if (
+            re.search(method.trains, name)
+            or spec.extra_trainable
+            and re.search(spec.extra_trainable, name)
+        )
         and not still(spec, name)
     ]
     extra = method.init(jax.random.fold_in(key, _KEY), flat, spec)
@@ -50,9 +54,9 @@ def split(spec: TuneSpec, params: Params, key: Array) -> tuple[Params, Params | 
     )
 
 
-def whole(spec: TuneSpec, trained: Params, frozen: Params | tuple[()]) -> Params:
+def whole(spec: FinetuneSpec, trained: Params, frozen: Params | tuple[()]) -> Params:
     """The parameters that the model reads: pure, differentiable in `trained`."""
-    if spec.how == "full":
+    if spec.method == "full":
         if not spec.freeze:
             return trained
         return tree.map_named(
@@ -62,17 +66,17 @@ def whole(spec: TuneSpec, trained: Params, frozen: Params | tuple[()]) -> Params
     extra = {
         name.removeprefix(_EXTRA): leaf for name, leaf in flat.items() if name.startswith(_EXTRA)
     }
-    return tree.nest(peft.TABLE[spec.how].merge(_base(trained, frozen), extra, spec))
+    return tree.nest(peft.TABLE[spec.method].merge(_base(trained, frozen), extra, spec))
 
 
-def still(spec: TuneSpec, name: str) -> bool:
+def still(spec: FinetuneSpec, name: str) -> bool:
     """Whether `freeze` names this path."""
     return bool(spec.freeze and re.search(spec.freeze, name))
 
 
-def training(spec: TuneSpec, trained: Params) -> int:
+def training(spec: FinetuneSpec, trained: Params) -> int:
     """How many numbers train of those that `split` calls trained."""
-    if spec.how != "full":
+    if spec.method != "full":
         return tree.count(trained)
     return sum(leaf.size for name, leaf in tree.flatten(trained).items() if not still(spec, name))
 

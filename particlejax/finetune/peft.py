@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from particlejax.config.training import TuneSpec
+from particlejax.config.training import FinetuneSpec
 from particlejax.core.typing import UserError
 
 Flat = Mapping[str, Array]
@@ -37,46 +37,49 @@ class Method(NamedTuple):
     """
 
     trains: str
-    init: Callable[[Array, Flat, TuneSpec], dict[str, Array]]
-    merge: Callable[[Flat, Flat, TuneSpec], dict[str, Array]]
+    init: Callable[[Array, Flat, FinetuneSpec], dict[str, Array]]
+    merge: Callable[[Flat, Flat, FinetuneSpec], dict[str, Array]]
 
 
-def no_init(key: Array, base: Flat, spec: TuneSpec) -> dict[str, Array]:
+def no_init(key: Array, base: Flat, spec: FinetuneSpec) -> dict[str, Array]:
     """Nothing new."""
     del key, base, spec
     return {}
 
 
-def beside(base: Flat, extra: Flat, spec: TuneSpec) -> dict[str, Array]:
+def beside(base: Flat, extra: Flat, spec: FinetuneSpec) -> dict[str, Array]:
     """What is new stands beside what was there: the blocks find it under its own name."""
     del spec
     return {**base, **extra}
 
 
-def lora_init(key: Array, base: Flat, spec: TuneSpec) -> dict[str, Array]:
+def lora_init(key: Array, base: Flat, spec: FinetuneSpec) -> dict[str, Array]:
     """Of every kernel that `targets` names, `a` [N, in, R] random and `b` [N, R, out] zero. Raises
     UserError where none is.
     """
-    names = [name for name in base if name.startswith(BLOCKS) and re.search(spec.targets, name)]
+    names = [
+        name for name in base if name.startswith(BLOCKS) and re.search(spec.target_modules, name)
+    ]
     if not names:
         raise UserError(
-            f"tune.targets={spec.targets!r} names no kernel of the encoder's blocks: write it like "
+            f"finetune.target_modules={spec.target_modules!r} names no kernel of the encoder's "
+            "blocks: write it like "
             r"'attention/(query|value)/kernel$' or 'mlp/(up|down)/kernel$'."
         )
     extra = {}
     for name, each in zip(names, jax.random.split(key, len(names)), strict=True):
         depth, inputs, outputs = _sides(name, base[name].shape)
-        extra[f"{name}/a"] = jax.random.normal(each, (depth, inputs, spec.rank)) * inputs**-0.5
-        extra[f"{name}/b"] = jnp.zeros((depth, spec.rank, outputs))
+        extra[f"{name}/a"] = jax.random.normal(each, (depth, inputs, spec.lora_rank)) * inputs**-0.5
+        extra[f"{name}/b"] = jnp.zeros((depth, spec.lora_rank, outputs))
     return extra
 
 
-def lora_merge(base: Flat, extra: Flat, spec: TuneSpec) -> dict[str, Array]:
+def lora_merge(base: Flat, extra: Flat, spec: FinetuneSpec) -> dict[str, Array]:
     """kernel + alpha / rank a b (arXiv:2106.09685)."""
     merged = dict(base)
     for name in (path.removesuffix("/a") for path in extra if path.endswith("/a")):
         change = jnp.einsum("nir,nro->nio", extra[f"{name}/a"], extra[f"{name}/b"]) * (
-            spec.alpha / spec.rank
+            spec.lora_alpha / spec.lora_rank
         )
         merged[name] = base[name] + change.reshape(base[name].shape)
     return merged
@@ -90,7 +93,7 @@ def _sides(name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
     return shape[0], math.prod(shape[1 : 1 + inputs]), math.prod(shape[1 + inputs :])
 
 
-def ia3_init(key: Array, base: Flat, spec: TuneSpec) -> dict[str, Array]:
+def ia3_init(key: Array, base: Flat, spec: FinetuneSpec) -> dict[str, Array]:
     """Factors less one, zero at first, of keys and values [N, H, K] and of the MLP's hidden values
     [N, F].
     """
@@ -103,7 +106,7 @@ def ia3_init(key: Array, base: Flat, spec: TuneSpec) -> dict[str, Array]:
     return {f"{name}/factor": jnp.zeros(shape) for name, shape in (heads | hidden).items()}
 
 
-def ia3_merge(base: Flat, extra: Flat, spec: TuneSpec) -> dict[str, Array]:
+def ia3_merge(base: Flat, extra: Flat, spec: FinetuneSpec) -> dict[str, Array]:
     """Keys, values and hidden values times their factors (arXiv:2205.05638), put into kernels and
     biases.
     """
@@ -119,7 +122,7 @@ def ia3_merge(base: Flat, extra: Flat, spec: TuneSpec) -> dict[str, Array]:
     return merged
 
 
-def adapter_init(key: Array, base: Flat, spec: TuneSpec) -> dict[str, Array]:
+def adapter_init(key: Array, base: Flat, spec: FinetuneSpec) -> dict[str, Array]:
     """After attention and after the MLP, Dense to [N, Z], GELU and Dense back, which is zero at
     first.
     """
@@ -127,41 +130,43 @@ def adapter_init(key: Array, base: Flat, spec: TuneSpec) -> dict[str, Array]:
     extra = {}
     for name, each in zip(("attention_adapter", "mlp_adapter"), jax.random.split(key), strict=True):
         extra[f"{TUNED}{name}/down/kernel"] = (
-            jax.random.normal(each, (depth, width, spec.size)) * width**-0.5
+            jax.random.normal(each, (depth, width, spec.adapter_dim)) * width**-0.5
         )
-        extra[f"{TUNED}{name}/down/bias"] = jnp.zeros((depth, spec.size))
-        extra[f"{TUNED}{name}/up/kernel"] = jnp.zeros((depth, spec.size, width))
+        extra[f"{TUNED}{name}/down/bias"] = jnp.zeros((depth, spec.adapter_dim))
+        extra[f"{TUNED}{name}/up/kernel"] = jnp.zeros((depth, spec.adapter_dim, width))
         extra[f"{TUNED}{name}/up/bias"] = jnp.zeros((depth, width))
     return extra
 
 
-def prefix_init(key: Array, base: Flat, spec: TuneSpec) -> dict[str, Array]:
+def prefix_init(key: Array, base: Flat, spec: FinetuneSpec) -> dict[str, Array]:
     """Keys and values [N, Z, H, K] that every token of every clip may read besides its own
     clip's.
     """
     depth, heads, width = base[f"{BLOCKS}attention/key/bias"].shape
     keys = zip(("key", "value"), jax.random.split(key), strict=True)
     return {
-        f"{TUNED}attention/prefix/{name}": jax.random.normal(each, (depth, spec.size, heads, width))
+        f"{TUNED}attention/prefix/{name}": jax.random.normal(
+            each, (depth, spec.num_virtual_tokens, heads, width)
+        )
         * _STD
         for name, each in keys
     }
 
 
-def prompt_init(key: Array, base: Flat, spec: TuneSpec) -> dict[str, Array]:
+def prompt_init(key: Array, base: Flat, spec: FinetuneSpec) -> dict[str, Array]:
     """Tokens [Z, D] that go through the blocks with those of every clip."""
     width = base[f"{BLOCKS}mlp/down/bias"].shape[-1]
-    return {f"{PROMPTS}token": jax.random.normal(key, (spec.size, width)) * _STD}
+    return {f"{PROMPTS}token": jax.random.normal(key, (spec.num_virtual_tokens, width)) * _STD}
 
 
-def prompt_deep_init(key: Array, base: Flat, spec: TuneSpec) -> dict[str, Array]:
+def prompt_deep_init(key: Array, base: Flat, spec: FinetuneSpec) -> dict[str, Array]:
     """Tokens [N, Z, D], of every block its own."""
     return {
         _DEEP: jax.random.normal(
             key,
             (
                 *base[f"{BLOCKS}mlp/down/bias"].shape[:1],
-                spec.size,
+                spec.num_virtual_tokens,
                 base[f"{BLOCKS}mlp/down/bias"].shape[1],
             ),
         )
@@ -169,7 +174,7 @@ def prompt_deep_init(key: Array, base: Flat, spec: TuneSpec) -> dict[str, Array]
     }
 
 
-def prompt_deep_merge(base: Flat, extra: Flat, spec: TuneSpec) -> dict[str, Array]:
+def prompt_deep_merge(base: Flat, extra: Flat, spec: FinetuneSpec) -> dict[str, Array]:
     """What a block's tokens read of its prompts: as their outputs give way to the next block's,
     keys and values are all of it.
     """
@@ -203,13 +208,13 @@ def _normed(x_NZD: Array) -> Array:
 _TASK = r"^(?!encoder/)"
 TABLE: dict[str, Method] = {
     "full": Method("", no_init, beside),
-    "linear": Method(_TASK, no_init, beside),
-    "probe": Method(_TASK, no_init, beside),
+    "linear_probe": Method(_TASK, no_init, beside),
+    "attentive_probe": Method(_TASK, no_init, beside),
     "bitfit": Method(f"{_TASK}|/bias$", no_init, beside),
     "lora": Method(_TASK, lora_init, lora_merge),
     "ia3": Method(_TASK, ia3_init, ia3_merge),
     "adapter": Method(_TASK, adapter_init, beside),
     "prefix": Method(_TASK, prefix_init, beside),
-    "prompt": Method(_TASK, prompt_init, beside),
-    "prompt_deep": Method(_TASK, prompt_deep_init, prompt_deep_merge),
+    "vpt_shallow": Method(_TASK, prompt_init, beside),
+    "vpt_deep": Method(_TASK, prompt_deep_init, prompt_deep_merge),
 }

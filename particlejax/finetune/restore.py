@@ -10,8 +10,9 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from particlejax.config import renames
 from particlejax.config.fields import as_dict, make
-from particlejax.config.training import TuneSpec
+from particlejax.config.training import FinetuneSpec
 from particlejax.core import tree
 from particlejax.core.typing import Params, UserError
 from particlejax.distributed import checkpoint
@@ -34,7 +35,7 @@ def from_checkpoint(params: Params, folder: Path, step: int | None = None) -> tu
     own = checkpoint.load_data(folder).get(BASE)
     if own is None:
         return _plain(params, folder, step)
-    spec, base = make(TuneSpec, own["tune"], "tune"), base_folder(folder, own)
+    spec, base = _tuning(own), base_folder(folder, own)
     params, sentence = from_checkpoint(params, base)
     like = _shapes(params)
     template, frozen = jax.eval_shape(lambda p: partition.split(spec, p, jax.random.key(0)), like)
@@ -51,13 +52,20 @@ def from_checkpoint(params: Params, folder: Path, step: int | None = None) -> tu
     _refuse(fresh, want, shapes, folder)
     return partition.whole(
         spec, trained, rest
-    ), f"{_sentence(folder, found, fresh, [])} ({spec.how}), on {sentence}"
+    ), f"{_sentence(folder, found, fresh, [])} ({spec.method}), on {sentence}"
 
 
-def reference(base: Path, folder: Path, spec: TuneSpec) -> dict[str, Any]:
+def _tuning(own: dict[str, Any]) -> FinetuneSpec:
+    """How the checkpoint of a `reference` was fine-tuned."""
+    if "tune" in own:  # format 1
+        return make(FinetuneSpec, renames.upgrade(FinetuneSpec, own["tune"]), "finetune")
+    return make(FinetuneSpec, own["finetune"], "finetune")
+
+
+def reference(base: Path, folder: Path, spec: FinetuneSpec) -> dict[str, Any]:
     """What a checkpoint in `folder` that lacks the frozen parameters says about where they are."""
     return {
-        "tune": as_dict(spec),
+        "finetune": as_dict(spec),
         "folder": os.path.relpath(base.absolute(), folder.absolute()),
         "mark": checkpoint.mark(base),
     }
@@ -91,7 +99,7 @@ def _plain(params: Params, folder: Path, step: int | None) -> tuple[Params, str]
         raise UserError(
             f"checkpoint {folder} has adapters, prefixes or prompts in its encoder, which this "
             "model would leave out: "
-            "give config.stages.*.tune.how what that run had."
+            "give config.stages.*.finetune.method what that run had."
         )
     unused = sorted({name.split("/")[0] for name in shapes if name not in found})
     merged = tree.map_named(lambda name, leaf: found.get(name, leaf), params)

@@ -51,7 +51,7 @@ def tokens(
     source = sources.open_source(stage.data.source, split, stage.data.cache_dir, stage.classes)
     names = {"" if name == "all" else name: name for name in shown}
     compute = eval.jit_tokens(stage.model, mesh, tuple(names))
-    views, kept = stage.views(source, spec.rows), {}
+    views, kept = stage.views(source, spec.batch_size), {}
     for loaded in pipeline.read(views, 0, len(views), views.data):
         bad.note(loaded)
         found, clips = jax.tree.map(np.asarray, compute(params, sharding.put(loaded.batch, mesh)))
@@ -93,7 +93,9 @@ def _trained(
     spec: ProbeSpec,
 ) -> Params:
     """AdamW on clips that are drawn anew each step, its rate falling to 0 along a cosine."""
-    optimizer = optax.adamw(optax.cosine_decay_schedule(_RATE, spec.attentive), weight_decay=_DECAY)
+    optimizer = optax.adamw(
+        optax.cosine_decay_schedule(_RATE, spec.attentive_steps), weight_decay=_DECAY
+    )
     rows = min(_ROWS, len(label))
 
     @jax.jit
@@ -111,7 +113,7 @@ def _trained(
 
         params = net.init(key, x[:1].astype(jnp.float32), segment[:1])["params"]
         return jax.lax.scan(
-            step, (params, optimizer.init(params)), jax.random.split(key, spec.attentive)
+            step, (params, optimizer.init(params)), jax.random.split(key, spec.attentive_steps)
         )[0][0]
 
     return train(x, segment, label, jax.random.key(spec.seed))

@@ -83,12 +83,12 @@ def _read(source: sources.Source, data: DataSpec) -> Iterator[inspect.Found]:
     together.
     """
     waiting: deque[Future[list[inspect.Found]]] = deque()
-    with ThreadPoolExecutor(data.threads) as pool:
+    with ThreadPoolExecutor(data.num_threads) as pool:
         for _, clips in groupby(
             map(source.__getitem__, range(len(source))), lambda record: record.video
         ):
-            waiting.append(pool.submit(_file, list(clips), data.time_limit))
-            if len(waiting) > 2 * data.threads:  # no more: records may hold whole files
+            waiting.append(pool.submit(_file, list(clips), data.decode_timeout_seconds))
+            if len(waiting) > 2 * data.num_threads:  # no more: records may hold whole files
                 yield from waiting.popleft().result()
         for each in waiting:
             yield from each.result()
@@ -119,11 +119,11 @@ def _alike(seen: Looks) -> list[tuple[str, str]]:
 
 def _figures(clips: Sequence[inspect.Seen], classes: Sequence[str]) -> dict[str, Any]:
     if not clips:
-        return {"clips": 0}
+        return {"num_clips": 0}
     seconds = np.array([each.seconds for each in clips])
     labels = Counter(classes[each.label] for each in clips if each.label >= 0)
     return {
-        "clips": len(clips),
+        "num_clips": len(clips),
         "hours": float(seconds.sum() / 3600),
         "frames": sum(each.frames for each in clips),
         "seconds": {
@@ -148,7 +148,7 @@ def _report(
     source: str, seen: Looks, figures: dict[str, Any], bad: dict[str, str], workdir: Path
 ) -> Iterator[str]:
     yield from (f"# {source}", "")
-    splits = [split for split in seen if figures[split]["clips"]]
+    splits = [split for split in seen if figures[split]["num_clips"]]
     if splits:
         yield from _tables(splits, seen, figures, workdir)
     yield from _lists(figures["near_duplicates"], bad)
@@ -213,7 +213,7 @@ def _lists(pairs: Sequence[Sequence[str]], bad: dict[str, str]) -> Iterator[str]
 
 
 def _row(split: str, figures: dict[str, Any]) -> list[Any]:
-    seconds, n = figures["seconds"], figures["clips"]
+    seconds, n = figures["seconds"], figures["num_clips"]
     return [
         split,
         n,

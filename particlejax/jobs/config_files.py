@@ -10,6 +10,7 @@ from pathlib import Path
 
 import ml_collections
 
+from particlejax.config import jobs, renames
 from particlejax.config.experiment import unknown_key
 from particlejax.core.suggest import did_you_mean
 from particlejax.core.typing import UserError
@@ -25,6 +26,9 @@ def load(file: str) -> ml_collections.ConfigDict:
             "no experiment: add --config experiments/quickstart.py or another file of experiments/."
         )
     if not Path(path).is_file():
+        new = renames.FILES.get(path, "")
+        if Path(new).is_file():
+            raise UserError(f"the experiment file {path} is now {new}.")
         known = sorted(str(p) for p in Path("experiments").rglob("*.py"))
         raise UserError(f"there is no experiment file {path!r}: {did_you_mean(path, known)}")
     make = runpy.run_path(path)["get_config"]
@@ -51,6 +55,9 @@ def place(config: ml_collections.ConfigDict, key: str) -> tuple[ml_collections.C
     node, where = config, "config"
     for part in key.split("."):
         if not isinstance(node, ml_collections.ConfigDict) or part not in node:
+            new = renames.path(jobs.spec_of(config.to_dict()), key)
+            if new != key:
+                raise UserError(f"config.{key} is now config.{new}.")
             raise UserError(
                 unknown_key(
                     part, where, list(node) if isinstance(node, ml_collections.ConfigDict) else ()

@@ -36,7 +36,7 @@ def evaluate(experiment: Experiment, workdir: Path, name: str) -> None:
     stage = replace(
         stage, classes=source.classes, targets=label_targets.asked(stage.targets, source.classes)
     )
-    bad = run.BadClips(stage.data.max_bad)
+    bad = run.BadClips(stage.data.max_unreadable)
     context = loop.Context(
         experiment, workdir, mesh, MetricLog(workdir, experiment.log, name, as_dict(experiment))
     )
@@ -44,7 +44,7 @@ def evaluate(experiment: Experiment, workdir: Path, name: str) -> None:
     context.log.close()
     run.add_results(workdir, stage.name, {stage.data.split: figures}, bad.all())
     first = next(
-        ((name, figures[name]) for name in ("top1", "map", "mae") if name in figures),
+        ((name, figures[name]) for name in ("top1", "mAP", "mae") if name in figures),
         ("no clip with a label", 0),
     )
     say(

@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array
 
 from particlejax.config.experiment import DataSpec, TextSpec
-from particlejax.config.jobs import FeaturesSpec
+from particlejax.config.jobs import ExtractFeaturesSpec
 from particlejax.core.typing import UserError
 from particlejax.data import clips, pipeline, sources
 from particlejax.data.modalities import audio, feature_reader
@@ -36,7 +36,7 @@ from particlejax.train import stage
 from particlejax.train.log import Progress, say
 
 _PIECES = 128  # that a network of words reads of a caption
-_TYPES = {"features": "uint8", "heard": "float32", "told": "int32"}
+_TYPES = {"video_features": "uint8", "audio_features": "float32", "text_features": "int32"}
 _LEAST = 1e-3  # deviation: a feature that never changes is not blown up
 
 
@@ -81,15 +81,15 @@ class Moments(NamedTuple):
         )
 
 
-def features(spec: FeaturesSpec, workdir: Path, name: str) -> None:
-    """Job 'features': those of every readable clip of `config.splits`, and network.json, which says
-    what they are.
+def extract_features(spec: ExtractFeaturesSpec, workdir: Path, name: str) -> None:
+    """Job 'extract_features': those of every readable clip of `config.splits`, and network.json,
+    which says what they are.
     """
     del name
     begun = time.perf_counter()
     work, bad = (
-        prepared(spec, Path(spec.folder).expanduser() if spec.folder else workdir),
-        stage.BadClips(spec.max_bad),
+        prepared(spec, Path(spec.out_dir).expanduser() if spec.out_dir else workdir),
+        stage.BadClips(spec.max_unreadable),
     )
     figures: dict[str, Any] = {}
     for split in spec.splits:
@@ -104,14 +104,21 @@ def features(spec: FeaturesSpec, workdir: Path, name: str) -> None:
         # never changed later: what was trained on these stays right
         if feature_reader.described(work.folder) is None:
             feature_reader.describe(work.folder, _description(work, spec, moments))
-        figures[split] = {"clips": len(source), "computed": computed, "particles": moments.count}
+        figures[split] = {
+            "num_clips": len(source),
+            "computed": computed,
+            "particles": moments.count,
+        }
         say(
             f"{split}: features of {computed} clips computed, {moments.count} particles of "
             f"{len(moments.total)} numbers in all"
         )
     seconds = time.perf_counter() - begun
     stage.add_results(
-        workdir, "features", {**figures, "width": len(moments.total), "seconds": seconds}, bad.all()
+        workdir,
+        "extract_features",
+        {**figures, "width": len(moments.total), "seconds": seconds},
+        bad.all(),
     )
     modality = modality_of(work.frozen)
     say(
@@ -120,7 +127,7 @@ def features(spec: FeaturesSpec, workdir: Path, name: str) -> None:
     )
 
 
-def prepared(spec: FeaturesSpec, folder: Path) -> Work:
+def prepared(spec: ExtractFeaturesSpec, folder: Path) -> Work:
     """Raises UserError where the folder holds other features, and for cells that the network's map
     does not have.
     """
@@ -143,7 +150,7 @@ def prepared(spec: FeaturesSpec, folder: Path) -> Work:
         raise UserError(
             f"{folder} holds features of another network or sampling ({differs} differs): name "
             "another folder with "
-            f"config.folder, or do as there: `{known.command}`."
+            f"config.out_dir, or do as there: `{known.command}`."
         )
 
     compute = jax.jit(lambda params, pixels: averaged(maps(params, pixels), cells))
@@ -156,7 +163,7 @@ def prepared(spec: FeaturesSpec, folder: Path) -> Work:
     )
 
 
-def _sampling(spec: FeaturesSpec, net: BackboneSpec) -> dict[str, Any]:
+def _sampling(spec: ExtractFeaturesSpec, net: BackboneSpec) -> dict[str, Any]:
     """What tells one way of giving clips to the network from another. Raises UserError for a length
     that sound has not.
     """
@@ -170,25 +177,26 @@ def _sampling(spec: FeaturesSpec, net: BackboneSpec) -> dict[str, Any]:
         }
     if not net.sound:
         # a Transformer has positions for its own number
-        frames = net.frames if net.inputs or not spec.frames else spec.frames
+        frames = net.frames if net.inputs or not spec.num_frames else spec.num_frames
         return {
             "frames": frames,
             "size": net.size,
-            "seconds": float(spec.seconds),
-            "stride": float(spec.stride or spec.seconds),
+            "seconds": float(spec.window_seconds),
+            "stride": float(spec.stride_seconds or spec.window_seconds),
         }
     seconds = net.net.samples / net.net.rate
-    if spec.seconds not in (0, seconds):
+    if spec.window_seconds not in (0, seconds):
         raise UserError(
-            f"{spec.model} hears {seconds:g} s at once: leave config.seconds at 0, and choose how "
+            f"{spec.model} hears {seconds:g} s at once: leave config.window_seconds at 0, and "
+            "choose how "
             "far sub-clips stand "
-            "apart with config.stride."
+            "apart with config.stride_seconds."
         )
     return {
         "samples": net.net.samples,
         "rate": net.net.rate,
         "seconds": seconds,
-        "stride": float(spec.stride or seconds),
+        "stride": float(spec.stride_seconds or seconds),
     }
 
 
@@ -200,7 +208,7 @@ def _shape(sampling: Mapping[str, Any]) -> tuple[int, ...]:
     return (sampling["frames"], sampling["size"], sampling["size"], 3)
 
 
-def _tokenizer(spec: FeaturesSpec) -> Path:
+def _tokenizer(spec: ExtractFeaturesSpec) -> Path:
     """Raises UserError where there is none."""
     named = spec.tokenizer
     if not named and spec.weights != "random":
@@ -220,27 +228,29 @@ def _tokenizer(spec: FeaturesSpec) -> Path:
 def modality_of(frozen: linear_probe.Frozen) -> str:
     """Which of `clips.KEPT` its features are for, though any may hold them."""
     return (
-        "told"
+        "text_features"
         if frozen.backbone.spec.text
-        else "heard"
+        else "audio_features"
         if frozen.backbone.spec.sound
-        else "features"
+        else "video_features"
     )
 
 
-def _cells(spec: FeaturesSpec, shape: tuple[int, ...]) -> tuple[int, int, int]:
+def _cells(spec: ExtractFeaturesSpec, shape: tuple[int, ...]) -> tuple[int, int, int]:
     """The cells of a map of this shape; tokens and vectors are one."""
     if len(shape) != 3:
-        if spec.cells not in ((1, 1, 1), (0, 0, 0)):
+        if spec.pool_grid not in ((1, 1, 1), (0, 0, 0)):
             raise UserError(
-                f"{spec.model} gives no map of time, rows and columns: leave config.cells at (1, "
+                f"{spec.model} gives no map of time, rows and columns: leave config.pool_grid at "
+                "(1, "
                 "1, 1)."
             )
         return 1, 1, 1
-    wanted = tuple(number or most for number, most in zip(spec.cells, shape, strict=True))
+    wanted = tuple(number or most for number, most in zip(spec.pool_grid, shape, strict=True))
     if any(number > most for number, most in zip(wanted, shape, strict=True)):
         raise UserError(
-            f"config.cells={spec.cells} are more than the map of {spec.model} has, {shape}: use "
+            f"config.pool_grid={spec.pool_grid} are more than the map of {spec.model} has, "
+            f"{shape}: use "
             "these or fewer."
         )
     return wanted
@@ -272,7 +282,7 @@ def _shares(number: int, cells: int) -> np.ndarray:
 
 
 def _split(
-    work: Work, source: sources.Source, spec: FeaturesSpec, bad: stage.BadClips
+    work: Work, source: sources.Source, spec: ExtractFeaturesSpec, bad: stage.BadClips
 ) -> tuple[int, Moments]:
     """Computes what is not kept of a source. Returns of how many clips, and the moments of all."""
     words = (
@@ -294,9 +304,12 @@ def _split(
                 found = [kept]
             elif read := _given(i, record, work.sampling, words, bad):
                 waiting[name] = read
-        if i + 1 == len(source) or sum(len(each.data) for each in waiting.values()) >= spec.rows:
+        if (
+            i + 1 == len(source)
+            or sum(len(each.data) for each in waiting.values()) >= spec.batch_size
+        ):
             computed += len(waiting)
-            found += _computed(work, waiting, spec.rows)
+            found += _computed(work, waiting, spec.batch_size)
             waiting = {}
         for each in found:
             moments = moments.plus(each[:, feature_reader.ABOUT :].astype(np.float64))
@@ -358,7 +371,9 @@ def _given(
             )
         if words:
             return _words(record.caption, seconds, words)
-        data = DataSpec(frames=sampling["frames"], size=sampling["size"], seconds=seconds)
+        data = DataSpec(
+            num_frames=sampling["frames"], image_size=sampling["size"], clip_seconds=seconds
+        )
         ends = record.start + np.minimum(begins + seconds, length)
         parts = (
             dataclasses.replace(record, start=record.start + float(begin), end=float(end))
@@ -376,7 +391,7 @@ def _given(
 
 def _words(caption: str, seconds: float, spec: TextSpec) -> Given:
     ids = tokens.encode(caption, spec) if caption else np.zeros(0, np.int32)
-    padded = np.pad(ids, (0, spec.length - len(ids)))[None]
+    padded = np.pad(ids, (0, spec.max_length - len(ids)))[None]
     return (
         Given(np.zeros(1), seconds, padded) if len(ids) else Given(np.zeros(0), seconds, padded[:0])
     )
@@ -397,7 +412,9 @@ def _sound(heard: np.ndarray | None, begins: np.ndarray, sampling: Mapping[str, 
     )
 
 
-def _description(work: Work, spec: FeaturesSpec, moments: Moments) -> feature_reader.Described:
+def _description(
+    work: Work, spec: ExtractFeaturesSpec, moments: Moments
+) -> feature_reader.Described:
     mean = moments.total / moments.count
     deviation = np.sqrt(np.maximum(moments.squares / moments.count - mean**2, 0))
     return feature_reader.Described(
@@ -409,12 +426,12 @@ def _description(work: Work, spec: FeaturesSpec, moments: Moments) -> feature_re
     )
 
 
-def _command(spec: FeaturesSpec, folder: Path) -> Iterator[str]:
+def _command(spec: ExtractFeaturesSpec, folder: Path) -> Iterator[str]:
     """The command that does this job again."""
-    command = "python -m particlejax.main --config experiments/features.py"
-    yield f"{command} {shlex.quote(f'--config.folder={folder}')}"
+    command = "python -m particlejax.main --config experiments/extract_features.py"
+    yield f"{command} {shlex.quote(f'--config.out_dir={folder}')}"
     # of which the experiment file may have its own
-    default, always = (FeaturesSpec(), ("source", "splits", "frames", "cells"))
+    default, always = (ExtractFeaturesSpec(), ("source", "splits", "num_frames", "pool_grid"))
     for key, value in dataclasses.asdict(spec).items():
-        if key in always or key not in ("job", "folder") and value != getattr(default, key):
+        if key in always or key not in ("job", "out_dir") and value != getattr(default, key):
             yield shlex.quote(f"--config.{key}={value}")

@@ -27,12 +27,12 @@ class _Trained:
             raise UserError(
                 "config.run is empty: name the run whose features count with --config.run=RUN_DIR."
             )
-        self.spec, self.mesh = experiment.evaluate, sharding.make_mesh(experiment.mesh)
-        sharding.check_rows(self.spec.rows, self.mesh, "config.evaluate.rows")
+        self.spec, self.mesh = experiment.eval, sharding.make_mesh(experiment.mesh)
+        sharding.check_rows(self.spec.batch_size, self.mesh, "config.eval.batch_size")
         self.stage, self.params = stage.load_trained(
             experiment.run, self.mesh, stage.asked(experiment.data)
         )
-        self.bad = stage.BadClips(self.stage.data.max_bad)
+        self.bad = stage.BadClips(self.stage.data.max_unreadable)
 
     def open(self, split: str, classes: tuple[str, ...] | None) -> sources.Source:
         """A split of the source."""
@@ -44,15 +44,15 @@ class _Trained:
         """Numbers of the clips that could be read, and what `predict` makes of each, averaged over
         the views.
         """
-        views = self.stage.views(source, self.spec.rows, self.spec.views, self.spec.scale)
+        views = self.stage.views(source, self.spec.batch_size, self.spec.views, self.spec.scale)
         return eval.per_clip(predict, self.params, views, self.mesh, self.bad.note, name)
 
 
-def prototypes(experiment: Experiment, workdir: Path, name: str) -> None:
-    """Job 'prototypes': the class whose mean feature is nearest, from `data.shots` clips a class of
-    `data.split`.
+def fewshot_prototypes(experiment: Experiment, workdir: Path, name: str) -> None:
+    """Job 'fewshot_prototypes': the class whose mean feature is nearest, from `data.shots` clips a
+    class of `data.split`.
 
-    Measured on `evaluate.splits`; results.json, predictions_SPLIT.csv, report.md. (Prototypical
+    Measured on `eval.splits`; results.json, predictions_SPLIT.csv, report.md. (Prototypical
     networks, arXiv:1703.05175.)
     """
     del name
@@ -69,8 +69,8 @@ def prototypes(experiment: Experiment, workdir: Path, name: str) -> None:
     centres = sample_selection.centres(
         found[""], label_subset.labels(known)[numbers], len(known.classes)
     )
-    figures: dict[str, Any] = {"known": {"clips": len(numbers), "classes": len(known.classes)}}
-    for split in experiment.evaluate.splits:
+    figures: dict[str, Any] = {"known": {"num_clips": len(numbers), "classes": len(known.classes)}}
+    for split in experiment.eval.splits:
         asked = trained.open(split, known.classes)
         numbers, found = trained.look(asked, predict, f"features of {split}")
         probabilities, label = (
@@ -83,23 +83,23 @@ def prototypes(experiment: Experiment, workdir: Path, name: str) -> None:
         )
         figures[split] = classification_metrics.scores(probabilities, label, known.classes)
         say(
-            f"prototypes of {figures['known']['clips']} clips on {split}: top-1 "
+            f"prototypes of {figures['known']['num_clips']} clips on {split}: top-1 "
             f"{figures[split].get('top1', float('nan')):.3f}"
         )
-    stage.add_results(workdir, "prototypes", figures, trained.bad.all())
+    stage.add_results(workdir, "fewshot_prototypes", figures, trained.bad.all())
     say(f"report: {markdown.write(workdir)}")
 
 
-def label_next(experiment: Experiment, workdir: Path, name: str) -> None:
-    """Job 'label_next': the clips of `data.split` that `config.active` would have labelled next,
-    the most wanted first.
+def active_learning(experiment: Experiment, workdir: Path, name: str) -> None:
+    """Job 'active_learning': the clips of `data.split` that `config.active_learning` would have
+    labelled next, the most wanted first.
 
-    Those that have a label (of `data.listed` or `data.shots`, else of the source) are known
+    Those that have a label (of `data.labelled_csv` or `data.shots`, else of the source) are known
     already. next.csv names the new ones with what the run takes them for; listed.csv all, for
-    `config.data.listed` of the next round.
+    `config.data.labelled_csv` of the next round.
     """
     del name
-    trained, spec = _Trained(experiment), experiment.active
+    trained, spec = _Trained(experiment), experiment.active_learning
     if trained.stage.targets is None or trained.stage.targets.loss != "softmax":
         raise UserError(
             f"stage {trained.stage.name} of {experiment.run} does not tell classes apart: name one "
@@ -116,10 +116,10 @@ def label_next(experiment: Experiment, workdir: Path, name: str) -> None:
         raise UserError(
             f"every clip of {trained.stage.data.source} has a label: name those that count as "
             "known in "
-            "config.data.listed, or another config.data.split."
+            "config.data.labelled_csv, or another config.data.split."
         )
-    wanted = sample_selection.SELECT[spec.how](
-        probabilities, found[""], open_to, spec.number, experiment.seed
+    wanted = sample_selection.SELECT[spec.strategy](
+        probabilities, found[""], open_to, spec.num_clips, experiment.seed
     )
     best = probabilities.argmax(axis=1)
     rows = [
@@ -135,15 +135,15 @@ def label_next(experiment: Experiment, workdir: Path, name: str) -> None:
         [[source[int(n)].name] for n in known] + [row[:1] for row in rows],
     )
     figures = {"known": len(known), "chosen": len(rows), "left": int(open_to.sum()) - len(rows)}
-    stage.add_results(workdir, "label_next", {"round": figures}, trained.bad.all())
-    say(f"{len(rows)} clips to label next, by {spec.how}: {workdir / 'next.csv'}")
+    stage.add_results(workdir, "active_learning", {"round": figures}, trained.bad.all())
+    say(f"{len(rows)} clips to label next, by {spec.strategy}: {workdir / 'next.csv'}")
     say(f"report: {markdown.write(workdir)}")
 
 
 def _known(source: sources.Source, experiment: Experiment) -> np.ndarray:
     data, label = experiment.data, label_subset.labels(source)
-    if data.listed:
-        return label_subset.read_list(source, data.listed)
+    if data.labelled_csv:
+        return label_subset.read_list(source, data.labelled_csv)
     return (
         label_subset.draw(label, data.shots, experiment.seed, source.classes)
         if data.shots

@@ -26,16 +26,19 @@ _MOST = 30  # names of a list in the report
 
 
 def import_weights(spec: ImportSpec, workdir: Path, name: str) -> None:
-    """Job 'import_weights': `config.source` into `config.model`, and out to `config.export` where
-    that is named.
+    """Job 'import_weights': `config.weights` into `config.model`, and out to `config.export_path`
+    where that is named.
     """
     del name
     if not spec.model:
         raise UserError(
-            "config.source or config.model is empty: add --config.source=PATH --config.model=NAME."
+            "config.weights or config.model is empty: add --config.weights=PATH "
+            "--config.model=NAME."
         )
-    spec = dataclasses.replace(spec, source=spec.source or str(packages.find(spec.model, "source")))
-    backbone, params, known, report = pretrained.read(spec.source, spec.model, spec)
+    spec = dataclasses.replace(
+        spec, weights=spec.weights or str(packages.find(spec.model, "weights"))
+    )
+    backbone, params, known, report = pretrained.read(spec.weights, spec.model, spec)
     if report.missing:
         params = _filled(backbone, params, spec.seed)
     classes = getattr(backbone.spec.net, "classes", 0)
@@ -51,14 +54,14 @@ def import_weights(spec: ImportSpec, workdir: Path, name: str) -> None:
         },
     )
     saved.close()
-    if spec.export:
-        formats.write(spec.export, names.export_params(params, known, report))
-        say(f"exported under the reference's names: {spec.export}")
+    if spec.export_path:
+        formats.write(spec.export_path, names.export_params(params, known, report))
+        say(f"exported under the reference's names: {spec.export_path}")
     figures = {
-        "source": spec.source,
+        "weights": spec.weights,
         "model": spec.model,
-        "classes": classes,
-        "parameters": tree.count(params),
+        "num_classes": classes,
+        "num_params": tree.count(params),
         "matched": len(report.matched),
         "missing": report.missing,
         "unused": report.unused,
@@ -90,15 +93,15 @@ def _sentence(report: names.Report) -> str:
 def _lines(
     spec: ImportSpec, backbone: backbones.Backbone, figures: Mapping[str, Any]
 ) -> Iterator[str]:
-    yield from (f"# {spec.model} from {Path(spec.source).name}", "")
+    yield from (f"# {spec.model} from {Path(spec.weights).name}", "")
     yield from table(
         ["", ""],
         [
             [
                 "model",
-                f"{spec.model}, {figures['classes'] or 'no'} classes, takes {_taken(backbone)}",
+                f"{spec.model}, {figures['num_classes'] or 'no'} classes, takes {_taken(backbone)}",
             ],
-            ["numbers", f"{figures['parameters']:,}"],
+            ["numbers", f"{figures['num_params']:,}"],
             ["arrays matched", figures["matched"]],
             ["of another type, turned to float32", len(figures["cast"])],
         ],
@@ -119,7 +122,7 @@ def _lines(
             yield f"- and {len(found) - _MOST} others, in [results.json](results.json)"
         yield ""
     yield (
-        f"The checkpoint is in `checkpoints/{STAGE}`; `--config.weights` and `--config.source` "
+        f"The checkpoint is in `checkpoints/{STAGE}`; `--config.weights` and `--config.weights` "
         "take this folder."
     )
 

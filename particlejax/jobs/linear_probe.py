@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from particlejax.config.experiment import DataSpec
-from particlejax.config.jobs import BackboneProbeSpec, FeaturesSpec
+from particlejax.config.jobs import ExtractFeaturesSpec, LinearProbeSpec
 from particlejax.core import io, tree
 from particlejax.core.typing import Params, UserError
 from particlejax.data import clips, pipeline, sources
@@ -51,30 +51,28 @@ class Told(NamedTuple):
     computed: int
 
 
-def probe(spec: BackboneProbeSpec, workdir: Path, name: str) -> None:
-    """Job 'probe_backbone': features of `config.train` and `config.test`, a regression on the
-    first, its answers on the second.
+def linear_probe(spec: LinearProbeSpec, workdir: Path, name: str) -> None:
+    """Job 'linear_probe': features of `config.train_split` and `config.test_split`, a regression on
+    the first, its answers on the second.
     """
     del name
     begun = time.perf_counter()
-    frozen, bad = load(spec), stage.BadClips(spec.max_bad)
-    train = sources.open_source(spec.source, spec.train, spec.cache_dir)
-    test = sources.open_source(spec.source, spec.test, spec.cache_dir, train.classes)
+    frozen, bad = load(spec), stage.BadClips(spec.max_unreadable)
+    train = sources.open_source(spec.source, spec.train_split, spec.cache_dir)
+    test = sources.open_source(spec.source, spec.test_split, spec.cache_dir, train.classes)
     learnt, asked = (tell(frozen, source, spec, bad) for source in (train, test))
     seconds = {"features": time.perf_counter() - begun}
     figures = scores(
-        answers(learnt, asked.features, len(train.classes), spec.penalty),
-        asked.label,
-        train.classes,
+        answers(learnt, asked.features, len(train.classes), spec.l2), asked.label, train.classes
     )
     seconds["regression"] = time.perf_counter() - begun - seconds["features"]
     computed, clips_seen = learnt.computed + asked.computed, len(learnt.label) + len(asked.label)
     stage.add_results(
         workdir,
-        "probe",
+        "linear_probe",
         {
             "model": spec.model,
-            spec.test: figures,
+            spec.test_split: figures,
             "width": learnt.features.shape[1],
             "computed": computed,
             "kept": clips_seen - computed,
@@ -83,7 +81,7 @@ def probe(spec: BackboneProbeSpec, workdir: Path, name: str) -> None:
         bad.all(),
     )
     say(
-        f"{spec.model} on {len(asked.label)} clips of {spec.source} ({spec.test}): top-1 "
+        f"{spec.model} on {len(asked.label)} clips of {spec.source} ({spec.test_split}): top-1 "
         f"{figures.get('top1', float('nan')):.3f}; features of {computed} clips computed, "
         f"{clips_seen - computed} kept from before"
     )
@@ -92,12 +90,14 @@ def probe(spec: BackboneProbeSpec, workdir: Path, name: str) -> None:
     say(f"report: {path}")
 
 
-def load(spec: BackboneProbeSpec | FeaturesSpec) -> Frozen:
+def load(spec: LinearProbeSpec | ExtractFeaturesSpec) -> Frozen:
     """The network. Raises UserError where its weights are not found, do not fit or lack more than a
     head.
     """
     found = backbones.find(spec.model)
-    if not found.video and not ((found.sound or found.text) and isinstance(spec, FeaturesSpec)):
+    if not found.video and not (
+        (found.sound or found.text) and isinstance(spec, ExtractFeaturesSpec)
+    ):
         raise UserError(
             f"{spec.model} takes other things than videos: choose a model of videos with "
             "config.model, such as i3d."
@@ -141,16 +141,19 @@ def digest(params: Params) -> str:
 
 
 def tell(
-    frozen: Frozen, source: sources.Source, spec: BackboneProbeSpec, bad: stage.BadClips
+    frozen: Frozen, source: sources.Source, spec: LinearProbeSpec, bad: stage.BadClips
 ) -> Told:
     """Features of every readable, labelled clip of a source: those that are kept already, the
     others computed and kept.
     """
-    net, folder = frozen.backbone.spec, Path(spec.keep).expanduser() if spec.keep else None
+    net, folder = (
+        frozen.backbone.spec,
+        Path(spec.feature_cache_dir).expanduser() if spec.feature_cache_dir else None,
+    )
     # a Transformer has positions for its own number
-    number = net.frames if net.inputs or not spec.frames else spec.frames
-    data = DataSpec(frames=number, size=net.size, seconds=spec.seconds)
-    sampling = {"frames": data.frames, "size": data.size, "seconds": data.seconds}
+    number = net.frames if net.inputs or not spec.num_frames else spec.num_frames
+    data = DataSpec(num_frames=number, image_size=net.size, clip_seconds=spec.clip_seconds)
+    sampling = {"frames": data.num_frames, "size": data.image_size, "seconds": data.clip_seconds}
     apply = jax.jit(
         lambda params, pixels: backbones.features(frozen.backbone, params, pixels, spec.endpoint)
     )
@@ -167,13 +170,13 @@ def tell(
     }
     waiting = [i for i in keys if i not in found]
     progress = Progress("features", len(waiting), unit="clip")
-    for first in range(0, len(waiting), spec.rows):
-        part = waiting[first : first + spec.rows]
+    for first in range(0, len(waiting), spec.batch_size):
+        part = waiting[first : first + spec.batch_size]
         read = {i: frames for i in part if (frames := _frames(i, source[i], data, bad)) is not None}
         if read:
             # one shape, one program
             pixels = np.stack(
-                [*read.values(), *[next(iter(read.values()))] * (spec.rows - len(read))]
+                [*read.values(), *[next(iter(read.values()))] * (spec.batch_size - len(read))]
             )
             found |= dict(
                 zip(read, np.asarray(apply(frozen.params, pixels), np.float32), strict=False)
@@ -185,7 +188,8 @@ def tell(
     progress.close()
     if not found:
         raise UserError(
-            f"{spec.source} has no readable clip with a label in {spec.train} or {spec.test}: name "
+            f"{spec.source} has no readable clip with a label in {spec.train_split} or "
+            f"{spec.test_split}: name "
             "other splits."
         )
     order = sorted(found)
@@ -227,7 +231,7 @@ def answers(learnt: Told, asked_ND: np.ndarray, classes: int, penalty: float) ->
     if len(set(learnt.label)) < 2:
         raise UserError(
             "the clips to learn from have one class alone: name a split with more with "
-            "config.train."
+            "config.train_split."
         )
     model = LogisticRegression(C=1 / penalty, max_iter=_STEPS).fit(
         scale.transform(learnt.features), learnt.label
@@ -247,16 +251,16 @@ def kept(folder: Path | None, name: str) -> np.ndarray | None:
 
 
 def _lines(
-    spec: BackboneProbeSpec, figures: dict[str, Any], learnt: Told, computed: int
+    spec: LinearProbeSpec, figures: dict[str, Any], learnt: Told, computed: int
 ) -> Iterator[str]:
     yield from (f"# What {spec.model}, frozen, tells of {spec.source}", "")
     shown: Sequence[tuple[str, Any]] = (
         ("clips learnt from", len(learnt.label)),
         ("numbers of a clip", learnt.features.shape[1]),
-        ("clips asked", figures.get("clips", 0)),
+        ("clips asked", figures.get("num_clips", 0)),
         ("features computed now", computed),
         *(
-            (f"{spec.test} {each}", figures[each])
+            (f"{spec.test_split} {each}", figures[each])
             for each in ("top1", "top5", "mean_class_accuracy", "ece")
             if each in figures
         ),

@@ -6,7 +6,6 @@ The model is a run of its own in workdir/model, with all its parameters, whateve
 fine-tuned: with one run that is the merged export of what was trained beside a frozen base.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from particlejax.config.experiment import Experiment, as_dict
+from particlejax.config import jobs
+from particlejax.config.experiment import Experiment
 from particlejax.core import io, tree
 from particlejax.core.typing import Params, UserError
 from particlejax.data import sources
@@ -26,12 +26,12 @@ from particlejax.train import stage as run
 from particlejax.train.log import say
 
 MODEL = "model"  # folder of the run that comes out
-_FIGURES = ("top1", "map", "r2")  # by which runs are ordered, the first that there is
+_FIGURES = ("top1", "mAP", "r2")  # by which runs are ordered, the first that there is
 
 
-def soup(experiment: Experiment, workdir: Path, name: str) -> None:
-    """Job 'soup': `config.runs` measured one by one and together on `config.data`; results.json,
-    report.md, model/.
+def model_soup(experiment: Experiment, workdir: Path, name: str) -> None:
+    """Job 'model_soup': `config.runs` measured one by one and together on `config.data`;
+    results.json, report.md, model/.
     """
     del name
     if not experiment.runs:
@@ -40,20 +40,20 @@ def soup(experiment: Experiment, workdir: Path, name: str) -> None:
             "--config.runs=\"('runs/a','runs/b:finetune')\"."
         )
     mesh = sharding.make_mesh(experiment.mesh)
-    sharding.check_rows(experiment.evaluate.rows, mesh, "config.evaluate.rows")
+    sharding.check_rows(experiment.eval.batch_size, mesh, "config.eval.batch_size")
     kitchen = _Kitchen(
         experiment, workdir, mesh, *_ingredients(experiment, mesh, run.asked(experiment.data))
     )
     each = {label: kitchen.figures(params, label) for label, params in kitchen.params.items()}
-    together = _TABLE[experiment.soup.how](kitchen, each)
+    together = _TABLE[experiment.model_soup.method](kitchen, each)
     split = kitchen.stage.data.split
     run.add_results(
         workdir,
         kitchen.stage.name,
-        {split: together, "ingredients": {k: _short(v) for k, v in each.items()}},
+        {split: together, "members": {k: _short(v) for k, v in each.items()}},
         kitchen.bad.all(),
     )
-    say(f"{experiment.soup.how} of {len(each)}: {_short(together)}")
+    say(f"{experiment.model_soup.method} of {len(each)}: {_short(together)}")
     say(f"report: {markdown.write(workdir)}")
 
 
@@ -64,12 +64,15 @@ def _ingredients(
     stages, found = [], {}
     for text in experiment.runs:
         folder, stage = run.split_run(text)
-        steps = checkpoint.whole_steps(run.result_folder(folder, stage))[-experiment.soup.newest :]
-        if len(steps) < experiment.soup.newest:
+        steps = checkpoint.whole_steps(run.result_folder(folder, stage))[
+            -experiment.model_soup.last_k_checkpoints :
+        ]
+        if len(steps) < experiment.model_soup.last_k_checkpoints:
             raise UserError(
-                f"config.soup.newest={experiment.soup.newest} and {text} has kept {len(steps)} "
+                f"config.model_soup.last_k_checkpoints={experiment.model_soup.last_k_checkpoints} "
+                f"and {text} has kept {len(steps)} "
                 "checkpoints: train it "
-                "with a larger config.checkpoint.keep, or average fewer."
+                "with a larger config.checkpoint.max_to_keep, or average fewer."
             )
         for step in steps:
             made, params = run.load_trained(text, mesh, said, step)
@@ -109,12 +112,12 @@ class _Kitchen:
             params,
             mesh,
         )
-        self.bad = run.BadClips(stage.data.max_bad)
+        self.bad = run.BadClips(stage.data.max_unreadable)
         self.source = sources.open_source(
             stage.data.source, stage.data.split, stage.data.cache_dir, stage.classes
         )
-        spec = experiment.evaluate
-        self._views = stage.views(self.source, spec.rows, spec.views, spec.scale)
+        spec = experiment.eval
+        self._views = stage.views(self.source, spec.batch_size, spec.views, spec.scale)
         self._predict = eval.jit_predict(stage.model, mesh, stage.targets.answers)
 
     def said(self, params: Params, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -144,10 +147,12 @@ class _Kitchen:
     def serve(self, params: Params, names: list[str]) -> dict[str, Any]:
         """Writes the model as a run, and measures it."""
         folder, stage = self.workdir / MODEL, self.stage
-        plain = replace(stage.spec, init="")
-        made = replace(stage.experiment, stages={stage.name: plain}, order=(stage.name,), init="")
+        plain = replace(stage.spec, init_from="")
+        made = replace(
+            stage.experiment, stages={stage.name: plain}, stage_order=(stage.name,), init_from=""
+        )
         folder.mkdir(exist_ok=True)
-        io.write_json(folder / run.CONFIG, json.loads(json.dumps(as_dict(made))))
+        io.write_json(folder / run.CONFIG, jobs.written(made))
         kept = checkpoint.Checkpoints(run.checkpoint_folder(folder, stage.name), 2)
         kept.save(0, {"params": params}, {"classes": list(stage.classes), "of": names})
         kept.close()
@@ -188,7 +193,7 @@ def _ensemble(kitchen: _Kitchen, each: dict[str, dict[str, Any]]) -> dict[str, A
 
 
 _TABLE: dict[str, Callable[[_Kitchen, dict[str, dict[str, Any]]], dict[str, Any]]] = {
-    "average": _average,
+    "uniform": _average,
     "greedy": _greedy,
     "ensemble": _ensemble,
 }

@@ -86,8 +86,8 @@ def prepare(spec: PlanSpec, devices: Sequence[jax.Device]) -> Prepared:
     """The stage for these devices. Its operations are those of plain attention: kernels compute
     some of it twice.
     """
-    plain, goal = stage_of(spec, "plain")
-    rows = spec.rows * len(devices) or plain.spec.rows
+    plain, goal = stage_of(spec, "xla")
+    rows = spec.per_device_batch_size * len(devices) or plain.spec.batch_size
     alone = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), sharding.AXES)
     operations = flops.count(_traced(plain, goal, rows, alone)[0].jaxpr)
     stage, _ = stage_of(spec, "auto")
@@ -97,7 +97,7 @@ def prepare(spec: PlanSpec, devices: Sequence[jax.Device]) -> Prepared:
 def stage_of(spec: PlanSpec, attention: str) -> tuple[run.Stage, Any]:
     """The stage with its targets; its clips are asked for only where they say what the classes are.
 
-    attention: as config.model.attention, where the experiment leaves it 'auto'.
+    attention: as config.model.attention_impl, where the experiment leaves it 'auto'.
     """
     if not spec.experiment:
         raise UserError(
@@ -105,10 +105,10 @@ def stage_of(spec: PlanSpec, attention: str) -> tuple[run.Stage, Any]:
             "--config.experiment=experiments/NAME.py."
         )
     config = config_files.load(spec.experiment)
-    config_files.change(config, spec.settings)
+    config_files.change(config, spec.overrides)
     experiment = Experiment.of(config.to_dict())
-    if experiment.model.attention == "auto":
-        experiment = replace(experiment, model=replace(experiment.model, attention=attention))
+    if experiment.model.attention_impl == "auto":
+        experiment = replace(experiment, model=replace(experiment.model, attention_impl=attention))
     name = spec.stage or next(iter(experiment.stages), "")
     if name not in experiment.stages:
         known = ", ".join(experiment.stages) or "none"
@@ -184,7 +184,9 @@ def figures(prepared: Prepared, mesh: Mesh, chip: accelerators.Chip | None) -> d
     """All that is known of the step on a mesh; parameters and batch are shapes alone."""
     spec, stage = prepared.stage.spec, prepared.stage
     sharding.check_rows(
-        prepared.rows // spec.accumulate, mesh, f"config.stages.{stage.name}.rows / accumulate"
+        prepared.rows // spec.grad_accum_steps,
+        mesh,
+        f"config.stages.{stage.name}.rows / accumulate",
     )
     traced, state = _traced(stage, prepared.goal, prepared.rows, mesh)
     clips = prepared.rows * stage.data.clips_per_row
@@ -193,10 +195,10 @@ def figures(prepared: Prepared, mesh: Mesh, chip: accelerators.Chip | None) -> d
         "devices": mesh.size,
         "kind": mesh.devices.flat[0].device_kind,
         "clips_per_step": clips,
-        "parameters": sum(x.size for x in jax.tree.leaves((state.params, state.frozen))),
+        "num_params": sum(x.size for x in jax.tree.leaves((state.params, state.frozen))),
         "bytes": {
             "parameters": _held((state.params, state.frozen, state.average)),
-            "optimiser": _held(state.opt_state),
+            "optimizer": _held(state.opt_state),
         },
         "flops": prepared.operations / mesh.size,
         "memory": chip.memory if chip else 0.0,
@@ -216,14 +218,18 @@ def _traced(
     stage: run.Stage, goal: Any, rows: int, mesh: Mesh
 ) -> tuple[jax.stages.Traced, TrainState]:
     spec = stage.spec
-    made = train_step.of(stage, goal, spec.steps or _STEPS)
-    state = described(stage.model, made.optimizer, stage.example, spec.ema, mesh, spec.tune)
+    made = train_step.of(stage, goal, spec.num_steps or _STEPS)
+    state = described(
+        stage.model, made.optimizer, stage.example, spec.ema_decay, mesh, spec.finetune
+    )
     return jit_step(made.step, state, mesh).trace(state, batch_of(stage, rows)), state
 
 
 def batch_of(stage: run.Stage, rows: int) -> Batch:
     """Shapes of the batches as they come from the data."""
-    row = pipeline.example(pipeline.row_of(stage.data, stage.particles, stage.spec.schedule), 1)
+    row = pipeline.example(
+        pipeline.row_of(stage.data, stage.particles, stage.spec.scale_schedule), 1
+    )
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), row)
 
 
@@ -251,8 +257,8 @@ def _measured(
             "arguments": memory.argument_size_in_bytes,
             "temporary": memory.temp_size_in_bytes,
             "all": whole,
-            "streamed": cost.bytes,
-            "sent": sent,
+            "hbm_bytes": cost.bytes,
+            "ici_bytes": sent,
         },
         "collectives": [each._asdict() for each in cost.collectives],
         "loops_counted_once": cost.endless,
@@ -278,22 +284,22 @@ def estimates(operations: float, cost: hlo_cost.Cost, chip: accelerators.Chip) -
     The roofline is the longest term, as though the others hid behind it; a step takes no less.
     """
     sent = sum(each.sent for each in cost.collectives)
-    terms = {"product": operations / chip.product, "memory": cost.bytes / chip.stream}
+    terms = {"compute": operations / chip.product, "hbm": cost.bytes / chip.stream}
     if chip.wire:
-        terms["wire"] = sent / chip.wire
+        terms["ici"] = sent / chip.wire
     elif sent:  # devices of one memory
-        terms["memory"] += sent / chip.stream
+        terms["hbm"] += sent / chip.stream
     binds = max(terms, key=terms.get)
     found = {
         "seconds": terms,
         "roofline": terms[binds],
-        "binds": binds,
+        "bottleneck": binds,
         "rates_measured": chip.measured,
     }
     if cost.cycles and chip.clock:
         found["compiler"] = cost.cycles / chip.clock
     found["step"] = max(found["roofline"], found.get("compiler", 0.0))
-    found["utilisation"] = terms["product"] / found["step"]
+    found["utilization"] = terms["compute"] / found["step"]
     return found
 
 
@@ -324,12 +330,13 @@ def _sentence(each: dict[str, Any]) -> str:
     guess = each["estimates"]
     milliseconds = guess["step"] * 1e3
     return (
-        f"{wants} on each device, a step of about {milliseconds:.3g} ms, bound by {guess['binds']}"
+        f"{wants} on each device, a step of about {milliseconds:.3g} ms, bound by "
+        f"{guess['bottleneck']}"
     )
 
 
 def _lines(spec: PlanSpec, stage: run.Stage, found: dict[str, dict[str, Any]]) -> Iterator[str]:
-    count = next(iter(found.values()))["parameters"]
+    count = next(iter(found.values()))["num_params"]
     yield from (f"# {spec.experiment}, stage {stage.name}: {count / 1e6:.2f} M parameters", "")
     yield from (
         "Compiled, not run. For one device, in GiB (2^30); FLOPs from shapes, in T (10^12).",
@@ -345,8 +352,8 @@ def _lines(spec: PlanSpec, stage: run.Stage, found: dict[str, dict[str, Any]]) -
         "memory",
         "fits",
         "FLOPs",
-        "streamed",
-        "sent",
+        "HBM bytes",
+        "ICI bytes",
     ]
     yield from table(
         head,
@@ -356,12 +363,12 @@ def _lines(spec: PlanSpec, stage: run.Stage, found: dict[str, dict[str, Any]]) -
                 each["clips_per_step"],
                 *(
                     _gib(each["bytes"].get(key))
-                    for key in ("parameters", "optimiser", "temporary", "all")
+                    for key in ("parameters", "optimizer", "temporary", "all")
                 ),
                 _gib(each["memory"]),
                 "yes" if each["fits"] else "no",
                 f"{each['flops'] / 1e12:.4g}",
-                *(_gib(each["bytes"].get(key)) for key in ("streamed", "sent")),
+                *(_gib(each["bytes"].get(key)) for key in ("hbm_bytes", "ici_bytes")),
             ]
             for label, each in found.items()
         ],
@@ -408,20 +415,20 @@ def _times(found: dict[str, dict[str, Any]]) -> Iterator[str]:
         rows.append(
             [
                 label,
-                *(_ms(guess["seconds"].get(key)) for key in ("product", "memory", "wire")),
-                guess["binds"],
+                *(_ms(guess["seconds"].get(key)) for key in ("compute", "hbm", "ici")),
+                guess["bottleneck"],
                 _ms(guess["roofline"]),
                 _ms(guess.get("compiler")),
-                f"{guess['utilisation']:.2f}",
+                f"{guess['utilization']:.2f}",
                 f"{each['clips_per_step'] / guess['step'] / each['devices']:.4g}",
             ]
         )
     head = [
         "",
-        "product",
-        "memory",
-        "wire",
-        "binds",
+        "compute",
+        "hbm",
+        "ici",
+        "bottleneck",
         "roofline",
         "compiler's",
         "share of peak",

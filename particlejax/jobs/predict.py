@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from particlejax.config.jobs import RecogniseSpec
+from particlejax.config.jobs import PredictSpec
 from particlejax.core import io, tree
 from particlejax.core.typing import Params, UserError
 from particlejax.data.sources.folder import VIDEO_SUFFIXES
@@ -49,20 +49,20 @@ class Seen(NamedTuple):
     picture: str
 
 
-def recognise(spec: RecogniseSpec, workdir: Path, name: str) -> None:
-    """Job 'recognise': the likeliest actions in every video of `config.video`."""
+def predict(spec: PredictSpec, workdir: Path, name: str) -> None:
+    """Job 'predict': the likeliest actions in every video of `config.videos`."""
     del name
-    files = _files(spec.video)
+    files = _files(spec.videos)
     recogniser = load(spec)
     # a Transformer has positions for so many frames and no others
     if recogniser.backbone.spec.inputs:
-        spec = dataclasses.replace(spec, frames=recogniser.backbone.spec.frames)
+        spec = dataclasses.replace(spec, num_frames=recogniser.backbone.spec.frames)
     classify = jax.jit(
         lambda params, pixels: backbones.classify(recogniser.backbone, params, pixels)
     )
     seen: dict[str, Seen] = {}
     bad: dict[str, str] = {}
-    progress = Progress("recognise", len(files), unit="video")
+    progress = Progress("predict", len(files), unit="video")
     for i, path in enumerate(files):
         try:
             windows, times = watch(path, spec, recogniser.backbone.spec.size)
@@ -73,7 +73,7 @@ def recognise(spec: RecogniseSpec, workdir: Path, name: str) -> None:
             each = [
                 jax.nn.softmax(classify(recogniser.params, window[None]))[0] for window in windows
             ]
-            answer = _best(np.mean(each, axis=0), recogniser.labels, spec.top)
+            answer = _best(np.mean(each, axis=0), recogniser.labels, spec.top_k)
             say(f"{path}: " + ", ".join(f"{label} {p:.3f}" for label, p in answer.items()))
             middle, picture = len(windows) // 2, f"report/{i:03d}_{path.stem}.png"
             if i < _MOST_PICTURES:
@@ -81,13 +81,13 @@ def recognise(spec: RecogniseSpec, workdir: Path, name: str) -> None:
             seen[str(path)] = Seen(answer, picture if i < _MOST_PICTURES else "")
         progress.update()
     progress.close()
-    stage.add_results(workdir, "recognise", {path: each.answer for path, each in seen.items()}, bad)
+    stage.add_results(workdir, "predict", {path: each.answer for path, each in seen.items()}, bad)
     report = workdir / "report.md"
     io.write_text(report, "\n".join(_lines(spec, seen, bad)))
     say(f"report: {report}")
 
 
-def load(spec: RecogniseSpec) -> Recogniser:
+def load(spec: PredictSpec) -> Recogniser:
     """The network with its weights. Raises UserError where these are not found or not whole, or
     where it has no actions.
     """
@@ -115,29 +115,29 @@ def load(spec: RecogniseSpec) -> Recogniser:
     return Recogniser(backbone, jax.device_put(params), _labels(spec, path, params))
 
 
-def find_weights(spec: RecogniseSpec) -> Path:
+def find_weights(spec: PredictSpec) -> Path:
     """The named weights, else the installed package's. Raises UserError where there are neither."""
     if spec.weights:
         return Path(spec.weights).expanduser()
     return packages.find(spec.model, "weights")
 
 
-def watch(path: Path, spec: RecogniseSpec, size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def watch(path: Path, spec: PredictSpec, size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Windows of a video, each uint8 [T, size, size, 3] from its centre, and their frames' times in
     seconds.
 
     They are spread evenly; a video shorter than one shows its last frame until the window is over.
     """
-    span = spec.frames / spec.rate
+    span = spec.num_frames / spec.fps
     with Video(str(path)) as video:
-        count = min(spec.windows, max(1, round(video.duration / span)))
+        count = min(spec.num_views, max(1, round(video.duration / span)))
         starts = (
             np.linspace(0, max(video.duration - span, 0), count)
             if count > 1
             else ([max(video.duration - span, 0) / 2])
         )
         taken = [
-            video.frames_at(start + np.arange(spec.frames) / spec.rate, size) for start in starts
+            video.frames_at(start + np.arange(spec.num_frames) / spec.fps, size) for start in starts
         ]
     return [_centre(frames, size) for frames, _ in taken], [times for _, times in taken]
 
@@ -156,7 +156,7 @@ def _best(probabilities: np.ndarray, labels: Sequence[str], top: int) -> dict[st
 def _files(text: str) -> list[Path]:
     if not text:
         raise UserError(
-            "config.video is empty: name a video, or a folder of them, with --config.video=PATH."
+            "config.videos is empty: name a video, or a folder of them, with --config.videos=PATH."
         )
     path = Path(text).expanduser()
     if path.is_dir():
@@ -165,24 +165,28 @@ def _files(text: str) -> list[Path]:
             raise UserError(f"{path} holds no video: name a folder with files such as clip.mp4.")
         return files
     if not path.exists():
-        raise UserError(f"{path} does not exist: check config.video.")
+        raise UserError(f"{path} does not exist: check config.videos.")
     return [path]
 
 
-def _labels(spec: RecogniseSpec, weights: Path | None, params: Params) -> tuple[str, ...]:
+def _labels(spec: PredictSpec, weights: Path | None, params: Params) -> tuple[str, ...]:
     classes = tree.flatten(params)["head/bias"].size
     beside = weights.parent / _LABELS if weights else _KINETICS
     path = (
-        Path(spec.labels).expanduser() if spec.labels else beside if beside.is_file() else _KINETICS
+        Path(spec.class_names).expanduser()
+        if spec.class_names
+        else beside
+        if beside.is_file()
+        else _KINETICS
     )
     if not path.is_file():
-        raise UserError(f"{path} does not exist: check config.labels.")
+        raise UserError(f"{path} does not exist: check config.class_names.")
     labels = tuple(
         line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
     )
     if len(labels) == classes:
         return labels
-    if spec.labels:
+    if spec.class_names:
         raise UserError(
             f"{path} has {len(labels)} names where the model has {classes} classes: name its label "
             "map."
@@ -190,7 +194,7 @@ def _labels(spec: RecogniseSpec, weights: Path | None, params: Params) -> tuple[
     return tuple(f"class {i}" for i in range(classes))
 
 
-def _lines(spec: RecogniseSpec, seen: dict[str, Seen], bad: dict[str, str]) -> Iterator[str]:
+def _lines(spec: PredictSpec, seen: dict[str, Seen], bad: dict[str, str]) -> Iterator[str]:
     yield from (f"# What {spec.model} sees", "")
     if spec.weights == "random":
         yield from ("The weights are random: the answers mean nothing.", "")

@@ -17,49 +17,49 @@ from particlejax.train import stage
 from particlejax.train.log import Progress, say
 
 
-def prepare(experiment: Experiment, workdir: Path, name: str) -> None:
-    """Job 'prepare': `config.data.source` becomes OUT/NAME/1.0.0; shards that are there already are
-    left alone.
+def prepare_data(experiment: Experiment, workdir: Path, name: str) -> None:
+    """Job 'prepare_data': `config.data.source` becomes OUT/NAME/1.0.0; shards that are there
+    already are left alone.
     """
     del name
     spec = experiment.prepare
     plan = data.plan(
         experiment.data.source,
-        spec.out or str(workdir),
+        spec.data_dir or str(workdir),
         spec.name,
         experiment.data.cache_dir,
-        spec.per_shard,
-        experiment.data.time_limit,
+        spec.clips_per_shard,
+        experiment.data.decode_timeout_seconds,
     )
     left, whole = plan.left, len(plan.shards)
     say(
         f"prepare: {whole} shards into {plan.folder}"
         + (f", {whole - len(left)} are there" if len(left) < whole else "")
     )
-    progress = Progress("prepare", whole, whole - len(left), unit="shard")
-    for _ in _beam(left, spec.workers) if spec.beam else _pool(left, spec.workers):
+    progress = Progress("prepare_data", whole, whole - len(left), unit="shard")
+    for _ in _beam(left, spec.num_workers) if spec.beam else _pool(left, spec.num_workers):
         progress.update()
     progress.close()
     figures = data.finish(plan)
     bad = figures.pop("bad")
     for clip, reason in bad.items():
         say(f"clip {clip} cannot be read ({reason}): it is left out.")
-    stage.add_results(workdir, "prepare", figures, bad)
-    if len(bad) > experiment.data.max_bad:
+    stage.add_results(workdir, "prepare_data", figures, bad)
+    if len(bad) > experiment.data.max_unreadable:
         raise UserError(
             f"{len(bad)} clips cannot be read, more than "
-            f"config.data.max_bad={experiment.data.max_bad}: see "
+            f"config.data.max_unreadable={experiment.data.max_unreadable}: see "
             f"{workdir / stage.RESULTS}, mend them or raise the limit."
         )
-    for split, count in figures["clips"].items():
+    for split, count in figures["num_clips"].items():
         if not count:
             say(f"split {split} has no clip that can be read: it is left out.")
-    if not any(figures["clips"].values()):
+    if not any(figures["num_clips"].values()):
         raise UserError(
             f"not one clip of {experiment.data.source} can be read, so there is no data set: see "
             f"{workdir / stage.RESULTS} for each one's reason."
         )
-    say(f"prepared {figures['clips']} clips: use --config.data.source=tfds:{plan.folder}")
+    say(f"prepared {figures['num_clips']} clips: use --config.data.source=tfds:{plan.folder}")
 
 
 def _pool(shards: Iterable[data.Shard], workers: int) -> Iterator[Any]:
@@ -76,7 +76,7 @@ def _pool(shards: Iterable[data.Shard], workers: int) -> Iterator[Any]:
         raise UserError(
             "a worker of prepare was killed, by the system where memory was short: give the same "
             "command again "
-            "with fewer --config.prepare.workers, what is written stays."
+            "with fewer --config.prepare.num_workers, what is written stays."
         ) from error
 
 

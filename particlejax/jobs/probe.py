@@ -20,6 +20,7 @@ from sklearn.preprocessing import StandardScaler
 
 from particlejax.config.experiment import MeshSpec
 from particlejax.config.jobs import ProbeSpec
+from particlejax.config.modalities import ordered
 from particlejax.core import io
 from particlejax.core.typing import Params, UserError
 from particlejax.data import sources
@@ -60,13 +61,15 @@ def probe(spec: ProbeSpec, workdir: Path, name: str) -> None:
     stage, params = run.load_trained(spec.run, mesh, said)
     if spec.weights == "random":
         params = jax.jit(stage.model.init)(jax.random.key(spec.seed), stage.example)
-    bad = run.BadClips(spec.max_bad)
-    learnt, asked = (tell(stage, params, spec, split, bad) for split in (spec.train, spec.test))
+    bad = run.BadClips(spec.max_unreadable)
+    learnt, asked = (
+        tell(stage, params, spec, split, bad) for split in (spec.train_split, spec.test_split)
+    )
     answers = classes(learnt, asked, spec)
-    if answers and spec.attentive:
+    if answers and spec.attentive_steps:
         tokens = (
             attentive_probe.tokens(stage, params, spec, split, tuple(answers), bad)
-            for split in (spec.train, spec.test)
+            for split in (spec.train_split, spec.test_split)
         )
         for shown, top1 in attentive_probe.accuracy(*tokens, spec).items():
             answers[shown]["attentive"] = top1
@@ -78,7 +81,7 @@ def probe(spec: ProbeSpec, workdir: Path, name: str) -> None:
     run.add_results(
         workdir,
         "probe",
-        {"run": spec.run, "weights": spec.weights, "clips": len(asked.label), **figures},
+        {"run": spec.run, "weights": spec.weights, "num_clips": len(asked.label), **figures},
         bad.all(),
     )
     lines = list(_lines(spec, figures))
@@ -91,19 +94,24 @@ def tell(stage: run.Stage, params: Params, spec: ProbeSpec, split: str, bad: run
     """Features of every readable clip of a split. Raises UserError where there is none."""
     mesh = sharding.make_mesh(MeshSpec())
     source = sources.open_source(stage.data.source, split, stage.data.cache_dir, stage.classes)
-    names = sorted(stage.example.particles)
-    shown = ("", *(names if spec.alone and len(names) > 1 else ()))
+    names = ordered(stage.example.particles)
+    shown = ("", *(names if spec.per_modality and len(names) > 1 else ()))
     heads = registry.heads(stage.spec.objectives)
     compared = heads["projection"].modalities if "projection" in heads else ()
     compute = eval.jit_features(stage.model, mesh, shown, compared)
     numbers, found = eval.per_clip(
-        compute, params, stage.views(source, spec.rows), mesh, bad.note, f"features of {split}"
+        compute,
+        params,
+        stage.views(source, spec.batch_size),
+        mesh,
+        bad.note,
+        f"features of {split}",
     )
     if found is None:
         raise UserError(
             f"no clip of {stage.data.source} ({split}) can be read: name another split with "
-            "config.train and "
-            "config.test."
+            "config.train_split and "
+            "config.test_split."
         )
     return Told(np.array([source[int(n)].label for n in numbers], int), found)
 
@@ -117,9 +125,9 @@ def classes(learnt: Told, asked: Told, spec: ProbeSpec) -> dict[str, dict[str, f
         return {}
     probes = {
         "linear": make_pipeline(
-            StandardScaler(), LogisticRegression(C=1 / spec.penalty, max_iter=_ITERATIONS)
+            StandardScaler(), LogisticRegression(C=1 / spec.l2, max_iter=_ITERATIONS)
         ),
-        "knn": KNeighborsClassifier(min(spec.neighbours, int(known.sum())), metric="cosine"),
+        "knn": KNeighborsClassifier(min(spec.knn_k, int(known.sum())), metric="cosine"),
     }
     return {
         name or "all": {
@@ -162,9 +170,11 @@ def measured(
 ) -> dict[str, float]:
     """The objectives' own metrics on the tested split."""
     mesh = sharding.make_mesh(MeshSpec())
-    source = sources.open_source(stage.data.source, spec.test, stage.data.cache_dir, stage.classes)
+    source = sources.open_source(
+        stage.data.source, spec.test_split, stage.data.cache_dir, stage.classes
+    )
     measure = eval.jit_measure(registry.combine(stage.spec.objectives), stage.model, mesh)
-    return eval.metrics_of(measure, params, stage.views(source, spec.rows), mesh, bad.note)
+    return eval.metrics_of(measure, params, stage.views(source, spec.batch_size), mesh, bad.note)
 
 
 def _lines(spec: ProbeSpec, figures: dict[str, Any]) -> Iterator[str]:

@@ -47,8 +47,8 @@ class Run(NamedTuple):
 
 
 def sweep(experiment: Experiment, top: Path, name: str) -> None:
-    """Job 'sweep': all runs of config.sweep, or config.sweep.search trials; then results.json and
-    report.md.
+    """Job 'sweep': all runs of config.sweep, or config.sweep.num_trials trials; then results.json
+    and report.md.
     """
     del name
     spec = experiment.sweep
@@ -58,7 +58,7 @@ def sweep(experiment: Experiment, top: Path, name: str) -> None:
         )
     runs = plan(experiment)  # first all of them: a misspelt key ends the sweep before it begins
     _check_metric(runs, spec.metric)
-    if spec.search:
+    if spec.num_trials:
         runs = _search(experiment, top)
     elif spec.storage:
         names = [f"{each.name}/seed{each.seed}" for each in runs]
@@ -157,7 +157,7 @@ def _search(experiment: Experiment, top: Path) -> list[Run]:
     tried = optuna_sweep.search(
         spec.storage or str(top.absolute() / "search.journal"),
         str(top.absolute()),
-        spec.search,
+        spec.num_trials,
         experiment.seed,
         space,
         measure,
@@ -229,11 +229,11 @@ def collect(runs: list[Run], metric: str, top: Path) -> dict[str, dict[str, Any]
         row["values"].append(float(results[split][figure]))
         row["particles"].append(train_figures["particles_per_clip"])
         row["gflops"].append(train_figures["flops_per_clip"] / 1e9)
-        row["seconds"].append(train_figures["seconds_of_steps"])
+        row["seconds"].append(train_figures["train_seconds"])
         row["clips_per_second"].append(train_figures["clips_per_second"])
     for row in found.values():
         row["mean"] = float(np.mean(row["values"])) if row["values"] else None
-        row["spread"] = float(np.std(row["values"], ddof=1)) if len(row["values"]) > 1 else 0.0
+        row["std"] = float(np.std(row["values"], ddof=1)) if len(row["values"]) > 1 else 0.0
     return found
 
 
@@ -262,7 +262,7 @@ def _report(experiment: Experiment, figures: dict[str, dict[str, Any]], top: Pat
         [
             [
                 name,
-                f"{row['mean']:.3f} ± {row['spread']:.3f}",
+                f"{row['mean']:.3f} ± {row['std']:.3f}",
                 len(row["values"]),
                 f"{np.mean(row['particles']):.0f}",
                 f"{np.mean(row['gflops']):.2f}",
@@ -279,7 +279,7 @@ def _report(experiment: Experiment, figures: dict[str, dict[str, Any]], top: Pat
     if done:
         for cost, label in _COSTS.items():
             points = {
-                name: (float(np.mean(row[cost])), row["mean"], row["spread"])
+                name: (float(np.mean(row[cost])), row["mean"], row["std"])
                 for name, row in done.items()
             }
             plots.pareto(

@@ -58,21 +58,21 @@ def check(spec: StemSpec, base: tuple[int, ...]) -> None:
     """Raises UserError where the network is none of sub-clips, or has no such map of cuboids of
     this size ((): of none).
     """
-    found = backbones.find(spec.network)
+    found = backbones.find(spec.model)
     if found.inputs:
         raise UserError(
-            f"config.model.stem.network={spec.network!r} is no 3D CNN: choose one, such as i3d or "
+            f"config.model.stem.model={spec.model!r} is no 3D CNN: choose one, such as i3d or "
             "x3d_xs."
         )
     if len(base) != 3:
         raise UserError(
             f"config.model.stem reads sub-clips and there is no modality {VISION!r}: add it to "
             "config.data.modalities, "
-            "or leave config.model.stem.network empty."
+            "or leave config.model.stem.model empty."
         )
     net, endpoint = network(spec, jnp.float32)
     shape = " x ".join(map(str, base))
-    small = f"cuboids of {shape}, config.particles.base, are too small for {spec.network}"
+    small = f"cuboids of {shape}, config.particles.patch_size, are too small for {spec.model}"
     try:
         maps = _maps(net, base)
     except (
@@ -83,7 +83,7 @@ def check(spec: StemSpec, base: tuple[int, ...]) -> None:
         raise UserError(f"{small}: make them larger.") from error
     if endpoint not in maps:
         raise UserError(
-            f"config.model.stem.endpoint={endpoint!r} is no feature map of {spec.network}: choose "
+            f"config.model.stem.endpoint={endpoint!r} is no feature map of {spec.model}: choose "
             "one of "
             f"{', '.join(maps)}."
         )
@@ -93,7 +93,7 @@ def check(spec: StemSpec, base: tuple[int, ...]) -> None:
 
 def network(spec: StemSpec, dtype: Any) -> tuple[nn.Module, str]:
     """The network of a spec and the endpoint that is read."""
-    found = backbones.find(spec.network)
+    found = backbones.find(spec.model)
     return found.net.clone(dtype=dtype), spec.endpoint or found.last
 
 

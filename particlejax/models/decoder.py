@@ -42,11 +42,11 @@ class Decoder(nn.Module):
         x = (x + embed.Learned(width, 1, name=f"modality_{modality}")()[None]).astype(dtype)
         body = transformer.Transformer(
             spec.decoder_depth,
-            spec.decoder_heads,
-            spec.mlp * width,
+            spec.decoder_num_heads,
+            spec.mlp_ratio * width,
             style_of(spec)._replace(dropout=0.0),
-            unroll=spec.unroll,
-            remat=spec.remat,
+            unroll=spec.unroll_layers,
+            remat=spec.remat_policy,
             name="transformer",
         )
         answers, _ = body(Tokens(x, query.place, query.segment), tokens._replace(x=context))
@@ -59,12 +59,12 @@ class Decoder(nn.Module):
 def style_of(spec: ModelSpec) -> attention.Style:
     """What the blocks of a model are made of."""
     return attention.Style(
-        spec.near,
-        spec.rotary,
+        spec.distance_bias,
+        spec.rope,
         spec.qk_norm,
-        spec.gate == "swiglu",
+        spec.mlp_activation == "swiglu",
         spec.layer_scale,
         spec.dropout,
         precision.PRECISIONS[spec.dtype].compute,
-        spec.attention,
+        spec.attention_impl,
     )

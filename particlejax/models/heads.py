@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from particlejax.config.modalities import ordered
 from particlejax.config.model import ModelSpec
 from particlejax.models.decoder import Decoder
 from particlejax.models.modality import Payload
@@ -187,7 +188,7 @@ class DecoderHead(HeadSpec):
 
     def build(self, spec: ModelSpec, payloads: Mapping[str, Payload]) -> nn.Module:
         """The decoder."""
-        return Decoder(spec, tuple(sorted(payloads.items())))
+        return Decoder(spec, tuple((name, payloads[name]) for name in ordered(payloads)))
 
     def apply(
         self, model: Any, module: nn.Module, tokens: Tokens, query: Particles, modality: str
@@ -210,7 +211,9 @@ class FeatureDecoderHead(DecoderHead):
 
     def build(self, spec: ModelSpec, payloads: Mapping[str, Payload]) -> nn.Module:
         """The decoder with the encoder's width as its output."""
-        return Decoder(spec, tuple(sorted(payloads.items())), features=True)
+        return Decoder(
+            spec, tuple((name, payloads[name]) for name in ordered(payloads)), features=True
+        )
 
 
 @dataclass(frozen=True)
@@ -225,7 +228,7 @@ class ProjectionHead(HeadSpec):
     def build(self, spec: ModelSpec, payloads: Mapping[str, Payload]) -> nn.Module:
         """One map for each modality."""
         del payloads
-        return Embed(spec.embedding, self.modalities, _dtype(spec))
+        return Embed(spec.embed_dim, self.modalities, _dtype(spec))
 
     def apply(
         self, model: Any, module: nn.Module, tokens: Tokens, clips: int, modality: str
@@ -250,7 +253,7 @@ class TokenProjectionHead(HeadSpec):
     def build(self, spec: ModelSpec, payloads: Mapping[str, Payload]) -> nn.Module:
         """One map for each modality, of any length."""
         del payloads
-        return Embed(spec.embedding, self.modalities, _dtype(spec), unit=False, bias=0.0)
+        return Embed(spec.embed_dim, self.modalities, _dtype(spec), unit=False, bias=0.0)
 
     def apply(
         self, model: Any, module: nn.Module, tokens: Tokens, modality: str
@@ -333,7 +336,8 @@ def _dtype(spec: ModelSpec) -> Any:
 
 def part_of(tokens: Tokens, particles: Mapping[str, Particles], modality: str) -> Array:
     """The tokens [B, l, D] of one modality's slots, where nothing reduced them: modalities stand in
-    the order of their names.
+    the order of `config.modalities`.
     """
-    start = sum(each.segment.shape[1] for name, each in particles.items() if name < modality)
+    names = ordered(particles)
+    start = sum(particles[name].segment.shape[1] for name in names[: names.index(modality)])
     return tokens.x[:, start : start + particles[modality].segment.shape[1]]

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from particlejax import losses
+from particlejax.config.modalities import ordered
 from particlejax.config.model import ModelSpec
 from particlejax.core.typing import Params
 from particlejax.models import cnn_stem
@@ -73,12 +74,15 @@ def build(
     unseen: modalities that are targets alone. The encoder knows nothing of them, so that it fits a
     stage without them. Raises UserError where the stem cannot read the payloads.
     """
-    if spec.stem.network:
+    if spec.stem.model:
         cnn_stem.check(
             spec.stem, payloads[cnn_stem.VISION].base if cnn_stem.VISION in payloads else ()
         )
     module = ParticleModel(
-        spec, tuple(sorted(payloads.items())), tuple(sorted((heads or {}).items())), unseen
+        spec,
+        tuple((name, payloads[name]) for name in ordered(payloads)),
+        tuple(sorted((heads or {}).items())),
+        unseen,
     )
 
     def init(key: Array, batch: Batch) -> Params:
@@ -113,9 +117,9 @@ class ParticleModel(nn.Module):
         self.encoder = Encoder(
             self.spec, tuple(item for item in self.payloads if item[0] not in self.unseen)
         )
-        if self.spec.pool == "attention" and any(head.pools for _, head in self.heads):
+        if self.spec.pool_type == "attention" and any(head.pools for _, head in self.heads):
             dtype = precision.PRECISIONS[self.spec.dtype].compute
-            self.pool = AttentivePool(self.spec.pool_heads, dtype)
+            self.pool = AttentivePool(self.spec.pool_num_heads, dtype)
         for name, head in self.heads:
             setattr(self, name, head.build(self.spec, dict(self.payloads)))
 
@@ -146,9 +150,9 @@ class ParticleModel(nn.Module):
 
     def pooled(self, tokens: Tokens, clips: int) -> Array:
         """One vector a clip, float32 [B, S, D], pooled as the spec says."""
-        if self.spec.pool == "token":
+        if self.spec.pool_type == "cls":
             return tokens.whole.astype(jnp.float32)
-        if self.spec.pool == "attention":
+        if self.spec.pool_type == "attention":
             return self.pool(tokens.x, tokens.segment, clips)
         return losses.clip_mean(
             tokens.x.astype(jnp.float32), tokens.segment, clips, self._mass(tokens, clips)
@@ -180,7 +184,7 @@ class Encoder(nn.Module):
         for name, payload in self.payloads:
             if name in particles:
                 p = particles[name]
-                if spec.stem.network and name == cnn_stem.VISION:
+                if spec.stem.model and name == cnn_stem.VISION:
                     read = cnn_stem.Stem(
                         spec.stem, payload.base, spec.width, dtype, name=f"payload_{name}"
                     )
@@ -210,19 +214,21 @@ class Encoder(nn.Module):
         if parts:
             tokens, parts, first = self._lead(tokens, parts, clips)
         reduction = (
-            token_reduction.Reduction(spec.reduce, spec.reduce_after, spec.reduce_keep)
-            if spec.reduce_after
+            token_reduction.Reduction(
+                spec.token_reduction, spec.token_reduction_layers, spec.token_keep_rate
+            )
+            if spec.token_reduction_layers
             else None
         )
         body = transformer.Transformer(
             spec.depth,
-            spec.heads,
-            spec.mlp * spec.width,
+            spec.num_heads,
+            spec.mlp_ratio * spec.width,
             style_of(spec),
-            spec.drop_path,
-            spec.unroll,
+            spec.drop_path_rate,
+            spec.unroll_layers,
             reduction,
-            spec.remat,
+            spec.remat_policy,
             name="transformer",
         )
         tokens, blocks = body(tokens, parts=parts)
@@ -243,11 +249,13 @@ class Encoder(nn.Module):
     def _parts(self, names: tuple[str, ...], lengths: list[int]) -> fusion.Parts | None:
         """The parts of the row; None where all tokens read all and go through the same blocks."""
         spec = self.spec
-        if spec.fusion == "early" and not spec.separate:
-            if spec.pool != "token":
+        if spec.fusion == "early" and spec.share_encoder:
+            if spec.pool_type != "cls":
                 return None
             names, lengths = ("all",), [sum(lengths)]
-        return fusion.Parts(names, tuple(lengths), spec.fusion, spec.fuse_from, spec.separate)
+        return fusion.Parts(
+            names, tuple(lengths), spec.fusion, spec.fusion_layer, not spec.share_encoder
+        )
 
     def _lead(
         self, tokens: Tokens, parts: fusion.Parts, clips: int | None
@@ -256,8 +264,8 @@ class Encoder(nn.Module):
         places.
         """
         counts = {
-            fusion.CLASS: self.spec.pool == "token",
-            fusion.LATENTS: self.spec.latents * (self.spec.fusion == "bottleneck"),
+            fusion.CLASS: self.spec.pool_type == "cls",
+            fusion.LATENTS: self.spec.num_bottlenecks * (self.spec.fusion == "bottleneck"),
         }
         first, names, lengths = 0, (), ()
         for name, count in counts.items():
@@ -295,7 +303,9 @@ class Encoder(nn.Module):
         particles' tokens have read.
         """
         whole = (
-            tokens.x[:, first - self._known(clips) : first] if self.spec.pool == "token" else None
+            tokens.x[:, first - self._known(clips) : first]
+            if self.spec.pool_type == "cls"
+            else None
         )
         x, place, segment = (each[:, first:] for each in tokens[:3])
         return Tokens(x, place, segment, whole=whole)

@@ -98,7 +98,7 @@ class Style(NamedTuple):
     dropout: float = 0.0
     dtype: Any = jnp.float32
     attention: str = (
-        "plain"  # or a kernel that never writes the logits: auto, splash, cudnn (nn/flash.py)
+        "xla"  # or a kernel that never writes the logits: auto, splash, cudnn (nn/flash.py)
     )
 
 
@@ -144,13 +144,13 @@ class Attention(nn.Module):
         scaled = query * query.shape[-1] ** -0.5
         prefix = self.get_variable("params", "prefix")  # only where fine-tuning has put one
         how = (
-            "plain"
+            "xla"
             if prefix is not None
             else fused_attention.chosen(self.style.attention, scaled.dtype, key.shape[2])
         )
         read = (
             self._plain(scaled, key, value, where, prefix)
-            if how == "plain"
+            if how == "xla"
             else self._flash(how, scaled, key, value, where)
         )
         # who may read nothing would else read the mean of the whole row

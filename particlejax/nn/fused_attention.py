@@ -23,7 +23,7 @@ _BACKENDS = {"tpu": "splash", "gpu": "cudnn"}
 
 
 def chosen(attention: str, dtype: jnp.dtype, keys: int) -> str:
-    """'plain', 'splash' or 'cudnn': what was asked for, or for 'auto' what the mesh's devices, or
+    """'xla', 'splash' or 'cudnn': what was asked for, or for 'auto' what the mesh's devices, or
     else those at hand, run best.
 
     With few keys a TPU does better to write the logits, which are then smaller than what a kernel
@@ -33,10 +33,10 @@ def chosen(attention: str, dtype: jnp.dtype, keys: int) -> str:
     if attention != "auto":
         return attention
     device = jax.sharding.get_abstract_mesh().abstract_device
-    best = _BACKENDS.get(device.platform if device else jax.default_backend(), "plain")
+    best = _BACKENDS.get(device.platform if device else jax.default_backend(), "xla")
     # which cuDNN has no kernel for
     if best == "splash" and keys <= _FEW or best == "cudnn" and dtype == jnp.float32:
-        return "plain"
+        return "xla"
     return best
 
 

@@ -22,14 +22,14 @@ class Precision:
 
 PRECISIONS = {name: Precision(jnp.dtype(name)) for name in ("float32", "bfloat16")}
 
-# What the backward pass computes again, hence need not be remembered: 'blocks' everything within a
-# block, 'attention' whatever is not a product with parameters, 'elementwise' whatever is not a
+# What the backward pass computes again, hence need not be remembered: 'full' everything within a
+# block, 'dots_no_batch' whatever is not a product with parameters, 'dots' whatever is not a
 # product.
 REMATS: dict[str, Callable[..., bool] | None] = {
     "none": None,
-    "blocks": jax.checkpoint_policies.nothing_saveable,
-    "attention": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "elementwise": jax.checkpoint_policies.dots_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
 }
 
 

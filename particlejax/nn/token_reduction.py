@@ -47,7 +47,7 @@ class Reduction(NamedTuple):
         return TABLE[self.how](tokens, self.keep)
 
 
-def drop(tokens: Tokens, keep: float) -> Tokens:
+def prune(tokens: Tokens, keep: float) -> Tokens:
     """Keeps the tokens that differ most from the mean of their clip (their norm is no guide: a
     final norm hides it).
     """
@@ -117,4 +117,4 @@ def _take(x: Array | None, order: Array) -> Array | None:
     return jnp.take_along_axis(x, order if x.ndim == 2 else order[..., None], axis=1)
 
 
-TABLE: dict[str, Callable[[Tokens, float], Tokens]] = {"drop": drop, "merge": merge}
+TABLE: dict[str, Callable[[Tokens, float], Tokens]] = {"prune": prune, "merge": merge}

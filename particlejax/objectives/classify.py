@@ -19,8 +19,8 @@ from particlejax.particles.types import Batch
 
 
 def classify(spec: ClassifySpec, targets: Targets | None = None) -> Objective:
-    """The loss of each labelled clip; metrics: loss, and top1 and top5, or all_right (binary), or
-    mae (regression).
+    """The loss of each labelled clip; metrics: loss, and top1 and top5, or exact_match (sigmoid),
+    or mae (regression).
 
     targets: what the labels ask of the head; None: label l is class l.
     """
@@ -37,13 +37,13 @@ def classify(spec: ClassifySpec, targets: Targets | None = None) -> Objective:
         logits, labelled = logits_of(key), batch.label >= 0
         loss = losses.mean(_error(spec, targets, logits, batch), labelled)
         metrics = _figures(targets, logits, batch.label, labelled)
-        if spec.consistency and train:
+        if spec.rdrop_weight and train:
             other = logits_of(jax.random.fold_in(key, 1))
             apart = losses.mean(_apart(spec, logits, other), labelled)
             loss = (
                 loss + losses.mean(_error(spec, targets, other, batch), labelled)
-            ) / 2 + spec.consistency * apart
-            metrics["apart"] = apart
+            ) / 2 + spec.rdrop_weight * apart
+            metrics["rdrop_kl"] = apart
         return loss, {"loss": loss} | metrics
 
     return objective
@@ -64,12 +64,12 @@ def _error_of(spec: ClassifySpec, targets: Targets | None, logits: Array, label:
     target = table[label]
     if spec.loss == "regression":
         each = losses.squared_error(logits, target)
-    elif spec.loss == "binary":
+    elif spec.loss == "sigmoid":
         smooth = target * (1 - spec.label_smoothing) + spec.label_smoothing / 2
-        each = losses.binary_cross_entropy(logits, smooth, spec.focus)
+        each = losses.binary_cross_entropy(logits, smooth, spec.focal_gamma)
     else:
         each = losses.soft_cross_entropy(
-            logits, optax.smooth_labels(target, spec.label_smoothing), spec.focus
+            logits, optax.smooth_labels(target, spec.label_smoothing), spec.focal_gamma
         )
     return each if targets is None else each * jnp.asarray(targets.weight)[label]
 
@@ -78,7 +78,7 @@ def _apart(spec: ClassifySpec, one: Array, other: Array) -> Array:
     """How far two answers to a clip differ, [B, S]."""
     if spec.loss == "regression":
         return losses.squared_error(one, other)
-    if spec.loss == "binary":  # each class is a choice of two
+    if spec.loss == "sigmoid":  # each class is a choice of two
         pair = (jnp.stack([each, jnp.zeros_like(each)], axis=-1) for each in (one, other))
         return losses.disagreement(*pair).mean(axis=-1)
     return losses.disagreement(one, other)
@@ -90,7 +90,7 @@ def _figures(targets: Targets | None, logits: Array, label: Array, labelled: Arr
         target = jnp.asarray(targets.table)[safe]
         if targets.loss == "regression":
             return {"mae": losses.mean(jnp.abs(logits - target)[..., 0] * targets.spread, labelled)}
-        return {"all_right": losses.mean(((logits > 0) == (target > 0.5)).all(axis=-1), labelled)}
+        return {"exact_match": losses.mean(((logits > 0) == (target > 0.5)).all(axis=-1), labelled)}
     rank = jnp.sum(logits > jnp.take_along_axis(logits, safe[..., None], -1), axis=-1)
     return {"top1": losses.mean(rank < 1, labelled), "top5": losses.mean(rank < 5, labelled)}
 

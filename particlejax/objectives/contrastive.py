@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from particlejax import losses, masks
-from particlejax.config.model import AlignSpec, ContrastSpec
+from particlejax.config.modalities import ordered
+from particlejax.config.model import ContrastiveSpec, TemporalAlignmentSpec
 from particlejax.core.typing import Metrics, Params
 from particlejax.models.heads import ParticleHead, ProjectionHead
 from particlejax.models.particle_model import Model
@@ -22,13 +23,13 @@ from particlejax.particles.types import Batch, Particles
 ALIGNMENT, PROJECTION = "temporal_alignment_head", "projection"
 
 
-def align(spec: AlignSpec) -> Objective:
+def temporal_alignment(spec: TemporalAlignmentSpec) -> Objective:
     """When is each particle of a modality, told from its payload and from the rest of the clip
     (temporal alignment of words, arXiv:2204.02968)? Its time is hidden: it stands in the clip's
     middle and lasts as long as the clip.
 
-    Asked are particles that last no longer than half their clip. Metrics: loss, top1, seconds (mean
-    distance between the middle of the bin that was named and the truth).
+    Asked are particles that last no longer than half their clip. Metrics: loss, top1, mae_seconds
+    (mean distance between the middle of the bin that was named and the truth).
     """
 
     def objective(
@@ -39,9 +40,9 @@ def align(spec: AlignSpec) -> Objective:
             time_utils.of_particle(each, whole) for each in time_utils.span(whole, clips)
         )
         time, length = whole.place[..., 0], jnp.maximum(last - first, time_utils.SLACK)
-        label = jnp.clip(jnp.floor((time - first) / length * spec.bins), 0, spec.bins - 1).astype(
-            jnp.int32
-        )
+        label = jnp.clip(
+            jnp.floor((time - first) / length * spec.num_bins), 0, spec.num_bins - 1
+        ).astype(jnp.int32)
         extent = jnp.concatenate([length[..., None], whole.extent[..., 1:]], axis=-1)
         hidden = replace(time_utils.moved(whole, (first + last) / 2), extent=extent)
         particles = {**batch.particles, spec.modality: hidden}
@@ -50,7 +51,7 @@ def align(spec: AlignSpec) -> Objective:
         asked = jnp.where(whole.extent[..., 0] <= length / 2 + time_utils.SLACK, whole.segment, 0)
         there = losses.membership(asked, clips).any(axis=1) & (batch.clip >= 0)
         said = logits.argmax(axis=-1)
-        off = jnp.abs(first + (said + 0.5) / spec.bins * length - time)
+        off = jnp.abs(first + (said + 0.5) / spec.num_bins * length - time)
         loss, right, seconds = (
             losses.mean(losses.clip_mean(each, asked, clips), there)
             for each in (
@@ -59,19 +60,19 @@ def align(spec: AlignSpec) -> Objective:
                 off,
             )
         )
-        return loss, {"loss": loss, "top1": right, "seconds": seconds}
+        return loss, {"loss": loss, "top1": right, "mae_seconds": seconds}
 
     return objective
 
 
-def contrast(spec: ContrastSpec) -> Objective:
+def contrastive(spec: ContrastiveSpec) -> Objective:
     """Which of all clips does this one belong to (CLIP, arXiv:2103.00020; SigLIP,
     arXiv:2303.15343)?
 
     Of two modalities, each encoded by itself; of one modality named twice, two masked views.
     Negatives are all clips of the batch, over the whole mesh: arrays are global under jit, the
     compiler gathers them (with micro-batches, of each one). Clips without either modality are left
-    out. Metrics: loss; recall, the share of clips whose nearest is their own.
+    out. Metrics: loss; batch_recall_at_1, the share of clips whose nearest is their own.
     """
 
     def objective(
@@ -81,7 +82,7 @@ def contrast(spec: ContrastSpec) -> Objective:
         views = _views(spec, batch, view_key)
         clips = batch.clip.shape[1]
         units = []
-        for name, view, each in zip(spec.pair, views, keys, strict=True):
+        for name, view, each in zip(spec.modalities, views, keys, strict=True):
             tokens, _ = model.apply(
                 params, "encode", {name: view}, clips, key=each if train else None
             )
@@ -100,18 +101,23 @@ def contrast(spec: ContrastSpec) -> Objective:
             else sigmoid(alike * sharpness + bias, there)
         )
         nearest = jnp.where(there[None], alike, -jnp.inf).argmax(axis=1) == jnp.arange(len(there))
-        return loss, {"loss": loss, "recall": losses.mean(nearest, there), "sharpness": sharpness}
+        return loss, {
+            "loss": loss,
+            "batch_recall_at_1": losses.mean(nearest, there),
+            "logit_scale": sharpness,
+        }
 
     return objective
 
 
-def _views(spec: ContrastSpec, batch: Batch, key: Array) -> tuple[Particles, Particles]:
-    first, second = (batch.particles[name] for name in spec.pair)
-    if spec.pair[0] != spec.pair[1]:
+def _views(spec: ContrastiveSpec, batch: Batch, key: Array) -> tuple[Particles, Particles]:
+    first, second = (batch.particles[name] for name in spec.modalities)
+    if spec.modalities[0] != spec.modalities[1]:
         return first, second
     share = masks.share_rank(masks.random_scores(key, first.place), first.segment)
-    return time_utils.keep(first, share < spec.keep), time_utils.keep(
-        first, (share > 1 - spec.keep) & (share < 1)
+    visible = masks.visible_ratio(spec.mask_ratio)
+    return time_utils.keep(first, share < visible), time_utils.keep(
+        first, (share > 1 - visible) & (share < 1)
     )
 
 
@@ -135,10 +141,10 @@ def sigmoid(logits_NM: Array, there: Array) -> Array:
 
 
 CONTRASTIVE = ObjectiveType(
-    contrast,
-    heads=lambda spec, classes: {PROJECTION: ProjectionHead(tuple(sorted(set(spec.pair))))},
-    modalities=lambda spec: spec.pair,
+    contrastive,
+    heads=lambda spec, classes: {PROJECTION: ProjectionHead(ordered(set(spec.modalities)))},
+    modalities=lambda spec: spec.modalities,
 )
 TEMPORAL_ALIGNMENT = ObjectiveType(
-    align, heads=lambda spec, classes: {ALIGNMENT: ParticleHead(spec.bins)}
+    temporal_alignment, heads=lambda spec, classes: {ALIGNMENT: ParticleHead(spec.num_bins)}
 )

@@ -7,8 +7,8 @@ import jax
 import optax
 from jax import Array
 
-from particlejax import losses
-from particlejax.config.model import DistilSpec
+from particlejax import losses, masks
+from particlejax.config.model import FeatureDistillationSpec
 from particlejax.core.typing import Metrics, Params
 from particlejax.models.heads import DecoderHead
 from particlejax.models.particle_model import Model
@@ -19,23 +19,25 @@ from particlejax.particles.types import Batch, Particles
 _KNEE = 1.0  # deviations of a feature from which on its error counts linearly
 
 
-def distil(spec: DistilSpec) -> Objective:
+def feature_distillation(spec: FeatureDistillationSpec) -> Objective:
     """The teacher's features, particles of a modality that the encoder never sees, predicted at
     their places (arXiv:2212.04500).
 
-    The encoder sees the share `keep` of `modality` and all of the others. Metrics: loss; cosine, of
-    predicted and true features.
+    The encoder sees the share `keep` of `modality` and all of the others. Metrics: loss;
+    cosine_similarity, of predicted and true features.
     """
 
     def objective(
         params: Params, model: Model, batch: Batch, key: Array, train: bool
     ) -> tuple[Array, Metrics]:
         mask_key, dropout_key = jax.random.split(key)
-        query, clips = batch.particles[spec.teacher], batch.clip.shape[1]
-        seen = {name: each for name, each in batch.particles.items() if name != spec.teacher}
+        query, clips = batch.particles[spec.teacher_modality], batch.clip.shape[1]
+        seen = {
+            name: each for name, each in batch.particles.items() if name != spec.teacher_modality
+        }
         seen[spec.modality] = visible(spec, model, seen[spec.modality], mask_key)
         predicted = masked.ask(
-            params, model, seen, query, spec.teacher, batch, dropout_key if train else None
+            params, model, seen, query, spec.teacher_modality, batch, dropout_key if train else None
         )
         alike = optax.cosine_similarity(predicted, query.payload, epsilon=1e-6)
         error = (
@@ -48,26 +50,26 @@ def distil(spec: DistilSpec) -> Objective:
         def of_clips(values: Array) -> Array:
             return losses.mean(losses.clip_mean(values, query.segment, clips), there)
 
-        return of_clips(error), {"loss": of_clips(error), "cosine": of_clips(alike)}
+        return of_clips(error), {"loss": of_clips(error), "cosine_similarity": of_clips(alike)}
 
     return objective
 
 
-def visible(spec: DistilSpec, model: Model, whole: Particles, key: Array) -> Particles:
+def visible(spec: FeatureDistillationSpec, model: Model, whole: Particles, key: Array) -> Particles:
     """What of the modality the encoder sees."""
-    if spec.keep == 1:
+    if not spec.mask_ratio:
         return whole
     return masked.part(
-        masked.SCORES[spec.mask](key, whole, model.payloads[spec.modality].base),
+        masked.SCORES[spec.mask_type](key, whole, model.payloads[spec.modality].base),
         whole,
-        spec.keep,
+        masks.visible_ratio(spec.mask_ratio),
         0.0,
     )[0]
 
 
 FEATURE_DISTILLATION = ObjectiveType(
-    distil,
+    feature_distillation,
     heads=lambda spec, classes: {"decoder": DecoderHead()},
-    modalities=lambda spec: (spec.modality, spec.teacher),
-    unseen=lambda spec: (spec.teacher,),
+    modalities=lambda spec: (spec.modality, spec.teacher_modality),
+    unseen=lambda spec: (spec.teacher_modality,),
 )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from particlejax import losses
-from particlejax.config.model import TraceSpec
+from particlejax.config.model import FramewiseSpec
 from particlejax.core.typing import Metrics, Params, UserError
 from particlejax.models.heads import FramewiseHead
 from particlejax.models.particle_model import Model
@@ -24,11 +24,11 @@ def head_name(modality: str) -> str:
     return f"framewise_head_{modality}"
 
 
-def trace(spec: TraceSpec) -> Objective:
+def framewise(spec: FramewiseSpec) -> Objective:
     """The channels at each moment, from the tokens that cover it; the series itself is not shown.
 
     A moment that no particle covers is not asked for, and a clip without a series counts for
-    nothing. Metrics: loss, and mae or, for loss='binary', right (share of the channels).
+    nothing. Metrics: loss, and mae or, for loss='sigmoid', accuracy (share of the channels).
     """
 
     def objective(
@@ -37,9 +37,9 @@ def trace(spec: TraceSpec) -> Objective:
         told, target, asked = predict(spec, params, model, batch, key if train else None)
         clips = batch.clip.shape[1]
         there = losses.membership(asked, clips).any(axis=1) & (batch.clip >= 0)
-        if spec.loss == "binary":
+        if spec.loss == "sigmoid":
             error = losses.binary_cross_entropy(told, target)
-            figure = {"right": ((told > 0) == (target > 0.5)).astype(jnp.float32).mean(axis=-1)}
+            figure = {"accuracy": ((told > 0) == (target > 0.5)).astype(jnp.float32).mean(axis=-1)}
         else:
             error, figure = (
                 losses.squared_error(told, target),
@@ -56,7 +56,7 @@ def trace(spec: TraceSpec) -> Objective:
 
 
 def predict(
-    spec: TraceSpec, params: Params, model: Model, batch: Batch, key: Array | None
+    spec: FramewiseSpec, params: Params, model: Model, batch: Batch, key: Array | None
 ) -> tuple[Array, Array, Array]:
     """What is told and what is true of each moment, [B, M, C], and whose the moment is, [B, M], 0
     where it is not asked for.
@@ -94,5 +94,5 @@ def moments(series: Particles, count: int) -> tuple[Particles, Array]:
 
 
 FRAMEWISE = ObjectiveType(
-    trace, heads=lambda spec, classes: {head_name(spec.modality): FramewiseHead(spec.modality)}
+    framewise, heads=lambda spec, classes: {head_name(spec.modality): FramewiseHead(spec.modality)}
 )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from particlejax import losses
-from particlejax.config.model import LatentSpec
+from particlejax.config.model import JepaSpec
 from particlejax.core.typing import Metrics, Params
 from particlejax.models.heads import FeatureDecoderHead, part_of
 from particlejax.models.particle_model import Model
@@ -17,13 +17,13 @@ from particlejax.objectives.base import TEACHER, Objective, ObjectiveType
 from particlejax.particles.types import Batch
 
 
-def latent(spec: LatentSpec) -> Objective:
+def jepa(spec: JepaSpec) -> Objective:
     """Hidden particles' features as the teacher sees them in the whole clip (V-JEPA,
     arXiv:2404.08471).
 
     The teacher is params['teacher'], and the parameters themselves where there is no such branch,
-    as in measuring, where they are the average already. Metrics: loss; spread, the mean standard
-    deviation of the teacher's features over the batch, which goes to 0 in a collapse.
+    as in measuring, where they are the average already. Metrics: loss; feature_std, the mean
+    standard deviation of the teacher's features over the batch, which goes to 0 in a collapse.
     """
 
     def objective(
@@ -47,7 +47,7 @@ def latent(spec: LatentSpec) -> Objective:
         error = jnp.abs(predicted - target).mean(axis=-1)
         there = losses.membership(query.segment, clips).any(axis=1) & (batch.clip >= 0)
         loss = losses.mean(losses.clip_mean(error, query.segment, clips), there)
-        return loss, {"loss": loss, "spread": spread(target, query.segment)}
+        return loss, {"loss": loss, "feature_std": spread(target, query.segment)}
 
     return objective
 
@@ -73,4 +73,4 @@ def spread(features_BQD: Array, segment: Array) -> Array:
     return jnp.sqrt(jnp.sum(jnp.square(features_BQD - mean) * there, axis=(0, 1)) / number).mean()
 
 
-JEPA = ObjectiveType(latent, heads=lambda spec, classes: {"predictor": FeatureDecoderHead()})
+JEPA = ObjectiveType(jepa, heads=lambda spec, classes: {"predictor": FeatureDecoderHead()})

@@ -37,7 +37,7 @@ class Targets(NamedTuple):
         """Probabilities [..., O] of the classes, or the number itself [..., 1]."""
         if self.loss == "regression":
             return logits * self.spread + self.middle
-        return jax.nn.sigmoid(logits) if self.loss == "binary" else jax.nn.softmax(logits)
+        return jax.nn.sigmoid(logits) if self.loss == "sigmoid" else jax.nn.softmax(logits)
 
 
 def of(spec: ClassifySpec, labels: tuple[str, ...]) -> Targets:
@@ -93,10 +93,12 @@ def _several(labels: Sequence[str], names: Sequence[str]) -> np.ndarray:
 
 def weighted(targets: Targets, spec: ClassifySpec, counts: Sequence[int]) -> Targets:
     """With weights by how often each label occurs, where the spec wants them."""
-    if not spec.balance:
+    if not spec.class_balance_beta:
         return targets
     return targets._replace(
-        weight=np.asarray(losses.class_weights(jnp.asarray(counts, jnp.float32), spec.balance))
+        weight=np.asarray(
+            losses.class_weights(jnp.asarray(counts, jnp.float32), spec.class_balance_beta)
+        )
     )
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from particlejax import losses, masks
-from particlejax.config.model import HiddenSpec, MaskedSpec, NextFrameSpec
+from particlejax.config.model import FuturePredictionSpec, MaskedAutoencoderSpec, MaskSpec
 from particlejax.core.typing import Metrics, Params
 from particlejax.models.heads import DecoderHead
 from particlejax.models.modality import Payload
@@ -35,7 +35,7 @@ class Prediction(NamedTuple):
     visible: Particles
 
 
-def masked(spec: MaskedSpec) -> Objective:
+def masked_autoencoder(spec: MaskedAutoencoderSpec) -> Objective:
     """Masked particle prediction (MAE, arXiv:2111.06377; VideoMAE, arXiv:2203.12602) over one
     modality; metrics: loss.
     """
@@ -49,7 +49,7 @@ def masked(spec: MaskedSpec) -> Objective:
     return objective
 
 
-def next_frame(spec: NextFrameSpec) -> Objective:
+def future_prediction(spec: FuturePredictionSpec) -> Objective:
     """What follows a moment drawn for each clip, from what ended before it in any modality;
     metrics: loss.
     """
@@ -74,7 +74,7 @@ def error_of(found: Prediction, batch: Batch) -> Array:
 
 
 def predict_masked(
-    spec: MaskedSpec, params: Params, model: Model, batch: Batch, key: Array, train: bool
+    spec: MaskedAutoencoderSpec, params: Params, model: Model, batch: Batch, key: Array, train: bool
 ) -> Prediction:
     """Masks a batch, encodes what is left and predicts the rest; the report draws its pictures from
     this too.
@@ -87,16 +87,16 @@ def predict_masked(
     predicted = ask(
         params, model, particles, query, spec.modality, batch, dropout_key if train else None
     )
-    return Prediction(query, predicted, _target(query, spec.normalise), seen)
+    return Prediction(query, predicted, _target(query, spec.norm_pix_loss), seen)
 
 
-def hide(spec: HiddenSpec, model: Model, whole: Particles, key: Array) -> tuple[Particles, Array]:
+def hide(spec: MaskSpec, model: Model, whole: Particles, key: Array) -> tuple[Particles, Array]:
     """What of one modality stays visible, and the slots [B, Q] that are asked for."""
     return part(
-        SCORES[spec.mask](key, whole, model.payloads[spec.modality].base),
+        SCORES[spec.mask_type](key, whole, model.payloads[spec.modality].base),
         whole,
-        spec.keep,
-        spec.predict,
+        masks.visible_ratio(spec.mask_ratio),
+        spec.target_ratio,
     )
 
 
@@ -128,7 +128,7 @@ SCORES: dict[
     "tube": lambda key, whole, base: masks.tube_scores(key, whole.place),
     "motion": lambda key, whole, base: masks.ranked_scores(key, change(whole, base), whole.segment),
     # What says most is seen more often, as AdaMAE learns to choose it (arXiv:2211.09120).
-    "adaptive": lambda key, whole, base: masks.ranked_scores(
+    "low_variance": lambda key, whole, base: masks.ranked_scores(
         key, -whole.payload.std(axis=-1), whole.segment
     ),
 }
@@ -149,7 +149,7 @@ def ask(
 
 
 def predict_next(
-    spec: NextFrameSpec, params: Params, model: Model, batch: Batch, key: Array, train: bool
+    spec: FuturePredictionSpec, params: Params, model: Model, batch: Batch, key: Array, train: bool
 ) -> Prediction:
     """Draws a moment for each clip, shows the encoder only what ended by then and asks for what
     begins after it.
@@ -161,7 +161,7 @@ def predict_next(
     whole, clips = batch.particles[spec.modality], batch.clip.shape[1]
     first, last = time_utils.span(whole, clips)
     moment = first + (last - first) * jax.random.uniform(
-        moment_key, first.shape, jnp.float32, *spec.moment
+        moment_key, first.shape, jnp.float32, *spec.split_range
     )
     past = {
         name: time_utils.keep(
@@ -176,8 +176,8 @@ def predict_next(
     predicted = ask(
         params, model, past, query, spec.modality, batch, dropout_key if train else None
     )
-    target = _target(query, spec.target == "normalised")
-    if spec.target == "change":
+    target = _target(query, spec.target == "norm_pix")
+    if spec.target == "residual":
         target = target - last_known(past[spec.modality], query, model.payloads[spec.modality])
     return Prediction(query, predicted, target, past[spec.modality])
 
@@ -199,7 +199,7 @@ def last_known(past: Particles, query: Particles, what: Payload) -> Array:
 
 
 def rollout(
-    spec: NextFrameSpec, params: Params, model: Model, batch: Batch, share: float, steps: int
+    spec: FuturePredictionSpec, params: Params, model: Model, batch: Batch, share: float, steps: int
 ) -> tuple[Array, Array, Array]:
     """What follows the first `share` of each clip, in `steps` steps that each read what the ones
     before have predicted.
@@ -234,9 +234,9 @@ def rollout(
         predicted = ask(
             params, model, {**past, spec.modality: known}, query, spec.modality, batch, None
         )
-        if spec.target == "change":
+        if spec.target == "residual":
             predicted = predicted + last_known(known, query, model.payloads[spec.modality])
-        if spec.target == "normalised":
+        if spec.target == "norm_pix":
             predicted = predicted * whole.payload.std(axis=-1, keepdims=True) + whole.payload.mean(
                 axis=-1, keepdims=True
             )
@@ -249,7 +249,9 @@ def _target(query: Particles, normalise: bool) -> Array:
     return losses.normalise_payload(query.payload) if normalise else query.payload
 
 
-MASKED = ObjectiveType(masked, heads=lambda spec, classes: {"decoder": DecoderHead()})
+MASKED_AUTOENCODER = ObjectiveType(
+    masked_autoencoder, heads=lambda spec, classes: {"decoder": DecoderHead()}
+)
 FUTURE_PREDICTION = ObjectiveType(
-    next_frame, heads=lambda spec, classes: {"decoder": DecoderHead()}
+    future_prediction, heads=lambda spec, classes: {"decoder": DecoderHead()}
 )

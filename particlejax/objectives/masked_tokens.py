@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from particlejax import losses, masks
-from particlejax.config.model import VisualWordsSpec, WordsSpec
+from particlejax.config.model import MaskedLmSpec, MaskedVisualTokensSpec
 from particlejax.core.typing import Metrics, Params
 from particlejax.models.heads import CodebookHead, DecoderHead, FeatureDecoderHead, QueryHead
 from particlejax.models.particle_model import Model
@@ -24,7 +24,7 @@ def codebook_name(modality: str) -> str:
     return f"codebook_{modality}"
 
 
-def words(spec: WordsSpec) -> Objective:
+def masked_lm(spec: MaskedLmSpec) -> Objective:
     """Which word stands at a place whose word is hidden; metrics: loss, top1.
 
     A hidden word is not there at all, and the decoder is asked at its place, so that no id need be
@@ -36,9 +36,8 @@ def words(spec: WordsSpec) -> Objective:
     ) -> tuple[Array, Metrics]:
         mask_key, dropout_key = jax.random.split(key)
         whole = batch.particles[spec.modality]
-        seen, asked = part(
-            masks.random_scores(mask_key, whole.place), whole, spec.keep, 1 - spec.keep
-        )
+        visible = masks.visible_ratio(spec.mask_ratio)
+        seen, asked = part(masks.random_scores(mask_key, whole.place), whole, visible, 1 - visible)
         query = whole.take(asked)
         logits = ask(
             params,
@@ -54,9 +53,9 @@ def words(spec: WordsSpec) -> Objective:
     return objective
 
 
-def visual_words(spec: VisualWordsSpec) -> Objective:
-    """Into which cluster a hidden particle falls; metrics: loss, top1, codes (how many are used;
-    see `used`).
+def masked_visual_tokens(spec: MaskedVisualTokensSpec) -> Objective:
+    """Into which cluster a hidden particle falls; metrics: loss, top1, codebook_perplexity (how
+    many are used; see `used`).
     """
 
     def objective(
@@ -64,13 +63,20 @@ def visual_words(spec: VisualWordsSpec) -> Objective:
     ) -> tuple[Array, Metrics]:
         found = predict_codes(spec, params, model, batch, key, train)
         loss, metrics = _told(found, batch)
-        return loss, metrics | {"codes": used(found.target, found.query.segment, spec.codes)}
+        return loss, metrics | {
+            "codebook_perplexity": used(found.target, found.query.segment, spec.codebook_size)
+        }
 
     return objective
 
 
 def predict_codes(
-    spec: VisualWordsSpec, params: Params, model: Model, batch: Batch, key: Array, train: bool
+    spec: MaskedVisualTokensSpec,
+    params: Params,
+    model: Model,
+    batch: Batch,
+    key: Array,
+    train: bool,
 ) -> Prediction:
     """Masks a batch, encodes what is left and tells the codes [B, Q] of what is asked for, as
     logits [B, Q, C].
@@ -115,12 +121,12 @@ def _told(found: Prediction, batch: Batch) -> tuple[Array, Metrics]:
     return loss, {"loss": loss, "top1": losses.mean(right, there)}
 
 
-MASKED_LM = ObjectiveType(words, heads=lambda spec, classes: {"decoder": DecoderHead()})
+MASKED_LM = ObjectiveType(masked_lm, heads=lambda spec, classes: {"decoder": DecoderHead()})
 MASKED_VISUAL_TOKENS = ObjectiveType(
-    visual_words,
+    masked_visual_tokens,
     heads=lambda spec, classes: {
         "predictor": FeatureDecoderHead(),
-        HEAD: QueryHead(spec.codes),
-        codebook_name(spec.modality): CodebookHead(spec.modality, spec.codes),
+        HEAD: QueryHead(spec.codebook_size),
+        codebook_name(spec.modality): CodebookHead(spec.modality, spec.codebook_size),
     },
 )

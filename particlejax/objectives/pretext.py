@@ -36,11 +36,11 @@ def answer(
 def score(
     logits: Array, batch: Batch, label: Array, asked: Array, ordered: int = 0
 ) -> tuple[Array, Metrics]:
-    """Cross-entropy of the label [B, S] of the clips that are asked; metrics: loss, top1, asked
-    (their share of all clips).
+    """Cross-entropy of the label [B, S] of the clips that are asked; metrics: loss, top1,
+    valid_fraction (their share of all clips).
 
-    Where the first `ordered` answers stand in an order: near, the share of the clips labelled by
-    one of them for which it or its neighbour was said.
+    Where the first `ordered` answers stand in an order: acc_within_1, the share of the clips
+    labelled by one of them for which it or its neighbour was said.
     """
     there = batch.clip >= 0
     asked &= there
@@ -49,10 +49,10 @@ def score(
     metrics = {
         "loss": loss,
         "top1": losses.mean(said == label, asked),
-        "asked": losses.mean(asked, there),
+        "valid_fraction": losses.mean(asked, there),
     }
     if ordered:
-        metrics["near"] = losses.mean(
+        metrics["acc_within_1"] = losses.mean(
             (said < ordered) & (jnp.abs(said - label) <= 1), asked & (label < ordered)
         )
     return loss, metrics

@@ -17,7 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from particlejax.config.model import ArrowSpec, OrderSpec, SpeedSpec, TransformSpec
+from particlejax.config.model import (
+    ArrowOfTimeSpec,
+    ClipOrderSpec,
+    PlaybackSpeedSpec,
+    RotationFlipSpec,
+)
 from particlejax.core.typing import Metrics, Params, UserError
 from particlejax.models.heads import ClipHead
 from particlejax.models.particle_model import Model
@@ -30,8 +35,8 @@ PERMUTATIONS = np.array(list(itertools.permutations(range(3))))  # where each th
 TRANSFORMS = 8  # quarter turns, and the same mirrored
 
 
-def arrow(spec: ArrowSpec) -> Objective:
-    """Does time run forward or backward (arXiv:1803.09490)? Metrics: loss, top1, asked."""
+def arrow_of_time(spec: ArrowOfTimeSpec) -> Objective:
+    """Does time run forward or backward (arXiv:1803.09490)? Metrics: loss, top1, valid_fraction."""
     del spec
     return _pretext(
         "arrow_of_time_head",
@@ -40,9 +45,9 @@ def arrow(spec: ArrowSpec) -> Objective:
     )
 
 
-def transform(spec: TransformSpec) -> Objective:
+def rotation_flip(spec: RotationFlipSpec) -> Objective:
     """By which of eight turns and mirrorings was the clip changed (arXiv:1803.07728)? Metrics:
-    loss, top1, asked.
+    loss, top1, valid_fraction.
     """
     del spec
     return _pretext(
@@ -52,23 +57,25 @@ def transform(spec: TransformSpec) -> Objective:
     )
 
 
-def order(spec: OrderSpec) -> Objective:
-    """In which order do the clip's thirds stand (arXiv:1603.08561)? Metrics: loss, top1, asked."""
+def clip_order(spec: ClipOrderSpec) -> Objective:
+    """In which order do the clip's thirds stand (arXiv:1603.08561)? Metrics: loss, top1,
+    valid_fraction.
+    """
     del spec
     return _pretext(
         "clip_order_head", len(PERMUTATIONS), lambda whole, label, base, key: shuffle(whole, label)
     )
 
 
-def speed(spec: SpeedSpec) -> Objective:
-    """How often was the speed doubled (arXiv:2004.06130)? Metrics: loss, top1, asked."""
+def playback_speed(spec: PlaybackSpeedSpec) -> Objective:
+    """How often was the speed doubled (arXiv:2004.06130)? Metrics: loss, top1, valid_fraction."""
 
     def change(
         whole: Particles, label: Array, base: tuple[int, ...], key: Array
     ) -> tuple[Particles, Array]:
-        return faster(whole, label, jax.random.uniform(key, label.shape), spec.doublings, base)
+        return faster(whole, label, jax.random.uniform(key, label.shape), spec.max_doublings, base)
 
-    return _pretext("playback_speed_head", spec.doublings + 1, change)
+    return _pretext("playback_speed_head", spec.max_doublings + 1, change)
 
 
 def _pretext(
@@ -100,7 +107,8 @@ def _base(model: Model, name: str) -> tuple[int, ...]:
     assert base, f"{name} needs the cuboid of a payload: give its Payload a base"
     if name == "rotation_flip_head" and base[1] != base[2]:
         raise UserError(
-            f"objective transform turns cuboids and config.particles.base={base} is not square: "
+            f"objective transform turns cuboids and config.particles.patch_size={base} is not "
+            "square: "
             "make its rows and "
             "columns alike."
         )
@@ -241,7 +249,7 @@ def _type(
     )
 
 
-CLIP_ORDER = _type(order, "clip_order_head", lambda spec: len(PERMUTATIONS))
-PLAYBACK_SPEED = _type(speed, "playback_speed_head", lambda spec: spec.doublings + 1)
-ARROW_OF_TIME = _type(arrow, "arrow_of_time_head", lambda spec: 2)
-ROTATION_FLIP = _type(transform, "rotation_flip_head", lambda spec: TRANSFORMS)
+CLIP_ORDER = _type(clip_order, "clip_order_head", lambda spec: len(PERMUTATIONS))
+PLAYBACK_SPEED = _type(playback_speed, "playback_speed_head", lambda spec: spec.max_doublings + 1)
+ARROW_OF_TIME = _type(arrow_of_time, "arrow_of_time_head", lambda spec: 2)
+ROTATION_FLIP = _type(rotation_flip, "rotation_flip_head", lambda spec: TRANSFORMS)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from particlejax import losses, masks
-from particlejax.config.training import PseudoSpec
+from particlejax.config.modalities import ordered
+from particlejax.config.training import PseudoLabelSpec
 from particlejax.core.typing import Metrics, Params
 from particlejax.models.heads import classification
 from particlejax.models.particle_model import Model
@@ -20,7 +21,7 @@ from particlejax.objectives.label_targets import Targets
 from particlejax.particles.types import Batch, Particles
 
 
-def pseudo(spec: PseudoSpec, targets: Targets | None = None) -> Objective:
+def pseudo_label(spec: PseudoLabelSpec, targets: Targets | None = None) -> Objective:
     """Of clips without a label; metrics: loss, and the share of them that is sure enough to
     count.
     """
@@ -31,7 +32,7 @@ def pseudo(spec: PseudoSpec, targets: Targets | None = None) -> Objective:
     ) -> tuple[Array, Metrics]:
         view_key, dropout_key = jax.random.split(key)
         clips = batch.label.shape[1]
-        teacher = params.get(TEACHER, params) if spec.teacher == "average" else params
+        teacher = params.get(TEACHER, params) if spec.teacher == "ema" else params
         tokens, _ = model.apply(jax.lax.stop_gradient(teacher), "encode", batch.particles, clips)
         said = jax.nn.softmax(jax.lax.stop_gradient(model.head(teacher, "head", tokens, clips)))
         seen = disturbed(spec, batch.particles, view_key)
@@ -44,27 +45,31 @@ def pseudo(spec: PseudoSpec, targets: Targets | None = None) -> Objective:
         asked = (batch.label < 0) & (batch.clip >= 0)
         sure = (said.max(axis=-1) >= spec.threshold).astype(jnp.float32)
         loss = losses.mean(each * sure, asked)
-        return loss, {"loss": loss, "sure": losses.mean(sure, asked)}
+        return loss, {"loss": loss, "confident_fraction": losses.mean(sure, asked)}
 
     return objective
 
 
 def disturbed(
-    spec: PseudoSpec, particles: Mapping[str, Particles], key: Array
+    spec: PseudoLabelSpec, particles: Mapping[str, Particles], key: Array
 ) -> dict[str, Particles]:
     """A random part of each clip's particles, in each modality, with noise on payloads of
     numbers.
     """
     seen = {}
-    for i, (name, whole) in enumerate(sorted(particles.items())):
+    for i, name in enumerate(ordered(particles)):
+        whole = particles[name]
         mask_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
         visible, _, segment = masks.split(
-            masks.random_scores(mask_key, whole.place), whole.segment, spec.keep, 0.0
+            masks.random_scores(mask_key, whole.place),
+            whole.segment,
+            masks.visible_ratio(spec.mask_ratio),
+            0.0,
         )
         part = whole.take(visible)
         payload = part.payload
         if jnp.issubdtype(payload.dtype, jnp.floating):
-            payload = payload + spec.noise * jax.random.normal(
+            payload = payload + spec.noise_std * jax.random.normal(
                 noise_key, payload.shape, payload.dtype
             )
         seen[name] = replace(part, payload=payload, segment=segment)
@@ -72,7 +77,7 @@ def disturbed(
 
 
 PSEUDO_LABEL = ObjectiveType(
-    pseudo,
+    pseudo_label,
     heads=lambda spec, classes: classification(classes),
     modalities=lambda spec: (),
     labelled=True,

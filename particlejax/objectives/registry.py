@@ -17,6 +17,7 @@ from jax import Array
 
 from particlejax.config import plugins
 from particlejax.config.fields import Spec
+from particlejax.config.modalities import ordered
 from particlejax.config.model import OBJECTIVES
 from particlejax.core.typing import Metrics, Params, UserError
 from particlejax.models.heads import HeadSpec
@@ -41,23 +42,23 @@ from particlejax.particles.types import Batch
 Make = TypeVar("Make", bound=Callable[..., Objective])
 
 TABLE: dict[str, ObjectiveType] = {
-    "masked": masked.MASKED,
-    "latent": jepa.JEPA,
-    "distil": feature_distillation.FEATURE_DISTILLATION,
-    "next_frame": masked.FUTURE_PREDICTION,
-    "order": pretext_video.CLIP_ORDER,
-    "speed": pretext_video.PLAYBACK_SPEED,
-    "arrow": pretext_video.ARROW_OF_TIME,
-    "transform": pretext_video.ROTATION_FLIP,
-    "sync": synchronization.SYNCHRONIZATION,
-    "contrast": contrastive.CONTRASTIVE,
-    "match": text_matching.TEXT_MATCHING,
-    "align": contrastive.TEMPORAL_ALIGNMENT,
-    "words": masked_tokens.MASKED_LM,
-    "visual_words": masked_tokens.MASKED_VISUAL_TOKENS,
-    "trace": framewise.FRAMEWISE,
+    "masked_autoencoder": masked.MASKED_AUTOENCODER,
+    "jepa": jepa.JEPA,
+    "feature_distillation": feature_distillation.FEATURE_DISTILLATION,
+    "future_prediction": masked.FUTURE_PREDICTION,
+    "clip_order": pretext_video.CLIP_ORDER,
+    "playback_speed": pretext_video.PLAYBACK_SPEED,
+    "arrow_of_time": pretext_video.ARROW_OF_TIME,
+    "rotation_flip": pretext_video.ROTATION_FLIP,
+    "synchronization": synchronization.SYNCHRONIZATION,
+    "contrastive": contrastive.CONTRASTIVE,
+    "text_matching": text_matching.TEXT_MATCHING,
+    "temporal_alignment": contrastive.TEMPORAL_ALIGNMENT,
+    "masked_lm": masked_tokens.MASKED_LM,
+    "masked_visual_tokens": masked_tokens.MASKED_VISUAL_TOKENS,
+    "framewise": framewise.FRAMEWISE,
     "classify": classify.CLASSIFY,
-    "pseudo": pseudo_label.PSEUDO_LABEL,
+    "pseudo_label": pseudo_label.PSEUDO_LABEL,
 }
 
 
@@ -132,7 +133,7 @@ def heads(specs: Mapping[str, Any], classes: int = 0) -> dict[str, HeadSpec]:
 
 def unseen(specs: Mapping[str, Any]) -> tuple[str, ...]:
     """Modalities that are targets alone, which the encoder never sees."""
-    return tuple(sorted({m for name, spec in specs.items() for m in TABLE[name].unseen(spec)}))
+    return ordered({m for name, spec in specs.items() for m in TABLE[name].unseen(spec)})
 
 
 def _without(batch: Batch, modalities: Collection[str]) -> Batch:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from particlejax import losses
-from particlejax.config.model import SyncSpec
+from particlejax.config.model import SynchronizationSpec
 from particlejax.core.typing import Metrics, Params
 from particlejax.models.heads import ClipHead, HeadSpec, TokenProjectionHead
 from particlejax.models.particle_model import Model
@@ -23,15 +23,15 @@ HEAD, PROJECTION = "synchronization_head", "synchronization_projection"
 _STILL = 1e-6  # of a product of two variances: below it nothing varies
 
 
-def sync(spec: SyncSpec) -> Objective:
+def synchronization(spec: SynchronizationSpec) -> Objective:
     """By how much is the second shifted against the first, or is it another clip's
     (arXiv:1804.03641)?
 
     `how='question'`: the encoder reads both and is asked. `how='correlation'`: it reads each by
     itself, and the shift is where they vary alike, laid over each other at each (after SyncNet,
     Chung and Zisserman 2016). Of one modality named twice, the picture's right half is shifted
-    against its left. Metrics: loss, top1, asked; near, the share of own ones whose shift is told
-    within one step.
+    against its left. Metrics: loss, top1, valid_fraction; acc_within_1, the share of own ones whose
+    shift is told within one step.
     """
 
     def objective(
@@ -40,23 +40,23 @@ def sync(spec: SyncSpec) -> Objective:
         label_key, swap_key, key = jax.random.split(key, 3)
         clips = batch.clip.shape[1]
         fixed, moving = _sides(spec, batch)
-        label = jax.random.randint(label_key, batch.clip.shape, 0, 2 * spec.shifts + 1)
-        shown, asked = shift(moving, label - spec.shifts, spec.shifts, spec.step)
-        if spec.other:
-            swapped = _swapped(swap_key, batch, spec.other)
+        label = jax.random.randint(label_key, batch.clip.shape, 0, 2 * spec.max_shift + 1)
+        shown, asked = shift(moving, label - spec.max_shift, spec.max_shift, spec.shift_stride)
+        if spec.mismatch_prob:
+            swapped = _swapped(swap_key, batch, spec.mismatch_prob)
             shown = _choose(swapped, shown, _next(shown))
-            label = jnp.where(swapped, 2 * spec.shifts + 1, label)
+            label = jnp.where(swapped, 2 * spec.max_shift + 1, label)
             asked = time_utils.present(shown, clips) & (
                 ~swapped | (batch.clip != _next(batch.clip))
             )
         asked &= time_utils.present(fixed, clips)
-        if spec.how == "correlation":
+        if spec.method == "correlation":
             logits = _agreement(spec, params, model, fixed, shown, clips, key if train else None)
-            return pretext.score(logits, batch, label, asked, 2 * spec.shifts + 1)
-        pair = {spec.pair[0]: fixed, spec.pair[1]: shown}
-        if spec.pair[0] == spec.pair[1]:
+            return pretext.score(logits, batch, label, asked, 2 * spec.max_shift + 1)
+        pair = {spec.modalities[0]: fixed, spec.modalities[1]: shown}
+        if spec.modalities[0] == spec.modalities[1]:
             pair = {
-                spec.pair[0]: jax.tree.map(
+                spec.modalities[0]: jax.tree.map(
                     lambda *both: jnp.concatenate(both, axis=1), fixed, shown
                 )
             }
@@ -69,22 +69,22 @@ def sync(spec: SyncSpec) -> Objective:
             label,
             asked,
             key if train else None,
-            2 * spec.shifts + 1,
+            2 * spec.max_shift + 1,
         )
 
     return objective
 
 
-def _sides(spec: SyncSpec, batch: Batch) -> tuple[Particles, Particles]:
-    first, second = (batch.particles[name] for name in spec.pair)
-    if spec.pair[0] != spec.pair[1]:
+def _sides(spec: SynchronizationSpec, batch: Batch) -> tuple[Particles, Particles]:
+    first, second = (batch.particles[name] for name in spec.modalities)
+    if spec.modalities[0] != spec.modalities[1]:
         return first, second
     right = first.place[..., 2] > 0.5
     return time_utils.keep(first, ~right), time_utils.keep(first, right)
 
 
 def _agreement(
-    spec: SyncSpec,
+    spec: SynchronizationSpec,
     params: Params,
     model: Model,
     fixed: Particles,
@@ -97,20 +97,20 @@ def _agreement(
     """
     keys = (None, None) if key is None else jax.random.split(key)
     made = []
-    for name, particles, each in zip(spec.pair, (fixed, shown), keys, strict=True):
+    for name, particles, each in zip(spec.modalities, (fixed, shown), keys, strict=True):
         tokens, _ = model.apply(params, "encode", {name: particles}, clips, key=each)
         said, sharpness, bias = model.head(params, PROJECTION, tokens, name)
         made.append(said)
     first, last = time_utils.span(shown, clips)
-    unit = time_utils.longest(shown, last - first) * spec.step
+    unit = time_utils.longest(shown, last - first) * spec.shift_stride
     logits = jnp.stack(
         [
             correlation(*made, fixed, shown, unit * by)
-            for by in range(-spec.shifts, spec.shifts + 1)
+            for by in range(-spec.max_shift, spec.max_shift + 1)
         ],
         axis=-1,
     )
-    if spec.other:
+    if spec.mismatch_prob:
         logits = jnp.concatenate([logits, jnp.broadcast_to(bias, (*logits.shape[:2], 1))], axis=-1)
     return logits * sharpness
 
@@ -196,11 +196,13 @@ def _choose(swapped_BS: Array, own: Particles, other: Particles) -> Particles:
     )
 
 
-def _heads(spec: SyncSpec, classes: int) -> dict[str, HeadSpec]:
+def _heads(spec: SynchronizationSpec, classes: int) -> dict[str, HeadSpec]:
     del classes
     if spec.laid:
         return {PROJECTION: TokenProjectionHead(tuple(sorted(set(spec.laid))))}
-    return {HEAD: ClipHead(2 * spec.shifts + 1 + (spec.other > 0))}
+    return {HEAD: ClipHead(2 * spec.max_shift + 1 + (spec.mismatch_prob > 0))}
 
 
-SYNCHRONIZATION = ObjectiveType(sync, heads=_heads, modalities=lambda spec: spec.pair)
+SYNCHRONIZATION = ObjectiveType(
+    synchronization, heads=_heads, modalities=lambda spec: spec.modalities
+)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from particlejax import losses
-from particlejax.config.model import MatchSpec
+from particlejax.config.model import TextMatchingSpec
 from particlejax.core.typing import Metrics, Params
 from particlejax.models.heads import ClipHead
 from particlejax.models.particle_model import Model
@@ -24,9 +24,9 @@ HEAD = "text_matching_head"
 _SHARPNESS = 10.0  # factor of cosines before the softmax that negatives are drawn from
 
 
-def match(spec: MatchSpec) -> Objective:
+def text_matching(spec: TextMatchingSpec) -> Objective:
     """Does the text belong to the clip or to another one (ALBEF's matching, arXiv:2107.07651)?
-    Metrics: loss, top1, asked.
+    Metrics: loss, top1, valid_fraction.
 
     A clip of the same words is no other one. What is shown takes the time of the clip's own text,
     so that only words tell.
@@ -45,7 +45,7 @@ def match(spec: MatchSpec) -> Objective:
         else:
             negative = (jnp.arange(len(may)) + clips) % len(may)
         possible = jnp.take_along_axis(may, negative[:, None], axis=1)[:, 0]
-        swapped = jax.random.bernoulli(swap_key, spec.other, possible.shape) & possible
+        swapped = jax.random.bernoulli(swap_key, spec.mismatch_prob, possible.shape) & possible
         shown = given(each, jnp.where(swapped, negative, jnp.arange(len(may))), text, clips)
         seen = jnp.stack([time_utils.present(p, clips) for p in rest.values()]).any(axis=0)
         label = (~swapped).reshape(batch.clip.shape).astype(jnp.int32)
@@ -146,4 +146,4 @@ def given(each: Particles, chosen: Array, own: Particles, clips: int) -> Particl
     return jax.tree.map(lambda x: x.reshape(len(own.segment), -1, *x.shape[2:]), shown)
 
 
-TEXT_MATCHING = ObjectiveType(match, heads=lambda spec, classes: {HEAD: ClipHead(2)})
+TEXT_MATCHING = ObjectiveType(text_matching, heads=lambda spec, classes: {HEAD: ClipHead(2)})

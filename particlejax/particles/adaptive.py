@@ -31,7 +31,7 @@ from particlejax.particles.types import Particles, numpy_of
 
 Level = tuple[int, int]  # how often cells were coarsened in time and in space
 
-_STEPS: dict[str, Level] = {"both": (1, 1), "time": (1, 0), "space": (0, 1)}
+_STEPS: dict[str, Level] = {"spacetime": (1, 1), "time": (1, 0), "space": (0, 1)}
 _EXACT = 2**31  # below it int32 holds every whole number
 _NOISE = 1e-5  # share of a node's own energy below which a difference is rounding
 _LATER = 1e-3  # of gains that lead as far, the one that tells more at once is taken first
@@ -61,7 +61,7 @@ def tree(size: Shape, spec: ParticleSpec) -> Tree:
     """The tree over clips of `size`. Raises ValueError where the coarsest cuboids do not tile
     them.
     """
-    steps = [_STEPS[kind] for kind in spec.splits]
+    steps = [_STEPS[kind] for kind in spec.split_axes]
     found, fresh = {_top(spec)}, {_top(spec)}
     while fresh:
         fresh = {(i - a, j - b) for i, j in fresh for a, b in steps if i >= a and j >= b} - found
@@ -73,7 +73,7 @@ def tree(size: Shape, spec: ParticleSpec) -> Tree:
             raise ValueError(
                 f"clips of {tuple(size)} are not tiled by the coarsest particles of {shapes[0]}: "
                 "change "
-                "particles.levels or base, or data.frames or size."
+                "particles.num_levels or base, or data.num_frames or size."
             )
     counts = tuple(tuple(n // s for n, s in zip(size, shape, strict=True)) for shape in shapes)
     corners = [lattice(size, Tube(shape, shape)) for shape in shapes]
@@ -102,7 +102,7 @@ def _cells(size: Shape, levels: tuple[Level, ...], spec: ParticleSpec) -> np.nda
     for level in levels:
         shape = tuple(n // s for n, s in zip(size, _scale(level, spec), strict=True))
         index = start + np.arange(np.prod(shape)).reshape(shape)
-        a, b, d = spec.base
+        a, b, d = spec.patch_size
         rows.append(rearrange(index, "(t a) (h b) (w d) -> (t h w) (a b d)", a=a, b=b, d=d))
         start += index.size
     return np.concatenate(rows)
@@ -116,8 +116,10 @@ def _parents(
         level: starts[i] + np.arange(np.prod(counts[i]), dtype=np.int32).reshape(counts[i])
         for i, level in enumerate(levels)
     }
-    found = np.full((starts[-1], len(spec.splits)), -1, np.int32)
-    for (i, level), (kind, split) in itertools.product(enumerate(levels), enumerate(spec.splits)):
+    found = np.full((starts[-1], len(spec.split_axes)), -1, np.int32)
+    for (i, level), (kind, split) in itertools.product(
+        enumerate(levels), enumerate(spec.split_axes)
+    ):
         step = _STEPS[split]
         parent = numbers.get((level[0] + step[0], level[1] + step[1]))
         if parent is not None:
@@ -131,14 +133,14 @@ def root(spec: ParticleSpec) -> Shape:
 
 
 def _top(spec: ParticleSpec) -> Level:
-    steps = [_STEPS[kind] for kind in spec.splits]
-    return (spec.levels - 1) * max(i for i, _ in steps), (spec.levels - 1) * max(
+    steps = [_STEPS[kind] for kind in spec.split_axes]
+    return (spec.num_levels - 1) * max(i for i, _ in steps), (spec.num_levels - 1) * max(
         j for _, j in steps
     )
 
 
 def _shape(level: Level, spec: ParticleSpec) -> Shape:
-    return tuple(b * s for b, s in zip(spec.base, _scale(level, spec), strict=True))
+    return tuple(b * s for b, s in zip(spec.patch_size, _scale(level, spec), strict=True))
 
 
 def adaptive(
@@ -237,7 +239,7 @@ def energies(video: Num[Array, "T H W C"], plan: Tree, spec: ParticleSpec) -> di
     top = plan.levels[0]
     grey = _grey(video)
     scale = _scale(top, spec)
-    if spec.measure == "motion":
+    if spec.split_criterion == "motion":
         reference = _rounded(_sums(grey, (len(grey), 1, 1)), len(grey))
     else:
         reference = _spread(_rounded(_sums(grey, scale), int(np.prod(scale))), scale)
@@ -246,7 +248,7 @@ def energies(video: Num[Array, "T H W C"], plan: Tree, spec: ParticleSpec) -> di
         _together(sums, plan, spec)
         if numpy_of(grey) is np
         else {
-            level: _sums(_powers(sums[level], level, spec), spec.base).astype(np.float32)
+            level: _sums(_powers(sums[level], level, spec), spec.patch_size).astype(np.float32)
             * _unit(level, spec)
             for level in plan.levels
         }
@@ -284,19 +286,22 @@ def _powers(sums: Array, level: Level, spec: ParticleSpec) -> Array:
     """Deviations of a level's cells to the power that is summed, in whole steps, int32."""
     steps = sums * np.float32(_fine(spec) / math.prod(_scale(level, spec)))
     value = abs(numpy_of(sums).round(steps)).astype(np.int32)
-    return value if spec.measure == "absolute" else value * value
+    return value if spec.split_criterion == "absolute_error" else value * value
 
 
 def _unit(level: Level, spec: ParticleSpec) -> np.float32:
     return np.float32(
-        math.prod(_scale(level, spec)) / _fine(spec) ** (1 if spec.measure == "absolute" else 2)
+        math.prod(_scale(level, spec))
+        / _fine(spec) ** (1 if spec.split_criterion == "absolute_error" else 2)
     )
 
 
 def _fine(spec: ParticleSpec) -> float:
     """Steps of a cell per grey level, a power of two; deviations are below 2^8."""
     return 2.0 ** np.floor(
-        np.log2(_EXACT / int(np.prod(spec.base))) / (1 if spec.measure == "absolute" else 2) - 8
+        np.log2(_EXACT / int(np.prod(spec.patch_size)))
+        / (1 if spec.split_criterion == "absolute_error" else 2)
+        - 8
     )
 
 
@@ -339,7 +344,11 @@ def _spread(x: Array, by: Shape) -> Array:
 
 def _scale(by: Level, spec: ParticleSpec) -> Shape:
     """Cells along each axis of one that is coarser by so many levels."""
-    return spec.factor[0] ** by[0], spec.factor[1] ** by[1], spec.factor[2] ** by[1]
+    return (
+        spec.level_factor[0] ** by[0],
+        spec.level_factor[1] ** by[1],
+        spec.level_factor[2] ** by[1],
+    )
 
 
 # -- which nodes are split
@@ -350,11 +359,14 @@ def choose(energy: dict[Level, Array], plan: Tree, spec: ParticleSpec) -> Bool[A
     xp = numpy_of(energy[plan.levels[0]])
     told = _told(energy, plan, spec)
     gains = xp.concatenate(
-        [_gains(told[level], level, spec).reshape(len(spec.splits), -1) for level in plan.levels],
+        [
+            _gains(told[level], level, spec).reshape(len(spec.split_axes), -1)
+            for level in plan.levels
+        ],
         axis=1,
     )
     kinds, gain = xp.argmax(gains, axis=0), gains.max(axis=0)
-    made = (kinds[plan.parents] == np.arange(len(spec.splits))[None]) & (plan.parents >= 0)
+    made = (kinds[plan.parents] == np.arange(len(spec.split_axes))[None]) & (plan.parents >= 0)
     rank = _down(
         plan,
         gain,
@@ -362,7 +374,7 @@ def choose(energy: dict[Level, Array], plan: Tree, spec: ParticleSpec) -> Bool[A
         made,
     )
     price = xp.asarray(
-        [math.prod(_scale(_STEPS[kind], spec)) - 1 for kind in spec.splits], np.int32
+        [math.prod(_scale(_STEPS[kind], spec)) - 1 for kind in spec.split_axes], np.int32
     )
     order = xp.argsort(-rank, stable=True)
     worth = rank[order] > 0
@@ -408,10 +420,10 @@ def _gains(told: dict[Level, Array], level: Level, spec: ParticleSpec) -> Array:
     told: of `_told`. The best over all levels below that begin with such a split: texture may only
     show two levels down.
     """
-    best = [[] for _ in spec.splits]
+    best = [[] for _ in spec.split_axes]
     for by, more in told.items():
         number = math.prod(_scale(by, spec)) - 1
-        for kind, gains in zip(spec.splits, best, strict=True):
+        for kind, gains in zip(spec.split_axes, best, strict=True):
             step = _STEPS[kind]
             if by[0] >= step[0] and by[1] >= step[1]:
                 gains.append(more * np.float32((1 if by == step else 1 - _LATER) / number))
@@ -430,7 +442,7 @@ def _told(
     sums: dict[Level, dict[Level, Array]] = {}
     for level in reversed(plan.levels):
         own, mine = energy[level], {level: energy[level]}
-        for kind in spec.splits:
+        for kind in spec.split_axes:
             step = _STEPS[kind]
             for below, each in sums.get((level[0] - step[0], level[1] - step[1]), {}).items():
                 if below not in mine:

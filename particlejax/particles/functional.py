@@ -40,7 +40,7 @@ def patchify(
     """
     if video.ndim != 4:
         raise UserError(f"a video of shape {list(video.shape)} is none: give [T, H, W, C].")
-    spec = ParticleSpec(policy=policy, budget=budget, base=patch_size, **settings)
+    spec = ParticleSpec(policy=policy, budget=budget, patch_size=patch_size, **settings)
     try:
         policies.check(video.shape[:3], spec)
     except ValueError as error:

@@ -26,7 +26,7 @@ Cut = TypeVar("Cut", bound=Callable[..., Particles])
 def grid(spec: ParticleSpec, size: Shape) -> tuple[Tube, ...]:
     """One granularity, every cuboid (ViViT, arXiv:2103.15691; VideoMAE, arXiv:2203.12602)."""
     del size
-    return (Tube(spec.base, spec.base),)
+    return (Tube(spec.patch_size, spec.patch_size),)
 
 
 def tubes(spec: ParticleSpec, size: Shape) -> tuple[Tube, ...]:
@@ -42,8 +42,8 @@ def pyramid(spec: ParticleSpec, size: Shape) -> tuple[Tube, ...]:
     on every axis.
     """
     del size
-    scales = [tuple(f**level for f in spec.factor) for level in range(spec.levels)]
-    shapes = [tuple(b * s for b, s in zip(spec.base, scale, strict=True)) for scale in scales]
+    scales = [tuple(f**level for f in spec.level_factor) for level in range(spec.num_levels)]
+    shapes = [tuple(b * s for b, s in zip(spec.patch_size, scale, strict=True)) for scale in scales]
     return tuple(Tube(shape, shape) for shape in shapes)
 
 
@@ -67,7 +67,7 @@ def _of_tubes(tubes_of: Callable[[ParticleSpec, Shape], tuple[Tube, ...]]) -> Po
 
     def cut_all(video_THWC: Array, times_T: Array, spec: ParticleSpec) -> Particles:
         tubes = tubes_of(spec, video_THWC.shape[:3])
-        parts = [cut(video_THWC, times_T, tube, spec.base) for tube in tubes]
+        parts = [cut(video_THWC, times_T, tube, spec.patch_size) for tube in tubes]
         if len(parts) == 1:
             return parts[0]
         xp = numpy_of(video_THWC)
@@ -127,7 +127,7 @@ def coarsest(spec: ParticleSpec) -> Shape:
     """Frames, rows and columns that a clip's must be multiples of."""
     if spec.policy == "adaptive":
         return adaptive.root(spec)
-    return pyramid(spec, spec.base)[-1].shape if spec.policy == "pyramid" else spec.base
+    return pyramid(spec, spec.patch_size)[-1].shape if spec.policy == "pyramid" else spec.patch_size
 
 
 def particle_count(size: Shape, spec: ParticleSpec) -> int:
@@ -152,7 +152,8 @@ def _check_tubes(size: Shape, spec: ParticleSpec, tubes: tuple[Tube, ...]) -> No
             name = ("frames", "rows", "columns")[axis]
             raise ValueError(
                 f"clips of {size[axis]} {name} are not a multiple of particles of "
-                f"{tube.shape[axis]}: change data.frames, data.size or particles.base."
+                f"{tube.shape[axis]}: change data.num_frames, data.image_size or "
+                "particles.patch_size."
             )
 
 
@@ -164,11 +165,11 @@ def _check_adapting(size: Shape, spec: ParticleSpec) -> None:
             raise ValueError(
                 f"particles.budget={spec.budget} is less than the {least} coarsest particles of a "
                 "clip: raise it, "
-                "or particles.levels."
+                "or particles.num_levels."
             )
         return
-    least = (size[1] // spec.base[1]) * (size[2] // spec.base[2])
-    if not (spec.budget or spec.threshold):
+    least = (size[1] // spec.patch_size[1]) * (size[2] // spec.patch_size[2])
+    if not (spec.budget or spec.run_threshold):
         raise ValueError(
             "particles.policy is 'runs' but budget and threshold are 0: set one of them."
         )

@@ -25,8 +25,8 @@ def runs(
     ones that differ most begin a run. Slots that stay free have segment 0 and come last; numpy
     gives only the others.
     """
-    xp, t = numpy_of(video_THWC), video_THWC.shape[0] // spec.base[0]
-    whole = cut(video_THWC, times_T, Tube(spec.base, spec.base), spec.base)
+    xp, t = numpy_of(video_THWC), video_THWC.shape[0] // spec.patch_size[0]
+    whole = cut(video_THWC, times_T, Tube(spec.patch_size, spec.patch_size), spec.patch_size)
     # whole numbers: sums are exact
     cells = whole.payload.reshape(t, -1, whole.payload.shape[-1]).astype(np.int32)
     change = abs(cells[1:] - cells[:-1]).sum(axis=-1).astype(np.float32) * np.float32(
@@ -34,7 +34,7 @@ def runs(
     )
     # a run begins where the clip does
     change = xp.concatenate([xp.full((1, cells.shape[1]), np.inf, np.float32), change])
-    begins = change > spec.threshold
+    begins = change > spec.run_threshold
     if spec.budget:
         order = xp.argsort(-change.reshape(-1), stable=True)
         begins &= unsort(xp.arange(len(order)) < spec.budget, order).reshape(begins.shape)

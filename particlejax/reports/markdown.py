@@ -10,28 +10,29 @@ from typing import Any
 
 import numpy as np
 
+from particlejax.config import renames
 from particlejax.core import io
 from particlejax.reports import plots
 
 _MOST_BAD, _PAIRS = 20, 5  # lines of the lists
 _ANSWERS = {
-    "map": "mean average precision",
+    "mAP": "mean average precision",
     "f1_micro": "F1 (micro)",
     "f1_macro": "F1 (macro)",
-    "all_right": "all right at once",
+    "exact_match": "exact match",
     "mae": "mean absolute error",
     "rmse": "root mean squared error",
     "r2": "variance explained",
 }
 # of objectives' metrics, those that a curve is drawn of
-_SHARES = ("top1", "near", "recall", "spread")
+_SHARES = ("top1", "acc_within_1", "batch_recall_at_1", "feature_std")
 _CAPTIONS = {
     "kept": "What the encoder saw: the outlined particles, the dimmed rest was hidden from it.",
     "reconstruction": "Hidden particles as the decoder draws them. Look for objects where they "
     "should be and moving as they "
     "should. Where targets are normalised, each particle's own mean and contrast are lent to the "
     "picture; "
-    "where data.still is below 1, what does not move was hardly asked for.",
+    "where data.temporal_mean_scale is below 1, what does not move was hardly asked for.",
     "rollout": "The second half of a clip, drawn step by step from the first: each step reads what "
     "the ones before it made.",
 }
@@ -41,7 +42,7 @@ def write(workdir: Path) -> Path:
     """Writes report.md and its curves into workdir, replacing older ones; returns its path."""
     workdir = Path(workdir)
     results = _read(workdir / "results.json")
-    bad = results.pop("bad", [])
+    bad = results.pop("unreadable", [])
     lines = _metric_lines(workdir)
     text = [f"# {workdir.name}", "", _summary(results), "", *_stage_table(results)]
     for stage, figures in results.items():
@@ -59,13 +60,13 @@ def write(workdir: Path) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return renames.results(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
 def _metric_lines(workdir: Path) -> list[dict[str, Any]]:
     path = workdir / "metrics.jsonl"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.split("\n") if line.endswith("}")]
+    return [renames.figures(json.loads(line)) for line in text.split("\n") if line.endswith("}")]
 
 
 def _evaluated(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -74,14 +75,14 @@ def _evaluated(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _answered(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Where clips have several classes, or a number."""
-    return {split: each for split, each in figures.items() if "map" in each or "rmse" in each}
+    return {split: each for split, each in figures.items() if "mAP" in each or "rmse" in each}
 
 
 def _summary(results: dict[str, Any]) -> str:
     for stage, figures in reversed(results.items()):
         for split, each in _evaluated(figures).items():
             return (
-                f"Stage `{stage}` names {100 * each['top1']:.1f} % of {each['clips']} clips of "
+                f"Stage `{stage}` names {100 * each['top1']:.1f} % of {each['num_clips']} clips of "
                 f"`{split}` rightly; chance "
                 f"is {100 * each['chance']:.1f} %."
             )
@@ -106,8 +107,8 @@ def _stage_table(results: dict[str, Any]) -> Iterator[str]:
                     stage,
                     train["steps"],
                     train["clips_seen"],
-                    f"{train['parameters'] / 1e6:.2f} M",
-                    train["seconds_since_start"],
+                    f"{train['num_params'] / 1e6:.2f} M",
+                    train["wall_seconds"],
                     _number(train.get("loss")),
                     _number(results[stage].get("val", {}).get("loss")),
                 ]
@@ -151,7 +152,7 @@ def _stage(
         shown = [key for key in _ANSWERS if key in each]
         yield from table(
             ["clips", *(_ANSWERS[key] for key in shown)],
-            [[each["clips"], *(_number(each[key]) for key in shown)]],
+            [[each["num_clips"], *(_number(each[key]) for key in shown)]],
         )
         yield ""
 
@@ -177,7 +178,7 @@ def _evaluation(workdir: Path, name: str, split: str, figures: dict[str, Any]) -
         ["clips", "top-1", "top-5", "mean class accuracy", "calibration error", "chance"],
         [
             [
-                figures["clips"],
+                figures["num_clips"],
                 *(
                     _number(figures[key])
                     for key in ("top1", "top5", "mean_class_accuracy", "ece", "chance")

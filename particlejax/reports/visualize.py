@@ -43,13 +43,16 @@ def draw(workdir: Path, name: str, mesh: Mesh) -> None:
     stage, params = run.load_trained(f"{workdir}:{name}", mesh, {})
     ways = {
         objective: way
-        for objective, way in (("masked", _draw_masked), ("next_frame", _draw_next))
+        for objective, way in (
+            ("masked_autoencoder", _draw_masked),
+            ("future_prediction", _draw_next),
+        )
         if objective in stage.spec.objectives
         and stage.spec.objectives[objective].modality == clips.VISION
     }
     if not ways:  # nobody sees whether sound was drawn well
         return
-    split = stage.spec.val or stage.data.split
+    split = stage.spec.val_split or stage.data.split
     source = sources.open_source(stage.data.source, split, stage.data.cache_dir)
     found = _first_readable(source, stage.data)
     if found is None:
@@ -72,9 +75,9 @@ def draw(workdir: Path, name: str, mesh: Mesh) -> None:
 def _draw_masked(shown: _Shown, folder: Path, mesh: Mesh) -> None:
     """NAME_kept.png and NAME_reconstruction.png."""
     stage, params, frames, times, batch = shown
-    spec, name = stage.spec.objectives["masked"], stage.name
+    spec, name = stage.spec.objectives["masked_autoencoder"], stage.name
     # ask for everything that is hidden
-    shape = type(spec)(**{**vars(spec), "predict": 1 - spec.keep})
+    shape = type(spec)(**{**vars(spec), "target_ratio": spec.mask_ratio})
     predict = jax.jit(
         sharding.on(
             mesh,
@@ -87,14 +90,14 @@ def _draw_masked(shown: _Shown, folder: Path, mesh: Mesh) -> None:
         return
     seen = answer.visible
     plots.kept_strip(frames, times, seen.place, seen.extent, folder / f"{name}_kept.png")
-    rows = _rows(frames, times, answer, stage, spec.normalise)
+    rows = _rows(frames, times, answer, stage, spec.norm_pix_loss)
     plots.reconstruction(rows, times, folder / f"{name}_reconstruction.png")
 
 
 def _draw_next(shown: _Shown, folder: Path, mesh: Mesh) -> None:
     """NAME_rollout.png: the second half of the clip, step by step from the first."""
     stage, params, frames, times, batch = shown
-    spec, whole = stage.spec.objectives["next_frame"], batch.particles[clips.VISION]
+    spec, whole = stage.spec.objectives["future_prediction"], batch.particles[clips.VISION]
     duration = whole.extent[whole.segment > 0][:, 0].max()
     steps = max(1, round(float((times[-1] - times[0]) * _LATER / duration)))
     roll = jax.jit(
@@ -142,7 +145,7 @@ def _paint(
         particles.extent[real],
         times,
         canvas.shape[1:3],
-        stage.particles.base,
+        stage.particles.patch_size,
         canvas,
     )
 
@@ -173,7 +176,8 @@ def _rows(
     seen = _paint(answer.visible, answer.visible.payload, np.full(frames.shape, 0.5), stage, times)
     made = _paint(answer.query, payload, seen, stage, times)
     pixels = {"original": frames / 255, "seen by the\nencoder": seen, "reconstruction": made}
-    if stage.data.still < 1:  # what stands still was hardly asked for: show what moves by itself
+    # what stands still was hardly asked for: show what moves by itself
+    if stage.data.temporal_mean_scale < 1:
         pixels |= {
             f"{name},\nwhat moves": 0.5 + pixels[name] - pixels[name].mean(axis=0)
             for name in ("original", "reconstruction")

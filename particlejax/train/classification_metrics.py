@@ -28,7 +28,7 @@ def scores(probabilities: np.ndarray, label: np.ndarray, classes: Sequence[str])
     """
     label = np.asarray(label)
     if not (label >= 0).any():
-        return {"clips": 0}
+        return {"num_clips": 0}
     probabilities, label = np.asarray(probabilities)[label >= 0], label[label >= 0]
     every = range(len(classes))
     predicted = probabilities.argmax(axis=1)
@@ -51,7 +51,7 @@ def scores(probabilities: np.ndarray, label: np.ndarray, classes: Sequence[str])
         ),
         "ece": calibration_error(probabilities.max(axis=1), predicted == label),
         "chance": 1 / len(classes),
-        "clips": len(label),
+        "num_clips": len(label),
         "confusion": confusion.tolist(),
         "per_class": {name: _per_class(report[name]) for name in classes},
     }

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from sklearn.cluster import MiniBatchKMeans
 
-from particlejax.config.model import VisualWordsSpec
+from particlejax.config.model import MaskedVisualTokensSpec
 from particlejax.core import tree
 from particlejax.core.typing import UserError
 from particlejax.data import pipeline
@@ -30,11 +30,11 @@ def fitted(state: TrainState, stage: Stage, batches: pipeline.Batches) -> TrainS
     """The state with the centres of its codebook, and of the average's; as it is where no objective
     wants one.
     """
-    spec = stage.spec.objectives.get("visual_words")
+    spec = stage.spec.objectives.get("masked_visual_tokens")
     if spec is None:
         return state
     found = centres(examples(spec, stage, batches), spec, stage.experiment.seed)
-    say(f"{stage.name}: {spec.codes} visual words of {spec.modality}")
+    say(f"{stage.name}: {spec.codebook_size} visual words of {spec.modality}")
 
     def put(name: str, leaf: Any) -> Any:
         if not name.endswith(f"{codebook_name(spec.modality)}/centres"):
@@ -48,7 +48,7 @@ def fitted(state: TrainState, stage: Stage, batches: pipeline.Batches) -> TrainS
     )
 
 
-def examples(spec: VisualWordsSpec, stage: Stage, batches: pipeline.Batches) -> np.ndarray:
+def examples(spec: MaskedVisualTokensSpec, stage: Stage, batches: pipeline.Batches) -> np.ndarray:
     """Payloads float32 [N, P] of the first batches' particles, as the model reads them; every
     process reads the same.
     """
@@ -59,21 +59,22 @@ def examples(spec: VisualWordsSpec, stage: Stage, batches: pipeline.Batches) -> 
     ):
         particles = stage.model.normalize(loaded.batch).particles[spec.modality]
         payload = np.asarray(particles.payload)[np.asarray(particles.segment) > 0]
-        some = rng.permutation(len(payload))[: -(-spec.examples // _BATCHES)]
+        some = rng.permutation(len(payload))[: -(-spec.kmeans_samples // _BATCHES)]
         found.append(payload[some])
     return np.concatenate(found)
 
 
-def centres(payloads: np.ndarray, spec: VisualWordsSpec, seed: int) -> np.ndarray:
+def centres(payloads: np.ndarray, spec: MaskedVisualTokensSpec, seed: int) -> np.ndarray:
     """Centres float32 [C, P] by k-means. Raises UserError for more clusters than there are
     different payloads.
     """
     different = len(np.unique(payloads, axis=0))
-    if different < spec.codes:
+    if different < spec.codebook_size:
         raise UserError(
-            f"objectives.visual_words finds {spec.codes} clusters among {different} different "
+            f"objectives.masked_visual_tokens finds {spec.codebook_size} clusters among "
+            f"{different} different "
             "particles: set its codes "
             "to fewer, or its examples to more."
         )
-    fit = MiniBatchKMeans(spec.codes, random_state=seed % 2**32, n_init=1).fit(payloads)
+    fit = MiniBatchKMeans(spec.codebook_size, random_state=seed % 2**32, n_init=1).fit(payloads)
     return fit.cluster_centers_.astype(np.float32)

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from particlejax.config.modalities import ordered
 from particlejax.config.training import RobustSpec
 from particlejax.core.typing import Metrics, Params
 from particlejax.particles.types import Batch
+from particlejax.train import optim
 
 Loss = Callable[[Params, Batch, Array], tuple[Array, Metrics]]
 Gradient = Callable[[Params, Batch, Array], tuple[Params, Metrics]]
@@ -30,7 +32,7 @@ _PGD = 2.5  # length of all its steps together in epsilons (arXiv:1706.06083)
 def gradient_of(loss: Loss, spec: RobustSpec) -> Gradient:
     """The gradient that the spec asks for."""
     found = _ATTACKS[spec.attack](loss, spec)
-    return sharpness_aware(found, spec.sam) if spec.sam else found
+    return sharpness_aware(found, spec.sam_rho) if spec.sam_rho else found
 
 
 def plain(loss: Loss, spec: RobustSpec) -> Gradient:
@@ -51,7 +53,7 @@ def sharpness_aware(gradient: Gradient, radius: float) -> Gradient:
 
     def worst(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
         uphill, _ = gradient(params, batch, key)
-        scale = radius / jnp.maximum(optax.tree.norm(uphill), 1e-12)
+        scale = radius / jnp.maximum(optax.tree.norm(list(optim.in_order(uphill).values())), 1e-12)
         return gradient(jax.tree.map(lambda p, g: p + scale * g, params, uphill), batch, key)
 
     return worst
@@ -64,7 +66,7 @@ def attacked(loss: Loss, spec: RobustSpec) -> Gradient:
     ascents, length = (
         (1, _FGSM * spec.epsilon)
         if spec.attack == "fgsm"
-        else (spec.ascents, _PGD * spec.epsilon / spec.ascents)
+        else (spec.attack_steps, _PGD * spec.epsilon / spec.attack_steps)
     )
 
     def gradient(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
@@ -86,7 +88,7 @@ def free(loss: Loss, spec: RobustSpec) -> Gradient:
     One update of the parameters a batch, as in arXiv:1909.11764, so that schedules and averages
     keep their meaning.
     """
-    length = _PGD * spec.epsilon / spec.ascents
+    length = _PGD * spec.epsilon / spec.attack_steps
 
     def gradient(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
         def climb(noise: Noise, i: Array) -> tuple[Noise, Any]:
@@ -97,7 +99,9 @@ def free(loss: Loss, spec: RobustSpec) -> Gradient:
             (grads, uphill), metrics = both(params, noise)
             return _stepped(noise, uphill, length, spec.epsilon), (grads, metrics)
 
-        _, passes = jax.lax.scan(climb, _start(batch, key, spec.epsilon), jnp.arange(spec.ascents))
+        _, passes = jax.lax.scan(
+            climb, _start(batch, key, spec.epsilon), jnp.arange(spec.attack_steps)
+        )
         return jax.tree.map(lambda x: x.mean(axis=0), passes)
 
     return gradient
@@ -114,9 +118,9 @@ _ATTACKS: dict[str, Callable[[Loss, RobustSpec], Gradient]] = {
 def _start(batch: Batch, key: Array, epsilon: float) -> Noise:
     """Uniform noise for every payload of numbers; ids cannot be moved."""
     numbers = {
-        name: p.payload
-        for name, p in batch.particles.items()
-        if jnp.issubdtype(p.payload.dtype, jnp.floating)
+        name: batch.particles[name].payload
+        for name in ordered(batch.particles)
+        if jnp.issubdtype(batch.particles[name].payload.dtype, jnp.floating)
     }
     keys = jax.random.split(jax.random.fold_in(key, len(numbers)), len(numbers))
     return {

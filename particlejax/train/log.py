@@ -17,6 +17,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 
+from particlejax.config import renames
 from particlejax.config.experiment import LogSpec
 from particlejax.core import io
 from particlejax.core.typing import UserError
@@ -38,7 +39,7 @@ class MetricLog:
         self._kept: list[dict[str, Any]] = list(_lines(self._metrics))
         self._first = cluster.first()
         self._wandb = (
-            _wandb_run(spec, name, config, workdir) if spec.wandb and self._first else None
+            _wandb_run(spec, name, config, workdir) if spec.wandb_project and self._first else None
         )
         self._board = _Board(workdir / "tensorboard") if self._first else None
 
@@ -176,7 +177,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         for text in path.read_text(encoding="utf-8").split("\n"):
             # the last line of a killed run may be cut off
             try:
-                yield json.loads(text)
+                yield renames.figures(json.loads(text))
             except ValueError:
                 continue
 
@@ -190,12 +191,12 @@ def _wandb_run(spec: LogSpec, name: str, config: Mapping[str, Any], workdir: Pat
         import wandb
     except ImportError as error:
         raise UserError(
-            f"config.log.wandb={spec.wandb!r} needs Weights & Biases: pip install "
+            f"config.log.wandb_project={spec.wandb_project!r} needs Weights & Biases: pip install "
             "particlejax[wandb], or "
             "leave it empty."
         ) from error
     return wandb.init(
-        project=spec.wandb,
+        project=spec.wandb_project,
         name=name,
         config=dict(config),
         dir=str(workdir),

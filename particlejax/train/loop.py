@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from particlejax.config.experiment import EvaluateSpec, Experiment
+from particlejax.config.experiment import EvalSpec, Experiment
 from particlejax.core import tree
 from particlejax.core.typing import UserError
 from particlejax.data import pipeline, sources
@@ -122,7 +122,7 @@ class _Store:
     def open(cls, context: Context, name: str) -> "_Store":
         """The two folders of a stage."""
         folder = run.checkpoint_folder(context.workdir, name)
-        keep = context.experiment.checkpoint.keep
+        keep = context.experiment.checkpoint.max_to_keep
         return cls(Checkpoints(folder, keep), Checkpoints(folder.with_name("best"), 2))
 
 
@@ -144,7 +144,7 @@ def _train_stage(context: Context, name: str) -> None:
 
 def _restore(context: Context, setup: Setup, store: _Store) -> tuple[_Position, pipeline.Batches]:
     """Where the run stands, and the batches that follow."""
-    state, bad = setup.init_state(), run.BadClips(setup.stage.data.max_bad)
+    state, bad = setup.init_state(), run.BadClips(setup.stage.data.max_unreadable)
     found = store.latest.restore(abstract(saved(state)))
     batches = setup.batches
     if found:
@@ -171,32 +171,33 @@ def _initialize(
     """The state with the parameters that it starts from, and the reference to the run that they are
     of where a checkpoint does not hold them; `base`: the one of a run that goes on.
     """
-    name, tuning = setup.name, setup.stage.spec.tune
+    name, tuning = setup.name, setup.stage.spec.finetune
     folder = run.find_init(context.experiment, name, context.workdir)
-    if folder is None and tuning.how != "full":
+    if folder is None and tuning.method != "full":
         raise UserError(
-            f"config.stages.{name}.tune.how={tuning.how!r} freezes the encoder, but no pretrained "
-            "run is given: name one in config.init, or an earlier stage in the stage's init."
+            f"config.stages.{name}.finetune.method={tuning.method!r} freezes the encoder, but no "
+            "pretrained "
+            "run is given: name one in config.init_from, or an earlier stage in the stage's init."
         )
     if folder is None:
         return pretrained.begun(state, setup.stage), {}
     reference = base
-    if tuning.how != "full":
+    if tuning.method != "full":
         here = run.checkpoint_folder(context.workdir, name)
         reference = base or {restore.BASE: restore.reference(folder, here, tuning)}
         folder = restore.base_folder(here, reference[restore.BASE])
     start, sentence = restore.from_checkpoint(partition.base(state.params, state.frozen), folder)
     say(f"{name}: {'stands on' if base else 'starts from'} {sentence}")
     params, frozen = partition.rebased(state.params, state.frozen, start)
-    average = jax.tree.map(lambda x: x.copy(), params) if setup.stage.spec.ema else ()
+    average = jax.tree.map(lambda x: x.copy(), params) if setup.stage.spec.ema_decay else ()
     return replace(state, params=params, average=average, frozen=frozen), reference
 
 
 def _announce(setup: Setup, position: _Position) -> None:
-    tuning, state = setup.stage.spec.tune, position.state
+    tuning, state = setup.stage.spec.finetune, position.state
     trained = partition.training(tuning, state.params)
     total = tree.count((state.params, state.frozen))
-    part = f" ({trained / 1e6:.3g} M of them trained: {tuning.how})" if trained < total else ""
+    part = f" ({trained / 1e6:.3g} M of them trained: {tuning.method})" if trained < total else ""
     per_step = setup.batches.plan.seen(setup.steps) / setup.steps
     say(
         f"{setup.name}: {total / 1e6:.2f} M parameters{part}, {setup.clips} clips, {setup.steps} "
@@ -220,7 +221,7 @@ class _Loop:
         self.position, self.batches = position, batches
         experiment, stage = context.experiment, setup.stage
         self.finite = Finite(context.workdir, setup.name, experiment.on_nan, self._clip_names)
-        peak = peak_of(experiment.log.peak, experiment.model_of(stage.spec).dtype)
+        peak = peak_of(experiment.log.peak_flops, experiment.model_of(stage.spec).dtype)
         self.gauge = Gauge(setup.operations, peak, stage.reader[1])
         # step and metrics not read yet: they are read one step late, so the device never waits
         self.pending: tuple[int, Any] | None = None
@@ -256,14 +257,14 @@ class _Loop:
                 self.gauge.add(loaded.batch)
                 trace.after(position.done, loss)
                 last = position.done == setup.steps
-                if position.done % experiment.log.every == 0 or last:
+                if position.done % experiment.log.every_steps == 0 or last:
                     self.pending = (position.done, metrics)
                 progress.update(note)
                 if self._is_due(position.done):
                     self.finite.check()
                     self._flush()
                     self._measure()
-                if position.done % experiment.checkpoint.every == 0 or last:
+                if position.done % experiment.checkpoint.save_interval_steps == 0 or last:
                     self.save()
                 self._stop_if_told()
         finally:
@@ -296,7 +297,9 @@ class _Loop:
         (step, metrics), self.pending = self.pending, None
         setup, log = self.setup, self.context.log
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        values["rate"] = float(optim.schedule(setup.stage.spec.optim, setup.steps)(step - 1))
+        values["learning_rate"] = float(
+            optim.schedule(setup.stage.spec.optim, setup.steps)(step - 1)
+        )
         log.write(setup.name, step, "train", values)
         log.time(setup.name, step, self.gauge.figures())
         return f"loss {values['loss']:.4f}"
@@ -325,7 +328,7 @@ class _Loop:
     # -- measuring while training
 
     def _is_due(self, step: int) -> bool:
-        every, val = self.setup.stage.spec.val_every, self.setup.val
+        every, val = self.setup.stage.spec.val_every_steps, self.setup.val
         if val is None or step == 0:
             return False
         return step == self.setup.steps or (every > 0 and step % every == 0)
@@ -340,7 +343,7 @@ class _Loop:
 
     def _measure_now(self) -> None:
         setup, position = self.setup, self.position
-        views = setup.stage.views(setup.val, setup.stage.spec.rows)
+        views = setup.stage.views(setup.val, setup.stage.spec.batch_size)
         params = setup.eval_params(position.state)
         values = eval.metrics_of(setup.measure, params, views, self.context.mesh, self.watch)
         self.context.log.write(setup.name, position.done, "val", values)
@@ -355,21 +358,22 @@ class _Loop:
     def selected(self) -> list[tuple[float, int]]:
         """(value, step) of every measurement of the selected metric, larger is better."""
         spec = self.setup.stage.spec
-        lines = self.context.log.lines(self.setup.name, "val") if spec.select else []
-        sign = 1.0 if spec.select_mode == "max" else -1.0
-        return [(sign * float(line[spec.select]), line["step"]) for line in lines]
+        lines = self.context.log.lines(self.setup.name, "val") if spec.best_metric else []
+        sign = 1.0 if spec.best_mode == "max" else -1.0
+        return [(sign * float(line[spec.best_metric]), line["step"]) for line in lines]
 
     def _best_step(self) -> int:
         return max(self.selected(), key=lambda measured: (measured[0], -measured[1]))[1]
 
     def _is_patience_over(self) -> bool:
         values, spec = self.selected(), self.setup.stage.spec
-        if not (spec.patience and values):
+        if not (spec.early_stopping_patience and values):
             return False
-        if sum(step > self._best_step() for _, step in values) < spec.patience:
+        if sum(step > self._best_step() for _, step in values) < spec.early_stopping_patience:
             return False
         say(
-            f"{self.setup.name}: no better {spec.select} in {spec.patience} measurements, stopping "
+            f"{self.setup.name}: no better {spec.best_metric} in {spec.early_stopping_patience} "
+            "measurements, stopping "
             f"at step {self.position.done}"
         )
         return True
@@ -384,25 +388,25 @@ def _is_running(result: Any) -> bool:
 
 
 def _write_figures(loop: _Loop, seconds: float) -> None:
-    """Measures the result on the splits of config.evaluate and writes results.json."""
+    """Measures the result on the splits of config.eval and writes results.json."""
     context, setup, position = loop.context, loop.setup, loop.position
     name, state, stage = setup.name, position.state, setup.stage
     last = {split: context.log.lines(name, split)[-1:] for split in ("train", "val")}
     figures: dict[str, Any] = {split: _figures(lines[0]) for split, lines in last.items() if lines}
     figures["train"] = figures.get("train", {}) | {
         "steps": position.done,
-        "seconds_since_start": round(seconds, 1),
+        "wall_seconds": round(seconds, 1),
         "clips_seen": setup.batches.plan.seen(position.done),
         "clips": setup.clips,
-        "parameters": tree.count(partition.base(state.params, state.frozen)),
-        "parameters_trained": partition.training(stage.spec.tune, state.params),
-        "parameters_saved": tree.count(saved(state).best_params),
+        "num_params": tree.count(partition.base(state.params, state.frozen)),
+        "num_trainable_params": partition.training(stage.spec.finetune, state.params),
+        "num_saved_params": tree.count(saved(state).best_params),
         "compilations": setup.step._cache_size(),
         **_costs(context, setup, position.done),
     }
     if "classify" in stage.spec.objectives:
         params = _result_params(loop)
-        for split in context.experiment.evaluate.splits:
+        for split in context.experiment.eval.splits:
             found = classify(
                 stage, params, setup.open(split), context, f"{name}_{split}", loop.watch
             )
@@ -421,11 +425,17 @@ def _costs(context: Context, setup: Setup, done: int) -> dict[str, float]:
         return {}
     columns = {
         key: [line[key] for line in lines if key in line]
-        for key in ("seconds_per_step", "clips_per_second", "data_wait_share", "fill", "mfu")
+        for key in (
+            "seconds_per_step",
+            "clips_per_second",
+            "data_wait_fraction",
+            "packing_efficiency",
+            "mfu",
+        )
     }
     medians = {key: float(np.median(values)) for key, values in columns.items() if values}
     return {
-        "seconds_of_steps": medians.pop("seconds_per_step") * done,
+        "train_seconds": medians.pop("seconds_per_step") * done,
         **medians,
         "particles_per_clip": float(np.mean([line["particles_per_clip"] for line in lines])),
         "flops_per_clip": setup.operations() * done / max(setup.batches.plan.seen(done), 1),
@@ -451,7 +461,7 @@ def classify(
 ) -> dict[str, Any]:
     """Scores over all views of a source; each clip's probabilities go to predictions_NAME.csv."""
     path = context.workdir / (f"predictions_{name}.csv" if name else "predictions.csv")
-    spec = context.experiment.evaluate
+    spec = context.experiment.eval
     return score(
         stage, params, source, context.mesh, spec, watch, name, path if cluster.first() else None
     )
@@ -462,14 +472,14 @@ def score(
     params: Any,
     source: sources.Source,
     mesh: Mesh,
-    spec: EvaluateSpec,
+    spec: EvalSpec,
     watch: eval.Watch,
     name: str,
     path: Path | None,
 ) -> dict[str, Any]:
     """The same, written to the CSV `path`, if any."""
-    sharding.check_rows(spec.rows, mesh, "config.evaluate.rows")
-    views = stage.views(source, spec.rows, spec.views, spec.scale)
+    sharding.check_rows(spec.batch_size, mesh, "config.eval.batch_size")
+    views = stage.views(source, spec.batch_size, spec.views, spec.scale)
     predict = eval.jit_predict(stage.model, mesh, stage.targets.answers)
     numbers, found = eval.probabilities(predict, params, views, mesh, watch, f"evaluate {name}")
     records = [source[int(n)] for n in numbers]
@@ -488,10 +498,10 @@ def figures_of(experiment: Experiment, name: str) -> dict[str, tuple[str, ...]]:
     source = sources.open_source(data.source, data.split, data.cache_dir)
     stage = run.build(experiment, name, source.classes)
     found: dict[str, tuple[str, ...]] = {"train": ()}
-    if spec.val:
-        found[spec.val] = found["val"] = eval.metric_names(stage)
+    if spec.val_split:
+        found[spec.val_split] = found["val"] = eval.metric_names(stage)
     if "classify" in spec.objectives:
-        for split in experiment.evaluate.splits:
+        for split in experiment.eval.splits:
             scored = predictions.FIGURES[stage.targets.loss]
             found[split] = (*found.get(split, ()), *scored)
     return found

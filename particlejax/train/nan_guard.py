@@ -56,7 +56,7 @@ class Finite:
             return
         again = (
             f"look at these clips, lower config.stages.{self.stage}.optim.rate or set "
-            "optim.clip_norm in a new --workdir"
+            "optim.grad_clip_norm in a new --workdir"
         )
         if self.on_nan == "skip":
             raise UserError(f"{what}, as in {self.in_a_row} steps in a row: {again}.")

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from particlejax.config.experiment import OptimSpec
-from particlejax.config.training import TuneSpec
+from particlejax.config.renames import old_parameter
+from particlejax.config.training import FinetuneSpec
 from particlejax.core import tree
 from particlejax.core.typing import Array, Params
 
@@ -28,14 +29,35 @@ def decay_mask(params: Params) -> Params:
 
 def schedule(spec: OptimSpec, steps: int) -> optax.Schedule:
     """Linear warm-up over the first share of the steps, then a cosine to `final` of the peak."""
-    warmup = round(spec.warmup * steps)
+    warmup = round(spec.warmup_ratio * steps)
     return optax.warmup_cosine_decay_schedule(
-        0.0 if warmup else spec.rate,
-        spec.rate,
+        0.0 if warmup else spec.learning_rate,
+        spec.learning_rate,
         warmup,
         max(steps, warmup + 1),
-        spec.rate * spec.final,
+        spec.learning_rate * spec.final_lr_ratio,
     )
+
+
+def in_order(params: Params) -> dict[str, Array]:
+    """Leaves by path, in the order of the names of format 1: sums over them stay the same to
+    the last bit when a parameter is renamed.
+    """
+    flat = tree.flatten(params)
+    return {name: flat[name] for name in sorted(flat, key=lambda n: old_parameter(n).split("/"))}
+
+
+def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
+    """optax.clip_by_global_norm over `in_order`."""
+    clip = optax.clip_by_global_norm(largest)
+
+    def update(updates: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
+        flat = in_order(updates)
+        clipped, state = clip.update(list(flat.values()), state, params)
+        found = dict(zip(flat, clipped, strict=True))
+        return tree.map_named(lambda name, _: found[name], updates), state
+
+    return optax.GradientTransformation(clip.init, update)
 
 
 def build(
@@ -48,7 +70,7 @@ def build(
     none.
     """
     rate = schedule(spec, steps)
-    clip = optax.clip_by_global_norm(spec.clip_norm) if spec.clip_norm else optax.identity()
+    clip = clip_by_global_norm(spec.grad_clip_norm) if spec.grad_clip_norm else optax.identity()
     decay = optax.add_decayed_weights(spec.weight_decay, decay_mask)
     direction = (
         optax.trace(spec.momentum) if spec.name == "sgd" else optax.scale_by_adam(spec.b1, spec.b2)
@@ -69,7 +91,7 @@ def build(
     )
 
 
-def layered(tune: TuneSpec, depth: int, steps: int) -> optax.GradientTransformation | None:
+def layered(tune: FinetuneSpec, depth: int, steps: int) -> optax.GradientTransformation | None:
     """Updates times a factor of their layer: decay from the top down (arXiv:2106.08254) and gradual
     unfreezing (arXiv:1801.06146).
 
@@ -77,12 +99,12 @@ def layered(tune: TuneSpec, depth: int, steps: int) -> optax.GradientTransformat
     from the top, the embedding last; before that an update is exactly zero. Moments are gathered
     meanwhile, so that the first step is no leap.
     """
-    if tune.layer_decay == 1 and not tune.unfreeze:
+    if tune.layer_decay == 1 and not tune.gradual_unfreeze_fraction:
         return None
     under = jnp.arange(depth, 0, -1)  # how many layers stand above each block, the head included
 
     def factor(number: Array, step: Array) -> Array:
-        begins = jnp.ceil(tune.unfreeze * steps * number / (depth + 1))
+        begins = jnp.ceil(tune.gradual_unfreeze_fraction * steps * number / (depth + 1))
         return jnp.where(step >= begins, tune.layer_decay ** number.astype(jnp.float32), 0.0)
 
     def update(updates: Params, step: Array, params: Params | None = None) -> tuple[Params, Array]:

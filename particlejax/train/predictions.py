@@ -17,9 +17,9 @@ from particlejax.train import classification_metrics
 
 # what `score` gives of the clips that have a label, by the loss of the head
 FIGURES = {
-    "softmax": ("top1", "top5", "mean_class_accuracy", "ece", "chance", "clips"),
-    "binary": ("clips", "map", "f1_micro", "f1_macro", "all_right"),
-    "regression": ("clips", "mae", "rmse", "r2"),
+    "softmax": ("top1", "top5", "mean_class_accuracy", "ece", "chance", "num_clips"),
+    "sigmoid": ("num_clips", "mAP", "f1_micro", "f1_macro", "exact_match"),
+    "regression": ("num_clips", "mae", "rmse", "r2"),
 }
 
 
@@ -42,9 +42,9 @@ def score(
         _write(targets, path, names, [classes[n] if n >= 0 else "" for n in label], answers)
     known = np.asarray(label) >= 0
     if not known.any():
-        return {"clips": 0}
+        return {"num_clips": 0}
     table = targets.table[np.asarray(label)[known]]
-    if targets.loss == "binary":
+    if targets.loss == "sigmoid":
         return several(answers[known], table > 0.5, targets.names)
     return numbers(answers[known, 0], table[:, 0] * targets.spread + targets.middle)
 
@@ -60,11 +60,11 @@ def several(probabilities: np.ndarray, true: np.ndarray, names: Sequence[str]) -
         if occurs[i]
     }
     return {
-        "clips": len(true),
-        "map": float(np.mean(list(precision.values()))) if precision else 0.0,
+        "num_clips": len(true),
+        "mAP": float(np.mean(list(precision.values()))) if precision else 0.0,
         "f1_micro": float(metrics.f1_score(true, said, average="micro", zero_division=0)),
         "f1_macro": float(metrics.f1_score(true, said, average="macro", zero_division=0)),
-        "all_right": float((said == true).all(axis=1).mean()),
+        "exact_match": float((said == true).all(axis=1).mean()),
         "average_precision": precision,
     }
 
@@ -76,7 +76,7 @@ def numbers(found: np.ndarray, true: np.ndarray) -> dict[str, Any]:
     variance = float(np.var(true))
     squared = float(np.mean((found - true) ** 2))
     return {
-        "clips": len(true),
+        "num_clips": len(true),
         "mae": float(np.abs(found - true).mean()),
         "rmse": squared**0.5,
         "r2": 1 - squared / variance if variance else 0.0,
@@ -88,7 +88,7 @@ def _write(
 ) -> None:
     rows = []
     for name, true, each in zip(names, label, answers, strict=True):
-        if targets.loss == "binary":
+        if targets.loss == "sigmoid":
             said = SEVERAL.join(one for one, p in zip(targets.names, each, strict=True) if p > 0.5)
             rows.append([name, true, said, *(f"{p:.6g}" for p in each)])
         else:
@@ -97,6 +97,6 @@ def _write(
         "path",
         "label",
         "predicted",
-        *(f"p:{name}" for name in targets.names if targets.loss == "binary"),
+        *(f"p:{name}" for name in targets.names if targets.loss == "sigmoid"),
     ]
     classification_metrics.write_table(path, head, rows)

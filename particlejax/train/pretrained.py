@@ -30,14 +30,14 @@ def read(
     """
     found = backbones.find(model)
     arrays = formats.read(source)
-    backbone = backbones.build(found, spec.classes, spec.frames, spec.size)
+    backbone = backbones.build(found, spec.num_classes, spec.num_frames, spec.image_size)
     shapes = backbones.parameter_shapes(backbone)
     known = names.names_of(found.kind, shapes, backbones.grids(backbone))
-    classes = spec.classes or names.head_classes(arrays, known)
+    classes = spec.num_classes or names.head_classes(arrays, known)
     if classes != getattr(backbone.spec.net, "classes", 0):
-        backbone = backbones.build(found, classes, spec.frames, spec.size)
+        backbone = backbones.build(found, classes, spec.num_frames, spec.image_size)
         shapes = backbones.parameter_shapes(backbone)
-    params, report = names.import_params(shapes, arrays, known, spec.grid)
+    params, report = names.import_params(shapes, arrays, known, spec.source_grid)
     before = formats.said_beside(source)
     report.cast.update(before.get("cast", {}))
     report.counters.update(before.get("counters", {}))
@@ -53,18 +53,22 @@ def begun(state: TrainState, stage: run.Stage) -> TrainState:
     normalised otherwise.
     """
     spec = stage.experiment.model_of(stage.spec).stem
-    if not spec.network or spec.weights == "random":
+    if not spec.model or spec.weights == "random":
         return state
-    found = backbones.find(spec.network)
-    ours, theirs = (stage.data.mean, stage.data.std, stage.data.still), (found.mean, found.std, 1.0)
+    found = backbones.find(spec.model)
+    ours, theirs = (
+        (stage.data.image_mean, stage.data.image_std, stage.data.temporal_mean_scale),
+        (found.mean, found.std, 1.0),
+    )
     if ours != theirs:
         raise UserError(
-            f"the weights of {spec.network} want config.data.mean, std and still to be {theirs} "
+            f"the weights of {spec.model} want config.data.image_mean, std and still to be "
+            f"{theirs} "
             f"and they are {ours}: "
             "set them so, or the weights to 'random'."
         )
-    path = spec.weights or str(packages.find(spec.network, "model.stem.weights"))
-    _, params, _, _ = read(path, spec.network)
+    path = spec.weights or str(packages.find(spec.model, "model.stem.weights"))
+    _, params, _, _ = read(path, spec.model)
     flat = {
         cnn_stem.PATH + name: leaf
         for name, leaf in tree.flatten(params).items()
@@ -74,17 +78,17 @@ def begun(state: TrainState, stage: run.Stage) -> TrainState:
     lacking = [name for name in own if name not in flat]
     if lacking:
         raise UserError(
-            f"{path} lacks {len(lacking)} parameters of {spec.network} "
+            f"{path} lacks {len(lacking)} parameters of {spec.model} "
             f"({lacking[0].removeprefix(cnn_stem.PATH)}, ...): "
-            "name the model that they are of with config.model.stem.network, or other weights."
+            "name the model that they are of with config.model.stem.model, or other weights."
         )
     params = tree.map_named(
         lambda name, leaf: jax.device_put(flat[name], leaf.sharding) if name in own else leaf,
         state.params,
     )
-    say(f"{stage.name}: {len(own)} arrays of {spec.network} from {path}")
+    say(f"{stage.name}: {len(own)} arrays of {spec.model} from {path}")
     return replace(
         state,
         params=params,
-        average=jax.tree.map(lambda x: x.copy(), params) if stage.spec.ema else (),
+        average=jax.tree.map(lambda x: x.copy(), params) if stage.spec.ema_decay else (),
     )

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from particlejax.config import jobs
 from particlejax.config.experiment import as_dict
 from particlejax.config.jobs import Job
 from particlejax.core import io
@@ -16,14 +17,14 @@ from particlejax.train.stage import CONFIG
 # What may change when a run goes on: it says how the work is done, and nothing of what comes out.
 _FREE = frozenset(
     {
-        "workers",
-        "threads",
-        "max_bad",
-        "time_limit",
+        "num_workers",
+        "num_threads",
+        "max_unreadable",
+        "decode_timeout_seconds",
         "cache_dir",
         "log",
         "storage",
-        "cluster",
+        "distributed",
         "on_nan",
         "profile_steps",
     }
@@ -54,7 +55,7 @@ def _enter(workdir: Path, experiment: Job) -> Path:
     path = workdir / CONFIG
     new = json.loads(json.dumps(as_dict(experiment)))
     if path.exists():
-        changed = _differences(json.loads(path.read_text(encoding="utf-8")), new)
+        changed = _differences(jobs.read(path), new)
         if changed:
             raise UserError(
                 f"{workdir} holds a run with other settings ({'; '.join(changed[:3])}): give "
@@ -64,7 +65,7 @@ def _enter(workdir: Path, experiment: Job) -> Path:
         return workdir
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        io.write_json(path, new)
+        io.write_json(path, jobs.written(experiment))
     except OSError as error:
         raise UserError(
             f"workdir {workdir} cannot be written ({error.strerror}): give another --workdir."
@@ -81,6 +82,6 @@ def _differences(old: Any, new: Any, where: str = "config") -> list[str]:
             for key in keys
             for text in _differences(old.get(key), new.get(key), f"{where}.{key}")
         ]
-    if where.endswith(".memory_gib") and (old > 0) == (new > 0):
+    if where.endswith(".ram_cache_gib") and (old > 0) == (new > 0):
         return []  # whether clips are kept decides how they are scaled; how many are, nothing
     return [] if old == new else [f"{where} was {old!r}, is {new!r}"]

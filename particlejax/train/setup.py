@@ -64,14 +64,14 @@ class Setup:
             self.program.optimizer,
             stage.example,
             stage.experiment.seed,
-            spec.ema,
+            spec.ema_decay,
             self.mesh,
-            spec.tune,
+            spec.finetune,
         )
 
     def eval_params(self, state: TrainState) -> Params:
         """The parameters to measure, as the model reads them: the average where there is one."""
-        if self.stage.spec.tune.how == "full":
+        if self.stage.spec.finetune.method == "full":
             return state.best_params
         return self.merge(state.best_params, state.frozen)
 
@@ -87,16 +87,16 @@ class Setup:
         stage = self.stage
         row = pipeline.example(self.batches.plan.schedule.row, 1)
         # as the step is called, so that it is not traced again
-        rows, divided = stage.spec.rows, sharding.batch_sharding(self.mesh)
+        rows, divided = stage.spec.batch_size, sharding.batch_sharding(self.mesh)
         batch = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=divided), row
         )
         state = abstract(self.shapes)
-        if stage.experiment.model_of(stage.spec).remat == "none":
+        if stage.experiment.model_of(stage.spec).remat_policy == "none":
             return flops.count(self.step.trace(state, batch).jaxpr)
         spec = replace(stage.spec, model={**stage.spec.model, "remat": "none"})
         plain_experiment = replace(
-            stage.experiment, stages={self.name: spec}, order=(self.name,), init=""
+            stage.experiment, stages={self.name: spec}, stage_order=(self.name,), init_from=""
         )
         plain = run.build(plain_experiment, self.name, stage.classes)
         step = train_step.of(plain, self.targets, self.steps).step
@@ -108,18 +108,22 @@ def set_up(experiment: Experiment, name: str, mesh: Mesh) -> Setup:
     spec = experiment.stages[name]
     data = experiment.data_of(spec)
     sharding.check_rows(
-        spec.rows // spec.accumulate, mesh, f"config.stages.{name}.rows / accumulate"
+        spec.batch_size // spec.grad_accum_steps,
+        mesh,
+        f"config.stages.{name}.batch_size / accumulate",
     )
     source = label_subset.limit(
         sources.open_source(data.source, data.split, data.cache_dir), data, experiment.seed
     )
     stage = run.build(experiment, name, source.classes, mesh)
-    clips = len(pipeline.chosen_clips(len(source), data.fraction))
-    batches = stage.batches(source, math.ceil(clips * spec.epochs))
-    steps = spec.steps or batches.plan.batches()
+    clips = len(pipeline.chosen_clips(len(source), data.train_fraction))
+    batches = stage.batches(source, math.ceil(clips * spec.num_epochs))
+    steps = spec.num_steps or batches.plan.batches()
     targets = run.weighted(stage, source)
     program = train_step.of(stage, targets, steps)
-    shapes = described(stage.model, program.optimizer, stage.example, spec.ema, mesh, spec.tune)
+    shapes = described(
+        stage.model, program.optimizer, stage.example, spec.ema_decay, mesh, spec.finetune
+    )
     found = Setup(
         stage,
         mesh,
@@ -133,28 +137,29 @@ def set_up(experiment: Experiment, name: str, mesh: Mesh) -> Setup:
         shapes,
         jit_step(program.step, shapes, mesh),
         eval.jit_measure(program.objective, stage.model, mesh),
-        jax.jit(lambda params, frozen: partition.whole(spec.tune, params, frozen)),
+        jax.jit(lambda params, frozen: partition.whole(spec.finetune, params, frozen)),
     )
     _check_measuring(found)
-    return replace(found, val=found.open(spec.val) if spec.val else None)
+    return replace(found, val=found.open(spec.val_split) if spec.val_split else None)
 
 
 def _check_measuring(setup: Setup) -> None:
     """Raises UserError for splits or a metric that will not be there: before the training."""
     spec, name = setup.stage.spec, setup.name
     if "classify" in spec.objectives:
-        for split in setup.stage.experiment.evaluate.splits:
+        for split in setup.stage.experiment.eval.splits:
             setup.open(split)
-    if not spec.select:
+    if not spec.best_metric:
         return
-    if not spec.val:
+    if not spec.val_split:
         raise UserError(
-            f"config.stages.{name}.select={spec.select!r} is measured on the val split, and val is "
+            f"config.stages.{name}.best_metric={spec.best_metric!r} is measured on the val split, "
+            "and val is "
             "empty: name a split there."
         )
     known = eval.metric_names(setup.stage)
-    if spec.select not in known:
+    if spec.best_metric not in known:
         raise UserError(
-            f"config.stages.{name}.select={spec.select!r} is not measured: choose one of "
+            f"config.stages.{name}.best_metric={spec.best_metric!r} is not measured: choose one of "
             f"{', '.join(known)}."
         )

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from particlejax.config import jobs, renames
 from particlejax.config.experiment import DataSpec, Experiment, ParticleSpec, ScaleSpec, StageSpec
 from particlejax.config.model import ClassifySpec, ModelSpec
 from particlejax.core import io
@@ -29,11 +30,11 @@ from particlejax.train.log import say, say_here
 
 CONFIG, RESULTS = "config.json", "results.json"
 # of the data, what is not as the run was trained
-_ASKED = ("split", "cache_dir", "max_bad", "threads", "workers")
+_ASKED = ("split", "cache_dir", "max_unreadable", "num_threads", "num_workers")
 _AS_THERE = {
-    "model": ("width", "depth", "heads", "near", "mlp", "stem"),
-    "data": ("mean", "std", "still"),
-    "particles": ("base",),
+    "model": ("width", "depth", "num_heads", "distance_bias", "mlp_ratio", "stem"),
+    "data": ("image_mean", "image_std", "temporal_mean_scale"),
+    "particles": ("patch_size",),
 }
 
 
@@ -56,7 +57,7 @@ class BadClips:
             )
             raise UserError(
                 f"{len(self.reasons)} clips cannot be read ({some}, ...), more than "
-                "config.data.max_bad="
+                "config.data.max_unreadable="
                 f"{self.limit}: mend the data or raise the limit."
             )
 
@@ -106,10 +107,10 @@ class Stage:
             self.data,
             self.particles,
             self.experiment.seed,
-            self.spec.rows,
+            self.spec.batch_size,
             *self.reader,
-            self.spec.schedule,
-            self.spec.steps,
+            self.spec.scale_schedule,
+            self.spec.num_steps,
             clips,
         )
 
@@ -123,7 +124,7 @@ def build(
     spec = experiment.stages[name]
     data, particles = experiment.data_of(spec), experiment.particles_of(spec)
     _check_directed(data, classes)
-    row = pipeline.row_of(data, particles, spec.schedule)
+    row = pipeline.row_of(data, particles, spec.scale_schedule)
     registry.check(spec.objectives, row.slots)
     labelled = registry.classifies(spec.objectives)
     if labelled and not classes:
@@ -134,9 +135,9 @@ def build(
         )
     ids = pipeline.vocabularies(data)
     bases = {
-        clips.VISION: particles.base,
-        clips.AUDIO: (*data.audio.patch, 1),
-        clips.SERIES: (data.series.window, 1, 1),
+        clips.VISION: particles.patch_size,
+        clips.AUDIO: (*data.audio.patch_size, 1),
+        clips.TIMESERIES: (data.timeseries.patch_length, 1, 1),
     }
     payloads = {
         modality: Payload(
@@ -175,26 +176,27 @@ def build(
 
 def _check_objectives(spec: StageSpec, model: ModelSpec, where: str) -> None:
     """What an objective asks for must be there: else it would be passed over without a word."""
-    pseudo, classify = spec.objectives.get("pseudo"), spec.objectives.get("classify")
-    if pseudo and pseudo.teacher == "average" and not spec.ema:
+    pseudo, classify = spec.objectives.get("pseudo_label"), spec.objectives.get("classify")
+    if pseudo and pseudo.teacher == "ema" and not spec.ema_decay:
         raise UserError(
-            f"{where}.objectives.pseudo.teacher is 'average' and the stage keeps none: set its "
+            f"{where}.objectives.pseudo_label.teacher is 'average' and the stage keeps none: set "
+            "its "
             "ema, such as 0.99, or "
             "teacher to 'self'."
         )
     if pseudo and classify and classify.loss != "softmax":
         raise UserError(
-            f"{where}.objectives.pseudo wants one class a clip and classify.loss is "
+            f"{where}.objectives.pseudo_label wants one class a clip and classify.loss is "
             f"{classify.loss!r}: leave one out."
         )
-    if classify and classify.balance and classify.loss != "softmax":
+    if classify and classify.class_balance_beta and classify.loss != "softmax":
         raise UserError(
-            f"{where}.objectives.classify.balance is for loss='softmax' and that is "
+            f"{where}.objectives.classify.class_balance_beta is for loss='softmax' and that is "
             f"{classify.loss!r}: set it to 0."
         )
-    if classify and classify.consistency and not (model.dropout or model.drop_path):
+    if classify and classify.rdrop_weight and not (model.dropout or model.drop_path_rate):
         raise UserError(
-            f"{where}.objectives.classify.consistency compares two draws of dropout and there is "
+            f"{where}.objectives.classify.rdrop_weight compares two draws of dropout and there is "
             "none: set "
             "config.model.dropout or drop_path, or consistency to 0."
         )
@@ -205,9 +207,11 @@ def weighted(stage: Stage, source: sources.Source) -> label_targets.Targets | No
     wants them.
     """
     spec = stage.spec.objectives.get("classify")
-    if stage.targets is None or spec is None or not spec.balance:
+    if stage.targets is None or spec is None or not spec.class_balance_beta:
         return stage.targets
-    label = label_subset.labels(source)[pipeline.chosen_clips(len(source), stage.data.fraction)]
+    label = label_subset.labels(source)[
+        pipeline.chosen_clips(len(source), stage.data.train_fraction)
+    ]
     return label_targets.weighted(
         stage.targets, spec, np.bincount(label[label >= 0], minlength=len(stage.classes))
     )
@@ -215,10 +219,11 @@ def weighted(stage: Stage, source: sources.Source) -> label_targets.Targets | No
 
 def _check_directed(data: DataSpec, classes: tuple[str, ...]) -> None:
     """A class that is never to be mirrored must be one: else it would be."""
-    for name in data.augment.directed if classes else ():
+    for name in data.augment.no_flip_classes if classes else ():
         if name not in classes:
             raise UserError(
-                f"config.data.augment.directed names {name!r}, which is no class of {data.source}: "
+                f"config.data.augment.no_flip_classes names {name!r}, which is no class of "
+                f"{data.source}: "
                 f"{did_you_mean(name, classes)}"
             )
 
@@ -244,11 +249,11 @@ def find_init(experiment: Experiment, name: str, workdir: Path) -> Path | None:
     """The checkpoints that a stage starts from, None for a fresh start. Raises UserError when they
     are not there.
     """
-    wanted = experiment.stages[name].init
+    wanted = experiment.stages[name].init_from
     if wanted in experiment.stages:
         return result_folder(workdir, wanted)
     if not wanted and name == next(iter(experiment.stages)):
-        wanted = experiment.init
+        wanted = experiment.init_from
     if not wanted:
         return None
     run, name = split_run(wanted)
@@ -261,9 +266,9 @@ def adopt(experiment: Experiment, said: Collection[str] = ()) -> Experiment:
 
     said: settings, such as 'model.width', that somebody has asked for and that stay as they are.
     """
-    if not experiment.init:
+    if not experiment.init_from:
         return experiment
-    run, _ = split_run(experiment.init)
+    run, _ = split_run(experiment.init_from)
     there, changed = read_experiment(run), []
     for section, names in _AS_THERE.items():
         ours, theirs = getattr(experiment, section), getattr(there, section)
@@ -302,13 +307,13 @@ def split_run(text: str) -> tuple[Path, str]:
 
 def read_experiment(run: Path) -> Experiment:
     """The experiment of a run."""
-    return Experiment.of(json.loads((run / CONFIG).read_text(encoding="utf-8")))
+    return Experiment.of(jobs.upgraded(json.loads((run / CONFIG).read_text(encoding="utf-8"))))
 
 
 def read_results(workdir: Path) -> dict[str, Any]:
     """results.json, {} where there is none yet."""
     path = Path(workdir) / RESULTS
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return renames.results(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
 def add_results(
@@ -320,9 +325,9 @@ def add_results(
     if not cluster.first():
         return
     results = read_results(workdir)
-    known = {each["path"]: each["reason"] for each in results.pop("bad", [])} | dict(bad)
+    known = {each["path"]: each["reason"] for each in results.pop("unreadable", [])} | dict(bad)
     results[stage] = results.get(stage, {}) | dict(figures)
-    results["bad"] = [{"path": path, "reason": reason} for path, reason in known.items()]
+    results["unreadable"] = [{"path": path, "reason": reason} for path, reason in known.items()]
     io.write_json(Path(workdir) / RESULTS, results)
 
 
@@ -356,10 +361,10 @@ def load_trained(
     )
     data = checkpoint.load_data(folder)
     # merged: adapters and prefixes stand among the rest
-    if restore.BASE not in data and stage.spec.tune.how != "full":
+    if restore.BASE not in data and stage.spec.finetune.method != "full":
         merged = jax.eval_shape(
             lambda p: partition.whole(
-                stage.spec.tune, *partition.split(stage.spec.tune, p, jax.random.key(0))
+                stage.spec.finetune, *partition.split(stage.spec.finetune, p, jax.random.key(0))
             ),
             params,
         )

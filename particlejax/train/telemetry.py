@@ -87,10 +87,10 @@ class Gauge:
             "seconds_data": data,
             "seconds_save": save,
             "seconds_compute": max(each - data - save, 0.0),
-            "data_wait_share": data / each,
+            "data_wait_fraction": data / each,
             "clips_per_second": self.clips * self.parts / elapsed,
             "particles_per_second": self.slots * self.parts / elapsed,
-            "fill": self.slots / self.whole,
+            "packing_efficiency": self.slots / self.whole,
             "particles_per_clip": self.slots / max(self.clips, 1),
         }
         found |= self._utilisation(each) | memory()
@@ -111,17 +111,17 @@ class Gauge:
 def memory() -> dict[str, float]:
     """MiB at their highest: of this process, and of its fullest device where that tells."""
     unit = 1 if sys.platform == "darwin" else 1024
-    found = {"host_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _MIB}
+    found = {"host_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _MIB}
     used = [
         stats["peak_bytes_in_use"]
         for stats in (device.memory_stats() for device in jax.local_devices())
         if stats
     ]
-    return found | ({"device_mib": max(used) / _MIB} if used else {})
+    return found | ({"device_peak_mib": max(used) / _MIB} if used else {})
 
 
 def peak_of(how: str, dtype: Any) -> float:
-    """Operations per second of one device: 'known' by its kind, 0 where it is not; or 'measured' by
+    """Operations per second of one device: 'table' by its kind, 0 where it is not; or 'measured' by
     products of `dtype`.
     """
     if how == "measured":

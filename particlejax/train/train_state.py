@@ -12,18 +12,18 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from particlejax.config.training import RobustSpec, TuneSpec
-from particlejax.core import tree
+from particlejax.config.training import FinetuneSpec, RobustSpec
 from particlejax.core.typing import Metrics, Params
 from particlejax.distributed import sharding
 from particlejax.finetune import partition
 from particlejax.models.particle_model import Model
 from particlejax.objectives.base import TEACHER, Objective
 from particlejax.particles.types import Batch
+from particlejax.train import optim
 from particlejax.train.gradient import gradient_of
 
 Step = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
-_ALL, _PLAIN = TuneSpec(), RobustSpec()  # all parameters train, by the loss's own gradient
+_ALL, _PLAIN = FinetuneSpec(), RobustSpec()  # all parameters train, by the loss's own gradient
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +56,7 @@ def initialise(
     seed: int,
     ema: float,
     mesh: Mesh,
-    tuning: TuneSpec = _ALL,
+    tuning: FinetuneSpec = _ALL,
 ) -> TrainState:
     """A state born sharded: no device ever holds more than its part."""
     born = _born(model, optimizer, batch, ema, tuning)
@@ -71,7 +71,7 @@ def described(
     batch: Batch,
     ema: float,
     mesh: Mesh,
-    tuning: TuneSpec = _ALL,
+    tuning: FinetuneSpec = _ALL,
 ) -> TrainState:
     """Shapes, types and shardings of the state that `initialise` makes; nothing is computed, and no
     device is needed.
@@ -93,7 +93,7 @@ def _born(
     optimizer: optax.GradientTransformation,
     batch: Batch,
     ema: float,
-    tuning: TuneSpec,
+    tuning: FinetuneSpec,
 ) -> Callable[[Array], TrainState]:
     def init(seed: Array) -> TrainState:
         key = jax.random.key(seed)
@@ -125,7 +125,7 @@ def make_step(
     *,
     ema: float,
     accumulate: int,
-    tuning: TuneSpec = _ALL,
+    tuning: FinetuneSpec = _ALL,
     robust: RobustSpec = _PLAIN,
     on_nan: str = "stop",
 ) -> Step:
@@ -190,7 +190,7 @@ def norms(name: str, params: Params) -> Metrics:
     one above its arrays ('head').
     """
     squares: Metrics = {}
-    for path, leaf in tree.flatten(params).items():
+    for path, leaf in optim.in_order(params).items():
         group = "/".join(path.split("/")[:-1][:2])
         squares[group] = squares.get(group, jnp.zeros(())) + jnp.sum(
             jnp.square(leaf.astype(jnp.float32))

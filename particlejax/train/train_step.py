@@ -31,17 +31,17 @@ def of(stage: Stage, goal: label_targets.Targets | None, steps: int) -> Program:
     """
     spec = stage.spec
     objective = registry.combine(spec.objectives, goal)
-    layered = optim.layered(spec.tune, stage.experiment.model_of(spec).depth, steps)
+    layered = optim.layered(spec.finetune, stage.experiment.model_of(spec).depth, steps)
     optimizer = optim.build(
-        spec.optim, steps, layered, spec.tune.freeze if spec.tune.how == "full" else ""
+        spec.optim, steps, layered, spec.finetune.freeze if spec.finetune.method == "full" else ""
     )
     step = make_step(
         stage.model,
         objective,
         optimizer,
-        ema=spec.ema,
-        accumulate=spec.accumulate,
-        tuning=spec.tune,
+        ema=spec.ema_decay,
+        accumulate=spec.grad_accum_steps,
+        tuning=spec.finetune,
         robust=spec.robust,
         on_nan=stage.experiment.on_nan,
     )

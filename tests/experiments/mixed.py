@@ -5,13 +5,19 @@ import runpy
 
 from ml_collections import ConfigDict
 
-from particlejax.config.experiment import ScaleSpec, ScheduleSpec, section
+from particlejax.config.experiment import ScaleScheduleSpec, ScaleSpec, section
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The experiment; it takes no argument."""
     del arg
     config = runpy.run_path("experiments/finetune.py")["get_config"]("tiny")
-    scales = (section(ScaleSpec), section(ScaleSpec, size=16), section(ScaleSpec, size=24))
-    config.stages.finetune.schedule = section(ScheduleSpec, kind="mixture", scales=scales)
+    scales = (
+        section(ScaleSpec),
+        section(ScaleSpec, image_size=16),
+        section(ScaleSpec, image_size=24),
+    )
+    config.stages.finetune.scale_schedule = section(
+        ScaleScheduleSpec, kind="mixture", scales=scales
+    )
     return config

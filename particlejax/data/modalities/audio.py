@@ -100,12 +100,12 @@ def samples(seconds: float, rate: int) -> int:
 def spectra(seconds: float, spec: AudioSpec) -> int:
     """How many spectra `log_mel` makes of so many seconds: in whole samples, as it counts them."""
     window, hop = _steps(spec)
-    return max(0, samples(seconds, spec.rate) - window) // hop + 1
+    return max(0, samples(seconds, spec.sample_rate) - window) // hop + 1
 
 
 def _steps(spec: AudioSpec) -> tuple[int, int]:
     """Samples of a spectrum, and from one to the next."""
-    return round(spec.window * spec.rate), round(spec.hop * spec.rate)
+    return round(spec.window_seconds * spec.sample_rate), round(spec.hop_seconds * spec.sample_rate)
 
 
 def log_mel(sound: np.ndarray, spec: AudioSpec) -> np.ndarray:
@@ -125,8 +125,12 @@ def log_mel(sound: np.ndarray, spec: AudioSpec) -> np.ndarray:
 def mel_filters(spec: AudioSpec) -> np.ndarray:
     """Triangles [frequencies, M] that overlap by half on the mel scale 2595 log10(1 + f / 700)."""
     length = _length(_steps(spec)[0])
-    frequencies = np.arange(length // 2 + 1) * spec.rate / length
-    edges = _hertz(np.linspace(_mel(spec.low), _mel(min(spec.high, spec.rate / 2)), spec.mels + 2))
+    frequencies = np.arange(length // 2 + 1) * spec.sample_rate / length
+    edges = _hertz(
+        np.linspace(
+            _mel(spec.f_min), _mel(min(spec.f_max, spec.sample_rate / 2)), spec.num_mels + 2
+        )
+    )
     rise = (frequencies[:, None] - edges[:-2]) / (edges[1:-1] - edges[:-2])
     fall = (edges[2:] - frequencies[:, None]) / (edges[2:] - edges[1:-1])
     return np.maximum(0, np.minimum(rise, fall)).astype(np.float32)

@@ -3,7 +3,7 @@
 needs the network.
 
 A folder holds one network's features at one sampling, as `network.json` says, each clip's in a file
-of `data.features`. Legend: n particles of a clip, D width of the features.
+of `data.video_features`. Legend: n particles of a clip, D width of the features.
 """
 
 import dataclasses
@@ -86,22 +86,23 @@ def describe(folder: Path, what: Described) -> None:
     write_text(folder / DESCRIPTION, json.dumps(dataclasses.asdict(what)))
 
 
-def opened(spec: FeatureSpec, modality: str = "features") -> Described:
-    """What config.data.features or another modality names. Raises UserError where that is
+def opened(spec: FeatureSpec, modality: str = "video_features") -> Described:
+    """What config.data.video_features or another modality names. Raises UserError where that is
     nothing.
     """
     if not spec.folder:
         raise UserError(
             f"config.data.{modality}.folder is empty: name the folder that `python -m "
             "particlejax.main --config "
-            "experiments/features.py --config.folder=FOLDER` wrote."
+            "experiments/extract_features.py --config.out_dir=FOLDER` wrote."
         )
     found = described(Path(spec.folder).expanduser())
     if found is None:
         raise UserError(
             f"{spec.folder} holds no features (it has no {DESCRIPTION}): run `python -m "
             "particlejax.main --config "
-            f"experiments/features.py --config.folder={spec.folder}` with your source first."
+            f"experiments/extract_features.py --config.out_dir={spec.folder}` with your source "
+            "first."
         )
     return found
 
@@ -181,7 +182,7 @@ class Kept:
         return Particles(self.features[chosen], place, extent, np.ones(len(place), np.int32))
 
 
-def read(record: Record, spec: FeatureSpec, modality: str = "features") -> Kept:
+def read(record: Record, spec: FeatureSpec, modality: str = "video_features") -> Kept:
     """The clip's features. Raises decode.Unreadable, with the command that computes them, where
     they are not there or damaged.
     """
@@ -197,7 +198,7 @@ def read(record: Record, spec: FeatureSpec, modality: str = "features") -> Kept:
             f"it has no features in {spec.folder}, run `{what.command}` with its source and split"
         )
     values = found[:, ABOUT:]
-    if spec.scale == "each":
+    if spec.normalization == "standardize":
         values = (values - np.float32(what.mean)) / np.float32(what.deviation)
     else:  # of root mean square one, so that layers find the numbers that they expect
         values = values / np.maximum(np.sqrt(np.square(values).mean(axis=1, keepdims=True)), _LEAST)

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from particlejax.config.experiment import SeriesSpec
+from particlejax.config.experiment import TimeseriesSpec
 from particlejax.data.video.decode import Unreadable
 
 
-def read(table: str | bytes, start: float, seconds: float, spec: SeriesSpec) -> np.ndarray | None:
+def read(
+    table: str | bytes, start: float, seconds: float, spec: TimeseriesSpec
+) -> np.ndarray | None:
     """Channels float32 [n, C], interpolated linearly to `spec.rate` per second from `start` on.
 
     Ends where the table ends; None where it has nothing at `start` or later. Raises Unreadable for
@@ -41,8 +43,8 @@ def read(table: str | bytes, start: float, seconds: float, spec: SeriesSpec) -> 
     time, values = time[order], values[order]
     if not len(time) or time[-1] < start:
         return None
-    wanted = start + np.arange(round(seconds * spec.rate)) / spec.rate
-    wanted = wanted[wanted <= time[-1] + 0.5 / spec.rate]
+    wanted = start + np.arange(round(seconds * spec.sample_rate)) / spec.sample_rate
+    wanted = wanted[wanted <= time[-1] + 0.5 / spec.sample_rate]
     return np.stack([np.interp(wanted, time, channel) for channel in values.T], axis=-1).astype(
         np.float32
     )

@@ -17,7 +17,7 @@ def vocabulary(spec: TextSpec) -> int:
     return (
         256 + _FIRST
         if spec.tokenizer == "bytes"
-        else _tokenizer(spec.tokenizer, spec.length).get_vocab_size()
+        else _tokenizer(spec.tokenizer, spec.max_length).get_vocab_size()
     )
 
 
@@ -27,9 +27,9 @@ def encode(text: str, spec: TextSpec) -> np.ndarray:
     """
     if spec.tokenizer == "bytes":
         return (np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) + _FIRST)[
-            : spec.length
+            : spec.max_length
         ]
-    return np.array(_tokenizer(spec.tokenizer, spec.length).encode(text).ids, np.int32)
+    return np.array(_tokenizer(spec.tokenizer, spec.max_length).encode(text).ids, np.int32)
 
 
 @functools.cache
@@ -60,7 +60,8 @@ def _tokenizer(path: str, length: int) -> "object":
     special = found.num_special_tokens_to_add(False)
     if length <= special:
         raise UserError(
-            f"config.data.text.length={length} has no room for a word beside the {special} special "
+            f"config.data.text.max_length={length} has no room for a word beside the {special} "
+            "special "
             "tokens of "
             f"{path}: use {special + 1} or more."
         )

@@ -276,7 +276,7 @@ class Video:
             said.append(
                 f"{self._container.format.name} files can only be read from their start, so "
                 "convert it to mp4 or "
-                "raise config.data.time_limit"
+                "raise config.data.decode_timeout_seconds"
             )
 
     def _seek_saves(self, wanted: float) -> bool:

@@ -50,7 +50,7 @@ def build(spec: BackboneSpec, classes: int = 0, frames: int = 0, size: int = 0) 
     """
     if classes and not getattr(spec.net, "classes", 0):
         raise UserError(
-            f"a {spec.kind} has no head for {classes} classes: leave config.classes at 0."
+            f"a {spec.kind} has no head for {classes} classes: leave config.num_classes at 0."
         )
     spec = resized(spec, frames, size) if frames or size else spec
     net = spec.net.clone(classes=classes) if classes else spec.net

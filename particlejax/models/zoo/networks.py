@@ -77,7 +77,8 @@ def resized(spec: BackboneSpec, frames: int, size: int) -> BackboneSpec:
         return dataclasses.replace(spec, frames=frames or spec.frames, size=size or spec.size)
     if not hasattr(spec.net, "at"):
         raise UserError(
-            f"a {spec.kind} takes neither frames nor sizes: leave config.frames and config.size at "
+            f"a {spec.kind} takes neither frames nor sizes: leave config.num_frames and "
+            "config.image_size at "
             "0."
         )
     return _transformer(spec.kind, spec.net.at(frames, size), spec.mean, spec.std)

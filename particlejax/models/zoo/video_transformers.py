@@ -81,7 +81,8 @@ class Video(nn.Module):
             raise UserError(
                 f"clips of {net.frames} x {net.rows} x {net.columns} are no multiple of the "
                 "model's cuboids of "
-                f"{' x '.join(map(str, self.patch))}: choose another config.frames or config.size."
+                f"{' x '.join(map(str, self.patch))}: choose another config.num_frames or "
+                "config.image_size."
             )
         return net
 

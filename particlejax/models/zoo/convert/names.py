@@ -380,7 +380,7 @@ def _fitted(
 
 def _misfit(name: str, array: np.ndarray, want: tuple[int, ...], entry: Entry) -> UserError:
     hint = (
-        "set config.classes to the number of its classes"
+        "set config.num_classes to the number of its classes"
         if entry.ours.startswith("head/")
         else ("name the model that the weights are of with config.model")
     )

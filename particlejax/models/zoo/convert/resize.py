@@ -69,7 +69,7 @@ def old_grid(
         raise UserError(
             f"it cannot be told which frames, rows and columns {number} positions are that become "
             f"{frames} x {rows} x {columns}: give the grid that the weights were trained on with "
-            "config.grid, "
+            "config.source_grid, "
             "such as (8,14,14)."
         )
     return found.pop()

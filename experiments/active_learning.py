@@ -2,20 +2,20 @@
 """A round of active learning: which clips without a label are most worth one, by a run that was
 trained on those that have one.
 
-    python -m particlejax.main --config experiments/label_next.py \
+    python -m particlejax.main --config experiments/active_learning.py \
         --config.run=RUN_DIR --config.data.source=folder:PATH \
-        [--config.active.how=coreset] [--config.active.number=20] \
-        [--config.data.listed=listed.csv] --workdir runs/round1
+        [--config.active_learning.strategy=coreset] [--config.active_learning.num_clips=20] \
+        [--config.data.labelled_csv=listed.csv] --workdir runs/round1
 
 WORKDIR/next.csv lists them. Label them in clips.csv and train again; or, to try this out where all
-have labels, train with `--config.data.listed=WORKDIR/listed.csv`, which pretends that only those
-do. Takes the time of two evaluations.
+have labels, train with `--config.data.labelled_csv=WORKDIR/listed.csv`, which pretends that only
+those do. Takes the time of two evaluations.
 """
 
 from ml_collections import ConfigDict
 
 from particlejax.config.experiment import DataSpec, Experiment, arguments, section
-from particlejax.config.training import ActiveSpec
+from particlejax.config.training import ActiveLearningSpec
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -24,8 +24,8 @@ def get_config(arg: str = "") -> ConfigDict:
     return ConfigDict(
         section(
             Experiment,
-            job="label_next",
+            job="active_learning",
             data=section(DataSpec, source="", split="train", shots=1 if tiny else 0),
-            active=section(ActiveSpec, number=3 if tiny else 20),
+            active_learning=section(ActiveLearningSpec, num_clips=3 if tiny else 20),
         )
     )

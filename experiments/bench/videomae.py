@@ -2,9 +2,9 @@
 """Train steps and inference beside VideoMAE of `transformers` on torch, and as a share of the
 machine's own products.
 
-    python -m particlejax.main --config experiments/bench/peer.py
-    python -m particlejax.main --config experiments/bench/peer.py:large \
-        --config.model.unroll=False --config.bench.clips=160
+    python -m particlejax.main --config experiments/bench/videomae.py
+    python -m particlejax.main --config experiments/bench/videomae.py:large \
+        --config.model.unroll_layers=False --config.bench.num_clips=160
 
 Ours on the same tokens and on half as many adaptive particles, in float32 and, where that pays,
 bfloat16. Five minutes on 2 cores, most of it compiling; nothing else should run. The second is for
@@ -42,37 +42,45 @@ def get_config(arg: str = "") -> ConfigDict:
     size = next((name for name, given in args.items() if given), "small")
     tiny, names = (
         size == "tiny",
-        ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads"),
+        ("width", "depth", "num_heads", "decoder_width", "decoder_depth", "decoder_num_heads"),
     )
-    optim = section(OptimSpec, rate=1e-4, clip_norm=0.0)
+    optim = section(OptimSpec, learning_rate=1e-4, grad_clip_norm=0.0)
     return ConfigDict(
         section(
             Experiment,
-            job="bench_peer",
-            data=section(DataSpec, frames=16, size={"tiny": 32, "small": 112}.get(size, 224)),
+            job="bench_videomae",
+            data=section(
+                DataSpec, num_frames=16, image_size={"tiny": 32, "small": 112}.get(size, 224)
+            ),
             particles=section(
-                ParticleSpec, policy="grid", base=(2, 16, 16), splits=("time",)
+                ParticleSpec, policy="grid", patch_size=(2, 16, 16), split_axes=("time",)
             ),  # 112 is no multiple of 32
             model=section(
-                ModelSpec, near=False, **dict(zip(names, _SIZES[size], strict=True))
+                ModelSpec, distance_bias=False, **dict(zip(names, _SIZES[size], strict=True))
             ),  # as VideoMAE's attention
             stages={
                 "pretrain": section(
                     StageSpec,
-                    steps=100,
-                    rows=8,
+                    num_steps=100,
+                    batch_size=8,
                     optim=optim,
-                    objectives={"masked": {"mask": "tube", "keep": 0.1, "predict": 0.9}},
+                    objectives={
+                        "masked_autoencoder": {
+                            "mask_type": "tube",
+                            "mask_ratio": 0.9,
+                            "target_ratio": 0.9,
+                        }
+                    },
                 ),
                 "finetune": section(
-                    StageSpec, steps=100, rows=8, optim=optim, objectives={"classify": {}}
+                    StageSpec, num_steps=100, batch_size=8, optim=optim, objectives={"classify": {}}
                 ),
             },
-            order=("finetune",) if tiny else ("pretrain", "finetune"),
+            stage_order=("finetune",) if tiny else ("pretrain", "finetune"),
             bench=(
-                section(BenchSpec, repetitions=1, clips=8, dtypes=("float32",))
+                section(BenchSpec, repetitions=1, num_clips=8, dtypes=("float32",))
                 if tiny
-                else section(BenchSpec, repetitions=5, clips=8)
+                else section(BenchSpec, repetitions=5, num_clips=8)
             ),
         )
     )

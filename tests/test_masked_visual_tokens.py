@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from particlejax.config.experiment import Experiment, MeshSpec
-from particlejax.config.model import VisualWordsSpec
+from particlejax.config.model import MaskedVisualTokensSpec
 from particlejax.core import tree
 from particlejax.core.typing import UserError
 from particlejax.data import sources
@@ -29,7 +29,7 @@ def test_a_code_is_the_nearest_centre_and_k_means_finds_what_is_there() -> None:
     rng = np.random.default_rng(0)
     true = 3 * rng.normal(size=(4, 6)).astype(np.float32)
     points = (true[rng.integers(0, 4, 400)] + 0.1 * rng.normal(size=(400, 6))).astype(np.float32)
-    found = codebook.centres(points, VisualWordsSpec(codes=4), 0)
+    found = codebook.centres(points, MaskedVisualTokensSpec(codebook_size=4), 0)
     apart = np.linalg.norm(true[:, None] - found[None], axis=-1)
     assert sorted(apart.argmin(axis=1)) == [0, 1, 2, 3] and apart.min(axis=1).max() < 0.1
     codes = heads.Codebook(4, 6).apply({"params": {"centres": found}}, jnp.asarray(points)[None])[0]
@@ -37,11 +37,11 @@ def test_a_code_is_the_nearest_centre_and_k_means_finds_what_is_there() -> None:
         codes, np.linalg.norm(points[:, None] - found[None], axis=-1).argmin(axis=1)
     )
     with pytest.raises(UserError, match="4 clusters among 3 different particles"):
-        codebook.centres(points[[0, 1, 2, 2]], VisualWordsSpec(codes=4), 0)
+        codebook.centres(points[[0, 1, 2, 2]], MaskedVisualTokensSpec(codebook_size=4), 0)
 
 
 def test_a_stage_begins_with_centres_of_its_own_particles_and_keeps_them(cache_dir: str) -> None:
-    config = runpy.run_path(str(ROOT / "experiments/pretrain/one.py"))["get_config"](
+    config = runpy.run_path(str(ROOT / "experiments/pretrain/single_objective.py"))["get_config"](
         "codes,tiny"
     ).to_dict()
     config["data"] |= {"cache_dir": cache_dir, "modalities": ("vision",)}
@@ -49,15 +49,15 @@ def test_a_stage_begins_with_centres_of_its_own_particles_and_keeps_them(cache_d
     source = sources.open_source(experiment.data.source, "train", cache_dir)
     stage = run.build(experiment, "pretrain", source.classes, mesh)
     optimizer = optim.build(stage.spec.optim, 4)
-    state = initialise(stage.model, optimizer, stage.example, 0, stage.spec.ema, mesh)
+    state = initialise(stage.model, optimizer, stage.example, 0, stage.spec.ema_decay, mesh)
     before = jax.tree.map(np.asarray, tree.flatten(state.params))
     first, second = (codebook.fitted(state, stage, stage.batches(source, 0)) for _ in range(2))
-    spec = stage.spec.objectives["visual_words"]
+    spec = stage.spec.objectives["masked_visual_tokens"]
     # found anew they are the same: a run may stop before it saves
     for branch in (first.params, first.average, second.params):
         for name, leaf in tree.flatten(branch).items():
             if name == "codebook_vision/centres":
-                assert leaf.shape == (spec.codes, stage.model.payloads["vision"].size)
+                assert leaf.shape == (spec.codebook_size, stage.model.payloads["vision"].size)
                 np.testing.assert_array_equal(leaf, first.params["codebook_vision"]["centres"])
             else:
                 np.testing.assert_array_equal(leaf, before[name], err_msg=name)
@@ -77,6 +77,6 @@ def test_a_stage_begins_with_centres_of_its_own_particles_and_keeps_them(cache_d
 
 
 def test_what_visual_words_cannot_be_made_of() -> None:
-    stage = {"steps": 1, "objectives": {"visual_words": {"modality": "text"}}}
+    stage = {"num_steps": 1, "objectives": {"masked_visual_tokens": {"modality": "text"}}}
     with pytest.raises(UserError, match="name a modality other than text"):
         Experiment.of({"stages": {"one": stage}})

@@ -2,7 +2,7 @@
 """How fast clips come out of the data floor: short clips and 1080p beside decoders, random access,
 memory.
 
-    python -m particlejax.main --config experiments/bench/data.py \
+    python -m particlejax.main --config experiments/bench/dataloader.py \
         --config.data.source=folder:../shared/data/jhmdb21
 
 Six to eight minutes on 2 cores; nothing else should run. torchcodec (both of its ways to seek) and
@@ -27,18 +27,18 @@ def get_config(arg: str = "") -> ConfigDict:
     return ConfigDict(
         section(
             Experiment,
-            job="bench_data",
+            job="bench_dataloader",
             data=section(
                 DataSpec,
                 source="toybox:tiny" if tiny else "folder:../shared/data/jhmdb21",
-                frames=16,
-                size=112,
-                decode_side=128,
-                threads=1 if tiny else 2,
-                augment={"crop": (0.5, 1.0), "flip": 0.5},
+                num_frames=16,
+                image_size=112,
+                decode_short_side=128,
+                num_threads=1 if tiny else 2,
+                augment={"crop_scale": (0.5, 1.0), "hflip_prob": 0.5},
             ),
-            particles=section(ParticleSpec, base=(2, 16, 16)),
-            bench=section(BenchSpec, repetitions=1, clips=16, rows=8, memory_clips=80)
+            particles=section(ParticleSpec, patch_size=(2, 16, 16)),
+            bench=section(BenchSpec, repetitions=1, num_clips=16, batch_size=8, memory_clips=80)
             if tiny
             else section(BenchSpec),
         )

@@ -2,8 +2,9 @@
 """Converts a folder of videos (or any source) into a sharded TFDS data set that training reads by
 random access.
 
-    python -m particlejax.main --config experiments/prepare.py --config.data.source=folder:PATH \
-        --config.prepare.out=DIR --config.prepare.name=mine
+    python -m particlejax.main --config experiments/prepare_data.py \
+        --config.data.source=folder:PATH \
+        --config.prepare.data_dir=DIR --config.prepare.name=mine
 
 Files are copied as they are, with all that clips.csv says of them; afterwards
 --config.data.source=tfds:DIR/mine. Killed or out of space, the same command continues. As fast as
@@ -25,8 +26,8 @@ def get_config(arg: str = "") -> ConfigDict:
     return ConfigDict(
         section(
             Experiment,
-            job="prepare",
+            job="prepare_data",
             data=section(DataSpec, source="toybox:tiny" if tiny else ""),
-            prepare=section(PrepareSpec, workers=1 if tiny else 2),
+            prepare=section(PrepareSpec, num_workers=1 if tiny else 2),
         )
     )

@@ -2,11 +2,11 @@
 """VideoMAE at its published sizes: ViT-B (arXiv:2203.12602), or with `:giant` ViT-g
 (arXiv:2303.16727), 16 frames of 224 x 224.
 
-    python -m particlejax.main --config experiments/pretrain/mae_base.py \
+    python -m particlejax.main --config experiments/pretrain/videomae_base.py \
         --config.data.source=folder:PATH
 
-For a pod: `--config experiments/plan.py --config.experiment=experiments/pretrain/mae_base.py` says
-what it needs.
+For a pod: `--config experiments/plan.py --config.experiment=experiments/pretrain/videomae_base.py`
+says what it needs.
 """
 
 from ml_collections import ConfigDict
@@ -26,30 +26,30 @@ from particlejax.config.experiment import (
 _BASE = {
     "width": 768,
     "depth": 12,
-    "heads": 12,
+    "num_heads": 12,
     "decoder_width": 384,
     "decoder_depth": 4,
-    "decoder_heads": 6,
+    "decoder_num_heads": 6,
 }
 # forty layers take long to compile unrolled
 _GIANT = {
     "width": 1408,
     "depth": 40,
-    "heads": 16,
+    "num_heads": 16,
     "decoder_width": 512,
     "decoder_depth": 4,
-    "decoder_heads": 8,
-    "unroll": False,
-    "remat": "elementwise",
+    "decoder_num_heads": 8,
+    "unroll_layers": False,
+    "remat_policy": "dots",
 }
 _TINY = {
     "width": 32,
     "depth": 2,
-    "heads": 2,
+    "num_heads": 2,
     "decoder_width": 16,
     "decoder_depth": 1,
-    "decoder_heads": 2,
-    "unroll": False,
+    "decoder_num_heads": 2,
+    "unroll_layers": False,
 }
 
 
@@ -60,14 +60,14 @@ def get_config(arg: str = "") -> ConfigDict:
     # 1.5e-4 for 256 clips
     stage = section(
         StageSpec,
-        steps=4 if tiny else 0,
-        epochs=0 if tiny else 800,
-        rows=8 if tiny else 1024,
-        val_every=4 if tiny else 5000,
+        num_steps=4 if tiny else 0,
+        num_epochs=0 if tiny else 800,
+        batch_size=8 if tiny else 1024,
+        val_every_steps=4 if tiny else 5000,
         objectives={
-            "masked": {"mask": "tube", "keep": 0.1, "predict": 0.5}
+            "masked_autoencoder": {"mask_type": "tube", "mask_ratio": 0.9, "target_ratio": 0.5}
         },  # half of the cubes decoded, as V2 found enough
-        optim=section(OptimSpec, rate=6e-4, warmup=0.05),
+        optim=section(OptimSpec, learning_rate=6e-4, warmup_ratio=0.05),
     )
     return ConfigDict(
         section(
@@ -75,12 +75,12 @@ def get_config(arg: str = "") -> ConfigDict:
             data=section(
                 DataSpec,
                 source="toybox:tiny" if tiny else "toybox",
-                frames=16,
-                size=32 if tiny else 224,
-                augment={"crop": (0.5, 1.0)},
+                num_frames=16,
+                image_size=32 if tiny else 224,
+                augment={"crop_scale": (0.5, 1.0)},
             ),
             particles=section(
-                ParticleSpec, policy="grid", base=(2, 8, 8) if tiny else (2, side, side)
+                ParticleSpec, policy="grid", patch_size=(2, 8, 8) if tiny else (2, side, side)
             ),
             model=section(
                 ModelSpec,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_objectives import BASES, CLASSES, MODEL, SLOTS, WORDS, clip
 
-from particlejax.config.model import MatchSpec
+from particlejax.config.model import TextMatchingSpec
 from particlejax.models import particle_model as models
 from particlejax.models.modality import Payload
 from particlejax.objectives import pretext, registry, text_matching, time_utils
@@ -54,17 +54,17 @@ def built() -> tuple[models.Model, dict]:
         name: Payload(SLOTS[name].size, WORDS * (name == "text"), BASES.get(name, ()))
         for name in PAIR
     }
-    spec = dataclasses.replace(MODEL, width=16, depth=1, heads=1)
+    spec = dataclasses.replace(MODEL, width=16, depth=1, num_heads=1)
     model = models.build(
         spec,
         payloads,
-        heads=registry.heads({"match": MatchSpec()}),
-        unseen=registry.unseen({"match": MatchSpec()}),
+        heads=registry.heads({"text_matching": TextMatchingSpec()}),
+        unseen=registry.unseen({"text_matching": TextMatchingSpec()}),
     )
     return model, jax.jit(model.init)(jax.random.key(0), packed())
 
 
-@pytest.mark.parametrize("negatives", ["next", "hard"])
+@pytest.mark.parametrize("negatives", ["shifted", "hard"])
 def test_another_clips_words_stand_in_the_time_of_its_own(
     negatives: str, built: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,7 +76,10 @@ def test_another_clips_words_stand_in_the_time_of_its_own(
         return jnp.zeros(()), {}
 
     monkeypatch.setattr(pretext, "answer", answer)
-    objective, seen = text_matching.match(MatchSpec(other=0.6, negatives=negatives)), set()
+    objective, seen = (
+        text_matching.text_matching(TextMatchingSpec(mismatch_prob=0.6, negatives=negatives)),
+        set(),
+    )
     text, run = (
         batch.particles["text"],
         jax.jit(lambda key: (objective(params, model, batch, key, False), heard)[1]),

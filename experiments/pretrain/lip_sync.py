@@ -2,7 +2,7 @@
 """Lips and voice: by how many frames is the sound shifted against the picture? For a folder of
 talking faces, cut to the mouth.
 
-    python -m particlejax.main --config experiments/pretrain/lips.py \
+    python -m particlejax.main --config experiments/pretrain/lip_sync.py \
         --config.data.source=folder:PATH
 
 Of 2.4 s at 25 frames a second, eleven shifts of one frame are told apart, each modality read by
@@ -27,21 +27,26 @@ from particlejax.config.experiment import (
 def get_config(arg: str = "") -> ConfigDict:
     """The experiment; arg: '' or 'tiny' (of the toybox, with one shift to either side)."""
     tiny = arguments(arg, "tiny")["tiny"]
-    sync = {"how": "correlation", "shifts": 1 if tiny else 5, "step": 1, "other": 0.0}
+    sync = {
+        "method": "correlation",
+        "max_shift": 1 if tiny else 5,
+        "shift_stride": 1,
+        "mismatch_prob": 0.0,
+    }
     stage = section(
         StageSpec,
-        steps=4 if tiny else 400,
-        rows=8 if tiny else 16,
-        val="" if tiny else "val",
-        val_every=100,
-        ema=0.99,
-        objectives={"sync": sync},
-        optim=section(OptimSpec, rate=1e-3),
+        num_steps=4 if tiny else 400,
+        batch_size=8 if tiny else 16,
+        val_split="" if tiny else "val",
+        val_every_steps=100,
+        ema_decay=0.99,
+        objectives={"synchronization": sync},
+        optim=section(OptimSpec, learning_rate=1e-3),
     )
     size = (
-        {"width": 24, "depth": 1, "heads": 2, "unroll": False}
+        {"width": 24, "depth": 1, "num_heads": 2, "unroll_layers": False}
         if tiny
-        else {"width": 64, "depth": 3, "heads": 2}
+        else {"width": 64, "depth": 3, "num_heads": 2}
     )
     seconds = 2.0 if tiny else 2.4
     return ConfigDict(
@@ -51,15 +56,15 @@ def get_config(arg: str = "") -> ConfigDict:
                 DataSpec,
                 source="toybox:tiny" if tiny else "toybox",
                 modalities=("vision", "audio"),
-                seconds=seconds,
-                frames=8 if tiny else 60,
-                size=32,
-                still=0.05,
-                memory_gib=1.0,
-                augment={"crop": (0.8, 1.0), "flip": 0.5, "jitter": 0.3},
-                audio=section(AudioSpec, patch=(4, 64), seconds=seconds),
+                clip_seconds=seconds,
+                num_frames=8 if tiny else 60,
+                image_size=32,
+                temporal_mean_scale=0.05,
+                ram_cache_gib=1.0,
+                augment={"crop_scale": (0.8, 1.0), "hflip_prob": 0.5, "color_jitter": 0.3},
+                audio=section(AudioSpec, patch_size=(4, 64), max_seconds=seconds),
             ),
-            particles=section(ParticleSpec, policy="grid", base=(2, 16, 16)),
+            particles=section(ParticleSpec, policy="grid", patch_size=(2, 16, 16)),
             model=section(ModelSpec, **size),
             stages={"pretrain": stage},
         )

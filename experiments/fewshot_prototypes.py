@@ -2,17 +2,17 @@
 """Classes as the means of a trained encoder's features: what a few labelled clips are worth without
 any training.
 
-    python -m particlejax.main --config experiments/prototypes.py \
+    python -m particlejax.main --config experiments/fewshot_prototypes.py \
         --config.run=RUN_DIR[:STAGE] --config.data.shots=5 \
         --config.data.source=folder:PATH
 
 The labelled clips are drawn by config.seed from `config.data.split`; measured on
-`config.evaluate.splits`. An empty source is the run's. Takes the time of an evaluation.
+`config.eval.splits`. An empty source is the run's. Takes the time of an evaluation.
 """
 
 from ml_collections import ConfigDict
 
-from particlejax.config.experiment import DataSpec, EvaluateSpec, Experiment, arguments, section
+from particlejax.config.experiment import DataSpec, EvalSpec, Experiment, arguments, section
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -21,8 +21,8 @@ def get_config(arg: str = "") -> ConfigDict:
     return ConfigDict(
         section(
             Experiment,
-            job="prototypes",
+            job="fewshot_prototypes",
             data=section(DataSpec, source="", split="train", shots=1 if tiny else 5),
-            evaluate=section(EvaluateSpec, splits=("val",)),
+            eval=section(EvalSpec, splits=("val",)),
         )
     )

@@ -17,7 +17,7 @@ import pytest
 
 from particlejax import main as entry
 from particlejax.config.experiment import AugmentSpec, DataSpec, FeatureSpec, ParticleSpec
-from particlejax.config.jobs import FeaturesSpec
+from particlejax.config.jobs import ExtractFeaturesSpec
 from particlejax.core.typing import UserError
 from particlejax.data import clips, pipeline, sources
 from particlejax.data.modalities import feature_reader
@@ -34,10 +34,10 @@ SETTINGS = {
     "model": "c3d_tiny",
     "weights": "random",
     "endpoint": "conv5b",
-    "cells": (0, 2, 1),
-    "frames": 16,
-    "seconds": 1.0,
-    "stride": 0.5,
+    "pool_grid": (0, 2, 1),
+    "num_frames": 16,
+    "window_seconds": 1.0,
+    "stride_seconds": 0.5,
 }
 
 
@@ -67,8 +67,8 @@ def command(file: str, workdir: Path, *more: str) -> int:
 def compute(folder: Path, keep: Path, workdir: Path, *more: str) -> dict:
     """The job's results."""
     settings = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
-    where = [f"--config.source=folder:{folder}", f"--config.folder={keep}"]
-    assert command("features.py:tiny", workdir, *where, *settings, *more) == 0
+    where = [f"--config.weights=folder:{folder}", f"--config.out_dir={keep}"]
+    assert command("extract_features.py:tiny", workdir, *where, *settings, *more) == 0
     return json.loads((workdir / "results.json").read_text())
 
 
@@ -78,20 +78,20 @@ def kept(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     keep = tmp_path_factory.mktemp("keep")
     results = compute(folder, keep, keep.with_name("job"))
     # see `starts`
-    assert results["features"]["train"] == {
-        "clips": 10,
+    assert results["extract_features"]["train"] == {
+        "num_clips": 10,
         "computed": 10,
         "particles": 4 * (4 * 1 + 3 * 3 + 3 * 4),
     }
-    assert [Path(each["path"]).name for each in results["bad"]] == ["broken.mkv"]
+    assert [Path(each["path"]).name for each in results["unreadable"]] == ["broken.mkv"]
     return keep
 
 
 def data_of(kept: Path, **more: object) -> DataSpec:
     return DataSpec(
-        modalities=("features",),
-        features=FeatureSpec(str(kept)),
-        **{"seconds": 2.0, "size": 32, **more},
+        modalities=("video_features",),
+        video_features=FeatureSpec(str(kept)),
+        **{"clip_seconds": 2.0, "image_size": 32, **more},
     )
 
 
@@ -125,9 +125,11 @@ def test_particles_are_what_the_network_says_of_that_part(folder: Path, kept: Pa
         feature_reader.read(record, FeatureSpec(str(kept))),
         feature_reader.opened(FeatureSpec(str(kept))),
     )
-    frozen = linear_probe.load(FeaturesSpec(**SETTINGS))
+    frozen = linear_probe.load(ExtractFeaturesSpec(**SETTINGS))
     part = dataclasses.replace(record, start=0.5, end=1.5)
-    pixels = clips.load(part, DataSpec(frames=16, size=32, seconds=1.0), clips.CENTRE).frames
+    pixels = clips.load(
+        part, DataSpec(num_frames=16, image_size=32, clip_seconds=1.0), clips.CENTRE
+    ).frames
     map_THWD = np.asarray(
         jax.jit(lambda p, x: backbones.features(frozen.backbone, p, x, "conv5b", pooled=False))(
             frozen.params, pixels[None]
@@ -163,7 +165,7 @@ def test_features_are_standardised_by_the_first_split(folder: Path, kept: Path) 
     raw = feature_reader.read(each, FeatureSpec(str(kept))).features * np.float32(
         what.deviation
     ) + np.float32(what.mean)
-    equal = feature_reader.read(each, FeatureSpec(str(kept), scale="length")).features
+    equal = feature_reader.read(each, FeatureSpec(str(kept), normalization="rms")).features
     np.testing.assert_allclose(np.square(equal).mean(axis=1), 1, rtol=1e-4)
     np.testing.assert_allclose(
         equal * np.sqrt(np.square(raw).mean(axis=1, keepdims=True)), raw, rtol=1e-3, atol=1e-4
@@ -177,16 +179,16 @@ def test_no_frame_is_decoded_and_rows_have_room(
         decode.Video, "__init__", lambda self, source: pytest.fail("a video was opened")
     )
     for seconds in (0.4, 1.0, 1.2, 1.5, 1.9, 2.0, 5.0):
-        data = data_of(kept, seconds=seconds, augment=AugmentSpec(speed=(0.5, 2.0)))
+        data = data_of(kept, clip_seconds=seconds, augment=AugmentSpec(speed_range=(0.5, 2.0)))
         row = pipeline.row_of(data, CUT)
-        assert row.slots["features"].size == 8
+        assert row.slots["video_features"].size == 8
         for record in _records(folder, "train"):
             for look in (clips.CENTRE, *map(np.random.default_rng, range(4))):
                 seen = clips.particles_of(
                     clips.load(record, data, look), data, CUT, np.random.default_rng(0)
-                )["features"]
+                )["video_features"]
                 # raises where it does not fit
-                packing.pack([packing.Clip({"features": seen}, 0, 0)], [0], row.slots, 1, 1)
+                packing.pack([packing.Clip({"video_features": seen}, 0, 0)], [0], row.slots, 1, 1)
                 assert len(seen.segment) % 4 == 0 and len(seen.segment) >= 4
 
 
@@ -201,18 +203,20 @@ def test_spans_are_drawn_and_share_the_clock_of_the_frames(folder: Path, kept: P
     near = whole.during(0.6, 0.2)  # no sub-clip lies in it
     assert len(near.segment) == 4 and abs(near.place[:, 0].mean() - 0.1) <= 0.25
     both = dataclasses.replace(
-        data_of(kept, frames=8),
-        modalities=("vision", "features"),
-        features=FeatureSpec(str(kept), 1.5),
+        data_of(kept, num_frames=8),
+        modalities=("vision", "video_features"),
+        video_features=FeatureSpec(str(kept), 1.5),
     )
     seen = clips.load(record, both, clips.CENTRE)
     offset = (2.3 - 2.0) / 2
     np.testing.assert_allclose(
-        seen.kept["features"].place, whole.during(offset, 1.5).place, atol=1e-3
+        seen.kept["video_features"].place, whole.during(offset, 1.5).place, atol=1e-3
     )
     assert len(seen.frames) == 8
     drawn = [
-        clips.load(record, data_of(kept, seconds=1.0), np.random.default_rng(i)).kept["features"]
+        clips.load(record, data_of(kept, clip_seconds=1.0), np.random.default_rng(i)).kept[
+            "video_features"
+        ]
         for i in range(8)
     ]
     assert len({float(each.payload[0, 0]) for each in drawn}) > 1, (
@@ -222,23 +226,23 @@ def test_spans_are_drawn_and_share_the_clock_of_the_frames(folder: Path, kept: P
 
 def test_what_is_not_there_names_the_command(folder: Path, kept: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="features.folder is empty: name the folder that"):
-        pipeline.row_of(DataSpec(modalities=("features",)), CUT)
+        pipeline.row_of(DataSpec(modalities=("video_features",)), CUT)
     with pytest.raises(
         UserError,
         match="holds no features .*run `python -m particlejax.main --config "
-        "experiments/features.py",
+        "experiments/extract_features.py",
     ):
         pipeline.row_of(data_of(tmp_path), CUT)
     with pytest.raises(
-        UserError, match="config.data.features.seconds and config.data.seconds are 0"
+        UserError, match="config.data.video_features.max_seconds and config.data.clip_seconds are 0"
     ):
-        pipeline.row_of(data_of(kept, seconds=0.0), CUT)
-    with pytest.raises(UserError, match="augment.mixup speaks of frames"):
-        pipeline.row_of(data_of(kept, augment=AugmentSpec(mixup=0.2)), CUT)
+        pipeline.row_of(data_of(kept, clip_seconds=0.0), CUT)
+    with pytest.raises(UserError, match="augment.mixup_alpha speaks of frames"):
+        pipeline.row_of(data_of(kept, augment=AugmentSpec(mixup_alpha=0.2)), CUT)
     strange = sources.Record("strange", clip(0, 99, 20))
     with pytest.raises(
         Unreadable,
-        match=r"no features in .* run `python -m particlejax.main .*--config.cells=\(0, 2, 1\)",
+        match=r"no features in .* run `python -m particlejax.main .*--config.pool_grid=\(0, 2, 1\)",
     ):
         feature_reader.read(strange, FeatureSpec(str(kept)))
     broken = tmp_path / "broken"
@@ -247,12 +251,12 @@ def test_what_is_not_there_names_the_command(folder: Path, kept: Path, tmp_path:
     with pytest.raises(UserError, match="network.json is damaged"):
         pipeline.row_of(data_of(broken), CUT)
     with pytest.raises(UserError, match=r"another network or sampling \(stride differs\)"):
-        job.prepared(FeaturesSpec(**(SETTINGS | {"stride": 0.25})), kept)
+        job.prepared(ExtractFeaturesSpec(**(SETTINGS | {"stride_seconds": 0.25})), kept)
     with pytest.raises(
         UserError,
-        match=r"config.cells=\(5, 1, 1\) are more than the map of c3d_tiny has, \(2, 2, 2\)",
+        match=r"config.pool_grid=\(5, 1, 1\) are more than the map of c3d_tiny has, \(2, 2, 2\)",
     ):
-        job.prepared(FeaturesSpec(**(SETTINGS | {"cells": (5, 1, 1)})), tmp_path)
+        job.prepared(ExtractFeaturesSpec(**(SETTINGS | {"pool_grid": (5, 1, 1)})), tmp_path)
 
 
 def test_the_damaged_are_named_and_computed_again_and_a_run_learns(
@@ -273,25 +277,29 @@ def test_the_damaged_are_named_and_computed_again_and_a_run_learns(
             reasons.append(error.reason)
     assert sum("is damaged, run `python -m particlejax.main" in reason for reason in reasons) == 1
     assert sum("it has no features" in reason for reason in reasons) == 1  # of the broken video
-    results = compute(folder, keep, tmp_path / "again", "--config.rows=3")
-    assert results["features"]["train"]["computed"] + results["features"]["val"]["computed"] == 1
+    results = compute(folder, keep, tmp_path / "again", "--config.batch_size=3")
+    assert (
+        results["extract_features"]["train"]["computed"]
+        + results["extract_features"]["val"]["computed"]
+        == 1
+    )
     assert "is damaged: its features are computed again" in capfd.readouterr().err
     assert (keep / "network.json").read_bytes() == before
     command(
         "finetune_features.py:tiny",
         tmp_path / "run",
         f"--config.data.source=folder:{folder}",
-        "--config.data.seconds=2.0",
-        f"--config.data.features.folder={keep}",
-        "--config.stages.finetune.steps=40",
-        "--config.stages.finetune.val_every=40",
-        "--config.stages.finetune.ema=0.0",
-        "--config.data.features.scale=each",
-        "--config.stages.finetune.optim.rate=0.003",
+        "--config.data.clip_seconds=2.0",
+        f"--config.data.video_features.folder={keep}",
+        "--config.stages.finetune.num_steps=40",
+        "--config.stages.finetune.val_every_steps=40",
+        "--config.stages.finetune.ema_decay=0.0",
+        "--config.data.video_features.normalization=standardize",
+        "--config.stages.finetune.optim.learning_rate=0.003",
     )
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["finetune"]["val"]["top1"] == 1.0, "red and blue are easily told"
-    assert [Path(each["path"]).name for each in results["bad"]] == ["broken.mkv"]
+    assert [Path(each["path"]).name for each in results["unreadable"]] == ["broken.mkv"]
     assert results["finetune"]["train"]["compilations"] == 1
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from particlejax.config.training import ActiveSpec, PseudoSpec
+from particlejax.config.training import ActiveLearningSpec, PseudoLabelSpec
 from particlejax.core.typing import UserError
 from particlejax.distributed import checkpoint
 from particlejax.finetune import restore, weight_average
-from particlejax.objectives.pseudo_label import TEACHER, disturbed, pseudo
+from particlejax.objectives.pseudo_label import TEACHER, disturbed, pseudo_label
 from particlejax.particles.types import Batch, Particles
 from particlejax.train import sample_selection
 from particlejax.train.train_state import TrainState, make_step
@@ -51,7 +51,7 @@ def test_a_round_chooses_what_is_open_and_what_it_says(
 ) -> None:
     assert (
         set(sample_selection.SELECT) == {"entropy", "margin", "coreset", "random"}
-        and ActiveSpec(how).how == how
+        and ActiveLearningSpec(how).strategy == how
     )
     open_to = np.array([True, False, True, True, True])
     found = sample_selection.SELECT[how](P, FOUND, open_to, 3, 0)
@@ -132,15 +132,15 @@ PARAMS = {"w": jnp.asarray(np.random.default_rng(1).normal(size=(3, 4)), jnp.flo
 KEY = jax.random.key(0)
 
 
-def loss(spec: PseudoSpec, params: dict, made: Batch) -> tuple[jax.Array, dict]:
-    return jax.jit(lambda params, made: pseudo(spec)(params, Linear(), made, KEY, True))(
+def loss(spec: PseudoLabelSpec, params: dict, made: Batch) -> tuple[jax.Array, dict]:
+    return jax.jit(lambda params, made: pseudo_label(spec)(params, Linear(), made, KEY, True))(
         params, made
     )
 
 
 def test_clips_without_a_label_are_taught_by_the_whole_of_themselves() -> None:
     made = batch([-1, -1, 2, -1], [0, 1, 2, -1])
-    spec = PseudoSpec(threshold=0.0)
+    spec = PseudoLabelSpec(threshold=0.0)
     view_key, _ = jax.random.split(KEY)
     seen = jax.jit(lambda particles: disturbed(spec, particles, view_key))(made.particles)
     whole, part = (
@@ -151,13 +151,13 @@ def test_clips_without_a_label_are_taught_by_the_whole_of_themselves() -> None:
     np.testing.assert_allclose(loss(spec, PARAMS, made)[0], each[:2].mean(), rtol=1e-5)
     squared = ((jax.nn.softmax(part) - jax.nn.softmax(whole)) ** 2).mean(-1)
     np.testing.assert_allclose(
-        loss(PseudoSpec(threshold=0.0, target="soft"), PARAMS, made)[0],
+        loss(PseudoLabelSpec(threshold=0.0, target="soft"), PARAMS, made)[0],
         squared[:2].mean(),
         rtol=1e-5,
     )
     sure = jax.nn.softmax(whole).max(-1)[:2]
     between = float(sure.mean())
-    found, metrics = loss(PseudoSpec(threshold=between), PARAMS, made)
+    found, metrics = loss(PseudoLabelSpec(threshold=between), PARAMS, made)
     assert metrics["sure"] == 0.5
     np.testing.assert_allclose(found, (each[:2] * (sure >= between)).sum() / 2, rtol=1e-5)
     assert loss(spec, PARAMS, batch([1, 2], [0, 1]))[0] == 0, "all have a label"
@@ -168,26 +168,28 @@ def test_nobody_learns_to_teach() -> None:
     own first answer.
     """
     made = batch([-1, -1], [0, 1])
-    spec = PseudoSpec(teacher="average", target="soft", threshold=0.0)
+    spec = PseudoLabelSpec(teacher="ema", target="soft", threshold=0.0)
     both = {**PARAMS, TEACHER: {"w": -PARAMS["w"]}}
     grads = jax.grad(lambda p: loss(spec, p, made)[0])(both)
     assert (grads[TEACHER]["w"] == 0).all() and jnp.abs(grads["w"]).max() > 0
-    own = jax.grad(lambda p: loss(PseudoSpec(target="soft", threshold=0.0), p, made)[0])(PARAMS)[
-        "w"
-    ]
+    own = jax.grad(lambda p: loss(PseudoLabelSpec(target="soft", threshold=0.0), p, made)[0])(
+        PARAMS
+    )["w"]
     same = jax.grad(lambda p: loss(spec, {**p, TEACHER: PARAMS}, made)[0])(PARAMS)["w"]
     np.testing.assert_allclose(own, same, rtol=1e-5)
 
 
 def test_the_step_gives_the_average_as_teacher() -> None:
     made = batch([-1, -1], [0, 1])
-    spec = PseudoSpec(teacher="average", target="soft", threshold=0.0, noise=0.0, keep=1.0)
+    spec = PseudoLabelSpec(
+        teacher="ema", target="soft", threshold=0.0, noise_std=0.0, mask_ratio=1.0
+    )
     teacher = {"w": -PARAMS["w"]}
     optimizer = optax.sgd(0.1)
     state = TrainState(
         jnp.zeros((), jnp.int32), jnp.uint32(0), PARAMS, optimizer.init(PARAMS), teacher
     )
-    step = make_step(Linear(), pseudo(spec), optimizer, ema=0.9, accumulate=1)
+    step = make_step(Linear(), pseudo_label(spec), optimizer, ema=0.9, accumulate=1)
     _, metrics = jax.jit(step)(state, made)
     logits = jnp.einsum("blp,pc->bc", made.particles["vision"].payload, PARAMS["w"])
     np.testing.assert_allclose(

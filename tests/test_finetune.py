@@ -28,7 +28,7 @@ from particlejax.config.experiment import (
     as_dict,
 )
 from particlejax.config.model import ClassifySpec, ModelSpec
-from particlejax.config.training import TuneSpec
+from particlejax.config.training import FinetuneSpec
 from particlejax.core import tree
 from particlejax.core.typing import UserError
 from particlejax.data import pipeline, sources
@@ -45,27 +45,29 @@ from particlejax.train import optim
 from particlejax.train import stage as run
 from particlejax.train.train_state import TrainState, make_step, saved
 
-MODEL = ModelSpec(width=16, depth=2, heads=2, unroll=False, pool="attention", pool_heads=2)
+MODEL = ModelSpec(
+    width=16, depth=2, num_heads=2, unroll_layers=False, pool_type="attention", pool_num_heads=2
+)
 D, N, F, H, C = 16, 2, 64, 2, 4  # width, depth, hidden width of the MLP, heads, classes
 HEAD = 2 * D + D * C + C + D * H + H + D * D + D  # norm, head, pool
 # Numbers that train beside the head, by hand.
 SPECS = {
-    "linear": (TuneSpec("linear"), 0),
-    "probe": (TuneSpec("probe"), 0),
+    "linear_probe": (FinetuneSpec("linear_probe"), 0),
+    "attentive_probe": (FinetuneSpec("attentive_probe"), 0),
     "bitfit": (
-        TuneSpec("bitfit"),
+        FinetuneSpec("bitfit"),
         N * (4 * D + F + D + 2 * D) + D + 2 * D,
     ),  # blocks; the final norm; place and payload
     "lora": (
-        TuneSpec("lora", rank=2, targets="kernel$"),
+        FinetuneSpec("lora", lora_rank=2, target_modules="kernel$"),
         N * (4 * (D * 2 + 2 * D) + 2 * (D * 2 + 2 * F)),
     ),
-    "ia3": (TuneSpec("ia3"), N * (2 * D + F)),
-    "adapter": (TuneSpec("adapter", size=3), N * 2 * (D * 3 + 3 + 3 * D + D)),
-    "prompt": (TuneSpec("prompt", size=3), 3 * D),
-    "prompt_deep": (TuneSpec("prompt_deep", size=3), N * 3 * D),
+    "ia3": (FinetuneSpec("ia3"), N * (2 * D + F)),
+    "adapter": (FinetuneSpec("adapter", adapter_dim=3), N * 2 * (D * 3 + 3 + 3 * D + D)),
+    "vpt_shallow": (FinetuneSpec("vpt_shallow", num_virtual_tokens=3), 3 * D),
+    "vpt_deep": (FinetuneSpec("vpt_deep", num_virtual_tokens=3), N * 3 * D),
     "prefix": (
-        TuneSpec("prefix", size=3, also="norm/(scale|bias)$"),
+        FinetuneSpec("prefix", num_virtual_tokens=3, extra_trainable="norm/(scale|bias)$"),
         N * 2 * 3 * D + N * 4 * D + 2 * D,
     ),
 }
@@ -110,7 +112,7 @@ def logits(params: dict, particles: Any = None, clips: int = 1) -> np.ndarray:
 class Tuned(NamedTuple):
     before: TrainState
     after: TrainState
-    spec: TuneSpec
+    spec: FinetuneSpec
 
 
 @cache
@@ -118,7 +120,7 @@ def tuned(name: str) -> Tuned:
     """Three steps; all in numpy, whose arithmetic needs no compilation."""
     spec = SPECS[name][0]
     model, params = base()
-    optimizer = optim.build(OptimSpec("sgd", rate=0.3, warmup=0.0), 10)
+    optimizer = optim.build(OptimSpec("sgd", learning_rate=0.3, warmup_ratio=0.0), 10)
 
     def start(params: dict) -> TrainState:
         trained, frozen = partition.split(spec, params, jax.random.key(0))
@@ -147,17 +149,19 @@ def tuned(name: str) -> Tuned:
 
 
 @cache
-def merge_of(spec: TuneSpec) -> Any:
+def merge_of(spec: FinetuneSpec) -> Any:
     return jax.jit(lambda params, frozen: partition.whole(spec, params, frozen))
 
 
-def whole(state: TrainState, spec: TuneSpec) -> dict:
+def whole(state: TrainState, spec: FinetuneSpec) -> dict:
     return merge_of(spec)(state.params, state.frozen)
 
 
 def test_the_battery_knows_every_method() -> None:
-    assert {spec.how for spec, _ in SPECS.values()} | {"full"} == set(peft.TABLE)
-    names = next(f for f in dataclasses.fields(TuneSpec) if f.name == "how").metadata["names"]
+    assert {spec.method for spec, _ in SPECS.values()} | {"full"} == set(peft.TABLE)
+    names = next(f for f in dataclasses.fields(FinetuneSpec) if f.name == "method").metadata[
+        "names"
+    ]
     assert set(names) == set(peft.TABLE)
 
 
@@ -192,7 +196,7 @@ def test_exactly_what_trains_changes(name: str) -> None:
 def test_it_begins_as_the_base(name: str) -> None:
     before, _, spec = tuned(name)
     same = np.array_equal(logits(whole(before, spec)), logits(base()[1]))
-    assert same == (name not in ("prefix", "prompt", "prompt_deep")), (
+    assert same == (name not in ("prefix", "vpt_shallow", "vpt_deep")), (
         "these are read from the start"
     )
 
@@ -220,7 +224,7 @@ def test_saved_it_is_small_and_together_with_its_base_the_same(name: str, tmp_pa
     found, sentence = restore.from_checkpoint(base()[1], tmp_path / "tuned")
     expected = logits(whole(dataclasses.replace(after, params=after.average), spec))
     np.testing.assert_allclose(logits(found), expected, atol=1e-5)
-    assert f"({spec.how}), on" in sentence
+    assert f"({spec.method}), on" in sentence
     assert np.abs(expected - logits(base()[1])).max() > 1e-3, (
         "it has learnt something that merging could lose"
     )
@@ -235,7 +239,7 @@ def write(folder: Path, state: Any, data: dict, step: int = 0) -> None:
     kept.close()
 
 
-@pytest.mark.parametrize("name", ["adapter", "prefix", "prompt", "prompt_deep"])
+@pytest.mark.parametrize("name", ["adapter", "prefix", "vpt_shallow", "vpt_deep"])
 def test_packed_rows_stay_their_clips_own(name: str) -> None:
     _, after, spec = tuned(name)
     params, each = whole(after, spec), batch().particles["vision"]
@@ -247,7 +251,7 @@ def test_packed_rows_stay_their_clips_own(name: str) -> None:
 
 def test_lora_is_a_product_beside_the_kernel() -> None:
     """x W + alpha / rank (x a) b, computed apart, for a kernel of every shape."""
-    spec = TuneSpec("lora", rank=3, alpha=5.0, targets="kernel$")
+    spec = FinetuneSpec("lora", lora_rank=3, lora_alpha=5.0, target_modules="kernel$")
     flat = tree.flatten(tuned("lora").before.frozen)
     extra = peft.lora_init(jax.random.key(0), flat, spec)
     extra |= {
@@ -268,16 +272,16 @@ def test_lora_is_a_product_beside_the_kernel() -> None:
             x @ np.reshape(merged[path], (N, a.shape[1], -1)), apart, atol=1e-4, err_msg=path
         )
     with pytest.raises(UserError, match="names no kernel"):
-        peft.lora_init(jax.random.key(0), flat, TuneSpec("lora", targets="atention"))
+        peft.lora_init(jax.random.key(0), flat, FinetuneSpec("lora", target_modules="atention"))
 
 
 def test_ia3_is_a_factor_of_what_flows() -> None:
     flat = tree.flatten(tuned("ia3").before.frozen)
     factor = {
         path: jnp.full_like(leaf, 0.5)
-        for path, leaf in peft.ia3_init(jax.random.key(0), flat, TuneSpec("ia3")).items()
+        for path, leaf in peft.ia3_init(jax.random.key(0), flat, FinetuneSpec("ia3")).items()
     }
-    merged = peft.ia3_merge(flat, factor, TuneSpec("ia3"))
+    merged = peft.ia3_merge(flat, factor, FinetuneSpec("ia3"))
     for part in ("attention/key", "attention/value"):
         for leaf in ("kernel", "bias"):
             np.testing.assert_allclose(
@@ -309,7 +313,7 @@ def test_deep_prompts_are_tokens_that_every_block_has_of_its_own() -> None:
     )
     stacked = {peft.BLOCKS + name: leaf[None] for name, leaf in tree.flatten(params).items()}
     merged = peft.prompt_deep_merge(
-        stacked, {peft.TUNED + "prompt/token": token}, TuneSpec("prompt_deep")
+        stacked, {peft.TUNED + "prompt/token": token}, FinetuneSpec("vpt_deep")
     )
     prefix = {
         name.removeprefix(peft.TUNED): leaf[0]
@@ -324,13 +328,13 @@ def test_deep_prompts_are_tokens_that_every_block_has_of_its_own() -> None:
     )
 
 
-@pytest.mark.parametrize("pool", ["attention", "token"])
+@pytest.mark.parametrize("pool", ["attention", "cls"])
 def test_prompts_leave_the_particles_their_places(pool: str) -> None:
     """As many tokens as before, in their order, however a clip is pooled; and what a block says is
     said of particles alone.
     """
     model = models.build(
-        dataclasses.replace(MODEL, pool=pool), {"vision": Payload(96)}, heads=classification(C)
+        dataclasses.replace(MODEL, pool_type=pool), {"vision": Payload(96)}, heads=classification(C)
     )
     params = jax.jit(model.init)(jax.random.key(0), batch())
     merged = {**params, "encoder": {**params["encoder"], "prompts": {"token": jnp.ones((3, D))}}}
@@ -340,7 +344,7 @@ def test_prompts_leave_the_particles_their_places(pool: str) -> None:
     np.testing.assert_array_equal(after.place, before.place)
     np.testing.assert_array_equal(after.segment, before.segment)
     assert np.abs(after.x - before.x).max() > 1e-3
-    if pool == "token":
+    if pool == "cls":
         assert (
             after.whole.shape == before.whole.shape
             and np.abs(after.whole - before.whole).max() > 1e-3
@@ -348,11 +352,17 @@ def test_prompts_leave_the_particles_their_places(pool: str) -> None:
 
 
 def test_prompts_want_blocks_that_all_modalities_share() -> None:
-    stages = {"one": {"steps": 1, "objectives": {"classify": {}}, "tune": {"how": "prompt"}}}
-    with pytest.raises(UserError, match="or tune.how to 'prompt_deep'"):
+    stages = {
+        "one": {
+            "num_steps": 1,
+            "objectives": {"classify": {}},
+            "finetune": {"method": "vpt_shallow"},
+        }
+    }
+    with pytest.raises(UserError, match="or finetune.method to 'prompt_deep'"):
         Experiment.of({"stages": stages, "model": {"fusion": "late"}})
-    with pytest.raises(UserError, match="set model.separate=False"):
-        Experiment.of({"stages": stages, "model": {"separate": True}})
+    with pytest.raises(UserError, match="set model.share_encoder=True"):
+        Experiment.of({"stages": stages, "model": {"share_encoder": False}})
 
 
 def test_layers_train_at_their_rate_from_their_time_on() -> None:
@@ -368,10 +378,16 @@ def test_layers_train_at_their_rate_from_their_time_on() -> None:
         "extra": {"encoder": {"transformer": {"blocks": {"a": jnp.ones((3, 2))}}}},
     }
     plain = OptimSpec(
-        "sgd", rate=1.0, warmup=0.0, final=1.0, weight_decay=0.0, momentum=0.0, clip_norm=0.0
+        "sgd",
+        learning_rate=1.0,
+        warmup_ratio=0.0,
+        final_lr_ratio=1.0,
+        weight_decay=0.0,
+        momentum=0.0,
+        grad_clip_norm=0.0,
     )
 
-    def changes(spec: TuneSpec, steps: int) -> dict[str, np.ndarray]:
+    def changes(spec: FinetuneSpec, steps: int) -> dict[str, np.ndarray]:
         optimizer, now = optim.build(plain, 12, optim.layered(spec, 3, 12)), params
         state = optimizer.init(now)
         for _ in range(steps):
@@ -379,7 +395,7 @@ def test_layers_train_at_their_rate_from_their_time_on() -> None:
             now = jax.tree.map(jnp.add, now, updates)
         return {name: 1 - np.asarray(leaf)[..., 0] for name, leaf in tree.flatten(now).items()}
 
-    decayed = changes(TuneSpec(layer_decay=0.5), 1)
+    decayed = changes(FinetuneSpec(layer_decay=0.5), 1)
     for name in ("encoder/transformer/blocks/kernel", "extra/encoder/transformer/blocks/a"):
         np.testing.assert_allclose(decayed[name], [1 / 8, 1 / 4, 1 / 2])
     assert (
@@ -387,8 +403,8 @@ def test_layers_train_at_their_rate_from_their_time_on() -> None:
         and decayed["head/kernel"] == decayed["encoder/transformer/norm/scale"] == 1
     )
     # of 12 steps: the blocks begin at 2, 4 and 6, the embedding at 8
-    gradual = TuneSpec(unfreeze=2 / 3)
-    assert optim.layered(TuneSpec(), 3, 12) is None
+    gradual = FinetuneSpec(gradual_unfreeze_fraction=2 / 3)
+    assert optim.layered(FinetuneSpec(), 3, 12) is None
     for steps, bottom, middle, top, place in (
         (2, 0, 0, 0, 0),
         (3, 0, 0, 1, 0),
@@ -407,8 +423,8 @@ def command(cache_dir: str, workdir: Path, *more: str) -> list[str]:
         "main",
         "--config=experiments/finetune.py:tiny",
         f"--config.data.cache_dir={cache_dir}",
-        "--config.log.every=1",
-        "--config.model.unroll=False",
+        "--config.log.every_steps=1",
+        "--config.model.unroll_layers=False",
         "--workdir",
         str(workdir),
         *more,
@@ -439,18 +455,20 @@ def grounds(cache_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"classes": list(source.classes)},
     )
     assert (
-        entry.main(command(cache_dir, folder / "alone", f"--config.init={folder}/base", *ADAPTER))
+        entry.main(
+            command(cache_dir, folder / "alone", f"--config.init_from={folder}/base", *ADAPTER)
+        )
         == 0
     )
     return folder
 
 
 ADAPTER = (
-    "--config.stages.finetune.tune.how=adapter",
+    "--config.stages.finetune.finetune.method=adapter",
     "--config.model.dropout=0.1",
-    "--config.stages.finetune.ema=0.5",
-    "--config.stages.finetune.robust.sam=0.05",
-    "--config.stages.finetune.optim.rate=0.05",
+    "--config.stages.finetune.ema_decay=0.5",
+    "--config.stages.finetune.robust.sam_rho=0.05",
+    "--config.stages.finetune.optim.learning_rate=0.05",
 )
 
 
@@ -467,7 +485,7 @@ def test_a_run_that_tunes_a_part_counts_it_and_resumes_exactly(
                 raise UserError("a process that decodes was killed")
             yield loaded
 
-    again = command(cache_dir, workdir, f"--config.init={grounds}/base", *ADAPTER)
+    again = command(cache_dir, workdir, f"--config.init_from={grounds}/base", *ADAPTER)
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "read", failing)
         assert entry.main(again) == 2
@@ -493,7 +511,7 @@ def test_merged_it_is_a_run_that_says_the_same(
     moved = shutil.copytree(grounds, tmp_path / "moved") / "alone"
     soup = [
         "main",
-        "--config=experiments/soup.py:tiny",
+        "--config=experiments/model_soup.py:tiny",
         f"--config.data.cache_dir={cache_dir}",
         f"--config.runs=('{moved}',)",
     ]
@@ -527,10 +545,10 @@ def test_merged_it_is_a_run_that_says_the_same(
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        (["tune.how=probe"], "set config.model.pool to 'attention'"),
-        (["tune.how=lora"], "freezes the encoder, but no pretrained run is given"),
-        (["tune.how=loro"], "choose one of full, linear"),
-        (["tune.freeze=payload_visoin"], "tune.freeze='payload_visoin' names no parameter"),
+        (["finetune.method=attentive_probe"], "set config.model.pool_type to 'attention'"),
+        (["finetune.method=lora"], "freezes the encoder, but no pretrained run is given"),
+        (["finetune.method=loro"], "choose one of full, linear"),
+        (["finetune.freeze=payload_visoin"], "finetune.freeze='payload_visoin' names no parameter"),
     ],
 )
 def test_what_cannot_be_tuned_is_refused(
