@@ -31,7 +31,7 @@ from particlejax.config.fields import (
 )
 from particlejax.config.modalities import MODALITIES
 from particlejax.config.model import OBJECTIVES, ModelSpec, check_stage
-from particlejax.core.typing import UserError
+from particlejax.core.errors import UserError
 
 # what experiment files are written with
 # names that plugins may add to; particles/policies.py and data/augment.py hold what they stand for

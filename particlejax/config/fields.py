@@ -13,7 +13,6 @@ from typing import Any, get_args, get_origin
 
 from particlejax.config import plugins, renames
 from particlejax.core.suggest import did_you_mean
-from particlejax.core.typing import UserError
 
 
 class Spec:

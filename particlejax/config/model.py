@@ -7,7 +7,7 @@ from typing import Any
 
 from particlejax.config import training
 from particlejax.config.fields import Spec, at_least, between, interval, one_of
-from particlejax.core.typing import UserError
+from particlejax.core.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, MutableMapping
 from typing import Any, TypeVar
 
-from particlejax.core.typing import UserError
+from particlejax.core.errors import UserError
 
 T = TypeVar("T")
 _VARIABLE = "PARTICLEJAX_PLUGINS"

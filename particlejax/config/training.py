@@ -6,7 +6,7 @@ robust than a plain gradient.
 import dataclasses
 
 from particlejax.config.fields import Spec, at_least, between, one_of
-from particlejax.core.typing import UserError
+from particlejax.core.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
