@@ -12,6 +12,8 @@ from collections.abc import Collection, Mapping
 from typing import Any, get_args, get_origin
 
 from particlejax.config import plugins, renames
+from particlejax.config.synonyms import last_part, synonyms
+from particlejax.core.errors import UserError
 from particlejax.core.suggest import did_you_mean
 
 
@@ -145,7 +147,10 @@ def _merged(old: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 
 def unknown_key(key: str, where: str, known: Any) -> str:
-    """The sentence for a misspelt key."""
+    """The sentence for a misspelt key, or for one that has another name here."""
+    for name in map(last_part, synonyms(key)):
+        if name in known:
+            return f"{where} has no key {key!r}: did you mean {where}.{name}?"
     return f"{where} has no key {key!r}: {did_you_mean(key, known, f'{where}.')}"
 
 

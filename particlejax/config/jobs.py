@@ -172,6 +172,11 @@ _OWN = {
 }
 
 
+def spec_of(job: str) -> type:
+    """The dataclass that holds the settings of a job, the one of an experiment for most."""
+    return _OWN.get(job, Experiment)
+
+
 def of(config: Mapping[str, Any]) -> Job:
     """What a config describes. Raises UserError for a key or a value that it cannot have."""
     spec = spec_of(config)
