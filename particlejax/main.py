@@ -1,103 +1,114 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m particlejax.main --config experiments/NAME.py[:tiny] [--config.some.key=value]
-[--workdir DIR]`.
+"""`python -m particlejax.main --config NAME[:tiny] [--config.some.key=value] [--workdir DIR]`.
+
+NAME is an experiment file or its name, such as `quickstart` or `pretrain/mae`. `--help` lists the
+experiments, `--config NAME --help` the keys of one, `--help=optim` a section. Nothing here imports
+JAX before a job runs.
 """
 
 import hashlib
+import importlib
 import os
 import re
+import shutil
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
-import ml_collections
-from absl import flags, logging
-from ml_collections import config_flags
-
-from particlejax.benchmarks import dataloader as bench_dataloader
-from particlejax.benchmarks import fault_tolerance as bench_fault_tolerance
-from particlejax.benchmarks import particles as bench_particles
-from particlejax.benchmarks import scaling as bench_scaling
-from particlejax.benchmarks import videomae as bench_videomae
-from particlejax.config import jobs
+from particlejax.config import help as config_help
+from particlejax.config import jobs, plugins
 from particlejax.config.experiment import Experiment
-from particlejax.core.typing import UserError
-from particlejax.distributed import checkpoint, cluster, cpu_malloc
-from particlejax.jobs import (
-    check_data,
-    config_files,
-    evaluate,
-    extract_features,
-    fewshot,
-    import_weights,
-    linear_probe,
-    model_soup,
-    plan,
-    predict,
-    prepare_data,
-    probe,
-    sweep,
-    train,
-)
-from particlejax.train import loop, run_dir, stage
-from particlejax.train.log import say
+from particlejax.config.model import OBJECTIVES
+from particlejax.core.errors import UserError
+from particlejax.core.suggest import did_you_mean
+from particlejax.jobs import config_files
+
+# job: module and function, imported when the job runs
+JOBS = {
+    "train": "particlejax.jobs.train:train",
+    "sweep": "particlejax.jobs.sweep:sweep",
+    "evaluate": "particlejax.jobs.evaluate:evaluate",
+    "prepare_data": "particlejax.jobs.prepare_data:prepare_data",
+    "check_data": "particlejax.jobs.check_data:check_data",
+    "bench_dataloader": "particlejax.benchmarks.dataloader:bench",
+    "bench_particles": "particlejax.benchmarks.particles:bench",
+    "bench_fault_tolerance": "particlejax.benchmarks.fault_tolerance:bench",
+    "bench_videomae": "particlejax.benchmarks.videomae:bench",
+    "import_weights": "particlejax.jobs.import_weights:import_weights",
+    "predict": "particlejax.jobs.predict:predict",
+    "probe": "particlejax.jobs.probe:probe",
+    "linear_probe": "particlejax.jobs.linear_probe:linear_probe",
+    "extract_features": "particlejax.jobs.extract_features:extract_features",
+    "model_soup": "particlejax.jobs.model_soup:model_soup",
+    "fewshot_prototypes": "particlejax.jobs.fewshot:fewshot_prototypes",
+    "active_learning": "particlejax.jobs.fewshot:active_learning",
+    "plan": "particlejax.jobs.plan:plan",
+    "bench_scaling": "particlejax.benchmarks.scaling:bench",
+}
+_USAGE = """\
+python -m particlejax.main --config NAME[:ARGUMENT,...] [--config.KEY=VALUE ...] [--workdir DIR]
+
+  --config NAME --help   every key of an experiment: its value, what it may hold, what it means
+  --help=SECTION         one section, such as optim, augment or an objective
+  --config NAME:tiny     a smoke run of seconds; every experiment has it
+"""
 
 
-class Asked(NamedTuple):
-    """What the command line says: the experiment file with its argument, the config, the folder (''
-    for the default).
+class CommandLine(NamedTuple):
+    """What the command line says.
+
+    file: the experiment as it was written, with its argument. settings: 'some.key=value' in their
+    order. workdir: '' for the default. help: None where none is asked for, '' for all of it, else
+    a section.
     """
 
-    file: str
-    config: ml_collections.ConfigDict
-    overrides: tuple[str, ...]
-    workdir: str
-
-
-JOBS = {
-    "train": train.train,
-    "sweep": sweep.sweep,
-    "evaluate": evaluate.evaluate,
-    "prepare_data": prepare_data.prepare_data,
-    "check_data": check_data.check_data,
-    "bench_dataloader": bench_dataloader.bench,
-    "bench_particles": bench_particles.bench,
-    "bench_fault_tolerance": bench_fault_tolerance.bench,
-    "bench_videomae": bench_videomae.bench,
-    "import_weights": import_weights.import_weights,
-    "predict": predict.predict,
-    "probe": probe.probe,
-    "linear_probe": linear_probe.linear_probe,
-    "extract_features": extract_features.extract_features,
-    "model_soup": model_soup.model_soup,
-    "fewshot_prototypes": fewshot.fewshot_prototypes,
-    "active_learning": fewshot.active_learning,
-    "plan": plan.plan,
-    "bench_scaling": bench_scaling.bench,
-}
+    file: str = ""
+    settings: tuple[str, ...] = ()
+    workdir: str = ""
+    help: str | None = None
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs what the flags say. Returns the exit code.
+    """Runs what the command line says; argv[0] is the program. Returns the exit code.
 
-    0, also after a SIGTERM that was heeded; 2 for a user's mistake; of several processes 75 where
-    another one was lost.
+    0, also after help and after a SIGTERM that was heeded; 2 for a user's mistake; of several
+    processes 75 where another one was lost.
     """
+    try:
+        line = parse(argv[1:])
+        if line.help is not None or len(argv) == 1:
+            _print(_help_text(line))
+            return 0
+        config = config_files.load(line.file)
+        changed = config_files.change(config, line.settings)
+        job = jobs.of(config.to_dict())
+    except UserError as error:
+        if isinstance(error, config_files.UnknownExperiment):
+            print(config_files.listing(_width()), file=sys.stderr)
+        print(f"particlejax: {error}", file=sys.stderr)
+        return 2
+    return _run(job, line, changed)
+
+
+def _run(job: jobs.Job, line: CommandLine, changed: Sequence[str]) -> int:
+    """Runs the job in its folder; returns the exit code. changed: keys that somebody has set."""
+    from absl import logging
+
+    from particlejax.distributed import checkpoint, cluster, cpu_malloc
+    from particlejax.train import loop, run_dir, stage
+    from particlejax.train.log import say
+
     logging.set_verbosity(logging.ERROR)  # Orbax and TFDS report their inner workings as warnings
     try:
-        asked = _parse(argv)
-        job = jobs.of(asked.config.to_dict())
         if isinstance(job, Experiment):
             cluster.start(job.distributed)
-            job = stage.adopt(
-                job, {re.match(r"--?(?:no)?config\.([\w.]+)", text)[1] for text in asked.overrides}
-            )
+            job = stage.adopt(job, set(changed))
         cpu_malloc.keep()
         _cache_programs()
-        folder = run_dir.enter(_workdir(asked), job)
-        JOBS[job.job](job, folder, folder.name)
+        folder = run_dir.enter(_workdir(line), job)
+        _function(job.job)(job, folder, folder.name)
     except UserError as error:
         print(f"particlejax: {error}", file=sys.stderr)
         return 2
@@ -119,83 +130,139 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _function(job: str) -> Callable[[Any, Path, str], None]:
+    """The function of a job, whose module is imported now."""
+    module, _, name = JOBS[job].partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
 def _cache_programs() -> None:
     """What was compiled once is not compiled again by a run that goes on, or by one of another
     seed.
     """
+    import jax
+
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update(
             "jax_compilation_cache_dir", os.path.expanduser("~/.cache/particlejax/programs")
         )
 
 
-def _parse(argv: Sequence[str]) -> Asked:
-    # not the global ones, so that one process can run several experiments
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config", None, "Experiment file.", lock_config=True, flag_values=values
-    )
-    flags.DEFINE_string(
-        "workdir",
-        "",
-        "Where the run lives; by default runs/ and the experiment's name.",
-        flag_values=values,
-    )
-    # first by ourselves: ml_collections buries what goes wrong in the file
-    config_files.load(_file(argv))
-    before, sys.argv = sys.argv, list(argv)  # where ml_collections looks for the settings
+def parse(args: Sequence[str]) -> CommandLine:
+    """The command line without the program's name. Flags have one dash or two, and their value
+    behind `=` or as the next word; a flag of True or False may stand alone.
+
+    Raises UserError for what is no flag and for a flag without its value. Keys and values are
+    checked later, against the experiment.
+    """
+    file, settings, workdir, help_section = "", [], "", None
+    words = list(args)
+    while words:
+        word = words.pop(0)
+        found = re.fullmatch(r"--?([A-Za-z][\w.\[\]]*)(?:=(.*))?", word, re.DOTALL)
+        if not found:
+            raise UserError(f"{word!r} is not understood: settings are written --config.key=value.")
+        flag, value = found.groups()
+        if flag in ("help", "h"):
+            if value is None and words and not words[0].startswith("-"):
+                value = words.pop(0)
+            help_section = value or ""
+        elif flag.startswith("noconfig.") and value is None:
+            settings.append(f"{flag.removeprefix('noconfig.')}=false")
+        elif flag in ("config", "workdir") or flag.startswith("config."):
+            if value is None:
+                value = _next_value(word, words)
+            if flag == "config":
+                file = value
+            elif flag == "workdir":
+                workdir = value
+            else:
+                settings.append(f"{flag.removeprefix('config.')}={value}")
+        else:
+            known = ("config", "workdir", "help")
+            raise UserError(f"there is no flag {word!r}: {did_you_mean(flag, known, '--')}")
+    return CommandLine(file, tuple(settings), workdir, help_section)
+
+
+def _next_value(flag: str, words: list[str]) -> str:
+    """Takes the next word as the value of a flag; a flag that stands alone is True."""
+    if words and not re.match(r"--?[A-Za-z]", words[0]):
+        return words.pop(0)
+    if "config." in flag:
+        return "true"
+    raise UserError(f"{flag} has no value: write {flag}=VALUE.")
+
+
+# -- help
+
+
+def _print(text: str) -> None:
+    """Writes to standard output, whose reader (`| head`) may leave before the end."""
     try:
-        rest = values(list(argv))[1:]
-    except (
-        AttributeError,
-        KeyError,
-    ) as error:  # ml_collections names the last part of an unknown key, and no more
-        raise UserError(_unknown_override(argv)) from error
-    except (flags.Error, TypeError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from error
-    finally:
-        sys.argv = before
-    if rest:
-        raise UserError(f"{rest[0]!r} is not understood: settings are written --config.key=value.")
-    overrides = tuple(sorted(a for a in argv if re.match(r"--?(no)?config\.", a)))
-    return Asked(_file(argv), values.config, overrides, values.workdir)
+        print(text, flush=True)
+    except BrokenPipeError:
+        # what is left in the buffer would fail again when Python exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _file(argv: Sequence[str]) -> str:
-    """The experiment file as it was written, with its argument."""
-    at = next((i for i, a in enumerate(argv) if re.match(r"--?config(=|$)", a)), None)
-    if at is None:
-        return ""
-    return argv[at].split("=", 1)[1] if "=" in argv[at] else "".join(argv[at + 1 : at + 2])
+def _width() -> int:
+    return min(shutil.get_terminal_size((100, 24)).columns, 140)
 
 
-def _unknown_override(argv: Sequence[str]) -> str:
-    """The sentence for the first --config.KEY that the experiment file does not have."""
-    config = config_files.load(_file(argv))
-    for text in argv:
-        found = re.match(r"--?(?:no)?config\.([\w.]+)", text)
-        if found:
-            try:
-                config_files.place(config, found[1])
-            except UserError as error:
-                return str(error)
-    return f"the experiment file and the settings given to it do not fit: {' '.join(argv[1:])}."
+def _help_text(line: CommandLine) -> str:
+    """What --help prints: the experiments, or the keys of one, or a section of them."""
+    width = _width()
+    if not line.file and line.help:
+        # no experiment: the keys of any, with a stage called NAME
+        found = config_help.sections(Experiment, {"stages": {"NAME": {}}})
+        return config_help.render(config_help.find(found, line.help), width)
+    if not line.file:
+        return f"{_USAGE}\n{config_files.listing(width)}"
+    config = config_files.load(line.file)
+    config_files.change(config, line.settings)
+    plugins.load(*config.get("plugins", ()))
+    found = config_help.sections(config_files.spec_of(config), config.to_dict())
+    if line.help:
+        return config_help.render(config_help.find(found, line.help), width)
+    summary, arguments = config_files.describe(line.file)
+    paragraphs = [
+        f"{line.file}: {summary}",
+        arguments,
+        "Set a key with --config.KEY=VALUE, such as --config.seed=1. Values are those of this "
+        "experiment; where it changes a default, that stands behind as (default VALUE).",
+    ]
+    if any(".objectives." in section.path for section in found):
+        paragraphs.append(
+            f"Objectives: {', '.join(OBJECTIVES)}. One that the experiment does not list is added "
+            "by setting a key of it, such as --config.stages.STAGE.objectives.NAME.weight=1; "
+            "--help=NAME shows its keys."
+        )
+    head = "\n\n".join(textwrap.fill(text, width) for text in paragraphs if text)
+    listed = [section for section in found if section.listed]
+    return f"{head}\n\n{config_help.render(listed, width)}"
 
 
-def _workdir(asked: Asked) -> Path:
+def _workdir(line: CommandLine) -> Path:
     """The folder that was named; else runs/NAME, with a mark of the overrides so that other
     settings live elsewhere.
     """
-    if asked.workdir:
-        return Path(os.path.expanduser(asked.workdir))
-    path, _, arg = asked.file.partition(":")
+    if line.workdir:
+        return Path(os.path.expanduser(line.workdir))
+    path, _, arg = line.file.partition(":")
     # in all processes
-    alike = [text for text in asked.overrides if not re.match(r"--?config\.cluster\.", text)]
+    alike = sorted(f"--config.{s}" for s in line.settings if not s.startswith("distributed."))
     mark = hashlib.sha256("\n".join(alike).encode()).hexdigest()[:8] if alike else ""
     return Path("runs") / "-".join(
         part for part in (Path(path).stem, re.sub(r"\W+", "_", arg), mark) if part
     )
 
 
+def _exit(code: int) -> None:
+    """Ends the process, by way of `cluster.leave` where a job could have joined others."""
+    if cluster := sys.modules.get("particlejax.distributed.cluster"):
+        cluster.leave(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    cluster.leave(main(sys.argv))
+    _exit(main(sys.argv))

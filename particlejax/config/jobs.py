@@ -174,19 +174,13 @@ _OWN = {
 
 def spec_of(job: str) -> type:
     """The dataclass that holds the settings of a job, the one of an experiment for most."""
-    return _OWN.get(job, Experiment)
+    return _OWN.get(renames.JOBS.get(job, job), Experiment)
 
 
 def of(config: Mapping[str, Any]) -> Job:
     """What a config describes. Raises UserError for a key or a value that it cannot have."""
-    spec = spec_of(config)
+    spec = spec_of(config.get("job", ""))
     return Experiment.of(config) if spec is Experiment else make(spec, config, "config")
-
-
-def spec_of(config: Mapping[str, Any]) -> type:
-    """The class of a config, of any format, by its job."""
-    job = config.get("job", "")
-    return _OWN.get(renames.JOBS.get(job, job), Experiment)
 
 
 def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,7 +191,7 @@ def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
         return config
     if written != 1:
         raise UserError(f"the config has format {written}: update particlejax to read it.")
-    return renames.upgrade(spec_of(config), config)
+    return renames.upgrade(spec_of(config.get("job", "")), config)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -1,73 +1,307 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experiment files: Python files whose `get_config` gives the config that the command line then
 changes.
+
+They are found by name in the experiments folder beside the working directory, then in the one of
+the package's checkout: `quickstart`, `pretrain/mae`, `quickstart:tiny`.
 """
 
 import ast
 import runpy
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, get_args, get_origin
 
 import ml_collections
 
-from particlejax.config import jobs, renames
-from particlejax.config.experiment import unknown_key
+from particlejax.config import help as config_help
+from particlejax.config import jobs, plugins, renames, schema
+from particlejax.config.experiment import as_dict
+from particlejax.core.errors import UserError
 from particlejax.core.suggest import did_you_mean
-from particlejax.core.typing import UserError
+
+FOLDER = "experiments"
+_CHECKOUT = Path(__file__).parents[2]
+_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+class UnknownExperiment(UserError):
+    """No experiment file has this name; the command line lists those that there are."""
+
+
+# -- finding them
+
+
+def folders() -> list[Path]:
+    """The folders that hold experiments: the working directory's, then the checkout's."""
+    here = Path(FOLDER)
+    there = _CHECKOUT / FOLDER
+    found = [here] if here.is_dir() else []
+    if there.is_dir() and not (found and here.samefile(there)):
+        found.append(there)
+    return found
+
+
+def find(name: str) -> Path:
+    """The file of an experiment: a path, or a name such as 'pretrain/mae' in one of `folders`.
+
+    Raises UnknownExperiment where there is none, and UserError for a file that is no Python.
+    """
+    path = Path(name)
+    tried = [path, _CHECKOUT / path]
+    tried += [folder / file for folder in folders() for file in (name, f"{name}.py")]
+    found = next((file for file in tried if file.is_file()), None)
+    if found is None:
+        raise UnknownExperiment(f"there is no experiment {name!r}: {_closest(name)}")
+    if found.suffix != ".py":
+        raise UserError(
+            f"{name} is no experiment file: name a Python file with a function get_config, such "
+            f"as {FOLDER}/quickstart.py."
+        )
+    return found
+
+
+def _closest(name: str) -> str:
+    """The remedy for a wrong name: paths for a path, names for a name."""
+    if (new := renames.FILES.get(name)) and Path(new).is_file():
+        return f"it is now {new}."
+    written = [(folder, file) for folder in folders() for file in _files(folder)]
+    if name.endswith(".py") or name.startswith(f"{FOLDER}/"):
+        return did_you_mean(name, [str(file) for _, file in written])
+    return did_you_mean(name, [_name(folder, file) for folder, file in written])
+
+
+def _files(folder: Path) -> list[Path]:
+    """The experiment files of a folder, those at its top first."""
+    return sorted(folder.rglob("*.py"), key=lambda file: (len(file.parts), file))
+
+
+def _name(folder: Path, file: Path) -> str:
+    return file.relative_to(folder).with_suffix("").as_posix()
+
+
+def listing(width: int) -> str:
+    """The names of all experiments with the first paragraph of their docstrings, in lines of
+    `width` characters; the files are read and not run.
+    """
+    lines: list[str] = []
+    for folder in folders():
+        rows = {_name(folder, file): _summary(file) for file in _files(folder)}
+        column = max(map(len, rows), default=0) + 4
+        lines += [f"Experiments in {folder}:", ""]
+        for name, text in rows.items():
+            lines += textwrap.wrap(
+                text,
+                max(width, 60),
+                initial_indent=f"  {name:<{column - 2}}",
+                subsequent_indent=" " * column,
+            ) or [f"  {name}"]
+        lines.append("")
+    if not lines:
+        lines = [f"There is no folder {FOLDER}/ here: give the path of an experiment file.", ""]
+    return "\n".join(lines)
+
+
+def describe(file: str) -> tuple[str, str]:
+    """What FILE says of itself: the first paragraph of its docstring, and get_config's docstring,
+    which names its arguments. The file is not run; both are '' where it cannot be read.
+    """
+    path = find(file.partition(":")[0])
+    tree = _tree(path)
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    made = next((node for node in functions if node.name == "get_config"), None)
+    arguments = ast.get_docstring(made) if made else ""
+    return _paragraph(ast.get_docstring(tree)), _paragraph(arguments)
+
+
+def _summary(path: Path) -> str:
+    return _paragraph(ast.get_docstring(_tree(path)))
+
+
+def _tree(path: Path) -> ast.Module:
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError):
+        return ast.Module(body=[], type_ignores=[])
+
+
+def _paragraph(text: str | None) -> str:
+    return " ".join((text or "").split("\n\n")[0].split())
+
+
+# -- loading and changing them
 
 
 def load(file: str) -> ml_collections.ConfigDict:
-    """The config of FILE or FILE:ARGUMENT before any setting is changed. Raises UserError when the
-    file is not there.
+    """The config of FILE or FILE:ARGUMENT before any setting is changed, FILE a path or a name.
+
+    Raises UserError for an argument that the file does not have, and for a file that is not there
+    or is no experiment.
     """
-    path, _, arg = file.partition(":")
-    if not path:
+    name, _, arg = file.partition(":")
+    if not name:
         raise UserError(
-            "no experiment: add --config experiments/quickstart.py or another file of experiments/."
+            f"no experiment: add --config {FOLDER}/quickstart.py or another file of {FOLDER}/."
         )
-    if not Path(path).is_file():
-        new = renames.FILES.get(path, "")
-        if Path(new).is_file():
-            raise UserError(f"the experiment file {path} is now {new}.")
-        known = sorted(str(p) for p in Path("experiments").rglob("*.py"))
-        raise UserError(f"there is no experiment file {path!r}: {did_you_mean(path, known)}")
-    make = runpy.run_path(path)["get_config"]
+    path = find(name)
+    try:
+        make = runpy.run_path(str(path)).get("get_config")
+    except SyntaxError as error:
+        if error.filename != str(path):
+            raise
+        raise UserError(f"{path}, line {error.lineno}: {error.msg}; correct the file.") from error
+    if not callable(make):
+        raise UserError(
+            f"{path} is no experiment file: it has no function get_config that returns a "
+            "ConfigDict; add one, or name another file."
+        )
     return make(arg) if arg else make()
 
 
-def change(config: ml_collections.ConfigDict, settings: Sequence[str]) -> None:
-    """Puts 'some.key=value' into the config, values written as in Python or plain. Raises UserError
-    for a key it lacks.
+def change(config: ml_collections.ConfigDict, settings: Sequence[str]) -> list[str]:
+    """Puts each 'some.key=value' into the config and returns the keys.
+
+    Values are written as in Python, or plain as the key's type reads them: 1e3 and 1_000 are whole
+    numbers, a,b is a tuple, {'key': value} changes some keys of a section. An objective that the
+    file does not list gets its defaults first. Raises UserError for a key that the config cannot
+    have; `jobs.of` checks the values.
     """
-    for text in settings:
+    changed: list[str] = []
+    # what a plugin adds must be known before it is set
+    for text in sorted(settings, key=lambda text: not text.startswith("plugins=")):
         key, _, value = text.partition("=")
-        parent, last = place(config, key.strip())
-        try:
-            parent[last] = _value(value)
-        except TypeError as error:
-            raise UserError(f"{text!r} does not fit: {' '.join(str(error).split())}.") from error
+        _put(config, key.strip(), value, changed)
+        if key == "plugins":
+            plugins.load(*config.plugins)
+    return changed
 
 
-def place(config: ml_collections.ConfigDict, key: str) -> tuple[ml_collections.ConfigDict, str]:
-    """The section that holds 'some.key', and the last part of it. Raises UserError for a key that
-    the config lacks.
-    """
-    node, where = config, "config"
+def spec_of(config: Mapping[str, Any]) -> type:
+    """The dataclass of a config's settings, which its job decides."""
+    return jobs.spec_of(config.get("job", ""))
+
+
+def kind_at(config: ml_collections.ConfigDict, key: str) -> type | None:
+    """The type of the value at 'some.key', such as bool; None where no value stands there."""
+    top = spec_of(config)
+    place: schema.Place | None = schema.Place(spec=top)
     for part in key.split("."):
-        if not isinstance(node, ml_collections.ConfigDict) or part not in node:
-            new = renames.path(jobs.spec_of(config.to_dict()), key)
-            if new != key:
-                raise UserError(f"config.{key} is now config.{new}.")
-            raise UserError(
-                unknown_key(
-                    part, where, list(node) if isinstance(node, ml_collections.ConfigDict) else ()
-                )
-            )
-        parent, node, where = node, node[part], f"{where}.{part}"
-    return parent, part
+        place = place and schema.child(place, part, top)
+    return place.field.type if place and place.is_leaf else None
 
 
-def _value(text: str) -> object:
+def _put(config: ml_collections.ConfigDict, key: str, text: str, changed: list[str]) -> None:
+    top = spec_of(config)
+    node, place, where = config, schema.Place(spec=top), config_help.TOP
+    *parents, last = key.split(".")
+    for part in parents:
+        below = _below(config, node, place, part, key, where)
+        if part not in node:
+            _fill(node, part, below)
+        if not isinstance(node[part], ml_collections.ConfigDict):
+            raise UserError(_unknown(config, f"{where}.{part}.{last}", f"{where}.{part}"))
+        node, place, where = node[part], below, f"{where}.{part}"
+    below = _below(config, node, place, last, key, where)
+    value = _value(text, below)
+    described = below.spec or below.table is not None or below.each
+    if described and not below.is_leaf and isinstance(value, Mapping):
+        if last not in node:
+            _fill(node, last, below)
+        for name, item in value.items():
+            _put(config, f"{key}.{name}", item if isinstance(item, str) else repr(item), changed)
+        return
+    if below.spec or below.table is not None:
+        known = ", ".join(schema.names(below)[:6])
+        raise UserError(
+            f"{where}.{last} is a section: set one of its keys ({known}, ...), such as "
+            f"--{where}.{last}.{schema.names(below)[0]}=VALUE."
+        )
+    with node.unlocked(), node.ignore_type():
+        node[last] = value
+    changed.append(key)
+
+
+def _below(
+    config: ml_collections.ConfigDict,
+    node: ml_collections.ConfigDict,
+    place: schema.Place,
+    part: str,
+    key: str,
+    where: str,
+) -> schema.Place:
+    """What stands at `part`. Raises UserError where neither spec nor config has it."""
+    below = schema.child(place, part, spec_of(config))
+    if below is not None and (part in node or not place.each):
+        return below
+    if part in node or (place.is_mapping and not place.each and place.table is None):
+        return _FREE
+    raise UserError(_unknown(config, f"{config_help.TOP}.{key}", where))
+
+
+_FREE = schema.Place()  # of a dict that no spec describes
+
+
+def _fill(node: ml_collections.ConfigDict, name: str, place: schema.Place) -> None:
+    """Adds a section that the file does not list, with its spec's defaults; one that holds only
+    what differs from another section is added empty.
+    """
+    with node.unlocked(), node.ignore_type():
+        filled = {} if place.partial or not place.spec else as_dict(place.spec())
+        node[name] = ml_collections.ConfigDict(filled)
+
+
+def _unknown(config: ml_collections.ConfigDict, path: str, where: str) -> str:
+    key = path.removeprefix(f"{config_help.TOP}.")
+    new = renames.path(spec_of(config), key)
+    if new != key:
+        return f"config.{key} is now config.{new}."
+    found = config_help.sections(spec_of(config), config.to_dict())
+    return config_help.unknown_key(found, path, where)
+
+
+# -- values as they are written
+
+
+def _value(text: str, place: schema.Place) -> Any:
+    """The value that a text stands for, by the type of the key; what does not fit stays a text, so
+    that the check of the config names it.
+    """
+    kind = place.field.type if place.field is not None else None
+    if kind is str:
+        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+        return _literal(text) if quoted else text
+    if kind is bool:
+        return _WORDS.get(text.lower(), text)
+    if kind in (int, float):
+        return _number(text, kind)
+    if kind is tuple or get_origin(kind) is tuple:
+        return _tuple(text, get_args(kind))
+    return _literal(text)
+
+
+def _number(text: str, kind: type) -> Any:
+    try:
+        number = float(text) if kind is float else ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+    if kind is int and isinstance(number, float) and number.is_integer():
+        return int(number)  # 1e3
+    return number
+
+
+def _tuple(text: str, kinds: tuple[Any, ...]) -> Any:
+    value = _literal(text)
+    if isinstance(value, str) and value == text:  # names without quotes
+        value = [_literal(part) for part in text.strip("()[]").split(",") if part.strip()]
+        value = [part.strip() if isinstance(part, str) else part for part in value]
+    value = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if kinds and kinds[0] is str:  # a class called 3 is written as a number
+        return tuple(str(item) if isinstance(item, int | float) else item for item in value)
+    return value
+
+
+def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (SyntaxError, ValueError):
