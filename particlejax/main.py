@@ -169,28 +169,26 @@ def parse(args: Sequence[str]) -> CommandLine:
             help_section = value or ""
         elif flag.startswith("noconfig.") and value is None:
             settings.append(f"{flag.removeprefix('noconfig.')}=false")
-        elif flag in ("config", "workdir") or flag.startswith("config."):
-            if value is None:
-                value = _next_value(word, words)
-            if flag == "config":
-                file = value
-            elif flag == "workdir":
-                workdir = value
-            else:
-                settings.append(f"{flag.removeprefix('config.')}={value}")
+        elif flag.startswith("config."):
+            if value is None and _is_value(words):
+                value = words.pop(0)
+            key = flag.removeprefix("config.")
+            settings.append(key if value is None else f"{key}={value}")
+        elif flag in ("config", "workdir"):
+            if value is None and not _is_value(words):
+                raise UserError(f"{word} has no value: write {word}=VALUE.")
+            value = words.pop(0) if value is None else value
+            file, workdir = (value, workdir) if flag == "config" else (file, value)
         else:
             known = ("config", "workdir", "help")
+            word = word.partition("=")[0]
             raise UserError(f"there is no flag {word!r}: {did_you_mean(flag, known, '--')}")
     return CommandLine(file, tuple(settings), workdir, help_section)
 
 
-def _next_value(flag: str, words: list[str]) -> str:
-    """Takes the next word as the value of a flag; a flag that stands alone is True."""
-    if words and not re.match(r"--?[A-Za-z]", words[0]):
-        return words.pop(0)
-    if "config." in flag:
-        return "true"
-    raise UserError(f"{flag} has no value: write {flag}=VALUE.")
+def _is_value(words: Sequence[str]) -> bool:
+    """Whether the next word is the value of the flag before it and no flag of its own."""
+    return bool(words) and not re.match(r"--?[A-Za-z]", words[0])
 
 
 # -- help

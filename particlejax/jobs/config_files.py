@@ -163,15 +163,16 @@ def change(config: ml_collections.ConfigDict, settings: Sequence[str]) -> list[s
     """Puts each 'some.key=value' into the config and returns the keys.
 
     Values are written as in Python, or plain as the key's type reads them: 1e3 and 1_000 are whole
-    numbers, a,b is a tuple, {'key': value} changes some keys of a section. An objective that the
+    numbers, a,b is a tuple, {'key': value} changes some keys of a section;
+    'some.key' alone is True. An objective that the
     file does not list gets its defaults first. Raises UserError for a key that the config cannot
     have; `jobs.of` checks the values.
     """
     changed: list[str] = []
     # what a plugin adds must be known before it is set
     for text in sorted(settings, key=lambda text: not text.startswith("plugins=")):
-        key, _, value = text.partition("=")
-        _put(config, key.strip(), value, changed)
+        key, equals, value = text.partition("=")
+        _put(config, key.strip(), value if equals else None, changed)
         if key == "plugins":
             plugins.load(*config.plugins)
     return changed
@@ -182,16 +183,7 @@ def spec_of(config: Mapping[str, Any]) -> type:
     return jobs.spec_of(config.get("job", ""))
 
 
-def kind_at(config: ml_collections.ConfigDict, key: str) -> type | None:
-    """The type of the value at 'some.key', such as bool; None where no value stands there."""
-    top = spec_of(config)
-    place: schema.Place | None = schema.Place(spec=top)
-    for part in key.split("."):
-        place = place and schema.child(place, part, top)
-    return place.field.type if place and place.is_leaf else None
-
-
-def _put(config: ml_collections.ConfigDict, key: str, text: str, changed: list[str]) -> None:
+def _put(config: ml_collections.ConfigDict, key: str, text: str | None, changed: list[str]) -> None:
     top = spec_of(config)
     node, place, where = config, schema.Place(spec=top), config_help.TOP
     *parents, last = key.split(".")
@@ -203,6 +195,10 @@ def _put(config: ml_collections.ConfigDict, key: str, text: str, changed: list[s
             raise UserError(_unknown(config, f"{where}.{part}.{last}", f"{where}.{part}"))
         node, place, where = node[part], below, f"{where}.{part}"
     below = _below(config, node, place, last, key, where)
+    if text is None:
+        if below.field is None or below.field.type is not bool:
+            raise UserError(f"{where}.{last} has no value: write --{where}.{last}=VALUE.")
+        text = "true"
     value = _value(text, below)
     described = below.spec or below.table is not None or below.each
     if described and not below.is_leaf and isinstance(value, Mapping):
