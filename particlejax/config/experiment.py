@@ -207,6 +207,9 @@ class OptimSpec(Spec):
     """The optimiser and its schedule."""
 
     name: str = one_of("adamw", "sgd")
+    # steps of warm-up and decay, after which the rate stays at its end; 0: all steps of the stage. To
+    # make a run longer without stretching its schedule, set this to the steps that it had before
+    schedule_steps: int = at_least(0, 0)
     learning_rate: float = at_least(1e-3, 0)  # peak learning rate
     warmup_ratio: float = between(0.1, 0, 1)  # share of the steps
     final_lr_ratio: float = between(0.01, 0, 1)  # learning rate at the end, in peaks
@@ -306,7 +309,7 @@ class StageSpec(Spec):
     # scales that the training clips are read at
     scale_schedule: ScaleScheduleSpec = ScaleScheduleSpec()
     val_split: str = "val"  # split that is measured while training; '': none
-    val_every_steps: int = at_least(0, 0)  # steps; 0: at the end only
+    val_every_steps: int = at_least(0, 0)  # 0: ten times a run, every 10 steps at most
     ema_decay: float = between(
         0.0, 0, 1, open_at="most"
     )  # decay of the averaged parameters, which are then the ones evaluated; 0: none

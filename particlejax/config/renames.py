@@ -246,9 +246,12 @@ def _sweep_metric(text: str) -> str:
     return f"{stage}/{split}/{figure(metric)}" if slash else text
 
 
+_NEVER = 10**9  # steps, so that a run is measured at its end alone, as 0 once said
+
 _CONVERT: dict[str, Callable[[Any], Any]] = {  # by the new key
     "mask_ratio": _complement,
     "share_encoder": lambda separate: not separate,
+    "val_every_steps": lambda steps: steps or _NEVER,
     "best_metric": figure,
     "metric": _sweep_metric,
     **dict.fromkeys(("extra_trainable", "freeze", "target_modules"), parameter),

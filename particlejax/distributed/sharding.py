@@ -114,6 +114,17 @@ def spread(x_BLD: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x_BLD, P(rows, "sequence"))
 
 
+def describe(mesh: Mesh) -> str:
+    """Devices, processes and mesh in one line."""
+    kinds = sorted({device.device_kind for device in mesh.devices.flat})
+    axes = (
+        ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "1 device"
+    )
+    processes = jax.process_count()
+    plural = "es" if processes > 1 else ""
+    return f"{mesh.size} x {', '.join(kinds)}, {processes} process{plural}, mesh {axes}"
+
+
 def row_divisor(mesh: Mesh) -> int:
     """What the rows of a batch must be a multiple of."""
     return math.prod(mesh.shape[axis] for axis in ROWS)

@@ -13,6 +13,7 @@ from particlejax.train.log import MetricLog, say
 def train(experiment: Experiment, workdir: Path, name: str) -> None:
     """Job 'train'."""
     mesh = sharding.make_mesh(experiment.mesh)
+    say(f"devices: {sharding.describe(mesh)}")
     log = MetricLog(workdir, experiment.log, name, as_dict(experiment))
     try:
         loop.train(loop.Context(experiment, workdir, mesh, log))

@@ -134,6 +134,9 @@ class Progress:
     def update(self, note: str = "") -> None:
         """One more is done; `note` stands behind the bar."""
         self._done += 1
+        if self._done == self._first + 1:  # the first one compiles: it tells nothing of the others
+            self._first, self._begun = self._done, time.monotonic()
+            self._bar.initial, self._bar.start_t = self._done, time.time()
         self._note = note or self._note
         self._bar.update()
         if not self._bar.disable:

@@ -92,10 +92,18 @@ def train(context: Context) -> None:
     saving.
     """
     for name in context.experiment.stages:
-        if "train" in run.read_results(context.workdir).get(name, {}):
+        if _is_done(context, name):
             say(f"{name}: done before, see {context.workdir / run.RESULTS}")
             continue
         _train_stage(context, name)
+
+
+def _is_done(context: Context, name: str) -> bool:
+    """Whether results.json has the stage's figures, those of every split that is asked for."""
+    found = run.read_results(context.workdir).get(name, {})
+    classifies = "classify" in context.experiment.stages[name].objectives
+    wanted = context.experiment.eval.splits if classifies else ()
+    return "train" in found and all(split in found for split in wanted)
 
 
 @dataclass
@@ -198,6 +206,16 @@ def _announce(setup: Setup, position: _Position) -> None:
     trained = partition.training(tuning, state.params)
     total = tree.count((state.params, state.frozen))
     part = f" ({trained / 1e6:.3g} M of them trained: {tuning.method})" if trained < total else ""
+    measured = {"val": setup.val} if setup.val else {}
+    if "classify" in setup.stage.spec.objectives:
+        splits = setup.stage.experiment.eval.splits
+        measured |= {split: setup.open(split) for split in splits if split != "val"}
+    counts = ", ".join(f"{len(source)} of {split}" for split, source in measured.items())
+    say(
+        f"{setup.name}: {setup.clips} clips to train on"
+        + (f", {counts} to measure" if counts else "")
+        + (f", {len(setup.stage.classes)} classes" if setup.stage.classes else "")
+    )
     per_step = setup.batches.plan.seen(setup.steps) / setup.steps
     say(
         f"{setup.name}: {total / 1e6:.2f} M parameters{part}, {setup.clips} clips, {setup.steps} "
@@ -328,10 +346,9 @@ class _Loop:
     # -- measuring while training
 
     def _is_due(self, step: int) -> bool:
-        every, val = self.setup.stage.spec.val_every_steps, self.setup.val
-        if val is None or step == 0:
+        if self.setup.val is None or step == 0:
             return False
-        return step == self.setup.steps or (every > 0 and step % every == 0)
+        return step == self.setup.steps or step % self.setup.val_every == 0
 
     def _is_measured(self, step: int) -> bool:
         lines = self.context.log.lines(self.setup.name, "val")

@@ -29,6 +29,7 @@ def decay_mask(params: Params) -> Params:
 
 def schedule(spec: OptimSpec, steps: int) -> optax.Schedule:
     """Linear warm-up over the first share of the steps, then a cosine to `final` of the peak."""
+    steps = spec.schedule_steps or steps
     warmup = round(spec.warmup_ratio * steps)
     return optax.warmup_cosine_decay_schedule(
         0.0 if warmup else spec.learning_rate,

@@ -12,11 +12,12 @@ from particlejax.core import io
 from particlejax.core.typing import UserError
 from particlejax.distributed import cluster
 from particlejax.train.log import say
-from particlejax.train.stage import CONFIG
+from particlejax.train.stage import CONFIG, RESULTS, read_results
 
-# What may change when a run goes on: it says how the work is done, and nothing of what comes out.
+# What may change when a run goes on: measuring, logging and speed, which no parameter depends on.
 _FREE = frozenset(
     {
+        "format",
         "num_workers",
         "num_threads",
         "max_unreadable",
@@ -25,10 +26,18 @@ _FREE = frozenset(
         "log",
         "storage",
         "distributed",
+        "checkpoint",
+        "eval",
         "on_nan",
         "profile_steps",
+        "val_every_steps",
+        "bench",
+        "prepare",
     }
 )
+# A longer run goes on: these may grow, and the schedule may be named anew with them.
+_LONGER = ("num_steps", "num_epochs")
+_SCHEDULE = "schedule_steps"
 
 
 def enter(workdir: Path, experiment: Job) -> Path:
@@ -54,14 +63,17 @@ def enter(workdir: Path, experiment: Job) -> Path:
 def _enter(workdir: Path, experiment: Job) -> Path:
     path = workdir / CONFIG
     new = json.loads(json.dumps(as_dict(experiment)))
-    if path.exists():
-        changed = _differences(jobs.read(path), new)
+    if path.exists() and _has_something(workdir):
+        old = jobs.read(path)
+        changed = _differences(old, new)
+        longer = _longer_stages(old, new)
         if changed:
-            raise UserError(
-                f"{workdir} holds a run with other settings ({'; '.join(changed[:3])}): give "
-                "another --workdir, "
-                "or the same settings to continue it."
-            )
+            raise UserError(_refusal(workdir, changed))
+        if old != new and cluster.first():
+            io.write_json(path, jobs.written(experiment))
+        if longer:
+            say(f"{workdir}: {', '.join(longer)} is longer now and goes on from its last step")
+            _reopen(workdir, longer)
         return workdir
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -74,14 +86,65 @@ def _enter(workdir: Path, experiment: Job) -> Path:
     return workdir
 
 
+def _has_something(workdir: Path) -> bool:
+    """Whether the folder holds a checkpoint or results, which other settings must not mix with."""
+    checkpoints = (workdir / "checkpoints").glob("*/*/*")
+    return (workdir / RESULTS).exists() or any(p.name.isdigit() for p in checkpoints)
+
+
+def _refusal(workdir: Path, changed: list[str]) -> str:
+    """The sentence for other settings, with the words that start a new run from this one."""
+    start = (
+        f"add --config.init_from={workdir} to start a new run from its parameters"
+        if (workdir / "checkpoints").is_dir()
+        else "the new run starts afresh"
+    )
+    return (
+        f"{workdir} holds a run with other settings ({'; '.join(changed[:3])}): give the same "
+        f"settings to continue it, or another --workdir ({start})."
+    )
+
+
+def _longer_stages(old: Any, new: Any) -> list[str]:
+    """Stages whose num_steps or num_epochs is larger than before."""
+    stages = new.get("stages") or {}
+    before = old.get("stages") or {}
+    return [
+        name
+        for name, stage in stages.items()
+        if any(stage[key] > before.get(name, stage)[key] for key in _LONGER)
+    ]
+
+
+def _reopen(workdir: Path, names: list[str]) -> None:
+    """Takes the figures of these stages and of those after them out of results.json: they come
+    anew. The file of before stays as results.before.json.
+    """
+    results = read_results(workdir)
+    if not cluster.first() or not any(name in results for name in names):
+        return
+    io.write_json(workdir / "results.before.json", results)
+    for name in names:
+        results.pop(name, None)
+    io.write_json(workdir / RESULTS, results)
+
+
 def _differences(old: Any, new: Any, where: str = "config") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted((old.keys() | new.keys()) - _FREE)
-        return [
+        longer = any(new.get(key, 0) > old.get(key, 0) for key in _LONGER if key in old)
+        found = [
             text
             for key in keys
+            if not (longer and (key in _LONGER or key == "optim"))
             for text in _differences(old.get(key), new.get(key), f"{where}.{key}")
         ]
+        if longer:
+            optim = [
+                {k: v for k, v in side["optim"].items() if k != _SCHEDULE} for side in (old, new)
+            ]
+            found += _differences(*optim, f"{where}.optim")
+        return found
     if where.endswith(".ram_cache_gib") and (old > 0) == (new > 0):
         return []  # whether clips are kept decides how they are scaled; how many are, nothing
     return [] if old == new else [f"{where} was {old!r}, is {new!r}"]

@@ -26,6 +26,8 @@ from particlejax.train.train_state import (
     jit_step,
 )
 
+_LEAST_VAL_STEPS = 10  # a short run is measured at its end alone
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -54,6 +56,11 @@ class Setup:
     def name(self) -> str:
         """The stage's name."""
         return self.stage.name
+
+    @property
+    def val_every(self) -> int:
+        """Steps from one measurement on the val split to the next: by default ten a run."""
+        return self.stage.spec.val_every_steps or max(self.steps // 10, _LEAST_VAL_STEPS)
 
     def init_state(self) -> TrainState:
         """A fresh state, its parameters drawn by the experiment's seed, sharded over the mesh."""
