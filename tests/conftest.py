@@ -5,6 +5,7 @@ all.
 
 import os
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import version
 
 # what one test compiled serves the others and the processes that tests start
@@ -25,10 +26,18 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import absl.flags
 import jax
+import processes
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 absl.flags.FLAGS.mark_as_parsed()  # Grain's worker processes read a flag
+
+
+@pytest.fixture(autouse=True)
+def no_process_left() -> Iterator[None]:
+    """Ends what a test has started."""
+    yield
+    processes.end_all()
 
 
 @pytest.fixture(scope="session")

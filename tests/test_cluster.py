@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from processes import DEADLINE, spawn
 
 from particlejax import main as entry
 from particlejax.config.experiment import DistributedSpec
@@ -157,7 +158,7 @@ def several(number: int, command: list[str], log: Path) -> list[subprocess.Popen
     for process in range(number):
         with open(f"{log}.{process}", "a") as to:
             me = {**environment, "JAX_NUM_PROCESSES": str(number), "JAX_PROCESS_ID": str(process)}
-            started.append(subprocess.Popen(command, cwd=ROOT, env=me, stdout=to, stderr=to))
+            started.append(spawn(command, cwd=ROOT, env=me, stdout=to, stderr=to))
     return started
 
 
@@ -190,15 +191,15 @@ def test_one_is_lost_and_the_other_ends_with_a_sentence(
 ) -> None:
     log = tmp_path / "log"
     two = several(2, [sys.executable, "-c", LOOP], log)
-    until = time.monotonic() + 60
+    until = time.monotonic() + DEADLINE
     while said(log).count("(6, 2) 6.0") < 4 and time.monotonic() < until:
         time.sleep(0.02)
     two[victim].send_signal(how)
-    code = two[1 - victim].wait(timeout=60)
+    code = two[1 - victim].wait(timeout=DEADLINE)
     two[victim].kill()
     assert two[victim].wait() == -signal.SIGKILL
     assert code == cluster.AGAIN or code < 0, "something that whoever started it sees"
-    until = time.monotonic() + 60
+    until = time.monotonic() + DEADLINE
     # the witnesses speak after the end
     while said(log).count(" of 2 ") < 2 and time.monotonic() < until:
         time.sleep(0.02)
@@ -210,7 +211,7 @@ def test_one_is_lost_and_the_other_ends_with_a_sentence(
 
 
 def wait_for(workdir: Path, step: int, process: subprocess.Popen) -> None:
-    until = time.monotonic() + 120
+    until = time.monotonic() + DEADLINE
     while process.poll() is None and time.monotonic() < until:
         if len(lines(workdir)) >= step:
             return
@@ -237,8 +238,8 @@ def command(workdir: Path, cache_dir: str) -> list[str]:
         str(workdir),
         "--config.log.every_steps=1",
         f"--config.data.cache_dir={cache_dir}",
-        f"{STAGE}.val=",
-        f"{STAGE}.steps=60",
+        f"{STAGE}.val_split=",
+        f"{STAGE}.num_steps=60",
         "--config.checkpoint.save_interval_steps=100",
         "--config.model.depth=1",
         "--config.eval.splits=()",
@@ -250,7 +251,7 @@ def test_four_processes_train_and_stop_as_one(cache_dir: str, tmp_path: Path) ->
     four = several(4, [sys.executable, "-m", *command(workdir, cache_dir)], log)
     wait_for(workdir, 4, four[0])
     four[2].send_signal(signal.SIGTERM)  # to one of them
-    assert [each.wait(timeout=60) for each in four] == [0] * 4, said(log)
+    assert [each.wait(timeout=DEADLINE) for each in four] == [0] * 4, said(log)
     stopped = int(re.search(r"SIGTERM: finetune is saved at step (\d+)", said(log))[1])
     assert said(log).count("is saved at step") == 1, "one of them speaks"
     before = lines(workdir)

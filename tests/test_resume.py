@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import DEADLINE, spawn
 
 ROOT = Path(__file__).parents[1]
 STEPS, KILLS = 24, 3
@@ -33,7 +34,7 @@ def start(workdir: Path, cache_dir: str) -> subprocess.Popen:
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     with open(f"{workdir}.log", "a") as log:
-        return subprocess.Popen(
+        return spawn(
             [
                 sys.executable,
                 "-m",
@@ -66,17 +67,17 @@ def interrupt(workdir: Path, cache_dir: str, step: int, number: int) -> int:
     code.
     """
     process = start(workdir, cache_dir)
-    until = time.monotonic() + 120
+    until = time.monotonic() + DEADLINE
     while steps_done(workdir) < step and process.poll() is None and time.monotonic() < until:
         time.sleep(0.01)  # there is nothing to wait on but the file
     process.send_signal(number)
-    return process.wait(timeout=120)
+    return process.wait(timeout=DEADLINE)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache_dir: str) -> Path:
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    assert start(workdir, cache_dir).wait(timeout=200) == 0, Path(f"{workdir}.log").read_text()
+    assert start(workdir, cache_dir).wait(timeout=DEADLINE) == 0, Path(f"{workdir}.log").read_text()
     return workdir
 
 
@@ -92,7 +93,7 @@ def test_killed_and_stopped_run_equals_an_undisturbed_one(
     assert "SIGTERM: finetune is saved at step" in said and "continuing at step" in said
     assert stopped < STEPS, "it stopped before the end"
     process = start(workdir, cache_dir)
-    assert process.wait(timeout=200) == 0
+    assert process.wait(timeout=DEADLINE) == 0
     assert f"continuing at step {stopped}" in Path(f"{workdir}.log").read_text(), (
         "nothing is repeated after SIGTERM"
     )

@@ -6,13 +6,13 @@ says what the runs said.
 import importlib.util
 import json
 import runpy
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import DEADLINE, spawn
 
 from particlejax.config.experiment import Experiment, as_dict
 from particlejax.core import tree
@@ -191,8 +191,8 @@ def test_processes_take_each_run_exactly_once(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):  # one that is interrupted puts its run back
         optuna_sweep.each(storage, "s", [f"run{i}" for i in range(12)], _interrupt)
     command = [sys.executable, "-W", "ignore", "-c", TAKE, storage, str(log)]
-    several = [subprocess.Popen(command, cwd=Path(__file__).parents[1]) for _ in range(3)]
-    assert [process.wait(timeout=120) for process in several] == [0, 0, 0]
+    several = [spawn(command, cwd=Path(__file__).parents[1]) for _ in range(3)]
+    assert [process.wait(timeout=DEADLINE) for process in several] == [0, 0, 0]
     assert Counter(log.read_text().split()) == Counter(str(i) for i in range(12))
     with pytest.raises(UserError, match="holds another sweep"):
         optuna_sweep.each(storage, "s", ["other"], lambda i: None)

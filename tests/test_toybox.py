@@ -15,6 +15,7 @@ import sys
 import av
 import numpy as np
 import pytest
+from processes import DEADLINE, spawn
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -295,10 +296,8 @@ def test_two_processes_prepare_at_once_after_a_third_was_killed(tmp_path: pathli
         "from particlejax.data.sources.toybox.builder import *; "
         f"prepare(ToyboxConfig(**{SMALL}), {os.fspath(tmp_path)!r})"
     )
-    both = [
-        subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) for _ in range(2)
-    ]
-    errors = [process.communicate(timeout=60)[1].decode() for process in both]
+    both = [spawn([sys.executable, "-c", code], stderr=subprocess.PIPE) for _ in range(2)]
+    errors = [process.communicate(timeout=DEADLINE)[1].decode() for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
     assert sorted(os.listdir(home)) == [".lock", "1.0.1"]
     assert (

@@ -207,7 +207,7 @@ class OptimSpec(Spec):
     """The optimiser and its schedule."""
 
     name: str = one_of("adamw", "sgd")
-    # steps of warm-up and decay, after which the rate stays at its end; 0: all steps of the stage. To
+    # steps of warm-up and decay, after which the rate stays at its end; 0: all of the stage's. To
     # make a run longer without stretching its schedule, set this to the steps that it had before
     schedule_steps: int = at_least(0, 0)
     learning_rate: float = at_least(1e-3, 0)  # peak learning rate
