@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an experiment may say: one frozen dataclass a section, the only place where a default
-stands.
+"""The configuration of an experiment: one frozen dataclass per section, which holds all defaults.
 
-An experiment file fills a ConfigDict made of these (`section`), `Experiment.of` turns it back into
-them in one hop, and an unknown key is an error that names the nearest known one.
+An experiment file fills a ConfigDict of these dataclasses (`section`). `Experiment.of` converts it
+back and rejects unknown keys with the closest match.
 """
 
 import dataclasses
@@ -33,8 +32,7 @@ from particlejax.config.modalities import MODALITIES
 from particlejax.config.model import OBJECTIVES, ModelSpec, check_stage
 from particlejax.core.errors import UserError
 
-# what experiment files are written with
-# names that plugins may add to; particles/policies.py and data/augment.py hold what they stand for
+# Plugins may add names; particles/policies.py and data/augment.py hold the implementations.
 POLICIES: dict[str, None] = dict.fromkeys(("grid", "tubes", "pyramid", "adaptive", "runs"))
 AUGMENTATIONS: dict[str, None] = {}
 
@@ -44,203 +42,213 @@ __all__ = ("arguments", "as_dict", "make", "one_of", "section", "unknown_key")
 
 @dataclasses.dataclass(frozen=True)
 class AugmentSpec(Spec):
-    """What training does to a clip at random, alike in all its frames; evaluation does none of
-    it.
+    """Random augmentations of training clips, the same for all frames of a clip. Evaluation uses
+    none.
     """
 
-    # share of the area that a random resized crop keeps
+    # range of the random resized crop's area, as a fraction of the frame
     crop_scale: tuple[float, float] = interval((1.0, 1.0), 0.01, 1)
-    hflip_prob: float = between(0.0, 0, 1)  # probability of mirroring left and right
-    # classes that mirroring would make another: these are never flipped
+    hflip_prob: float = between(0.0, 0, 1)  # probability of a horizontal flip
+    # classes that are never flipped, because a flip changes the class
     no_flip_classes: tuple[str, ...] = ()
-    # factors that the span of the frames is stretched by, log-uniform
+    # range of playback speed factors, sampled log-uniformly
     speed_range: tuple[float, float] = interval((1.0, 1.0), 0.01)
-    # of brightness, contrast, saturation (as factors 1 +- this) and, a quarter as much, hue
+    # maximum change of brightness, contrast and saturation (factors 1 +- value); hue changes by a
+    # quarter of it
     color_jitter: float = at_least(0.0, 0)
-    randaug_num_ops: int = at_least(0, 0)  # of RandAugment (arXiv:1909.13719)
-    randaug_magnitude: float = between(0.5, 0, 1)  # of RandAugment, in [0, 1]
-    # probability that a box of 2 to 33 % of the picture is grey (arXiv:1708.04896)
+    # number of RandAugment operations (arXiv:1909.13719); 0: none
+    randaug_num_ops: int = at_least(0, 0)
+    randaug_magnitude: float = between(0.5, 0, 1)  # magnitude of RandAugment operations, in [0, 1]
+    # probability of graying out a box of 2 to 33 % of the frame (arXiv:1708.04896)
     random_erasing_prob: float = between(0.0, 0, 1)
     mixup_alpha: float = at_least(0.0, 0)  # alpha of MixUp (arXiv:1710.09412); 0: none
-    # alpha of CutMix (arXiv:1905.04899); where both are set each clip draws one
+    # alpha of CutMix (arXiv:1905.04899); 0: none. With MixUp, each clip draws one of the two
     cutmix_alpha: float = at_least(0.0, 0)
-    audio_gain_db: float = at_least(0.0, 0)  # dB that sound is made louder or softer by, at most
-    # seconds that sound is moved against sight, at most
+    audio_gain_db: float = at_least(0.0, 0)  # maximum change of volume, in dB
+    # maximum shift of audio against video, in seconds
     audio_shift_seconds: float = at_least(0.0, 0)
-    # augmentations of plugins, by name, in this order after the others
+    # names of plugin augmentations, applied in this order after the built-in ones
     custom: tuple[str, ...] = some_of((), AUGMENTATIONS, 0)
-    # of time, and as many of frequency, that SpecAugment empties (arXiv:1904.08779)
+    # number of time masks and of frequency masks of SpecAugment (arXiv:1904.08779)
     specaugment_num_masks: int = at_least(0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class AudioSpec(Spec):
-    """Sound as a log-mel spectrogram, cut into patches."""
+    """Audio as a log-mel spectrogram, cut into patches."""
 
-    # samples per second; any track is mixed to one channel of it
+    # samples per second; audio is resampled to it and mixed to mono
     sample_rate: int = at_least(16000, 1)
-    window_seconds: float = at_least(0.025, 1e-4)  # seconds of a spectrum
-    hop_seconds: float = at_least(0.010, 1e-4)  # seconds from one spectrum to the next
-    num_mels: int = at_least(64, 1)
-    f_min: float = at_least(60.0, 0)  # Hz
-    f_max: float = at_least(7800.0, 0)  # Hz
-    patch_size: tuple[int, int] = at_least((16, 16), 1)  # spectra, mels
-    mean: float = number(-7.0)  # of log(mel power + 1e-6)
+    window_seconds: float = at_least(0.025, 1e-4)  # length of the spectrogram window, in seconds
+    hop_seconds: float = at_least(0.010, 1e-4)  # step between spectrogram windows, in seconds
+    num_mels: int = at_least(64, 1)  # number of mel bands
+    f_min: float = at_least(60.0, 0)  # lowest frequency of the mel bands, in Hz
+    f_max: float = at_least(7800.0, 0)  # highest frequency of the mel bands, in Hz
+    patch_size: tuple[int, int] = at_least((16, 16), 1)  # patch size: spectrogram frames, mel bands
+    mean: float = number(-7.0)  # mean of log(mel power + 1e-6), for normalization
+    # standard deviation of log(mel power + 1e-6), for normalization
     std: float = at_least(4.0, 1e-4)
-    max_seconds: float = at_least(0.0, 0)  # longest sound; 0: data.clip_seconds
+    max_seconds: float = at_least(0.0, 0)  # maximum audio length in seconds; 0: data.clip_seconds
 
 
 @dataclasses.dataclass(frozen=True)
 class TextSpec(Spec):
     """Captions as token ids."""
 
-    tokenizer: str = "bytes"  # or the path of a tokenizer.json of the package `tokenizers`
-    max_length: int = at_least(64, 1)  # most tokens of a clip
+    tokenizer: str = "bytes"  # 'bytes', or the path of a tokenizer.json of the package `tokenizers`
+    max_length: int = at_least(64, 1)  # maximum number of tokens per clip
 
 
 @dataclasses.dataclass(frozen=True)
 class TimeseriesSpec(Spec):
-    """Numeric channels from a CSV beside the clip (clip.mp4, clip.csv) with a column `time` in
+    """Numeric channels of a CSV file beside the clip (clip.mp4, clip.csv) with a column `time` in
     seconds.
     """
 
-    channels: tuple[str, ...] = ()  # columns
-    # values per second that the channels are interpolated to
-    sample_rate: float = at_least(30.0, 1e-3)
-    patch_length: int = at_least(15, 1)  # values of a particle
-    max_seconds: float = at_least(0.0, 0)  # longest series; 0: data.clip_seconds
+    channels: tuple[str, ...] = ()  # CSV columns to read
+    sample_rate: float = at_least(30.0, 1e-3)  # values per second; channels are interpolated to it
+    patch_length: int = at_least(15, 1)  # number of values per particle
+    max_seconds: float = at_least(0.0, 0)  # maximum series length in seconds; 0: data.clip_seconds
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSpec(Spec):
-    """What a frozen network says of sub-clips, computed before by job extract_features.
+    """Features of sub-clips by a frozen network, computed beforehand by job extract_features.
 
-    It saw the clip's centre square, not mirrored, or heard its sound, or read its caption.
+    The network sees the center crop without flips, or the audio, or the caption.
     """
 
-    # that the job wrote; it says which network, how long sub-clips are and how many cells each has
+    # out_dir of job extract_features; it records the network, sub-clip length and grid
     folder: str = ""
-    max_seconds: float = at_least(0.0, 0)  # longest span; 0: data.clip_seconds
-    # each feature by its mean and deviation over all clips; particles to equal length
+    max_seconds: float = at_least(0.0, 0)  # maximum span in seconds; 0: data.clip_seconds
+    # standardize: per feature over all clips; rms: each particle to unit root mean square
     normalization: str = one_of("standardize", "rms")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSpec(Spec):
-    """Which clips, and how frames are taken from them.
+    """The clips, and how frames are sampled from them.
 
-    A clip shorter than what is asked of it shows its last frame until the span is over, in every
-    way of sampling; its sound and series end where they end. Of MP4, Matroska and MPEG-TS only what
-    is wanted is decoded; any other container is read from its start, so clips late in a long film
-    of that kind need a larger `time_limit`, or an MP4 made of it. Where `memory_gib` is 0, parts of
-    pictures of 128 pixels and more are cut and scaled from the file's own pixels in one pass.
+    A clip shorter than the sampled span repeats its last frame; its audio and series end early.
+    MP4, Matroska and MPEG-TS are decoded only where needed. Other containers are decoded from the
+    start, so clips late in a long video need a larger `decode_timeout_seconds` or a conversion to
+    MP4. With `ram_cache_gib` 0, crops of 128 pixels and more are cropped and resized from the
+    original frames in one pass.
     """
 
-    source: str = "toybox"  # toybox | folder:PATH | tfds:NAME | mix:WEIGHT*SOURCE,WEIGHT*SOURCE
-    split: str = "train"
-    # of vision, audio, text, timeseries, video_features, audio_features, text_features
+    # data source: toybox | folder:PATH | tfds:NAME | mix:WEIGHT*SOURCE,WEIGHT*SOURCE
+    source: str = "toybox"
+    split: str = "train"  # split of the source to train on
+    # modalities to load: vision, audio, text, timeseries, video_features, audio_features,
+    # text_features
     modalities: tuple[str, ...] = some_of(("vision",), MODALITIES)
-    # frames: even over `seconds`; every `stride`-th; one a segment
+    # uniform: evenly over `clip_seconds`; dense: every `frame_stride`-th frame; segment: one frame
+    # per segment
     frame_sampling: str = one_of("uniform", "dense", "segment")
-    # frames of the file from one to the next where `sample` is dense, drawn between
+    # range of the frame stride for dense sampling, drawn per clip
     frame_stride: tuple[int, int] = interval((2, 2), 1)
-    # of the clips to train on, the same ones whatever the seed: few labels, quick trials
+    # fraction of training clips to use; the subset does not depend on the seed
     train_fraction: float = between(1.0, 0, 1, open_at="least")
-    # clips of each class, drawn by the seed, that keep their label in training; 0: all do
-    shots: int = at_least(0, 0)
-    labelled_csv: str = (
-        ""  # CSV with a column `path` of the clips that keep their label; '': as `shots` says
-    )
-    # share of training clips that come from the others, without label; 0: none
+    shots: int = at_least(0, 0)  # labeled training clips per class, drawn by the seed; 0: all
+    labelled_csv: str = ""  # CSV file with a column `path` of the labeled clips; '': see `shots`
+    # fraction of training clips drawn from the unlabeled clips; 0: none
     unlabelled_fraction: float = between(0.0, 0, 1)
-    cache_dir: str = "~/.cache/particlejax"  # where toybox is rendered and TFDS looks
-    num_frames: int = at_least(16, 1)
-    image_size: int = at_least(64, 1)  # pixels, height and width
-    clip_seconds: float = at_least(0.0, 0)  # span of the frames; 0: the whole clip
-    # pixels of the short side of small or kept clips, from which parts are cut; 0: `size`
+    # directory for rendered toybox clips and TFDS data sets
+    cache_dir: str = "~/.cache/particlejax"
+    num_frames: int = at_least(16, 1)  # number of frames per clip
+    image_size: int = at_least(64, 1)  # height and width of frames, in pixels
+    # span of the sampled frames, in seconds; 0: the whole clip
+    clip_seconds: float = at_least(0.0, 0)
+    # short side in pixels of small or cached frames, before cropping; 0: `image_size`
     decode_short_side: int = at_least(0, 0)
     augment: AugmentSpec = AugmentSpec()
     audio: AudioSpec = AudioSpec()
     text: TextSpec = TextSpec()
     timeseries: TimeseriesSpec = TimeseriesSpec()
+    # features of a first frozen network, such as a video network
     video_features: FeatureSpec = FeatureSpec()
-    audio_features: FeatureSpec = FeatureSpec()  # those of a second network, such as one of sound
-    text_features: FeatureSpec = FeatureSpec()  # those of a third, such as one of words
-    image_mean: float = number(0.45)  # of pixels in [0, 1]
+    # features of a second frozen network, such as an audio network
+    audio_features: FeatureSpec = FeatureSpec()
+    # features of a third frozen network, such as a text network
+    text_features: FeatureSpec = FeatureSpec()
+    image_mean: float = number(0.45)  # mean of pixel values in [0, 1], for normalization
+    # standard deviation of pixel values in [0, 1], for normalization
     image_std: float = at_least(0.225, 1e-4)
-    # share of a particle's mean over time that stays in it: below 1 change counts for more
+    # factor of each particle's mean over time; below 1, motion is emphasized
     temporal_mean_scale: float = between(1.0, 0, 1)
-    clips_per_row: int = at_least(1, 1)
-    max_unreadable: int = at_least(100, 0)  # unreadable clips after which the run stops
-    # of memory in each worker for clips decoded before; 0: decode anew each time
+    clips_per_row: int = at_least(1, 1)  # number of largest-scale clips that fit in a packed row
+    max_unreadable: int = at_least(100, 0)  # number of unreadable clips after which the run stops
+    # GiB of memory per worker for a cache of decoded clips; 0: no cache
     ram_cache_gib: float = at_least(0.0, 0)
-    # seconds that a clip may take to decode before it counts as unreadable; 0: any
+    # seconds after which decoding a clip fails; 0: no limit
     decode_timeout_seconds: float = at_least(60.0, 0)
-    num_threads: int = at_least(2, 1)  # that decode, in each worker
-    num_workers: int = at_least(0, 0)  # processes that decode; 0: threads of this process
+    num_threads: int = at_least(2, 1)  # decoder threads per worker
+    num_workers: int = at_least(0, 0)  # decoder processes; 0: threads of the main process
 
 
 @dataclasses.dataclass(frozen=True)
 class ParticleSpec(Spec):
-    """How a clip is cut into particles."""
+    """How clips are cut into particles."""
 
-    policy: str = named_in("grid", POLICIES)
-    # frames, rows, columns of the cuboid that a payload holds
+    policy: str = named_in("grid", POLICIES)  # particle policy (particles/policies.py)
+    # size of the smallest particle: frames, rows, columns
     patch_size: tuple[int, int, int] = at_least((2, 16, 16), 1)
-    # of coarseness from one pyramid level to the next
+    # size ratio of consecutive pyramid levels: frames, rows, columns
     level_factor: tuple[int, int, int] = at_least((2, 2, 2), 1)
-    # of the pyramid, the finest included; of adaptive particles on each axis that splits
+    # number of pyramid levels, or of adaptive levels per split axis
     num_levels: int = at_least(3, 1)
-    # how an adaptive particle may be split: of both (at once), time, space
+    # axes that adaptive particles split: spacetime (both at once), time, space
     split_axes: tuple[str, ...] = some_of(("time", "space"), ("spacetime", "time", "space"))
-    # what an adaptive split is worth (particles/adaptive.py)
+    # criterion of adaptive splits (particles/adaptive.py)
     split_criterion: str = one_of("squared_error", "absolute_error", "motion")
-    # mean absolute difference, of 255, above which a run ends where there is no budget
+    # mean absolute difference, in [0, 255], that ends a run; used if `budget` is 0
     run_threshold: float = at_least(0.0, 0)
-    tubes: tuple = ()  # of (shape, stride) or (shape, stride, offset), each three numbers
-    # most particles of a clip: spent by adaptive and runs, else kept at random; 0: all
+    # tuples (shape, stride) or (shape, stride, offset) of three numbers each, for policy tubes
+    tubes: tuple = ()
+    # maximum number of particles per clip: filled by adaptive and runs, else a random subset; 0:
+    # all
     budget: int = at_least(0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimSpec(Spec):
-    """The optimiser and its schedule."""
+    """The optimizer and its learning-rate schedule."""
 
-    name: str = one_of("adamw", "sgd")
-    # steps of warm-up and decay, after which the rate stays at its end; 0: all of the stage's. To
-    # make a run longer without stretching its schedule, set this to the steps that it had before
+    name: str = one_of("adamw", "sgd")  # optimizer (train/optim.py)
+    # steps of warmup and decay, after which the rate stays constant; 0: all steps of the stage. Set
+    # it to the old number of steps to make a run longer without stretching its schedule
     schedule_steps: int = at_least(0, 0)
     learning_rate: float = at_least(1e-3, 0)  # peak learning rate
-    warmup_ratio: float = between(0.1, 0, 1)  # share of the steps
-    final_lr_ratio: float = between(0.01, 0, 1)  # learning rate at the end, in peaks
-    weight_decay: float = at_least(0.05, 0)  # decoupled; spares norms, biases and single vectors
-    b1: float = between(0.9, 0, 1, open_at="most")
-    b2: float = between(0.95, 0, 1, open_at="most")  # as MAE pretraining has it
-    momentum: float = between(0.9, 0, 1, open_at="most")  # of sgd
-    grad_clip_norm: float = at_least(1.0, 0)  # largest gradient norm; 0: any
+    warmup_ratio: float = between(0.1, 0, 1)  # fraction of the steps for linear warmup
+    final_lr_ratio: float = between(0.01, 0, 1)  # final learning rate, as a fraction of the peak
+    # decoupled weight decay; not applied to norms, biases and single vectors
+    weight_decay: float = at_least(0.05, 0)
+    b1: float = between(0.9, 0, 1, open_at="most")  # decay of AdamW's first moment
+    # decay of AdamW's second moment; MAE pretraining uses 0.95
+    b2: float = between(0.95, 0, 1, open_at="most")
+    momentum: float = between(0.9, 0, 1, open_at="most")  # momentum of SGD
+    grad_clip_norm: float = at_least(1.0, 0)  # maximum global gradient norm; 0: no clipping
 
 
 @dataclasses.dataclass(frozen=True)
 class ScaleSpec(Spec):
-    """How clips are read for a part of the training; what is 0 or '' is as the stage's data and
-    particles say.
-    """
+    """Sampling and particle settings of one scale; 0, '' and () keep the stage's settings."""
 
-    num_frames: int = at_least(0, 0)
-    image_size: int = at_least(0, 0)  # pixels
-    clip_seconds: float = at_least(0.0, 0)  # span of the frames: with their number, the speed
-    frame_stride: int = at_least(0, 0)  # the speed where data.frame_sampling is dense
-    policy: str = ""
-    num_levels: int = at_least(0, 0)
-    split_axes: tuple[str, ...] = ()
-    budget: int = at_least(0, 0)
-    tubes: tuple = ()
-    # of the clips (mixture), of the training (progressive) or of a round (cycles), beside the
-    # others'
+    num_frames: int = at_least(0, 0)  # number of frames per clip
+    image_size: int = at_least(0, 0)  # height and width of frames, in pixels
+    # span of the frames in seconds; with num_frames, it sets the playback speed
+    clip_seconds: float = at_least(0.0, 0)
+    frame_stride: int = at_least(0, 0)  # frame stride, if data.frame_sampling is dense
+    policy: str = ""  # particles.policy of this scale
+    num_levels: int = at_least(0, 0)  # particles.num_levels of this scale
+    split_axes: tuple[str, ...] = ()  # particles.split_axes of this scale
+    budget: int = at_least(0, 0)  # particles.budget of this scale
+    tubes: tuple = ()  # particles.tubes of this scale
+    # relative share of clips (mixture), of training (progressive) or of a cycle (cycles)
     weight: float = above(1.0, 0)
 
     def applied(self, data: DataSpec, particles: ParticleSpec) -> tuple[DataSpec, ParticleSpec]:
-        """Data and particles as this scale says."""
+        """Returns data and particles with the settings of this scale."""
         changed = {
             name: getattr(self, name)
             for name in ("num_frames", "image_size", "clip_seconds")
@@ -258,22 +266,23 @@ class ScaleSpec(Spec):
 
 @dataclasses.dataclass(frozen=True)
 class ScaleScheduleSpec(Spec):
-    """Which scale when; rows keep their shape, so that nothing is compiled anew."""
+    """The scales of a stage over time. Rows keep their shape, so a stage compiles once."""
 
-    # each clip draws; in order; in order, again and again
+    # fixed: one scale; mixture: random per clip; progressive: in order; cycles: in order,
+    # repeatedly
     kind: str = one_of("fixed", "mixture", "progressive", "cycles")
-    scales: tuple[ScaleSpec, ...] = ()
-    num_cycles: int = at_least(1, 1)  # of cycles: the long cycle of Multigrid (arXiv:1912.00998)
-    final_fraction: float = between(
-        0.0, 0, 1, open_at="most"
-    )  # share of the training at the end of cycles that stays at the last scale
-    # factors of the size that follow each other from step to step: its short cycle
+    scales: tuple[ScaleSpec, ...] = ()  # scales of the schedule; () for kind fixed
+    # number of cycles for kind cycles: Multigrid's long cycle (arXiv:1912.00998)
+    num_cycles: int = at_least(1, 1)
+    # fraction of training, at the end of kind cycles, that uses the last scale
+    final_fraction: float = between(0.0, 0, 1, open_at="most")
+    # image-size factors of consecutive steps for kind cycles: Multigrid's short cycle
     short_cycle_factors: tuple[float, ...] = above((), 0)
 
     def check(self) -> None:
         """Raises UserError for scales or settings that the kind does not use."""
         if (self.kind == "fixed") == bool(self.scales):
-            remedy = "name another kind" if self.scales else "give it some, or leave it 'fixed'"
+            remedy = "set another kind" if self.scales else "add scales, or set kind to 'fixed'"
             raise UserError(
                 f"ScaleScheduleSpec.kind is {self.kind!r} with {len(self.scales)} scales: {remedy}."
             )
@@ -281,66 +290,70 @@ class ScaleScheduleSpec(Spec):
             self.num_cycles != 1 or self.final_fraction or self.short_cycle_factors
         ):
             raise UserError(
-                "ScaleScheduleSpec.num_cycles, settle and short belong to 'cycles', and kind is "
-                f"{self.kind!r}: make it that, or leave them."
+                "ScaleScheduleSpec.num_cycles, final_fraction and short_cycle_factors require kind "
+                f"'cycles', but kind is {self.kind!r}: set kind to 'cycles', or remove them."
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class StageSpec(Spec):
-    """One training run. `steps` or `epochs`, the other 0."""
+    """One training stage. Set `num_steps` or `num_epochs`; the other is 0."""
 
-    num_steps: int = at_least(0, 0)
+    num_steps: int = at_least(0, 0)  # number of optimizer steps; 0: see `num_epochs`
+    # number of passes over the training clips; 0: see `num_steps`
     num_epochs: float = at_least(0.0, 0)
-    batch_size: int = at_least(32, 1)  # of a batch, over all devices
-    grad_accum_steps: int = at_least(1, 1)  # micro-batches that a step's gradient is summed over
-    # where parameters start: an earlier stage's name, or RUN_DIR or RUN_DIR:STAGE of another run
+    batch_size: int = at_least(32, 1)  # packed rows per batch, over all devices
+    # number of micro-batches per optimizer step; their gradients are summed
+    grad_accum_steps: int = at_least(1, 1)
+    # initial parameters: name of an earlier stage, or RUN_DIR or RUN_DIR:STAGE of another run; '':
+    # the experiment's init_from for the first stage
     init_from: str = ""
+    # training losses by name, with their settings; their weighted sum is minimized
     objectives: Mapping[str, Any] = named(OBJECTIVES)
     optim: OptimSpec = OptimSpec()
-    finetune: training.FinetuneSpec = training.FinetuneSpec()  # which parameters train
-    robust: training.RobustSpec = training.RobustSpec()  # where the gradient is taken
-    # what differs from the experiment's
+    finetune: training.FinetuneSpec = training.FinetuneSpec()  # parameters to train
+    # adversarial training and sharpness-aware minimization
+    robust: training.RobustSpec = training.RobustSpec()
+    # overrides of the experiment's model section
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    # what differs from the experiment's
+    # overrides of the experiment's data section
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    # what differs from the experiment's
+    # overrides of the experiment's particles section
     particles: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    # scales that the training clips are read at
-    scale_schedule: ScaleScheduleSpec = ScaleScheduleSpec()
-    val_split: str = "val"  # split that is measured while training; '': none
-    val_every_steps: int = at_least(0, 0)  # 0: ten times a run, every 10 steps at most
-    ema_decay: float = between(
-        0.0, 0, 1, open_at="most"
-    )  # decay of the averaged parameters, which are then the ones evaluated; 0: none
-    best_metric: str = ""  # val metric whose best checkpoint is the stage's result; '': the last
-    best_mode: str = one_of("max", "min")
-    # measurements without a better `select` after which the stage ends; 0: never
+    scale_schedule: ScaleScheduleSpec = ScaleScheduleSpec()  # scales of the training clips
+    val_split: str = "val"  # validation split; '': none
+    val_every_steps: int = at_least(0, 0)  # steps between validations; 0: ten a run
+    # decay of the parameters' moving average, which evaluation then uses; 0: none
+    ema_decay: float = between(0.0, 0, 1, open_at="most")
+    # validation metric that selects the best checkpoint; '': the last checkpoint
+    best_metric: str = ""
+    best_mode: str = one_of("max", "min")  # whether a larger or smaller `best_metric` is better
+    # validations without a better `best_metric` before the stage stops; 0: never
     early_stopping_patience: int = at_least(0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalSpec(Spec):
-    """The measurement at the end of a stage that classifies."""
+    """The evaluation at the end of a stage with objective classify."""
 
-    splits: tuple[str, ...] = ("val",)
-    scale: ScaleSpec = ScaleSpec()  # what differs from the stage's data and particles
-    # temporal clips x spatial crops per video, probabilities averaged
+    splits: tuple[str, ...] = ("val",)  # splits to evaluate on
+    scale: ScaleSpec = ScaleSpec()  # overrides of the stage's data and particles
+    # temporal clips and spatial crops per video; their probabilities are averaged
     views: tuple[int, int] = at_least((1, 1), 1)
-    batch_size: int = at_least(32, 1)
+    batch_size: int = at_least(32, 1)  # packed rows per batch, over all devices
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshSpec(Spec):
-    """Devices per axis of the mesh; -1 (at most once): the rest."""
+    """Devices per mesh axis; -1 (at most once): all remaining devices."""
 
-    data: int = at_least(-1, -1)
-    fsdp: int = at_least(1, -1)
-    tensor: int = at_least(1, -1)
-    sequence: int = at_least(1, -1)
+    data: int = at_least(-1, -1)  # devices for data parallelism
+    fsdp: int = at_least(1, -1)  # devices that shard the batch, parameters and optimizer state
+    tensor: int = at_least(1, -1)  # devices that shard layer widths
+    sequence: int = at_least(1, -1)  # devices that shard the tokens of a row
 
     def check(self) -> None:
-        """Raises UserError for an axis without devices, and for two that take the rest."""
+        """Raises UserError for an axis without devices and for several axes of -1."""
         sizes = dataclasses.asdict(self)
         for axis, size in sizes.items():
             if size == 0:
@@ -351,60 +364,60 @@ class MeshSpec(Spec):
 
 @dataclasses.dataclass(frozen=True)
 class DistributedSpec(Spec):
-    """How several processes find each other (cluster.py); what is left empty comes from the
-    environment.
-    """
+    """Multi-process training (jax.distributed); empty settings are read from the environment."""
 
+    # auto: start jax.distributed if the settings or the environment name peers; off: one process
     start: str = one_of("auto", "off")
-    coordinator_address: str = ""  # HOST:PORT of the first process
-    num_processes: int = at_least(0, 0)  # how many
-    process_id: str = ""  # which one this is, '0' for the first
-    # seconds without a sign of life after which a process counts as lost, and the others end
+    coordinator_address: str = ""  # HOST:PORT of the first process; '': from the environment
+    num_processes: int = at_least(0, 0)  # number of processes; 0: from the environment
+    process_id: str = ""  # index of this process, from '0'; '': from the environment
+    # seconds without a heartbeat after which a process counts as lost and the others stop
     heartbeat_timeout_seconds: int = at_least(100, 1)
-    initialization_timeout: int = at_least(300, 1)  # seconds to wait for all processes at the start
+    initialization_timeout: int = at_least(300, 1)  # seconds to wait for all processes at startup
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSpec(Spec):
-    """When the state is saved."""
+    """When checkpoints are saved."""
 
-    save_interval_steps: int = at_least(200, 1)  # steps
-    max_to_keep: int = at_least(
-        2, 2
-    )  # newest ones; at least 2, so that a whole one remains while the next is written
+    save_interval_steps: int = at_least(200, 1)  # steps between checkpoints
+    # number of newest checkpoints to keep; at least 2, so one is intact during a save
+    max_to_keep: int = at_least(2, 2)
 
 
 @dataclasses.dataclass(frozen=True)
 class LogSpec(Spec):
-    """Where figures go, besides metrics.jsonl and TensorBoard."""
+    """Logging besides metrics.jsonl and TensorBoard."""
 
-    every_steps: int = at_least(20, 1)  # steps
-    # rate that FLOP utilisation is a share of: the device's, or of products timed first
+    every_steps: int = at_least(20, 1)  # steps between log entries
+    # peak FLOP rate for utilization: the device's table entry, or measured matrix products
     peak_flops: str = one_of("table", "measured")
-    wandb_project: str = ""  # project of Weights & Biases; '': none
+    wandb_project: str = ""  # Weights & Biases project; '': none
 
 
 @dataclasses.dataclass(frozen=True)
 class PrepareSpec(Spec):
-    """Job prepare_data: where the data set goes and who writes it."""
+    """Job prepare_data: the data set to write."""
 
-    data_dir: str = ""  # folder that the data set NAME/1.0.0 is made in; '': the workdir
-    name: str = "mine"
-    clips_per_shard: int = at_least(256, 1)  # clips
-    num_workers: int = at_least(2, 1)  # processes
-    beam: bool = False  # by Apache Beam, on its local runner or on whatever its options name
+    data_dir: str = ""  # directory for the data set NAME/1.0.0; '': the workdir
+    name: str = "mine"  # name of the data set
+    clips_per_shard: int = at_least(256, 1)  # clips per shard
+    num_workers: int = at_least(2, 1)  # worker processes
+    # whether to use Apache Beam, with the runner of its options or the local one
+    beam: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchSpec(Spec):
-    """Benchmarks: interleaved repetitions, of which medians are taken."""
+    """Benchmark settings; repetitions are interleaved and medians reported."""
 
-    repetitions: int = at_least(7, 1)
-    num_clips: int = at_least(320, 1)  # of a repetition
-    batch_size: int = at_least(16, 1)
-    memory_clips: int = at_least(10000, 1)
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")  # that the peer and ours compute in
-    # that are injected; `repetitions` are the kills
+    repetitions: int = at_least(7, 1)  # repetitions of each measurement
+    num_clips: int = at_least(320, 1)  # clips per repetition
+    batch_size: int = at_least(16, 1)  # packed rows per batch
+    memory_clips: int = at_least(10000, 1)  # clips to read while memory use is measured
+    # compute dtypes of bench_videomae, for both models
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    # faults to inject; `repetitions` is the number of kills
     faults: tuple[str, ...] = (
         "sigkill",
         "sigterm",
@@ -416,23 +429,24 @@ class BenchSpec(Spec):
 
 @dataclasses.dataclass(frozen=True)
 class SweepSpec(Spec):
-    """Job sweep: several runs of the experiment."""
+    """Job sweep: several runs of one experiment."""
 
-    # by name, what differs, nested
+    # overrides of the experiment by run name, as nested dicts
     runs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    # random seeds of every run; a search uses the first
     seeds: tuple[int, ...] = at_least((0, 1, 2), 0)
-    metric: str = "finetune/val/top1"  # stage/split/figure of results.json
-    # a file, or a database's URL, through which Optuna shares the runs out to processes; '': all
-    # are this one's
+    metric: str = "finetune/val/top1"  # metric to compare: STAGE/SPLIT/METRIC of results.json
+    # file or database URL of the Optuna study that processes share; '': this process alone
     storage: str = ""
-    # trials in which Optuna combines the settings of the runs; 0: the runs as they are
+    # number of Optuna trials that combine the runs' settings; 0: run them as they are
     num_trials: int = at_least(0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment(Spec):
-    """Everything a run depends on, so that config.json is enough to run it again."""
+    """All settings of a run; config.json is enough to repeat it."""
 
+    # job to run
     job: str = one_of(
         "train",
         "sweep",
@@ -447,27 +461,27 @@ class Experiment(Spec):
         "fewshot_prototypes",
         "active_learning",
     )
-    seed: int = at_least(0, 0)
-    # modules of your own that add objectives, policies, augmentations, sources or networks
+    seed: int = at_least(0, 0)  # random seed of parameters, augmentation, masks and clip order
+    # Python modules that register objectives, policies, augmentations, sources or networks
     plugins: tuple[str, ...] = ()
-    run: str = ""  # jobs evaluate, prototypes, label_next: the run that is asked
-    # job model_soup: the runs that are averaged, each RUN_DIR or RUN_DIR:STAGE
-    runs: tuple[str, ...] = ()
+    run: str = ""  # RUN_DIR to use in jobs evaluate, fewshot_prototypes and active_learning
+    runs: tuple[str, ...] = ()  # runs of job model_soup, each RUN_DIR or RUN_DIR:STAGE
     model_soup: training.ModelSoupSpec = training.ModelSoupSpec()
     active_learning: training.ActiveLearningSpec = training.ActiveLearningSpec()
-    # RUN_DIR or RUN_DIR:STAGE that the first stage starts from; encoder and payloads are then as
-    # there
+    # RUN_DIR or RUN_DIR:STAGE that initializes the first stage; encoder settings come from it; '':
+    # random
     init_from: str = ""
     data: DataSpec = DataSpec()
     particles: ParticleSpec = ParticleSpec()
     model: ModelSpec = ModelSpec()
+    # training stages by name
     stages: Mapping[str, StageSpec] = dataclasses.field(default_factory=dict)
-    # in which stages run, those not named are left out; () where there is but one
+    # names of the stages to run, in order; () if there is only one
     stage_order: tuple[str, ...] = ()
     eval: EvalSpec = EvalSpec()
-    # at a loss or gradient that is no number: stop, or leave the step out
+    # at a NaN or Inf in loss or gradient: stop, or skip the step
     on_nan: str = one_of("stop", "skip")
-    # the first and the last step of a profiler trace in profile/; 0: none
+    # first and last step of a profiler trace in profile/; (0, 0): none
     profile_steps: tuple[int, int] = interval((0, 0), 0)
     mesh: MeshSpec = MeshSpec()
     distributed: DistributedSpec = DistributedSpec()
@@ -478,7 +492,7 @@ class Experiment(Spec):
     bench: BenchSpec = BenchSpec()
 
     def check(self) -> None:
-        """Puts the stages in their order. Raises UserError where they cannot be run."""
+        """Sorts the stages by `stage_order`. Raises UserError if they cannot be run."""
         if len(self.stages) > 1 and not self.stage_order:
             raise UserError(
                 "Experiment.stage_order is empty: name the stages to run in their order "
@@ -495,43 +509,39 @@ class Experiment(Spec):
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Experiment":
-        """The experiment that a config describes. Raises UserError for a key or a value that it
-        cannot have.
-        """
+        """Returns the experiment of a config. Raises UserError for an invalid key or value."""
         plugins.load(*config.get("plugins", ()))
         return make(cls, config, "config")
 
     def data_of(self, stage: StageSpec) -> DataSpec:
-        """The data section with what the stage says differently."""
+        """Returns the data section with the stage's overrides."""
         return replaced(self.data, stage.data, "config.stages.*.data")
 
     def particles_of(self, stage: StageSpec) -> ParticleSpec:
-        """The particles section with what the stage says differently."""
+        """Returns the particles section with the stage's overrides."""
         return replaced(self.particles, stage.particles, "config.stages.*.particles")
 
     def model_of(self, stage: StageSpec) -> ModelSpec:
-        """The model section with what the stage says differently."""
+        """Returns the model section with the stage's overrides."""
         return replaced(self.model, stage.model, "config.stages.*.model")
 
 
 def _check_lengths(stage: StageSpec, where: str) -> None:
     if bool(stage.num_steps) == bool(stage.num_epochs):
         raise UserError(
-            f"{where} gives steps={stage.num_steps} and epochs={stage.num_epochs:g}: set one of "
-            "them, the "
-            "other to 0."
+            f"{where} has num_steps={stage.num_steps} and num_epochs={stage.num_epochs:g}: set one "
+            "of them, and the other to 0."
         )
     if stage.early_stopping_patience and not stage.best_metric:
         raise UserError(
-            f"{where}.early_stopping_patience={stage.early_stopping_patience} waits for a better "
-            "`select`, which is empty: name "
-            "a metric of the val split there, such as 'loss' or 'top1', or set patience to 0."
+            f"{where}.early_stopping_patience={stage.early_stopping_patience} needs best_metric: "
+            "set it to a validation metric such as 'loss' or 'top1', or set "
+            "early_stopping_patience to 0."
         )
     if stage.batch_size % stage.grad_accum_steps:
         raise UserError(
             f"{where}.batch_size={stage.batch_size} is not a multiple of "
-            f"accumulate={stage.grad_accum_steps}: change "
-            "one."
+            f"grad_accum_steps={stage.grad_accum_steps}: change one of them."
         )
 
 
@@ -548,20 +558,16 @@ def _check_objectives(experiment: Experiment, stage: StageSpec, where: str) -> N
         raise UserError(
             f"{where}.objectives.synchronization needs at least 2 time steps, but "
             f"particles.patch_size[0]={particles.patch_size[0]} covers all {data.num_frames} "
-            "frames: use a smaller "
-            "one, such as 2, or synchronization.method 'question'."
+            "frames: use a smaller one, such as 2, or synchronization.method 'joint'."
         )
     if words and (stage.finetune.method != "full" or words.modality == "text"):
         raise UserError(
-            f"{where}.objectives.masked_visual_tokens finds clusters of numbers, which are kept "
-            "beside "
-            "parameters that all train: leave finetune.method at 'full', and name a modality other "
-            "than "
-            "text."
+            f"{where}.objectives.masked_visual_tokens clusters numeric payloads and trains all "
+            "parameters: set finetune.method to 'full' and use a modality other than text."
         )
     if "jepa" in stage.objectives and (not stage.ema_decay or model.token_reduction_layers):
         raise UserError(
-            f"{where}.objectives.jepa learns from the average of the parameters, slot by slot: "
-            f"set {where}.ema_decay, such as to 0.99, and leave model.token_reduction_layers empty."
+            f"{where}.objectives.jepa needs an EMA teacher with the same tokens: set "
+            f"{where}.ema_decay, such as to 0.99, and leave model.token_reduction_layers empty."
         )
     check_stage(stage.objectives, stage.finetune, model, where)

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a stage may say about fine-tuning: which parameters train, and what makes the step more
-robust than a plain gradient.
-"""
+"""Fine-tuning and robustness settings of a stage, and settings of related jobs."""
 
 import dataclasses
 
@@ -11,14 +9,16 @@ from particlejax.core.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneSpec(Spec):
-    """Which parameters train. What stands outside the encoder (head, pool, decoder) always does.
+    """The parameters to train. All parameters outside the encoder (head, pool, decoder) always
+    train.
 
-    linear: that alone. probe: that, with attention pooling. bitfit: and the encoder's biases
-    (arXiv:2106.10199). lora (arXiv:2106.09685), ia3 (arXiv:2205.05638), adapter (arXiv:1902.00751),
-    prefix (arXiv:2101.00190), prompt (tokens at the input, VPT-shallow of arXiv:2203.12119),
-    prompt_deep (at every block's, VPT-deep): and new parameters.
+    linear_probe: only these. attentive_probe: these, with attention pooling. bitfit: also the
+    encoder's biases (arXiv:2106.10199). lora (arXiv:2106.09685), ia3 (arXiv:2205.05638), adapter
+    (arXiv:1902.00751), prefix (arXiv:2101.00190), vpt_shallow (prompt tokens at the input,
+    arXiv:2203.12119), vpt_deep (at every block): also new parameters.
     """
 
+    # fine-tuning method, as listed above
     method: str = one_of(
         "full",
         "linear_probe",
@@ -31,96 +31,91 @@ class FinetuneSpec(Spec):
         "vpt_shallow",
         "vpt_deep",
     )
-    # regular expression of paths that train as well, such as 'norm/' or 'encoder/modality'; '':
-    # none
+    # regular expression of further parameter paths to train, such as 'norm/' or 'encoder/modality';
+    # '': none
     extra_trainable: str = ""
-    # regular expression of paths that do not train whatever `how` says, such as
-    # 'payload_vision/network'
+    # regular expression of parameter paths to freeze for any `method`, such as
+    # 'payload_vision/network'; '': none
     freeze: str = ""
-    lora_rank: int = at_least(8, 1)  # of lora
-    lora_alpha: float = at_least(16.0, 0)  # of lora: its product counts alpha / rank
-    # regular expression of the encoder's kernels that lora changes
+    lora_rank: int = at_least(8, 1)  # rank of LoRA matrices
+    # LoRA scale: the update is multiplied by lora_alpha / lora_rank
+    lora_alpha: float = at_least(16.0, 0)
+    # regular expression of the encoder kernels that LoRA adapts
     target_modules: str = r"attention/(query|value)/kernel$"
-    adapter_dim: int = at_least(16, 1)  # hidden width of an adapter
-    num_virtual_tokens: int = at_least(16, 1)  # of prefix, vpt_shallow and vpt_deep
-    # learning rate of a block over that of the next one above (arXiv:2106.08254)
+    adapter_dim: int = at_least(16, 1)  # hidden width of adapters
+    # number of tokens of prefix, vpt_shallow and vpt_deep
+    num_virtual_tokens: int = at_least(16, 1)
+    # learning-rate ratio of each block to the next higher one (arXiv:2106.08254)
     layer_decay: float = between(1.0, 0.01, 1)
-    # share of the steps in which blocks begin to train, from the top (arXiv:1801.06146)
+    # fraction of the steps in which blocks unfreeze, from the top (arXiv:1801.06146)
     gradual_unfreeze_fraction: float = between(0.0, 0, 1)
 
 
 def check(tune: FinetuneSpec, pool: str, where: str) -> None:
-    """Raises UserError where a frozen part would stay as random as it was born."""
+    """Raises UserError if the frozen part would stay randomly initialized."""
     if tune.method == "attentive_probe" and pool != "attention":
         raise UserError(
-            f"{where}.finetune.method is 'probe' and the model's pool is {pool!r}: set "
-            "config.model.pool_type "
-            "to 'attention', or "
-            "finetune.method to 'linear'."
+            f"{where}.finetune.method='attentive_probe' needs attention pooling, but "
+            f"model.pool_type is {pool!r}: set it to 'attention', or finetune.method to "
+            "'linear_probe'."
         )
     if tune.method == "linear_probe" and pool != "mean":
         raise UserError(
-            f"{where}.finetune.method is 'linear' and the model's pool is {pool!r}: set "
-            "config.model.pool_type "
-            "to 'mean', or "
-            "finetune.method to 'probe'."
+            f"{where}.finetune.method='linear_probe' needs mean pooling, but model.pool_type is "
+            f"{pool!r}: set it to 'mean', or finetune.method to 'attentive_probe'."
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class RobustSpec(Spec):
-    """Gradients that are taken where the loss is worse than here. Payloads are in the units that
-    the model reads.
+    """Adversarial training and sharpness-aware minimization. Payloads are in the model's normalized
+    units.
     """
 
-    # distance in the trained parameters (SAM, arXiv:2010.01412), doubles a step's cost; 0: none
+    # radius of SAM in parameter space (arXiv:2010.01412), which doubles the cost of a step; 0: none
     sam_rho: float = at_least(0.0, 0)
-    # on payloads: arXiv:2001.03994, 1706.06083, 1909.11764
+    # adversarial attack on payloads (arXiv:2001.03994, 1706.06083, 1909.11764)
     attack: str = one_of("none", "fgsm", "pgd", "free")
-    epsilon: float = at_least(0.05, 0)  # most that each number of a payload is moved by
-    # of pgd, which costs as many gradients more; of free, which costs as many in all
+    epsilon: float = at_least(0.05, 0)  # maximum change of each payload value
+    # gradient steps of the attack: pgd adds this many gradients, free uses this many in all
     attack_steps: int = at_least(3, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSoupSpec(Spec):
-    """Job model_soup: runs of one architecture become one model, or one answer."""
+    """Job model_soup: combine runs of one architecture into one model or one ensemble."""
 
-    # of parameters (arXiv:2203.05482), of those that help, of probabilities
+    # average of parameters (arXiv:2203.05482), greedy average, or average of probabilities
     method: str = one_of("uniform", "greedy", "ensemble")
-    last_k_checkpoints: int = at_least(
-        1,
-        1,
-        # checkpoints of each run that count, of those that config.checkpoint.max_to_keep left
-        # (arXiv:1803.05407)
-    )
+    # newest checkpoints per run to average, of the config.checkpoint.max_to_keep kept ones
+    # (arXiv:1803.05407)
+    last_k_checkpoints: int = at_least(1, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class ActiveLearningSpec(Spec):
-    """Job active_learning: which clips without a label are worth one."""
+    """Job active_learning: select unlabeled clips to label."""
 
-    # least sure; nearest tie; far from all known (arXiv:1708.00489)
+    # highest entropy, smallest margin, core-set (arXiv:1708.00489), or random
     strategy: str = one_of("entropy", "margin", "coreset", "random")
-    num_clips: int = at_least(20, 1)  # clips of a round
+    num_clips: int = at_least(20, 1)  # clips per round
 
 
 @dataclasses.dataclass(frozen=True)
 class PseudoLabelSpec(Spec):
-    """Clips without a label learn from what is said of them when they are seen whole (FixMatch,
+    """Pseudo-labels: unlabeled clips train on predictions from the unmasked clip (FixMatch,
     arXiv:2001.07685).
 
-    teacher 'average' is a mean teacher (arXiv:1703.01780); with target 'soft' and threshold 0,
-    exactly that paper's loss.
+    teacher 'ema' is a mean teacher (arXiv:1703.01780); with target 'soft' and threshold 0, the loss
+    is that paper's.
     """
 
-    weight: float = at_least(1.0, 0)
-    # who says it: the parameters of the moment, or their moving average (stage.ema)
+    weight: float = at_least(1.0, 0)  # weight of this loss
+    # teacher: the current parameters, or their moving average (stage's ema_decay)
     teacher: str = one_of("self", "ema")
-    # the likeliest class, by cross-entropy; all probabilities, by squared error
+    # hard: most likely class, cross-entropy; soft: all probabilities, squared error
     target: str = one_of("hard", "soft")
-    # clips whose likeliest class is less likely are not learnt from
-    threshold: float = between(0.95, 0, 1)
-    # share of the particles that the learner does not see
-    mask_ratio: float = between(0.5, 0, 0.99)
-    noise_std: float = at_least(0.2, 0)  # deviation of what is added to each number of its payloads
+    threshold: float = between(0.95, 0, 1)  # minimum confidence; less confident clips are ignored
+    mask_ratio: float = between(0.5, 0, 0.99)  # fraction of particles masked for the student
+    # standard deviation of the noise added to the student's payloads
+    noise_std: float = at_least(0.2, 0)
