@@ -48,7 +48,7 @@ def test_every_number_has_a_range_and_every_default_is_allowed(spec: type) -> No
         (OptimSpec, {"warmup_ratio": 5}, "OptimSpec.warmup_ratio is 5"),
         (ModelSpec, {"dropout": 1.5}, "ModelSpec.dropout is 1.5"),
         (ModelSpec, {"num_heads": 0}, "ModelSpec.num_heads is 0: use a number of 1 or more"),
-        (ModelSpec, {"num_heads": 5}, "width=192 .* must be multiples of heads=5"),
+        (ModelSpec, {"num_heads": 5}, "width=192 .* must be multiples of num_heads=5"),
         (specs.StageSpec, {"ema_decay": 1.5}, "StageSpec.ema_decay is 1.5"),
         (specs.EvalSpec, {"views": (0, 3)}, "EvalSpec.views is"),
         (MeshSpec, {"data": 0}, "MeshSpec.data is 0"),
@@ -59,9 +59,9 @@ def test_every_number_has_a_range_and_every_default_is_allowed(spec: type) -> No
             "DataSpec.train_fraction is 0: use a number above 0 and at",
         ),
         (specs.DataSpec, {"modalities": ()}, "DataSpec.modalities is empty"),
-        (specs.DataSpec, {"modalities": ("sight",)}, "DataSpec.modalities names 'sight'"),
+        (specs.DataSpec, {"modalities": ("sight",)}, "DataSpec.modalities has 'sight'"),
         (specs.DataSpec, {"num_frames": True}, "DataSpec.num_frames is True: write a whole number"),
-        (specs.DataSpec, {"source": 3}, "DataSpec.source is 3: write a text"),
+        (specs.DataSpec, {"source": 3}, "DataSpec.source is 3: write a string"),
     ],
 )
 def test_a_wrong_value_is_refused_in_python_and_in_a_config(
@@ -87,7 +87,7 @@ def test_stages_of_an_experiment_made_in_python_are_checked_too() -> None:
         Experiment(stages={"a": stage, "b": stage})
     ordered = Experiment(stages={"a": stage, "b": stage}, stage_order=("b", "a"))
     assert list(ordered.stages) == ["b", "a"]
-    with pytest.raises(UserError, match=r"config\.stages\.a gives steps=0"):
+    with pytest.raises(UserError, match=r"config\.stages\.a has num_steps=0"):
         Experiment.of({"stages": {"a": {"objectives": {"masked_autoencoder": {}}}}})
 
 

@@ -359,7 +359,7 @@ def test_prompts_want_blocks_that_all_modalities_share() -> None:
             "finetune": {"method": "vpt_shallow"},
         }
     }
-    with pytest.raises(UserError, match="or finetune.method to 'prompt_deep'"):
+    with pytest.raises(UserError, match="or finetune.method to 'vpt_deep'"):
         Experiment.of({"stages": stages, "model": {"fusion": "late"}})
     with pytest.raises(UserError, match="set model.share_encoder=True"):
         Experiment.of({"stages": stages, "model": {"share_encoder": False}})

@@ -55,12 +55,12 @@ def test_every_key_of_every_spec_is_explained(spec: type) -> None:
 
 
 def test_the_comment_is_the_one_in_the_source() -> None:
-    comments = config_help.comments(model.MaskedSpec)
-    assert comments["keep"] == config_help.comments(model.HiddenSpec)["keep"], "inherited"
+    comments = config_help.comments(model.MaskedAutoencoderSpec)
+    assert comments["mask_ratio"] == config_help.comments(model.MaskSpec)["mask_ratio"], "inherited"
     line = next(
         line
         for line in Path(model.__file__).read_text().splitlines()
-        if line.startswith("    rotary: ") or line.startswith("    rope: ")
+        if line.startswith("    rope: ")
     )
     key, _, comment = line.strip().partition("#")
     assert config_help.comments(model.ModelSpec)[key.partition(":")[0]] == comment.strip()
@@ -126,12 +126,16 @@ def test_help_of_an_experiment_shows_values_defaults_and_what_is_allowed(
     capsys: pytest.CaptureFixture,
 ) -> None:
     code, out, err = command(
-        capsys, "--config=quickstart:tiny", "--config.seed=7", "--config.data.size=96", "--help"
+        capsys,
+        "--config=quickstart:tiny",
+        "--config.seed=7",
+        "--config.data.image_size=96",
+        "--help",
     )
     text = " ".join(out.split())
     assert code == 0 and not err
     assert re.search(r"^  seed +7 ", out, re.MULTILINE)
-    assert re.search(r"96 pixels, .* \[whole number of 1 or more\] \(default 64\)", text)
+    assert re.search(r"96 height and width .* \[whole number of 1 or more\] \(default 64\)", text)
     config = config_files.load("quickstart:tiny")
     for section in config_help.sections(Experiment, config.to_dict()):
         assert (f"\n{section.path}\n" in out) == section.listed
@@ -145,17 +149,17 @@ def test_help_of_every_experiment(capsys: pytest.CaptureFixture, name: str) -> N
 
 
 def test_help_of_a_section(capsys: pytest.CaptureFixture) -> None:
-    for section in ("optim", "finetune.optim", "augment", "evaluate", "particles"):
+    for section in ("optim", "finetune.optim", "augment", "eval", "particles"):
         code, out, _ = command(capsys, "--config=quickstart", f"--help={section}")
         heads = [line for line in out.splitlines() if line.startswith("config")]
         assert code == 0 and heads
         assert all(f".{section}" in head for head in heads)
     code, out, _ = command(capsys, "--config=quickstart", "--help", "optim")
     assert out.count("\nconfig.stages") == 1 and out.startswith("config.stages")
-    code, out, _ = command(capsys, "--help=contrast")
-    assert code == 0 and "config.stages.NAME.objectives.contrast" in out and "[infonce" in out
-    code, out, _ = command(capsys, "--config=quickstart", "--help=contrast")
-    assert code == 0 and "objectives.contrast  (not in this config yet)" in out
+    code, out, _ = command(capsys, "--help=contrastive")
+    assert code == 0 and "config.stages.NAME.objectives.contrastive" in out and "[infonce" in out
+    code, out, _ = command(capsys, "--config=quickstart", "--help=contrastive")
+    assert code == 0 and "objectives.contrastive  (not in this config yet)" in out
     code, out, _ = command(capsys, "--config=quickstart", "--help=lr")
     assert code == 0 and "peak learning rate" in out and "weight_decay" not in out
     code, out, err = command(capsys, "--config=quickstart", "--help=optm")
@@ -173,7 +177,7 @@ PLACES = {
     "optim.weight_decay": "config.stages.pretrain.optim.weight_decay",
     "stages.pretrian.optim.weight_decay": "config.stages.pretrain.optim.weight_decay?",
     "stages.finetune.optim.wd": "config.stages.finetune.optim.weight_decay?",
-    "stages.pretrain.objectives.contrst.weight": "config.stages.pretrain.objectives.contrast",
+    "stages.pretrain.objectives.contrst.weight": "config.stages.pretrain.objectives.contrastive",
     "data.sorce": "config.data.source?",
     "dat.source": "config.data.source?",
     "img_size": "config.data.",
@@ -214,31 +218,38 @@ def test_whole_numbers_may_be_written_as_1e3_and_1_000() -> None:
 def test_values_are_read_by_the_type_of_their_key() -> None:
     experiment = changed(
         "run=123",
-        "data.mean=1",
+        "data.image_mean=1",
         "model.qk_norm",
         "data.modalities=vision,text",
-        "evaluate.splits=val",
-        "order=('finetune',)",
-        "stages.finetune.init=",
+        "eval.splits=val",
+        "stage_order=('finetune',)",
+        "stages.finetune.init_from=",
     )
-    assert experiment.run == "123" and isinstance(experiment.data.mean, float)
+    assert experiment.run == "123" and isinstance(experiment.data.image_mean, float)
     assert experiment.model.qk_norm is True and experiment.data.modalities == ("vision", "text")
-    assert experiment.evaluate.splits == ("val",) and experiment.order == ("finetune",)
-    assert experiment.stages["finetune"].init == ""
+    assert experiment.eval.splits == ("val",) and experiment.stage_order == ("finetune",)
+    assert experiment.stages["finetune"].init_from == ""
 
 
 def test_a_whole_objective_is_added_from_the_command_line() -> None:
-    experiment = changed("stages.pretrain.objectives.contrast.weight=2")
-    assert set(experiment.stages["pretrain"].objectives) == {"masked", "contrast"}
-    assert experiment.stages["pretrain"].objectives["contrast"] == model.ContrastSpec(weight=2.0)
-    assert "order" in changed("stages.pretrain.objectives.order={}").stages["pretrain"].objectives
+    experiment = changed("stages.pretrain.objectives.contrastive.weight=2")
+    assert set(experiment.stages["pretrain"].objectives) == {"masked_autoencoder", "contrastive"}
+    assert experiment.stages["pretrain"].objectives["contrastive"] == model.ContrastiveSpec(
+        weight=2.0
+    )
+    assert (
+        "clip_order"
+        in changed("stages.pretrain.objectives.clip_order={}").stages["pretrain"].objectives
+    )
 
 
 def test_what_a_stage_changes_of_a_section_is_set_alone() -> None:
-    experiment = changed("stages.pretrain.data.augment.mixup=0.5", "data.augment={'cutmix': 1}")
+    experiment = changed(
+        "stages.pretrain.data.augment.mixup_alpha=0.5", "data.augment={'cutmix_alpha': 1}"
+    )
     stage = experiment.stages["pretrain"]
-    assert stage.data == {"augment": {"mixup": 0.5}}
-    assert experiment.data_of(stage).augment.cutmix == 1.0
+    assert stage.data == {"augment": {"mixup_alpha": 0.5}}
+    assert experiment.data_of(stage).augment.cutmix_alpha == 1.0
     with pytest.raises(UserError, match=r"config\.data is a section: set one of its keys"):
         changed("data=3")
     with pytest.raises(UserError, match=r"config\.run has no value: write --config\.run=VALUE"):
@@ -252,12 +263,12 @@ def test_flags_are_read_in_every_usual_way() -> None:
             "a.py",
             "--config.seed",
             "3",
-            "--noconfig.near",
-            "--config.unroll",
+            "--noconfig.model.rope",
+            "--config.model.unroll_layers",
             "--workdir=x",
         ]
     )
-    assert line == ("a.py", ("seed=3", "near=false", "unroll"), "x", None)
+    assert line == ("a.py", ("seed=3", "model.rope=false", "model.unroll_layers"), "x", None)
     assert entry.parse(["--config.data.mean", "-7"]).settings == ("data.mean=-7",)
     with pytest.raises(UserError, match="there is no flag '--confg': did you mean --config"):
         entry.parse(["--confg=x"])

@@ -258,7 +258,7 @@ def test_every_experiment_file_runs_shrunk(
         (
             DataSpec,
             {"frame_stride": (4, 2)},
-            "config.stride_seconds is .*: write the smaller one first",
+            "config.stride_seconds is .*: write the smaller number first",
         ),
         (DataSpec, {"num_frames": 0}, "config.num_frames is 0: use a number of 1 or more"),
         (DataSpec, {"num_frames": "many"}, "config.num_frames is 'many': write a whole number"),
@@ -271,7 +271,7 @@ def test_every_experiment_file_runs_shrunk(
         (
             DataSpec,
             {"modalities": "vision"},
-            r"config.modalities is 'vision': write it in brackets, .*, such as \('vision',\)",
+            r"config.modalities is 'vision': write a tuple, such as \('vision',\)",
         ),
         (
             DataSpec,
@@ -310,8 +310,7 @@ def test_settings_that_do_not_go_together_get_a_sentence() -> None:
     stage = {"num_steps": 1, "objectives": {"classify": {}}}
     with pytest.raises(
         UserError,
-        match="stages.a.early_stopping_patience=3 waits for a better `select`, which is empty: "
-        "name a metric",
+        match="stages.a.early_stopping_patience=3 needs best_metric: set it to a validation",
     ):
         Experiment.of({"stages": {"a": {**stage, "early_stopping_patience": 3}}})
     experiment = Experiment.of(

@@ -206,7 +206,7 @@ def test_a_series_that_is_wrong_is_named(beeping: bytes) -> None:
 def test_rows_need_to_know_how_long_sound_is() -> None:
     with pytest.raises(UserError, match="set one of them"):
         pipeline.row_of(DataSpec(modalities=("audio",)), CUT)
-    with pytest.raises(UserError, match="names 'smell'"):
+    with pytest.raises(UserError, match="has 'smell'"):
         pipeline.row_of(DataSpec(modalities=("smell",)), CUT)
 
 

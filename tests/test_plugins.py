@@ -158,7 +158,7 @@ def test_later_commands_know_the_plugins_from_config_json(project: Path) -> None
 
 
 def test_a_name_that_is_taken_is_refused() -> None:
-    with pytest.raises(ValueError, match="there is a policy 'grid' already"):
+    with pytest.raises(ValueError, match="policy 'grid' exists already"):
         policies.register_policy("grid", count=lambda size, spec: 1)(lambda *args: None)
     with pytest.raises(TypeError, match="annotate the argument of"):
         registry.register_objective("mine")(lambda spec: None)

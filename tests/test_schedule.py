@@ -147,11 +147,11 @@ def test_schedules_say_which_scale_when() -> None:
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"kind": "mixture"}, "'mixture' with 0 scales: give it some"),
-        ({"scales": ({"image_size": 16},)}, "'fixed' with 1 scales: name another kind"),
+        ({"kind": "mixture"}, "'mixture' with 0 scales: add scales"),
+        ({"scales": ({"image_size": 16},)}, "'fixed' with 1 scales: set another kind"),
         (
             {"kind": "mixture", "scales": ({"image_size": 16},), "num_cycles": 2},
-            "belong to 'cycles'",
+            "require kind 'cycles'",
         ),
         (
             {"kind": "mixture", "scales": ({"sise": 16},)},

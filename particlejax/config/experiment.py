@@ -46,7 +46,7 @@ class AugmentSpec(Spec):
     none.
     """
 
-    # range of the random resized crop's area, as a fraction of the frame
+    # range of the random resized crop's area, as a fraction of the largest square
     crop_scale: tuple[float, float] = interval((1.0, 1.0), 0.01, 1)
     hflip_prob: float = between(0.0, 0, 1)  # probability of a horizontal flip
     # classes that are never flipped, because a flip changes the class

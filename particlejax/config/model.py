@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an experiment may say about the model and about the objectives that train it."""
+"""The settings of the model and of the objectives that train it."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,110 +12,101 @@ from particlejax.core.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class StemSpec(Spec):
-    """A published 3D CNN between the pixels of each vision particle, which are a sub-clip, and its
-    token.
+    """A published 3D CNN that embeds the pixels of each vision particle (a sub-clip) as its token.
 
-    It trains like the rest; `finetune.freeze='payload_vision/network'` keeps it as it came. Its
-    batch normalisation is by the statistics that the weights brought, in training too.
+    It trains like the rest of the model; `finetune.freeze='payload_vision/network'` freezes it. Its
+    batch normalization always uses the pretrained statistics.
     """
 
-    # c3d, i3d, i3d_r50, x3d_xs to x3d_l (models/variants.py); '': a Dense layer reads the pixels
+    # c3d, i3d, i3d_r50 or x3d_xs to x3d_l (models/zoo); '': a linear patch embedding
     model: str = ""
-    endpoint: str = ""  # feature map whose mean becomes the token; '': the network's last
-    # of a stage that starts afresh: a file, or the --workdir of import_weights; '': a package's; or
-    # 'random'
+    endpoint: str = ""  # feature map whose mean is the token; '': the last one
+    # initial weights: a file, or the workdir of import_weights; '': from a Python package;
+    # 'random': untrained
     weights: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec(Spec):
-    """The encoder and, where an objective needs it, the decoder."""
+    """The encoder and, if an objective needs it, the decoder."""
 
-    width: int = at_least(192, 1)
-    depth: int = at_least(6, 1)
-    num_heads: int = at_least(3, 1)
-    distance_bias: bool = True  # attention falls with distance in time and space, learned per head
-    mlp_ratio: int = at_least(4, 1)  # hidden width of the MLP, in widths
-    rope: bool = False  # queries and keys turned by place (nn/rotary.py)
-    qk_norm: bool = False  # queries and keys normed (arXiv:2302.05442)
-    mlp_activation: str = one_of("gelu", "swiglu")  # of the MLP
-    # that each branch starts with (arXiv:2103.17239); 0: none
+    width: int = at_least(192, 1)  # token width of the encoder
+    depth: int = at_least(6, 1)  # number of encoder blocks
+    num_heads: int = at_least(3, 1)  # attention heads per encoder block
+    distance_bias: bool = True  # learned attention bias per head against distance in time and space
+    mlp_ratio: int = at_least(4, 1)  # hidden width of the MLP, as a multiple of the token width
+    rope: bool = False  # rotary position embedding of queries and keys (nn/rope.py)
+    qk_norm: bool = False  # normalize queries and keys (arXiv:2302.05442)
+    mlp_activation: str = one_of("gelu", "swiglu")  # activation of the MLP
+    # initial LayerScale factor of residual branches (arXiv:2103.17239); 0: no LayerScale
     layer_scale: float = at_least(0.0, 0)
-    # how modalities read each other (nn/fusion.py)
+    # how modalities attend to each other (nn/fusion.py)
     fusion: str = one_of("early", "bottleneck", "late", "cross")
-    # number of the block from which they do, in bottleneck and cross
-    fusion_layer: int = at_least(0, 0)
-    # per clip, that carry what crosses in bottleneck (arXiv:2107.00135)
+    fusion_layer: int = at_least(0, 0)  # index of the first fusion block, for bottleneck and cross
+    # bottleneck tokens per clip, for fusion bottleneck (arXiv:2107.00135)
     num_bottlenecks: int = at_least(4, 1)
-    share_encoder: bool = True  # one stack of blocks for all modalities; else each has its own
-    # probability that training hides a modality of a clip, never all
+    share_encoder: bool = True  # whether all modalities share the encoder blocks
+    # probability of dropping a modality of a training clip; at least one stays
     modality_dropout: float = between(0.0, 0, 1)
-    stem: StemSpec = StemSpec()  # what reads the pixels of vision
-    dropout: float = between(0.0, 0, 1, open_at="most")
-    drop_path_rate: float = between(
-        0.0, 0, 1, open_at="most"
-    )  # stochastic depth of the last block, linear from 0 (arXiv:1603.09382)
-    # what becomes of tokens after the blocks `reduce_after` (nn/reduce.py)
+    stem: StemSpec = StemSpec()  # embedding of vision particles
+    dropout: float = between(0.0, 0, 1, open_at="most")  # dropout rate within blocks
+    # stochastic depth rate of the last block, linear from 0 (arXiv:1603.09382)
+    drop_path_rate: float = between(0.0, 0, 1, open_at="most")
+    # token reduction after the blocks `token_reduction_layers` (nn/token_reduction.py)
     token_reduction: str = one_of("prune", "merge")
-    # numbers of blocks, ascending; (): all tokens go through all blocks
+    # ascending block numbers, from 1; (): no token reduction
     token_reduction_layers: tuple[int, ...] = at_least((), 1)
-    token_keep_rate: float = between(
-        0.5, 0, 1, open_at="least most"
-    )  # share of a clip's tokens that stays each time
-    # how a clip's tokens become the vector that is classified
+    # fraction of a clip's tokens that each reduction keeps
+    token_keep_rate: float = between(0.5, 0, 1, open_at="least most")
+    # pooling of a clip's tokens for classification
     pool_type: str = one_of("mean", "attention", "cls")
-    pool_num_heads: int = at_least(8, 1)  # of attention pooling
-    embed_dim: int = at_least(128, 1)  # width of what clips are compared by
-    decoder_width: int = at_least(128, 1)
-    decoder_depth: int = at_least(2, 1)
-    decoder_num_heads: int = at_least(2, 1)
-    # auto: what the devices run best (nn/flash.py)
+    pool_num_heads: int = at_least(8, 1)  # heads of attention pooling
+    embed_dim: int = at_least(128, 1)  # width of clip embeddings for contrastive objectives
+    decoder_width: int = at_least(128, 1)  # token width of the decoder
+    decoder_depth: int = at_least(2, 1)  # number of decoder blocks
+    decoder_num_heads: int = at_least(2, 1)  # attention heads per decoder block
+    # attention kernel; auto: the fastest one of the device (nn/fused_attention.py)
     attention_impl: str = one_of("auto", "xla", "splash", "cudnn")
-    # layers unrolled in the program: faster, in less memory; slower to compile
+    # unroll the layer loop: faster and less memory, but slower to compile
     unroll_layers: bool = True
-    # of the computation; parameters and reductions stay float32 (nn/policy.py)
+    # compute dtype; parameters and reductions stay float32 (nn/precision.py)
     dtype: str = one_of("float32", "bfloat16")
-    # what the backward pass computes again (nn/policy.py)
+    # activations that the backward pass recomputes (nn/precision.py)
     remat_policy: str = one_of("none", "full", "dots_no_batch", "dots")
 
     def check(self) -> None:
-        """Raises UserError where settings contradict each other."""
+        """Raises UserError for contradictory settings."""
         if self.width % self.num_heads or self.decoder_width % self.decoder_num_heads:
             raise UserError(
                 f"ModelSpec.width={self.width} and decoder_width={self.decoder_width} must be "
-                f"multiples of heads={self.num_heads} and decoder_heads={self.decoder_num_heads}."
+                f"multiples of num_heads={self.num_heads} and "
+                f"decoder_num_heads={self.decoder_num_heads}."
             )
         if self.pool_type == "attention" and self.width % self.pool_num_heads:
             raise UserError(
                 f"ModelSpec.width={self.width} is not a multiple of "
-                f"pool_heads={self.pool_num_heads}: "
-                "change one."
+                f"pool_num_heads={self.pool_num_heads}: change one of them."
             )
         edges = (0, *self.token_reduction_layers, self.depth)
         if any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
             raise UserError(
-                f"ModelSpec.token_reduction_layers={self.token_reduction_layers} must name blocks "
-                "between 1 and "
-                f"{self.depth - 1}, "
-                "ascending: correct it, or leave it empty."
+                f"ModelSpec.token_reduction_layers={self.token_reduction_layers} must be ascending "
+                f"block numbers between 1 and {self.depth - 1}, or empty."
             )
         if self.token_reduction_layers and (
             self.fusion != "early" or not self.share_encoder or self.pool_type == "cls"
         ):
             raise UserError(
-                "ModelSpec.token_reduction_layers goes with fusion 'early', shared blocks and pool "
-                "'mean' or "
-                "'attention', as "
-                "tokens lose their order: leave it empty, or choose those."
+                "ModelSpec.token_reduction_layers reorders tokens, so it needs fusion='early', "
+                "share_encoder=True and pool_type 'mean' or 'attention': set these, or leave it "
+                "empty."
             )
-        # what latents have read is read a block later
+        # bottleneck tokens pass information on one block later
         last = self.depth - (2 if self.fusion == "bottleneck" else 1)
         if self.fusion_layer > last and self.fusion != "early":
             raise UserError(
                 f"ModelSpec.fusion_layer={self.fusion_layer} is too late for {self.depth} blocks "
-                "of "
-                "fusion "
-                f"{self.fusion!r}: use {last} or less."
+                f"and fusion {self.fusion!r}: use {last} or less."
             )
         least = 0.5 if self.token_reduction == "merge" else 0.0
         if not least <= self.token_keep_rate < 1 or not self.token_keep_rate:
@@ -127,197 +118,199 @@ class ModelSpec(Spec):
 
 @dataclasses.dataclass(frozen=True)
 class MaskSpec(Spec):
-    """What is hidden of a modality, and how much of that is asked for."""
+    """Masking of a modality, and the fraction of particles to predict."""
 
-    weight: float = at_least(1.0, 0)
-    modality: str = "vision"
-    # hidden more often is what changes most; what says least
+    weight: float = at_least(1.0, 0)  # weight of this loss
+    modality: str = "vision"  # masked modality
+    # mask type; motion masks particles with most change more often, low_variance those with least
+    # content
     mask_type: str = one_of("tube", "random", "motion", "low_variance")
-    mask_ratio: float = between(0.75, 0, 1)  # share of the particles that the encoder does not see
-    target_ratio: float = between(0.5, 0, 1)  # share of the particles that are asked for
+    mask_ratio: float = between(0.75, 0, 1)  # fraction of particles masked from the encoder
+    target_ratio: float = between(0.5, 0, 1)  # fraction of particles to predict
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskedAutoencoderSpec(MaskSpec):
-    """Masked particle prediction: an encoder on the visible, a decoder that is asked for the
-    hidden.
+    """Masked autoencoder: the encoder sees the visible particles, the decoder predicts the masked
+    ones.
     """
 
-    norm_pix_loss: bool = True  # targets normalised per particle (arXiv:2111.06377, section 4.1)
+    norm_pix_loss: bool = True  # normalize targets per particle (arXiv:2111.06377, section 4.1)
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassifySpec(Spec):
-    """What a clip is: one class (softmax), several at once, written 'a|b' (binary), or a number
+    """Classification: one class (softmax), several classes written 'a|b' (sigmoid), or a number
     (regression).
     """
 
-    weight: float = at_least(1.0, 0)
+    weight: float = at_least(1.0, 0)  # weight of this loss
+    # softmax: one class per clip; sigmoid: several classes; regression: a number
     loss: str = one_of("softmax", "sigmoid", "regression")
-    label_smoothing: float = between(0.0, 0, 1, open_at="most")
-    # gamma of the focal loss: what is known already counts less (arXiv:1708.02002); 0: alike
+    label_smoothing: float = between(0.0, 0, 1, open_at="most")  # label smoothing
+    # gamma of the focal loss (arXiv:1708.02002); 0: cross-entropy
     focal_gamma: float = at_least(0.0, 0)
-    # beta of class-balanced weights, such as 0.999 (arXiv:1901.05555); 0: alike
+    # beta of class-balanced weights, such as 0.999 (arXiv:1901.05555); 0: equal weights
     class_balance_beta: float = between(0.0, 0, 0.9999999)
-    # weight of R-Drop: two draws of dropout shall agree (arXiv:2106.14448); 0: one draw
+    # weight of R-Drop, the KL divergence of two dropout samples (arXiv:2106.14448); 0: none
     rdrop_weight: float = at_least(0.0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class JepaSpec(MaskSpec):
-    """Masked prediction of a teacher's features; the teacher is the stage's average, so `ema` is
-    above 0.
-    """
+    """JEPA: predict an EMA teacher's features of masked particles; needs stage key `ema_decay`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureDistillationSpec(Spec):
-    """What a published network says of sub-clips (job extract_features), predicted from what the
-    encoder sees of `modality`.
+    """Predict a published network's features of sub-clips (job extract_features) from the visible
+    particles of `modality`.
     """
 
-    weight: float = at_least(1.0, 0)
-    modality: str = "vision"
-    # modality that holds the answers; the encoder never sees it
+    weight: float = at_least(1.0, 0)  # weight of this loss
+    modality: str = "vision"  # modality that the encoder sees
+    # modality of the teacher's features; the encoder never sees it
     teacher_modality: str = "video_features"
-    # hidden more often is what changes most; what says least
+    # mask type; motion masks particles with most change more often, low_variance those with least
+    # content
     mask_type: str = one_of("random", "tube", "motion", "low_variance")
-    # share of the particles that the encoder does not see
-    mask_ratio: float = between(0.5, 0, 0.99)
-    # smooth L1, as masked video distillation has it, or the angle
+    mask_ratio: float = between(0.5, 0, 0.99)  # fraction of particles masked from the encoder
+    # smooth L1, as in masked video distillation, or cosine distance
     loss: str = one_of("smooth_l1", "cosine")
 
 
 @dataclasses.dataclass(frozen=True)
 class FuturePredictionSpec(Spec):
-    """Prediction of the particles of later moments from what ended before."""
+    """Predict the particles after a split time from the particles before it."""
 
-    weight: float = at_least(1.0, 0)
-    modality: str = "vision"
-    # shares of the clip that the present is drawn between
+    weight: float = at_least(1.0, 0)  # weight of this loss
+    modality: str = "vision"  # modality to predict
+    # range of the split time, as fractions of the clip
     split_range: tuple[float, float] = interval((0.25, 0.75), 0, 1)
-    horizon: float = at_least(0.0, 0)  # seconds ahead; 0: to the end of the clip
-    # payloads, each normalised or as it is; or against the last known frame
+    # seconds to predict after the split; 0: to the end of the clip
+    horizon: float = at_least(0.0, 0)
+    # payloads normalized per particle, raw payloads, or the difference from the last visible frame
     target: str = one_of("norm_pix", "pixels", "residual")
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipOrderSpec(Spec):
-    """Which of six orders a clip's thirds stand in."""
+    """Predict the order of a clip's three shuffled parts (6 classes)."""
 
-    weight: float = at_least(1.0, 0)
+    weight: float = at_least(1.0, 0)  # weight of this loss
 
 
 @dataclasses.dataclass(frozen=True)
 class PlaybackSpeedSpec(Spec):
-    """How often a clip's speed was doubled. Clips want at least 2 ** doublings particles one after
-    the other.
+    """Predict how often a clip's speed was doubled; clips need at least 2 ** max_doublings
+    particles in time.
     """
 
-    weight: float = at_least(1.0, 0)
-    max_doublings: int = between(1, 1, 4)  # at most
+    weight: float = at_least(1.0, 0)  # weight of this loss
+    max_doublings: int = between(1, 1, 4)  # maximum number of doublings
 
 
 @dataclasses.dataclass(frozen=True)
 class ArrowOfTimeSpec(Spec):
-    """Whether a clip runs forward or backward."""
+    """Predict whether a clip plays forward or backward."""
 
-    weight: float = at_least(1.0, 0)
+    weight: float = at_least(1.0, 0)  # weight of this loss
 
 
 @dataclasses.dataclass(frozen=True)
 class RotationFlipSpec(Spec):
-    """Which of eight turns and mirrorings a clip went through."""
+    """Predict the rotation and flip of a clip (8 classes)."""
 
-    weight: float = at_least(1.0, 0)
+    weight: float = at_least(1.0, 0)  # weight of this loss
 
 
 @dataclasses.dataclass(frozen=True)
 class SynchronizationSpec(Spec):
-    """By how much a second modality is shifted against a first, or whether it is another clip's."""
+    """Predict the time shift between two modalities, or whether the second is another clip's."""
 
-    weight: float = at_least(1.0, 0)
-    # the second is shifted; one named twice: the picture's right half against its left
+    weight: float = at_least(1.0, 0)  # weight of this loss
+    # reference and shifted modality; the same twice: left and right half of the frame
     modalities: tuple[str, str] = ("vision", "audio")
-    max_shift: int = at_least(2, 1)  # steps to either side: 2 * shifts + 1 answers
-    shift_stride: int = at_least(2, 1)  # of the second's particles that make a step
-    # asked of who reads both; or where they vary alike, each read by itself
+    # maximum shift in either direction, in steps: 2 * max_shift + 1 classes
+    max_shift: int = at_least(2, 1)
+    shift_stride: int = at_least(2, 1)  # particles of the second modality per step
+    # joint: one encoder pass over both; correlation: correlate separately encoded modalities
     method: str = one_of("joint", "correlation")
-    # share of rows with the second of another clip; 0: none
+    # fraction of rows whose second modality is another clip's; 0: none
     mismatch_prob: float = between(0.2, 0, 1)
 
     @property
     def laid(self) -> tuple[str, ...]:
-        """Modalities whose moments are laid over each other."""
+        """Modalities whose time steps are correlated; () for method joint."""
         return self.modalities if self.method == "correlation" else ()
 
 
 @dataclasses.dataclass(frozen=True)
 class ContrastiveSpec(Spec):
-    """Clips told from each other by embeddings of two modalities, or of two masked views of one
-    named twice.
+    """Contrastive learning of clips between two modalities, or between two masked views of one
+    modality.
     """
 
-    weight: float = at_least(1.0, 0)
+    weight: float = at_least(1.0, 0)  # weight of this loss
+    # the two modalities; the same twice: two masked views
     modalities: tuple[str, str] = ("vision", "text")
+    # InfoNCE over the batch, or a sigmoid per pair of clips
     loss: str = one_of("infonce", "sigmoid")
-    mask_ratio: float = between(0.5, 0, 1)  # share of the particles that each of two views lacks
+    mask_ratio: float = between(0.5, 0, 1)  # fraction of particles masked in each of two views
 
 
 @dataclasses.dataclass(frozen=True)
 class TextMatchingSpec(Spec):
-    """Whether a text belongs to the clip or to another one of the batch."""
+    """Predict whether a text belongs to the clip or to another clip of the batch."""
 
-    weight: float = at_least(1.0, 0)
-    modality: str = "text"
-    mismatch_prob: float = between(0.5, 0, 1)  # share of clips that are shown the text of another
-    # whose: the next row's, or drawn by how alike the encoder finds the clips
+    weight: float = at_least(1.0, 0)  # weight of this loss
+    modality: str = "text"  # text modality
+    mismatch_prob: float = between(0.5, 0, 1)  # fraction of clips paired with another clip's text
+    # shifted: the next row's text; hard: sampled by the encoder's clip similarity
     negatives: str = one_of("shifted", "hard")
 
 
 @dataclasses.dataclass(frozen=True)
 class TemporalAlignmentSpec(Spec):
-    """When in its clip each particle of a modality is, given the others; its own time is hidden."""
+    """Predict the time of each particle of a modality from the others; its own time is masked."""
 
-    weight: float = at_least(1.0, 0)
-    modality: str = "text"
-    num_bins: int = at_least(8, 2)  # of the clip's time, equal ones, that are told apart
+    weight: float = at_least(1.0, 0)  # weight of this loss
+    modality: str = "text"  # modality whose times are predicted
+    num_bins: int = at_least(8, 2)  # number of equal time bins of a clip
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskedLmSpec(Spec):
-    """Masked language modelling given the rest of the clip."""
+    """Masked language modeling, given the rest of the clip."""
 
-    weight: float = at_least(1.0, 0)
-    modality: str = "text"
-    # share of the words that the encoder does not see and is asked for
-    mask_ratio: float = between(0.3, 0, 1)
+    weight: float = at_least(1.0, 0)  # weight of this loss
+    modality: str = "text"  # masked modality of token ids
+    mask_ratio: float = between(0.3, 0, 1)  # fraction of tokens to mask and predict
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskedVisualTokensSpec(MaskSpec):
-    """Masked prediction of clusters: k-means over payloads, found before the first step, makes
-    words of a modality of numbers.
+    """Masked prediction of visual tokens: k-means clusters of payloads, computed before the first
+    step.
     """
 
-    codebook_size: int = at_least(256, 2)  # clusters
-    kmeans_samples: int = at_least(16384, 2)  # particles that they are found among
+    codebook_size: int = at_least(256, 2)  # number of clusters
+    kmeans_samples: int = at_least(16384, 2)  # number of particles for k-means
 
 
 @dataclasses.dataclass(frozen=True)
 class FramewiseSpec(Spec):
-    """The channels of a series, or the spectrum of a sound, at each moment, told from what the clip
-    holds besides them.
+    """Frame-wise regression or classification of a time series, or of a spectrogram, from the rest
+    of the clip.
     """
 
-    weight: float = at_least(1.0, 0)
-    modality: str = one_of("timeseries", "audio")
-    # binary: channels of 0 and 1, such as whether a moment belongs to the summary
+    weight: float = at_least(1.0, 0)  # weight of this loss
+    modality: str = one_of("timeseries", "audio")  # modality to predict at each time step
+    # mse: regression; sigmoid: channels of 0 and 1, such as video summaries
     loss: str = one_of("mse", "sigmoid")
 
 
-# Random keys and the sum of the losses follow this order, which a new objective must not
-# change: it goes to the end.
+# Random keys and the sum of losses depend on this order: append new objectives.
 OBJECTIVES = {
     "temporal_alignment": TemporalAlignmentSpec,
     "arrow_of_time": ArrowOfTimeSpec,
@@ -342,27 +335,21 @@ OBJECTIVES = {
 def check_stage(
     objectives: Mapping[str, Any], tune: training.FinetuneSpec, model: ModelSpec, where: str
 ) -> None:
-    """Raises UserError where what a stage learns, or which parameters it trains, contradicts the
-    model.
-    """
+    """Raises UserError if objectives or fine-tuning settings contradict the model."""
     training.check(tune, model.pool_type, where)
     if (
         tune.method in ("lora", "ia3", "adapter", "prefix", "vpt_shallow", "vpt_deep")
         and not model.share_encoder
     ):
         raise UserError(
-            f"{where}.finetune.method={tune.method!r} changes blocks that all modalities share: "
-            "set "
-            "model.share_encoder=True, or "
-            "finetune.method to full, bitfit, probe or linear."
+            f"{where}.finetune.method={tune.method!r} needs shared blocks: set "
+            "model.share_encoder=True, or finetune.method to full, bitfit, attentive_probe or "
+            "linear_probe."
         )
     if tune.method == "vpt_shallow" and (model.fusion != "early" or model.token_reduction_layers):
         raise UserError(
-            f"{where}.finetune.method is 'prompt', whose tokens go through all blocks with a "
-            "clip's own: "
-            "set model.fusion to "
-            "'early' and leave model.token_reduction_layers empty, or finetune.method to "
-            "'prompt_deep'."
+            f"{where}.finetune.method='vpt_shallow' needs model.fusion='early' and empty "
+            "model.token_reduction_layers: set these, or finetune.method to 'vpt_deep'."
         )
     for name in ("temporal_alignment", "framewise", "synchronization"):
         if (
@@ -371,22 +358,17 @@ def check_stage(
             and (name != "synchronization" or objectives[name].laid)
         ):
             raise UserError(
-                f"{where}.objectives.{name} asks about every particle: leave "
-                "model.token_reduction_layers "
-                "empty."
+                f"{where}.objectives.{name} predicts for every particle: leave "
+                "model.token_reduction_layers empty."
             )
     if "feature_distillation" in objectives and model.fusion in ("late", "bottleneck"):
         raise UserError(
-            f"{where}.objectives.feature_distillation asks for a modality that the encoder does "
-            "not see, and the "
-            "decoder of fusion "
-            f"{model.fusion!r} reads that alone: set model.fusion to 'early' or 'cross'."
+            f"{where}.objectives.feature_distillation decodes one modality from another, which "
+            f"fusion {model.fusion!r} does not support: set model.fusion to 'early' or 'cross'."
         )
     distil = objectives.get("feature_distillation")
     if distil and distil.modality == distil.teacher_modality:
         raise UserError(
-            f"{where}.objectives.feature_distillation would hide {distil.teacher_modality!r} from "
-            "an encoder that is to "
-            "see it: name another "
-            "modality."
+            f"{where}.objectives.feature_distillation has modality and teacher_modality "
+            f"{distil.teacher_modality!r}: use two different modalities."
         )

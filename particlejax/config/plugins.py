@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules of the user's own that add an objective, a particle policy, an augmentation, a source or
-a network: `config.plugins = ("my_project.losses",)`.
+"""User modules that add objectives, particle policies, augmentations, sources or networks:
+`config.plugins = ("my_project.losses",)`.
 
-They are imported before the config is checked. config.json keeps their names, so that every later
-command on the run imports them again. Processes that are started later (data workers) find them in
-the environment.
+They are imported before the config is checked. config.json stores their names, so later commands on
+the run import them again. Processes started later (data workers) find the names in an environment
+variable.
 """
 
 import importlib
@@ -20,16 +20,16 @@ _VARIABLE = "PARTICLEJAX_PLUGINS"
 
 
 def load(*names: str) -> tuple[str, ...]:
-    """Imports the modules and returns their names; an experiment file that uses what they add calls
-    it first. Raises UserError for one that is not there.
+    """Imports modules and returns their names. An experiment file that uses what they add calls
+    this first. Raises UserError if an import fails.
     """
     for name in names:
         try:
             _import(name)
         except ImportError as error:
             raise UserError(
-                f"config.plugins names {name!r}, which cannot be imported ({error}): install its "
-                "package, or start from the folder that holds it."
+                f"config.plugins: {name!r} cannot be imported ({error}): install its package, or "
+                "run from the folder that contains it."
             ) from error
     known = [name for name in os.environ.get(_VARIABLE, "").split(",") if name]
     os.environ[_VARIABLE] = ",".join(dict.fromkeys([*known, *names]))
@@ -37,27 +37,26 @@ def load(*names: str) -> tuple[str, ...]:
 
 
 def load_inherited() -> None:
-    """Imports what the process that started this one had loaded."""
+    """Imports the plugins of the parent process."""
     for name in os.environ.get(_VARIABLE, "").split(","):
         if name:
             _import(name)
 
 
 def _import(name: str) -> None:
-    """Imports a module; like `python -m`, the working directory counts as a place to find it."""
+    """Imports a module, with the working directory on the path, like `python -m`."""
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
     importlib.import_module(name)
 
 
 def add(table: MutableMapping[str, T], kind: str, name: str, item: T) -> None:
-    """Puts an item into a table of this package. Raises ValueError for a name that is taken.
+    """Registers an item in a table of this package. Raises ValueError for a name that is taken.
 
-    An item of the same module and name takes the place of the old one, so that a notebook's cell
-    may be run again.
+    An item of the same module and name is replaced, so that notebook cells can run again.
     """
     if name in table and _origin(table[name]) != _origin(item):
-        raise ValueError(f"there is a {kind} {name!r} already: register yours by another name.")
+        raise ValueError(f"{kind} {name!r} exists already: register yours under another name.")
     table[name] = item
 
 

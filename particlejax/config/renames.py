@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names that runs of format 1 used: config keys, values, objectives, metrics and parameters.
+"""Old names of format 1: config keys, values, objectives, metrics and parameters.
 
-The tables map old names to new ones. They upgrade the config.json, the logs and the checkpoints of
-old runs, and they answer a user who types an old name. Spec classes are named by their new names.
+The tables map old names to new ones. They upgrade the config.json, logs and checkpoints of old
+runs, and give the new name in errors about old ones. Spec classes have their new names.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ FORMAT = 2  # of config.json; a file without the key `format` has format 1
 
 
 def _table(text: str) -> dict[str, str]:
-    """The text 'old new, old new' as a dict."""
+    """Parses 'old new, old new' into a dict."""
     return dict(pair.split() for pair in text.split(","))
 
 
@@ -126,7 +126,7 @@ KEYS: dict[str, dict[str, str]] = {
     }.items()
 }
 
-# old values of a key, by its new name; where a class is named the key has them in that class alone
+# old values by new key, or by Class.key if they apply to one class only
 VALUES: dict[str, dict[str, str]] = {
     "job": JOBS,
     **dict.fromkeys(("modalities", "modality", "teacher_modality"), MODALITIES),
@@ -158,8 +158,7 @@ VALUES: dict[str, dict[str, str]] = {
     "PseudoLabelSpec.target": _table("label hard"),
 }
 
-# Parts of parameter paths, each one or more whole names: extend this table when a module is
-# renamed.
+# Parts of parameter paths (whole names): extend this table when a module is renamed.
 PARAMETERS: dict[str, str] = {
     **{
         f"{part}_{old}": f"{part}_{new}"
@@ -177,31 +176,31 @@ PARAMETERS: dict[str, str] = {
     "lag": "synchronization_projection",
 }
 
-METRICS = _table(  # of an objective: OBJECTIVE/METRIC
+METRICS = _table(  # METRIC of OBJECTIVE/METRIC
     "apart rdrop_kl, all_right exact_match, spread feature_std, asked valid_fraction,"
     "near acc_within_1, recall batch_recall_at_1, sharpness logit_scale, codes codebook_perplexity,"
     "right accuracy, sure confident_fraction, cosine cosine_similarity, seconds mae_seconds"
 )
-FIGURES = _table(  # of a step in metrics.jsonl and timing.jsonl, and of a split in results.json
+FIGURES = _table(  # per step in metrics.jsonl and timing.jsonl, per split in results.json
     "rate learning_rate, data_wait_share data_wait_fraction, fill packing_efficiency,"
     "host_mib host_peak_mib, device_mib device_peak_mib, seconds_since_start wall_seconds,"
     "seconds_of_steps train_seconds, parameters num_params,"
     "parameters_trained num_trainable_params, parameters_saved num_saved_params, clips num_clips,"
     "map mAP, all_right exact_match"
 )
-_BY_PARAMETERS = ("grad_norm/", "param_norm/")  # metrics that are named by a group of parameters
+_BY_PARAMETERS = ("grad_norm/", "param_norm/")  # metrics named after parameter groups
 
 
 _OLD_PARAMETERS = {new: old for old, new in PARAMETERS.items()}
 
 
 def parameter(path: str, names: Mapping[str, str] = PARAMETERS) -> str:
-    """A parameter path, or a regular expression for some, under the names of today."""
+    """Renames a parameter path, or a regular expression for paths, to today's names."""
     return _pattern(tuple(names)).sub(lambda match: names[match[0]], path)
 
 
 def old_parameter(path: str) -> str:
-    """The path that a parameter had in format 1; sums over parameters run in the order of these."""
+    """Returns a parameter's path of format 1, the sort key of sums over parameters."""
     return parameter(path, _OLD_PARAMETERS)
 
 
@@ -210,7 +209,7 @@ def _pattern(names: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def figure(name: str) -> str:
-    """The name of a figure in metrics.jsonl, timing.jsonl or a split of results.json."""
+    """Renames a metric of metrics.jsonl, timing.jsonl or a split of results.json."""
     if name.startswith(_BY_PARAMETERS):
         return parameter(name)
     objective, slash, metric = name.partition("/")
@@ -220,12 +219,12 @@ def figure(name: str) -> str:
 
 
 def figures(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Figures under the names of today."""
+    """Renames the keys of a metrics dict."""
     return {figure(name): value for name, value in values.items()}
 
 
 def results(found: Mapping[str, Any]) -> dict[str, Any]:
-    """results.json under the names of today."""
+    """Renames the keys of results.json."""
     if "bad" not in found:
         return dict(found)
     stages = {
@@ -237,7 +236,7 @@ def results(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _complement(share: float) -> float:
-    return round(1 - share, 12)  # 0.6 of 0.4, and not 0.6000000000000001
+    return round(1 - share, 12)  # 1 - 0.4 is 0.6, not 0.6000000000000001
 
 
 def _sweep_metric(text: str) -> str:
@@ -264,9 +263,9 @@ _NOTES = {
 
 
 def upgrade(spec: type, section: Mapping[str, Any], top: type | None = None) -> dict[str, Any]:
-    """A section of a config of format 1, the sections within it included, as `spec` has it today.
+    """Upgrades a config section of format 1, with its subsections, to today's `spec`.
 
-    top: the spec of the whole config, whose sections a stage or a sweep may change in part.
+    top: the spec of the whole config, whose sections a stage or sweep may override.
     """
     top, found = top or spec, {}
     for old, value in section.items():
@@ -281,7 +280,7 @@ def upgrade(spec: type, section: Mapping[str, Any], top: type | None = None) -> 
 
 
 def _upgraded(spec: type, name: str, value: Any, top: type) -> Any:
-    """The value of a key with its inner sections upgraded."""
+    """Upgrades the subsections in the value of a key."""
     field = next((each for each in dataclasses.fields(spec) if each.name == name), None)
     if field is None or not isinstance(value, Mapping | list | tuple):
         return value
@@ -302,7 +301,7 @@ def _upgraded(spec: type, name: str, value: Any, top: type) -> Any:
 
 
 def inner_spec(kind: Any) -> type | None:
-    """The dataclass that a field's type is, or holds."""
+    """Returns the dataclass in a field's type; None without one."""
     return next((each for each in (kind, *get_args(kind)) if dataclasses.is_dataclass(each)), None)
 
 
@@ -314,12 +313,12 @@ def _values(spec: type, name: str, value: Any) -> Any:
 
 
 def values_of(spec: type, name: str) -> Mapping[str, str]:
-    """Old values of a key and their new names."""
+    """Returns {old value: new value} of a key."""
     return VALUES.get(f"{spec.__name__}.{name}", VALUES.get(name, {}))
 
 
 def key(spec: type, old: str) -> str:
-    """The name of a key today."""
+    """Returns today's name of a key."""
     known = {field.name for field in dataclasses.fields(spec)}
     for each in spec.__mro__:
         new = KEYS.get(each.__name__, {}).get(old, "")
@@ -329,13 +328,13 @@ def key(spec: type, old: str) -> str:
 
 
 def answer_key(spec: type, name: str, where: str) -> str:
-    """The sentence for a key of format 1, '' for any other unknown key."""
+    """Returns the error for a key of format 1; '' for other unknown keys."""
     new = key(spec, name)
     return f"{where}.{name} is now {where}.{new}{_NOTES.get(new, '')}." if new != name else ""
 
 
 def answer_value(spec: type, field: dataclasses.Field, value: Any) -> str:
-    """The sentence for a value of format 1, '' for any other value."""
+    """Returns the error for a value of format 1; '' for other values."""
     table, names = values_of(spec, field.name), field.metadata.get("names", ())
     for each in value if isinstance(value, list | tuple) else (value,):
         if isinstance(each, str) and each in table and each not in names:
@@ -344,7 +343,7 @@ def answer_value(spec: type, field: dataclasses.Field, value: Any) -> str:
 
 
 def path(spec: type | None, text: str) -> str:
-    """A dotted path of keys from `spec` on under the names of today; what is not known stays."""
+    """Renames a dotted path of keys below `spec`; unknown parts stay."""
     found, table, free = [], None, False
     for part in text.split("."):
         if free or spec is None:

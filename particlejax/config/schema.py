@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may stand at each place of a config: the specs as a tree that is walked by name."""
+"""The valid keys of a config: the specs as a tree, traversed by name."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,14 +9,13 @@ from particlejax.config.fields import Spec
 
 
 class Place(NamedTuple):
-    """One place of a config.
+    """A node of the config tree.
 
-    field: the spec field that it is, None for the top and for what stands in a table.
+    field: its spec field; None for the root and for table entries.
     spec: the dataclass of a section, else None.
-    table: of a mapping, the names that it may have with their dataclasses; else None.
-    each: of a mapping of free names (stages), the dataclass of every item; of a tuple of sections
-    that of its items; else None.
-    partial: a section that holds only what differs from another one, so it has no defaults.
+    table: for a mapping with fixed names, its dataclasses by name; else None.
+    each: the dataclass of the items of a mapping with free names (stages) or of a tuple; else None.
+    partial: whether the section only holds overrides of another one, so it has no defaults.
     """
 
     field: dataclasses.Field | None = None
@@ -27,24 +26,22 @@ class Place(NamedTuple):
 
     @property
     def is_leaf(self) -> bool:
-        """Whether a value stands here and no section or mapping."""
+        """Whether the node is a value, not a section or mapping."""
         return not (self.spec or self.table is not None or self.is_mapping)
 
     @property
     def is_mapping(self) -> bool:
-        """Whether keys of any name may stand here."""
+        """Whether the node accepts keys of any name."""
         return self.field is not None and get_origin(self.field.type) is Mapping
 
 
 def fields_of(spec: type) -> dict[str, dataclasses.Field]:
-    """The fields of a spec by name."""
+    """Returns the fields of a spec by name."""
     return {field.name: field for field in dataclasses.fields(spec)}
 
 
 def child(place: Place, name: str, top: type) -> Place | None:
-    """What stands at `name` within a place of a config whose whole is `top`; None where a spec has
-    no such key.
-    """
+    """Returns the child `name` of a node in a config of spec `top`; None for an unknown key."""
     if place.spec:
         field = fields_of(place.spec).get(name)
         return field and _of_field(field, place, top)
@@ -56,7 +53,7 @@ def child(place: Place, name: str, top: type) -> Place | None:
 
 
 def names(place: Place) -> tuple[str, ...]:
-    """The keys that a section or a table may have; () for the others."""
+    """Returns the valid keys of a section or table; () for other nodes."""
     return tuple(fields_of(place.spec)) if place.spec else tuple(place.table or ())
 
 
@@ -67,7 +64,7 @@ def _of_field(field: dataclasses.Field, parent: Place, top: type) -> Place:
         return Place(field, table=table)
     each = next((kind for kind in get_args(field.type) if _is_spec(kind)), None)
     place = Place(field, each=each)
-    # a mapping within a section that is called as a section of the whole holds what differs
+    # a nested mapping with the name of a top-level section holds its overrides
     if place.is_mapping and not each and parent.spec is not top:
         whole = fields_of(top).get(field.name)
         if whole and _is_spec(whole.type):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names that other libraries give to settings, and what the settings may be called here.
+"""Names of settings in other libraries, with their names here.
 
-A name that no spec has (any more) is passed over, so a group may list old and new names.
-`optim.rate` is the one in section `optim` alone.
+Names that no spec has are ignored, so a group may list old and new names. A section prefix as in
+`optim.rate` restricts a name to that section.
 """
 
 _GROUPS = (
@@ -62,8 +62,8 @@ _GROUPS = (
 
 
 def synonyms(name: str) -> tuple[str, ...]:
-    """Other names of a setting, the likeliest first, some with their section ('optim.rate'); ()
-    where none is known.
+    """Returns other names of a setting, most likely first, some with their section ('optim.rate');
+    () if unknown.
     """
     groups = [group for group in _GROUPS if name in {last_part(other) for other in group}]
     return tuple(
@@ -72,5 +72,5 @@ def synonyms(name: str) -> tuple[str, ...]:
 
 
 def last_part(path: str) -> str:
-    """'rate' of 'optim.rate'."""
+    """Returns 'rate' of 'optim.rate'."""
     return path.rpartition(".")[2]

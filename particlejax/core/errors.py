@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exception that is meant for people; a file of its own, as settings and `--help` do without
-JAX.
-"""
+"""The exception for user mistakes, in its own module so that settings and `--help` need no JAX."""
 
 
 class UserError(ValueError):
-    """A mistake that its maker can mend: one sentence that names the file or key at fault and the
-    remedy.
+    """A user mistake: one sentence that names the file or key at fault and the fix.
 
-    `main` prints the sentence alone; any other exception is a bug and keeps its traceback.
+    `main` prints only the sentence; other exceptions are bugs and keep their traceback.
     """
