@@ -112,13 +112,13 @@ def test_parameters_start_from_a_checkpoint(saved: Path, mesh: jax.sharding.Mesh
         params["encoder"]["kernel"], state_of(3, mesh).params["encoder"]["kernel"]
     )
     assert (params["head"]["kernel"] == 0).all()
-    assert "new here: head" in sentence
+    assert "randomly initialized: head" in sentence
 
 
 def test_a_checkpoint_of_another_shape_is_refused(saved: Path, mesh: jax.sharding.Mesh) -> None:
     with pytest.raises(
         UserError,
-        match=r"has shape \(64, 64\) for encoder/kernel where this model has \(32, 64\): give",
+        match=r"has shape \(64, 64\) for encoder/kernel but this model has \(32, 64\): set",
     ):
         restore.from_checkpoint(state_of(0, mesh, width=32).params, saved)
     with pytest.raises(UserError, match="holds no whole checkpoint"):

@@ -229,7 +229,7 @@ def test_saved_it_is_small_and_together_with_its_base_the_same(name: str, tmp_pa
         "it has learnt something that merging could lose"
     )
     write(tmp_path / "base", {"params": base()[1]}, {}, step=1)
-    with pytest.raises(UserError, match="has been trained further or anew since"):
+    with pytest.raises(UserError, match="has been trained since"):
         restore.from_checkpoint(base()[1], tmp_path / "tuned")
 
 
@@ -271,7 +271,7 @@ def test_lora_is_a_product_beside_the_kernel() -> None:
         np.testing.assert_allclose(
             x @ np.reshape(merged[path], (N, a.shape[1], -1)), apart, atol=1e-4, err_msg=path
         )
-    with pytest.raises(UserError, match="names no kernel"):
+    with pytest.raises(UserError, match="matches no kernel"):
         peft.lora_init(jax.random.key(0), flat, FinetuneSpec("lora", target_modules="atention"))
 
 
@@ -537,7 +537,7 @@ def test_merged_it_is_a_run_that_says_the_same(
     )
     with pytest.raises(
         UserError,
-        match="has adapters, prefixes or prompts in its encoder, which this model would leave out",
+        match="has adapters, prefixes or prompts in its encoder, which this model would ignore",
     ):
         restore.from_checkpoint(plain, run.checkpoint_folder(tmp_path / "s/model", "finetune"))
 
@@ -548,7 +548,10 @@ def test_merged_it_is_a_run_that_says_the_same(
         (["finetune.method=attentive_probe"], "set config.model.pool_type to 'attention'"),
         (["finetune.method=lora"], "freezes the encoder, but no pretrained run is given"),
         (["finetune.method=loro"], "choose one of full, linear"),
-        (["finetune.freeze=payload_visoin"], "finetune.freeze='payload_visoin' names no parameter"),
+        (
+            ["finetune.freeze=payload_visoin"],
+            "finetune.freeze='payload_visoin' matches no parameter",
+        ),
     ],
 )
 def test_what_cannot_be_tuned_is_refused(

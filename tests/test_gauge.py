@@ -99,4 +99,6 @@ def test_a_step_compiled_anew_is_said_once(capfd: pytest.CaptureFixture) -> None
         step(jnp.zeros(length))
         watch.check(number)
     said = capfd.readouterr().err
-    assert said.count("was compiled anew") == 1 and "pretrain: step 3 was compiled anew" in said
+    assert (
+        said.count("triggered a recompilation") == 1 and "step 3 triggered a recompilation" in said
+    )

@@ -235,18 +235,21 @@ def test_the_rest_comes_without_labels_as_often_as_asked_for(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"objectives": {"pseudo_label": {"teacher": "ema"}}}, "the stage keeps none: set its ema"),
+        (
+            {"objectives": {"pseudo_label": {"teacher": "ema"}}},
+            "the stage keeps no EMA: set its ema",
+        ),
         (
             {"objectives": {"classify": {"rdrop_weight": 1.0}}},
-            "compares two draws of dropout and there is none",
+            "compares two dropout samples but there is no dropout",
         ),
         (
             {"objectives": {"classify": {"loss": "sigmoid", "class_balance_beta": 0.9}}},
-            "balance is for loss='softmax'",
+            "balance_beta needs loss='softmax'",
         ),
         (
             {"objectives": {"classify": {"loss": "sigmoid"}, "pseudo_label": {}}},
-            "wants one class a clip",
+            "needs one class per clip",
         ),
         ({"objectives": {"classify": {"loss": "regression"}}}, "label 'a' is not a number"),
     ],

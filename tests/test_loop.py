@@ -56,7 +56,7 @@ def test_no_progress_ends_a_stage_and_the_best_is_measured(
     best = min(measured, key=lambda each: each[1])
     assert measured[-1][0] == best[0] + 4 < 40, "two measurements without a better one"
     assert (
-        f"no better classify/loss in 2 measurements, stopping at step {measured[-1][0]}"
+        f"classify/loss has not improved in 2 evaluations, stopping at step {measured[-1][0]}"
         in capfd.readouterr().err
     )
     kept = [

@@ -138,7 +138,7 @@ def test_finetune_on_a_folder_from_a_run_then_evaluate(
         str(tmp_path / "f"),
     )
     assert code == 0, said
-    assert "starts from" in said and "new here: head" in said
+    assert "loaded " in said and "randomly initialized: head" in said
     assert (
         "as in" in said and "data.temporal_mean_scale=0.05, particles.patch_size=(16, 4, 4)" in said
     ), "payloads are those that the encoder knows"
@@ -318,7 +318,7 @@ def test_settings_that_do_not_go_together_get_a_sentence() -> None:
     )
     with pytest.raises(
         UserError,
-        match="directed names 'slide_lft', which is no class of toybox: did you mean slide_left",
+        match="directed names 'slide_lft', which is not a class of toybox: did you mean slide_left",
     ):
         run_parts.build(experiment, "a", ("slide_left", "bounce"))
 
@@ -397,7 +397,7 @@ def mistakes(clips: Path, run_dir: Path, tmp: Path) -> dict[str, tuple[list[str]
                 "--config.stage_order=('finetune',)",
                 "--config.stages.finetune.init_from=",
             ],
-            "more than config.data.max_unreadable=0: mend the data or raise the limit",
+            "more than config.data.max_unreadable=0: repair the data or raise the limit",
         ),
         "steps and epochs": ([*quick, "--config.stages.pretrain.num_epochs=2"], "set one of them"),
         "mesh": ([*quick, "--config.mesh.data=3"], "there are 8 devices"),

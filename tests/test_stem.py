@@ -267,7 +267,11 @@ def test_published_weights_are_read_kept_and_handed_on(
 @pytest.mark.parametrize(
     "data, weights, sentence",
     [
-        ({"still": 0.4}, "fixture", "want config.data.image_mean, std and still to be"),
+        (
+            {"still": 0.4},
+            "fixture",
+            "need config.data.image_mean, image_std and temporal_mean_scale",
+        ),
         ({}, "", "there are no weights for x3d_tiny: add --config.model.stem.weights"),
         ({}, "/no/such.npz", "/no/such.npz does not exist"),
         ({}, "part", r"part.npz lacks 1 parameters of x3d_tiny \(stem_space/kernel"),

@@ -160,7 +160,7 @@ def test_skipping_for_ever_is_stopped(tmp_path: Path, monkeypatch: pytest.Monkey
         watch.check()
     watch.note(6, 0.0)
     with pytest.raises(
-        UserError, match="after step 6 .*a_6.json.*, as in 3 steps in a row: look at these clips"
+        UserError, match="step 6, .*a_6.json. This happened in 3 consecutive steps: check these"
     ):
         watch.check()
     assert json.loads((tmp_path / "nan" / "a_6.json").read_text())["clips"] == ["clip6.mp4"]

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters in two: those that train, which alone have an optimiser state and are saved, and those
-that stay as they came.
+"""Splits parameters into trainable ones, with optimizer state, and frozen ones.
 
-Trained ones of the base keep their paths; what a method adds stands under 'extra'.
+Trainable base parameters keep their paths; parameters added by a method are under 'extra'.
 """
 
 import re
@@ -17,20 +16,20 @@ from particlejax.core.typing import Params, UserError
 from particlejax.finetune import peft
 
 _EXTRA = "extra/"
-_KEY = 0x7E4E  # tells the draw of new parameters from the model's own
+_KEY = 0x7E4E  # separates the random key of new parameters from the model's
 
 
 def split(spec: FinetuneSpec, params: Params, key: Array) -> tuple[Params, Params | tuple[()]]:
-    """(trained, frozen) of the parameters of a model; frozen is () where all train.
+    """(trained, frozen) parameters of a model; frozen is () if all train.
 
-    Where `how` is full, what `freeze` names stands among the trained ones all the same, so that
-    checkpoints are whole: `whole` cuts its gradient and the optimiser passes it over. Raises
-    UserError where it names nothing.
+    With `method='full'`, parameters matched by `freeze` are in `trained` too, so that checkpoints
+    are complete: `whole` stops their gradient and the optimizer skips them. Raises UserError if
+    `freeze` matches nothing.
     """
     method, flat = peft.TABLE[spec.method], tree.flatten(params)
     if spec.freeze and not any(still(spec, name) for name in flat):
         raise UserError(
-            f"finetune.freeze={spec.freeze!r} names no parameter: write it like "
+            f"finetune.freeze={spec.freeze!r} matches no parameter: write it like "
             "'payload_vision/network'."
         )
     if spec.method == "full":
@@ -55,7 +54,7 @@ def split(spec: FinetuneSpec, params: Params, key: Array) -> tuple[Params, Param
 
 
 def whole(spec: FinetuneSpec, trained: Params, frozen: Params | tuple[()]) -> Params:
-    """The parameters that the model reads: pure, differentiable in `trained`."""
+    """The model's parameters: pure, differentiable in `trained`."""
     if spec.method == "full":
         if not spec.freeze:
             return trained
@@ -70,19 +69,19 @@ def whole(spec: FinetuneSpec, trained: Params, frozen: Params | tuple[()]) -> Pa
 
 
 def still(spec: FinetuneSpec, name: str) -> bool:
-    """Whether `freeze` names this path."""
+    """Whether `freeze` matches this path."""
     return bool(spec.freeze and re.search(spec.freeze, name))
 
 
 def training(spec: FinetuneSpec, trained: Params) -> int:
-    """How many numbers train of those that `split` calls trained."""
+    """Number of scalars that really train among those that `split` calls trained."""
     if spec.method != "full":
         return tree.count(trained)
     return sum(leaf.size for name, leaf in tree.flatten(trained).items() if not still(spec, name))
 
 
 def base(trained: Params, frozen: Params | tuple[()]) -> Params:
-    """The model's own parameters, without what the method adds."""
+    """The model's own parameters, without those that the method adds."""
     return tree.nest(_base(trained, frozen))
 
 
@@ -96,7 +95,7 @@ def _base(trained: Params, frozen: Any) -> dict[str, Any]:
 def rebased(
     trained: Params, frozen: Params | tuple[()], start: Params
 ) -> tuple[Params, Params | tuple[()]]:
-    """Both with the values of `start` where it has any: what the method adds stays."""
+    """Parameters with the values of `start` where it has them; added parameters stay."""
     flat = tree.flatten(start)
     one, other = (
         tree.map_named(lambda name, leaf: flat.get(name, leaf), each) for each in (trained, frozen)

@@ -2,9 +2,9 @@
 """Parameter-efficient fine-tuning: each method is a pair of pure functions, (key, base) -> extra
 and (base, extra) -> params.
 
-Both speak of flat trees {path name: array}. Only the encoder's blocks are changed; theirs are
-stacked, [depth, ...]. Legend: N depth, D width, H heads, K width of a head, F hidden width of the
-MLP, R rank, Z size.
+Both use flat trees {path name: array}. Only the encoder's blocks change; they are stacked, [depth,
+...]. Legend: N depth, D width, H heads, K width of a head, F hidden width of the MLP, R rank, Z
+size.
 """
 
 import math
@@ -21,19 +21,19 @@ from particlejax.core.typing import UserError
 
 Flat = Mapping[str, Array]
 BLOCKS = "encoder/transformer/blocks/"
-# where nn/transformer.py looks for what its blocks may have besides
+# where nn/transformer.py looks for additional parameters of its blocks
 TUNED = "encoder/transformer/tuned/"
 PROMPTS = (
-    "encoder/prompts/"  # where models/model.py looks for tokens that every clip has besides its own
+    "encoder/prompts/"  # where models/particle_model.py looks for additional tokens of every clip
 )
 _DEEP = f"{TUNED}prompt/token"
-_EPSILON = 1e-6  # of linen's norms
-_STD = 0.02  # of new vectors, as of the model's own
+_EPSILON = 1e-6  # as in linen's norms
+_STD = 0.02  # of new vectors, as for the model's own
 
 
 class Method(NamedTuple):
-    """trains: paths of the base that train. init(key, base, spec): new arrays. merge(base, extra,
-    spec): what the model reads.
+    """trains: paths of trainable base parameters. init(key, base, spec): new arrays. merge(base,
+    extra, spec): the model's parameters.
     """
 
     trains: str
@@ -42,29 +42,29 @@ class Method(NamedTuple):
 
 
 def no_init(key: Array, base: Flat, spec: FinetuneSpec) -> dict[str, Array]:
-    """Nothing new."""
+    """Adds no parameters."""
     del key, base, spec
     return {}
 
 
 def beside(base: Flat, extra: Flat, spec: FinetuneSpec) -> dict[str, Array]:
-    """What is new stands beside what was there: the blocks find it under its own name."""
+    """Adds the new parameters beside the base: the blocks find them by name."""
     del spec
     return {**base, **extra}
 
 
 def lora_init(key: Array, base: Flat, spec: FinetuneSpec) -> dict[str, Array]:
-    """Of every kernel that `targets` names, `a` [N, in, R] random and `b` [N, R, out] zero. Raises
-    UserError where none is.
+    """For each kernel that `target_modules` matches, `a` [N, in, R] random and `b` [N, R, out]
+    zero. Raises UserError if none matches.
     """
     names = [
         name for name in base if name.startswith(BLOCKS) and re.search(spec.target_modules, name)
     ]
     if not names:
         raise UserError(
-            f"finetune.target_modules={spec.target_modules!r} names no kernel of the encoder's "
-            "blocks: write it like "
-            r"'attention/(query|value)/kernel$' or 'mlp/(up|down)/kernel$'."
+            f"finetune.target_modules={spec.target_modules!r} matches no kernel of the "
+            "encoder's blocks: write it like 'attention/(query|value)/kernel$' or "
+            "'mlp/(up|down)/kernel$'."
         )
     extra = {}
     for name, each in zip(names, jax.random.split(key, len(names)), strict=True):
@@ -75,7 +75,7 @@ def lora_init(key: Array, base: Flat, spec: FinetuneSpec) -> dict[str, Array]:
 
 
 def lora_merge(base: Flat, extra: Flat, spec: FinetuneSpec) -> dict[str, Array]:
-    """kernel + alpha / rank a b (arXiv:2106.09685)."""
+    """kernel + alpha / rank a b (LoRA, arXiv:2106.09685)."""
     merged = dict(base)
     for name in (path.removesuffix("/a") for path in extra if path.endswith("/a")):
         change = jnp.einsum("nir,nro->nio", extra[f"{name}/a"], extra[f"{name}/b"]) * (
@@ -86,16 +86,16 @@ def lora_merge(base: Flat, extra: Flat, spec: FinetuneSpec) -> dict[str, Array]:
 
 
 def _sides(name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """Depth, inputs and outputs of a stacked kernel: [N, D, H, K] but for attention's way out, [N,
-    H, K, D].
+    """Depth, inputs and outputs of a stacked kernel: [N, D, H, K], but [N, H, K, D] for attention's
+    output.
     """
     inputs = 2 if name.endswith("attention/out/kernel") else 1
     return shape[0], math.prod(shape[1 : 1 + inputs]), math.prod(shape[1 + inputs :])
 
 
 def ia3_init(key: Array, base: Flat, spec: FinetuneSpec) -> dict[str, Array]:
-    """Factors less one, zero at first, of keys and values [N, H, K] and of the MLP's hidden values
-    [N, F].
+    """Factors minus one, initially zero, of keys and values [N, H, K] and of the MLP's hidden
+    values [N, F].
     """
     del key, spec
     heads = {
@@ -107,7 +107,7 @@ def ia3_init(key: Array, base: Flat, spec: FinetuneSpec) -> dict[str, Array]:
 
 
 def ia3_merge(base: Flat, extra: Flat, spec: FinetuneSpec) -> dict[str, Array]:
-    """Keys, values and hidden values times their factors (arXiv:2205.05638), put into kernels and
+    """Scales keys, values and hidden values (IA3, arXiv:2205.05638), folded into kernels and
     biases.
     """
     del spec
@@ -123,8 +123,8 @@ def ia3_merge(base: Flat, extra: Flat, spec: FinetuneSpec) -> dict[str, Array]:
 
 
 def adapter_init(key: Array, base: Flat, spec: FinetuneSpec) -> dict[str, Array]:
-    """After attention and after the MLP, Dense to [N, Z], GELU and Dense back, which is zero at
-    first.
+    """Adapters after attention and after the MLP: Dense to [N, Z], GELU, Dense back (initially
+    zero).
     """
     depth, width = base[f"{BLOCKS}mlp/down/bias"].shape
     extra = {}
@@ -139,7 +139,7 @@ def adapter_init(key: Array, base: Flat, spec: FinetuneSpec) -> dict[str, Array]
 
 
 def prefix_init(key: Array, base: Flat, spec: FinetuneSpec) -> dict[str, Array]:
-    """Keys and values [N, Z, H, K] that every token of every clip may read besides its own
+    """Prefix keys and values [N, Z, H, K] that every token may read in addition to its own
     clip's.
     """
     depth, heads, width = base[f"{BLOCKS}attention/key/bias"].shape
@@ -154,13 +154,13 @@ def prefix_init(key: Array, base: Flat, spec: FinetuneSpec) -> dict[str, Array]:
 
 
 def prompt_init(key: Array, base: Flat, spec: FinetuneSpec) -> dict[str, Array]:
-    """Tokens [Z, D] that go through the blocks with those of every clip."""
+    """Shallow prompts: tokens [Z, D] that pass through the blocks with those of every clip."""
     width = base[f"{BLOCKS}mlp/down/bias"].shape[-1]
     return {f"{PROMPTS}token": jax.random.normal(key, (spec.num_virtual_tokens, width)) * _STD}
 
 
 def prompt_deep_init(key: Array, base: Flat, spec: FinetuneSpec) -> dict[str, Array]:
-    """Tokens [N, Z, D], of every block its own."""
+    """Deep prompts [N, Z, D]: each block has its own tokens."""
     return {
         _DEEP: jax.random.normal(
             key,
@@ -175,8 +175,8 @@ def prompt_deep_init(key: Array, base: Flat, spec: FinetuneSpec) -> dict[str, Ar
 
 
 def prompt_deep_merge(base: Flat, extra: Flat, spec: FinetuneSpec) -> dict[str, Array]:
-    """What a block's tokens read of its prompts: as their outputs give way to the next block's,
-    keys and values are all of it.
+    """Keys and values of deep prompts: a block discards the prompts' outputs, so nothing else
+    matters.
     """
     del spec
     norm = (
@@ -199,7 +199,7 @@ def prompt_deep_merge(base: Flat, extra: Flat, spec: FinetuneSpec) -> dict[str, 
 
 
 def _normed(x_NZD: Array) -> Array:
-    """With mean 0 and variance 1, as linen's LayerNorm has it."""
+    """Normalized to mean 0 and variance 1, like linen's LayerNorm."""
     return (x_NZD - x_NZD.mean(axis=-1, keepdims=True)) * jax.lax.rsqrt(
         x_NZD.var(axis=-1, keepdims=True) + _EPSILON
     )

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters that start from another run's: params -> params, saying what was taken and what was
-not.
-"""
+"""Initializes parameters from another run: params -> params, and a report of what was loaded."""
 
 import os
 from pathlib import Path
@@ -18,19 +16,18 @@ from particlejax.core.typing import Params, UserError
 from particlejax.distributed import checkpoint
 from particlejax.finetune import partition, peft
 
-# of what is saved beside the arrays: says what a checkpoint without the frozen parameters builds on
+# checkpoint metadata: the base run of a checkpoint without frozen parameters
 BASE = "base"
-_BRANCHES = ("average", "params")  # of a saved state, the first that is there counts
+_BRANCHES = ("average", "params")  # keys of a saved state; the first one present is used
 
 
 def from_checkpoint(params: Params, folder: Path, step: int | None = None) -> tuple[Params, str]:
     """`params` with every leaf that the checkpoint has under the same path, and a sentence about
     the rest.
 
-    The newest whole one counts, or that of `step`, and its average where one was kept. One that
-    holds only what was fine-tuned is put together with those that it builds on, adapters and
-    prefixes included. Raises UserError when the encoder's paths or shapes differ, or when what it
-    builds on has changed.
+    Uses the newest complete checkpoint, or that of `step`, and its EMA if one was kept. A
+    checkpoint of fine-tuned parameters alone is merged with its base, adapters and prefixes
+    included. Raises UserError if the encoder's paths or shapes differ, or if the base has changed.
     """
     own = checkpoint.load_data(folder).get(BASE)
     if own is None:
@@ -52,18 +49,18 @@ def from_checkpoint(params: Params, folder: Path, step: int | None = None) -> tu
     _refuse(fresh, want, shapes, folder)
     return partition.whole(
         spec, trained, rest
-    ), f"{_sentence(folder, found, fresh, [])} ({spec.method}), on {sentence}"
+    ), f"{_sentence(folder, found, fresh, [])} ({spec.method}); base: {sentence}"
 
 
 def _tuning(own: dict[str, Any]) -> FinetuneSpec:
-    """How the checkpoint of a `reference` was fine-tuned."""
+    """The finetune settings of the checkpoint that a `reference` describes."""
     if "tune" in own:  # format 1
         return make(FinetuneSpec, renames.upgrade(FinetuneSpec, own["tune"]), "finetune")
     return make(FinetuneSpec, own["finetune"], "finetune")
 
 
 def reference(base: Path, folder: Path, spec: FinetuneSpec) -> dict[str, Any]:
-    """What a checkpoint in `folder` that lacks the frozen parameters says about where they are."""
+    """Reference of a checkpoint in `folder` to its base run, or none if it holds all parameters."""
     return {
         "finetune": as_dict(spec),
         "folder": os.path.relpath(base.absolute(), folder.absolute()),
@@ -72,20 +69,17 @@ def reference(base: Path, folder: Path, spec: FinetuneSpec) -> dict[str, Any]:
 
 
 def base_folder(folder: Path, own: dict[str, Any]) -> Path:
-    """The checkpoints that one builds on, by its `reference`. Raises UserError when they are gone
-    or others.
-    """
+    """The base checkpoints of a `reference`. Raises UserError if they are missing or changed."""
     base = Path(os.path.normpath(folder.absolute() / own["folder"]))
     if not base.is_dir():
         raise UserError(
-            f"checkpoint {folder} builds on {base}, which is not there: put that run back where it "
-            "was."
+            f"checkpoint {folder} builds on {base}, which does not exist: restore that run to "
+            "its place."
         )
     if checkpoint.mark(base) != own["mark"]:
         raise UserError(
-            f"checkpoint {folder} builds on {base}, which has been trained further or anew since: "
-            "put back what was "
-            "there, or fine-tune again in a new --workdir."
+            f"checkpoint {folder} builds on {base}, which has been trained since: restore the "
+            "previous state, or fine-tune again in a new --workdir."
         )
     return base
 
@@ -97,9 +91,8 @@ def _plain(params: Params, folder: Path, step: int | None) -> tuple[Params, str]
     _refuse(fresh, want, shapes, folder)
     if any(name.startswith((peft.TUNED, peft.PROMPTS)) and name not in want for name in shapes):
         raise UserError(
-            f"checkpoint {folder} has adapters, prefixes or prompts in its encoder, which this "
-            "model would leave out: "
-            "give config.stages.*.finetune.method what that run had."
+            f"checkpoint {folder} has adapters, prefixes or prompts in its encoder, which "
+            "this model would ignore: set config.stages.*.finetune.method as in that run."
         )
     unused = sorted({name.split("/")[0] for name in shapes if name not in found})
     merged = tree.map_named(lambda name, leaf: found.get(name, leaf), params)
@@ -107,20 +100,19 @@ def _plain(params: Params, folder: Path, step: int | None) -> tuple[Params, str]
 
 
 def _refuse(fresh: list[str], want: dict[str, Any], shapes: dict[str, tuple], folder: Path) -> None:
-    """Raises UserError where a part is missing that only a run of the same encoder has."""
+    """Raises UserError if a part is missing that only a run with the same encoder has."""
     if "encoder/modality/token" in shapes:
         raise UserError(
-            f"checkpoint {folder} is of an older version, which kept the vectors of all modalities "
-            "in one table: use "
-            "it with that version, or train it again."
+            f"checkpoint {folder} is of an older version, which kept the vectors of all "
+            "modalities in one table: use it with that version, or train it again."
         )
     for name in fresh:
-        if name.startswith("encoder/"):  # a stage may have all else to itself
+        if name.startswith("encoder/"):  # all other parameters may be specific to a stage
             there = f"shape {shapes[name]}" if name in shapes else "nothing"
             raise UserError(
-                f"checkpoint {folder} has {there} for {name} where this model has "
-                f"{tuple(want[name].shape)}: "
-                "give config.model, config.particles and the data the settings of that run."
+                f"checkpoint {folder} has {there} for {name} but this model has "
+                f"{tuple(want[name].shape)}: set config.model, config.particles and "
+                "config.data as in that run."
             )
 
 
@@ -131,8 +123,8 @@ def _shapes(params: Params) -> Any:
 
 
 def _beside(name: str, like: Params, place: Any) -> Any:
-    """How a leaf is laid out: as the model's own of that path, and whole on every device where
-    there is none.
+    """Sharding of a leaf: that of the model's leaf of the same path, or replicated if there is
+    none.
     """
     known = tree.flatten(like).get(name)
     return known.sharding if known is not None else NamedSharding(place.mesh, PartitionSpec())
@@ -143,6 +135,6 @@ def _sentence(folder: Path, found: dict[str, Any], fresh: list[str], unused: lis
     text = f"{len(found)} arrays from {folder}"
     return (
         text
-        + (f"; new here: {', '.join(new)}" if new else "")
-        + (f"; left there: {', '.join(unused)}" if unused else "")
+        + (f"; randomly initialized: {', '.join(new)}" if new else "")
+        + (f"; not used: {', '.join(unused)}" if unused else "")
     )

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Means of parameters: of one run's newest checkpoints (SWA, arXiv:1803.05407), of several runs
-(soups, arXiv:2203.05482).
+"""Weight averages: of a run's latest checkpoints (SWA, arXiv:1803.05407) or several runs (model
+soups, arXiv:2203.05482).
 """
 
 from collections.abc import Sequence
@@ -23,9 +23,7 @@ def mean(several: Sequence[Params]) -> Params:
 
 
 def check(one: Params, other: Params, name: str) -> None:
-    """Raises UserError where the two are not of the same architecture, naming the parameter at
-    fault.
-    """
+    """Raises UserError, with the parameter's path, if two architectures differ."""
     ours, theirs = (
         {path: tuple(leaf.shape) for path, leaf in tree.flatten(each).items()}
         for each in (one, other)
@@ -34,6 +32,5 @@ def check(one: Params, other: Params, name: str) -> None:
         if ours.get(path) != theirs.get(path):
             raise UserError(
                 f"{name} has {theirs.get(path, 'nothing')} for {path} where the first has "
-                f"{ours.get(path, 'nothing')}: "
-                "only runs of one architecture can be averaged."
+                f"{ours.get(path, 'nothing')}: only runs of one architecture can be averaged."
             )

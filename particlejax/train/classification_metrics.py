@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good class probabilities are: accuracies, calibration, confusion, per-class precision and
-recall.
+"""Classification metrics: accuracy, calibration, confusion, per-class precision and recall.
 
 Legend: N clips, C classes.
 """
@@ -15,12 +14,12 @@ from sklearn import metrics
 
 from particlejax.core.io import fresh_file
 
-_BINS = 15  # of confidence, as in Guo et al. 2017 (arXiv:1706.04599)
+_BINS = 15  # bins of confidence, as in Guo et al. 2017 (arXiv:1706.04599)
 
 
 def scores(probabilities: np.ndarray, label: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """Figures for results.json from probabilities float [N, C] and labels int [N]; clips of label
-    -1 are left out.
+    """Metrics for results.json from probabilities float [N, C] and labels int [N]; ignores label
+    -1.
 
     top1, top5, mean_class_accuracy (mean recall of the classes that occur), ece (expected
     calibration error), chance and per_class are fractions; confusion counts clips, rows are the
@@ -58,7 +57,7 @@ def scores(probabilities: np.ndarray, label: np.ndarray, classes: Sequence[str])
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
-    """Expected calibration error of confidences [N] against what was right [N]: |accuracy -
+    """Expected calibration error of confidences [N] and correctness bool [N]: |accuracy -
     confidence| over 15 bins.
     """
     bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
@@ -77,8 +76,8 @@ def write_predictions(
     probabilities: np.ndarray,
     classes: Sequence[str],
 ) -> None:
-    """A line a clip: path, label ('' where there is none), predicted, and each class's probability
-    as p:CLASS.
+    """Writes one line per clip: path, label ('' if unlabelled), predicted, and the probability of
+    each class as p:CLASS.
     """
     rows = (
         [
@@ -93,7 +92,7 @@ def write_predictions(
 
 
 def write_table(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A CSV, whole or not at all."""
+    """Writes a CSV atomically."""
     with fresh_file(path) as fresh, open(fresh, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([head, *rows])
 

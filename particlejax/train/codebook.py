@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Visual words: centres found by k-means among the particles of a stage's first batches, before its
-first step.
+"""Visual tokens: k-means centers of the particles in a stage's first batches, fitted before step 1.
 
-They are parameters that nothing trains, so whatever holds the model holds them: checkpoints,
-averages, a stage that starts from this one. A run that is stopped before its first checkpoint finds
-the same ones again.
+The centers are parameters without updates, so checkpoints, EMA parameters and later stages hold
+them. A run stopped before its first checkpoint computes the same centers again.
 """
 
 from dataclasses import replace
@@ -23,18 +21,20 @@ from particlejax.train.log import say
 from particlejax.train.stage import Stage
 from particlejax.train.train_state import TrainState
 
-_BATCHES = 8  # from which as many particles are taken each
+_BATCHES = 8  # an equal number of particles is taken from each batch
 
 
 def fitted(state: TrainState, stage: Stage, batches: pipeline.Batches) -> TrainState:
-    """The state with the centres of its codebook, and of the average's; as it is where no objective
-    wants one.
+    """Puts the centers into the codebook of the parameters and of their EMA; a no-op without the
+    objective.
     """
     spec = stage.spec.objectives.get("masked_visual_tokens")
     if spec is None:
         return state
     found = centres(examples(spec, stage, batches), spec, stage.experiment.seed)
-    say(f"{stage.name}: {spec.codebook_size} visual words of {spec.modality}")
+    say(
+        f"{stage.name}: fitted a codebook of {spec.codebook_size} visual tokens for {spec.modality}"
+    )
 
     def put(name: str, leaf: Any) -> Any:
         if not name.endswith(f"{codebook_name(spec.modality)}/centres"):
@@ -49,8 +49,8 @@ def fitted(state: TrainState, stage: Stage, batches: pipeline.Batches) -> TrainS
 
 
 def examples(spec: MaskedVisualTokensSpec, stage: Stage, batches: pipeline.Batches) -> np.ndarray:
-    """Payloads float32 [N, P] of the first batches' particles, as the model reads them; every
-    process reads the same.
+    """Payloads float32 [N, P] of particles from the first batches, normalized; identical in all
+    processes.
     """
     rng, found = np.random.default_rng(stage.experiment.seed), []
     whole = replace(batches, process=0, processes=1)
@@ -65,16 +65,14 @@ def examples(spec: MaskedVisualTokensSpec, stage: Stage, batches: pipeline.Batch
 
 
 def centres(payloads: np.ndarray, spec: MaskedVisualTokensSpec, seed: int) -> np.ndarray:
-    """Centres float32 [C, P] by k-means. Raises UserError for more clusters than there are
-    different payloads.
+    """Centers float32 [C, P] by k-means. Raises UserError if C exceeds the number of distinct
+    payloads.
     """
     different = len(np.unique(payloads, axis=0))
     if different < spec.codebook_size:
         raise UserError(
-            f"objectives.masked_visual_tokens finds {spec.codebook_size} clusters among "
-            f"{different} different "
-            "particles: set its codes "
-            "to fewer, or its examples to more."
+            f"objectives.masked_visual_tokens: codebook_size={spec.codebook_size} exceeds the "
+            f"{different} distinct particles: lower codebook_size or raise kmeans_samples."
         )
     fit = MiniBatchKMeans(spec.codebook_size, random_state=seed % 2**32, n_init=1).fit(payloads)
     return fit.cluster_centers_.astype(np.float32)

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measuring without learning: an objective's metrics over a split, and each clip's class
-probabilities.
-"""
+"""Evaluation: an objective's metrics over a split, and the class probabilities of each clip."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,15 +23,15 @@ from particlejax.particles.types import Batch
 from particlejax.train.log import Progress
 from particlejax.train.stage import Stage
 
-_KEY = 17  # of the masks in evaluation, the same at every step so that curves compare
-# told of every batch: notes unreadable clips, ends the run when asked to
+_KEY = 17  # seed of the evaluation masks, the same at every step so that curves compare
+# called with every batch: records unreadable clips, stops the run on request
 Watch = Callable[[pipeline.Loaded], None]
 
 
 def jit_measure(
     objective: Objective, model: Model, mesh: Mesh
 ) -> Callable[[Params, Batch, int], tuple[Metrics, Any]]:
-    """(params, batch, number) -> (metrics, clips in the batch), on every process alike."""
+    """(params, batch, number) -> (metrics, clips in the batch), replicated over all processes."""
 
     def measure(params: Params, batch: Batch, number: int) -> tuple[Metrics, Any]:
         key = jax.random.fold_in(jax.random.key(_KEY), number)
@@ -46,7 +44,7 @@ def jit_measure(
 def metrics_of(
     measure: Callable, params: Params, views: pipeline.Views, mesh: Mesh, watch: Watch
 ) -> dict[str, float]:
-    """Means of all metrics over the clips of a split, with masks that are the same each time."""
+    """Means of all metrics over the clips of a split, with the same masks every time."""
     totals: dict[str, float] = {}
     clips = 0.0
     for k, loaded in enumerate(pipeline.read(views, 0, len(views), views.data)):
@@ -59,7 +57,7 @@ def metrics_of(
 
 
 def metric_names(stage: Stage) -> tuple[str, ...]:
-    """Names of the metrics that a stage's objectives are measured by; nothing is computed."""
+    """Names of the metrics of a stage's objectives, found without computing anything."""
     objective = registry.combine(stage.spec.objectives, stage.targets)
 
     def measure(key: Array, batch: Batch) -> Metrics:
@@ -72,8 +70,8 @@ def metric_names(stage: Stage) -> tuple[str, ...]:
 def jit_predict(
     model: Model, mesh: Mesh, answers: Callable[[Any], Any] = jax.nn.softmax
 ) -> Callable[[Params, Batch], Any]:
-    """(params, batch) -> what `answers` makes of logits [B, S, C], and clips [B, S], on every
-    process alike.
+    """(params, batch) -> (`answers` of the logits [B, S, C], clips [B, S]), replicated over all
+    processes.
     """
 
     def predict(params: Params, batch: Batch) -> tuple[Any, Any]:
@@ -86,11 +84,11 @@ def jit_predict(
 def jit_features(
     model: Model, mesh: Mesh, modalities: tuple[str, ...] = ("",), compared: tuple[str, ...] = ()
 ) -> Callable[[Params, Batch], Any]:
-    """(params, batch) -> what a frozen encoder says of each clip, and clips [B, S].
+    """(params, batch) -> (features of a frozen encoder by name, clips [B, S]).
 
-    Under each of `modalities`, '' for all together, the mean of the tokens float32 [B, S, D] where
-    only that is shown; under 'embed/NAME' of those `compared` the unit vectors [B, S, E] that
-    contrast trains.
+    For each of `modalities` ('': all together) the mean token float32 [B, S, D] with only that
+    input; under 'embed/NAME', for each of `compared`, the contrastive embeddings [B, S, E] (unit
+    length).
     """
 
     def features(params: Params, batch: Batch) -> tuple[dict[str, Any], Any]:
@@ -112,8 +110,9 @@ def jit_features(
 def jit_tokens(
     model: Model, mesh: Mesh, modalities: tuple[str, ...] = ("",)
 ) -> Callable[[Params, Batch], Any]:
-    """(params, batch) -> under each of `modalities`, '' for all together, a frozen encoder's tokens
-    float16 [B, L, D] where only that is shown and their segments [B, L]; and clips [B, S].
+    """(params, batch) -> ({modality: (tokens float16 [B, L, D], segments [B, L])}, clips [B, S]).
+
+    The encoder is frozen and sees one modality at a time; '' means all together.
     """
 
     def compute(params: Params, batch: Batch) -> tuple[dict[str, Any], Any]:
@@ -126,7 +125,7 @@ def jit_tokens(
 
 
 def _tokens(model: Model, params: Params, batch: Batch, modality: str) -> Tokens:
-    """What the encoder makes of one modality by itself, or of all where it is ''."""
+    """Encodes one modality alone, or all if `modality` is ''."""
     shown = {modality: batch.particles[modality]} if modality else batch.particles
     return model.apply(params, "encode", shown, batch.clip.shape[1])[0]
 
@@ -134,10 +133,9 @@ def _tokens(model: Model, params: Params, batch: Batch, modality: str) -> Tokens
 def probabilities(
     predict: Callable, params: Params, views: pipeline.Views, mesh: Mesh, watch: Watch, name: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the clips that could be read, [N], and their probabilities averaged over all
-    views, [N, C].
+    """Numbers [N] of the readable clips and their probabilities [N, C], averaged over views.
 
-    predict: of `jit_predict`.
+    predict: from `jit_predict`.
     """
     numbers, found = per_clip(predict, params, views, mesh, watch, name)
     return numbers, np.zeros((0, 0)) if found is None else found
@@ -146,11 +144,10 @@ def probabilities(
 def per_clip(
     compute: Callable, params: Params, views: pipeline.Views, mesh: Mesh, watch: Watch, name: str
 ) -> tuple[np.ndarray, Any]:
-    """Numbers of the clips that could be read, [N], and what was computed of each, a tree of [N,
-    ...], mean over its views.
+    """Numbers [N] of the readable clips and a tree of [N, ...]: the results, averaged over views.
 
-    compute: (params, batch) -> (a tree of [B, S, ...], clips [B, S]). Where no clip could be read
-    the tree is None.
+    compute: (params, batch) -> (a tree of [B, S, ...], clips [B, S]). The tree is None if no clip
+    is readable.
     """
     sums: dict[int, Any] = {}
     counts: dict[int, int] = {}

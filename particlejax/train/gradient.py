@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gradient that a step follows: of the loss as it is, under attack on the payloads, or at the
-worst parameters nearby.
+"""Gradients of a training step: plain, adversarial (payloads perturbed), or sharpness-aware (SAM).
 
 All are pure functions (params, batch, key) -> (gradient, metrics) of one loss (params, batch, key)
 -> (loss, metrics).
@@ -23,20 +22,20 @@ from particlejax.train import optim
 
 Loss = Callable[[Params, Batch, Array], tuple[Array, Metrics]]
 Gradient = Callable[[Params, Batch, Array], tuple[Params, Metrics]]
-Noise = Mapping[str, Array]  # by modality, as its payload
+Noise = Mapping[str, Array]  # perturbations by modality, shaped like its payload
 
-_FGSM = 1.25  # length of its one step in epsilons (arXiv:2001.03994)
-_PGD = 2.5  # length of all its steps together in epsilons (arXiv:1706.06083)
+_FGSM = 1.25  # length of the single step, in epsilons (arXiv:2001.03994)
+_PGD = 2.5  # total length of all steps, in epsilons (arXiv:1706.06083)
 
 
 def gradient_of(loss: Loss, spec: RobustSpec) -> Gradient:
-    """The gradient that the spec asks for."""
+    """The gradient function that the spec selects."""
     found = _ATTACKS[spec.attack](loss, spec)
     return sharpness_aware(found, spec.sam_rho) if spec.sam_rho else found
 
 
 def plain(loss: Loss, spec: RobustSpec) -> Gradient:
-    """The loss's own."""
+    """The gradient of the loss."""
     del spec
 
     def gradient(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
@@ -47,8 +46,8 @@ def plain(loss: Loss, spec: RobustSpec) -> Gradient:
 
 
 def sharpness_aware(gradient: Gradient, radius: float) -> Gradient:
-    """The gradient at `radius` from here, uphill (SAM, arXiv:2010.01412); metrics are of that
-    point.
+    """The gradient at `radius` uphill of the parameters (SAM, arXiv:2010.01412); metrics are of
+    that point.
     """
 
     def worst(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
@@ -60,9 +59,7 @@ def sharpness_aware(gradient: Gradient, radius: float) -> Gradient:
 
 
 def attacked(loss: Loss, spec: RobustSpec) -> Gradient:
-    """The gradient at payloads that `fgsm` or `pgd` has moved uphill from a random start, within
-    epsilon.
-    """
+    """The gradient at payloads perturbed by `fgsm` or `pgd` from a random start, within epsilon."""
     ascents, length = (
         (1, _FGSM * spec.epsilon)
         if spec.attack == "fgsm"
@@ -82,10 +79,9 @@ def attacked(loss: Loss, spec: RobustSpec) -> Gradient:
 
 
 def free(loss: Loss, spec: RobustSpec) -> Gradient:
-    """The mean gradient along an ascent: each pass moves the payloads and counts for the parameters
-    (arXiv:1904.12843).
+    """The mean gradient along an ascent; each pass updates the perturbation (arXiv:1904.12843).
 
-    One update of the parameters a batch, as in arXiv:1909.11764, so that schedules and averages
+    The parameters get one update per batch, as in arXiv:1909.11764, so that schedules and averages
     keep their meaning.
     """
     length = _PGD * spec.epsilon / spec.attack_steps
@@ -116,7 +112,7 @@ _ATTACKS: dict[str, Callable[[Loss, RobustSpec], Gradient]] = {
 
 
 def _start(batch: Batch, key: Array, epsilon: float) -> Noise:
-    """Uniform noise for every payload of numbers; ids cannot be moved."""
+    """Uniform noise for every numeric payload; token ids get none."""
     numbers = {
         name: batch.particles[name].payload
         for name in ordered(batch.particles)

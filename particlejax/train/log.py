@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run's figures go: metrics.jsonl (what must repeat bit for bit), timing.jsonl,
-TensorBoard, W&B, the screen.
-"""
+"""Logging: metrics.jsonl (bit-reproducible), timing.jsonl, TensorBoard, W&B, the terminal."""
 
 import hashlib
 import json
@@ -23,15 +21,15 @@ from particlejax.core import io
 from particlejax.core.typing import UserError
 from particlejax.distributed import cluster
 
-_PLAIN_EVERY = 15.0  # seconds between lines where there is no terminal to draw a bar on
+_PLAIN_EVERY = 15.0  # seconds between lines if the output is no terminal
 
 
 class MetricLog:
-    """Writes figures of one run; `cut` forgets what a resumed run will write again.
+    """Writes the metrics of one run; `cut` removes lines that a resumed run will write again.
 
-    metrics.jsonl holds only what the seed determines, so that two runs can be compared byte by
-    byte; rates and waits are in timing.jsonl. Of several processes the first one writes; all of
-    them remember the metrics, which are the same.
+    metrics.jsonl holds only what the seed determines, so two runs compare byte by byte; throughput
+    and wait times are in timing.jsonl. Only the first process writes; all processes keep the
+    metrics, which are identical.
     """
 
     def __init__(self, workdir: Path, spec: LogSpec, name: str, config: Mapping[str, Any]) -> None:
@@ -44,27 +42,27 @@ class MetricLog:
         self._board = _Board(workdir / "tensorboard") if self._first else None
 
     def write(self, stage: str, step: int, split: str, values: Mapping[str, float]) -> None:
-        """One line of metrics; NaN and infinities become strings, which JSON can hold."""
+        """Writes one line of metrics; NaN and infinities become strings, which JSON can hold."""
         self._kept.append({"stage": stage, "step": step, "split": split, **_json_ready(values)})
         self._append(self._metrics, self._kept[-1])
         self._show(f"{stage}/{split}", step, values)
 
     def time(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """One line of timings."""
+        """Writes one line of timings."""
         self._append(self._timing, {"stage": stage, "step": step, **_json_ready(values)})
         self._show(f"{stage}/timing", step, values)
 
     def lines(self, stage: str, split: str) -> list[dict[str, Any]]:
-        """What was written of one stage and split so far, in order."""
+        """The lines of one stage and split so far, in order."""
         return [line for line in self._kept if line["stage"] == stage and line["split"] == split]
 
     def timings(self, stage: str) -> list[dict[str, Any]]:
-        """What `time` wrote of one stage so far, in order."""
+        """The timing lines of one stage so far, in order."""
         return [line for line in _lines(self._timing) if line["stage"] == stage]
 
     def cut(self, stage: str, step: int, later_stages: tuple[str, ...]) -> None:
-        """Forgets lines of `stage` after `step`, all of `later_stages`, and a line that a kill left
-        unfinished.
+        """Removes lines of `stage` after `step`, all lines of `later_stages`, and an incomplete
+        last line.
         """
 
         def stays(line: Mapping[str, Any]) -> bool:
@@ -78,7 +76,7 @@ class MetricLog:
             io.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def close(self) -> None:
-        """Flushes everything."""
+        """Flushes all writers."""
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:
@@ -100,8 +98,8 @@ class MetricLog:
 
 
 class _Board:
-    """TensorBoard's file, written by whoever calls: the writer's own thread dies of a full disk,
-    and its queue then blocks.
+    """Writes TensorBoard's file synchronously: the library's writer thread dies on a full disk and
+    its queue then blocks.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -120,7 +118,7 @@ class _Board:
 
 
 class Progress:
-    """A bar with rate and time left on a terminal, plain lines now and then elsewhere."""
+    """A progress bar with rate and remaining time on a terminal, plain lines elsewhere."""
 
     def __init__(self, name: str, total: int, done: int = 0, unit: str = "step") -> None:
         self._bar = tqdm.tqdm(
@@ -132,7 +130,7 @@ class Progress:
         self._note = ""
 
     def update(self, note: str = "") -> None:
-        """One more is done; `note` stands behind the bar."""
+        """Counts one more item; shows `note` after the bar."""
         self._done += 1
         if self._done == self._first + 1:  # the first one compiles: it tells nothing of the others
             self._first, self._begun = self._done, time.monotonic()
@@ -153,20 +151,18 @@ class Progress:
             )
 
     def close(self) -> None:
-        """Leaves the bar as it is."""
+        """Closes the bar and leaves it visible."""
         self._bar.close()
 
 
 def say(sentence: str) -> None:
-    """A line for the person at the screen, above any bar; of several processes the first one says
-    it.
-    """
+    """Prints a line above any progress bar; only the first process prints."""
     if cluster.first():
         say_here(sentence)
 
 
 def say_here(sentence: str) -> None:
-    """A line that is this process's own: of what no other one knows."""
+    """Prints a line from any process, for messages about that process alone."""
     tqdm.tqdm.write(sentence, file=sys.stderr)
     sys.stderr.flush()
 
@@ -178,7 +174,7 @@ def _clock(seconds: float) -> str:
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     if path.exists():
         for text in path.read_text(encoding="utf-8").split("\n"):
-            # the last line of a killed run may be cut off
+            # the last line of a killed run may be incomplete
             try:
                 yield renames.figures(json.loads(text))
             except ValueError:
@@ -194,9 +190,8 @@ def _wandb_run(spec: LogSpec, name: str, config: Mapping[str, Any], workdir: Pat
         import wandb
     except ImportError as error:
         raise UserError(
-            f"config.log.wandb_project={spec.wandb_project!r} needs Weights & Biases: pip install "
-            "particlejax[wandb], or "
-            "leave it empty."
+            f"config.log.wandb_project={spec.wandb_project!r} needs Weights & Biases: pip "
+            "install particlejax[wandb], or leave it empty."
         ) from error
     return wandb.init(
         project=spec.wandb_project,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one training loop: a stage from its start, or from where it stopped, to its figures in
+"""The training loop: runs a stage from its start, or its last checkpoint, to its lines in
 results.json.
 """
 
@@ -36,28 +36,26 @@ from particlejax.train.train_state import TrainState, abstract, saved
 
 
 class Stopped(Exception):
-    """Somebody asked the run to stop; everything is saved."""
+    """The run received a stop signal; everything is saved."""
 
 
 @dataclass
 class Context:
-    """What all stages of a run share. `asked` names the signal that asked the run to stop, '' while
-    none did.
-    """
+    """State shared by all stages of a run. `asked` names the stop signal received, '' if none."""
 
     experiment: Experiment
     workdir: Path
     mesh: Mesh
     log: MetricLog
     asked: str = ""
-    looks: int = 0  # how often this was looked at, alike in all processes
+    looks: int = 0  # number of checks for a stop signal, equal in all processes
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C ask for a stop; a second Ctrl-C does not wait for it.
+        """SIGTERM and Ctrl-C request a stop; a second Ctrl-C stops at once.
 
-        With several processes SIGTERM is JAX's to hear, which carries it to all of them, and Ctrl-C
-        is turned into one.
+        With several processes JAX handles SIGTERM and forwards it to all of them; Ctrl-C raises
+        SIGTERM.
         """
 
         def ask(number: int, frame: Any) -> None:
@@ -77,9 +75,7 @@ class Context:
                 signal.signal(number, handler)
 
     def must_stop(self) -> bool:
-        """Whether to stop here; with several processes, all of them are told so at the same
-        look.
-        """
+        """Whether to stop here; with several processes, all of them agree on the step."""
         self.looks += 1
         if cluster.several() and multihost_utils.reached_preemption_sync_point(self.looks):
             self.asked = self.asked or "SIGTERM"
@@ -88,12 +84,10 @@ class Context:
 
 
 def train(context: Context) -> None:
-    """All stages that results.json does not hold yet, in their order. Raises Stopped after
-    saving.
-    """
+    """Runs all stages missing from results.json, in order. Raises Stopped after saving."""
     for name in context.experiment.stages:
         if _is_done(context, name):
-            say(f"{name}: done before, see {context.workdir / run.RESULTS}")
+            say(f"{name}: already done, see {context.workdir / run.RESULTS}")
             continue
         _train_stage(context, name)
 
@@ -108,9 +102,9 @@ def _is_done(context: Context, name: str) -> bool:
 
 @dataclass
 class _Position:
-    """Where a run stands: what its checkpoints hold, and nothing else.
+    """Position of a run: exactly what its checkpoints hold.
 
-    base: where the frozen parameters are, of a checkpoint that does not hold them.
+    base: reference to the frozen parameters, if the checkpoint does not hold them.
     """
 
     state: TrainState
@@ -121,21 +115,21 @@ class _Position:
 
 @dataclass(frozen=True)
 class _Store:
-    """Where a stage is kept: its newest checkpoints and its best ones."""
+    """The checkpoints of a stage: the latest ones and the best one."""
 
     latest: Checkpoints
     best: Checkpoints
 
     @classmethod
     def open(cls, context: Context, name: str) -> "_Store":
-        """The two folders of a stage."""
+        """Opens both checkpoint folders of a stage."""
         folder = run.checkpoint_folder(context.workdir, name)
         keep = context.experiment.checkpoint.max_to_keep
         return cls(Checkpoints(folder, keep), Checkpoints(folder.with_name("best"), 2))
 
 
 def _train_stage(context: Context, name: str) -> None:
-    """Trains, measures, and writes the figures of one stage."""
+    """Trains and evaluates one stage and writes its results."""
     setup = set_up(context.experiment, name, context.mesh)
     store = _Store.open(context, name)
     position, batches = _restore(context, setup, store)
@@ -151,7 +145,7 @@ def _train_stage(context: Context, name: str) -> None:
 
 
 def _restore(context: Context, setup: Setup, store: _Store) -> tuple[_Position, pipeline.Batches]:
-    """Where the run stands, and the batches that follow."""
+    """The position to continue from, and the batches that follow."""
     state, bad = setup.init_state(), run.BadClips(setup.stage.data.max_unreadable)
     found = store.latest.restore(abstract(saved(state)))
     batches = setup.batches
@@ -176,16 +170,16 @@ def _restore(context: Context, setup: Setup, store: _Store) -> tuple[_Position, 
 def _initialize(
     context: Context, setup: Setup, state: TrainState, base: dict[str, Any]
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The state with the parameters that it starts from, and the reference to the run that they are
-    of where a checkpoint does not hold them; `base`: the one of a run that goes on.
+    """The initialized state, and the reference to the base run if checkpoints omit the frozen
+    parameters; `base`: that reference if the run is resumed.
     """
     name, tuning = setup.name, setup.stage.spec.finetune
     folder = run.find_init(context.experiment, name, context.workdir)
     if folder is None and tuning.method != "full":
         raise UserError(
-            f"config.stages.{name}.finetune.method={tuning.method!r} freezes the encoder, but no "
-            "pretrained "
-            "run is given: name one in config.init_from, or an earlier stage in the stage's init."
+            f"config.stages.{name}.finetune.method={tuning.method!r} freezes the encoder, but "
+            "no pretrained run is given: set config.init_from, or the stage's init_from to "
+            "an earlier stage."
         )
     if folder is None:
         return pretrained.begun(state, setup.stage), {}
@@ -195,7 +189,7 @@ def _initialize(
         reference = base or {restore.BASE: restore.reference(folder, here, tuning)}
         folder = restore.base_folder(here, reference[restore.BASE])
     start, sentence = restore.from_checkpoint(partition.base(state.params, state.frozen), folder)
-    say(f"{name}: {'stands on' if base else 'starts from'} {sentence}")
+    say(f"{name}: {'builds on' if base else 'loaded'} {sentence}")
     params, frozen = partition.rebased(state.params, state.frozen, start)
     average = jax.tree.map(lambda x: x.copy(), params) if setup.stage.spec.ema_decay else ()
     return replace(state, params=params, average=average, frozen=frozen), reference
@@ -205,7 +199,7 @@ def _announce(setup: Setup, position: _Position) -> None:
     tuning, state = setup.stage.spec.finetune, position.state
     trained = partition.training(tuning, state.params)
     total = tree.count((state.params, state.frozen))
-    part = f" ({trained / 1e6:.3g} M of them trained: {tuning.method})" if trained < total else ""
+    part = f" ({trained / 1e6:.3g} M trainable: {tuning.method})" if trained < total else ""
     measured = {"val": setup.val} if setup.val else {}
     if "classify" in setup.stage.spec.objectives:
         splits = setup.stage.experiment.eval.splits
@@ -225,7 +219,7 @@ def _announce(setup: Setup, position: _Position) -> None:
 
 
 class _Loop:
-    """The steps of one stage: reads top to bottom in `steps`, the rest are its helpers."""
+    """The steps of one stage: read `steps` from top to bottom, the rest are its helpers."""
 
     def __init__(
         self,
@@ -241,22 +235,22 @@ class _Loop:
         self.finite = Finite(context.workdir, setup.name, experiment.on_nan, self._clip_names)
         peak = peak_of(experiment.log.peak_flops, experiment.model_of(stage.spec).dtype)
         self.gauge = Gauge(setup.operations, peak, stage.reader[1])
-        # step and metrics not read yet: they are read one step late, so the device never waits
+        # (step, metrics) in flight: read one step late, so that the device never waits
         self.pending: tuple[int, Any] | None = None
 
     def steps(self) -> None:
-        """Takes all steps that are left, measures and saves in between."""
+        """Takes all remaining steps; evaluates and saves in between."""
         context, setup, position = self.context, self.setup, self.position
         experiment = context.experiment
         if self._is_due(position.done) and not self._is_measured(position.done):
-            self._measure()  # it was stopped while measuring
+            self._measure()  # a stop interrupted the evaluation
         if self._is_patience_over():
             return
         stream = pipeline.read(self.batches, position.done, setup.steps, setup.stage.data)
         progress = Progress(setup.name, setup.steps, position.done)
         trace = Trace(context.workdir, experiment.profile_steps)
         compilations = Compilations(setup.name, setup.step)
-        loss = None  # of the step that was started last
+        loss = None  # of the most recently started step
         self.gauge.begin()
         try:
             while position.done < setup.steps and not self._is_patience_over():
@@ -269,7 +263,7 @@ class _Loop:
                 position.done += 1
                 loss = metrics["loss"]
                 compilations.check(position.done)
-                self.finite.check()  # of the step before
+                self.finite.check()  # of the previous step
                 self.finite.note(position.done, metrics.pop("finite"))
                 note = self._flush()
                 self.gauge.add(loaded.batch)
@@ -293,23 +287,24 @@ class _Loop:
     def _next(self, stream: Iterator[pipeline.Loaded]) -> pipeline.Loaded:
         try:
             return next(stream)
-        except UserError:  # a process that decodes was killed: what was trained is not lost with it
-            if not cluster.several():  # the others do not know, and saving takes all of them
+        except UserError:  # a decoding worker was killed: save the training done so far
+            if not cluster.several():  # other processes do not know, and saving needs all of them
                 self.save()
             raise
 
     def _stop_if_told(self) -> None:
-        """Saves and leaves when somebody wants the run to stop."""
+        """Saves and raises Stopped if a stop was requested."""
         if self.context.must_stop():
             self.save()
             self.store.latest.finish()
             raise Stopped(
-                f"{self.context.asked}: {self.setup.name} is saved at step {self.position.done} of "
-                f"{self.setup.steps}, the same command continues there."
+                f"{self.context.asked}: {self.setup.name} is saved at step "
+                f"{self.position.done} of {self.setup.steps}; the same command continues from "
+                "there."
             )
 
     def _flush(self) -> str:
-        """Writes the metrics that are still on the device; a note for the progress bar."""
+        """Writes the pending metrics; returns a note for the progress bar."""
         if self.pending is None:
             return ""
         (step, metrics), self.pending = self.pending, None
@@ -326,11 +321,11 @@ class _Loop:
         return [self.setup.source[number].name for number in self.batches.clips(step - 1)]
 
     def save(self) -> None:
-        """Saves the state, which is finite, and all that a run needs to go on from it."""
+        """Saves the state, which is finite, and all that is needed to resume from it."""
         self.finite.check()
         self._flush()
         with self.gauge.spent("save"):
-            # first: who resumes from this step will not measure what came before it again
+            # evaluate first: a run resumed from this step does not repeat that evaluation
             self.store.best.finish()
             self.store.latest.save(self.position.done, saved(self.position.state), self._data())
 
@@ -343,7 +338,7 @@ class _Loop:
             **self.position.base,
         }
 
-    # -- measuring while training
+    # -- evaluation during training
 
     def _is_due(self, step: int) -> bool:
         if self.setup.val is None or step == 0:
@@ -368,12 +363,12 @@ class _Loop:
             self.store.best.save(position.done, saved(position.state), self._data())
 
     def watch(self, loaded: pipeline.Loaded) -> None:
-        """Notes unreadable clips of a measurement, and stops where somebody wants it."""
+        """Records unreadable clips during evaluation, and stops on request."""
         self.position.bad.note(loaded)
         self._stop_if_told()
 
     def selected(self) -> list[tuple[float, int]]:
-        """(value, step) of every measurement of the selected metric, larger is better."""
+        """(value, step) of every evaluation of the selected metric; larger is better."""
         spec = self.setup.stage.spec
         lines = self.context.log.lines(self.setup.name, "val") if spec.best_metric else []
         sign = 1.0 if spec.best_mode == "max" else -1.0
@@ -389,15 +384,15 @@ class _Loop:
         if sum(step > self._best_step() for _, step in values) < spec.early_stopping_patience:
             return False
         say(
-            f"{self.setup.name}: no better {spec.best_metric} in {spec.early_stopping_patience} "
-            "measurements, stopping "
-            f"at step {self.position.done}"
+            f"{self.setup.name}: {spec.best_metric} has not improved in "
+            f"{spec.early_stopping_patience} evaluations, stopping at step "
+            f"{self.position.done}"
         )
         return True
 
 
 def _is_running(result: Any) -> bool:
-    """Whether the device still computes it; None: nothing was started."""
+    """Whether the device is still computing `result`; False if it is None."""
     return result is not None and not result.is_ready()
 
 
@@ -405,7 +400,7 @@ def _is_running(result: Any) -> bool:
 
 
 def _write_figures(loop: _Loop, seconds: float) -> None:
-    """Measures the result on the splits of config.eval and writes results.json."""
+    """Evaluates the result on the splits of config.eval and writes results.json."""
     context, setup, position = loop.context, loop.setup, loop.position
     name, state, stage = setup.name, position.state, setup.stage
     last = {split: context.log.lines(name, split)[-1:] for split in ("train", "val")}
@@ -429,13 +424,13 @@ def _write_figures(loop: _Loop, seconds: float) -> None:
             )
             figures[split] = figures.get(split, {}) | found
     run.add_results(context.workdir, name, figures, position.bad.all())
-    # who goes on reads what the first process has written
+    # the other processes read what the first one has written
     cluster.barrier(f"{name} is done")
 
 
 def _costs(context: Context, setup: Setup, done: int) -> dict[str, float]:
-    """What training took: measured over the whole run, also where it was resumed, and operations
-    from shapes.
+    """Training costs: timings are medians over the whole run, resumed or not; FLOPs follow from
+    shapes.
     """
     lines = context.log.timings(setup.name)
     if not lines:
@@ -460,9 +455,7 @@ def _costs(context: Context, setup: Setup, done: int) -> dict[str, float]:
 
 
 def _result_params(loop: _Loop) -> Any:
-    """The parameters that are the stage's result: the best where one was selected, else the
-    last.
-    """
+    """The parameters of the stage's result: the best if a metric is selected, else the last."""
     setup, state = loop.setup, loop.position.state
     found = loop.store.best.restore(abstract(saved(state))) if loop.selected() else None
     return setup.eval_params(replace(found[1], frozen=state.frozen) if found else state)
@@ -476,7 +469,7 @@ def classify(
     name: str,
     watch: eval.Watch,
 ) -> dict[str, Any]:
-    """Scores over all views of a source; each clip's probabilities go to predictions_NAME.csv."""
+    """Metrics over all views of a source; writes class probabilities to predictions_NAME.csv."""
     path = context.workdir / (f"predictions_{name}.csv" if name else "predictions.csv")
     spec = context.experiment.eval
     return score(
@@ -494,7 +487,7 @@ def score(
     name: str,
     path: Path | None,
 ) -> dict[str, Any]:
-    """The same, written to the CSV `path`, if any."""
+    """Like `classify`, with the CSV at `path` (None: no CSV)."""
     sharding.check_rows(spec.batch_size, mesh, "config.eval.batch_size")
     views = stage.views(source, spec.batch_size, spec.views, spec.scale)
     predict = eval.jit_predict(stage.model, mesh, stage.targets.answers)
@@ -506,9 +499,9 @@ def score(
 
 
 def figures_of(experiment: Experiment, name: str) -> dict[str, tuple[str, ...]]:
-    """Names of the figures that a stage will leave in results.json, by split: known before it runs.
+    """Names of the metrics that a stage will write to results.json, by split, known before it runs.
 
-    Those of `train` are metrics of the step and what it cost; () stands for any.
+    The `train` split holds step metrics and costs; () means any name.
     """
     spec = experiment.stages[name]
     data = experiment.data_of(spec)

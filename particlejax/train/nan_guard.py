@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens at a loss or a gradient that is no number: the run stops, or leaves the step out;
-the clips are named.
-"""
+"""NaN guard: on a NaN or Inf the run stops or skips the step, and lists the batch's clips."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,15 +11,14 @@ from particlejax.core.typing import UserError
 from particlejax.distributed import cluster
 from particlejax.train.log import say
 
-_IN_A_ROW = 20  # steps left out after which the training is not going anywhere
+_IN_A_ROW = 20  # consecutive skipped steps after which the run stops
 
 
 @dataclass
 class Finite:
-    """Looks at every step one step late, so that the device never waits.
+    """Checks every step one step late, so that the device never waits.
 
-    clips: of a step (from 1), the names of its clips on all processes. nan/STAGE_STEP.json holds
-    them.
+    clips: step (from 1) -> names of its clips in all processes, written to nan/STAGE_STEP.json.
     """
 
     workdir: Path
@@ -32,13 +29,11 @@ class Finite:
     in_a_row: int = field(init=False, default=0)
 
     def note(self, step: int, finite: Any) -> None:
-        """Remembers a step that has been started: its 'finite' on the device."""
+        """Stores the 'finite' flag (on the device) of a step that was started."""
         self.waiting = (step, finite)
 
     def check(self) -> None:
-        """Waits for the step that was noted. Raises UserError where it was no number and that is to
-        stop the run.
-        """
+        """Waits for the stored step. Raises UserError if it is not finite and the run must stop."""
         if self.waiting is None:
             return
         (step, finite), self.waiting = self.waiting, None
@@ -48,22 +43,21 @@ class Finite:
         self.in_a_row += 1
         path = self._write(step)
         what = (
-            f"{self.stage}: the loss, its gradient or a parameter is no number after step {step} "
-            f"(its clips are named in {path})"
+            f"{self.stage}: NaN or Inf in the loss at step {step}, or in its gradient or "
+            f"parameters; the batch's clips are listed in {path}"
         )
         if self.on_nan == "skip" and self.in_a_row < _IN_A_ROW:
-            say(f"{what}: the step is left out.")
+            say(f"{what}. The step is skipped.")
             return
         again = (
-            f"look at these clips, lower config.stages.{self.stage}.optim.rate or set "
+            f"check these clips, lower config.stages.{self.stage}.optim.learning_rate or set "
             "optim.grad_clip_norm in a new --workdir"
         )
         if self.on_nan == "skip":
-            raise UserError(f"{what}, as in {self.in_a_row} steps in a row: {again}.")
+            raise UserError(f"{what}. This happened in {self.in_a_row} consecutive steps: {again}.")
         raise UserError(
-            f"{what}: {again}, or continue here with --config.on_nan=skip, which leaves such steps "
-            "out; as it is, the "
-            "same command replays it from the last checkpoint."
+            f"{what}. To fix it, {again}, or set --config.on_nan=skip to skip such steps; "
+            "otherwise the same command replays the step from the last checkpoint."
         )
 
     def _write(self, step: int) -> Path:

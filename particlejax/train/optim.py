@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimisers and schedules: an OptimSpec becomes one optax transformation."""
+"""Optimizers and schedules: an OptimSpec becomes one optax transformation."""
 
 import re
 from collections.abc import Callable
@@ -14,16 +14,15 @@ from particlejax.config.training import FinetuneSpec
 from particlejax.core import tree
 from particlejax.core.typing import Array, Params
 
-# Norms, biases and lone vectors are not decayed: their size says nothing about complexity
-# (arXiv:1706.05350). Statistics (mean, var) and a codebook's centres must stay as they came.
-# leading axis: blocks, from the bottom
-_STACKED = re.compile(r"(^|/)encoder/transformer/(blocks|tuned)/")
-_BELOW = re.compile(r"(^|/)encoder/(?!transformer/)")  # what makes the tokens
+# No weight decay for norms, biases and single vectors, whose scale does not limit capacity
+# (arXiv:1706.05350), nor for statistics (mean, var) and codebook centers, which are fixed.
+_STACKED = re.compile(r"(^|/)encoder/transformer/(blocks|tuned)/")  # [blocks from the bottom, ...]
+_BELOW = re.compile(r"(^|/)encoder/(?!transformer/)")  # the embedding layers
 _SPARED = re.compile(r"(^|/)(bias|scale|token|log_sharpness|centres|mean|var)$")
 
 
 def decay_mask(params: Params) -> Params:
-    """Which parameters weight decay shrinks, bool by path."""
+    """Mask of the parameters with weight decay, a tree of bool."""
     return tree.map_named(lambda name, leaf: not _SPARED.search(name), params)
 
 
@@ -41,15 +40,15 @@ def schedule(spec: OptimSpec, steps: int) -> optax.Schedule:
 
 
 def in_order(params: Params) -> dict[str, Array]:
-    """Leaves by path, in the order of the names of format 1: sums over them stay the same to
-    the last bit when a parameter is renamed.
+    """Leaves by path, sorted by their format-1 names: sums over them stay bit-identical when a
+    parameter is renamed.
     """
     flat = tree.flatten(params)
     return {name: flat[name] for name in sorted(flat, key=lambda n: old_parameter(n).split("/"))}
 
 
 def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
-    """optax.clip_by_global_norm over `in_order`."""
+    """optax.clip_by_global_norm that sums in the order of `in_order`."""
     clip = optax.clip_by_global_norm(largest)
 
     def update(updates: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
@@ -64,11 +63,10 @@ def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
 def build(
     spec: OptimSpec, steps: int, after: optax.GradientTransformation | None = None, freeze: str = ""
 ) -> optax.GradientTransformation:
-    """Clipping, then AdamW or SGD with decoupled weight decay, over `steps` steps; `after` has the
-    last word.
+    """Gradient clipping, then AdamW or SGD with decoupled weight decay over `steps` steps, then
+    `after`.
 
-    freeze: regular expression of paths whose update is zero and of which no moments are kept; '':
-    none.
+    freeze: regular expression of paths with zero updates and no optimizer moments; '': none.
     """
     rate = schedule(spec, steps)
     clip = clip_by_global_norm(spec.grad_clip_norm) if spec.grad_clip_norm else optax.identity()
@@ -93,16 +91,16 @@ def build(
 
 
 def layered(tune: FinetuneSpec, depth: int, steps: int) -> optax.GradientTransformation | None:
-    """Updates times a factor of their layer: decay from the top down (arXiv:2106.08254) and gradual
-    unfreezing (arXiv:1801.06146).
+    """Scales updates per layer: layer decay (arXiv:2106.08254) and gradual unfreezing
+    (arXiv:1801.06146).
 
-    What stands above the blocks always trains at the full rate. Blocks begin one after the other
-    from the top, the embedding last; before that an update is exactly zero. Moments are gathered
-    meanwhile, so that the first step is no leap.
+    Layers above the blocks always train at the full rate. Blocks unfreeze one by one from the top,
+    the embedding last; frozen updates are exactly zero. Moments accumulate while frozen, so that
+    the first update is not an outlier.
     """
     if tune.layer_decay == 1 and not tune.gradual_unfreeze_fraction:
         return None
-    under = jnp.arange(depth, 0, -1)  # how many layers stand above each block, the head included
+    under = jnp.arange(depth, 0, -1)  # number of layers above each block, including the head
 
     def factor(number: Array, step: Array) -> Array:
         begins = jnp.ceil(tune.gradual_unfreeze_fraction * steps * number / (depth + 1))

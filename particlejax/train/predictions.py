@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a trained head said of each clip, written down and scored by the kind of question: a class,
-several, or a number.
+"""Predictions of a trained head: writes them and scores them as multi-class, multi-label or
+regression.
 
 Legend: N clips, O outputs of the head.
 """
@@ -15,7 +15,7 @@ from sklearn import metrics
 from particlejax.objectives.label_targets import SEVERAL, Targets
 from particlejax.train import classification_metrics
 
-# what `score` gives of the clips that have a label, by the loss of the head
+# metrics that `score` returns for labelled clips, by the loss of the head
 FIGURES = {
     "softmax": ("top1", "top5", "mean_class_accuracy", "ece", "chance", "num_clips"),
     "sigmoid": ("num_clips", "mAP", "f1_micro", "f1_macro", "exact_match"),
@@ -31,8 +31,8 @@ def score(
     answers: np.ndarray,
     classes: tuple[str, ...],
 ) -> dict[str, Any]:
-    """Figures of answers float [N, O] for labels int [N], -1 for none; a line for each clip goes to
-    the CSV `path`, if any.
+    """Metrics of outputs float [N, O] for labels int [N] (-1: unlabelled); writes one CSV line per
+    clip to `path`, if given.
     """
     if targets.loss == "softmax":
         if path is not None:
@@ -50,8 +50,8 @@ def score(
 
 
 def several(probabilities: np.ndarray, true: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
-    """Of classes that each hold or not, [N, O]: mean average precision (of classes that occur), F1
-    at 0.5, all right at once.
+    """Multi-label metrics of [N, O]: mean average precision (over classes that occur), F1 at
+    threshold 0.5, exact match.
     """
     said, occurs = probabilities > 0.5, true.any(axis=0)
     precision = {
@@ -70,9 +70,7 @@ def several(probabilities: np.ndarray, true: np.ndarray, names: Sequence[str]) -
 
 
 def numbers(found: np.ndarray, true: np.ndarray) -> dict[str, Any]:
-    """Of numbers [N]: mean absolute and root mean squared error, and the share of the variance that
-    is explained.
-    """
+    """Regression metrics of [N]: mean absolute error, root mean squared error, and R^2."""
     variance = float(np.var(true))
     squared = float(np.mean((found - true) ** 2))
     return {

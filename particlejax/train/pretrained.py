@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published weights as a network's parameters, and as those that a stage's stem starts with."""
+"""Published weights: reads them as a network's parameters and loads them into a stage's stem."""
 
 from dataclasses import replace
 
@@ -22,10 +22,9 @@ _AS_PUBLISHED = ImportSpec()
 def read(
     source: str, model: str, spec: ImportSpec = _AS_PUBLISHED
 ) -> tuple[backbones.Backbone, Params, names.Names, names.Report]:
-    """A backbone with the parameters of a file or folder; those that it does not have are only
-    their shapes.
+    """A backbone with the parameters from a file or folder; missing ones are left as shapes.
 
-    spec: classes, sizes and grid, as published where none are named. Raises UserError where the
+    spec: num_classes, sizes and grid; unset values are as published. Raises UserError if the
     weights do not fit.
     """
     found = backbones.find(model)
@@ -46,11 +45,9 @@ def read(
 
 
 def begun(state: TrainState, stage: run.Stage) -> TrainState:
-    """The state of a stage that starts afresh, with the weights of its stem where the model has one
-    and they are not random.
+    """The initial state of a stage, with published weights in its stem unless they are random.
 
-    Raises UserError where they are not found, lack something, or were made for pixels that are
-    normalised otherwise.
+    Raises UserError if the weights are not found, are incomplete, or expect another normalization.
     """
     spec = stage.experiment.model_of(stage.spec).stem
     if not spec.model or spec.weights == "random":
@@ -62,10 +59,9 @@ def begun(state: TrainState, stage: run.Stage) -> TrainState:
     )
     if ours != theirs:
         raise UserError(
-            f"the weights of {spec.model} want config.data.image_mean, std and still to be "
-            f"{theirs} "
-            f"and they are {ours}: "
-            "set them so, or the weights to 'random'."
+            f"the weights of {spec.model} need config.data.image_mean, image_std and "
+            f"temporal_mean_scale = {theirs}, but they are {ours}: set these values, or "
+            "config.model.stem.weights='random'."
         )
     path = spec.weights or str(packages.find(spec.model, "model.stem.weights"))
     _, params, _, _ = read(path, spec.model)
@@ -79,14 +75,14 @@ def begun(state: TrainState, stage: run.Stage) -> TrainState:
     if lacking:
         raise UserError(
             f"{path} lacks {len(lacking)} parameters of {spec.model} "
-            f"({lacking[0].removeprefix(cnn_stem.PATH)}, ...): "
-            "name the model that they are of with config.model.stem.model, or other weights."
+            f"({lacking[0].removeprefix(cnn_stem.PATH)}, ...): set config.model.stem.model to "
+            "the model of these weights, or give other weights."
         )
     params = tree.map_named(
         lambda name, leaf: jax.device_put(flat[name], leaf.sharding) if name in own else leaf,
         state.params,
     )
-    say(f"{stage.name}: {len(own)} arrays of {spec.model} from {path}")
+    say(f"{stage.name}: loaded {len(own)} arrays of {spec.model} from {path}")
     return replace(
         state,
         params=params,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a run: it holds one experiment, written down when it is entered first."""
+"""The run folder: holds one experiment, whose config.json is written on first use."""
 
 import json
 from pathlib import Path
@@ -41,17 +41,17 @@ _SCHEDULE = "schedule_steps"
 
 
 def enter(workdir: Path, experiment: Job) -> Path:
-    """Makes the folder and writes config.json, or checks that it holds this very experiment. Raises
+    """Creates the folder and writes config.json, or checks that it holds this experiment. Raises
     UserError.
 
-    Of several processes the first one makes it, and the others check it.
+    With several processes the first one creates the folder and the others check it.
     """
     if not cluster.first():
         cluster.barrier(f"enter {workdir}")
         if not (workdir / CONFIG).exists():
             raise UserError(
-                f"workdir {workdir} is not seen by all processes: give a --workdir on a file "
-                "system that they share."
+                f"workdir {workdir} is not visible to all processes: give a --workdir on a "
+                "shared file system."
             )
     try:
         return _enter(workdir, experiment)
@@ -146,5 +146,5 @@ def _differences(old: Any, new: Any, where: str = "config") -> list[str]:
             found += _differences(*optim, f"{where}.optim")
         return found
     if where.endswith(".ram_cache_gib") and (old > 0) == (new > 0):
-        return []  # whether clips are kept decides how they are scaled; how many are, nothing
+        return []  # results depend on whether clips are cached, not on how many
     return [] if old == new else [f"{where} was {old!r}, is {new!r}"]

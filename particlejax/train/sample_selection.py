@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features of clips from a frozen encoder, and what few labels make of them: class means, and the
-clips worth a label.
+"""Few-label methods on features of a frozen encoder: class prototypes and active-learning
+selection.
 
 Legend: N clips, D width, C classes.
 """
@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-_SHARPNESS = 20.0  # of cosines, before the softmax that makes them comparable to probabilities
+_SHARPNESS = 20.0  # scales cosines before the softmax, to make them comparable to probabilities
 
 
 def centres(features: np.ndarray, label: np.ndarray, classes: int) -> np.ndarray:
-    """Mean of the unit features of each class, [C, D]; zeros for a class without a clip
+    """Prototypes [C, D]: the mean of each class's unit features, zeros for a class without clips
     (arXiv:1703.05175).
     """
     unit = _unit(features)
@@ -26,9 +26,7 @@ def centres(features: np.ndarray, label: np.ndarray, classes: int) -> np.ndarray
 
 
 def nearest(features: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """Softmax of the cosines to the classes' means, [N, C]; a class that has no mean gets
-    nothing.
-    """
+    """Softmax of the cosines to the prototypes, [N, C]; a class without a prototype gets 0."""
     cosine = np.where((centres != 0).any(axis=1), _unit(features) @ _unit(centres).T, -np.inf)
     weight = np.exp(_SHARPNESS * (cosine - cosine.max(axis=1, keepdims=True)))
     return weight / weight.sum(axis=1, keepdims=True)
@@ -37,7 +35,7 @@ def nearest(features: np.ndarray, centres: np.ndarray) -> np.ndarray:
 def entropy(
     probabilities: np.ndarray, features: np.ndarray, open_to: np.ndarray, number: int, seed: int
 ) -> np.ndarray:
-    """Indices of the clips that are least sure, of those that are `open_to` a label, the least
+    """Indices of the `number` clips of `open_to` with the highest predictive entropy, highest
     first.
     """
     del features, seed
@@ -48,7 +46,7 @@ def entropy(
 def margin(
     probabilities: np.ndarray, features: np.ndarray, open_to: np.ndarray, number: int, seed: int
 ) -> np.ndarray:
-    """Those whose two likeliest classes are nearest to each other."""
+    """Indices of the clips with the smallest margin between the two most likely classes."""
     del features, seed
     best = np.sort(probabilities, axis=1)
     return _first(best[:, -1] - (best[:, -2] if best.shape[1] > 1 else 0.0), open_to, number)
@@ -57,7 +55,7 @@ def margin(
 def coreset(
     probabilities: np.ndarray, features: np.ndarray, open_to: np.ndarray, number: int, seed: int
 ) -> np.ndarray:
-    """One after the other the farthest from all that are known or chosen (k-centre greedy,
+    """Indices of the clips farthest from all known and chosen ones (greedy k-center,
     arXiv:1708.00489).
     """
     del probabilities, seed
@@ -74,7 +72,7 @@ def coreset(
 def random(
     probabilities: np.ndarray, features: np.ndarray, open_to: np.ndarray, number: int, seed: int
 ) -> np.ndarray:
-    """Any: what the others are measured against."""
+    """Random clips: the baseline."""
     del probabilities, features
     return np.random.default_rng(seed % 2**32).permutation(np.flatnonzero(open_to))[:number]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything about a stage that is decided before its first step and never changes afterwards."""
+"""Everything about a stage that is fixed before its first step."""
 
 import math
 from dataclasses import dataclass, replace
@@ -33,16 +33,16 @@ _LEAST_VAL_STEPS = 10  # a short run is measured at its end alone
 class Setup:
     """A stage with its data, its compiled programs and its length.
 
-    batches: from the first step on. step: (state, batch) -> (state, metrics), jitted, its state
-    donated. measure: of `eval.jit_measure`. merge: (trained, frozen) -> what the model reads.
-    shapes: those of the state, with shardings.
+    batches: from the first step on. step: (state, batch) -> (state, metrics), jitted, state
+    donated. measure: from `eval.jit_measure`. merge: (trained, frozen) -> the model's parameters.
+    shapes: of the state, with shardings.
     """
 
     stage: run.Stage
     mesh: Mesh
     source: sources.Source
     val: sources.Source | None
-    clips: int  # that are trained on
+    clips: int  # number of training clips
     batches: pipeline.Batches
     steps: int
     targets: Targets | None
@@ -63,7 +63,7 @@ class Setup:
         return self.stage.spec.val_every_steps or max(self.steps // 10, _LEAST_VAL_STEPS)
 
     def init_state(self) -> TrainState:
-        """A fresh state, its parameters drawn by the experiment's seed, sharded over the mesh."""
+        """A fresh state: parameters drawn from the experiment's seed, sharded over the mesh."""
         stage = self.stage
         spec = stage.spec
         return initialise(
@@ -77,23 +77,21 @@ class Setup:
         )
 
     def eval_params(self, state: TrainState) -> Params:
-        """The parameters to measure, as the model reads them: the average where there is one."""
+        """The model's parameters for evaluation: the EMA if the stage keeps one."""
         if self.stage.spec.finetune.method == "full":
             return state.best_params
         return self.merge(state.best_params, state.frozen)
 
     def open(self, split: str) -> sources.Source:
-        """A split of the stage's source, its labels counted in the stage's classes."""
+        """A split of the stage's source, with labels indexed by the stage's classes."""
         data = self.stage.data
         return sources.open_source(data.source, split, data.cache_dir, self.stage.classes)
 
     def operations(self) -> int:
-        """FLOPs of a step, from shapes; recomputation by remat is not the model's and not
-        counted.
-        """
+        """Model FLOPs of a step, from shapes; recomputation by remat does not count."""
         stage = self.stage
         row = pipeline.example(self.batches.plan.schedule.row, 1)
-        # as the step is called, so that it is not traced again
+        # called like the step itself, so that it is not traced again
         rows, divided = stage.spec.batch_size, sharding.batch_sharding(self.mesh)
         batch = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=divided), row
@@ -111,7 +109,7 @@ class Setup:
 
 
 def set_up(experiment: Experiment, name: str, mesh: Mesh) -> Setup:
-    """The setup of a stage. Raises UserError for data, splits or metrics that are not there."""
+    """The setup of a stage. Raises UserError for missing data, splits or metrics."""
     spec = experiment.stages[name]
     data = experiment.data_of(spec)
     sharding.check_rows(
@@ -151,7 +149,7 @@ def set_up(experiment: Experiment, name: str, mesh: Mesh) -> Setup:
 
 
 def _check_measuring(setup: Setup) -> None:
-    """Raises UserError for splits or a metric that will not be there: before the training."""
+    """Raises UserError for unknown splits or metrics, before training starts."""
     spec, name = setup.stage.spec, setup.name
     if "classify" in spec.objectives:
         for split in setup.stage.experiment.eval.splits:
@@ -160,13 +158,12 @@ def _check_measuring(setup: Setup) -> None:
         return
     if not spec.val_split:
         raise UserError(
-            f"config.stages.{name}.best_metric={spec.best_metric!r} is measured on the val split, "
-            "and val is "
-            "empty: name a split there."
+            f"config.stages.{name}.best_metric={spec.best_metric!r} is measured on the val "
+            "split, but val_split is empty: name a split there."
         )
     known = eval.metric_names(setup.stage)
     if spec.best_metric not in known:
         raise UserError(
-            f"config.stages.{name}.best_metric={spec.best_metric!r} is not measured: choose one of "
-            f"{', '.join(known)}."
+            f"config.stages.{name}.best_metric={spec.best_metric!r} is not measured: choose "
+            f"one of {', '.join(known)}."
         )

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a stage is made of, built from an experiment: sources, model, folders; and a trained stage
-read back.
-"""
+"""A stage built from an experiment (sources, model, folders), and a trained stage restored."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -29,7 +27,7 @@ from particlejax.particles.types import Batch
 from particlejax.train.log import say, say_here
 
 CONFIG, RESULTS = "config.json", "results.json"
-# of the data, what is not as the run was trained
+# data settings that may differ from those of the training run
 _ASKED = ("split", "cache_dir", "max_unreadable", "num_threads", "num_workers")
 _AS_THERE = {
     "model": ("width", "depth", "num_heads", "distance_bias", "mlp_ratio", "stem"),
@@ -40,29 +38,28 @@ _AS_THERE = {
 
 @dataclass
 class BadClips:
-    """Unreadable clips met so far; more than `limit` of them end the run."""
+    """Unreadable clips so far; more than `limit` of them end the run."""
 
     limit: int
     reasons: dict[str, str] = field(default_factory=dict)
 
     def note(self, loaded: pipeline.Loaded) -> None:
-        """Names each new one once. Raises UserError past the limit."""
+        """Reports each new clip once. Raises UserError past the limit."""
         for bad in loaded.bad:
             if bad.name not in self.reasons:
                 self.reasons[bad.name] = bad.reason
-                say_here(f"clip {bad.name} cannot be read ({bad.reason}): it is left out.")
+                say_here(f"clip {bad.name} cannot be read ({bad.reason}) and is skipped.")
         if len(self.reasons) > self.limit:
             some = ", ".join(
                 f"{name} ({reason})" for name, reason in list(self.reasons.items())[:3]
             )
             raise UserError(
                 f"{len(self.reasons)} clips cannot be read ({some}, ...), more than "
-                "config.data.max_unreadable="
-                f"{self.limit}: mend the data or raise the limit."
+                f"config.data.max_unreadable={self.limit}: repair the data or raise the limit."
             )
 
     def all(self) -> dict[str, str]:
-        """Those that any process has met; all processes must call it."""
+        """The unreadable clips of all processes; every process must call it."""
         return {
             path: reason for each in cluster.gather(self.reasons) for path, reason in each.items()
         }
@@ -70,7 +67,7 @@ class BadClips:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage, ready to be trained or measured."""
+    """One stage, ready to train or evaluate."""
 
     name: str
     spec: StageSpec
@@ -78,11 +75,11 @@ class Stage:
     data: DataSpec
     particles: ParticleSpec
     classes: tuple[str, ...]
-    # what labels ask of the head, None where there is none
+    # maps labels to head targets, None without labels
     targets: label_targets.Targets | None
     model: models.Model
-    example: Batch  # zeros with the shapes of a batch of one row
-    # (i, n): of the rows of a batch, this process reads the i-th of n parts
+    example: Batch  # zeros, shaped like a batch of one row
+    # (i, n): this process reads the i-th of n parts of each batch's rows
     reader: tuple[int, int]
 
     def views(
@@ -92,16 +89,14 @@ class Stage:
         views: tuple[int, int] = (1, 1),
         scale: ScaleSpec | None = None,
     ) -> pipeline.Views:
-        """All clips of a source once, for measuring; at another scale where one is given."""
+        """All clips of a source once, for evaluation; `scale` overrides the default scale."""
         data, particles = (scale or ScaleSpec()).applied(self.data, self.particles)
         return pipeline.Views(
             source, data, particles, self.experiment.seed, rows, views, *self.reader
         )
 
     def batches(self, source: sources.Source, clips: int) -> pipeline.Batches:
-        """Training batches of a source, as many as hold `clips` clips; without end where that is
-        0.
-        """
+        """Training batches of a source with `clips` clips in all; endless if 0."""
         return pipeline.Batches(
             source,
             self.data,
@@ -118,8 +113,8 @@ class Stage:
 def build(
     experiment: Experiment, name: str, classes: tuple[str, ...], mesh: Mesh | None = None
 ) -> Stage:
-    """The stage and its model; without a mesh it reads all rows. Raises UserError where it wants
-    labels and there are none.
+    """Builds the stage and its model; without a mesh it reads all rows. Raises UserError if labels
+    are needed but missing.
     """
     spec = experiment.stages[name]
     data, particles = experiment.data_of(spec), experiment.particles_of(spec)
@@ -129,9 +124,8 @@ def build(
     labelled = registry.classifies(spec.objectives)
     if labelled and not classes:
         raise UserError(
-            f"stage {name} classifies but {data.source} has no labels: give clips.csv a column "
-            "'label', or "
-            "put the clips into one folder a class."
+            f"stage {name} classifies but {data.source} has no labels: give clips.csv a "
+            "column 'label', or put the clips into one folder per class."
         )
     ids = pipeline.vocabularies(data)
     bases = {
@@ -175,37 +169,32 @@ def build(
 
 
 def _check_objectives(spec: StageSpec, model: ModelSpec, where: str) -> None:
-    """What an objective asks for must be there: else it would be passed over without a word."""
+    """Raises UserError if an objective's settings would silently have no effect."""
     pseudo, classify = spec.objectives.get("pseudo_label"), spec.objectives.get("classify")
     if pseudo and pseudo.teacher == "ema" and not spec.ema_decay:
         raise UserError(
-            f"{where}.objectives.pseudo_label.teacher is 'average' and the stage keeps none: set "
-            "its "
-            "ema, such as 0.99, or "
-            "teacher to 'self'."
+            f"{where}.objectives.pseudo_label.teacher is 'ema' but the stage keeps no EMA: "
+            "set its ema_decay, such as 0.99, or teacher to 'self'."
         )
     if pseudo and classify and classify.loss != "softmax":
         raise UserError(
-            f"{where}.objectives.pseudo_label wants one class a clip and classify.loss is "
-            f"{classify.loss!r}: leave one out."
+            f"{where}.objectives.pseudo_label needs one class per clip but classify.loss is "
+            f"{classify.loss!r}: remove one of the two."
         )
     if classify and classify.class_balance_beta and classify.loss != "softmax":
         raise UserError(
-            f"{where}.objectives.classify.class_balance_beta is for loss='softmax' and that is "
+            f"{where}.objectives.classify.class_balance_beta needs loss='softmax' but it is "
             f"{classify.loss!r}: set it to 0."
         )
     if classify and classify.rdrop_weight and not (model.dropout or model.drop_path_rate):
         raise UserError(
-            f"{where}.objectives.classify.rdrop_weight compares two draws of dropout and there is "
-            "none: set "
-            "config.model.dropout or drop_path, or consistency to 0."
+            f"{where}.objectives.classify.rdrop_weight compares two dropout samples but there "
+            "is no dropout: set config.model.dropout or drop_path_rate, or rdrop_weight to 0."
         )
 
 
 def weighted(stage: Stage, source: sources.Source) -> label_targets.Targets | None:
-    """The stage's targets, with weights by how often the labels that are trained on occur where it
-    wants them.
-    """
+    """The stage's targets, weighted by training label frequencies if the spec asks for it."""
     spec = stage.spec.objectives.get("classify")
     if stage.targets is None or spec is None or not spec.class_balance_beta:
         return stage.targets
@@ -218,25 +207,22 @@ def weighted(stage: Stage, source: sources.Source) -> label_targets.Targets | No
 
 
 def _check_directed(data: DataSpec, classes: tuple[str, ...]) -> None:
-    """A class that is never to be mirrored must be one: else it would be."""
+    """Raises UserError if no_flip_classes names an unknown class, which would be flipped."""
     for name in data.augment.no_flip_classes if classes else ():
         if name not in classes:
             raise UserError(
-                f"config.data.augment.no_flip_classes names {name!r}, which is no class of "
-                f"{data.source}: "
-                f"{did_you_mean(name, classes)}"
+                f"config.data.augment.no_flip_classes names {name!r}, which is not a class of "
+                f"{data.source}: {did_you_mean(name, classes)}"
             )
 
 
 def checkpoint_folder(workdir: Path, stage: str, kind: str = "latest") -> Path:
-    """Where a stage's checkpoints are: kind 'latest' or 'best'."""
+    """Folder of a stage's checkpoints; kind is 'latest' or 'best'."""
     return Path(workdir) / "checkpoints" / stage / kind
 
 
 def result_folder(workdir: Path, stage: str) -> Path:
-    """The checkpoints that hold a stage's result: the best where one was selected, else the
-    latest.
-    """
+    """The checkpoints of a stage's result: the best if a metric is selected, else the latest."""
     best = checkpoint_folder(workdir, stage, "best")
     return (
         best
@@ -246,8 +232,8 @@ def result_folder(workdir: Path, stage: str) -> Path:
 
 
 def find_init(experiment: Experiment, name: str, workdir: Path) -> Path | None:
-    """The checkpoints that a stage starts from, None for a fresh start. Raises UserError when they
-    are not there.
+    """The checkpoints that a stage starts from, None for a fresh start. Raises UserError if they do
+    not exist.
     """
     wanted = experiment.stages[name].init_from
     if wanted in experiment.stages:
@@ -261,10 +247,9 @@ def find_init(experiment: Experiment, name: str, workdir: Path) -> Path | None:
 
 
 def adopt(experiment: Experiment, said: Collection[str] = ()) -> Experiment:
-    """The experiment with what must be as in the run that `init` names: payloads, and the encoder
-    that reads them.
+    """The experiment with the payload and encoder settings of the run that `init_from` names.
 
-    said: settings, such as 'model.width', that somebody has asked for and that stay as they are.
+    said: settings given explicitly, such as 'model.width', which are kept.
     """
     if not experiment.init_from:
         return experiment
@@ -280,38 +265,36 @@ def adopt(experiment: Experiment, said: Collection[str] = ()) -> Experiment:
         changed += [f"{section}.{name}={value}" for name, value in new.items()]
         experiment = replace(experiment, **{section: replace(ours, **new)})
     if changed:
-        say(f"as in {run}: {', '.join(changed)}")
+        say(f"settings taken from {run}: {', '.join(changed)}")
     return experiment
 
 
 def split_run(text: str) -> tuple[Path, str]:
-    """RUN_DIR or RUN_DIR:STAGE as a folder and the stage, the last one trained where none is
-    named.
-    """
+    """Splits RUN_DIR or RUN_DIR:STAGE into folder and stage; default: the last trained stage."""
     run, _, name = (text, "", "") if Path(text).is_dir() else text.rpartition(":")
     run = Path(run or text)
     if not (run / CONFIG).exists():
         raise UserError(
-            f"{run} is not a run (it has no {CONFIG}): give the --workdir of one, or RUN_DIR:STAGE."
+            f"{run} is not a run (it has no {CONFIG}): give the --workdir of a run, or "
+            "RUN_DIR:STAGE."
         )
     stages = list(read_experiment(run).stages)
     trained = [stage for stage in stages if checkpoint_folder(run, stage).is_dir()]
     if not trained or (name and name not in trained):
         raise UserError(
-            f"run {run} has trained {', '.join(trained) or 'no stage'} and not "
-            f"{name or 'one yet'}: name a "
-            "stage it has, or run it first."
+            f"run {run} has trained {', '.join(trained) or 'no stage'} but not "
+            f"{name or 'any yet'}: name a stage it has, or run it first."
         )
     return run, name or trained[-1]
 
 
 def read_experiment(run: Path) -> Experiment:
-    """The experiment of a run."""
+    """Reads the experiment of a run."""
     return Experiment.of(jobs.upgraded(json.loads((run / CONFIG).read_text(encoding="utf-8"))))
 
 
 def read_results(workdir: Path) -> dict[str, Any]:
-    """results.json, {} where there is none yet."""
+    """Reads results.json, {} if it does not exist."""
     path = Path(workdir) / RESULTS
     return renames.results(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
@@ -319,8 +302,8 @@ def read_results(workdir: Path) -> dict[str, Any]:
 def add_results(
     workdir: Path, stage: str, figures: Mapping[str, Any], bad: Mapping[str, str]
 ) -> None:
-    """Puts a stage's figures into results.json, and the clips that could not be read; the first
-    process alone does.
+    """Adds a stage's metrics and the unreadable clips to results.json; only the first process
+    writes.
     """
     if not cluster.first():
         return
@@ -332,9 +315,7 @@ def add_results(
 
 
 def asked(data: DataSpec) -> dict[str, Any]:
-    """What somebody who asks a trained run puts into its data section, for `load_trained`: another
-    source, where one is named.
-    """
+    """Data settings for `load_trained`: another source, if one is named."""
     return {key: getattr(data, key) for key in _ASKED} | (
         {"source": data.source} if data.source else {}
     )
@@ -343,10 +324,9 @@ def asked(data: DataSpec) -> dict[str, Any]:
 def load_trained(
     text: str, mesh: Mesh, source: Mapping[str, Any], step: int | None = None
 ) -> tuple[Stage, Params]:
-    """A trained stage of RUN_DIR[:STAGE] and its result's parameters, those of `step` where one is
-    named.
+    """A trained stage of RUN_DIR[:STAGE] and its result's parameters, or those of `step`.
 
-    source: is put into its data section.
+    source: overrides of the data section.
     """
     run, name = split_run(text)
     folder = result_folder(run, name)
@@ -360,7 +340,7 @@ def load_trained(
         lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings
     )
     data = checkpoint.load_data(folder)
-    # merged: adapters and prefixes stand among the rest
+    # merged: includes adapters and prefixes
     if restore.BASE not in data and stage.spec.finetune.method != "full":
         merged = jax.eval_shape(
             lambda p: partition.whole(

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run tells of itself while it trains: where the time of a step goes, rates, utilisation,
-memory, traces, recompilation.
-"""
+"""Telemetry of a training run: time per step, throughput, MFU, memory, traces, recompilations."""
 
 import resource
 import sys
@@ -23,12 +21,10 @@ _MIB = 2**20
 
 @dataclass
 class Gauge:
-    """Counts what happens between two lines of timing.jsonl on this process; the processes are
-    alike.
+    """Counts between two lines of timing.jsonl on this process; all processes are alike.
 
-    operations: of one step, over all devices; called once, when a step has been compiled. peak: of
-    one device, per second, 0 where it is not known. parts: that a batch is read in, of which this
-    process counts one.
+    operations: FLOPs of one step over all devices; called once, after the step is compiled. peak:
+    FLOP/s of one device, 0 if unknown. parts: number of parts of a batch; this process counts one.
     """
 
     operations: Callable[[], float]
@@ -38,12 +34,12 @@ class Gauge:
     seconds: dict[str, float] = field(default_factory=dict)
     batches: int = 0
     clips: int = 0
-    slots: int = 0  # with a particle
-    whole: int = 0  # all
+    slots: int = 0  # filled slots
+    whole: int = 0  # all slots
     _operations: float | None = None
 
     def begin(self) -> None:
-        """From here on it counts, from nothing."""
+        """Resets all counters."""
         self.clock, self.seconds, self.batches, self.clips, self.slots, self.whole = (
             time.monotonic(),
             {},
@@ -55,8 +51,8 @@ class Gauge:
 
     @contextmanager
     def spent(self, on: str, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
-        """Counts the seconds within as spent on 'data', 'save' or 'measure', unless the device had
-        work all the while.
+        """Adds the seconds within to 'data', 'save' or 'measure', unless the device was busy
+        throughout.
         """
         begun = time.monotonic()
         try:
@@ -75,7 +71,7 @@ class Gauge:
         self.whole += sum(particles.segment.size for particles in batch.particles.values())
 
     def figures(self) -> dict[str, float]:
-        """What was counted, seconds of a step by what they went into; begins anew. Measuring is not
+        """The counts, with seconds per step by cause; resets the counters. Evaluation is not
         training time.
         """
         spent, batches = self.seconds, self.batches
@@ -98,8 +94,8 @@ class Gauge:
         return found
 
     def _utilisation(self, seconds: float) -> dict[str, float]:
-        """Of all devices' peak, the share that the model's own operations took (MFU;
-        arXiv:2204.02311, appendix B).
+        """Model FLOPs utilization, the fraction of all devices' peak (MFU; arXiv:2204.02311,
+        appendix B).
         """
         if not self.peak:
             return {}
@@ -109,7 +105,7 @@ class Gauge:
 
 
 def memory() -> dict[str, float]:
-    """MiB at their highest: of this process, and of its fullest device where that tells."""
+    """Peak memory in MiB of this process, and of its fullest device if the backend reports it."""
     unit = 1 if sys.platform == "darwin" else 1024
     found = {"host_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _MIB}
     used = [
@@ -121,7 +117,7 @@ def memory() -> dict[str, float]:
 
 
 def peak_of(how: str, dtype: Any) -> float:
-    """Operations per second of one device: 'table' by its kind, 0 where it is not; or 'measured' by
+    """Peak FLOP/s of one device: 'table' looks up its kind (0 if unknown), 'measured' times
     products of `dtype`.
     """
     if how == "measured":
@@ -132,27 +128,25 @@ def peak_of(how: str, dtype: Any) -> float:
 
 @dataclass
 class Trace:
-    """A profiler trace of the steps from the first to the last of `steps`, in WORKDIR/profile; (0,
-    0): none.
-    """
+    """A profiler trace of the first to last step of `steps`, in WORKDIR/profile; (0, 0): none."""
 
     workdir: Path
     steps: tuple[int, int]
     running: bool = False
 
     def before(self, step: int) -> None:
-        """Called before a step is started."""
+        """Call before a step starts."""
         if step == self.steps[0] and not self.running:
             jax.profiler.start_trace(str(self.workdir / "profile"))
             self.running = True
 
     def after(self, step: int, result: Any) -> None:
-        """Called when a step has been started; waits for the last one."""
+        """Call after a step has started; waits for the last traced one."""
         if step >= self.steps[1]:
             self.stop(result)
 
     def stop(self, result: Any = None) -> None:
-        """Writes what there is."""
+        """Stops the trace and writes it."""
         if self.running:
             jax.block_until_ready(result)
             jax.profiler.stop_trace()
@@ -162,19 +156,18 @@ class Trace:
 
 @dataclass
 class Compilations:
-    """Says when a step that was compiled is compiled again: it should not be."""
+    """Warns when the compiled step is compiled again, which should not happen."""
 
     stage: str
     step: Any
     seen: int = 1
 
     def check(self, number: int) -> None:
-        """Called when a step has been started."""
+        """Call after a step has started."""
         now = self.step._cache_size()
         if now > self.seen:
             say(
-                f"{self.stage}: step {number} was compiled anew, which costs time and should not "
-                "happen: a batch or the state has "
-                "changed its shape, type or sharding."
+                f"{self.stage}: step {number} triggered a recompilation: a shape, dtype or "
+                "sharding changed."
             )
             self.seen = now

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of a stage and the one step that changes it."""
+"""The training state of a stage and the step that updates it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,17 +23,16 @@ from particlejax.train import optim
 from particlejax.train.gradient import gradient_of
 
 Step = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
-_ALL, _PLAIN = FinetuneSpec(), RobustSpec()  # all parameters train, by the loss's own gradient
+_ALL, _PLAIN = FinetuneSpec(), RobustSpec()  # all parameters train, with the plain gradient
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """step: int32, steps done. seed: uint32, of all randomness: an array, so that runs of other
-    seeds are the same program.
+    """step: int32, steps done. seed: uint32, an array so that all seeds share one compiled program.
 
-    params: those that train. average: their moving average, () where the stage keeps none. frozen:
-    the others, () where all train; `tune.whole` makes of both what the model reads.
+    params: trainable parameters. average: their EMA, () if the stage keeps none. frozen: the other
+    parameters, () if all train; `partition.whole` merges both into the model's parameters.
     """
 
     step: Array
@@ -45,7 +44,7 @@ class TrainState:
 
     @property
     def best_params(self) -> Params:
-        """The ones to evaluate: the average where there is one."""
+        """The parameters to evaluate: the EMA if there is one."""
         return self.average or self.params
 
 
@@ -58,7 +57,7 @@ def initialise(
     mesh: Mesh,
     tuning: FinetuneSpec = _ALL,
 ) -> TrainState:
-    """A state born sharded: no device ever holds more than its part."""
+    """A state created sharded: no device ever holds more than its shard."""
     born = _born(model, optimizer, batch, ema, tuning)
     with jax.set_mesh(mesh):
         shardings = jax.tree.map(lambda x: x.sharding, _placed(born, mesh))
@@ -73,8 +72,8 @@ def described(
     mesh: Mesh,
     tuning: FinetuneSpec = _ALL,
 ) -> TrainState:
-    """Shapes, types and shardings of the state that `initialise` makes; nothing is computed, and no
-    device is needed.
+    """Shapes, dtypes and shardings of the state that `initialise` makes; needs no computation and
+    no device.
     """
     return _placed(_born(model, optimizer, batch, ema, tuning), mesh)
 
@@ -107,14 +106,14 @@ def _born(
 
 
 def abstract(state: TrainState) -> TrainState:
-    """Shapes, types and shardings of a state, for restoring one like it."""
+    """Shapes, dtypes and shardings of a state, for restoring."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
 
 
 def saved(state: TrainState) -> TrainState:
-    """What a checkpoint holds: all but the frozen parameters, which the run they came from has."""
+    """The state that a checkpoint holds: without the frozen parameters, which the base run has."""
     return replace(state, frozen=())
 
 
@@ -129,19 +128,18 @@ def make_step(
     robust: RobustSpec = _PLAIN,
     on_nan: str = "stop",
 ) -> Step:
-    """(state, batch) -> (state, metrics), pure; its randomness is fold_in(seed, step).
+    """(state, batch) -> (state, metrics), pure; the random key is fold_in(seed, step).
 
-    Metrics hold the norms of gradients and parameters, of all and of each group, and 'finite': 1
-    where the loss, the gradients and the new parameters are numbers, else 0, and then with
-    on_nan='skip' nothing changes but the step's number. An attack moves pixels that are normalized
-    already. With `accumulate` > 1 the rows are cut into
-    that many micro-batches under a scan, each weighted by its clips.
+    Metrics hold global and per-group norms of gradients and parameters, and 'finite': 1 if the
+    loss, the gradients and the new parameters are finite, else 0. With on_nan='skip' a non-finite
+    step changes only the step number. Attacks perturb normalized pixels. With `accumulate` > 1 the
+    rows are split into that many micro-batches under a scan, weighted by their number of clips.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def loss(params: Params, batch: Batch, key: Array) -> tuple[Array, Metrics]:
             read = partition.whole(tuning, params, state.frozen)
-            if ema:  # for objectives that are taught by the average
+            if ema:  # for objectives with an EMA teacher
                 read = {
                     **read,
                     TEACHER: partition.whole(
@@ -151,7 +149,7 @@ def make_step(
             return objective(read, model, batch, key, True)
 
         def gradient(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
-            if robust.attack != "none":  # it moves pixels as the model computes with them
+            if robust.attack != "none":  # attacks perturb normalized pixels
                 batch = model.normalize(batch)
             return gradient_of(loss, robust)(params, batch, key)
 
@@ -161,7 +159,7 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         average = state.average
         if ema:
-            # young averages forget their random start
+            # a small early decay lets the EMA forget the random initialization
             decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
             average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
         metrics |= norms("grad_norm", grads) | norms("param_norm", params)
@@ -183,11 +181,11 @@ def make_step(
 
 
 def norms(name: str, params: Params) -> Metrics:
-    """Euclidean norms of a tree like the parameters': `name` of all of it and 'name/GROUP' of each
+    """Euclidean norms of a tree of parameters: `name` for all of it and 'name/GROUP' for each
     group.
 
-    A group is a part of the model by its two upper names ('encoder/transformer'), or by the only
-    one above its arrays ('head').
+    A group is the first two names of a path ('encoder/transformer'), or the only one above its
+    arrays ('head').
     """
     squares: Metrics = {}
     for path, leaf in optim.in_order(params).items():
@@ -202,14 +200,14 @@ def norms(name: str, params: Params) -> Metrics:
 
 
 def accumulated(gradient: Callable, parts: int) -> Callable:
-    """`gradient` over `parts` micro-batches of the rows, averaged with each part's clips as its
-    weight.
+    """`gradient` averaged over `parts` micro-batches of the rows, weighted by their number of
+    clips.
     """
     if parts == 1:
         return gradient
 
     def total(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
-        # Row r goes to part r mod parts, so that rows stay on the devices that hold them.
+        # Row r goes to part r mod parts, so that rows stay on their devices.
         split = jax.tree.map(
             lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
         )
@@ -229,7 +227,7 @@ def accumulated(gradient: Callable, parts: int) -> Callable:
 
 
 def jit_step(step: Step, state: TrainState, mesh: Mesh) -> Step:
-    """The step compiled for the mesh, its state donated."""
+    """The step compiled for the mesh, with its state donated."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(
         sharding.on(mesh, step),

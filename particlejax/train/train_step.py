@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program of a stage, which the loop runs and a plan compiles: one place, so that both are the
-same.
-"""
+"""The program of a stage, built once for both the training loop and `plan`."""
 
 from typing import NamedTuple
 
@@ -15,7 +13,7 @@ from particlejax.train.train_state import Step, make_step
 
 
 class Program(NamedTuple):
-    """objective: of a batch as it comes from the data.
+    """objective: applied to a batch as it comes from the data.
 
     step: pure, (state, batch) -> (state, metrics).
     """
@@ -26,9 +24,7 @@ class Program(NamedTuple):
 
 
 def of(stage: Stage, goal: label_targets.Targets | None, steps: int) -> Program:
-    """The stage's program over so many steps; goal: what labels ask of the head, None where there
-    is none.
-    """
+    """The stage's program for `steps` steps; goal: head targets, None without labels."""
     spec = stage.spec
     objective = registry.combine(spec.objectives, goal)
     layered = optim.layered(spec.finetune, stage.experiment.model_of(spec).depth, steps)
