@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an objective is, and where it finds its teacher."""
+"""The interface of an objective, and the place of its teacher."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -13,16 +13,16 @@ from particlejax.particles.types import Batch
 
 # (params, model, batch, key, train) -> (loss, metrics)
 Objective = Callable[[Params, Model, Batch, Array, bool], tuple[Array, Metrics]]
-TEACHER = "teacher"  # branch of the parameters that the step puts their moving average in
+TEACHER = "teacher"  # branch of the parameters that holds their EMA during a step
 
 
 class ObjectiveType(NamedTuple):
-    """One line of the table of objectives: how it is made of its settings, and what it needs.
+    """An entry of the objectives' registry: how to build it, and what it needs.
 
-    make: (spec) -> Objective, or (spec, targets) where `labelled`. heads: (spec, classes) -> the
-    heads that it calls by these names; one that several objectives declare alike is shared.
-    modalities: (spec) -> those it reads. labelled: whether it reads labels, so that there are
-    classes. unseen: (spec) -> modalities that are its targets, which the encoder never sees.
+    make: (spec) -> Objective, or (spec, targets) if `labelled`. heads: (spec, classes) -> the heads
+    it uses, by name; objectives with equal declarations share a head. modalities: (spec) ->
+    modalities it reads. labelled: whether it needs labels and thus classes. unseen: (spec) ->
+    modalities that are only targets and never reach the encoder.
     """
 
     make: Callable[..., Objective]

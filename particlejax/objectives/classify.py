@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning from labels: one class, several, or a number; of two draws of dropout where they shall
-agree.
+"""Supervised learning: classification, multi-label classification or regression, with optional
+R-Drop.
 """
 
 import jax
@@ -19,10 +19,10 @@ from particlejax.particles.types import Batch
 
 
 def classify(spec: ClassifySpec, targets: Targets | None = None) -> Objective:
-    """The loss of each labelled clip; metrics: loss, and top1 and top5, or exact_match (sigmoid),
-    or mae (regression).
+    """Loss of each labelled clip; metrics: loss, and top1 and top5, or exact_match (sigmoid), or
+    mae (regression).
 
-    targets: what the labels ask of the head; None: label l is class l.
+    targets: maps labels to head targets; None: label l is class l.
     """
 
     def objective(
@@ -50,7 +50,7 @@ def classify(spec: ClassifySpec, targets: Targets | None = None) -> Objective:
 
 
 def _error(spec: ClassifySpec, targets: Targets | None, logits: Array, batch: Batch) -> Array:
-    """Each clip's loss [B, S]; where two clips were mixed, by their shares."""
+    """Loss of each clip [B, S]; for mixed clips, weighted by their shares."""
     first, second = (
         _error_of(spec, targets, logits, jnp.maximum(label, 0)) * (label >= 0)
         for label in (batch.label, batch.other)
@@ -75,10 +75,10 @@ def _error_of(spec: ClassifySpec, targets: Targets | None, logits: Array, label:
 
 
 def _apart(spec: ClassifySpec, one: Array, other: Array) -> Array:
-    """How far two answers to a clip differ, [B, S]."""
+    """Divergence between two predictions for a clip, [B, S]."""
     if spec.loss == "regression":
         return losses.squared_error(one, other)
-    if spec.loss == "sigmoid":  # each class is a choice of two
+    if spec.loss == "sigmoid":  # each class is a binary choice
         pair = (jnp.stack([each, jnp.zeros_like(each)], axis=-1) for each in (one, other))
         return losses.disagreement(*pair).mean(axis=-1)
     return losses.disagreement(one, other)

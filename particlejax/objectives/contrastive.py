@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What belongs together: modalities of one clip among all clips, words and their moment.
+"""Contrastive learning between the modalities of a clip, and temporal alignment of text.
 
 Legend: B rows, L slots, S clips of a row, E width of an embedding, N clips of the batch.
 """
@@ -24,12 +24,12 @@ ALIGNMENT, PROJECTION = "temporal_alignment_head", "projection"
 
 
 def temporal_alignment(spec: TemporalAlignmentSpec) -> Objective:
-    """When is each particle of a modality, told from its payload and from the rest of the clip
-    (temporal alignment of words, arXiv:2204.02968)? Its time is hidden: it stands in the clip's
-    middle and lasts as long as the clip.
+    """Predicts the time of each particle of a modality from its payload and the rest of the clip
+    (temporal alignment of words, arXiv:2204.02968). Its own time is masked: set to the clip's
+    middle, with the clip's length.
 
-    Asked are particles that last no longer than half their clip. Metrics: loss, top1, mae_seconds
-    (mean distance between the middle of the bin that was named and the truth).
+    Scores particles no longer than half their clip. Metrics: loss, top1, mae_seconds (mean distance
+    between the middle of the predicted bin and the true time).
     """
 
     def objective(
@@ -66,13 +66,12 @@ def temporal_alignment(spec: TemporalAlignmentSpec) -> Objective:
 
 
 def contrastive(spec: ContrastiveSpec) -> Objective:
-    """Which of all clips does this one belong to (CLIP, arXiv:2103.00020; SigLIP,
-    arXiv:2303.15343)?
+    """Finds the matching clip among all clips (CLIP, arXiv:2103.00020; SigLIP, arXiv:2303.15343).
 
-    Of two modalities, each encoded by itself; of one modality named twice, two masked views.
-    Negatives are all clips of the batch, over the whole mesh: arrays are global under jit, the
-    compiler gathers them (with micro-batches, of each one). Clips without either modality are left
-    out. Metrics: loss; batch_recall_at_1, the share of clips whose nearest is their own.
+    Compares two modalities, each encoded alone, or two masked views if one modality is named twice.
+    Negatives are all clips of the batch (or micro-batch) over the whole mesh: arrays are global
+    under jit and the compiler gathers them. Clips that lack a modality are ignored. Metrics: loss;
+    batch_recall_at_1, the fraction of clips whose nearest neighbor is their own.
     """
 
     def objective(
@@ -122,9 +121,7 @@ def _views(spec: ContrastiveSpec, batch: Batch, key: Array) -> tuple[Particles, 
 
 
 def infonce(logits_NM: Array, there: Array) -> Array:
-    """Cross-entropy of finding each clip's own among all, both ways, mean over the clips that are
-    there.
-    """
+    """InfoNCE: cross-entropy of finding each clip's own pair, both ways, mean over valid clips."""
     logits = jnp.where(there[:, None] & there[None], logits_NM, -1e9)
     own = jnp.arange(len(there))
     both = (losses.cross_entropy(logits, own) + losses.cross_entropy(logits.T, own)) / 2
@@ -132,8 +129,8 @@ def infonce(logits_NM: Array, there: Array) -> Array:
 
 
 def sigmoid(logits_NM: Array, there: Array) -> Array:
-    """Each pair by itself: own or not; the sum over a clip's pairs, mean over the clips that are
-    there.
+    """Sigmoid loss: each pair is a binary choice; the sum over a clip's pairs, mean over valid
+    clips.
     """
     sign = 2 * jnp.eye(len(there)) - 1
     each = -jax.nn.log_sigmoid(sign * logits_NM) * (there[:, None] & there[None])

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation: what a published network says of sub-clips, kept before, is asked of an encoder
-that sees the clip alone.
-"""
+"""Feature distillation: predicts stored features of a published network from the clip alone."""
 
 import jax
 import optax
@@ -16,15 +14,15 @@ from particlejax.objectives import masked
 from particlejax.objectives.base import Objective, ObjectiveType
 from particlejax.particles.types import Batch, Particles
 
-_KNEE = 1.0  # deviations of a feature from which on its error counts linearly
+_KNEE = 1.0  # error in standard deviations above which the loss is linear
 
 
 def feature_distillation(spec: FeatureDistillationSpec) -> Objective:
-    """The teacher's features, particles of a modality that the encoder never sees, predicted at
-    their places (arXiv:2212.04500).
+    """Predicts the teacher's features at their positions; the encoder never sees them
+    (arXiv:2212.04500).
 
-    The encoder sees the share `keep` of `modality` and all of the others. Metrics: loss;
-    cosine_similarity, of predicted and true features.
+    The encoder sees the unmasked part of `modality` and all other modalities. Metrics: loss;
+    cosine_similarity of predicted and true features.
     """
 
     def objective(
@@ -56,7 +54,7 @@ def feature_distillation(spec: FeatureDistillationSpec) -> Objective:
 
 
 def visible(spec: FeatureDistillationSpec, model: Model, whole: Particles, key: Array) -> Particles:
-    """What of the modality the encoder sees."""
+    """The particles of `modality` that the encoder sees."""
     if not spec.mask_ratio:
         return whole
     return masked.part(

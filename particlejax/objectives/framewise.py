@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frame-wise regression and classification: what a series says at each moment, told from what is
-seen and heard then.
+"""Frame-wise regression or classification of a time series from the other modalities.
 
-Legend: B rows, L slots, W values of a particle of the series, M = L W moments, C channels, S clips
+Legend: B rows, L slots, W values of a particle of the series, M = L W frames, C channels, S clips
 of a row.
 """
 
@@ -20,15 +19,16 @@ from particlejax.particles.types import Batch, Particles
 
 
 def head_name(modality: str) -> str:
-    """The head that tells this modality."""
+    """Name of the head for this modality."""
     return f"framewise_head_{modality}"
 
 
 def framewise(spec: FramewiseSpec) -> Objective:
-    """The channels at each moment, from the tokens that cover it; the series itself is not shown.
+    """Predicts the channels of each frame from the tokens that cover it; the series itself is
+    masked.
 
-    A moment that no particle covers is not asked for, and a clip without a series counts for
-    nothing. Metrics: loss, and mae or, for loss='sigmoid', accuracy (share of the channels).
+    Frames without a covering token are ignored, and so are clips without a series. Metrics: loss,
+    and mae or, for loss='sigmoid', accuracy (fraction of the channels).
     """
 
     def objective(
@@ -58,17 +58,16 @@ def framewise(spec: FramewiseSpec) -> Objective:
 def predict(
     spec: FramewiseSpec, params: Params, model: Model, batch: Batch, key: Array | None
 ) -> tuple[Array, Array, Array]:
-    """What is told and what is true of each moment, [B, M, C], and whose the moment is, [B, M], 0
-    where it is not asked for.
+    """Prediction and target of each frame, [B, M, C], and its segment, [B, M], 0 where it is
+    ignored.
 
-    Raises UserError where there is nothing but the series.
+    Raises UserError if there is no other modality.
     """
     rest = {name: each for name, each in batch.particles.items() if name != spec.modality}
     if not rest:
         raise UserError(
-            f"objective trace tells {spec.modality} from the other modalities and "
-            "config.data.modalities has none: add "
-            "one there, such as 'vision'."
+            f"objective framewise predicts {spec.modality} from the other modalities but "
+            "config.data.modalities has none: add one there, such as 'vision'."
         )
     each, target = moments(batch.particles[spec.modality], model.payloads[spec.modality].base[0])
     tokens, _ = model.apply(params, "encode", rest, batch.clip.shape[1], key=key)
@@ -77,7 +76,7 @@ def predict(
 
 
 def moments(series: Particles, count: int) -> tuple[Particles, Array]:
-    """Each value of a series as a moment of its own, without payload, and its channels [B, M, C];
+    """Each value of a series as a particle of its own without payload, and its channels [B, M, C];
     count: W.
     """
     rows, length, size = series.payload.shape

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prediction in representation space: what a teacher, the moving average of the encoder, makes of
-the hidden particles.
-"""
+"""JEPA: predicts an EMA teacher's features of masked particles."""
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +16,12 @@ from particlejax.particles.types import Batch
 
 
 def jepa(spec: JepaSpec) -> Objective:
-    """Hidden particles' features as the teacher sees them in the whole clip (V-JEPA,
+    """Predicts the teacher's features, computed on the whole clip, of masked particles (V-JEPA,
     arXiv:2404.08471).
 
-    The teacher is params['teacher'], and the parameters themselves where there is no such branch,
-    as in measuring, where they are the average already. Metrics: loss; feature_std, the mean
-    standard deviation of the teacher's features over the batch, which goes to 0 in a collapse.
+    The teacher is params['teacher'], or params itself if there is no such branch (in evaluation,
+    where they are the EMA already). Metrics: loss; feature_std, the mean standard deviation of the
+    teacher's features over the batch; near 0 it means collapse.
     """
 
     def objective(
@@ -53,7 +51,7 @@ def jepa(spec: JepaSpec) -> Objective:
 
 
 def features(params: Params, model: Model, batch: Batch, modality: str) -> Array:
-    """The teacher's features of each slot of a modality, [B, L, D], each normed, without
+    """The teacher's features of each slot of a modality, [B, L, D], layer-normalized, without
     gradient.
     """
     teacher = jax.lax.stop_gradient(params.get(TEACHER, params))
@@ -64,7 +62,7 @@ def features(params: Params, model: Model, batch: Batch, modality: str) -> Array
 
 
 def spread(features_BQD: Array, segment: Array) -> Array:
-    """Standard deviation of each feature over all particles of the batch, mean over the
+    """Standard deviation of each feature over all particles of the batch, averaged over
     features.
     """
     there = (segment > 0)[..., None]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a source's labels ask of the head: a class, several at once ('a|b'), or a number.
+"""Targets from labels: one class, several at once ('a|b'), or a number.
 
-Data knows a label as its index alone; the table here says what it stands for. Legend: L labels, O
-outputs of the head.
+The data give a label as an index; this table maps it to targets. Legend: L labels, O outputs of the
+head.
 """
 
 from collections.abc import Sequence
@@ -16,14 +16,15 @@ from particlejax import losses
 from particlejax.config.model import ClassifySpec
 from particlejax.core.typing import Array, UserError
 
-SEVERAL = "|"  # between the classes of a clip that has several
+SEVERAL = "|"  # separator of the classes of a multi-label clip
 
 
 class Targets(NamedTuple):
-    """names: of the outputs. table: float32 [L, O], what each label asks of them. weight: float32
-    [L], how much it counts.
+    """names: of the outputs. table: float32 [L, O], targets of each label. weight: float32 [L],
+    loss weight.
 
-    middle, spread: of the numbers that are learnt, which the head gives in these units.
+    middle, spread: mean and standard deviation of regression targets, which the head predicts
+    normalized.
     """
 
     loss: str
@@ -34,16 +35,14 @@ class Targets(NamedTuple):
     spread: float = 1.0
 
     def answers(self, logits: Array) -> Array:
-        """Probabilities [..., O] of the classes, or the number itself [..., 1]."""
+        """Class probabilities [..., O], or the denormalized number [..., 1]."""
         if self.loss == "regression":
             return logits * self.spread + self.middle
         return jax.nn.sigmoid(logits) if self.loss == "sigmoid" else jax.nn.softmax(logits)
 
 
 def of(spec: ClassifySpec, labels: tuple[str, ...]) -> Targets:
-    """The targets that labels stand for. Raises UserError for one that should be a number and is
-    none.
-    """
+    """The targets of all labels. Raises UserError for a regression label that is not a number."""
     even = np.ones(len(labels), np.float32)
     if spec.loss == "softmax":
         return Targets(spec.loss, labels, np.eye(len(labels), dtype=np.float32), even)
@@ -58,10 +57,10 @@ def of(spec: ClassifySpec, labels: tuple[str, ...]) -> Targets:
 
 
 def asked(targets: Targets, labels: tuple[str, ...]) -> Targets:
-    """The same head asked about labels of another source: other numbers, other combinations of its
+    """The same head's targets for labels of another source: other numbers, other combinations of
     classes.
 
-    Raises UserError for a class that it does not know.
+    Raises UserError for an unknown class.
     """
     if targets.loss == "softmax":
         return targets
@@ -75,8 +74,7 @@ def asked(targets: Targets, labels: tuple[str, ...]) -> Targets:
         if _parts(label) - set(targets.names):
             raise UserError(
                 f"label {label!r} is not made of the trained run's classes "
-                f"({', '.join(targets.names)}): rename it, or "
-                "leave these clips out."
+                f"({', '.join(targets.names)}): rename it, or remove these clips."
             )
     return targets._replace(table=_several(labels, targets.names), weight=even)
 
@@ -92,7 +90,7 @@ def _several(labels: Sequence[str], names: Sequence[str]) -> np.ndarray:
 
 
 def weighted(targets: Targets, spec: ClassifySpec, counts: Sequence[int]) -> Targets:
-    """With weights by how often each label occurs, where the spec wants them."""
+    """Adds class-balanced weights from label frequencies, if the spec asks for them."""
     if not spec.class_balance_beta:
         return targets
     return targets._replace(
@@ -107,7 +105,6 @@ def _number(label: str) -> float:
         return float(label)
     except ValueError:
         raise UserError(
-            f"label {label!r} is not a number, which loss='regression' wants: name the column that "
-            "holds one, as in "
-            "config.data.source=folder:PATH#COLUMN, or another loss."
+            f"label {label!r} is not a number, which loss='regression' needs: name a numeric "
+            "column, as in config.data.source=folder:PATH#COLUMN, or use another loss."
         ) from None

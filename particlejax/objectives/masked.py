@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hidden particles asked for by payload: masked prediction of one modality, and of later moments
-from the past.
+"""Masked autoencoding of one modality, and prediction of its future from the past.
 
-Legend: B rows, L slots, K visible, Q asked for, S clips of a row.
+Legend: B rows, L slots, K visible, Q queries, S clips of a row.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,8 +24,8 @@ from particlejax.particles.types import Batch, Particles
 
 
 class Prediction(NamedTuple):
-    """What was asked, answered and true, [B, Q, ...], and the slots [B, K] that the encoder saw
-    with their segments.
+    """Queries, predictions and targets, [B, Q, ...], and the visible slots [B, K] with their
+    segments.
     """
 
     query: Particles
@@ -36,8 +35,8 @@ class Prediction(NamedTuple):
 
 
 def masked_autoencoder(spec: MaskedAutoencoderSpec) -> Objective:
-    """Masked particle prediction (MAE, arXiv:2111.06377; VideoMAE, arXiv:2203.12602) over one
-    modality; metrics: loss.
+    """Masked autoencoder (MAE, arXiv:2111.06377; VideoMAE, arXiv:2203.12602) over one modality;
+    metrics: loss.
     """
 
     def objective(
@@ -50,7 +49,7 @@ def masked_autoencoder(spec: MaskedAutoencoderSpec) -> Objective:
 
 
 def future_prediction(spec: FuturePredictionSpec) -> Objective:
-    """What follows a moment drawn for each clip, from what ended before it in any modality;
+    """Predicts what follows a random split time of each clip from all modalities before it;
     metrics: loss.
     """
 
@@ -64,7 +63,7 @@ def future_prediction(spec: FuturePredictionSpec) -> Objective:
 
 
 def error_of(found: Prediction, batch: Batch) -> Array:
-    """Mean over the clips that were asked something of their particles' squared errors."""
+    """Squared error of the predicted particles, averaged over clips that have any."""
     clips = batch.clip.shape[1]
     error = losses.squared_error(found.predicted, found.target)
     asked = losses.membership(found.query.segment, clips).any(axis=1)
@@ -76,9 +75,7 @@ def error_of(found: Prediction, batch: Batch) -> Array:
 def predict_masked(
     spec: MaskedAutoencoderSpec, params: Params, model: Model, batch: Batch, key: Array, train: bool
 ) -> Prediction:
-    """Masks a batch, encodes what is left and predicts the rest; the report draws its pictures from
-    this too.
-    """
+    """Masks a batch, encodes the visible particles and predicts the rest; reports plot this too."""
     mask_key, dropout_key = jax.random.split(key)
     whole = batch.particles[spec.modality]
     seen, asked = hide(spec, model, whole, mask_key)
@@ -91,7 +88,7 @@ def predict_masked(
 
 
 def hide(spec: MaskSpec, model: Model, whole: Particles, key: Array) -> tuple[Particles, Array]:
-    """What of one modality stays visible, and the slots [B, Q] that are asked for."""
+    """The visible particles of one modality, and the masked slots [B, Q] to predict."""
     return part(
         SCORES[spec.mask_type](key, whole, model.payloads[spec.modality].base),
         whole,
@@ -101,16 +98,16 @@ def hide(spec: MaskSpec, model: Model, whole: Particles, key: Array) -> tuple[Pa
 
 
 def part(scores: Array, whole: Particles, keep: float, predict: float) -> tuple[Particles, Array]:
-    """The share `keep` of lowest scores [B, L], and the slots [B, Q] of the share `predict` of the
-    highest.
+    """The fraction `keep` with the lowest scores [B, L], and the slots [B, Q] of the fraction
+    `predict` with the highest.
     """
     visible, asked, segment = masks.split(scores, whole.segment, keep, predict)
     return replace(whole.take(visible), segment=segment), asked
 
 
 def change(particles: Particles, base: tuple[int, ...]) -> Array:
-    """How much each particle changes over its own time, [B, L]; where a payload is one moment, how
-    it differs from its clip.
+    """Mean temporal change of each particle, [B, L]; for single-frame payloads, the deviation from
+    the clip's mean.
     """
     payload = particles.payload
     if base and base[0] > 1:
@@ -123,11 +120,12 @@ def change(particles: Particles, base: tuple[int, ...]) -> Array:
 
 SCORES: dict[
     str, Callable[[Array, Particles, tuple[int, ...]], Array]
-] = {  # the higher, the more often hidden
+] = {  # higher scores are masked more often
     "random": lambda key, whole, base: masks.random_scores(key, whole.place),
     "tube": lambda key, whole, base: masks.tube_scores(key, whole.place),
     "motion": lambda key, whole, base: masks.ranked_scores(key, change(whole, base), whole.segment),
-    # What says most is seen more often, as AdaMAE learns to choose it (arXiv:2211.09120).
+    # High-variance particles stay visible more often, as AdaMAE learns to sample
+    # (arXiv:2211.09120).
     "low_variance": lambda key, whole, base: masks.ranked_scores(
         key, -whole.payload.std(axis=-1), whole.segment
     ),
@@ -143,7 +141,7 @@ def ask(
     batch: Batch,
     key: Array | None,
 ) -> Array:
-    """The decoder's answers [B, Q, ...] from what of these particles the encoder makes."""
+    """Encodes the particles and decodes predictions [B, Q, ...] for the queries."""
     tokens, _ = model.apply(params, "encode", particles, batch.clip.shape[1], key=key)
     return model.head(params, "decoder", tokens, query, modality)
 
@@ -151,11 +149,11 @@ def ask(
 def predict_next(
     spec: FuturePredictionSpec, params: Params, model: Model, batch: Batch, key: Array, train: bool
 ) -> Prediction:
-    """Draws a moment for each clip, shows the encoder only what ended by then and asks for what
-    begins after it.
+    """Draws a split time for each clip, encodes what ended before it and predicts what begins after
+    it.
 
-    Whatever lies across the moment, such as a caption of the whole clip, is neither shown nor asked
-    for: nothing of the future is in reach, whatever the attention does.
+    Particles that span the split, such as a caption of the whole clip, are neither encoded nor
+    predicted, so that no future information leaks.
     """
     moment_key, dropout_key = jax.random.split(key)
     whole, clips = batch.particles[spec.modality], batch.clip.shape[1]
@@ -183,8 +181,8 @@ def predict_next(
 
 
 def last_known(past: Particles, query: Particles, what: Payload) -> Array:
-    """For each query the payload [B, Q, P] of a film that stands still: the last frame of the past
-    at its very place, size and clip; 0 where there is none.
+    """The last known frame as the payload [B, Q, P] of each query: from the latest past particle of
+    the same location, size and clip; 0 if there is none.
     """
     there = time_utils.same_spot(query, past)
     latest = jnp.where(there, time_utils.end(past)[:, None], -jnp.inf).argmax(axis=2)
@@ -201,12 +199,11 @@ def last_known(past: Particles, query: Particles, what: Payload) -> Array:
 def rollout(
     spec: FuturePredictionSpec, params: Params, model: Model, batch: Batch, share: float, steps: int
 ) -> tuple[Array, Array, Array]:
-    """What follows the first `share` of each clip, in `steps` steps that each read what the ones
-    before have predicted.
+    """Autoregressive prediction of what follows the first `share` of each clip, in `steps` steps.
 
-    Returns payloads [B, L, P], those of the past as they are, and bool [B, L], which are of the
-    past and which were predicted. A step is as long as the clip's longest particle. Where targets
-    are normalised, each particle's own mean and deviation are lent to it.
+    Returns payloads [B, L, P] (the past unchanged) and two masks bool [B, L]: past and predicted. A
+    step is as long as the clip's longest particle. Normalized predictions are rescaled with each
+    particle's true mean and standard deviation.
     """
     whole, clips = batch.particles[spec.modality], batch.clip.shape[1]
     first, last = time_utils.span(whole, clips)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hidden words told from everything else of the clip (VideoBERT, arXiv:1904.01766): those of a
-text, and those that k-means makes of what is seen.
+"""Masked token prediction (VideoBERT, arXiv:1904.01766): words of a text, or k-means tokens of
+video.
 """
 
 import jax
@@ -20,15 +20,14 @@ HEAD = "masked_visual_tokens_head"
 
 
 def codebook_name(modality: str) -> str:
-    """The head that holds the codes of a modality."""
+    """Name of the head with the codebook of a modality."""
     return f"codebook_{modality}"
 
 
 def masked_lm(spec: MaskedLmSpec) -> Objective:
-    """Which word stands at a place whose word is hidden; metrics: loss, top1.
+    """Masked language modeling; metrics: loss, top1.
 
-    A hidden word is not there at all, and the decoder is asked at its place, so that no id need be
-    set aside for a mask.
+    Masked words are removed and the decoder queries their positions, so no mask id is needed.
     """
 
     def objective(
@@ -54,8 +53,8 @@ def masked_lm(spec: MaskedLmSpec) -> Objective:
 
 
 def masked_visual_tokens(spec: MaskedVisualTokensSpec) -> Objective:
-    """Into which cluster a hidden particle falls; metrics: loss, top1, codebook_perplexity (how
-    many are used; see `used`).
+    """Predicts the cluster of masked particles; metrics: loss, top1, codebook_perplexity (see
+    `used`).
     """
 
     def objective(
@@ -78,8 +77,8 @@ def predict_codes(
     key: Array,
     train: bool,
 ) -> Prediction:
-    """Masks a batch, encodes what is left and tells the codes [B, Q] of what is asked for, as
-    logits [B, Q, C].
+    """Masks a batch, encodes the visible particles and predicts the codes [B, Q] of the masked ones
+    as logits [B, Q, C].
     """
     mask_key, dropout_key = jax.random.split(key)
     whole = batch.particles[spec.modality]
@@ -99,7 +98,7 @@ def predict_codes(
 
 
 def used(codes_BQ: Array, segment: Array, count: int) -> Array:
-    """How many codes of like frequency would tell as much as these, by their entropy: 1 in a
+    """Perplexity of the code distribution, exp(entropy): the effective number of codes, 1 on
     collapse.
     """
     number = jnp.einsum(
@@ -110,7 +109,7 @@ def used(codes_BQ: Array, segment: Array, count: int) -> Array:
 
 
 def _told(found: Prediction, batch: Batch) -> tuple[Array, Metrics]:
-    """Cross-entropy of what was asked for; metrics: loss, top1."""
+    """Cross-entropy of the masked tokens; metrics: loss, top1."""
     segment, clips = found.query.segment, batch.clip.shape[1]
     each = losses.clip_mean(losses.cross_entropy(found.predicted, found.target), segment, clips)
     right = losses.clip_mean(

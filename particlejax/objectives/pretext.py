@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One question about each clip with a few answers: the loss that temporal and pair objectives
+"""Clip-level pretext classification: the loss that temporal and synchronization objectives
 share.
 """
 
@@ -25,8 +25,8 @@ def answer(
     key: Array | None,
     ordered: int = 0,
 ) -> tuple[Array, Metrics]:
-    """What the encoder makes of the particles, asked the question, and what `score` says of
-    that.
+    """Encodes the particles, applies the head `question`, and returns the loss and metrics of
+    `score`.
     """
     clips = batch.clip.shape[1]
     tokens, _ = model.apply(params, "encode", particles, clips, key=key)
@@ -36,11 +36,11 @@ def answer(
 def score(
     logits: Array, batch: Batch, label: Array, asked: Array, ordered: int = 0
 ) -> tuple[Array, Metrics]:
-    """Cross-entropy of the label [B, S] of the clips that are asked; metrics: loss, top1,
-    valid_fraction (their share of all clips).
+    """Cross-entropy of the label [B, S] over valid clips; metrics: loss, top1, valid_fraction (of
+    all clips).
 
-    Where the first `ordered` answers stand in an order: acc_within_1, the share of the clips
-    labelled by one of them for which it or its neighbour was said.
+    If the first `ordered` classes are ordinal: acc_within_1, the fraction of the clips with such a
+    label whose prediction is at most one class off.
     """
     there = batch.clip >= 0
     asked &= there

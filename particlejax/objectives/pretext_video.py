@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pretexts of time and scene: what was done to a clip? Done on the device, to the particles
-themselves, one draw a clip.
+"""Video pretext tasks: predict which transform was applied to a clip, on the device, one draw per
+clip.
 
-Only sight is shown, as sound would tell. Nothing but the payloads may tell: what is done leaves
-places, extents and number of a grid's or a pyramid's particles the same for each answer. Legend: B
+Only video is encoded, because audio would reveal the answer. Only payloads carry information:
+positions, extents and number of grid or pyramid particles are the same for each class. Legend: B
 rows, L slots, S clips of a row, P numbers of a payload.
 """
 
@@ -31,12 +31,14 @@ from particlejax.objectives.base import Objective, ObjectiveType
 from particlejax.particles.types import Batch, Particles
 
 VISION = "vision"
-PERMUTATIONS = np.array(list(itertools.permutations(range(3))))  # where each third goes
-TRANSFORMS = 8  # quarter turns, and the same mirrored
+PERMUTATIONS = np.array(list(itertools.permutations(range(3))))  # new index of each third
+TRANSFORMS = 8  # quarter turns, each with and without a mirror
 
 
 def arrow_of_time(spec: ArrowOfTimeSpec) -> Objective:
-    """Does time run forward or backward (arXiv:1803.09490)? Metrics: loss, top1, valid_fraction."""
+    """Forward or backward playback (Wei et al., Learning and Using the Arrow of Time, CVPR 2018).
+    Metrics: loss, top1, valid_fraction.
+    """
     del spec
     return _pretext(
         "arrow_of_time_head",
@@ -46,9 +48,7 @@ def arrow_of_time(spec: ArrowOfTimeSpec) -> Objective:
 
 
 def rotation_flip(spec: RotationFlipSpec) -> Objective:
-    """By which of eight turns and mirrorings was the clip changed (arXiv:1803.07728)? Metrics:
-    loss, top1, valid_fraction.
-    """
+    """Predicts the rotation and flip (arXiv:1803.07728). Metrics: loss, top1, valid_fraction."""
     del spec
     return _pretext(
         "rotation_flip_head",
@@ -58,7 +58,7 @@ def rotation_flip(spec: RotationFlipSpec) -> Objective:
 
 
 def clip_order(spec: ClipOrderSpec) -> Objective:
-    """In which order do the clip's thirds stand (arXiv:1603.08561)? Metrics: loss, top1,
+    """The order of the clip's shuffled thirds (arXiv:1603.08561). Metrics: loss, top1,
     valid_fraction.
     """
     del spec
@@ -68,7 +68,9 @@ def clip_order(spec: ClipOrderSpec) -> Objective:
 
 
 def playback_speed(spec: PlaybackSpeedSpec) -> Objective:
-    """How often was the speed doubled (arXiv:2004.06130)? Metrics: loss, top1, valid_fraction."""
+    """How many times the speed was doubled (arXiv:2004.06130). Metrics: loss, top1,
+    valid_fraction.
+    """
 
     def change(
         whole: Particles, label: Array, base: tuple[int, ...], key: Array
@@ -81,8 +83,8 @@ def playback_speed(spec: PlaybackSpeedSpec) -> Objective:
 def _pretext(
     name: str, answers: int, change: Callable[..., tuple[Particles, Array | None]]
 ) -> Objective:
-    """What was done? change: (particles, label [B, S], base, key) -> what is shown, and which clips
-    can be asked; None: all.
+    """Predicts the applied transform. change: (particles, label [B, S], base, key) -> encoded
+    particles, and which clips are valid (None: all).
     """
 
     def objective(
@@ -104,19 +106,17 @@ def _pretext(
 
 def _base(model: Model, name: str) -> tuple[int, ...]:
     base = model.payloads[VISION].base
-    assert base, f"{name} needs the cuboid of a payload: give its Payload a base"
+    assert base, f"{name} needs payloads that are cuboids: give the modality's Payload a base"
     if name == "rotation_flip_head" and base[1] != base[2]:
         raise UserError(
-            f"objective transform turns cuboids and config.particles.patch_size={base} is not "
-            "square: "
-            "make its rows and "
-            "columns alike."
+            f"objective rotation_flip rotates cuboids but config.particles.patch_size={base} "
+            "is not square: use equal height and width."
         )
     return base
 
 
 def reverse(whole: Particles, backward_BS: Array, base: tuple[int, ...]) -> Particles:
-    """The clips that are to run backward, mirrored in their own span: places, and the frames within
+    """Mirrors the chosen clips in time within their own span: positions, and the frames within
     payloads.
     """
     first, last = time_utils.span(whole, backward_BS.shape[1])
@@ -132,11 +132,11 @@ def reverse(whole: Particles, backward_BS: Array, base: tuple[int, ...]) -> Part
 
 
 def turn(whole: Particles, label_BS: Array, base: tuple[int, ...]) -> Particles:
-    """Each clip turned by label % 4 quarters, counter-clockwise, and mirrored left and right where
+    """Rotates each clip by label % 4 quarter turns counter-clockwise, then flips it horizontally if
     label >= 4.
     """
     pixels = np.arange(whole.payload.shape[-1]).reshape(*base, -1)
-    # of (row, column) about the centre
+    # of (row, column) about the center
     quarter, mirror = (np.array([[0.0, -1.0], [1.0, 0.0]]), np.array([[1.0, 0.0], [0.0, -1.0]]))
     index, ways = [], []
     for label in range(TRANSFORMS):
@@ -160,10 +160,11 @@ def turn(whole: Particles, label_BS: Array, base: tuple[int, ...]) -> Particles:
 
 
 def shuffle(whole: Particles, label_BS: Array) -> tuple[Particles, Array]:
-    """Thirds of each clip in the order of its label, and which clips have something in every third.
+    """Permutes the thirds of each clip by its label; also returns which clips have particles in
+    every third.
 
-    Thirds are as many of the longest particles that fit into one, so that the lattice of coarse and
-    fine ones begins anew in each; what crosses their borders, or is left at the end, goes.
+    A third is a multiple of the longest particle, so that coarse and fine particles stay aligned in
+    each; particles across a border, or past the last third, are dropped.
     """
     clips = label_BS.shape[1]
     first, last = time_utils.span(whole, clips)
@@ -195,13 +196,12 @@ def shuffle(whole: Particles, label_BS: Array) -> tuple[Particles, Array]:
 def faster(
     whole: Particles, label_BS: Array, where_BS: Array, most: int, base: tuple[int, ...]
 ) -> tuple[Particles, Array]:
-    """A part of each clip with its speed doubled label times, and which clips are long enough for
+    """Part of each clip with its speed doubled `label` times, and which clips are long enough for
     it.
 
-    Whatever the label, what is shown is as long, made of as many particles of the same extents, and
-    begins at the same time: slow clips show a shorter part, which lies where `where_BS` in [0, 1)
-    says. Doubling makes one particle of every other frame of two that follow each other; what has
-    no successor goes.
+    For every label the output has the same length, start, extents and number of particles: slower
+    clips show a shorter part, positioned by `where_BS` in [0, 1). Doubling merges every other frame
+    of two consecutive particles into one; particles without a successor are dropped.
     """
     clips = label_BS.shape[1]
     first, last = time_utils.span(whole, clips)
@@ -225,7 +225,7 @@ def faster(
 
 def _doubled(shown: Particles, base: tuple[int, ...]) -> Particles:
     start, duration, time = time_utils.start(shown), shown.extent[..., 0], shown.place[..., 0]
-    # [B, L, M], of M that may precede L
+    # [B, L, M], whether M may precede L
     later = jnp.abs(time[:, :, None] - time[:, None] - duration[:, None]) < time_utils.SLACK
     as_long = jnp.abs(duration[:, :, None] - duration[:, None]) < time_utils.SLACK
     pair = later & as_long & time_utils.same_spot(shown, shown)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning from clips without labels: what is said of the whole clip is the target for a part of
-its particles, disturbed.
+"""Semi-supervised learning: predictions on the whole clip are targets for a masked, noisy view of
+it.
 """
 
 from collections.abc import Mapping
@@ -22,8 +22,8 @@ from particlejax.particles.types import Batch, Particles
 
 
 def pseudo_label(spec: PseudoLabelSpec, targets: Targets | None = None) -> Objective:
-    """Of clips without a label; metrics: loss, and the share of them that is sure enough to
-    count.
+    """Loss of unlabelled clips; metrics: loss, and the fraction of them above the confidence
+    threshold.
     """
     del targets
 
@@ -53,9 +53,7 @@ def pseudo_label(spec: PseudoLabelSpec, targets: Targets | None = None) -> Objec
 def disturbed(
     spec: PseudoLabelSpec, particles: Mapping[str, Particles], key: Array
 ) -> dict[str, Particles]:
-    """A random part of each clip's particles, in each modality, with noise on payloads of
-    numbers.
-    """
+    """A random subset of each clip's particles per modality, with noise on numeric payloads."""
     seen = {}
     for i, name in enumerate(ordered(particles)):
         whole = particles[name]

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of objectives: pure functions (params, model, batch, key, train) -> (loss, metrics),
-any weighted set in one step.
+"""Registry of objectives: pure functions (params, model, batch, key, train) -> (loss, metrics).
 
-The loss and each metric are means over the clips they apply to; `train` switches dropout, the key
-feeds masks too. They are grouped by theme in the files beside this one.
+Loss and metrics are means over valid clips; `train` enables dropout, the key also drives masks. The
+objectives are grouped by theme in the files of this folder.
 """
 
 import typing
@@ -70,20 +69,20 @@ def register_objective(
     labelled: bool = False,
     unseen: Callable[[Any], tuple[str, ...]] = lambda spec: (),
 ) -> Callable[[Make], Make]:
-    """Adds an objective by a decorator: a stage may then have `objectives={name: {...}}`.
+    """Decorator that registers an objective: a stage may then have `objectives={name: {...}}`.
 
-    The function is (spec) -> objective, with the class of its settings (a dataclass that inherits
-    `Spec` and has a `weight`) as the annotation of `spec`; the objective is (params, model, batch,
-    key, train) -> (loss, metrics). See `ObjectiveType` for the others. Raises ValueError for a name
-    that is taken, TypeError without the annotation.
+    The function is (spec) -> objective, where `spec` is annotated with its settings class (a
+    dataclass that inherits `Spec` and has a `weight`); the objective is (params, model, batch, key,
+    train) -> (loss, metrics). See `ObjectiveType` for the other arguments. Raises ValueError for a
+    duplicate name, TypeError without the annotation.
     """
 
     def register(make: Make) -> Make:
         settings = next(iter(typing.get_type_hints(make).values()), None)
         if not (isinstance(settings, type) and issubclass(settings, Spec)):
             raise TypeError(
-                f"objective {name!r}: annotate the argument of {make.__qualname__} with the class "
-                "of its settings, a frozen dataclass that inherits particlejax.Spec."
+                f"objective {name!r}: annotate the argument of {make.__qualname__} with the "
+                "class of its settings, a frozen dataclass that inherits particlejax.Spec."
             )
         made = ObjectiveType(make, heads, modalities, labelled, unseen)
         plugins.add(TABLE, "objective", name, made)
@@ -94,9 +93,9 @@ def register_objective(
 
 
 def combine(specs: Mapping[str, Any], targets: Targets | None = None) -> Objective:
-    """The weighted sum of objectives; metrics are 'loss' and, of each objective, 'name/metric'.
+    """The weighted sum of objectives; metrics are 'loss' and, for each objective, 'name/metric'.
 
-    targets: what labels ask of the head; None: each is a class.
+    targets: maps labels to head targets; None: each label is a class.
     """
     made = {
         name: TABLE[name].make(spec, *([targets] if TABLE[name].labelled else []))
@@ -119,20 +118,22 @@ def combine(specs: Mapping[str, Any], targets: Targets | None = None) -> Objecti
 
 
 def heads(specs: Mapping[str, Any], classes: int = 0) -> dict[str, HeadSpec]:
-    """The heads that the objectives declare. Raises ValueError where two differ under one name."""
+    """The heads that the objectives declare. Raises ValueError if two declarations of a name
+    differ.
+    """
     found: dict[str, HeadSpec] = {}
     for name, spec in specs.items():
         for key, head in TABLE[name].heads(spec, classes).items():
             if found.setdefault(key, head) != head:
                 raise ValueError(
-                    f"objective {name} declares a head {key!r} that another one declares "
-                    f"differently ({head} and {found[key]}): give it another name."
+                    f"objective {name} declares a head {key!r} that another objective "
+                    f"declares differently ({head} and {found[key]}): give it another name."
                 )
     return found
 
 
 def unseen(specs: Mapping[str, Any]) -> tuple[str, ...]:
-    """Modalities that are targets alone, which the encoder never sees."""
+    """Modalities that are only targets, never seen by the encoder."""
     return ordered({m for name, spec in specs.items() for m in TABLE[name].unseen(spec)})
 
 
@@ -144,17 +145,17 @@ def _without(batch: Batch, modalities: Collection[str]) -> Batch:
 
 
 def classifies(specs: Mapping[str, Any]) -> bool:
-    """Whether the objectives need a classification head, and so labels."""
+    """Whether the objectives need a classification head, and thus labels."""
     return any(TABLE[name].labelled for name in specs)
 
 
 def check(specs: Mapping[str, Any], modalities: Mapping[str, Any]) -> None:
-    """Raises UserError for an objective of modalities that the data do not have."""
+    """Raises UserError if an objective reads a modality that the data lack."""
     for name, spec in specs.items():
         lacking = [each for each in TABLE[name].modalities(spec) if each not in modalities]
         if lacking:
             raise UserError(
                 f"objective {name} reads {lacking[0]}, which "
-                f"config.data.modalities={tuple(modalities)} lacks: add "
-                "it there, or leave the objective out."
+                f"config.data.modalities={tuple(modalities)} lacks: add it there, or remove "
+                "the objective."
             )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sound and sight, or two halves of a picture, in time: by how much is the one shifted against the
-other?
+"""Synchronization: predicts the time shift between audio and video, or between two halves of a
+frame.
 
-Another clip is the same place in the next row, so that packed rows stay what they are. Legend: B
-rows, L and M slots, S clips of a row, E width of an embedding, A answers.
+Mismatched clips come from the same position in the next row, so packed rows keep their layout.
+Legend: B rows, L and M slots, S clips of a row, E width of an embedding, A classes.
 """
 
 import jax
@@ -20,18 +20,18 @@ from particlejax.objectives.base import Objective, ObjectiveType
 from particlejax.particles.types import Batch, Particles
 
 HEAD, PROJECTION = "synchronization_head", "synchronization_projection"
-_STILL = 1e-6  # of a product of two variances: below it nothing varies
+_STILL = 1e-6  # added to a product of two variances, against division by 0
 
 
 def synchronization(spec: SynchronizationSpec) -> Objective:
-    """By how much is the second shifted against the first, or is it another clip's
-    (arXiv:1804.03641)?
+    """Predicts the shift of the second input against the first, or a mismatched clip
+    (arXiv:1804.03641).
 
-    `how='question'`: the encoder reads both and is asked. `how='correlation'`: it reads each by
-    itself, and the shift is where they vary alike, laid over each other at each (after SyncNet,
-    Chung and Zisserman 2016). Of one modality named twice, the picture's right half is shifted
-    against its left. Metrics: loss, top1, valid_fraction; acc_within_1, the share of own ones whose
-    shift is told within one step.
+    `method='joint'`: encodes both together and classifies. `method='correlation'`: encodes each
+    alone and correlates them at each shift (after SyncNet, Chung and Zisserman 2016). One modality
+    named twice: the frame's right half is shifted against its left half. Metrics: loss, top1,
+    valid_fraction; acc_within_1, the fraction of matched clips predicted within one step of their
+    shift.
     """
 
     def objective(
@@ -92,8 +92,8 @@ def _agreement(
     clips: int,
     key: Array | None,
 ) -> Array:
-    """Logits [B, S, A] of each shift, how well the two agree if it is taken back; and of another
-    clip, a learned bar.
+    """Logits [B, S, A]: correlation of the two after undoing each shift, and a learned bias for the
+    mismatch class.
     """
     keys = (None, None) if key is None else jax.random.split(key)
     made = []
@@ -118,11 +118,11 @@ def _agreement(
 def correlation(
     fixed_BME: Array, shown_BLE: Array, fixed: Particles, shown: Particles, by_BS: Array
 ) -> Array:
-    """How alike the two vary over a clip's time if the second is moved by so many seconds, -1 to 1,
-    float32 [B, S].
+    """Correlation over time of a clip's two inputs, the second shifted by `by_BS` seconds; float32
+    [B, S] in [-1, 1].
 
-    Each particle of the second meets the mean of the first's whose time covers it then. 0 where one
-    of the two stands still.
+    Each particle of the second is paired with the mean of the first's particles that cover its
+    time. 0 where one input is constant.
     """
     clips = by_BS.shape[1]
     time = shown.place[..., 0] + time_utils.of_particle(by_BS, shown)
@@ -143,7 +143,7 @@ def correlation(
 
 
 def _varies(x_BLE: Array, segment_BL: Array, clips: int) -> Array:
-    """What is not the same over the whole clip."""
+    """Removes the clip's mean."""
     return x_BLE - jnp.einsum(
         "bls,bse->ble",
         losses.membership(segment_BL, clips),
@@ -152,11 +152,10 @@ def _varies(x_BLE: Array, segment_BL: Array, clips: int) -> Array:
 
 
 def shift(sound: Particles, by_BS: Array, most: int, step: int) -> tuple[Particles, Array]:
-    """Sound moved by as many steps against sight, and which clips have enough of it; a step is
-    `step` of its own patches.
+    """Shifts audio against video by `by_BS` steps; also returns which clips are long enough. A step
+    is `step` audio patches.
 
-    What is heard always fills the same part of the clip, with the same patches, whichever the
-    shift: only its content tells.
+    For every shift the same part of the clip is filled with the same patches: only content differs.
     """
     clips = by_BS.shape[1]
     first, last = time_utils.span(sound, clips)
@@ -176,13 +175,13 @@ def shift(sound: Particles, by_BS: Array, most: int, step: int) -> tuple[Particl
 
 
 def _next(tree: Particles | Array) -> Particles | Array:
-    """What stands in the next row."""
+    """Rolls the rows by one."""
     return jax.tree.map(lambda x: jnp.roll(x, -1, axis=0), tree)
 
 
 def _swapped(key: Array, batch: Batch, share: float) -> Array:
-    """Clips [B, S] of the rows that are given what the next row's have; one draw a row, none where
-    there is but one row.
+    """Draws the rows whose clips [B, S] are replaced by the next row's; one draw per row, none if
+    there is only one row.
     """
     rows, clips = batch.clip.shape
     drawn = jax.random.bernoulli(key, share if rows > 1 else 0.0, (rows, 1))

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a text belong to its clip or to another one, and whose is shown instead: the next row's, or
-that of a clip much like it.
+"""Text matching: classifies whether a text belongs to its clip; negatives are shifted or hard.
 
 Legend: B rows, L slots, S clips of a row, D width, N = B S clips of the batch, row by row.
 """
@@ -21,15 +20,15 @@ from particlejax.objectives.base import Objective, ObjectiveType
 from particlejax.particles.types import Batch, Particles
 
 HEAD = "text_matching_head"
-_SHARPNESS = 10.0  # factor of cosines before the softmax that negatives are drawn from
+_SHARPNESS = 10.0  # scale of cosines before the softmax that samples negatives
 
 
 def text_matching(spec: TextMatchingSpec) -> Objective:
-    """Does the text belong to the clip or to another one (ALBEF's matching, arXiv:2107.07651)?
-    Metrics: loss, top1, valid_fraction.
+    """Does the text belong to the clip (image-text matching of ALBEF, arXiv:2107.07651)? Metrics:
+    loss, top1, valid_fraction.
 
-    A clip of the same words is no other one. What is shown takes the time of the clip's own text,
-    so that only words tell.
+    A clip with the same words is no negative. A negative takes the time span of the clip's own
+    text, so that only its words differ.
     """
 
     def objective(
@@ -64,8 +63,8 @@ def text_matching(spec: TextMatchingSpec) -> Objective:
 
 
 def apart(text: Particles, clips: int) -> Particles:
-    """Each clip's particles by themselves, [N, L, ...], first in the order of their slots; segment
-    is 1 where there is one.
+    """Unpacks particles per clip, [N, L, ...], in slot order, padding last; segment is 1 for a
+    particle, else 0.
     """
     own = text.segment[:, None] == jnp.arange(1, clips + 1)[None, :, None]  # [B, S, L]
     index = jnp.argsort(~own, axis=-1, stable=True).reshape(-1, own.shape[-1])
@@ -77,8 +76,8 @@ def apart(text: Particles, clips: int) -> Particles:
 
 
 def others(each: Particles, batch: Batch) -> Array:
-    """Whether the text of the second may be shown to the first as another's, bool [N, N]: it is
-    there, and in other words.
+    """Whether clip m's text is a valid negative for clip n, bool [N, N]: it exists and its words
+    differ.
     """
     number, here = batch.clip.reshape(-1), each.segment > 0
     payload = jnp.where(here[..., None], each.payload, 0)
@@ -90,10 +89,10 @@ def others(each: Particles, batch: Batch) -> Array:
 
 
 def alike(params: Params, model: Model, batch: Batch, modality: str) -> Array:
-    """How alike the encoder finds each two clips, [N, N], without gradient: cosines of what it says
-    of the texts and of the rest.
+    """Similarity of each two clips, [N, N], without gradient: sum of the cosines of their texts and
+    of their other modalities.
 
-    Each is encoded by itself, its mean over the batch taken off, which all clips have in common.
+    Each is encoded alone; the mean over the batch is subtracted.
     """
     clips = batch.clip.shape[1]
     read = {name == modality: {} for name in batch.particles}
@@ -123,15 +122,15 @@ def _cosines(
 
 
 def draw(key: Array, alike_NN: Array, may_NN: Array) -> Array:
-    """Another clip for each, int [N], the more often the more alike it is (ALBEF, section 3.2),
-    among those that may be drawn.
+    """Samples a negative clip for each, int [N], from a softmax of similarity (ALBEF, section 3.2)
+    over valid ones.
     """
     return jax.random.categorical(key, jnp.where(may_NN, _SHARPNESS * alike_NN, -1e9), axis=-1)
 
 
 def given(each: Particles, chosen: Array, own: Particles, clips: int) -> Particles:
-    """To each clip the chosen one's particles, as rows of S L slots; in the time of its own, which
-    are `own`.
+    """Packs the chosen clips' particles into rows of S L slots, rescaled to the time span of
+    `own`.
     """
     shown = jax.tree.map(lambda x: x[chosen], each)
     first, last = (x.reshape(-1, 1) for x in time_utils.span(own, clips))

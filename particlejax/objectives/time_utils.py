@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Particles in time: when each begins and ends, what time a clip spans, and which particles stay.
+"""Time utilities: start and end of particles, time span of clips, masking of particles.
 
 Legend: B rows, L and M slots, S clips of a row.
 """
@@ -12,22 +12,22 @@ from jax import Array
 from particlejax import losses
 from particlejax.particles.types import Particles
 
-SLACK = 1e-3  # seconds by which float32 may mistake two times for different ones
-_SPOT = 1e-4  # share of the frame by which it may mistake two places for different ones
+SLACK = 1e-3  # seconds; float32 tolerance for equal times
+_SPOT = 1e-4  # tolerance for equal positions, as a fraction of the frame
 
 
 def start(particles: Particles) -> Array:
-    """When each particle begins, [B, L]."""
+    """Start time of each particle, [B, L]."""
     return particles.place[..., 0] - particles.extent[..., 0] / 2
 
 
 def end(particles: Particles) -> Array:
-    """When each particle ends, [B, L]."""
+    """End time of each particle, [B, L]."""
     return particles.place[..., 0] + particles.extent[..., 0] / 2
 
 
 def member(particles: Particles, clips: int) -> Array:
-    """Whether a slot is a clip's, bool [B, L, S]."""
+    """Whether a slot belongs to a clip, bool [B, L, S]."""
     return losses.membership(particles.segment, clips) > 0
 
 
@@ -37,7 +37,7 @@ def present(particles: Particles, clips: int) -> Array:
 
 
 def span(particles: Particles, clips: int) -> tuple[Array, Array]:
-    """First and last moment of each clip, [B, S]; 0 where it has no particle."""
+    """Start and end time of each clip, [B, S]; 0 without particles."""
     own = member(particles, clips)
     first = jnp.where(own, start(particles)[..., None], jnp.inf).min(axis=1)
     last = jnp.where(own, end(particles)[..., None], -jnp.inf).max(axis=1)
@@ -46,10 +46,9 @@ def span(particles: Particles, clips: int) -> tuple[Array, Array]:
 
 
 def longest(particles: Particles, limit: Array) -> Array:
-    """Duration of each clip's longest particle that is no longer than `limit` [B, S]; 0 where none
-    is.
+    """Duration of each clip's longest particle not longer than `limit` [B, S]; 0 if there is none.
 
-    Coarser and finer particles of one clip stand on lattices that meet at its multiples.
+    Coarse and fine particles of a clip are aligned at its multiples.
     """
     own = member(particles, limit.shape[1])
     duration = particles.extent[..., 0][..., None]
@@ -57,13 +56,13 @@ def longest(particles: Particles, limit: Array) -> Array:
 
 
 def of_particle(values_BS: Array, particles: Particles) -> Array:
-    """For each slot what its clip has, [B, L]; zero for an empty slot."""
+    """Gathers a per-clip value for each slot, [B, L]; zero for empty slots."""
     padded = jnp.concatenate([jnp.zeros_like(values_BS[:, :1]), values_BS], axis=1)
     return jnp.take_along_axis(padded, particles.segment, axis=1)
 
 
 def same_spot(one: Particles, other: Particles) -> Array:
-    """Which particles of one clip have the same rows and columns, whenever that is, bool [B, L,
+    """Which particles of a clip have the same spatial position and size, at any time, bool [B, L,
     M].
     """
     apart = jnp.abs(one.place[:, :, None, 1:] - other.place[:, None, :, 1:])
@@ -73,12 +72,12 @@ def same_spot(one: Particles, other: Particles) -> Array:
 
 
 def keep(particles: Particles, stays: Array) -> Particles:
-    """The particles with the slots emptied that do not stay."""
+    """Empties the slots where `stays` is False."""
     return replace(particles, segment=jnp.where(stays, particles.segment, 0))
 
 
 def moved(particles: Particles, time: Array) -> Particles:
-    """The particles with their centres at these times [B, L]."""
+    """The particles with centers at the given times [B, L]."""
     return replace(
         particles, place=jnp.concatenate([time[..., None], particles.place[..., 1:]], axis=-1)
     )
