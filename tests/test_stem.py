@@ -193,7 +193,7 @@ def test_gradients_reach_every_parameter() -> None:
         (
             StemSpec("x3d_tiny", "stage9"),
             BASE,
-            "no feature map of x3d_tiny: choose one of last, project, stage1",
+            "not a feature map of x3d_tiny: choose one of last, project, stage1",
         ),
         (StemSpec("x3d_tiny"), (), "add it to config.data.modalities"),
         (StemSpec("c3d_tiny", "conv5b"), (2, 8, 8), "too small for c3d_tiny"),

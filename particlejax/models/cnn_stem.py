@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A published 3D CNN as what makes a token of a particle: each sub-clip goes through it inside the
-step.
+"""CNN stem: a published 3D CNN, run on each sub-clip inside the step, makes the token of a
+particle.
 
 Legend: B rows, L slots, P numbers of a payload, N sub-clips, D width.
 """
@@ -22,15 +22,13 @@ from particlejax.models.zoo import backbones
 from particlejax.nn.dense import Dense
 
 VISION = "vision"  # the modality whose payloads are sub-clips
-PATH = f"encoder/payload_{VISION}/network/"  # of the network's parameters in the model's
+PATH = f"encoder/payload_{VISION}/network/"  # prefix of the network's parameters in the model's
 
 
 class Stem(nn.Module):
-    """Tokens [B, L, D] of payloads [B, L, P]: the network's map of each, its mean, normed, and a
-    Dense layer.
+    """Tokens [B, L, D] of payloads [B, L, P]: mean-pooled feature map, layer norm, Dense layer.
 
-    Only the parameters that the endpoint depends on are there. Slots that are empty are computed
-    like the others.
+    Holds only the parameters that the endpoint depends on. Empty slots are computed as well.
     """
 
     spec: StemSpec
@@ -43,7 +41,7 @@ class Stem(nn.Module):
         net, endpoint = network(self.spec, self.dtype)
         needed, rest = parts(net, endpoint, self.base)
         params = self.param("network", lambda key: backbones.drawn(key, tree.nest(needed)))
-        # no operation of theirs is left
+        # XLA removes all operations that use them
         unread = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in rest.items()}
         whole = tree.nest({**tree.flatten(params), **unread})
         found = net.apply({"params": whole}, payload_BLP.reshape(-1, *self.base, 3))[1][endpoint]
@@ -55,8 +53,8 @@ class Stem(nn.Module):
 
 
 def check(spec: StemSpec, base: tuple[int, ...]) -> None:
-    """Raises UserError where the network is none of sub-clips, or has no such map of cuboids of
-    this size ((): of none).
+    """Raises UserError if the network is no 3D CNN, or has no such feature map for cuboids of this
+    size ((): none).
     """
     found = backbones.find(spec.model)
     if found.inputs:
@@ -66,9 +64,8 @@ def check(spec: StemSpec, base: tuple[int, ...]) -> None:
         )
     if len(base) != 3:
         raise UserError(
-            f"config.model.stem reads sub-clips and there is no modality {VISION!r}: add it to "
-            "config.data.modalities, "
-            "or leave config.model.stem.model empty."
+            f"config.model.stem needs sub-clips but there is no modality {VISION!r}: add it "
+            "to config.data.modalities, or leave config.model.stem.model empty."
         )
     net, endpoint = network(spec, jnp.float32)
     shape = " x ".join(map(str, base))
@@ -79,20 +76,19 @@ def check(spec: StemSpec, base: tuple[int, ...]) -> None:
         TypeError,
         ValueError,
         ZeroDivisionError,
-    ) as error:  # pools and Dense layers that nothing is left for
+    ) as error:  # pooling or Dense layers with an empty input
         raise UserError(f"{small}: make them larger.") from error
     if endpoint not in maps:
         raise UserError(
-            f"config.model.stem.endpoint={endpoint!r} is no feature map of {spec.model}: choose "
-            "one of "
-            f"{', '.join(maps)}."
+            f"config.model.stem.endpoint={endpoint!r} is not a feature map of {spec.model}: "
+            f"choose one of {', '.join(maps)}."
         )
     if not math.prod(maps[endpoint].shape):
-        raise UserError(f"{small}: nothing is left of them at {endpoint}, make them larger.")
+        raise UserError(f"{small}: the feature map at {endpoint} is empty, make them larger.")
 
 
 def network(spec: StemSpec, dtype: Any) -> tuple[nn.Module, str]:
-    """The network of a spec and the endpoint that is read."""
+    """The network of a spec and its endpoint."""
     found = backbones.find(spec.model)
     return found.net.clone(dtype=dtype), spec.endpoint or found.last
 
@@ -115,7 +111,7 @@ def parts(
     for equation in reversed(program.eqns):
         if read.intersection(equation.outvars):
             read.update(each for each in equation.invars if isinstance(each, core.Var))
-    names = sorted(flat)  # as a dict's leaves stand
+    names = sorted(flat)  # same order as the leaves of a dict
     needed = {
         name for name, variable in zip(names, program.invars, strict=False) if variable in read
     }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decoder: what is at places that the encoder was not shown.
+"""The decoder: predicts masked particles at their positions.
 
 Legend: B rows, L slots, Q queries, D width, P payload.
 """
@@ -17,11 +17,11 @@ from particlejax.particles.types import Particles
 
 
 class Decoder(nn.Module):
-    """Asks the tokens what is at a place: blocks of cross-attention, queries blind to each other
+    """Cross-attention blocks from queries to tokens; queries do not see each other
     (arXiv:2401.14391).
 
-    It answers with payloads, or, for `features`, with what the encoder makes of them. Where a
-    fusion keeps modalities apart it reads the asked one's tokens alone.
+    Returns payloads or, with `features`, encoder features. If a fusion keeps modalities separate,
+    it reads only the tokens of the queried modality.
     """
 
     spec: ModelSpec
@@ -57,7 +57,7 @@ class Decoder(nn.Module):
 
 
 def style_of(spec: ModelSpec) -> attention.Style:
-    """What the blocks of a model are made of."""
+    """Block settings of a model."""
     return attention.Style(
         spec.distance_bias,
         spec.rope,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads: what an objective needs of the model besides the encoder, declared by the objective.
+"""Heads: modules that an objective declares in addition to the encoder.
 
-Each is a frozen dataclass that builds its linen module and says how it is applied; the model calls
-it by its name (`model.head(params, NAME, ...)`). Legend: B rows, L slots of all modalities, l of
-one, S clips of a row, C outputs, Q queries, D width, E width of an embedding, P payload.
+Each is a frozen dataclass that builds its linen module and defines how to apply it; call it by name
+with `model.head(params, NAME, ...)`. Legend: B rows, L slots of all modalities, l of one, S clips
+of a row, C outputs, Q queries, D width, E width of an embedding, P payload.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,9 +25,9 @@ from particlejax.particles.types import Particles
 
 
 class Sample(NamedTuple):
-    """What the heads are called with once, to make their parameters.
+    """Example inputs, used once to initialize the heads' parameters.
 
-    particles: those that the encoder saw, by modality; given: the unseen ones, too.
+    particles: those that the encoder saw, by modality; given: includes the unseen modalities.
     """
 
     tokens: Tokens
@@ -38,86 +38,84 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """Base of all heads; `pools`: whether it reads one vector a clip."""
+    """Base of all heads; `pools`: whether it needs one pooled vector per clip."""
 
     pools = False
 
     def build(self, spec: ModelSpec, payloads: Mapping[str, Payload]) -> nn.Module:
-        """The linen module."""
+        """Builds the linen module."""
         raise NotImplementedError
 
     def apply(self, model: Any, module: nn.Module, *args: Any) -> Any:
-        """What the module makes of the arguments; model: the bound `ParticleModel`."""
+        """Applies the module to the arguments; model: the bound `ParticleModel`."""
         raise NotImplementedError
 
     def examples(self, sample: Sample) -> Iterator[tuple[Any, ...]]:
-        """Arguments that touch every parameter."""
+        """Example calls that touch every parameter."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class NormHead(HeadSpec):
-    """(vectors [..., D]) -> the same, layer-normed."""
+    """(vectors [..., D]) -> layer-normalized vectors."""
 
     def build(self, spec: ModelSpec, payloads: Mapping[str, Payload]) -> nn.Module:
-        """A layer norm."""
+        """Builds a layer norm."""
         del payloads
         return nn.LayerNorm(dtype=_dtype(spec))
 
     def apply(self, model: Any, module: nn.Module, vectors: Array) -> Array:
-        """Normed vectors."""
+        """Applies the layer norm."""
         del model
         return module(vectors)
 
     def examples(self, sample: Sample) -> Iterator[tuple[Any, ...]]:
-        """One call."""
+        """One example call."""
         yield (sample.tokens.x.astype(jnp.float32),)
 
 
 @dataclass(frozen=True)
 class ClassifierHead(HeadSpec):
-    """(tokens, clips) -> logits of each clip, float32 [B, S, C], from what the head `head_norm`
-    makes of its vector.
+    """(tokens, clips) -> logits of each clip, float32 [B, S, C], from its vector as normalized by
+    the head `head_norm`.
     """
 
     outputs: int
     pools = True
 
     def build(self, spec: ModelSpec, payloads: Mapping[str, Payload]) -> nn.Module:
-        """A linear layer, float32."""
+        """Builds a linear layer, float32."""
         del spec, payloads
         return nn.Dense(self.outputs, kernel_init=nn.initializers.normal(0.02))
 
     def apply(self, model: Any, module: nn.Module, tokens: Tokens, clips: int) -> Array:
-        """Logits."""
+        """Computes the logits."""
         normed = model.apply_head("head_norm", model.pooled(tokens, clips))
         return module(normed).astype(jnp.float32)
 
     def examples(self, sample: Sample) -> Iterator[tuple[Any, ...]]:
-        """One call."""
+        """One example call."""
         yield sample.tokens, sample.clips
 
 
 @dataclass(frozen=True)
 class ClipHead(HeadSpec):
-    """(tokens, clips) -> logits of an objective's own question about each clip, float32 [B, S,
-    C].
-    """
+    """(tokens, clips) -> logits of an objective's clip-level classification, float32 [B, S, C]."""
 
     outputs: int
     pools = True
 
     def build(self, spec: ModelSpec, payloads: Mapping[str, Payload]) -> nn.Module:
-        """A linear layer on the normed vector of a clip."""
+        """Builds a linear layer on the normalized vector of a clip."""
         del payloads
         return Question(self.outputs, _dtype(spec))
 
     def apply(self, model: Any, module: nn.Module, tokens: Tokens, clips: int) -> Array:
-        """Logits."""
+        """Computes the logits."""
         return module(model.pooled(tokens, clips))
 
     def examples(self, sample: Sample) -> Iterator[tuple[Any, ...]]:
-        """One call."""
+        """One example call."""
         yield sample.tokens, sample.clips
 
 
@@ -125,13 +123,13 @@ class ClipHead(HeadSpec):
 class ParticleHead(HeadSpec):
     """(tokens, particles, modality) -> logits of each particle of a modality, float32 [B, l, C].
 
-    particles: those that the tokens are of.
+    particles: the particles of these tokens.
     """
 
     outputs: int
 
     def build(self, spec: ModelSpec, payloads: Mapping[str, Payload]) -> nn.Module:
-        """A linear layer on the normed token."""
+        """Builds a linear layer on the normalized token."""
         del payloads
         return Question(self.outputs, _dtype(spec))
 
@@ -143,74 +141,72 @@ class ParticleHead(HeadSpec):
         particles: Mapping[str, Particles],
         modality: str,
     ) -> Array:
-        """Logits."""
+        """Computes the logits."""
         del model
         return module(part_of(tokens, particles, modality))
 
     def examples(self, sample: Sample) -> Iterator[tuple[Any, ...]]:
-        """One call."""
+        """One example call."""
         yield sample.tokens, sample.particles, next(iter(sample.particles))
 
 
 @dataclass(frozen=True)
 class QueryHead(HeadSpec):
-    """(tokens, query, modality) -> logits of particles that were not shown, at their places,
-    float32 [B, Q, C].
+    """(tokens, query, modality) -> logits of masked particles, queried by position, float32 [B, Q,
+    C].
 
-    Reads what the head `predictor` (a `FeatureDecoderHead`) says of them.
+    Uses the features from the head `predictor` (a `FeatureDecoderHead`).
     """
 
     outputs: int
 
     def build(self, spec: ModelSpec, payloads: Mapping[str, Payload]) -> nn.Module:
-        """A linear layer on the normed feature."""
+        """Builds a linear layer on the normalized feature."""
         del payloads
         return Question(self.outputs, _dtype(spec))
 
     def apply(
         self, model: Any, module: nn.Module, tokens: Tokens, query: Particles, modality: str
     ) -> Array:
-        """Logits."""
+        """Computes the logits."""
         return module(model.apply_head("predictor", tokens, query, modality))
 
     def examples(self, sample: Sample) -> Iterator[tuple[Any, ...]]:
-        """One call."""
+        """One example call."""
         name, query = next(iter(sample.particles.items()))
         yield sample.tokens, query, name
 
 
 @dataclass(frozen=True)
 class DecoderHead(HeadSpec):
-    """(tokens, query, modality) -> payloads [B, Q, P] at the queries' places and extents.
+    """(tokens, query, modality) -> payloads [B, Q, P] at the positions and extents of the queries.
 
-    Their own payload is not looked at.
+    Ignores the queries' own payload.
     """
 
     def build(self, spec: ModelSpec, payloads: Mapping[str, Payload]) -> nn.Module:
-        """The decoder."""
+        """Builds the decoder."""
         return Decoder(spec, tuple((name, payloads[name]) for name in ordered(payloads)))
 
     def apply(
         self, model: Any, module: nn.Module, tokens: Tokens, query: Particles, modality: str
     ) -> Array:
-        """Payloads, or features."""
+        """Predicts payloads or features."""
         del model
         return module(tokens, query, modality)
 
     def examples(self, sample: Sample) -> Iterator[tuple[Any, ...]]:
-        """One call for each modality."""
+        """One example call per modality."""
         for name, particles in sample.given.items():
             yield sample.tokens, particles, name
 
 
 @dataclass(frozen=True)
 class FeatureDecoderHead(DecoderHead):
-    """(tokens, query, modality) -> features [B, Q, D] as an encoder that saw everything would give
-    them there.
-    """
+    """(tokens, query, modality) -> predicted encoder features [B, Q, D] of the unmasked clip."""
 
     def build(self, spec: ModelSpec, payloads: Mapping[str, Payload]) -> nn.Module:
-        """The decoder with the encoder's width as its output."""
+        """Builds the decoder with the encoder's width as its output."""
         return Decoder(
             spec, tuple((name, payloads[name]) for name in ordered(payloads)), features=True
         )
@@ -218,92 +214,90 @@ class FeatureDecoderHead(DecoderHead):
 
 @dataclass(frozen=True)
 class ProjectionHead(HeadSpec):
-    """(tokens, clips, modality) -> unit vectors of each clip, float32 [B, S, E], to be compared
-    with another modality's; logit scale and bias of that.
+    """(tokens, clips, modality) -> contrastive embeddings, unit length, float32 [B, S, E]; logit
+    scale and bias.
     """
 
     modalities: tuple[str, ...]
     pools = True
 
     def build(self, spec: ModelSpec, payloads: Mapping[str, Payload]) -> nn.Module:
-        """One map for each modality."""
+        """Builds one projection per modality."""
         del payloads
         return Embed(spec.embed_dim, self.modalities, _dtype(spec))
 
     def apply(
         self, model: Any, module: nn.Module, tokens: Tokens, clips: int, modality: str
     ) -> tuple[Array, Array, Array]:
-        """Vectors, scale, bias."""
+        """Computes embeddings, scale and bias."""
         return module(model.pooled(tokens, clips), modality)
 
     def examples(self, sample: Sample) -> Iterator[tuple[Any, ...]]:
-        """One call for each modality."""
+        """One example call per modality."""
         for name in self.modalities:
             yield sample.tokens, sample.clips, name
 
 
 @dataclass(frozen=True)
 class TokenProjectionHead(HeadSpec):
-    """(tokens, modality) -> what of each token is compared with another modality's in time, float32
-    [B, L, E]; logit scale and bias of that.
+    """(tokens, modality) -> embedding of each token, float32 [B, L, E], to correlate two modalities
+    in time; logit scale and bias.
     """
 
     modalities: tuple[str, ...]
 
     def build(self, spec: ModelSpec, payloads: Mapping[str, Payload]) -> nn.Module:
-        """One map for each modality, of any length."""
+        """Builds one projection per modality, without unit length."""
         del payloads
         return Embed(spec.embed_dim, self.modalities, _dtype(spec), unit=False, bias=0.0)
 
     def apply(
         self, model: Any, module: nn.Module, tokens: Tokens, modality: str
     ) -> tuple[Array, Array, Array]:
-        """Vectors, scale, bias."""
+        """Computes embeddings, scale and bias."""
         del model
         return module(tokens.x, modality)
 
     def examples(self, sample: Sample) -> Iterator[tuple[Any, ...]]:
-        """One call for each modality."""
+        """One example call per modality."""
         for name in self.modalities:
             yield sample.tokens, name
 
 
 @dataclass(frozen=True)
 class CodebookHead(HeadSpec):
-    """(payload [B, L, P]) -> the number of the nearest code, int32 [B, L]; nothing learns from
-    it.
-    """
+    """(payload [B, L, P]) -> index of the nearest code, int32 [B, L]; without gradients."""
 
     modality: str
     codes: int
 
     def build(self, spec: ModelSpec, payloads: Mapping[str, Payload]) -> nn.Module:
-        """The codes."""
+        """Builds the codebook."""
         del spec
         return Codebook(self.codes, payloads[self.modality].size)
 
     def apply(self, model: Any, module: nn.Module, payload: Array) -> Array:
-        """Numbers."""
+        """Computes the indices."""
         known = dict(model.payloads)[self.modality]
         return module(known.normalize(payload))
 
     def examples(self, sample: Sample) -> Iterator[tuple[Any, ...]]:
-        """One call."""
+        """One example call."""
         yield (sample.particles[self.modality].payload,)
 
 
 @dataclass(frozen=True)
 class FramewiseHead(HeadSpec):
-    """(tokens, particles, moments) -> a modality's channels at moments [B, M] of no payload,
-    float32 [B, M, C], and at which some particle stands, bool [B, M].
+    """(tokens, particles, moments) -> a modality's channels at query times [B, M], float32 [B, M,
+    C], and a mask of the times that some particle covers, bool [B, M].
 
-    particles: those that the tokens are of.
+    particles: the particles of these tokens.
     """
 
     modality: str
 
     def build(self, spec: ModelSpec, payloads: Mapping[str, Payload]) -> nn.Module:
-        """A small network on the mean of what covers a moment."""
+        """Builds a small network on the mean of the covering tokens."""
         known = payloads[self.modality]
         return Moment(spec.width, known.size // known.base[0], _dtype(spec))
 
@@ -315,18 +309,18 @@ class FramewiseHead(HeadSpec):
         particles: Mapping[str, Particles],
         moments: Particles,
     ) -> tuple[Array, Array]:
-        """Channels and what is covered."""
+        """Computes channels and mask."""
         names = [name for name, _ in model.payloads if name in particles]
         extent = jnp.concatenate([particles[name].extent for name in names], axis=1)
         return module(tokens, extent, moments.place, moments.extent, moments.segment)
 
     def examples(self, sample: Sample) -> Iterator[tuple[Any, ...]]:
-        """One call."""
+        """One example call."""
         yield sample.tokens, sample.particles, sample.particles[self.modality]
 
 
 def classification(outputs: int) -> dict[str, HeadSpec]:
-    """The two parts of a classification head; none where there is nothing to tell apart."""
+    """The two parts of a classification head; none without classes."""
     return {"head_norm": NormHead(), "head": ClassifierHead(outputs)} if outputs else {}
 
 
@@ -335,8 +329,8 @@ def _dtype(spec: ModelSpec) -> Any:
 
 
 def part_of(tokens: Tokens, particles: Mapping[str, Particles], modality: str) -> Array:
-    """The tokens [B, l, D] of one modality's slots, where nothing reduced them: modalities stand in
-    the order of `config.modalities`.
+    """The tokens [B, l, D] of one modality, if no token reduction ran: modalities follow the order
+    of `config.modalities`.
     """
     names = ordered(particles)
     start = sum(particles[name].segment.shape[1] for name in names[: names.index(modality)])

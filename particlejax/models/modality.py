@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the model knows of each modality."""
+"""What the model knows about each modality."""
 
 from typing import NamedTuple
 
@@ -10,12 +10,10 @@ from particlejax.particles.normalize import PixelScale
 
 
 class Payload(NamedTuple):
-    """What a modality's payloads are: `size` numbers, or ids below `vocabulary` where that is not
-    0.
+    """Payloads of a modality: `size` numbers, or token ids below `vocabulary` if that is not 0.
 
-    base: frames, rows and columns of the cuboid that the numbers are of, in the order (t, h, w,
-    channel); () for no cuboid. pixels: how uint8 pixels become those numbers; None where there are
-    no pixels.
+    base: frames, rows and columns of the cuboid behind the numbers, in the order (t, h, w,
+    channel); () if there is none. pixels: normalization of uint8 pixels; None without pixels.
     """
 
     size: int
@@ -25,19 +23,19 @@ class Payload(NamedTuple):
 
     @property
     def still(self) -> float:
-        """What the mean over a cuboid's frames is multiplied by."""
+        """Factor of the mean over a cuboid's frames."""
         return self.pixels.still if self.pixels else 1.0
 
     def normalize(self, payload: Array) -> Array:
-        """Payloads as the model computes with them: uint8 pixels become float32, all else stays.
+        """Normalizes uint8 pixels to float32 and leaves other payloads unchanged.
 
-        Raises ValueError for uint8 where `pixels` is None.
+        Raises ValueError for uint8 if `pixels` is None.
         """
         if payload.dtype != np.uint8:
             return payload
         if self.pixels is None:
             raise ValueError(
-                "these payloads are uint8 pixels and the model does not know their mean and "
+                "these payloads are uint8 pixels but the model does not know their mean and "
                 "deviation: give the modality's Payload `pixels`, a PixelScale."
             )
         return self.pixels.to_payload(payload)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model at the border: a pair of pure functions over the linen modules of the encoder, the
-decoder and the heads.
+"""The model's functional interface: a pair of pure functions over the linen modules of encoder,
+decoder and heads.
 
 Legend: B rows, L slots of all modalities together, D width, S clips of a row, C classes, Q queries,
 P payload, E width of an embedding.
@@ -30,10 +30,10 @@ from particlejax.particles.types import Batch, Particles
 
 
 class Model(NamedTuple):
-    """init(key, batch) -> params; apply(params, method, *args, key=None) -> what the method of
-    `ParticleModel` returns.
+    """init(key, batch) -> params; apply(params, method, *args, key=None) -> the result of the
+    method of `ParticleModel`.
 
-    A key makes it training: dropout, stochastic depth and modality dropout happen only with one.
+    A key enables training mode: dropout, stochastic depth and modality dropout.
     """
 
     init: Callable[[Array, Batch], Params]
@@ -51,14 +51,13 @@ class Model(NamedTuple):
         return self.apply(params, "encode", particles, clips, key=key)[0]
 
     def head(self, params: Params, name: str, *args: Any) -> Any:
-        """What the head of this name makes of `args`; each kind in models/heads.py says of what."""
+        """The output of the named head for `args`; see the head's class in models/heads.py."""
         return self.apply(params, "apply_head", name, *args)
 
     def normalize(self, batch: Batch) -> Batch:
-        """The batch with pixels as the model computes with them, float32; a normalized one
-        as it is.
+        """The batch with pixels normalized to float32; a normalized batch is unchanged.
 
-        `encode` does this by itself. Call it first to compare with pixels (targets, attacks).
+        `encode` does this by itself. Call it first if you compare with pixels (targets, attacks).
         """
         return replace(batch, particles=normalize(batch.particles, self.payloads))
 
@@ -71,8 +70,8 @@ def build(
 ) -> Model:
     """The model of a spec for these modalities, with the heads that its objectives declare.
 
-    unseen: modalities that are targets alone. The encoder knows nothing of them, so that it fits a
-    stage without them. Raises UserError where the stem cannot read the payloads.
+    unseen: modalities that are only targets. The encoder has no parameters for them, so it fits a
+    stage without them. Raises UserError if the stem cannot read the payloads.
     """
     if spec.stem.model:
         cnn_stem.check(
@@ -98,7 +97,7 @@ def build(
 def normalize(
     particles: Mapping[str, Particles], payloads: Mapping[str, Payload]
 ) -> dict[str, Particles]:
-    """Particles with uint8 pixels made float32; doing it twice changes nothing."""
+    """Particles with uint8 pixels normalized to float32; idempotent."""
     return {
         name: replace(given, payload=payloads[name].normalize(given.payload))
         for name, given in particles.items()
@@ -134,22 +133,22 @@ class ParticleModel(nn.Module):
                 self.apply_head(name, *args)
 
     def apply_head(self, name: str, *args: Any) -> Any:
-        """What the head of this name makes of `args`."""
+        """The output of the named head for `args`."""
         return dict(self.heads)[name].apply(self, getattr(self, name), *args)
 
     def encode(
         self, particles: Mapping[str, Particles], clips: int | None = None
     ) -> tuple[Tokens, dict[str, tuple[Array, ...]]]:
-        """Tokens of all particles, and under 'blocks' every block's output, as `Transformer` gives
-        them.
+        """Tokens of all particles, and under 'blocks' the outputs of all blocks, as `Transformer`
+        returns them.
 
-        Pixels are uint8, and normalized here; float32 where `Model.normalize` has done so before.
-        clips: S, which latents, class tokens and modality dropout want to know.
+        Normalizes uint8 pixels; float32 pixels must come from `Model.normalize`. clips: S, needed
+        by bottleneck tokens, class tokens and modality dropout.
         """
         return self.encoder(normalize(particles, dict(self.payloads)), clips)
 
     def pooled(self, tokens: Tokens, clips: int) -> Array:
-        """One vector a clip, float32 [B, S, D], pooled as the spec says."""
+        """One vector per clip, float32 [B, S, D], pooled as the spec says."""
         if self.spec.pool_type == "cls":
             return tokens.whole.astype(jnp.float32)
         if self.spec.pool_type == "attention":
@@ -159,7 +158,9 @@ class ParticleModel(nn.Module):
         )
 
     def _mass(self, tokens: Tokens, clips: int) -> Array | None:
-        """Where modalities keep to themselves each counts alike, however many tokens it has."""
+        """Weights for pooling; under late fusion each modality has equal weight, whatever its token
+        count.
+        """
         if tokens.kind is None or self.spec.fusion != "late":
             return tokens.mass
         kinds = jax.nn.one_hot(tokens.kind, len(self.payloads))
@@ -193,8 +194,8 @@ class Encoder(nn.Module):
                         spec.width, payload.vocabulary, dtype, name=f"payload_{name}"
                     )
                 each = read(p.payload)
-                # A vector under its own name, so that a stage may begin with a run that knew other
-                # modalities, too.
+                # A parameter per modality name, so that a stage may start from a run with other
+                # modalities.
                 kind = embed.Learned(spec.width, 1, name=f"modality_{name}")()
                 content.append((each + place(p.place, p.extent) + kind[None]).astype(dtype))
         names = tuple(name for name, _ in self.payloads if name in particles)
@@ -206,7 +207,7 @@ class Encoder(nn.Module):
             )
         tokens = Tokens(jnp.concatenate(content, axis=1), places, jnp.concatenate(segments, axis=1))
         parts = self._parts(names, [each.shape[1] for each in segments])
-        prompts = self.get_variable("params", "prompts")  # only where fine-tuning has put some
+        prompts = self.get_variable("params", "prompts")  # present only if fine-tuning added it
         first = count = 0
         if prompts is not None:
             tokens, count = self._prompted(tokens, prompts["token"], clips)
@@ -247,7 +248,7 @@ class Encoder(nn.Module):
         return tokens, {"blocks": blocks}
 
     def _parts(self, names: tuple[str, ...], lengths: list[int]) -> fusion.Parts | None:
-        """The parts of the row; None where all tokens read all and go through the same blocks."""
+        """The parts of the row; None if all tokens attend to all and share their blocks."""
         spec = self.spec
         if spec.fusion == "early" and spec.share_encoder:
             if spec.pool_type != "cls":
@@ -260,9 +261,7 @@ class Encoder(nn.Module):
     def _lead(
         self, tokens: Tokens, parts: fusion.Parts, clips: int | None
     ) -> tuple[Tokens, fusion.Parts, int]:
-        """Puts each clip's class token and latents before its particles, in the middle of its
-        places.
-        """
+        """Prepends class and bottleneck tokens of each clip, positioned at the clip's mean."""
         counts = {
             fusion.CLASS: self.spec.pool_type == "cls",
             fusion.LATENTS: self.spec.num_bottlenecks * (self.spec.fusion == "bottleneck"),
@@ -280,8 +279,8 @@ class Encoder(nn.Module):
         )
 
     def _prompted(self, tokens: Tokens, learned_ZD: Array, clips: int | None) -> tuple[Tokens, int]:
-        """The tokens behind learned ones of each clip, in the middle of its places; how many these
-        are.
+        """Prepends learned tokens to each clip, positioned at the clip's mean; also returns their
+        number.
         """
         number, count = self._known(clips), len(learned_ZD)
         member = losses.membership(tokens.segment, number)
@@ -299,9 +298,7 @@ class Encoder(nn.Module):
         ), number * count
 
     def _without(self, tokens: Tokens, first: int, clips: int | None) -> Tokens:
-        """The particles' tokens alone, the class tokens beside them. What latents know the
-        particles' tokens have read.
-        """
+        """The particles' tokens without prepended ones, with the class tokens beside them."""
         whole = (
             tokens.x[:, first - self._known(clips) : first]
             if self.spec.pool_type == "cls"
@@ -321,7 +318,7 @@ class Encoder(nn.Module):
         )
 
     def _known(self, clips: int | None) -> int:
-        assert clips is not None, "encode wants to be told how many clips a row may hold"
+        assert clips is not None, "encode needs `clips`, the maximum number of clips in a row"
         return clips
 
 

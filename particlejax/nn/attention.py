@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over packed rows: within a segment, knowing where things are.
+"""Attention over packed rows: within segments, with a bias from continuous positions.
 
 Legend: B rows, L queries, M keys, D width, H heads, K width of a head.
 """
@@ -16,34 +16,32 @@ from particlejax.nn import fused_attention, peft_hooks, rope
 from particlejax.nn.dense import DenseGeneral
 from particlejax.nn.token_reduction import Tokens
 
-FAR = -1e9  # the logit of what must not count; finite, so that an empty slot's softmax stays finite
+FAR = -1e9  # masked logit; finite, so that an empty slot's softmax stays finite
 
 
 def same_segment(query_BL: Array, key_BM: Array) -> Array:
-    """What each query may read, bool [B, L, M]: keys of its own clip; a query in an empty slot
-    reads nothing.
+    """Attention mask, bool [B, L, M]: keys of the query's clip; a query in an empty slot attends to
+    nothing.
     """
     return (query_BL[:, :, None] == key_BM[:, None, :]) & (key_BM[:, None, :] > 0)
 
 
 class Between(NamedTuple):
-    """What attention is told besides content: the places of queries [B, L, 3] and keys [B, M, 3],
-    and who may read whom.
-    """
+    """Positions of queries [B, L, 3] and keys [B, M, 3], and the mask between them."""
 
     query: Array
     key: Array
     may: Array  # bool [B, L, M]
     mass: Array | None = (
-        None  # float32 [B, M], how many particles a key stands for; None: each for one
+        None  # float32 [B, M], number of particles merged into a key; None: one each
     )
     segments: tuple[Array, Array] | None = (
-        None  # of queries [B, L] and keys [B, M], for kernels that make `may` of them
+        None  # of queries [B, L] and keys [B, M], for kernels that compute `may` from them
     )
 
 
 def between(query: Tokens, key: Tokens) -> Between:
-    """The relation of queries to keys, each within its segment."""
+    """The context of attention from queries to keys within segments."""
     return Between(
         query.place,
         key.place,
@@ -54,12 +52,12 @@ def between(query: Tokens, key: Tokens) -> Between:
 
 
 class Nearness(nn.Module):
-    """Logits [B, H, L, M] that fall with the squared distance of places: each head learns how fast
-    along each axis.
+    """Distance bias: logits [B, H, L, M] that fall with squared distance at a learned rate per head
+    and axis.
 
-    A prior of locality in continuous time and space, which a Transformer otherwise needs many clips
-    to find. Heads start between narrow and wide, alternating in time. Linear in features of query
-    and key, so no pair of places is formed.
+    A locality prior in continuous time and space, which a Transformer otherwise learns from many
+    clips. Heads are initialized from narrow to wide, alternating in time. The bias is linear in
+    features of query and key, so no pairwise distances are formed.
     """
 
     heads: int
@@ -68,12 +66,12 @@ class Nearness(nn.Module):
         self.log_sharpness = self.param("log_sharpness", _spread, (self.heads, 3))
 
     def sharpness(self) -> Array:
-        """How fast each head's logits fall along each axis, [H, 3]."""
+        """Decay rate of each head's logits along each axis, [H, 3]."""
         return jnp.exp(self.log_sharpness)
 
     def __call__(self, where: Between) -> Array:
         sharpness = self.sharpness()
-        # -s (q - k)^2 without the term in q alone, which softmax does not see
+        # -s (q - k)^2 without the query-only term, which cancels in the softmax
         query = 2 * where.query[:, None] * sharpness[None, :, None]
         cross = jnp.einsum("bhlk,bmk->bhlm", query, where.key)
         return cross - jnp.einsum("hk,bmk->bhm", sharpness, where.key**2)[:, :, None]
@@ -88,23 +86,21 @@ def _spread(key: Array, shape: tuple[int, int]) -> Array:
 
 
 class Style(NamedTuple):
-    """What blocks are made of; each default is what a block is without the option."""
+    """Settings of a block; each default disables its option."""
 
     near: bool = True
     rotary: bool = False
-    qk_norm: bool = False  # queries and keys normed, so that logits stay bounded (arXiv:2302.05442)
+    qk_norm: bool = False  # QK normalization keeps logits bounded (arXiv:2302.05442)
     gated: bool = False  # SwiGLU (arXiv:2002.05202) instead of GELU
-    layer_scale: float = 0.0  # that branches start with (arXiv:2103.17239); 0: none
+    layer_scale: float = 0.0  # initial LayerScale of branches (arXiv:2103.17239); 0: none
     dropout: float = 0.0
     dtype: Any = jnp.float32
-    attention: str = (
-        "xla"  # or a kernel that never writes the logits: auto, splash, cudnn (nn/flash.py)
-    )
+    attention: str = "xla"  # or auto, splash, cudnn (nn/fused_attention.py)
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries [B, L, D] to keys [B, M, D], in two steps, so that parts of a
-    row can be asked apart.
+    """Multi-head attention of queries [B, L, D] to keys [B, M, D], split into steps so that parts
+    of a row can attend separately.
     """
 
     width: int
@@ -124,8 +120,8 @@ class Attention(nn.Module):
         return self.answer(self.ask(x_BLD, where.query), *self.tell(y_BMD, where.key), where)
 
     def ask(self, x_BLD: Array, place: Array) -> Array:
-        """Queries [B, H, L, K]: heads before slots, as XLA's CPU runs the batched product several
-        times faster so.
+        """Queries [B, H, L, K]: heads first, which makes XLA's batched product on CPU several times
+        faster.
         """
         query = self.query(x_BLD).swapaxes(1, 2)
         if self.style.qk_norm:
@@ -140,9 +136,9 @@ class Attention(nn.Module):
         return rope.turn(key, place) if self.style.rotary else key, value
 
     def answer(self, query: Array, key: Array, value: Array, where: Between) -> Array:
-        """What the queries read, [B, L, D]."""
+        """The attention output, [B, L, D]."""
         scaled = query * query.shape[-1] ** -0.5
-        prefix = self.get_variable("params", "prefix")  # only where fine-tuning has put one
+        prefix = self.get_variable("params", "prefix")  # present only if fine-tuning added it
         how = (
             "xla"
             if prefix is not None
@@ -153,7 +149,7 @@ class Attention(nn.Module):
             if how == "xla"
             else self._flash(how, scaled, key, value, where)
         )
-        # who may read nothing would else read the mean of the whole row
+        # a query without keys would otherwise average the whole row
         some = where.may.any(axis=-1)[:, None, :, None]
         return self.out(jnp.where(some, read, 0).swapaxes(1, 2))
 
@@ -172,7 +168,7 @@ class Attention(nn.Module):
         logits = jnp.einsum("bhlk,bhmk->bhlm", scaled, key, preferred_element_type=jnp.float32)
         if self.style.near:
             logits += self.nearness(where)
-        # a merged token counts as what it was merged from (arXiv:2210.09461, section 3)
+        # proportional attention for merged tokens (arXiv:2210.09461, section 3)
         if where.mass is not None:
             logits += jnp.log(jnp.maximum(where.mass, 1.0))[:, None, None]
         logits = jnp.where(where.may[:, None], logits, FAR)
@@ -187,11 +183,11 @@ class Attention(nn.Module):
 
 @jax.custom_vjp
 def mixed(logits_BHLM: Array, value_BHMK: Array) -> Array:
-    """softmax(logits) value, [B, H, L, K] in the type of the values; logits and sums are float32.
+    """softmax(logits) value, [B, H, L, K] in the dtype of the values; logits and sums are float32.
 
-    The sum divides what was mixed and not the weights, and the backward pass needs the weights'
-    mean gradient, which is the output's product with its own (arXiv:2205.14135, section 3.1): so
-    fewer arrays of the logits' size are written and read.
+    Normalizes the output instead of the weights; the backward pass gets the weights' mean gradient
+    from the output's product with its gradient (arXiv:2205.14135, section 3.1), so fewer arrays of
+    the logits' size are read and written.
     """
     return _mix(logits_BHLM, value_BHMK)[0]
 
@@ -219,7 +215,7 @@ mixed.defvjp(_mix, _unmix)
 
 
 def _append(value_BHMK: Array, more_ZHK: Array) -> Array:
-    """Values that every row may read, behind its own."""
+    """Appends values that every row may read."""
     more = jnp.broadcast_to(
         more_ZHK.swapaxes(0, 1)[None], (*value_BHMK.shape[:2], *more_ZHK.shape[::2])
     )

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dense layers that compute in one type and whose parameters' gradients are sums in the parameters'
-own.
+"""Dense layers with compute in one dtype and parameter gradients accumulated in the parameters'
+dtype.
 
-Rows are divided over devices, so a gradient is a sum over devices, too. Were a float32 kernel cast
-to bfloat16 before the product, every device's part would be rounded to bfloat16 and the parts be
-added up in it: gradients that shrink with the number of devices they are split over. Here the cast
-is inside the product, whose backward pass leaves the kernel's part as the matrix units make it, in
-float32.
+Rows are sharded, so a gradient is a sum over devices. If a float32 kernel were cast to bfloat16
+before the product, each device's partial gradient would be rounded to bfloat16 and summed in it: an
+error that grows with the number of devices. Here the cast is inside the product, whose backward
+pass keeps the kernel's gradient in float32, as the matrix units produce it.
 """
 
 import math
@@ -24,8 +23,8 @@ Asked = jax.custom_derivatives.CustomVJPPrimal
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x: Array, kernel: Array, axes: int) -> Array:
-    """The last `axes` axes of x times the first of the kernel, in the type of x; the kernel's
-    gradient is in the kernel's.
+    """Contracts the last `axes` axes of x with the first of the kernel, in x's dtype; the kernel's
+    gradient has the kernel's dtype.
     """
     return _product(x, kernel, axes)
 
@@ -37,11 +36,11 @@ def _product(x: Array, kernel: Array, axes: int) -> Array:
 def _forward(
     x: Asked, kernel: Asked, axes: int
 ) -> tuple[Array, tuple[Array | None, Array | None, Array]]:
-    """Remembers what is needed alone: of a frozen kernel no input, where nothing before it learns
-    no kernel.
+    """Saves only what the backward pass needs: no input for a frozen kernel, no kernel without
+    input gradient.
 
-    Made of what is within `product`, as a policy of what is remembered (nn/policy.py) sees no
-    products in a call of that.
+    Uses `_product`, because a remat policy (nn/precision.py) sees no dot inside a call of
+    `product`.
     """
     kept = (
         x.value if kernel.perturbed else None,
@@ -55,7 +54,7 @@ def _backward(
     axes: int, kept: tuple[Array | None, Array | None, Array], grad: Array
 ) -> tuple[Array | None, Array | None]:
     x, kernel, like = kept
-    dx = dkernel = None  # as good as zero
+    dx = dkernel = None  # symbolic zero
     if kernel is not None:
         dx = _dot(
             grad,
@@ -70,11 +69,10 @@ def _backward(
 
 
 def _outer(x: Array, grad: Array, axes: int, others: int, dtype: Any) -> Array:
-    """The kernel's gradient: the sum over rows of x's last `axes` axes times grad's last `others`.
+    """Gradient of the kernel: the row sum of x's last `axes` axes times grad's last `others`.
 
-    XLA's CPU writes the first operand of such a product down transposed, and computes again for it
-    whatever made it: there the narrower one comes first, and a barrier keeps the compiler from
-    turning the product back.
+    XLA on CPU transposes the first operand in memory and recomputes its producer: therefore the
+    narrower operand comes first there, and a barrier keeps XLA from swapping them back.
     """
     rows = range(x.ndim - axes)
     if math.prod(x.shape[len(rows) :]) <= math.prod(grad.shape[len(rows) :]):
@@ -99,13 +97,13 @@ def _dot(a: Array, b: Array, of_a: range, of_b: range, dtype: Any) -> Array:
 
 
 def affine(x: Array, params: Mapping[str, Array]) -> Array:
-    """x times the kernel [D, E], and the bias [E], in the type of x."""
+    """x times the kernel [D, E], plus the bias [E], in the dtype of x."""
     y = product(x, params["kernel"], 1)
     return (y + params["bias"][(None,) * (y.ndim - 1)]).astype(x.dtype)
 
 
 def _along(x: Array, kernel: Array, dims: Any, precision: Any = None) -> Array:
-    """`product` as linen's layers call a product."""
+    """`product` with the dot_general signature of linen's layers."""
     del precision
     (mine, _), _ = dims
     assert tuple(mine) == tuple(range(x.ndim - len(mine), x.ndim))
@@ -115,12 +113,12 @@ def _along(x: Array, kernel: Array, dims: Any, precision: Any = None) -> Array:
 def _inputs(
     x: Array, kernel: Array, bias: Array | None, dtype: Any
 ) -> tuple[Array, Array, Array | None]:
-    # the bias is added in its own type, so that its gradient is a sum in that
+    # add the bias in its own dtype, so that its gradient accumulates in it
     return (x.astype(dtype), kernel, bias)
 
 
 class Dense(nn.Dense):
-    """nn.Dense that answers in `dtype`, with gradients of its parameters as this file says."""
+    """nn.Dense with output in `dtype` and parameter gradients as described above."""
 
     dtype: Any = jnp.float32
     promote_dtype: Any = _inputs

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From particles to tokens: payload, place, extent and modality each add a vector.
+"""From particles to tokens: the sum of payload, position, size and modality embeddings.
 
 Legend: B rows, L slots, P numbers of a payload, D width, F frequencies.
 """
@@ -13,14 +13,14 @@ from jax import Array
 
 from particlejax.nn.dense import Dense
 
-_SECONDS = (1 / 8, 32.0)  # shortest and longest wavelength of the code of time
+_SECONDS = (1 / 8, 32.0)  # shortest and longest wavelength of the time encoding
 _FRACTION = (1 / 16, 2.0)  # the same for row and column, in frames
 _FREQUENCIES = 8  # per axis
-_OCTAVES = 4.0  # extents reach about this many octaves to either side of one
+_OCTAVES = 4.0  # log2 of extents is divided by this
 
 
 def place_features(place_BL3: Array, extent_BL3: Array) -> Array:
-    """Fourier features of place and logarithms of extent, float32 [B, L, 6 F + 3]: continuous in
+    """Fourier features of positions and log2 of extents, float32 [B, L, 6 F + 3]: continuous in
     both.
     """
     shortest = np.array([_SECONDS[0], _FRACTION[0], _FRACTION[0]], np.float32)
@@ -35,7 +35,7 @@ def place_features(place_BL3: Array, extent_BL3: Array) -> Array:
 
 
 class Place(nn.Module):
-    """Vectors of place and extent: any resolution, rate and granularity goes through the same
+    """Position and size embeddings: all resolutions, rates and patch sizes share the same
     parameters.
     """
 
@@ -49,8 +49,8 @@ class Place(nn.Module):
 
 
 class Payload(nn.Module):
-    """Vectors of payloads: Dense for numbers, a table of `vocabulary` rows for token ids (int32, P
-    = 1).
+    """Payload embeddings: Dense for numbers, a table of `vocabulary` rows for token ids (int32, P =
+    1).
     """
 
     width: int
@@ -67,9 +67,7 @@ class Payload(nn.Module):
 
 
 class Learned(nn.Module):
-    """Vectors [count, D] that are learned and stand for no particle: latents, class tokens, what
-    tells a modality from others.
-    """
+    """Learned vectors [count, D] for bottleneck tokens, class tokens and modality embeddings."""
 
     width: int
     count: int

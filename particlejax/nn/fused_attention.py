@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention by kernels that never write the logits: splash attention on TPUs, cuDNN's on GPUs.
+"""Fused attention kernels that never write the logits: splash attention on TPUs, cuDNN on GPUs.
 
-They know products of queries and keys, and masks. What falls with distance is linear in features of
-both (nn/attention.py), so it becomes part of the product: queries and keys are widened by a few
-numbers. Legend: B rows, L queries, M keys, H heads, K width of a head.
+They support only dot products and masks. The distance bias is linear in features of query and key
+(nn/attention.py), so it is folded into the product: queries and keys get a few more numbers.
+Legend: B rows, L queries, M keys, H heads, K width of a head.
 """
 
 import math
@@ -15,26 +15,26 @@ from jax.sharding import PartitionSpec as P
 
 from particlejax.distributed.sharding import ROWS
 
-_LANE = 128  # slots of which a kernel's blocks are multiples
-_BLOCK = 512  # slots of the largest one
-_FEW = 256  # keys up to which TPUs write the logits
-_EIGHT = 8  # what cuDNN wants a head's width to be a multiple of
+_LANE = 128  # block sizes are multiples of this
+_BLOCK = 512  # largest block size
+_FEW = 256  # up to this many keys XLA is faster on TPUs
+_EIGHT = 8  # cuDNN needs head widths that are multiples of this
 _BACKENDS = {"tpu": "splash", "gpu": "cudnn"}
 
 
 def chosen(attention: str, dtype: jnp.dtype, keys: int) -> str:
-    """'xla', 'splash' or 'cudnn': what was asked for, or for 'auto' what the mesh's devices, or
-    else those at hand, run best.
+    """'xla', 'splash' or 'cudnn': as given, or for 'auto' the best one for the mesh's (or default)
+    devices.
 
-    With few keys a TPU does better to write the logits, which are then smaller than what a kernel
-    wants padded: planned for VideoMAE-B's 157 visible cubes, a third of the step went into the
-    surroundings of splash attention.
+    With few keys XLA is faster on a TPU: the logits are smaller than the padding of a kernel. In a
+    plan for the 157 visible cubes of VideoMAE-B, a third of the step went into padding and layout
+    changes for splash attention.
     """
     if attention != "auto":
         return attention
     device = jax.sharding.get_abstract_mesh().abstract_device
     best = _BACKENDS.get(device.platform if device else jax.default_backend(), "xla")
-    # which cuDNN has no kernel for
+    # cuDNN has no float32 kernel
     if best == "splash" and keys <= _FEW or best == "cudnn" and dtype == jnp.float32:
         return "xla"
     return best
@@ -47,10 +47,11 @@ def fold(
     sharpness_H3: Array | None,
     mass_BM: Array | None,
 ) -> tuple[Array, Array]:
-    """Queries and keys whose product holds the terms of place and of mass, too.
+    """Augments queries and keys so that their product includes the distance bias and token-size
+    terms.
 
-    places: of queries [B, L, 3] and keys [B, M, 3]. In bfloat16 these terms would lose what tells
-    near from nearer, so their numbers stand in parts whose sum is exact to 16 bits.
+    places: of queries [B, L, 3] and keys [B, M, 3]. These terms need more than bfloat16 precision,
+    so each number is split into parts whose sum is exact to 16 bits.
     """
     dtype, heads = query_BHLK.dtype, query_BHLK.shape[1]
     asked, told, alone = (
@@ -77,20 +78,20 @@ def fold(
     )
 
 
-# parts of queries and keys whose products count
+# (query, key) pairs of split parts whose products matter
 _PAIRS = {1: ((0, 0),), 2: ((0, 0), (1, 0), (0, 1))}
 
 
 def _parts(x: Array, dtype: jnp.dtype, number: int) -> list[Array]:
-    """Arrays of `dtype` that sum to x: itself in float32, else its first bits, the next ones, and
-    so on.
+    """Splits x into arrays of `dtype` that sum to x: one for float32, else from high to low
+    bits.
     """
     if dtype == jnp.float32:
         return [x]
     found = []
     for _ in range(number):
         info = jnp.finfo(dtype)
-        # a cast there and back would be left out by XLA
+        # XLA would remove a cast and its inverse
         first = jax.lax.reduce_precision(x, info.nexp, info.nmant)
         found.append(first.astype(dtype))
         x = x - first
@@ -104,11 +105,12 @@ def splash(
     segments: tuple[Array, Array],
     interpret: bool = False,
 ) -> Array:
-    """softmax(query key^T) value within segments, [B, H, L, K]; on every device its own rows, heads
-    and part of the sequence.
+    """softmax(query key^T) value within segments, [B, H, L, K]; sharded over rows, heads and
+    sequence.
 
-    segments: of queries [B, L] and keys [B, M]. A query in a segment without keys reads anything.
-    Along the sequence a device gathers the keys and values of all parts for its own queries.
+    segments: of queries [B, L] and keys [B, M]. The output is undefined for a query in a segment
+    without keys. With a sharded sequence each device gathers all keys and values for its own
+    queries.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -144,7 +146,7 @@ def _splash(
     interpret: bool,
 ) -> Array:
     from jax.experimental.pallas.ops.tpu import (
-        splash_attention as kernels,  # seconds to import, for TPUs alone
+        splash_attention as kernels,  # takes seconds to import, needed on TPUs only
     )
 
     length, (q, k) = query.shape[2], (_block(x.shape[2]) for x in (query, key))
@@ -164,13 +166,13 @@ def _splash(
 
 
 def _block(length: int) -> int:
-    """The size of blocks: as few as possible without more padding than a lane's worth."""
+    """Block size: as few blocks as possible with at most one lane of padding."""
     lanes = -(-length // _LANE)
     return _LANE * next(n for n in range(min(lanes, _BLOCK // _LANE), 0, -1) if lanes % n == 0)
 
 
 def _padded(x: Array, block: int, axis: int) -> Array:
-    """x up to a multiple of the block; what is added is zero, which is the segment of nothing."""
+    """Pads x with zeros to a multiple of the block; zero is the empty segment."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % block)
     return jnp.pad(x, widths) if widths[axis][1] else x
@@ -183,11 +185,10 @@ def cudnn(
     may_BLM: Array,
     implementation: str = "cudnn",
 ) -> Array:
-    """softmax(query key^T) value where it may, [B, H, L, K]; in bfloat16 or float16, heads at most
-    128 wide.
+    """softmax(query key^T) value under the mask, [B, H, L, K]; bfloat16 or float16, head width up
+    to 128.
 
-    cuDNN wants values as wide as keys, and widths that are multiples of eight: all are padded, the
-    answer is cut.
+    cuDNN needs equal widths of values and keys, in multiples of eight: pads all, slices the output.
     """
     width = value_BHMK.shape[3]
     wide = query_BHLK.shape[3] + -query_BHLK.shape[3] % _EIGHT

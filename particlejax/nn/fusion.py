@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which part of a row reads which: a row's tokens stand in parts, one a modality, and a fusion is a
-table of who reads whom.
+"""Fusion of modalities: a row has one part per modality; a fusion defines which parts attend to
+which.
 
 Legend: B rows, L slots, S clips of a row.
 """
@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-CLASS, LATENTS = "class", "latents"  # parts that are no modality
+CLASS, LATENTS = "class", "latents"  # parts that are not modalities
 
 
 class Parts(NamedTuple):
-    """Parts of a row in their order: names, slots of each, the fusion, its first block, whether
-    parts have own parameters.
+    """Parts of a row in order: names, lengths, fusion type, first fused block, whether each part
+    has its own parameters.
 
-    The class tokens read everything and nobody reads them, so nothing crosses by them.
+    Class tokens attend to everything and nothing attends to them, so they carry no information
+    across.
     """
 
     names: tuple[str, ...]
@@ -28,12 +29,12 @@ class Parts(NamedTuple):
     separate: bool
 
     def spans(self) -> list[slice]:
-        """Where each part stands."""
+        """The slice of each part."""
         ends = [sum(self.lengths[: i + 1]) for i in range(len(self.lengths))]
         return [slice(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
 
     def reads(self, fused: bool) -> tuple[tuple[int, ...], ...]:
-        """For each part the numbers of those it attends to, before (fused False) and from
+        """For each part, the indices of the parts it attends to, before (fused=False) and from
         `fuse_from` on.
         """
         return tuple(
@@ -42,8 +43,8 @@ class Parts(NamedTuple):
         )
 
     def others(self) -> tuple[tuple[int, ...], ...] | None:
-        """For each part those it cross-attends to, in the fusion 'cross'; None in any other, or
-        where there is one modality.
+        """For each part those it cross-attends to under fusion 'cross'; None otherwise, or with one
+        modality.
         """
         known = [i for i, name in enumerate(self.names) if name not in (CLASS, LATENTS)]
         if self.fusion != "cross" or len(known) < 2:
@@ -60,13 +61,13 @@ class Parts(NamedTuple):
         if query == CLASS:
             return True
         if LATENTS in (query, key):
-            return fused  # before, latents wait as they were learned (MBT, arXiv:2107.00135)
+            return fused  # before it, bottleneck tokens stay unchanged (MBT, arXiv:2107.00135)
         return self.fusion == "early"
 
 
 def hide(key: Array, segments: list[Array], clips: int, share: float) -> list[Array]:
-    """Segments [B, L] of each modality, 0 for a clip's modality that is hidden: each with
-    probability `share`, never all.
+    """Modality dropout: segments [B, L] with each modality of a clip set to 0 with probability
+    `share`, never all.
     """
     numbers = jnp.arange(1, clips + 1)
     # [M, B, S]

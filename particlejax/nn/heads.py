@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the tokens of a clip to one vector, and from that to answers and to embeddings.
+"""Head modules: pooling of a clip's tokens, classifiers, and projections to embeddings.
 
-Legend: B rows, L slots, S clips of a row, D width, H heads, K width of a head, C answers, E width
-of an embedding, M moments, P numbers of a payload.
+Legend: B rows, L slots, S clips of a row, D width, H heads, K width of a head, C outputs, E width
+of an embedding, M query times, P numbers of a payload.
 """
 
 from typing import Any
@@ -20,11 +20,11 @@ from particlejax.nn.token_reduction import Tokens
 
 
 class AttentivePool(nn.Module):
-    """Each head's own weighted mean of a clip's tokens, float32 [B, S, D] (attentive pooling,
-    arXiv:1810.00825).
+    """Attentive pooling: each head's weighted mean of a clip's tokens, float32 [B, S, D]
+    (arXiv:1810.00825).
 
-    Where the mean drowns the few tokens that matter, the heads learn which do. A clip without
-    tokens gives zeros.
+    The heads learn to weight the few relevant tokens, which a mean hides. A clip without tokens
+    gives zeros.
     """
 
     heads: int
@@ -44,9 +44,7 @@ class AttentivePool(nn.Module):
 
 
 class AttentiveProbe(nn.Module):
-    """Logits float32 [B, C] of clips of one row each, from frozen tokens: attentive pooling, and a
-    linear map of that.
-    """
+    """Attentive probe: logits float32 [B, C] of clips of one row each, from frozen tokens."""
 
     classes: int
     heads: int
@@ -60,7 +58,7 @@ class AttentiveProbe(nn.Module):
 
 
 class Question(nn.Module):
-    """Logits float32 [B, S, C] of one question about each clip."""
+    """Clip-level classifier: logits float32 [B, S, C]."""
 
     answers: int
     dtype: Any = jnp.float32
@@ -74,10 +72,10 @@ class Question(nn.Module):
 
 
 class Embed(nn.Module):
-    """Vectors [B, N, E] by which clips, or their tokens, are compared, one map for each modality,
-    and how sharply: factor and bias.
+    """Projections [B, N, E] of clips or tokens, one per modality, with a learned logit scale and
+    bias.
 
-    unit: of length one. bias: what it starts from, by default as in SigLIP.
+    unit: normalize to unit length. bias: initial value, by default as in SigLIP.
     """
 
     width: int
@@ -99,8 +97,8 @@ class Embed(nn.Module):
 
 
 class Codebook(nn.Module):
-    """The number of the centre nearest to a payload, int32 [B, L]. Centres are found by k-means,
-    not by gradients.
+    """Index of the center nearest to a payload, int32 [B, L]. The centers come from k-means, not
+    from gradients.
     """
 
     codes: int
@@ -119,10 +117,10 @@ class Codebook(nn.Module):
 
 
 class Moment(nn.Module):
-    """Numbers float32 [B, M, C] of each moment, of the mean of the tokens whose time covers it; and
-    where any does, bool [B, M].
+    """Channels float32 [B, M, C] at each query time, from the mean of the tokens that cover it, and
+    a mask bool [B, M].
 
-    A token of several frames covers several moments, which the place of the moment tells apart.
+    A token of several frames covers several times, which the query time's encoding distinguishes.
     """
 
     width: int

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What fine-tuning may put into a block: read where the parameters hold it, and nothing at all
-where they do not.
+"""Hooks for fine-tuning parameters in a block: active if the parameters exist, no-ops otherwise.
 
 Legend: B rows, L queries, M keys, D width, H heads, K width of a head, Z prefix vectors or an
 adapter's hidden width.
@@ -16,9 +15,7 @@ from particlejax.nn import dense
 
 
 def adapted(x_BLD: Array, params: Mapping[str, Mapping[str, Array]] | None) -> Array:
-    """x + up(GELU(down(x))), the bottleneck of arXiv:1902.00751; x where there are no
-    parameters.
-    """
+    """x + up(GELU(down(x))), the bottleneck of arXiv:1902.00751; x if there are no parameters."""
     if params is None:
         return x_BLD
     return x_BLD + dense.affine(jax.nn.gelu(dense.affine(x_BLD, params["down"])), params["up"])
@@ -27,10 +24,10 @@ def adapted(x_BLD: Array, params: Mapping[str, Mapping[str, Array]] | None) -> A
 def prefix_logits(
     query_BHLK: Array, prefix: Mapping[str, Array], sharpness_H3: Array | None, place_BL3: Array
 ) -> Array:
-    """Logits [B, H, L, Z] of the prefix for queries that are scaled already.
+    """Logits [B, H, L, Z] of the prefix for scaled queries.
 
-    A prefix is everywhere: where attention falls with distance, it stands at each query's own
-    place. The block's logits leave out what depends on the query alone, so that term is added here.
+    A prefix has no position: under a distance bias it counts as at each query's own position. The
+    block's logits omit the query-only term, so it is added here.
     """
     key_BZHK = jnp.broadcast_to(
         prefix["key"][None], (query_BHLK.shape[0], *prefix["key"].shape)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model computes in, and what it computes twice to remember less: policies by name."""
+"""Dtypes of a model's computation and rematerialization policies by name."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class Precision:
-    """Types of parameters, of products and activations, and of what sums many numbers (softmax,
-    norms, means, losses).
+    """Dtypes of parameters, of products and activations, and of reductions (softmax, norms, means,
+    losses).
     """
 
     compute: Any
@@ -22,9 +22,8 @@ class Precision:
 
 PRECISIONS = {name: Precision(jnp.dtype(name)) for name in ("float32", "bfloat16")}
 
-# What the backward pass computes again, hence need not be remembered: 'full' everything within a
-# block, 'dots_no_batch' whatever is not a product with parameters, 'dots' whatever is not a
-# product.
+# Values that the backward pass recomputes instead of storing: 'full' everything within a block,
+# 'dots_no_batch' all but products with parameters, 'dots' all but products.
 REMATS: dict[str, Callable[..., bool] | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -34,10 +33,9 @@ REMATS: dict[str, Callable[..., bool] | None] = {
 
 
 def remat(name: str, step: Callable, unrolled: bool) -> Callable:
-    """`step` of a scan over blocks, under a policy of REMATS.
+    """Wraps `step` of a scan over blocks with a policy of REMATS.
 
-    An unrolled loop must hide from the compiler that two computations are the same, or it keeps one
-    of them after all.
+    An unrolled loop must prevent CSE, or the compiler undoes the recomputation.
     """
     policy = REMATS[name]
     return step if policy is None else jax.checkpoint(step, policy=policy, prevent_cse=unrolled)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary places: queries and keys turned by where they are, so that their product knows the
+"""Rotary position embedding: rotates queries and keys by position, so that their product depends on
 distance (arXiv:2104.09864).
 
 Legend: B rows, H heads, L slots, K width of a head, F frequencies of an axis.
@@ -14,8 +14,8 @@ _SHORTEST = (0.25, 0.125, 0.125)
 
 
 def turn(x_BHLK: Array, place_BL3: Array) -> Array:
-    """x with pairs of its numbers turned by continuous place; a third of them for each axis, what
-    remains stays.
+    """Rotates pairs of x's channels by continuous position; one third per axis, the remainder is
+    unchanged.
     """
     number = x_BHLK.shape[-1] // 6
     steps = np.linspace(0, 1, number, dtype=np.float32)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fewer tokens from some block on: the ones that say least are dropped, or the ones most alike are
-merged.
+"""Token reduction: drops the least informative tokens or merges similar ones after some blocks.
 
-Every clip of a row keeps its own share, so that packing changes nothing, and shapes depend on L
-alone. Legend: B rows, L slots, K slots that stay, D width.
+Each clip of a row keeps its own share, so packing changes nothing, and shapes depend on L alone.
+Legend: B rows, L slots, K kept slots, D width.
 """
 
 from collections.abc import Callable
@@ -18,12 +17,11 @@ from particlejax import masks
 
 
 class Tokens(NamedTuple):
-    """Tokens [B, L, D], each one's place [B, L, 3] and segment [B, L]; modalities stand one after
-    the other.
+    """Tokens [B, L, D] with positions [B, L, 3] and segments [B, L]; one modality after the other.
 
-    mass: float32 [B, L], how many particles a token stands for, None where each stands for one.
-    kind: int32 [B, L], the number of a token's modality, None where the fusion makes no difference
-    between them. whole: [B, S, D], the class token of each clip, None where there is none.
+    mass: float32 [B, L], particles merged into a token, None if one each. kind: int32 [B, L], the
+    index of a token's modality, None if the fusion does not distinguish them. whole: [B, S, D], the
+    class token of each clip, None if there is none.
     """
 
     x: Array
@@ -35,8 +33,8 @@ class Tokens(NamedTuple):
 
 
 class Reduction(NamedTuple):
-    """How tokens become fewer: `how` of the table below, after which blocks, and the share that
-    stays each time.
+    """Token reduction: method `how` of the table below, after which blocks, and the fraction kept
+    each time.
     """
 
     how: str
@@ -48,8 +46,8 @@ class Reduction(NamedTuple):
 
 
 def prune(tokens: Tokens, keep: float) -> Tokens:
-    """Keeps the tokens that differ most from the mean of their clip (their norm is no guide: a
-    final norm hides it).
+    """Keeps the tokens farthest from their clip's mean (norms are no guide: a final norm hides
+    them).
     """
     member = (tokens.segment[:, :, None] == tokens.segment[:, None, :]).astype(jnp.float32)
     x = tokens.x.astype(jnp.float32)
@@ -60,11 +58,11 @@ def prune(tokens: Tokens, keep: float) -> Tokens:
 
 
 def merge(tokens: Tokens, keep: float) -> Tokens:
-    """Averages pairs of like tokens (bipartite soft matching, ToMe, arXiv:2210.09461); `keep` is at
-    least a half.
+    """Merges similar tokens by averaging (bipartite soft matching, ToMe, arXiv:2210.09461); `keep`
+    must be at least 0.5.
 
-    Every other token of a clip may go into the most alike of the rest; those that are most alike
-    go.
+    Every other token of a clip is matched to its most similar of the rest; the most similar pairs
+    merge.
     """
     segment, x = tokens.segment, tokens.x.astype(jnp.float32)
     length = segment.shape[1]
@@ -93,7 +91,7 @@ def merge(tokens: Tokens, keep: float) -> Tokens:
         rank < number - jnp.floor(number.astype(jnp.float32) * jnp.float32(keep))
     ) & jnp.isfinite(best)
     target = jnp.where(goes, partner, jnp.arange(length)[None])
-    # [B, L, L]: what of slot l ends in slot m
+    # [B, L, L]: weight of slot l in slot m
     into = jax.nn.one_hot(target, length) * mass[..., None]
     total = into.sum(axis=1)
     x, place = (
@@ -101,7 +99,9 @@ def merge(tokens: Tokens, keep: float) -> Tokens:
         for each in (x, tokens.place)
     )
     stays = (segment > 0) & ~goes
-    kept = int(np.floor(np.float32(length) * np.float32(keep)))  # as above, to the bit
+    kept = int(
+        np.floor(np.float32(length) * np.float32(keep))
+    )  # bit-identical to the fraction above
     order = jnp.argsort(~stays, axis=1, stable=True)[:, :kept]
     segment = jnp.where(
         jnp.take_along_axis(stays, order, axis=1), jnp.take_along_axis(segment, order, axis=1), 0

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pre-norm Transformer blocks over packed rows: attention stays within a segment, and within what a
-fusion lets it read.
+"""Pre-norm Transformer blocks over packed rows: attention stays within a segment and obeys the
+fusion.
 
 Legend: B rows, L tokens, D width.
 """
@@ -22,8 +22,8 @@ from particlejax.nn.token_reduction import Tokens
 
 
 class Mlp(nn.Module):
-    """Two Dense layers with GELU between them; gated, SwiGLU at two thirds of the width, which
-    costs as much.
+    """MLP: two Dense layers with GELU between them; gated: SwiGLU at two thirds of the width, for
+    equal cost.
     """
 
     hidden: int
@@ -42,7 +42,7 @@ class Mlp(nn.Module):
 
 
 class Scale(nn.Module):
-    """LayerScale: a learned factor for each number, which starts small."""
+    """LayerScale: a learned factor per channel with a small initial value."""
 
     start: float
 
@@ -53,10 +53,10 @@ class Scale(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); with `context`, the attention is to that
-    instead of to x itself.
+    """x + attention(norm(x)), then x + mlp(norm(x)); with `context`, cross-attention to it instead
+    of self-attention.
 
-    Without an MLP (hidden 0) the first half alone.
+    Without an MLP (hidden 0) only the first half.
     """
 
     width: int
@@ -103,7 +103,7 @@ class Block(nn.Module):
         drop_path: Array | float,
     ) -> Array:
         """The block's output for a part of a row, given the keys and values of all parts that it
-        reads.
+        attends to.
         """
         return self._add(x_BLD, self.attention.answer(query, key, value, where), drop_path)
 
@@ -122,7 +122,7 @@ class Block(nn.Module):
         )
 
     def _drop(self, x_BLD: Array, drop_path: Array | float) -> Array:
-        if not self.has_rng("dropout"):  # a key for dropout is what makes it training
+        if not self.has_rng("dropout"):  # a dropout key means training
             return x_BLD
         x_BLD = self.dropout(x_BLD)
         keep = 1.0 - jnp.asarray(drop_path, jnp.float32)
@@ -131,7 +131,7 @@ class Block(nn.Module):
 
 
 class Layers(NamedTuple):
-    """Stacked [layers, ...]: parameters of the blocks and of the cross-attention before them, by
+    """Stacked [layers, ...]: parameters of the blocks and of the preceding cross-attention, by
     part, or '' for all parts.
     """
 
@@ -142,12 +142,12 @@ class Layers(NamedTuple):
 
 
 class Transformer(nn.Module):
-    """`depth` blocks with stacked parameters [depth, ...], scanned over, and a final norm.
+    """`depth` blocks with stacked parameters [depth, ...], run by a scan, and a final norm.
 
-    Returns the tokens, normed, and every block's output [blocks, B, L, D], one array for each
-    number of tokens L: after the blocks that `reduction` names, a share of them stays. With
-    `context`, the tokens read that instead of each other; with `parts`, they stand in a row in
-    parts that read each other as the fusion says (nn/fusion.py).
+    Returns the normalized tokens and the outputs of all blocks [blocks, B, L, D], one array for
+    each token count L: after the blocks that `reduction` names, a fraction of the tokens is kept.
+    With `context`, the tokens attend to it instead of each other; with `parts`, a row consists of
+    parts that attend to each other as the fusion says (nn/fusion.py).
     """
 
     depth: int
@@ -271,11 +271,11 @@ def over_parts(
     layer: Layers,
     salt: int,
 ) -> Array:
-    """A block over the parts of a row: part i reads the parts `reads[i]`, and products with any
-    other are never formed.
+    """A block over the parts of a row: part i attends to the parts `reads[i]`; other products are
+    never formed.
 
-    Only what is within a segment is read, too. A part that reads nothing is read by none, and stays
-    as it is.
+    Attention also stays within segments. A part that attends to nothing is attended by none and
+    stays unchanged.
     """
     spans = parts.spans()
     own = [{"params": params[name] if name in params else params.get("")} for name in parts.names]

@@ -118,9 +118,7 @@ def combine(specs: Mapping[str, Any], targets: Targets | None = None) -> Objecti
 
 
 def heads(specs: Mapping[str, Any], classes: int = 0) -> dict[str, HeadSpec]:
-    """The heads that the objectives declare. Raises ValueError if two declarations of a name
-    differ.
-    """
+    """The heads of the objectives. Raises ValueError if two declarations of a name differ."""
     found: dict[str, HeadSpec] = {}
     for name, spec in specs.items():
         for key, head in TABLE[name].heads(spec, classes).items():
