@@ -123,7 +123,7 @@ def test_a_type_that_does_not_pay_is_left_out(
 def test_without_the_packages_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linen_videomae, "_PACKAGES", ("jax", "not_there_either"))
     assert (
-        "not_there_either cannot be imported: run `pip install particlejax[peers]`"
+        'not_there_either cannot be imported: run `pip install -e ".[peers]"`'
         in linen_videomae.missing()
     )
     monkeypatch.setattr(linen_videomae, "_PACKAGES", ("jax",))

@@ -147,6 +147,6 @@ def test_weights_and_biases_without_a_network(
         ]
     )
     if importlib.util.find_spec("wandb") is None:
-        assert code == 2 and "pip install particlejax[wandb]" in capfd.readouterr().err
+        assert code == 2 and 'pip install -e ".[wandb]"' in capfd.readouterr().err
         return
     assert code == 0 and list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))

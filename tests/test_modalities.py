@@ -257,7 +257,7 @@ def test_a_tokenizer_file_is_read(tmp_path: Path) -> None:
     try:
         import tokenizers  # noqa: F401
     except ImportError:
-        with pytest.raises(UserError, match=r"pip install particlejax\[text\]"):
+        with pytest.raises(UserError, match=r"pip install -e .\.\[text\]"):
             tokenizer.vocabulary(TextSpec(path))
         return
     assert tokenizer.vocabulary(TextSpec(path)) == 7

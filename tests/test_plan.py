@@ -365,12 +365,12 @@ def test_without_the_compiler_one_sentence_names_the_extra(monkeypatch: pytest.M
         lambda name, *more: None if name == "libtpu" else find(name, *more),
     )
     with pytest.raises(
-        UserError, match=r"v5e:2x2' wants the TPU's compiler: run `pip install particlejax\[plan\]`"
+        UserError, match=r"v5e:2x2' needs the TPU compiler: run `pip install -e \"\.\[plan\]\"`"
     ):
         plan.devices_of("v5e:2x2")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="wants particlejax[plan]")
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra 'plan'")
 def test_a_tpu_that_is_not_there_is_planned(tmp_path: Path) -> None:
     code = entry.main(
         [

@@ -36,6 +36,29 @@ def test_scores_are_what_one_counts_by_hand() -> None:
     assert classification_metrics.scores(probabilities, np.full(5, -1), CLASSES) == {"num_clips": 0}
 
 
+def test_wilson_interval() -> None:
+    known = {(118, 240): (0.429, 0.555), (0, 10): (0, 0.278), (0, 0): (0, 1)}
+    for (successes, count), want in known.items():
+        found = classification_metrics.wilson_interval(successes, count)
+        assert np.allclose(found, want, atol=5e-4)
+
+
+def test_headlines_have_the_main_figure_of_every_stage() -> None:
+    test = {"top1": 118 / 240, "num_clips": 240, "chance": 1 / 12, "confusion": [], "top5": 0.9}
+    results = {
+        "pretrain": {"train": {"loss": 0.25}},
+        "finetune": {"train": {"loss": 1.0}, "test": test},
+        "regress": {"val": {"mae": 0.5, "rmse": 0.7, "num_clips": 8}},
+        "unreadable": [],
+    }
+    assert markdown.headlines(results) == [
+        "`pretrain`: loss 0.250 on `train`",
+        "`finetune`: top-1 accuracy 49.2 % (95 % interval 42.9 to 55.5) on `test` "
+        "(240 clips, chance 8.3 %)",
+        "`regress`: mean absolute error 0.500 on `val` (8 clips)",
+    ]
+
+
 def test_mean_class_accuracy_does_not_follow_the_large_class() -> None:
     label = np.array([0] * 9 + [1])
     found = classification_metrics.scores(np.tile([0.9, 0.1, 0.0], (10, 1)), label, CLASSES)
@@ -105,7 +128,7 @@ def test_a_report_draws_shares_only_where_there_are_some(tmp_path: Path) -> None
     )
     said = markdown.write(tmp_path).read_text()
     assert (
-        "report/latent_shares.png" in said
-        and (tmp_path / "report" / "latent_shares.png").stat().st_size > 1000
+        "report/jepa_shares.png" in said
+        and (tmp_path / "report" / "jepa_shares.png").stat().st_size > 1000
     )
     assert "plain_shares.png" not in said and "plain_loss.png" in said

@@ -185,7 +185,7 @@ shared.each(storage, "s", [f"run{i}" for i in range(12)], work)
 def test_processes_take_each_run_exactly_once(tmp_path: Path) -> None:
     storage, log = str(tmp_path / "journal"), tmp_path / "log"
     if not HAS_OPTUNA:
-        with pytest.raises(UserError, match=r"pip install particlejax\[optuna\]"):
+        with pytest.raises(UserError, match=r"pip install -e .\.\[optuna\]"):
             optuna_sweep.each(storage, "s", ["a"], lambda i: None)
         return
     with pytest.raises(KeyboardInterrupt):  # one that is interrupted puts its run back

@@ -11,6 +11,7 @@ import jax
 
 from particlejax import masks
 from particlejax.config.model import MaskedAutoencoderSpec, ModelSpec
+from particlejax.core.errors import install_line
 
 _PACKAGES = ("torch", "transformers")
 
@@ -56,9 +57,8 @@ def missing() -> str:
     absent = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if absent:
         return (
-            f"VideoMAE of transformers is left out, as {' and '.join(absent)} cannot be imported: "
-            "run `pip install "
-            "particlejax[peers]` and measure again."
+            f"VideoMAE of transformers is skipped: {' and '.join(absent)} cannot be imported: run "
+            f"`{install_line('peers')}` and measure again."
         )
     backend = jax.default_backend()
     if backend == "cpu":

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from particlejax.core.typing import UserError
+from particlejax.core.errors import UserError, install_line
 
 _BEAT = 60  # seconds between signs of life; a run without any for twice as long is given to another
 _LISTED = 60  # seconds that the process which begins a study may take to list its runs
@@ -88,9 +88,8 @@ def _optuna() -> Any:
         import optuna
     except ImportError as error:
         raise UserError(
-            "config.sweep.storage and search need Optuna: run `pip install particlejax[optuna]`, "
-            "or leave "
-            "them."
+            "config.sweep.storage and num_trials need Optuna: "
+            f"run `{install_line('optuna')}`, or leave them unset."
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from particlejax.config.experiment import Experiment, MeshSpec
 from particlejax.config.jobs import PlanSpec
 from particlejax.core import accelerators, flops, hlo_cost, io
-from particlejax.core.typing import UserError
+from particlejax.core.errors import UserError, install_line
 from particlejax.data import pipeline, sources
 from particlejax.distributed import sharding
 from particlejax.jobs import config_files
@@ -145,9 +145,8 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
         return devices[: int(number)] if number else devices
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            f"config.topology={topology!r} wants the TPU's compiler: run `pip install "
-            "particlejax[plan]`, or plan for "
-            f"{HERE!r}."
+            f"config.topology={topology!r} needs the TPU compiler: run "
+            f"`{install_line('plan')}`, or plan for {HERE!r}."
         )
     # else it asks a cloud for the machine that it runs on
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from particlejax.config.experiment import Experiment
-from particlejax.core.typing import UserError
+from particlejax.core.errors import UserError, install_line
 from particlejax.data import tfds_export as data
 from particlejax.train import stage
 from particlejax.train.log import Progress, say
@@ -86,8 +86,8 @@ def _beam(shards: Iterable[data.Shard], workers: int) -> Iterator[Any]:
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
         raise UserError(
-            "config.prepare.beam needs Apache Beam: run `pip install particlejax[beam]`, or leave "
-            "it off."
+            f"config.prepare.beam needs Apache Beam: run `{install_line('beam')}`, or set it to "
+            "False."
         ) from error
     options = PipelineOptions(
         ["--direct_num_workers", str(workers), "--direct_running_mode", "multi_processing"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains every stage of an experiment, then draws and reports."""
+"""Trains every stage of an experiment, then writes pictures and the report."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from particlejax.distributed import cluster, sharding
 from particlejax.reports import markdown, visualize
 from particlejax.train import loop
 from particlejax.train.log import MetricLog, say
+from particlejax.train.stage import read_results
 
 
 def train(experiment: Experiment, workdir: Path, name: str) -> None:
@@ -23,3 +24,5 @@ def train(experiment: Experiment, workdir: Path, name: str) -> None:
         visualize.draw(workdir, stage, mesh)
     if cluster.first():
         say(f"report: {markdown.write(workdir)}")
+        for line in markdown.headlines(read_results(workdir)):
+            say(line)

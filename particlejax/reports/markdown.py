@@ -13,6 +13,7 @@ import numpy as np
 from particlejax.config import renames
 from particlejax.core import io
 from particlejax.reports import plots
+from particlejax.train import classification_metrics
 
 _MOST_BAD, _PAIRS = 20, 5  # lines of the lists
 _ANSWERS = {
@@ -44,7 +45,8 @@ def write(workdir: Path) -> Path:
     results = _read(workdir / "results.json")
     bad = results.pop("unreadable", [])
     lines = _metric_lines(workdir)
-    text = [f"# {workdir.name}", "", _summary(results), "", *_stage_table(results)]
+    summary = [f"- {line}" for line in headlines(results)] or ["No stage has finished yet."]
+    text = [f"# {workdir.name}", "", *summary, "", *_stage_table(results)]
     for stage, figures in results.items():
         text += ["", f"## {stage}", "", *_stage(workdir, stage, figures, lines)]
     text += [
@@ -78,19 +80,31 @@ def _answered(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {split: each for split, each in figures.items() if "mAP" in each or "rmse" in each}
 
 
-def _summary(results: dict[str, Any]) -> str:
-    for stage, figures in reversed(results.items()):
-        for split, each in _evaluated(figures).items():
-            return (
-                f"Stage `{stage}` names {100 * each['top1']:.1f} % of {each['num_clips']} clips of "
-                f"`{split}` rightly; chance "
-                f"is {100 * each['chance']:.1f} %."
-            )
-    if any(_answered(figures) for figures in results.values()):
-        return "What each clip was taken for stands in the predictions' CSV files."
-    return (
-        "No stage has classified anything." if results else "The run has not finished a stage yet."
-    )
+def headlines(results: dict[str, Any]) -> list[str]:
+    """One line for each stage and evaluated split of results.json: the main figure."""
+    return [
+        f"`{stage}`: {line}"
+        for stage, figures in results.items()
+        if stage != "unreadable"
+        for line in _headlines_of_stage(figures)
+    ]
+
+
+def _headlines_of_stage(figures: dict[str, Any]) -> Iterator[str]:
+    evaluated, answered = _evaluated(figures), _answered(figures)
+    for split, each in evaluated.items():
+        count = each["num_clips"]
+        low, high = classification_metrics.wilson_interval(round(each["top1"] * count), count)
+        yield (
+            f"top-1 accuracy {100 * each['top1']:.1f} % (95 % interval {100 * low:.1f} to "
+            f"{100 * high:.1f}) on `{split}` ({count} clips, chance {100 * each['chance']:.1f} %)"
+        )
+    for split, each in answered.items():
+        key = next(key for key in _ANSWERS if key in each)
+        yield f"{_ANSWERS[key]} {each[key]:.3f} on `{split}` ({each['num_clips']} clips)"
+    if not evaluated and not answered:
+        losses = {split: each["loss"] for split, each in figures.items() if "loss" in each}
+        yield from (f"loss {_number(loss)} on `{split}`" for split, loss in losses.items())
 
 
 def _stage_table(results: dict[str, Any]) -> Iterator[str]:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classification metrics: accuracy, calibration, confusion, per-class precision and recall.
+"""Metrics of class probabilities: accuracy, calibration, confusion, per-class precision and recall.
 
 Legend: N clips, C classes.
 """
 
 import csv
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from sklearn import metrics
 
 from particlejax.core.io import fresh_file
 
-_BINS = 15  # bins of confidence, as in Guo et al. 2017 (arXiv:1706.04599)
+_BINS = 15  # of confidence, as in Guo et al. 2017 (arXiv:1706.04599)
+_Z95 = 1.959964  # the 97.5 % quantile of the standard normal distribution
 
 
 def scores(probabilities: np.ndarray, label: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """Metrics for results.json from probabilities float [N, C] and labels int [N]; ignores label
-    -1.
+    """Figures for results.json from probabilities float [N, C] and labels int [N]; label -1 means
+    unlabelled, and such clips are left out.
 
     top1, top5, mean_class_accuracy (mean recall of the classes that occur), ece (expected
     calibration error), chance and per_class are fractions; confusion counts clips, rows are the
@@ -56,9 +58,21 @@ def scores(probabilities: np.ndarray, label: np.ndarray, classes: Sequence[str])
     }
 
 
+def wilson_interval(successes: int, count: int) -> tuple[float, float]:
+    """95 % interval (low, high) of a proportion, both within 0 to 1 (Wilson 1927); (0, 1) where
+    count is 0.
+    """
+    if not count:
+        return 0.0, 1.0
+    share, z2 = successes / count, _Z95**2
+    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = _Z95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
-    """Expected calibration error of confidences [N] and correctness bool [N]: |accuracy -
-    confidence| over 15 bins.
+    """Expected calibration error over 15 bins of |accuracy - confidence|; confidence float [N],
+    right bool [N].
     """
     bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
     gaps = [
@@ -76,9 +90,7 @@ def write_predictions(
     probabilities: np.ndarray,
     classes: Sequence[str],
 ) -> None:
-    """Writes one line per clip: path, label ('' if unlabelled), predicted, and the probability of
-    each class as p:CLASS.
-    """
+    """Writes one row a clip: path, label ('' if unlabelled), predicted, and p:CLASS for each class."""
     rows = (
         [
             name,

@@ -18,7 +18,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from particlejax.config import renames
 from particlejax.config.experiment import LogSpec
 from particlejax.core import io
-from particlejax.core.typing import UserError
+from particlejax.core.errors import UserError, install_line
 from particlejax.distributed import cluster
 
 _PLAIN_EVERY = 15.0  # seconds between lines if the output is no terminal
@@ -190,8 +190,8 @@ def _wandb_run(spec: LogSpec, name: str, config: Mapping[str, Any], workdir: Pat
         import wandb
     except ImportError as error:
         raise UserError(
-            f"config.log.wandb_project={spec.wandb_project!r} needs Weights & Biases: pip "
-            "install particlejax[wandb], or leave it empty."
+            f"config.log.wandb_project={spec.wandb_project!r} needs Weights & Biases: run "
+            f"`{install_line('wandb')}`, or leave it empty."
         ) from error
     return wandb.init(
         project=spec.wandb_project,

@@ -7,7 +7,7 @@ import os
 import numpy as np
 
 from particlejax.config.experiment import TextSpec
-from particlejax.core.typing import UserError
+from particlejax.core.errors import UserError, install_line
 
 MASK, _FIRST = 1, 2  # 0 stays free for what fills up; ids of bytes begin at _FIRST
 
@@ -41,8 +41,8 @@ def _tokenizer(path: str, length: int) -> "object":
         import tokenizers
     except ImportError as error:
         raise UserError(
-            f"config.data.text.tokenizer={path!r} needs the package tokenizers: run `pip install "
-            "particlejax[text]`, or use 'bytes'."
+            f"config.data.text.tokenizer={path!r} needs the package tokenizers: run "
+            f"`{install_line('text')}`, or use 'bytes'."
         ) from error
     if not os.path.isfile(os.path.expanduser(path)):
         raise UserError(

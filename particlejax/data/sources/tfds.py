@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from particlejax.core.typing import UserError
+from particlejax.core.errors import UserError, install_line
 from particlejax.data.sources.records import SPLIT_NAMES, Record, match_classes
 from particlejax.data.video.decode import raw_file
 
@@ -217,5 +217,5 @@ def needs_tensorflow(source: str, error: ImportError) -> UserError:
     missing = str(error).strip().splitlines()[-1].rsplit(": ")[-1]
     return UserError(
         f"{source} has a feature that TFDS reads with TensorFlow only ({missing}): run "
-        "`pip install particlejax[tensorflow]`."
+        f"`{install_line('tensorflow')}`."
     )
