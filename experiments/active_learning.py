@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A round of active learning: which clips without a label are most worth one, by a run that was
-trained on those that have one.
+"""Active learning: selects the unlabelled clips to label next with a trained run.
 
     python -m particlejax.main --config experiments/active_learning.py \
         --config.run=RUN_DIR --config.data.source=folder:PATH \
         [--config.active_learning.strategy=coreset] [--config.active_learning.num_clips=20] \
         [--config.data.labelled_csv=listed.csv] --workdir runs/round1
 
-WORKDIR/next.csv lists them. Label them in clips.csv and train again; or, to try this out where all
-have labels, train with `--config.data.labelled_csv=WORKDIR/listed.csv`, which pretends that only
-those do. Takes the time of two evaluations.
+WORKDIR/next.csv lists the selected clips. Label them in clips.csv and train again. To simulate
+this on a data set that is fully labelled, train with
+`--config.data.labelled_csv=WORKDIR/listed.csv`, which ignores all other labels. Takes as long as
+two evaluations.
 """
 
 from ml_collections import ConfigDict
@@ -19,7 +19,7 @@ from particlejax.config.training import ActiveLearningSpec
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The experiment; arg: '' or 'tiny' (one clip a class is known, three are chosen)."""
+    """The experiment; arg: '' or 'tiny' (one labelled clip a class, three selected)."""
     tiny = arguments(arg, "tiny")["tiny"]
     return ConfigDict(
         section(

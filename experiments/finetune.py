@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Action recognition on a folder of one's own videos, from scratch or from a pretrained run.
+"""Action recognition on a folder of videos, from scratch or from a pretrained run.
 
     python -m particlejax.main --config experiments/finetune.py \
         --config.data.source=folder:PATH [--config.init_from=RUN_DIR]
 
-Trains on the split 'train', measures on 'val'. `:pretrain` first learns from the training clips
-without their labels; to learn from others' too, let a run of its own do that
-(--config.stage_order="('pretrain',)" --config.data.source=mix:...) and name it in
---config.init_from. `:tiny` is a smoke run on the toybox. See README.md for figures on JHMDB.
+Trains on the split 'train' and evaluates on 'val'. `:pretrain` first pretrains on the training
+clips without labels. To pretrain on other clips too, make a separate run
+(--config.stage_order="('pretrain',)" --config.data.source=mix:...) and pass it as
+--config.init_from. `:tiny` is a smoke run on the toybox. experiments/README.md has the figures.
 """
 
 from ml_collections import ConfigDict

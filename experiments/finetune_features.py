@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small Transformer over what a frozen network says of clips: the features that
-experiments/extract_features.py kept, as particles.
+"""Trains a small Transformer on stored features of a frozen network.
 
     python -m particlejax.main --config experiments/extract_features.py \
         --config.source=folder:PATH \
@@ -9,16 +8,16 @@ experiments/extract_features.py kept, as particles.
         --config.data.source=folder:PATH \
         --config.data.video_features.folder=FOLDER
 
-`:pretrain` first fills in hidden features, without labels, and fine-tunes from there; `:sweep`
-compares ways of fine-tuning from such a run, named by --config.init_from=RUN_DIR:pretrain, over
-three seeds, and `:shots` does with 1, 5 and 10 labelled clips a class, the rest without labels or
-left out. `:words` pretrains with what MiniLM read in the captions, too
-(--config.data.text_features.folder), and fine-tunes without. No video is decoded. `:tiny` is a
+`:pretrain` first trains a masked autoencoder on the features, without labels, then fine-tunes.
+`:sweep` compares fine-tuning methods from such a run (--config.init_from=RUN_DIR:pretrain) over
+three seeds. `:shots` does so with 1, 5 and 10 labelled clips a class; the other clips are used
+without labels or left out. `:words` pretrains with MiniLM's features of the captions too
+(--config.data.text_features.folder) and fine-tunes without them. No video is decoded. `:tiny` is a
 smoke run.
 
-It is kept near a linear reading of the mean: particles of equal length, branches that begin at a
-hundredth, few steps. With attention pooling, standardised features or forty epochs it learns
-JHMDB's clips by heart and falls behind a regression.
+The defaults keep the model near a linear probe of the mean feature: RMS-normalized particles, layer
+scales of 0.01, few steps. With attention pooling, standardized features or forty epochs it overfits
+JHMDB and falls behind logistic regression.
 """
 
 from collections.abc import Iterator
@@ -44,7 +43,7 @@ FEW = {"linear_probe": 2e-3, "lora": 2e-3, "full": 5e-4}
 
 
 def stages(tiny: bool, pretrain: bool) -> dict[str, Any]:
-    """What is trained."""
+    """The stages."""
     rows = 8 if tiny else 16
     finetune = section(
         StageSpec,
@@ -76,7 +75,7 @@ def stages(tiny: bool, pretrain: bool) -> dict[str, Any]:
 
 
 def few() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Ways to learn from a few labelled clips of each class."""
+    """Yields the few-shot methods with their settings."""
     for shots in (1, 5, 10):
         fixed = {"num_steps": 150}
         for how, rate in FEW.items():
@@ -108,7 +107,7 @@ def few() -> Iterator[tuple[str, dict[str, Any]]]:
 
 def get_config(arg: str = "") -> ConfigDict:
     """The experiment; arg: '', 'pretrain', 'words', 'sweep', 'shots', 'tiny' or 'tiny,' and one of
-    them.
+    these.
     """
     args = arguments(arg, "tiny", "pretrain", "words", "sweep", "shots")
     tiny, trained = args["tiny"], stages(args["tiny"], args["pretrain"] or args["words"])

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How to fine-tune a pretrained run: ways to tune, each with its own learning rate, side by side;
-or a search over all of it.
+"""Compares fine-tuning methods on a pretrained run, or searches their hyperparameters.
 
     python -m particlejax.main --config experiments/finetune_sweep.py \
         --config.init_from=RUN_DIR[:STAGE] \
         --config.data.source=folder:PATH --workdir runs/sweep
     python -m particlejax.main \
-        --config experiments/finetune_sweep.py:search ...  # pip install particlejax[optuna]
+        --config experiments/finetune_sweep.py:search ...  # pip install -e ".[optuna]"
 
-The first trains every way below as finetune.py does, for three seeds, with the figures in
-WORKDIR/report.md. `:search` tries 20 combinations of way, learning rate, warm-up, final rate,
-weight decay and layer-wise decay, by Optuna's TPE. Settings are chosen on `val`: measure the best
-run once on `test` with evaluate.py. Takes the time of finetune.py for each run.
+The first command trains every method below as finetune.py does, each with its own learning rate,
+for three seeds; WORKDIR/report.md has the figures. `:search` tries 20 combinations of method,
+learning rate, warm-up, final learning rate, weight decay and layer-wise decay with Optuna's TPE.
+Settings are selected on `val`: evaluate the best run once on `test` with evaluate.py. Each run
+takes as long as finetune.py.
 """
 
 import runpy
@@ -39,12 +39,12 @@ WAYS = {
 
 
 def finetune(**more: Any) -> dict[str, Any]:
-    """Settings of the stage."""
+    """Overrides of the stage `finetune`."""
     return {"stages": {"finetune": more}}
 
 
 def ways() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names and what is different."""
+    """Yields the name and the changed settings of each run."""
     for how, rate in WAYS.items():
         yield how, finetune(finetune={"method": how}, optim={"learning_rate": rate})
     yield "full-decay", finetune(finetune={"layer_decay": 0.7}, optim={"learning_rate": 2e-3})
@@ -55,7 +55,7 @@ def ways() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def space() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every value that a search may combine with every other."""
+    """Yields every value of each searched setting."""
     for how in WAYS:
         yield f"method-{how}", finetune(finetune={"method": how})
     for name, values in (
@@ -71,7 +71,7 @@ def space() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The experiment; arg: '', 'search' or 'tiny' (one way on the tiny toybox)."""
+    """The experiment; arg: '', 'search' or 'tiny' (one method on the tiny toybox)."""
     args = arguments(arg, "tiny", "search")
     tiny = args["tiny"]
     config = runpy.run_path(str(HERE / "finetune.py"))["get_config"]("tiny" if tiny else "")

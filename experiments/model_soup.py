@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes one model of several runs, or of one run's newest checkpoints; with one run it merges what
-was fine-tuned into its base.
+"""Averages several runs, or one run's last checkpoints, into one model.
 
     python -m particlejax.main --config experiments/model_soup.py \
         --config.runs="('runs/a','runs/b')" [--config.model_soup.method=greedy]
 
-`average` takes the mean of the parameters, `greedy` of those runs that help on `data.split`,
-`ensemble` the mean of the answers. The model is a run in WORKDIR/model, as evaluate.py and a
-stage's init want one. An empty source is the first run's. Takes the time of an evaluation for each
-run.
+`uniform` averages the parameters of all runs, `greedy` those of the runs that improve the accuracy
+on `data.split`; `ensemble` averages the predictions. With a single run, the job merges fine-tuned
+parameters into the base. WORKDIR/model is a run that evaluate.py and a stage's init_from accept. An
+empty source is the first run's. Takes as long as an evaluation of each run.
 """
 
 from ml_collections import ConfigDict

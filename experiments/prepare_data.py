@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converts a folder of videos (or any source) into a sharded TFDS data set that training reads by
-random access.
+"""Converts a folder of videos, or any source, into a sharded TFDS data set.
 
     python -m particlejax.main --config experiments/prepare_data.py \
         --config.data.source=folder:PATH \
         --config.prepare.data_dir=DIR --config.prepare.name=mine
 
-Files are copied as they are, with all that clips.csv says of them; afterwards
---config.data.source=tfds:DIR/mine. Killed or out of space, the same command continues. As fast as
-the disk: 660 clips of 40 kB in three seconds on 2 cores. Each line of clips.csv becomes a record
-with a copy of its file, so ten lines of one film hold it ten times: cut long films into clips
-before. A split of which nothing can be read is left out.
---config.prepare.beam=True runs the same conversion as an Apache Beam pipeline (pip install
-particlejax[beam]).
+Train on it with --config.data.source=tfds:DIR/mine. Files are copied unchanged, with all columns of
+clips.csv. After a crash or a full disk, the same command resumes. 660 clips of 40 kB take three
+seconds on 2 cores, as fast as the disk. Each row of clips.csv becomes a record with a copy of its
+file, so ten rows of one film store it ten times: cut long films into clips first. A split without
+readable clips is left out. --config.prepare.beam=True runs the conversion as an Apache Beam
+pipeline (pip install -e ".[beam]").
 """
 
 from ml_collections import ConfigDict

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job on the embedded toybox: pretrain on 960 clips without labels, fine-tune on a quarter
-of them with.
+"""Pretrains on 960 unlabelled toybox clips and fine-tunes on a quarter of them with labels.
 
     python -m particlejax.main --config experiments/quickstart.py
 
-See README.md for the expected figures. `:tiny` is a smoke run, `:scratch` leaves out the
+experiments/README.md has the expected figures. `:tiny` is a smoke run, `:scratch` skips
 pretraining.
 """
 

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sound is worth, and how it is best read together with sight: each alone, and every fusion,
-from scratch.
+"""Compares fusions of video and audio with each modality alone, from scratch.
 
     python -m particlejax.main --config experiments/ablations/fusion.py:toybox \
         --workdir runs/fusion-toybox
     python -m particlejax.main --config experiments/ablations/fusion.py \
         --config.data.source=folder:PATH --workdir runs/fusion
 
-`:toybox` has clips in which who acts is heard and not seen, and as many in which it is seen and not
-heard; figures are of all and of either half. 16 frames of 32x32 and log-mel patches of 0.08 s;
-three seeds. `:toybox,long` compares early and bottleneck in rows so long that attention weighs
-something. README.md beside this file has what was seen.
+In half of the clips of `:toybox` only the sound tells who acts, in the other half only the picture;
+accuracy is given for all clips and for each half. Clips have 16 frames of 32 x 32 and log-mel
+patches of 0.08 s; three seeds. `:toybox,long` compares early fusion and bottlenecks in rows so long
+that attention dominates the cost. experiments/ablations/README.md has the results.
 """
 
 from collections.abc import Iterator
@@ -34,7 +33,7 @@ from particlejax.config.experiment import (
 
 
 def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names and what is different."""
+    """Yields the name and the changed settings of each run."""
     yield "sight", {"data": {"modalities": ("vision",)}}
     yield "sound", {"data": {"modalities": ("audio",)}}
     yield "early", {}
@@ -44,8 +43,8 @@ def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The experiment; arg: '', 'toybox' or 'tiny' (one run of the tiny toybox); 'long' (four times
-    the sight, eight the sound).
+    """The experiment; arg: '', 'toybox' or 'tiny' (one run of the tiny toybox); 'long' (4x the
+    video, 8x the audio).
     """
     args = arguments(arg, "toybox", "long", "tiny")
     tiny, toybox, long = (

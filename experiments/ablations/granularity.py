@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How adaptive particles are made, at half the full grid's particles: which splits, how deep, what
-a split is worth.
+"""Ablates adaptive particles at half the particle count: split axes, depth and criterion.
 
     python -m particlejax.main --config experiments/ablations/granularity.py:jhmdb \
         --workdir runs/granularity-jhmdb
     python -m particlejax.main --config experiments/ablations/granularity.py:toybox \
         --workdir runs/granularity-toybox
 
-README.md beside this file has the tables. `merge` and `drop` start from the full grid and let half
-of the tokens go after the first block.
+experiments/ablations/README.md has the tables. The runs with token reduction start from the full
+grid and remove half of the tokens after the first block.
 """
 
 import runpy
@@ -25,7 +24,7 @@ HALF = 128
 
 
 def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names and what is different."""
+    """Yields the name and the changed settings of each run."""
 
     def adaptive(**more: Any) -> dict[str, Any]:
         return {"particles": {"policy": "adaptive", "budget": HALF, **more}}

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What masked pretraining hides, judged by fine-tuning on a quarter of the labels: the quickstart
-with other masks.
+"""Compares masks for pretraining by fine-tuning the quickstart on a quarter of the labels.
 
     python -m particlejax.main --config experiments/ablations/masking.py --workdir runs/masking
 
-README.md beside this file has the table. About eight minutes a run on 2 cores.
+experiments/ablations/README.md has the table. A run takes about eight minutes on 2 cores.
 """
 
 import runpy
@@ -20,7 +19,7 @@ HERE = Path(__file__).parent
 
 
 def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names and what is different."""
+    """Yields the name and the changed settings of each run."""
 
     def masked(**more: Any) -> dict[str, Any]:
         return {"stages": {"pretrain": {"objectives": {"masked_autoencoder": more}}}}

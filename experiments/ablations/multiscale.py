@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scales over training: how much sooner a schedule is as good as training at the largest scale
-throughout.
+"""Compares scale schedules with training at the largest scale throughout.
 
     python -m particlejax.main --config experiments/ablations/multiscale.py:jhmdb \
         --workdir runs/multiscale-jhmdb
     python -m particlejax.main --config experiments/ablations/multiscale.py:toybox \
         --workdir runs/multiscale-toybox
 
-Rows keep their shape, so a step costs the model the same whatever it holds: one large clip a row or
-eight small ones. `fixed` trains at the largest scale, the schedules with less than a quarter of its
-rows, and all are measured at that scale. Scales are sizes (frames, pixels) or budgets of adaptive
-particles. One compilation each. README.md beside this file has the tables.
+Rows have a fixed shape, so a step costs the same whether a row holds one large clip or eight small
+ones. `fixed` trains at the largest scale; the schedules use less than a quarter of its rows. All
+runs are evaluated at the largest scale. A scale is a size (frames, pixels) or a budget of adaptive
+particles. Each run compiles once. experiments/ablations/README.md has the tables.
 """
 
 import runpy
@@ -31,14 +30,14 @@ from particlejax.config.experiment import (
 HERE = Path(__file__).parent
 
 
-STEPS = 720  # of the run that the others are compared with
-# Of the schedules: as many clips an update at the cheapest scale, and less than a quarter of the
-# rows in all.
+STEPS = 720  # of the baseline
+# Schedules: as many clips per update as the baseline at the cheapest scale, and less than a quarter
+# of its rows in total.
 SHORT, FEW = 640, 4
 
 
 def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names and what is different."""
+    """Yields the name and the changed settings of each run."""
 
     def schedule(*scales: dict[str, Any], **more: Any) -> dict[str, Any]:
         made = section(

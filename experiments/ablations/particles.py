@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which particles a clip is worth: accuracy of a model trained from scratch against particles per
-clip.
+"""Compares particle policies by accuracy against particles per clip, from scratch.
 
     python -m particlejax.main --config experiments/ablations/particles.py:jhmdb \
         --workdir runs/particles-jhmdb
     python -m particlejax.main --config experiments/ablations/particles.py:toybox \
         --workdir runs/particles-toybox
 
-`grid` at several strides, `tubes`, `random` (a part of the grid), `runs` and `adaptive`, at a
-whole, a half and a quarter of the full grid's 256 particles; three seeds. The toybox took 50
-minutes on 2 cores; README.md beside this file has the table.
+Policies: `grid` at several strides, `tubes`, `random` (a subset of the grid), `run_length` and
+`adaptive`, with all, half and a quarter of the full grid's 256 particles; three seeds. The toybox
+takes 50 minutes on 2 cores; experiments/ablations/README.md has the table.
 """
 
 from collections.abc import Iterator
@@ -30,12 +29,12 @@ from particlejax.config.experiment import (
     section,
 )
 
-FULL = 256  # particles of the whole grid
-FINE = {"patch_size": (4, 8, 8)}  # of 16 x 64 x 64; every payload has this size, whatever it covers
+FULL = 256  # particles of the full grid
+FINE = {"patch_size": (4, 8, 8)}  # for 16 x 64 x 64; the payload size at every extent
 
 
 def sweep(base: tuple[int, int, int] = FINE["patch_size"]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names and what is different."""
+    """Yields the name and the changed settings of each run."""
 
     def tubes(*scales: tuple[int, int, int]) -> dict[str, Any]:
         shapes = [tuple(b * s for b, s in zip(base, scale, strict=True)) for scale in scales]

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast clips come out of the data floor: short clips and 1080p beside decoders, random access,
-memory.
+"""Measures the data loader: clip throughput, decoders, random access and memory.
 
     python -m particlejax.main --config experiments/bench/dataloader.py \
         --config.data.source=folder:../shared/data/jhmdb21
 
-Six to eight minutes on 2 cores; nothing else should run. torchcodec (both of its ways to seek) and
-decord are measured where they are installed and work.
+Measures short clips and 1080p videos; takes six to eight minutes on 2 otherwise idle cores.
+torchcodec (both seek modes) and decord are measured if they are installed and work.
 """
 
 from ml_collections import ConfigDict

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kills, damage, a full disk, a lost process: what is lost (nothing) and what somebody at the
-screen sees.
+"""Injects kills, corrupt checkpoints, a full disk and a lost process, and checks recovery.
 
     python -m particlejax.main --config experiments/bench/fault_tolerance.py
 
-Ten minutes on one core, as root with a disk of its own that fills, else with files limited in size.
-`:tiny` kills nothing and starts no pair of processes.
+Takes ten minutes on one core. Root fills a disk of its own; other users limit the file size
+instead. `:tiny` kills nothing and starts no pair of processes.
 """
 
 from ml_collections import ConfigDict

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes of each collective against the size of the mesh, of VideoMAE-B's train step compiled for 1
-to 512 TPU chips.
+"""Counts the bytes of each collective in VideoMAE-B's train step for 1 to 512 TPU chips.
 
     python -m particlejax.main --config experiments/bench/scaling.py
 
-TPUs want `pip install particlejax[plan]`, and none need be there. Two to four minutes a mesh on one
-core; the same command goes on where it was stopped. Layers stand in a loop, which compiles sooner
-and sends the same. Of ViT-g:
+No TPU is needed, but its compiler is: `pip install -e ".[plan]"`. A mesh takes two to four minutes
+on one core; the same command resumes. Layers run in a loop, which compiles faster and has the same
+collectives. For ViT-g:
 --config.experiment=experiments/pretrain/videomae_base.py:giant --config.per_device_batch_size=8.
 """
 
@@ -25,7 +24,7 @@ _TINY = (
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The job; arg: '' or 'tiny' (the tiny quickstart on one and on all of the devices at hand)."""
+    """The job; arg: '' or 'tiny' (the tiny quickstart on one and on all local devices)."""
     fsdp = section(MeshSpec, data=1, fsdp=-1)
     if arguments(arg, "tiny")["tiny"]:
         return ConfigDict(

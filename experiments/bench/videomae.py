@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train steps and inference beside VideoMAE of `transformers` on torch, and as a share of the
-machine's own products.
+"""Measures train steps and inference against VideoMAE of `transformers` on torch.
 
     python -m particlejax.main --config experiments/bench/videomae.py
     python -m particlejax.main --config experiments/bench/videomae.py:large \
         --config.model.unroll_layers=False --config.bench.num_clips=160
 
-Ours on the same tokens and on half as many adaptive particles, in float32 and, where that pays,
-bfloat16. Five minutes on 2 cores, most of it compiling; nothing else should run. The second is for
-a GPU, which torch shares: XLA_PYTHON_CLIENT_PREALLOCATE=false in the environment leaves it some
-memory. Without torch and transformers (`pip install particlejax[peers]`) ours alone is measured.
-`:base` and `:large` are VideoMAE's, at 224 pixels.
+Measures particlejax on the same tokens and on half as many adaptive particles, in float32 and,
+where it is faster, bfloat16, also as a fraction of the machine's matmul rate. Takes five minutes on
+2 otherwise idle cores, mostly compilation. The second command is for a GPU: set
+XLA_PYTHON_CLIENT_PREALLOCATE=false, so that torch gets memory. Without torch and transformers
+(`pip install -e ".[peers]"`) only particlejax is measured. `:base` and `:large` have VideoMAE's
+sizes, at 224 pixels.
 """
 
 from ml_collections import ConfigDict
@@ -27,7 +27,7 @@ from particlejax.config.experiment import (
     section,
 )
 
-# Width, depth and heads of the encoder, then of the decoder (arXiv:2203.12602, appendix).
+# (width, depth, heads) of encoder and decoder (arXiv:2203.12602, appendix)
 _SIZES = {
     "tiny": (32, 1, 2, 16, 1, 1),
     "small": (384, 12, 6, 192, 4, 3),
@@ -54,7 +54,7 @@ def get_config(arg: str = "") -> ConfigDict:
             ),
             particles=section(
                 ParticleSpec, policy="grid", patch_size=(2, 16, 16), split_axes=("time",)
-            ),  # 112 is no multiple of 32
+            ),  # 112 is not a multiple of 32
             model=section(
                 ModelSpec, distance_bias=False, **dict(zip(names, _SIZES[size], strict=True))
             ),  # as VideoMAE's attention

@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A published network as the teacher: what it says of sub-clips, kept by extract_features.py, is
-learnt from half of a clip's particles.
+"""Distills stored features of a published network from a masked clip, without labels.
 
     python -m particlejax.main --config experiments/extract_features.py \
         --config.source=folder:PATH \
         --config.out_dir=FOLDER
     python -m particlejax.main --config experiments/pretrain/feature_distillation.py \
         --config.data.source=folder:PATH \
-        --config.data.video_features.folder=FOLDER --workdir runs/distil
+        --config.data.video_features.folder=FOLDER --workdir runs/distill
     python -m particlejax.main --config experiments/finetune.py \
-        --config.data.source=folder:PATH --config.init_from=runs/distil
+        --config.data.source=folder:PATH --config.init_from=runs/distill
 
-Needs no labels. The encoder never sees the features, so what comes after needs neither them nor
-their network. They are of the unmirrored centre square, and so clips are neither cropped nor
-flipped here. `distil/cosine` in the metrics is 1 where all is learnt. It has been run shrunk only:
-what it reaches is not measured yet. `:tiny` is a smoke run.
+The encoder sees half of a clip's particles and never the features, so later stages need neither the
+features nor their network. Features are of the unflipped center crop, so clips are not augmented
+here. The metric `feature_distillation/cosine_similarity` is 1 for a perfect fit. Only a shrunk run
+has been tested; there is no measured result yet. `:tiny` is a smoke run.
 """
 
 from ml_collections import ConfigDict

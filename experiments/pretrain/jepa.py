@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latent prediction (V-JEPA): hidden particles' features, as the moving average of the encoder sees
-them in the whole clip.
+"""JEPA (V-JEPA): predicts an EMA teacher's features of masked particles.
 
     python -m particlejax.main --config experiments/pretrain/jepa.py
 
-`latent/spread` in the metrics, drawn in the report, falls towards 0 where the features collapse.
-1200 steps take 68 s of a core and end with a spread of 0.74, so nothing collapses, but what is
-learnt is not the action: frozen, experiments/probe.py finds 16.3 % (linear), 8.7 % (k-NN) and 10.4
-% (attentive) of twelve (seed 0; untrained, at width 64, 19.6, 14.2 and 19.8 %).
+The metric `jepa/feature_std`, drawn in the report, falls towards 0 in a collapse. 1200 steps take
+68 s of a core and end at 0.74: no collapse, but the features do not encode the action. Frozen,
+experiments/probe.py gives 16.3 % (linear), 8.7 % (k-NN) and 10.4 % (attentive) on twelve actions
+(seed 0; untrained, at width 64, 19.6, 14.2 and 19.8 %).
 """
 
 from ml_collections import ConfigDict

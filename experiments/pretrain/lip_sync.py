@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lips and voice: by how many frames is the sound shifted against the picture? For a folder of
-talking faces, cut to the mouth.
+"""Lip synchronization: predicts the shift between audio and mouth crops in frames.
 
     python -m particlejax.main --config experiments/pretrain/lip_sync.py \
         --config.data.source=folder:PATH
 
-Of 2.4 s at 25 frames a second, eleven shifts of one frame are told apart, each modality read by
-itself (sync, `how='correlation'`). README.md has what it finds on GRID.
+Takes a folder of talking faces, cropped to the mouth. Clips are 2.4 s at 25 frames/s; there are
+eleven shifts, one frame apart. Each modality is encoded separately (synchronization,
+`method='correlation'`). experiments/pretrain/README.md has the figures on GRID.
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +25,7 @@ from particlejax.config.experiment import (
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The experiment; arg: '' or 'tiny' (of the toybox, with one shift to either side)."""
+    """The experiment; arg: '' or 'tiny' (the toybox, one shift in each direction)."""
     tiny = arguments(arg, "tiny")["tiny"]
     sync = {
         "method": "correlation",

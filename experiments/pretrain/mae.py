@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masked particle prediction (VideoMAE): tube masks, the encoder sees a quarter, the decoder is
-asked in pixels.
+"""Masked autoencoder (VideoMAE) with tube masks: predicts the pixels of masked particles.
 
     python -m particlejax.main --config experiments/pretrain/mae.py
 
-On the toybox; `--config.data.source=folder:PATH` for clips of one's own. 1200 steps take 73 s of a
-core; frozen, experiments/probe.py finds 19.2 % (linear), 6.2 % (k-NN) and 32.5 % (attentive) of
-twelve actions (seed 0; untrained, at width 64,
+Trains on the toybox; use `--config.data.source=folder:PATH` for other clips. The encoder sees a
+quarter of the particles. 1200 steps take 73 s of a core. Frozen, experiments/probe.py gives 19.2 %
+(linear), 6.2 % (k-NN) and 32.5 % (attentive) on twelve actions (seed 0; untrained, at width 64,
 19.6, 14.2 and 19.8 %).
 """
 

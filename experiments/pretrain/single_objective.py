@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One objective by itself, each with the same encoder and, but for clip_order and rotation_flip, as
-many clips: what does it teach?
+"""Pretrains the same encoder with one objective, named by the argument.
 
     python -m particlejax.main \
         --config experiments/pretrain/single_objective.py:sync_correlation --workdir runs/one-sync
     python -m particlejax.main --config experiments/probe.py --config.run=runs/one-sync \
         --workdir runs/one-sync-probe
 
-The argument names the objective; README.md has the table. `sync_correlation` correlates sight and
-sound, `sync_joint` reads both together, `sync_halves` synchronizes the halves of the picture,
-`contrastive_views` compares two masked views of one clip, `matching_hard` draws hard negatives,
-`visual_tokens` is masked_visual_tokens. 64 particles a clip: cuboids of 4x4 pixels that last as
-long as the clip, or, for objectives about moments, of 8x8 pixels and a quarter of it; for
-`sync_correlation` 128 of an eighth.
+experiments/pretrain/README.md has the table. `sync_correlation` correlates video and audio,
+`sync_joint` encodes both together, `sync_halves` synchronizes two halves of the picture,
+`contrastive_views` compares two masked views of a clip, `matching_hard` samples hard negatives,
+`visual_tokens` is masked_visual_tokens. All see as many clips, except that clip_order and
+rotation_flip see three times as many. A clip has 64 particles: cuboids of 4x4 pixels as long as the
+clip, or for temporal objectives 8x8 pixels and a quarter of it; `sync_correlation` has 128.
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +29,7 @@ from particlejax.config.experiment import (
 )
 
 SEEN, HEARD, READ = ("vision",), ("vision", "audio"), ("vision", "text")
-ONE = {  # what the encoder is given, the objective and its settings
+ONE = {  # name: (modalities, objective, its settings)
     "masked_autoencoder": (
         SEEN,
         "masked_autoencoder",
@@ -74,7 +73,7 @@ ONE = {  # what the encoder is given, the objective and its settings
         {"mask_type": "tube", "mask_ratio": 0.75, "target_ratio": 0.5, "codebook_size": 64},
     ),
 }
-BASES = {  # of what asks what comes when, so that cuboids must be shorter than the clip
+BASES = {  # temporal objectives need cuboids shorter than the clip
     **{
         name: (4, 8, 8)
         for name in (
@@ -87,11 +86,11 @@ BASES = {  # of what asks what comes when, so that cuboids must be shorter than 
     },
     "sync_correlation": (2, 8, 8),
 }
-LONGER = {"clip_order": 3, "rotation_flip": 3}  # times as many steps, where less stays at chance
+LONGER = {"clip_order": 3, "rotation_flip": 3}  # factor of num_steps; fewer stay at chance
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The experiment; arg: a name of `ONE`, masked_autoencoder where there is none, and 'tiny'."""
+    """The experiment; arg: a name of `ONE` (default masked_autoencoder) and 'tiny'."""
     args = arguments(arg, "tiny", *ONE)
     tiny = args["tiny"]
     name = next((name for name in ONE if args[name]), "masked_autoencoder")

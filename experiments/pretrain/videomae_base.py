@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VideoMAE at its published sizes: ViT-B (arXiv:2203.12602), or with `:giant` ViT-g
-(arXiv:2303.16727), 16 frames of 224 x 224.
+"""VideoMAE ViT-B or ViT-g at the published sizes: 16 frames of 224 x 224.
 
     python -m particlejax.main --config experiments/pretrain/videomae_base.py \
         --config.data.source=folder:PATH
 
-For a pod: `--config experiments/plan.py --config.experiment=experiments/pretrain/videomae_base.py`
-says what it needs.
+ViT-B is of arXiv:2203.12602; `:giant` is ViT-g (arXiv:2303.16727). To plan a run on a pod:
+`--config experiments/plan.py --config.experiment=experiments/pretrain/videomae_base.py`.
 """
 
 from ml_collections import ConfigDict
@@ -31,7 +30,7 @@ _BASE = {
     "decoder_depth": 4,
     "decoder_num_heads": 6,
 }
-# forty layers take long to compile unrolled
+# 40 unrolled layers compile slowly
 _GIANT = {
     "width": 1408,
     "depth": 40,
@@ -57,7 +56,7 @@ def get_config(arg: str = "") -> ConfigDict:
     """The experiment; arg: '' (ViT-B), 'giant' (ViT-g, patches of 14 x 14) or 'tiny'."""
     args = arguments(arg, "tiny", "giant")
     tiny, side = args["tiny"], 14 if args["giant"] else 16
-    # 1.5e-4 for 256 clips
+    # base learning rate 1.5e-4 per 256 clips
     stage = section(
         StageSpec,
         num_steps=4 if tiny else 0,
@@ -66,7 +65,7 @@ def get_config(arg: str = "") -> ConfigDict:
         val_every_steps=4 if tiny else 5000,
         objectives={
             "masked_autoencoder": {"mask_type": "tube", "mask_ratio": 0.9, "target_ratio": 0.5}
-        },  # half of the cubes decoded, as V2 found enough
+        },  # half of the cubes are decoded, as in VideoMAE V2
         optim=section(OptimSpec, learning_rate=6e-4, warmup_ratio=0.05),
     )
     return ConfigDict(
