@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attentive probe: a pooling and a linear map are trained on every token of a frozen encoder,
-where the mean of them drowns what only a few say.
+"""Attentive probe: attention pooling and a linear head, trained on all tokens of a frozen encoder.
 
-Legend: N clips, L tokens of the clip that has most, D width, C classes.
+Legend: N clips, L tokens of the longest clip, D width, C classes.
 """
 
 import math
@@ -28,8 +27,8 @@ _ROWS, _RATE, _DECAY, _HEADS = 64, 2e-3, 0.05, 8
 
 
 class Tokens(NamedTuple):
-    """Labels [N], -1 for none; by what is shown, tokens float16 [N, L, D] and int32 [N, L], 1 where
-    there is one.
+    """Labels int [N], -1 for unlabelled; x by modality: tokens float16 [N, L, D] and mask int32 [N,
+    L].
     """
 
     label: np.ndarray
@@ -44,7 +43,7 @@ def tokens(
     shown: tuple[str, ...],
     bad: run.BadClips,
 ) -> Tokens:
-    """Of every readable clip of a split; shown: modalities by themselves, 'all' for all
+    """Tokens of every readable clip of a split; shown: single modalities, or 'all' for all
     together.
     """
     mesh = sharding.make_mesh(MeshSpec())
@@ -73,7 +72,7 @@ def _padded(each: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def accuracy(learnt: Tokens, asked: Tokens, spec: ProbeSpec) -> dict[str, float]:
-    """Share of labelled clips whose class is told, by what is shown."""
+    """Top-1 accuracy on the labelled clips of `asked`, by modality."""
     known, there = learnt.label >= 0, asked.label >= 0
     classes, label = np.unique(learnt.label[known], return_inverse=True)
     found = {}
@@ -92,7 +91,7 @@ def _trained(
     label: np.ndarray,
     spec: ProbeSpec,
 ) -> Params:
-    """AdamW on clips that are drawn anew each step, its rate falling to 0 along a cosine."""
+    """Trains with AdamW and a cosine learning rate that falls to 0; each step samples new clips."""
     optimizer = optax.adamw(
         optax.cosine_decay_schedule(_RATE, spec.attentive_steps), weight_decay=_DECAY
     )

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads a whole source before anybody trains on it: results.json, a report with a table and
-pictures.
-"""
+"""Summarizes a data source and lists unreadable files and near-duplicates."""
 
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -29,9 +27,7 @@ Looks = dict[str, list[inspect.Seen]]
 
 
 def check_data(experiment: Experiment, workdir: Path, name: str) -> None:
-    """Job 'check_data': decodes every clip of every split of `config.data.source` and says what is
-    there.
-    """
+    """Job 'check_data': decodes every clip of every split of `config.data.source`."""
     del name
     data = experiment.data
     if not data.source:
@@ -48,13 +44,13 @@ def check_data(experiment: Experiment, workdir: Path, name: str) -> None:
     io.write_text(path, "\n".join(_report(data.source, seen, figures, bad, workdir)))
     if not any(seen.values()):
         raise UserError(
-            f"not one of the {len(bad)} clips of {data.source} can be read "
-            f"({next(iter(bad.values()))}, ...): {path} "
-            "gives each one's reason, so mend them or name other data."
+            f"none of the {len(bad)} clips of {data.source} can be read "
+            f"({next(iter(bad.values()))}, ...): {path} lists the reasons; repair the files or "
+            "use other data."
         )
     say(
-        f"{sum(map(len, seen.values()))} clips can be read, {len(bad)} cannot, {len(alike)} pairs "
-        "across splits look alike"
+        f"{sum(map(len, seen.values()))} clips are readable, {len(bad)} are not; "
+        f"{len(alike)} near-duplicates across splits"
     )
     say(f"report: {path}")
 
@@ -72,14 +68,14 @@ def _look(data: DataSpec) -> tuple[Looks, dict[str, str], tuple[str, ...]]:
                 seen[split].append(found)
             else:
                 bad[found[0]] = found[1]
-                say(f"clip {found[0]} cannot be read ({found[1]})")
+                say(f"clip {found[0]} is unreadable ({found[1]})")
             progress.update()
         progress.close()
     return seen, bad, classes
 
 
 def _read(source: sources.Source, data: DataSpec) -> Iterator[inspect.Found]:
-    """What is found of each clip in turn; clips of one file that follow each other are decoded
+    """Yields the findings of each clip in order; consecutive clips of one file are decoded
     together.
     """
     waiting: deque[Future[list[inspect.Found]]] = deque()
@@ -88,14 +84,14 @@ def _read(source: sources.Source, data: DataSpec) -> Iterator[inspect.Found]:
             map(source.__getitem__, range(len(source))), lambda record: record.video
         ):
             waiting.append(pool.submit(_file, list(clips), data.decode_timeout_seconds))
-            if len(waiting) > 2 * data.num_threads:  # no more: records may hold whole files
+            if len(waiting) > 2 * data.num_threads:  # bounds memory: records may hold whole files
                 yield from waiting.popleft().result()
         for each in waiting:
             yield from each.result()
 
 
 def _file(clips: Sequence[sources.Record], limit: float) -> list[inspect.Found]:
-    """Clips of one file, which has the time limit of a clip for each of its minutes."""
+    """Findings of the clips of one file; its time limit is `limit` seconds per minute of video."""
     file = clips[0].video
     try:
         minutes = timeout.within(limit, partial(inspect.seconds, file), file) / 60
@@ -152,7 +148,7 @@ def _report(
     if splits:
         yield from _tables(splits, seen, figures, workdir)
     yield from _lists(figures["near_duplicates"], bad)
-    yield from ("Everything is in [results.json](results.json).", "")
+    yield from ("All figures are in [results.json](results.json).", "")
 
 
 def _tables(
@@ -193,16 +189,16 @@ def _tables(
 
 
 def _lists(pairs: Sequence[Sequence[str]], bad: dict[str, str]) -> Iterator[str]:
-    yield from (f"## {len(pairs)} pairs look alike across splits", "")
+    yield from (f"## {len(pairs)} near-duplicates across splits", "")
     if pairs:
         yield from (
             *table(["one", "other"], pairs[:_MOST]),
             "",
-            "Clips of one scene on both sides make results look better "
-            "than they are: give them one `group`, or move them into one split.",
+            "Near-duplicates in two splits inflate the accuracy: give them the same `group`, or "
+            "move them into one split.",
             "",
         )
-    yield from (f"## {len(bad)} clips cannot be read", "")
+    yield from (f"## {len(bad)} unreadable clips", "")
     if bad:
         yield from (
             *table(

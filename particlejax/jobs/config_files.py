@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experiment files: Python files whose `get_config` gives the config that the command line then
-changes.
+"""Experiment files: Python files whose `get_config` returns a config that the command line changes.
 
-They are found by name in the experiments folder beside the working directory, then in the one of
-the package's checkout: `quickstart`, `pretrain/mae`, `quickstart:tiny`.
+A name such as `quickstart`, `pretrain/mae` or `quickstart:tiny` is looked up in ./experiments, then
+in the experiments folder of the checkout.
 """
 
 import ast
@@ -27,14 +26,14 @@ _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0"
 
 
 class UnknownExperiment(UserError):
-    """No experiment file has this name; the command line lists those that there are."""
+    """No experiment file has this name; the command line then lists all experiments."""
 
 
 # -- finding them
 
 
 def folders() -> list[Path]:
-    """The folders that hold experiments: the working directory's, then the checkout's."""
+    """The folders of experiments: the working directory's, then the checkout's."""
     here = Path(FOLDER)
     there = _CHECKOUT / FOLDER
     found = [here] if here.is_dir() else []
@@ -44,9 +43,9 @@ def folders() -> list[Path]:
 
 
 def find(name: str) -> Path:
-    """The file of an experiment: a path, or a name such as 'pretrain/mae' in one of `folders`.
+    """Path of an experiment, from a path or a name such as 'pretrain/mae'.
 
-    Raises UnknownExperiment where there is none, and UserError for a file that is no Python.
+    Raises UnknownExperiment if there is none, and UserError if the file is not Python.
     """
     path = Path(name)
     tried = [path, _CHECKOUT / path]
@@ -56,14 +55,14 @@ def find(name: str) -> Path:
         raise UnknownExperiment(f"there is no experiment {name!r}: {_closest(name)}")
     if found.suffix != ".py":
         raise UserError(
-            f"{name} is no experiment file: name a Python file with a function get_config, such "
-            f"as {FOLDER}/quickstart.py."
+            f"{name} is not an experiment file: give a Python file with a function get_config, "
+            f"such as {FOLDER}/quickstart.py."
         )
     return found
 
 
 def _closest(name: str) -> str:
-    """The remedy for a wrong name: paths for a path, names for a name."""
+    """The suggestion for a wrong name: a path for a path, a name for a name."""
     if (new := renames.FILES.get(name)) and Path(new).is_file():
         return f"it is now {new}."
     written = [(folder, file) for folder in folders() for file in _files(folder)]
@@ -73,7 +72,7 @@ def _closest(name: str) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The experiment files of a folder, those at its top first."""
+    """The experiment files of a folder, top level first."""
     return sorted(folder.rglob("*.py"), key=lambda file: (len(file.parts), file))
 
 
@@ -82,8 +81,8 @@ def _name(folder: Path, file: Path) -> str:
 
 
 def listing(width: int) -> str:
-    """The names of all experiments with the first paragraph of their docstrings, in lines of
-    `width` characters; the files are read and not run.
+    """All experiments with the first paragraph of their docstrings, wrapped to `width` columns;
+    files are parsed, not executed.
     """
     lines: list[str] = []
     for folder in folders():
@@ -99,13 +98,13 @@ def listing(width: int) -> str:
             ) or [f"  {name}"]
         lines.append("")
     if not lines:
-        lines = [f"There is no folder {FOLDER}/ here: give the path of an experiment file.", ""]
+        lines = [f"No folder {FOLDER}/ found: give the path of an experiment file.", ""]
     return "\n".join(lines)
 
 
 def describe(file: str) -> tuple[str, str]:
-    """What FILE says of itself: the first paragraph of its docstring, and get_config's docstring,
-    which names its arguments. The file is not run; both are '' where it cannot be read.
+    """First paragraphs of the docstrings of FILE and of its get_config, which names the arguments.
+    The file is parsed, not executed; both are '' if it cannot be read.
     """
     path = find(file.partition(":")[0])
     tree = _tree(path)
@@ -134,10 +133,9 @@ def _paragraph(text: str | None) -> str:
 
 
 def load(file: str) -> ml_collections.ConfigDict:
-    """The config of FILE or FILE:ARGUMENT before any setting is changed, FILE a path or a name.
+    """The config of FILE or FILE:ARGUMENT without overrides; FILE is a path or a name.
 
-    Raises UserError for an argument that the file does not have, and for a file that is not there
-    or is no experiment.
+    Raises UserError for an unknown argument, a missing file or a file that is not an experiment.
     """
     name, _, arg = file.partition(":")
     if not name:
@@ -153,23 +151,22 @@ def load(file: str) -> ml_collections.ConfigDict:
         raise UserError(f"{path}, line {error.lineno}: {error.msg}; correct the file.") from error
     if not callable(make):
         raise UserError(
-            f"{path} is no experiment file: it has no function get_config that returns a "
-            "ConfigDict; add one, or name another file."
+            f"{path} is not an experiment file: it has no function get_config that returns a "
+            "ConfigDict; add one, or give another file."
         )
     return make(arg) if arg else make()
 
 
 def change(config: ml_collections.ConfigDict, settings: Sequence[str]) -> list[str]:
-    """Puts each 'some.key=value' into the config and returns the keys.
+    """Applies overrides 'some.key=value' to the config and returns their keys.
 
-    Values are written as in Python, or plain as the key's type reads them: 1e3 and 1_000 are whole
-    numbers, a,b is a tuple, {'key': value} changes some keys of a section;
-    'some.key' alone is True. An objective that the
-    file does not list gets its defaults first. Raises UserError for a key that the config cannot
-    have; `jobs.of` checks the values.
+    Values are Python literals, or plain text parsed by the key's type: 1e3 and 1_000 are integers,
+    a,b is a tuple, {'key': value} changes some keys of a section; 'some.key' alone is True. An
+    objective that is not in the file starts from its defaults. Raises UserError for an unknown key;
+    `jobs.of` checks values.
     """
     changed: list[str] = []
-    # what a plugin adds must be known before it is set
+    # plugins first: they register names that other keys use
     for text in sorted(settings, key=lambda text: not text.startswith("plugins=")):
         key, equals, value = text.partition("=")
         _put(config, key.strip(), value if equals else None, changed)
@@ -179,7 +176,7 @@ def change(config: ml_collections.ConfigDict, settings: Sequence[str]) -> list[s
 
 
 def spec_of(config: Mapping[str, Any]) -> type:
-    """The dataclass of a config's settings, which its job decides."""
+    """The dataclass of a config, which depends on its job."""
     return jobs.spec_of(config.get("job", ""))
 
 
@@ -226,7 +223,7 @@ def _below(
     key: str,
     where: str,
 ) -> schema.Place:
-    """What stands at `part`. Raises UserError where neither spec nor config has it."""
+    """The schema of `part`. Raises UserError if neither the spec nor the config has it."""
     below = schema.child(place, part, spec_of(config))
     if below is not None and (part in node or not place.each):
         return below
@@ -235,12 +232,12 @@ def _below(
     raise UserError(_unknown(config, f"{config_help.TOP}.{key}", where))
 
 
-_FREE = schema.Place()  # of a dict that no spec describes
+_FREE = schema.Place()  # of a dict without a spec
 
 
 def _fill(node: ml_collections.ConfigDict, name: str, place: schema.Place) -> None:
-    """Adds a section that the file does not list, with its spec's defaults; one that holds only
-    what differs from another section is added empty.
+    """Adds a section with its spec's defaults if the file has none; a section of overrides is added
+    empty.
     """
     with node.unlocked(), node.ignore_type():
         filled = {} if place.partial or not place.spec else as_dict(place.spec())
@@ -260,8 +257,8 @@ def _unknown(config: ml_collections.ConfigDict, path: str, where: str) -> str:
 
 
 def _value(text: str, place: schema.Place) -> Any:
-    """The value that a text stands for, by the type of the key; what does not fit stays a text, so
-    that the check of the config names it.
+    """Parses a text by the key's type; a text that does not fit is kept, and the config check names
+    it.
     """
     kind = place.field.type if place.field is not None else None
     if kind is str:
@@ -288,11 +285,11 @@ def _number(text: str, kind: type) -> Any:
 
 def _tuple(text: str, kinds: tuple[Any, ...]) -> Any:
     value = _literal(text)
-    if isinstance(value, str) and value == text:  # names without quotes
+    if isinstance(value, str) and value == text:  # strings without quotes
         value = [_literal(part) for part in text.strip("()[]").split(",") if part.strip()]
         value = [part.strip() if isinstance(part, str) else part for part in value]
     value = tuple(value) if isinstance(value, list | tuple) else (value,)
-    if kinds and kinds[0] is str:  # a class called 3 is written as a number
+    if kinds and kinds[0] is str:  # a class name may look like a number
         return tuple(str(item) if isinstance(item, int | float) else item for item in value)
     return value
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluates a trained run on any source with the same label names: results.json, predictions.csv,
-report.md.
-"""
+"""Evaluates a trained run on a source with the same class names."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,19 +16,19 @@ from particlejax.train.log import MetricLog, say
 
 
 def evaluate(experiment: Experiment, workdir: Path, name: str) -> None:
-    """Job 'evaluate': `config.run` on `config.data.source` and `.split`; frames and particles are
-    the run's own.
+    """Job 'evaluate': evaluates `config.run` on `config.data.source`, with the run's frames and
+    particles.
     """
     if not experiment.run:
-        raise UserError("config.run is empty: name the run to evaluate with --config.run=RUN_DIR.")
+        raise UserError("config.run is empty: set the run to evaluate with --config.run=RUN_DIR.")
     mesh = sharding.make_mesh(experiment.mesh)
     stage, params = run.load_trained(experiment.run, mesh, run.asked(experiment.data))
     if not stage.classes or "classify" not in stage.spec.objectives:
         raise UserError(
-            f"stage {stage.name} of {experiment.run} does not classify: name one that does as "
+            f"stage {stage.name} of {experiment.run} is not a classifier: name one that is, as "
             "RUN_DIR:STAGE."
         )
-    # else other numbers and combinations are none the worse
+    # other losses accept new values and combinations of labels
     known = stage.classes if stage.targets.loss == "softmax" else None
     source = sources.open_source(stage.data.source, stage.data.split, stage.data.cache_dir, known)
     stage = replace(
@@ -45,7 +43,7 @@ def evaluate(experiment: Experiment, workdir: Path, name: str) -> None:
     run.add_results(workdir, stage.name, {stage.data.split: figures}, bad.all())
     first = next(
         ((name, figures[name]) for name in ("top1", "mAP", "mae") if name in figures),
-        ("no clip with a label", 0),
+        ("no labelled clips", 0),
     )
     say(
         f"{stage.name} on {len(source)} clips of {stage.data.source} ({stage.data.split}): "

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a frozen network says of the sub-clips of a data set, computed once and kept as particles
-for training.
+"""Extracts features of a frozen network for the sub-clips of a data set, and stores them as
+particles.
 
 Legend: K sub-clips of a clip, n particles of a clip, D width, T H W a feature map, t h w its cells,
-N samples of sound, L word pieces.
+N audio samples, L tokens.
 """
 
 import dataclasses
@@ -35,15 +35,13 @@ from particlejax.models.zoo.networks import BackboneSpec
 from particlejax.train import stage
 from particlejax.train.log import Progress, say
 
-_PIECES = 128  # that a network of words reads of a caption
+_PIECES = 128  # tokens of a caption that a text network reads, at most
 _TYPES = {"video_features": "uint8", "audio_features": "float32", "text_features": "int32"}
-_LEAST = 1e-3  # deviation: a feature that never changes is not blown up
+_LEAST = 1e-3  # lower bound of the std, so that constant features stay small
 
 
 class Work(NamedTuple):
-    """Where features go, how clips are sampled for them, and what computes them: `Given.data` to
-    [K, t h w, D].
-    """
+    """Output folder, sampling and network; `compute` maps `Given.data` to [K, t h w, D]."""
 
     folder: Path
     sampling: dict[str, Any]
@@ -53,11 +51,11 @@ class Work(NamedTuple):
 
 
 class Given(NamedTuple):
-    """Of one clip: where its sub-clips begin [K], how many seconds each lasts, what the network is
-    given of them.
+    """Inputs of one clip: start times [K] of its sub-clips, their length in seconds, and network
+    inputs.
 
-    Frames uint8 [K, T, H, W, 3], sound float32 [K, N] or words int32 [K, L]; K is 0 for a clip
-    without sound or words.
+    Frames uint8 [K, T, H, W, 3], audio float32 [K, N] or tokens int32 [K, L]; K is 0 for a clip
+    without audio or text.
     """
 
     begins: np.ndarray
@@ -66,14 +64,14 @@ class Given(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Sums of a split's features and of their squares, float64 [D], of how many particles."""
+    """Sums of a split's features and of their squares, float64 [D], and the number of particles."""
 
     total: np.ndarray
     squares: np.ndarray
     count: int
 
     def plus(self, values_ND: np.ndarray) -> "Moments":
-        """And those of these."""
+        """Adds these features [N, D]."""
         return Moments(
             self.total + values_ND.sum(axis=0),
             self.squares + (values_ND**2).sum(axis=0),
@@ -82,8 +80,8 @@ class Moments(NamedTuple):
 
 
 def extract_features(spec: ExtractFeaturesSpec, workdir: Path, name: str) -> None:
-    """Job 'extract_features': those of every readable clip of `config.splits`, and network.json,
-    which says what they are.
+    """Job 'extract_features': features of every readable clip of `config.splits`, and network.json,
+    which describes them.
     """
     del name
     begun = time.perf_counter()
@@ -97,11 +95,10 @@ def extract_features(spec: ExtractFeaturesSpec, workdir: Path, name: str) -> Non
         computed, moments = _split(work, source, spec, bad)
         if not moments.count:
             raise UserError(
-                f"{spec.source} has no readable clip with what {spec.model} takes in {split}: name "
-                "other splits with "
-                "config.splits."
+                f"{spec.source} has no readable clip in {split} with the input of {spec.model}: "
+                "set other splits with config.splits."
             )
-        # never changed later: what was trained on these stays right
+        # written once, so that trained models keep their normalization
         if feature_reader.described(work.folder) is None:
             feature_reader.describe(work.folder, _description(work, spec, moments))
         figures[split] = {
@@ -110,8 +107,8 @@ def extract_features(spec: ExtractFeaturesSpec, workdir: Path, name: str) -> Non
             "particles": moments.count,
         }
         say(
-            f"{split}: features of {computed} clips computed, {moments.count} particles of "
-            f"{len(moments.total)} numbers in all"
+            f"{split}: features of {computed} clips computed, {moments.count} particles of width "
+            f"{len(moments.total)} in total"
         )
     seconds = time.perf_counter() - begun
     stage.add_results(
@@ -128,8 +125,8 @@ def extract_features(spec: ExtractFeaturesSpec, workdir: Path, name: str) -> Non
 
 
 def prepared(spec: ExtractFeaturesSpec, folder: Path) -> Work:
-    """Raises UserError where the folder holds other features, and for cells that the network's map
-    does not have.
+    """Loads the network and checks the folder. Raises UserError if the folder holds other features,
+    or if the feature map has fewer cells than pool_grid.
     """
     frozen = linear_probe.load(spec)
     sampling = _sampling(spec, frozen.backbone.spec)
@@ -148,9 +145,8 @@ def prepared(spec: ExtractFeaturesSpec, folder: Path) -> Work:
             key for key, value in (frozen.known | sampling).items() if there.get(key) != value
         )
         raise UserError(
-            f"{folder} holds features of another network or sampling ({differs} differs): name "
-            "another folder with "
-            f"config.out_dir, or do as there: `{known.command}`."
+            f"{folder} holds features of another network or sampling ({differs} differs): set "
+            f"another config.out_dir, or repeat its command: `{known.command}`."
         )
 
     compute = jax.jit(lambda params, pixels: averaged(maps(params, pixels), cells))
@@ -164,8 +160,8 @@ def prepared(spec: ExtractFeaturesSpec, folder: Path) -> Work:
 
 
 def _sampling(spec: ExtractFeaturesSpec, net: BackboneSpec) -> dict[str, Any]:
-    """What tells one way of giving clips to the network from another. Raises UserError for a length
-    that sound has not.
+    """Identifies how clips are sampled for the network. Raises UserError for an invalid audio
+    length.
     """
     if net.text:
         known = hashlib.sha256(_tokenizer(spec).read_bytes()).hexdigest()
@@ -176,7 +172,7 @@ def _sampling(spec: ExtractFeaturesSpec, net: BackboneSpec) -> dict[str, Any]:
             "stride": 0.0,
         }
     if not net.sound:
-        # a Transformer has positions for its own number
+        # a Transformer has position embeddings for a fixed number of frames
         frames = net.frames if net.inputs or not spec.num_frames else spec.num_frames
         return {
             "frames": frames,
@@ -187,10 +183,8 @@ def _sampling(spec: ExtractFeaturesSpec, net: BackboneSpec) -> dict[str, Any]:
     seconds = net.net.samples / net.net.rate
     if spec.window_seconds not in (0, seconds):
         raise UserError(
-            f"{spec.model} hears {seconds:g} s at once: leave config.window_seconds at 0, and "
-            "choose how "
-            "far sub-clips stand "
-            "apart with config.stride_seconds."
+            f"{spec.model} reads windows of {seconds:g} s: leave config.window_seconds at 0, and "
+            "set the stride with config.stride_seconds."
         )
     return {
         "samples": net.net.samples,
@@ -201,7 +195,7 @@ def _sampling(spec: ExtractFeaturesSpec, net: BackboneSpec) -> dict[str, Any]:
 
 
 def _shape(sampling: Mapping[str, Any]) -> tuple[int, ...]:
-    """Of what the network is given of a sub-clip."""
+    """Input shape of one sub-clip."""
     for only in ("samples", "words"):
         if only in sampling:
             return (sampling[only],)
@@ -209,7 +203,7 @@ def _shape(sampling: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _tokenizer(spec: ExtractFeaturesSpec) -> Path:
-    """Raises UserError where there is none."""
+    """Path of tokenizer.json. Raises UserError if it does not exist."""
     named = spec.tokenizer
     if not named and spec.weights != "random":
         named = str(
@@ -218,15 +212,14 @@ def _tokenizer(spec: ExtractFeaturesSpec) -> Path:
     path = Path(named).expanduser()
     if not path.is_file():
         raise UserError(
-            f"{spec.model} reads words and there is no tokenizer at {named!r}: name its "
-            "tokenizer.json with "
-            "config.tokenizer."
+            f"{spec.model} reads text, but there is no tokenizer at {named!r}: set "
+            "config.tokenizer to its tokenizer.json."
         )
     return path
 
 
 def modality_of(frozen: linear_probe.Frozen) -> str:
-    """Which of `clips.KEPT` its features are for, though any may hold them."""
+    """The default feature modality of the network (one of `clips.KEPT`)."""
     return (
         "text_features"
         if frozen.backbone.spec.text
@@ -237,28 +230,26 @@ def modality_of(frozen: linear_probe.Frozen) -> str:
 
 
 def _cells(spec: ExtractFeaturesSpec, shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """The cells of a map of this shape; tokens and vectors are one."""
+    """Cells (t, h, w) of a feature map of this shape; tokens and vectors have one."""
     if len(shape) != 3:
         if spec.pool_grid not in ((1, 1, 1), (0, 0, 0)):
             raise UserError(
-                f"{spec.model} gives no map of time, rows and columns: leave config.pool_grid at "
-                "(1, "
-                "1, 1)."
+                f"{spec.model} has no feature map of time, rows and columns: leave "
+                "config.pool_grid at (1, 1, 1)."
             )
         return 1, 1, 1
     wanted = tuple(number or most for number, most in zip(spec.pool_grid, shape, strict=True))
     if any(number > most for number, most in zip(wanted, shape, strict=True)):
         raise UserError(
-            f"config.pool_grid={spec.pool_grid} are more than the map of {spec.model} has, "
-            f"{shape}: use "
-            "these or fewer."
+            f"config.pool_grid={spec.pool_grid} has more cells than the feature map of "
+            f"{spec.model}, {shape}: use these or fewer."
         )
     return wanted
 
 
 def averaged(maps: Array, cells: tuple[int, int, int]) -> Array:
-    """Means over equal cells, [K, t h w, D], of maps [K, T, H, W, D]; what lies across two cells
-    counts in both.
+    """Mean-pools maps [K, T, H, W, D] to equal cells [K, t h w, D]; positions across two cells
+    count in both.
 
     Tokens [K, L, D] and vectors [K, D] are one cell.
     """
@@ -273,7 +264,7 @@ def averaged(maps: Array, cells: tuple[int, int, int]) -> Array:
 
 
 def _shares(number: int, cells: int) -> np.ndarray:
-    """Of each cell [cells, number], the share that each of `number` places has in it."""
+    """Weights [cells, number] of each of `number` positions in each cell."""
     edges, width = np.arange(number), number / cells
     begin = np.arange(cells)[:, None] * width
     return (
@@ -284,7 +275,7 @@ def _shares(number: int, cells: int) -> np.ndarray:
 def _split(
     work: Work, source: sources.Source, spec: ExtractFeaturesSpec, bad: stage.BadClips
 ) -> tuple[int, Moments]:
-    """Computes what is not kept of a source. Returns of how many clips, and the moments of all."""
+    """Computes missing features of a source. Returns how many, and the moments of all."""
     words = (
         TextSpec(str(_tokenizer(spec)), work.sampling["words"])
         if "words" in work.sampling
@@ -319,14 +310,14 @@ def _split(
 
 
 def _computed(work: Work, waiting: Mapping[str, Given], rows: int) -> list[np.ndarray]:
-    """Computes and keeps what is to be kept of clips, each float32 [n, 6 + D]."""
+    """Computes and stores features of the waiting clips; returns a float32 [n, 6 + D] a clip."""
     if not waiting:
         return []
     data = np.concatenate([each.data for each in waiting.values()])
     values = [np.zeros((0, math.prod(work.sampling["cells"]), work.width), np.float32)]
     for first in range(0, len(data), rows):
         part = data[first : first + rows]
-        # one shape, one program
+        # fixed shape: compiles once
         full = np.concatenate([part, np.repeat(part[:1], rows - len(part), axis=0)])
         values.append(work.compute(full)[: len(part)])
     ends = np.cumsum([len(each.data) for each in waiting.values()])
@@ -337,8 +328,7 @@ def _computed(work: Work, waiting: Mapping[str, Given], rows: int) -> list[np.nd
         about = feature_reader.placed(each.begins, each.seconds, work.sampling["cells"])
         if not np.isfinite(value).all():
             raise UserError(
-                f"the network's features hold no numbers (NaN or Inf) for a clip ({name}): check "
-                "config.weights."
+                f"the network's features of clip {name} contain NaN or Inf: check config.weights."
             )
         found.append(feature_reader.joined(about, value.reshape(-1, value.shape[-1])))
         files.save(work.folder, name, found[-1])
@@ -352,7 +342,7 @@ def _given(
     words: TextSpec | None,
     bad: stage.BadClips,
 ) -> Given | None:
-    """None for a clip that cannot be read, which is noted."""
+    """Network inputs of a clip; None for an unreadable clip, which is recorded."""
     try:
         with decode.Video(record.video) as video:
             length, origin = (
@@ -398,7 +388,7 @@ def _words(caption: str, seconds: float, spec: TextSpec) -> Given:
 
 
 def _sound(heard: np.ndarray | None, begins: np.ndarray, sampling: Mapping[str, Any]) -> Given:
-    """Sub-clips that begin before the track ends, the last one filled up with silence."""
+    """Sub-clips that begin before the track ends; the last one is padded with silence."""
     count = sampling["samples"]
     heard = np.zeros(0, np.float32) if heard is None else heard
     firsts = np.rint(begins * sampling["rate"]).astype(int)
@@ -427,10 +417,10 @@ def _description(
 
 
 def _command(spec: ExtractFeaturesSpec, folder: Path) -> Iterator[str]:
-    """The command that does this job again."""
+    """The command that repeats this job."""
     command = "python -m particlejax.main --config experiments/extract_features.py"
     yield f"{command} {shlex.quote(f'--config.out_dir={folder}')}"
-    # of which the experiment file may have its own
+    # the experiment file may set these too
     default, always = (ExtractFeaturesSpec(), ("source", "splits", "num_frames", "pool_grid"))
     for key, value in dataclasses.asdict(spec).items():
         if key in always or key not in ("job", "out_dir") and value != getattr(default, key):

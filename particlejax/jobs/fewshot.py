@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Few labels at a trained run: classes as the means of its features, and the clips that are most
-worth a label next.
+"""Few-shot classification by prototypes, and active learning, with a trained run.
 
 Legend: N clips, D width, C classes.
 """
@@ -20,13 +19,11 @@ from particlejax.train.log import say
 
 
 class _Trained:
-    """A run, and a source that it is asked about."""
+    """A trained run, and the source to evaluate it on."""
 
     def __init__(self, experiment: Experiment) -> None:
         if not experiment.run:
-            raise UserError(
-                "config.run is empty: name the run whose features count with --config.run=RUN_DIR."
-            )
+            raise UserError("config.run is empty: set the trained run with --config.run=RUN_DIR.")
         self.spec, self.mesh = experiment.eval, sharding.make_mesh(experiment.mesh)
         sharding.check_rows(self.spec.batch_size, self.mesh, "config.eval.batch_size")
         self.stage, self.params = stage.load_trained(
@@ -41,19 +38,18 @@ class _Trained:
         )
 
     def look(self, source: sources.Source, predict: Any, name: str) -> tuple[np.ndarray, Any]:
-        """Numbers of the clips that could be read, and what `predict` makes of each, averaged over
-        the views.
+        """Indices of the readable clips, and the output of `predict` for each, averaged over the
+        views.
         """
         views = self.stage.views(source, self.spec.batch_size, self.spec.views, self.spec.scale)
         return eval.per_clip(predict, self.params, views, self.mesh, self.bad.note, name)
 
 
 def fewshot_prototypes(experiment: Experiment, workdir: Path, name: str) -> None:
-    """Job 'fewshot_prototypes': the class whose mean feature is nearest, from `data.shots` clips a
-    class of `data.split`.
+    """Job 'fewshot_prototypes': nearest class mean of the features of `data.shots` clips a class
+    from `data.split` (prototypical networks, arXiv:1703.05175).
 
-    Measured on `eval.splits`; results.json, predictions_SPLIT.csv, report.md. (Prototypical
-    networks, arXiv:1703.05175.)
+    Evaluates `eval.splits`; writes results.json, predictions_SPLIT.csv and report.md.
     """
     del name
     trained = _Trained(experiment)
@@ -91,20 +87,18 @@ def fewshot_prototypes(experiment: Experiment, workdir: Path, name: str) -> None
 
 
 def active_learning(experiment: Experiment, workdir: Path, name: str) -> None:
-    """Job 'active_learning': the clips of `data.split` that `config.active_learning` would have
-    labelled next, the most wanted first.
+    """Job 'active_learning': selects the clips of `data.split` to label next, best first.
 
-    Those that have a label (of `data.labelled_csv` or `data.shots`, else of the source) are known
-    already. next.csv names the new ones with what the run takes them for; listed.csv all, for
+    Labelled clips (of `data.labelled_csv` or `data.shots`, else of the source) are excluded.
+    next.csv lists the selected clips with their predictions; listed.csv adds the labelled ones, for
     `config.data.labelled_csv` of the next round.
     """
     del name
     trained, spec = _Trained(experiment), experiment.active_learning
     if trained.stage.targets is None or trained.stage.targets.loss != "softmax":
         raise UserError(
-            f"stage {trained.stage.name} of {experiment.run} does not tell classes apart: name one "
-            "that does as "
-            "RUN_DIR:STAGE."
+            f"stage {trained.stage.name} of {experiment.run} is not a single-label classifier: "
+            "name one that is, as RUN_DIR:STAGE."
         )
     source = trained.open(experiment.data.split, trained.stage.classes)
     known = _known(source, experiment)
@@ -114,9 +108,8 @@ def active_learning(experiment: Experiment, workdir: Path, name: str) -> None:
     open_to = ~np.isin(numbers, known)
     if not open_to.any():
         raise UserError(
-            f"every clip of {trained.stage.data.source} has a label: name those that count as "
-            "known in "
-            "config.data.labelled_csv, or another config.data.split."
+            f"every clip of {trained.stage.data.source} has a label: list the labelled ones in "
+            "config.data.labelled_csv, or set another config.data.split."
         )
     wanted = sample_selection.SELECT[spec.strategy](
         probabilities, found[""], open_to, spec.num_clips, experiment.seed

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published weights become a checkpoint of ours, with a report of what was matched; and go back
-under their names.
+"""Converts published weights to a checkpoint, with a report of matched arrays, and exports them
+back.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ from particlejax.train import pretrained, stage
 from particlejax.train.log import say
 
 STAGE = "import"  # of the checkpoint
-_MOST = 30  # names of a list in the report
+_MOST = 30  # names listed in the report
 
 
 def import_weights(spec: ImportSpec, workdir: Path, name: str) -> None:
-    """Job 'import_weights': `config.weights` into `config.model`, and out to `config.export_path`
-    where that is named.
+    """Job 'import_weights': loads `config.weights` into `config.model`; exports to
+    `config.export_path` if it is set.
     """
     del name
     if not spec.model:
@@ -87,7 +87,9 @@ def _sentence(report: names.Report) -> str:
         f"{len(report.matched)} arrays matched, {len(report.missing)} missing, "
         f"{len(report.unused)} unused"
     )
-    return text + ("; the missing ones are random, in an export as well" if report.missing else "")
+    return text + (
+        "; missing ones are randomly initialized, also in an export" if report.missing else ""
+    )
 
 
 def _lines(
@@ -99,20 +101,20 @@ def _lines(
         [
             [
                 "model",
-                f"{spec.model}, {figures['num_classes'] or 'no'} classes, takes {_taken(backbone)}",
+                f"{spec.model}, {figures['num_classes'] or 'no'} classes, input {_taken(backbone)}",
             ],
-            ["numbers", f"{figures['num_params']:,}"],
+            ["parameters", f"{figures['num_params']:,}"],
             ["arrays matched", figures["matched"]],
-            ["of another type, turned to float32", len(figures["cast"])],
+            ["cast to float32", len(figures["cast"])],
         ],
     )
     yield ""
     for key, meaning in (
-        ("missing", "our parameters that the weights do not have; they are random"),
-        ("unused", "arrays of the weights that this model has no place for"),
+        ("missing", "parameters that are not in the weights; randomly initialized"),
+        ("unused", "arrays of the weights that the model does not have"),
         (
             "reshaped",
-            "arrays of which axes of length one came or went, or that were read at another size",
+            "arrays with axes of length one added or removed, or interpolated to another size",
         ),
     ):
         found = figures[key]
@@ -121,14 +123,11 @@ def _lines(
         if len(found) > _MOST:
             yield f"- and {len(found) - _MOST} others, in [results.json](results.json)"
         yield ""
-    yield (
-        f"The checkpoint is in `checkpoints/{STAGE}`; `--config.weights` and `--config.weights` "
-        "take this folder."
-    )
+    yield (f"The checkpoint is in `checkpoints/{STAGE}`; `--config.weights` accepts this folder.")
 
 
 def _taken(backbone: backbones.Backbone) -> str:
-    """What a network takes, in words."""
+    """The network's input shapes and dtypes, as text."""
     return " and ".join(
         f"{' x '.join(map(str, shape))} {dtype}" for shape, dtype in backbone.spec.examples
     )

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a frozen network already tells of a data set: logistic regression on its features, which are
-computed once.
+"""Linear probe: logistic regression on features of a frozen network, which are cached.
 
 Legend: N clips, D width, C classes.
 """
@@ -30,11 +29,11 @@ from particlejax.train import pretrained, stage
 from particlejax.train.classification_metrics import scores
 from particlejax.train.log import Progress, say
 
-_STEPS = 2000  # of the regression, at most
+_STEPS = 2000  # maximum iterations of the regression
 
 
 class Frozen(NamedTuple):
-    """A network whose parameters stay as they are, and what tells them from others."""
+    """A frozen network, and what identifies it."""
 
     backbone: backbones.Backbone
     params: Params
@@ -42,8 +41,8 @@ class Frozen(NamedTuple):
 
 
 class Told(NamedTuple):
-    """Features float32 [N, D] of the readable clips of a split with their labels [N]; how many of
-    them were computed now.
+    """Features float32 [N, D] and labels int [N] of a split's readable clips; how many were
+    computed now.
     """
 
     features: np.ndarray
@@ -52,8 +51,8 @@ class Told(NamedTuple):
 
 
 def linear_probe(spec: LinearProbeSpec, workdir: Path, name: str) -> None:
-    """Job 'linear_probe': features of `config.train_split` and `config.test_split`, a regression on
-    the first, its answers on the second.
+    """Job 'linear_probe': fits on features of `config.train_split`, evaluates on
+    `config.test_split`.
     """
     del name
     begun = time.perf_counter()
@@ -83,7 +82,7 @@ def linear_probe(spec: LinearProbeSpec, workdir: Path, name: str) -> None:
     say(
         f"{spec.model} on {len(asked.label)} clips of {spec.source} ({spec.test_split}): top-1 "
         f"{figures.get('top1', float('nan')):.3f}; features of {computed} clips computed, "
-        f"{clips_seen - computed} kept from before"
+        f"{clips_seen - computed} cached"
     )
     path = workdir / "report.md"
     io.write_text(path, "\n".join(_lines(spec, figures, learnt, computed)))
@@ -91,7 +90,7 @@ def linear_probe(spec: LinearProbeSpec, workdir: Path, name: str) -> None:
 
 
 def load(spec: LinearProbeSpec | ExtractFeaturesSpec) -> Frozen:
-    """The network. Raises UserError where its weights are not found, do not fit or lack more than a
+    """The network. Raises UserError if its weights are missing, do not fit or lack more than a
     head.
     """
     found = backbones.find(spec.model)
@@ -99,11 +98,11 @@ def load(spec: LinearProbeSpec | ExtractFeaturesSpec) -> Frozen:
         (found.sound or found.text) and isinstance(spec, ExtractFeaturesSpec)
     ):
         raise UserError(
-            f"{spec.model} takes other things than videos: choose a model of videos with "
-            "config.model, such as i3d."
+            f"{spec.model} does not take video: choose a video model with config.model, such as "
+            "i3d."
         )
     if spec.weights == "random":
-        say("weights are random: features are those of an untrained network.")
+        say("weights are random: the features are of an untrained network.")
         backbone = backbones.build(found)
         params = jax.jit(backbone.init)(jax.random.key(0))
     else:
@@ -112,9 +111,8 @@ def load(spec: LinearProbeSpec | ExtractFeaturesSpec) -> Frozen:
         lacking = [name for name in report.missing if not name.startswith("head")]
         if lacking:
             raise UserError(
-                f"{path} lacks {len(lacking)} parameters of {spec.model} ({lacking[0]}, ...): name "
-                "the model that "
-                "they are of with config.model, or other weights with config.weights."
+                f"{path} lacks {len(lacking)} parameters of {spec.model} ({lacking[0]}, ...): set "
+                "config.model to the model of these weights, or use other config.weights."
             )
         params = jax.tree.map(
             lambda leaf: leaf if isinstance(leaf, np.ndarray) else np.zeros(leaf.shape, leaf.dtype),
@@ -132,7 +130,7 @@ def load(spec: LinearProbeSpec | ExtractFeaturesSpec) -> Frozen:
 
 
 def digest(params: Params) -> str:
-    """SHA-256 of all parameters but the head's, which features do not see."""
+    """SHA-256 of all parameters except the head's, which do not affect features."""
     total = hashlib.sha256()
     for path, leaf in tree.flatten(params).items():
         if not path.startswith("head"):
@@ -143,14 +141,12 @@ def digest(params: Params) -> str:
 def tell(
     frozen: Frozen, source: sources.Source, spec: LinearProbeSpec, bad: stage.BadClips
 ) -> Told:
-    """Features of every readable, labelled clip of a source: those that are kept already, the
-    others computed and kept.
-    """
+    """Features of every readable, labelled clip of a source, computed unless they are cached."""
     net, folder = (
         frozen.backbone.spec,
         Path(spec.feature_cache_dir).expanduser() if spec.feature_cache_dir else None,
     )
-    # a Transformer has positions for its own number
+    # a Transformer has position embeddings for a fixed number of frames
     number = net.frames if net.inputs or not spec.num_frames else spec.num_frames
     data = DataSpec(num_frames=number, image_size=net.size, clip_seconds=spec.clip_seconds)
     sampling = {"frames": data.num_frames, "size": data.image_size, "seconds": data.clip_seconds}
@@ -174,7 +170,7 @@ def tell(
         part = waiting[first : first + spec.batch_size]
         read = {i: frames for i in part if (frames := _frames(i, source[i], data, bad)) is not None}
         if read:
-            # one shape, one program
+            # fixed shape: compiles once
             pixels = np.stack(
                 [*read.values(), *[next(iter(read.values()))] * (spec.batch_size - len(read))]
             )
@@ -188,9 +184,8 @@ def tell(
     progress.close()
     if not found:
         raise UserError(
-            f"{spec.source} has no readable clip with a label in {spec.train_split} or "
-            f"{spec.test_split}: name "
-            "other splits."
+            f"{spec.source} has no readable, labelled clip in {spec.train_split} or "
+            f"{spec.test_split}: set other splits."
         )
     order = sorted(found)
     return Told(
@@ -203,9 +198,7 @@ def tell(
 def key_of(
     i: int, record: sources.Record, frozen: Frozen, sampling: dict[str, Any], bad: stage.BadClips
 ) -> str:
-    """Under which name a clip's features are kept; '' for a file that is not there, which is
-    noted.
-    """
+    """Cache key of a clip's features; '' for a missing file, which is recorded."""
     try:
         return feature_store.key(record, frozen.known, sampling)
     except OSError as error:
@@ -224,14 +217,12 @@ def _frames(
 
 
 def answers(learnt: Told, asked_ND: np.ndarray, classes: int, penalty: float) -> np.ndarray:
-    """Probabilities [N, C] by a regression on the learnt features, each number of which is brought
-    to deviation one.
-    """
+    """Class probabilities [N, C] of a logistic regression on standardized features."""
     scale = StandardScaler().fit(learnt.features)
     if len(set(learnt.label)) < 2:
         raise UserError(
-            "the clips to learn from have one class alone: name a split with more with "
-            "config.train_split."
+            "the training clips have a single class: set config.train_split to a split with more "
+            "classes."
         )
     model = LogisticRegression(C=1 / penalty, max_iter=_STEPS).fit(
         scale.transform(learnt.features), learnt.label
@@ -242,7 +233,7 @@ def answers(learnt: Told, asked_ND: np.ndarray, classes: int, penalty: float) ->
 
 
 def kept(folder: Path | None, name: str) -> np.ndarray | None:
-    """What is kept under a name, None where that is nothing or damaged, which is said."""
+    """The cached features of a key, or None if they are missing or damaged; damage is logged."""
     try:
         return feature_store.load(folder, name) if folder else None
     except feature_store.Damaged as error:
@@ -253,11 +244,11 @@ def kept(folder: Path | None, name: str) -> np.ndarray | None:
 def _lines(
     spec: LinearProbeSpec, figures: dict[str, Any], learnt: Told, computed: int
 ) -> Iterator[str]:
-    yield from (f"# What {spec.model}, frozen, tells of {spec.source}", "")
+    yield from (f"# Linear probe of {spec.model} on {spec.source}", "")
     shown: Sequence[tuple[str, Any]] = (
-        ("clips learnt from", len(learnt.label)),
-        ("numbers of a clip", learnt.features.shape[1]),
-        ("clips asked", figures.get("num_clips", 0)),
+        ("training clips", len(learnt.label)),
+        ("feature width", learnt.features.shape[1]),
+        ("test clips", figures.get("num_clips", 0)),
         ("features computed now", computed),
         *(
             (f"{spec.test_split} {each}", figures[each])

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several runs of one architecture become one model (their parameters averaged), or one answer
-(their probabilities).
+"""Combines runs of one architecture: averages their parameters (model soup) or their predictions.
 
-The model is a run of its own in workdir/model, with all its parameters, whatever the runs had
-fine-tuned: with one run that is the merged export of what was trained beside a frozen base.
+The model is a run in workdir/model with all parameters, however the runs were fine-tuned; with one
+run this merges what was trained beside a frozen base.
 """
 
 from collections.abc import Callable
@@ -25,13 +24,13 @@ from particlejax.train import eval, predictions
 from particlejax.train import stage as run
 from particlejax.train.log import say
 
-MODEL = "model"  # folder of the run that comes out
-_FIGURES = ("top1", "mAP", "r2")  # by which runs are ordered, the first that there is
+MODEL = "model"  # folder of the resulting run
+_FIGURES = ("top1", "mAP", "r2")  # runs are ranked by the first of these that exists
 
 
 def model_soup(experiment: Experiment, workdir: Path, name: str) -> None:
-    """Job 'model_soup': `config.runs` measured one by one and together on `config.data`;
-    results.json, report.md, model/.
+    """Job 'model_soup': evaluates `config.runs` one by one and combined; results.json, report.md,
+    model/.
     """
     del name
     if not experiment.runs:
@@ -60,7 +59,7 @@ def model_soup(experiment: Experiment, workdir: Path, name: str) -> None:
 def _ingredients(
     experiment: Experiment, mesh: Any, said: dict[str, Any]
 ) -> tuple[run.Stage, dict[str, Params]]:
-    """The stage, and parameters by run and step. Raises UserError where they do not go together."""
+    """The stage, and parameters by run and step. Raises UserError if they are incompatible."""
     stages, found = [], {}
     for text in experiment.runs:
         folder, stage = run.split_run(text)
@@ -69,10 +68,9 @@ def _ingredients(
         ]
         if len(steps) < experiment.model_soup.last_k_checkpoints:
             raise UserError(
-                f"config.model_soup.last_k_checkpoints={experiment.model_soup.last_k_checkpoints} "
-                f"and {text} has kept {len(steps)} "
-                "checkpoints: train it "
-                "with a larger config.checkpoint.max_to_keep, or average fewer."
+                f"config.model_soup.last_k_checkpoints={experiment.model_soup.last_k_checkpoints}, "
+                f"but {text} has {len(steps)} checkpoints: train it with a larger "
+                "config.checkpoint.max_to_keep, or average fewer."
             )
         for step in steps:
             made, params = run.load_trained(text, mesh, said, step)
@@ -80,22 +78,22 @@ def _ingredients(
             found[f"{text}@{step}"] = params
     if stages[0].targets is None:
         raise UserError(
-            f"stage {stages[0].name} of {experiment.runs[0]} does not classify: name one that does "
-            "as RUN_DIR:STAGE."
+            f"stage {stages[0].name} of {experiment.runs[0]} is not a classifier: name one that "
+            "is, as RUN_DIR:STAGE."
         )
     for text, params in found.items():
         weight_average.check(next(iter(found.values())), params, text)
     for text, other in zip(found, stages, strict=True):
         if other.classes != stages[0].classes:
             raise UserError(
-                f"{text} names other classes than {experiment.runs[0]}: soups are of runs on the "
+                f"{text} has other classes than {experiment.runs[0]}: a soup needs runs with the "
                 "same labels."
             )
     return stages[0], found
 
 
 class _Kitchen:
-    """Measures parameters on one source; every clip is decoded for each."""
+    """Evaluates parameters on one source; clips are decoded again for each model."""
 
     def __init__(
         self,
@@ -121,13 +119,13 @@ class _Kitchen:
         self._predict = eval.jit_predict(stage.model, mesh, stage.targets.answers)
 
     def said(self, params: Params, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of the clips, and the answers to them."""
+        """Indices of the clips, and the predictions for them."""
         return eval.probabilities(
             self._predict, params, self._views, self.mesh, self.bad.note, name
         )
 
     def score(self, numbers: np.ndarray, found: np.ndarray) -> dict[str, Any]:
-        """Figures; predictions.csv is what was scored last."""
+        """Metrics; predictions.csv holds the last scored predictions."""
         records = [self.source[int(n)] for n in numbers]
         label = np.array([record.label for record in records], int)
         names = [record.name for record in records]
@@ -141,11 +139,11 @@ class _Kitchen:
         )
 
     def figures(self, params: Params, name: str) -> dict[str, Any]:
-        """Figures of one model."""
+        """Metrics of one model."""
         return self.score(*self.said(params, name))
 
     def serve(self, params: Params, names: list[str]) -> dict[str, Any]:
-        """Writes the model as a run, and measures it."""
+        """Writes the model as a run, and evaluates it."""
         folder, stage = self.workdir / MODEL, self.stage
         plain = replace(stage.spec, init_from="")
         made = replace(
@@ -168,9 +166,7 @@ def _average(kitchen: _Kitchen, each: dict[str, dict[str, Any]]) -> dict[str, An
 
 
 def _greedy(kitchen: _Kitchen, each: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The best first; another one is added where the mean with it is no worse (arXiv:2203.05482,
-    recipe 1).
-    """
+    """Adds runs, best first, while the average is no worse (arXiv:2203.05482, recipe 1)."""
     order = sorted(each, key=lambda name: -_figure(each[name]))
     chosen, best = order[:1], _figure(each[order[0]])
     for name in order[1:]:
@@ -185,7 +181,7 @@ def _greedy(kitchen: _Kitchen, each: dict[str, dict[str, Any]]) -> dict[str, Any
 
 
 def _ensemble(kitchen: _Kitchen, each: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Means of the answers; no model comes of it."""
+    """Averages predictions; writes no model."""
     said = [kitchen.said(params, name) for name, params in kitchen.params.items()]
     return kitchen.score(said[0][0], np.mean([found for _, found in said], axis=0)) | {
         "of": list(each)

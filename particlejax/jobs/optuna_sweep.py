@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optuna (an extra) hands out the runs of a sweep to whoever asks, or searches the settings that
-they differ in.
-"""
+"""Optuna (an extra): shares the runs of a sweep among processes, or searches their settings."""
 
 import json
 import time
@@ -11,26 +9,25 @@ from typing import Any
 
 from particlejax.core.errors import UserError, install_line
 
-_BEAT = 60  # seconds between signs of life; a run without any for twice as long is given to another
-_LISTED = 60  # seconds that the process which begins a study may take to list its runs
+_BEAT = 60  # seconds between heartbeats; a run without one for twice as long is reassigned
+_LISTED = 60  # seconds to wait for the process that creates the study
 _RUNS = "runs"
 
 
 def each(storage: str, name: str, labels: Sequence[str], work: Callable[[int], Any]) -> None:
     """Calls work(i) for labels that no other process has taken, until none is left.
 
-    Runs wait in the storage as trials and are taken one at a time; taking is atomic there, so each
-    is taken once. (Optuna's grid sampler hands out a run that another process is still at once all
-    have begun.) One that was interrupted is put back; one whose process died is taken again where a
-    database sees its signs of life stop. A journal does not: there the same sweep without a storage
-    does what is left.
+    Runs are queued in the storage as trials, and taking one is atomic, so each is taken once.
+    (Optuna's grid sampler repeats a running one once all have begun.) An interrupted run is queued
+    again. A run of a dead process is taken again if the storage is a database with heartbeats. A
+    journal has none: there, run the same sweep without a storage to finish.
     """
     optuna = _optuna()
     study = _listed(optuna, _storage(optuna, storage), name, labels)
 
     def objective(trial: Any) -> float:
         if "fixed_params" not in study.get_trials(deepcopy=False)[trial.number].system_attrs:
-            raise optuna.TrialPruned  # another process took the last one meanwhile
+            raise optuna.TrialPruned  # another process took the last one
         label = trial.suggest_categorical("run", list(labels))
         try:
             work(labels.index(label))
@@ -51,10 +48,9 @@ def search(
     space: Mapping[str, Sequence[Any]],
     measure: Callable[[dict[str, Any], int], float],
 ) -> dict[int, dict[str, Any]]:
-    """TPE over `space`, path names to the values they may have; `measure` of a choice and the
-    trial's number is maximised.
+    """TPE over `space` (paths to their values) that maximizes `measure(choice, trial number)`.
 
-    What was chosen in each trial that is over, whoever ran it and whenever, by its number.
+    Returns the choice of every finished trial of any process, by trial number.
     """
     optuna = _optuna()
     study = optuna.create_study(
@@ -70,7 +66,7 @@ def search(
             trial.suggest_categorical(key, [json.dumps(v) for v in values])
         try:
             return measure(_chosen(trial), trial.number)
-        except UserError as error:  # settings that do not go together
+        except UserError as error:  # incompatible settings
             raise optuna.TrialPruned(str(error)) from error
 
     states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
@@ -96,19 +92,16 @@ def _optuna() -> Any:
 
 
 def _storage(optuna: Any, place: str) -> Any:
-    """A database behind its URL, else a journal in a file, which a network's file system may hold
-    too.
+    """A database for a URL, else a journal file, which also works on a network file system.
 
-    Taking a run must be atomic, which it is in both; Optuna's use of SQLite lets two processes take
-    one.
+    Both take runs atomically; Optuna with SQLite may give one run to two processes.
     """
     if place.startswith("sqlite"):
         raise UserError(
-            f"config.sweep.storage={place!r}: SQLite would give a run to two processes, so name a "
-            "plain file, or a "
-            "database as mysql://... or postgresql://..."
+            f"config.sweep.storage={place!r}: SQLite may give one run to two processes: use a "
+            "plain file, or a database such as mysql://... or postgresql://..."
         )
-    with warnings.catch_warnings(action="ignore"):  # marked experimental, as it has been for years
+    with warnings.catch_warnings(action="ignore"):  # ExperimentalWarning
         if "://" not in place:
             backend = optuna.storages.journal.JournalFileBackend(place)
             return optuna.storages.JournalStorage(backend)
@@ -119,7 +112,7 @@ def _storage(optuna: Any, place: str) -> Any:
 
 
 def _listed(optuna: Any, storage: Any, name: str, labels: Sequence[str]) -> Any:
-    """The study in which every label waits once, whoever made it."""
+    """The study, with every label queued once by the process that created it."""
     try:
         study = optuna.create_study(storage=storage, study_name=name)
     except optuna.exceptions.DuplicatedStudyError:
@@ -128,14 +121,13 @@ def _listed(optuna: Any, storage: Any, name: str, labels: Sequence[str]) -> Any:
         while _RUNS not in study.user_attrs:
             if time.monotonic() > until:
                 raise UserError(
-                    f"the process that began the sweep {name} stopped before it had listed the "
-                    "runs: name another "
-                    "config.sweep.storage."
+                    f"the process that began the sweep {name} stopped before it listed the runs: "
+                    "set another config.sweep.storage."
                 ) from None
             time.sleep(0.2)
         if study.user_attrs[_RUNS] != list(labels):
             raise UserError(
-                f"config.sweep.storage holds another sweep of {name}: name another one."
+                f"config.sweep.storage holds another sweep of {name}: set another one."
             ) from None
         return study
     for label in labels:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the train step of an experiment needs and takes on a mesh, from its program compiled ahead
-of time: does it fit, what limits it, which mesh is best. For TPUs that are not there (the `libtpu`
-package) or for the devices at hand.
+"""Plans an experiment's train step on a mesh from its compiled program: memory, collectives and
+step time, for TPUs that are not present (`libtpu` package) or for local devices.
 
-Memory and collectives are the compiler's; times are estimates. Everything is for one device unless
-it says otherwise.
+Memory and collectives are the compiler's; times are estimates. Figures are per device unless stated
+otherwise.
 """
 
 import importlib.util
@@ -37,28 +36,26 @@ from particlejax.train.log import say
 from particlejax.train.train_state import TrainState, described, jit_step
 
 HERE = "here"
-_STEPS = 1000  # of a stage that counts epochs: constants of its schedule, which cost nothing
-_SPLIT = 8  # devices that share the parameters where rows are divided over more
-_TENSOR = 4  # devices that share each product in the mesh that does so
+_STEPS = 1000  # for a stage with num_epochs: only constants of its schedule depend on this
+_SPLIT = 8  # fsdp devices of the mesh with data and fsdp
+_TENSOR = 4  # tensor devices of the mesh with tensor parallelism
 _OVER = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A stage as the devices run it, how many rows its batches have, and what they cost: operations
-    over all devices.
-    """
+    """A stage as the devices run it, its batch size in rows, and its FLOPs over all devices."""
 
     stage: run.Stage
-    goal: Any  # what labels ask of the head
+    goal: Any  # targets of the labels
     rows: int
     operations: int
 
 
 def plan(spec: PlanSpec, workdir: Path, name: str) -> None:
-    """Job 'plan': each topology with each mesh; results.json and report.md. Raises UserError where
-    it cannot.
+    """Job 'plan': each topology with each mesh; writes results.json and report.md. Raises UserError
+    if a topology is unavailable.
     """
     del name
     found: dict[str, dict[str, Any]] = {}
@@ -74,7 +71,7 @@ def plan(spec: PlanSpec, workdir: Path, name: str) -> None:
             found[label] = figures(prepared, mesh, chip)
             found[label]["seconds_to_compile"] = round(time.monotonic() - begun, 1)
             say(f"{label}: {_sentence(found[label])}")
-            # each may take minutes
+            # after each mesh, as one may take minutes
             io.write_json(workdir / run.RESULTS, {stage.name: found, "best": best(found)})
     path = workdir / "report.md"
     io.write_text(path, "\n".join(_lines(spec, stage, found)) + "\n")
@@ -83,9 +80,7 @@ def plan(spec: PlanSpec, workdir: Path, name: str) -> None:
 
 
 def prepare(spec: PlanSpec, devices: Sequence[jax.Device]) -> Prepared:
-    """The stage for these devices. Its operations are those of plain attention: kernels compute
-    some of it twice.
-    """
+    """The stage for these devices. FLOPs are of plain attention: fused kernels recompute some."""
     plain, goal = stage_of(spec, "xla")
     rows = spec.per_device_batch_size * len(devices) or plain.spec.batch_size
     alone = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), sharding.AXES)
@@ -95,13 +90,13 @@ def prepare(spec: PlanSpec, devices: Sequence[jax.Device]) -> Prepared:
 
 
 def stage_of(spec: PlanSpec, attention: str) -> tuple[run.Stage, Any]:
-    """The stage with its targets; its clips are asked for only where they say what the classes are.
+    """The stage with its targets; the source is opened only if it defines the classes.
 
-    attention: as config.model.attention_impl, where the experiment leaves it 'auto'.
+    attention: replaces config.model.attention_impl='auto'.
     """
     if not spec.experiment:
         raise UserError(
-            "config.experiment is empty: name the file to plan with "
+            "config.experiment is empty: set the file to plan with "
             "--config.experiment=experiments/NAME.py."
         )
     config = config_files.load(spec.experiment)
@@ -113,7 +108,7 @@ def stage_of(spec: PlanSpec, attention: str) -> tuple[run.Stage, Any]:
     if name not in experiment.stages:
         known = ", ".join(experiment.stages) or "none"
         raise UserError(
-            f"config.stage={spec.stage!r} is no stage of {spec.experiment}: it has {known}."
+            f"config.stage={spec.stage!r} is not a stage of {spec.experiment}: it has {known}."
         )
     chosen = experiment.stages[name]
     if not registry.classifies(chosen.objectives):
@@ -126,21 +121,21 @@ def stage_of(spec: PlanSpec, attention: str) -> tuple[run.Stage, Any]:
 
 
 def topologies(spec: PlanSpec) -> list[str]:
-    """Their names, one by one."""
+    """The topologies of config.topology."""
     return [each.strip() for each in spec.topology.split(",")]
 
 
 def devices_of(topology: str) -> Sequence[jax.Device]:
-    """The devices at hand for 'here', of 'here:N' the first N, else those of a TPU topology. Raises
-    UserError where it cannot.
+    """Local devices for 'here', the first N for 'here:N', else those of a TPU topology. Raises
+    UserError if they are unavailable.
     """
     place, _, number = topology.partition(":")
     if place == HERE:
         devices = jax.devices()
         if number and not (number.isdigit() and 0 < int(number) <= len(devices)):
             raise UserError(
-                f"config.topology={topology!r}: of the devices at hand name 1 to {len(devices)}, "
-                f"as in {HERE}:1."
+                f"config.topology={topology!r}: use 1 to {len(devices)} local devices, such as "
+                f"{HERE}:1."
             )
         return devices[: int(number)] if number else devices
     if importlib.util.find_spec("libtpu") is None:
@@ -148,29 +143,28 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
             f"config.topology={topology!r} needs the TPU compiler: run "
             f"`{install_line('plan')}`, or plan for {HERE!r}."
         )
-    # else it asks a cloud for the machine that it runs on
+    # else libtpu queries the cloud's metadata server
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    # else one plan at a time: no chip is used that they could fight over
+    # else only one process may load libtpu; no chip is used here
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    jax.config.update("jax_platforms", "cpu")  # else jax looks for the TPU that is not here
-    # no device is here that could load a program again
+    jax.config.update("jax_platforms", "cpu")  # else jax searches for a TPU
+    # no local device could load a cached program
     jax.config.update("jax_enable_compilation_cache", False)
-    from jax.experimental import topologies  # its TPU part is there with libtpu alone
+    from jax.experimental import topologies  # its TPU part needs libtpu
 
-    # else a host has at least four
+    # default: at least four chips a host
     alone = {} if set(number.split("x")) - {"1"} else {"chips_per_host_bounds": [1, 1, 1]}
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology, **alone).devices
     except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
         raise UserError(
-            f"config.topology={topology!r} is no TPU that the compiler knows: write it as "
-            "v5e:16x16, v5p:4x4x4 or "
-            "v6e:16x16."
+            f"config.topology={topology!r} is not a TPU topology: write it as v5e:16x16, "
+            "v5p:4x4x4 or v6e:16x16."
         ) from error
 
 
 def candidates(devices: int) -> list[MeshSpec]:
-    """Meshes worth a comparison: rows divided alone, parameters too, both, and products as well."""
+    """Meshes to compare: data, fsdp, both, and fsdp with tensor parallelism."""
     found = [MeshSpec(), MeshSpec(data=1, fsdp=-1)]
     if devices > _SPLIT and devices % _SPLIT == 0:
         found.append(MeshSpec(fsdp=_SPLIT))
@@ -180,12 +174,12 @@ def candidates(devices: int) -> list[MeshSpec]:
 
 
 def figures(prepared: Prepared, mesh: Mesh, chip: accelerators.Chip | None) -> dict[str, Any]:
-    """All that is known of the step on a mesh; parameters and batch are shapes alone."""
+    """The figures of the step on a mesh; parameters and batch are abstract shapes."""
     spec, stage = prepared.stage.spec, prepared.stage
     sharding.check_rows(
         prepared.rows // spec.grad_accum_steps,
         mesh,
-        f"config.stages.{stage.name}.rows / accumulate",
+        f"config.stages.{stage.name}.batch_size / grad_accum_steps",
     )
     traced, state = _traced(stage, prepared.goal, prepared.rows, mesh)
     clips = prepared.rows * stage.data.clips_per_row
@@ -225,7 +219,7 @@ def _traced(
 
 
 def batch_of(stage: run.Stage, rows: int) -> Batch:
-    """Shapes of the batches as they come from the data."""
+    """Abstract shapes of the data's batches."""
     row = pipeline.example(
         pipeline.row_of(stage.data, stage.particles, stage.spec.scale_schedule), 1
     )
@@ -233,7 +227,7 @@ def batch_of(stage: run.Stage, rows: int) -> Batch:
 
 
 def _held(part: Any) -> int:
-    """Bytes of one device's share."""
+    """Bytes on one device."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(part)
     )
@@ -271,22 +265,22 @@ def _text(compiled: jax.stages.Compiled) -> str:
         return compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
         raise UserError(
-            f"JAX {jax.__version__} cannot read what this libtpu compiled: run `pip install "
-            f"'jax[tpu]=={jax.__version__}'`, which brings the one that it knows."
+            f"JAX {jax.__version__} cannot read the output of this libtpu: run `pip install "
+            f"'jax[tpu]=={jax.__version__}'` for the matching version."
         ) from error
 
 
 def estimates(operations: float, cost: hlo_cost.Cost, chip: accelerators.Chip) -> dict[str, Any]:
-    """Seconds of a step, none of them measured: each term alone at the chip's best, and the
-    compiler's own where it has one.
+    """Estimated seconds of a step: each term at the chip's peak rate, and the compiler's own
+    estimate.
 
-    The roofline is the longest term, as though the others hid behind it; a step takes no less.
+    The roofline is the longest term, a lower bound of the step that assumes full overlap.
     """
     sent = sum(each.sent for each in cost.collectives)
     terms = {"compute": operations / chip.product, "hbm": cost.bytes / chip.stream}
     if chip.wire:
         terms["ici"] = sent / chip.wire
-    elif sent:  # devices of one memory
+    elif sent:  # devices share one memory
         terms["hbm"] += sent / chip.stream
     binds = max(terms, key=terms.get)
     found = {
@@ -303,7 +297,7 @@ def estimates(operations: float, cost: hlo_cost.Cost, chip: accelerators.Chip) -
 
 
 def best(found: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Of each topology the mesh that fits with the least estimated step."""
+    """For each topology, the mesh that fits and has the least estimated step time."""
     chosen: dict[str, tuple[float, str]] = {}
     for label, each in found.items():
         if each["fits"] and "estimates" in each:
@@ -323,14 +317,13 @@ def _sentence(each: dict[str, Any]) -> str:
         f" of {each['memory'] / 2**30:.1f}" if each["memory"] else ""
     )
     if not each["fits"]:
-        return f"does not fit, it wants {wants} on each device"
+        return f"does not fit: needs {wants} per device"
     if "estimates" not in each:
-        return f"{wants} on each device"
+        return f"{wants} per device"
     guess = each["estimates"]
     milliseconds = guess["step"] * 1e3
     return (
-        f"{wants} on each device, a step of about {milliseconds:.3g} ms, bound by "
-        f"{guess['bottleneck']}"
+        f"{wants} per device, about {milliseconds:.3g} ms a step, limited by {guess['bottleneck']}"
     )
 
 
@@ -338,14 +331,14 @@ def _lines(spec: PlanSpec, stage: run.Stage, found: dict[str, dict[str, Any]]) -
     count = next(iter(found.values()))["num_params"]
     yield from (f"# {spec.experiment}, stage {stage.name}: {count / 1e6:.2f} M parameters", "")
     yield from (
-        "Compiled, not run. For one device, in GiB (2^30); FLOPs from shapes, in T (10^12).",
+        "Compiled, not run. Per device, in GiB (2^30); FLOPs from shapes, in T (10^12).",
         "",
     )
     head = [
         "",
         "clips a step",
         "parameters",
-        "optimiser",
+        "optimizer",
         "temporaries",
         "all",
         "memory",
@@ -374,8 +367,8 @@ def _lines(spec: PlanSpec, stage: run.Stage, found: dict[str, dict[str, Any]]) -
     )
     yield from ("", *_times(found), "")
     for topology, mesh in best(found).items():
-        yield f"Best for {topology}, as far as estimates tell: {mesh}."
-    yield from ("", "Collectives of a step, the dearest first:", "")
+        yield f"Best for {topology}by estimate: {mesh}."
+    yield from ("", "Collectives of a step, most bytes first:", "")
     yield from table(
         ["", "", "axes", "times", "MiB sent"],
         [
@@ -395,7 +388,7 @@ def _lines(spec: PlanSpec, stage: run.Stage, found: dict[str, dict[str, Any]]) -
 def _times(found: dict[str, dict[str, Any]]) -> Iterator[str]:
     timed = {label: each for label, each in found.items() if "estimates" in each}
     if not timed:
-        yield "This kind of device is not in chips.py, so no time is estimated."
+        yield "This device kind is not in core/accelerators.py, so no time is estimated."
         return
     rates = (
         "measured on this machine in float32"
@@ -403,9 +396,9 @@ def _times(found: dict[str, dict[str, Any]]) -> Iterator[str]:
         else "as published"
     )
     yield from (
-        f"Estimates in ms, at the chip's best rates ({rates}); no step was run. The compiler's "
-        "leaves out kernels of "
-        "attention, what is streamed is counted high where a chip keeps it in fast memory:",
+        f"Estimates in ms, at the chip's peak rates ({rates}); no step was run. The compiler's "
+        "estimate omits attention kernels; HBM bytes are an upper bound if data stays in on-chip "
+        "memory:",
         "",
     )
     rows = []
@@ -429,7 +422,7 @@ def _times(found: dict[str, dict[str, Any]]) -> Iterator[str]:
         "ici",
         "bottleneck",
         "roofline",
-        "compiler's",
+        "compiler",
         "share of peak",
         "clips/s a device",
     ]

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names what people do in a video: the likeliest actions on screen, in results.json, and in a
-picture of report.md.
+"""Predicts the actions in videos; prints the top classes, writes results.json and report.md.
 
 Legend: T frames, H rows, W columns.
 """
@@ -26,14 +25,14 @@ from particlejax.reports.markdown import table
 from particlejax.train import pretrained, stage
 from particlejax.train.log import Progress, say
 
-# Kinetics-400's names in the order of its published label map, which is alphabetical.
+# Kinetics-400's class names in the order of its published label map, which is alphabetical.
 _KINETICS = Path(zoo.__file__).with_name("kinetics400.txt")
 _LABELS = "label_map.txt"
 _MOST_PICTURES = 50
 
 
 class Recogniser(NamedTuple):
-    """A network with its parameters and the names of its classes."""
+    """A network, its parameters and class names."""
 
     backbone: backbones.Backbone
     params: Params
@@ -41,20 +40,18 @@ class Recogniser(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What was said of a video: the likeliest actions with their probabilities, and a picture in
-    the workdir or ''.
-    """
+    """Top classes of a video with their probabilities, and a picture in the workdir or ''."""
 
     answer: dict[str, float]
     picture: str
 
 
 def predict(spec: PredictSpec, workdir: Path, name: str) -> None:
-    """Job 'predict': the likeliest actions in every video of `config.videos`."""
+    """Job 'predict': the top classes of every video of `config.videos`."""
     del name
     files = _files(spec.videos)
     recogniser = load(spec)
-    # a Transformer has positions for so many frames and no others
+    # a Transformer has position embeddings for a fixed number of frames
     if recogniser.backbone.spec.inputs:
         spec = dataclasses.replace(spec, num_frames=recogniser.backbone.spec.frames)
     classify = jax.jit(
@@ -68,7 +65,7 @@ def predict(spec: PredictSpec, workdir: Path, name: str) -> None:
             windows, times = watch(path, spec, recogniser.backbone.spec.size)
         except Unreadable as error:
             bad[str(path)] = error.reason
-            say(f"{path} cannot be read ({error.reason}): it is left out.")
+            say(f"{path} is unreadable ({error.reason}): skipped.")
         else:
             each = [
                 jax.nn.softmax(classify(recogniser.params, window[None]))[0] for window in windows
@@ -88,18 +85,17 @@ def predict(spec: PredictSpec, workdir: Path, name: str) -> None:
 
 
 def load(spec: PredictSpec) -> Recogniser:
-    """The network with its weights. Raises UserError where these are not found or not whole, or
-    where it has no actions.
+    """The network with its weights. Raises UserError if they are missing or incomplete, or if it
+    does not classify actions.
     """
     if not backbones.find(spec.model).video or not getattr(
         backbones.find(spec.model).net, "classes", 0
     ):
         raise UserError(
-            f"{spec.model} names no actions in videos: choose another model with config.model, "
-            "such as i3d."
+            f"{spec.model} does not classify actions: choose another config.model, such as i3d."
         )
     if spec.weights == "random":
-        say("weights are random: the answers mean nothing.")
+        say("weights are random: predictions are meaningless.")
         backbone = backbones.build(backbones.find(spec.model))
         params = jax.jit(backbone.init)(jax.random.key(0))
         return Recogniser(backbone, params, _labels(spec, None, params))
@@ -108,25 +104,23 @@ def load(spec: PredictSpec) -> Recogniser:
     if report.missing:
         raise UserError(
             f"{path} lacks {len(report.missing)} parameters of {spec.model} ({report.missing[0]}, "
-            "...): "
-            "name the model that they are of with config.model, or other weights with "
-            "config.weights."
+            "...): set config.model to the model of these weights, or use other config.weights."
         )
     return Recogniser(backbone, jax.device_put(params), _labels(spec, path, params))
 
 
 def find_weights(spec: PredictSpec) -> Path:
-    """The named weights, else the installed package's. Raises UserError where there are neither."""
+    """config.weights, else those of the installed package. Raises UserError if neither exists."""
     if spec.weights:
         return Path(spec.weights).expanduser()
     return packages.find(spec.model, "weights")
 
 
 def watch(path: Path, spec: PredictSpec, size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Windows of a video, each uint8 [T, size, size, 3] from its centre, and their frames' times in
-    seconds.
+    """Evenly spaced windows of a video, each uint8 [T, size, size, 3] center crops, and frame times
+    [T] in seconds.
 
-    They are spread evenly; a video shorter than one shows its last frame until the window is over.
+    A video shorter than a window repeats its last frame.
     """
     span = spec.num_frames / spec.fps
     with Video(str(path)) as video:
@@ -156,13 +150,13 @@ def _best(probabilities: np.ndarray, labels: Sequence[str], top: int) -> dict[st
 def _files(text: str) -> list[Path]:
     if not text:
         raise UserError(
-            "config.videos is empty: name a video, or a folder of them, with --config.videos=PATH."
+            "config.videos is empty: set a video, or a folder of them, with --config.videos=PATH."
         )
     path = Path(text).expanduser()
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
         if not files:
-            raise UserError(f"{path} holds no video: name a folder with files such as clip.mp4.")
+            raise UserError(f"{path} contains no video: give a folder with files such as clip.mp4.")
         return files
     if not path.exists():
         raise UserError(f"{path} does not exist: check config.videos.")
@@ -188,16 +182,16 @@ def _labels(spec: PredictSpec, weights: Path | None, params: Params) -> tuple[st
         return labels
     if spec.class_names:
         raise UserError(
-            f"{path} has {len(labels)} names where the model has {classes} classes: name its label "
+            f"{path} has {len(labels)} names but the model has {classes} classes: use its label "
             "map."
         )
     return tuple(f"class {i}" for i in range(classes))
 
 
 def _lines(spec: PredictSpec, seen: dict[str, Seen], bad: dict[str, str]) -> Iterator[str]:
-    yield from (f"# What {spec.model} sees", "")
+    yield from (f"# Predictions of {spec.model}", "")
     if spec.weights == "random":
-        yield from ("The weights are random: the answers mean nothing.", "")
+        yield from ("The weights are random: predictions are meaningless.", "")
     for path, (answer, picture) in seen.items():
         yield from (f"## {path}", "")
         rows: list[list[Any]] = [[label, f"{p:.3f}"] for label, p in answer.items()]
@@ -205,7 +199,7 @@ def _lines(spec: PredictSpec, seen: dict[str, Seen], bad: dict[str, str]) -> Ite
         if picture:
             yield from (f"![{next(iter(answer))}](<{picture}>)", "")
     if bad:
-        yield from (f"## {len(bad)} videos cannot be read", "")
+        yield from (f"## {len(bad)} unreadable videos", "")
         yield from (
             *table(["video", "reason"], [[path, reason] for path, reason in bad.items()]),
             "",

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converts a source into a sharded TFDS data set, in a pool of processes or as an Apache Beam
-pipeline.
-"""
+"""Converts a source to a sharded TFDS data set, in a process pool or an Apache Beam pipeline."""
 
 import multiprocessing
 from collections.abc import Iterable, Iterator
@@ -18,9 +16,7 @@ from particlejax.train.log import Progress, say
 
 
 def prepare_data(experiment: Experiment, workdir: Path, name: str) -> None:
-    """Job 'prepare_data': `config.data.source` becomes OUT/NAME/1.0.0; shards that are there
-    already are left alone.
-    """
+    """Job 'prepare_data': writes `config.data.source` to OUT/NAME/1.0.0; keeps existing shards."""
     del name
     spec = experiment.prepare
     plan = data.plan(
@@ -34,7 +30,7 @@ def prepare_data(experiment: Experiment, workdir: Path, name: str) -> None:
     left, whole = plan.left, len(plan.shards)
     say(
         f"prepare: {whole} shards into {plan.folder}"
-        + (f", {whole - len(left)} are there" if len(left) < whole else "")
+        + (f", {whole - len(left)} exist" if len(left) < whole else "")
     )
     progress = Progress("prepare_data", whole, whole - len(left), unit="shard")
     for _ in _beam(left, spec.num_workers) if spec.beam else _pool(left, spec.num_workers):
@@ -43,21 +39,21 @@ def prepare_data(experiment: Experiment, workdir: Path, name: str) -> None:
     figures = data.finish(plan)
     bad = figures.pop("bad")
     for clip, reason in bad.items():
-        say(f"clip {clip} cannot be read ({reason}): it is left out.")
+        say(f"clip {clip} is unreadable ({reason}): skipped.")
     stage.add_results(workdir, "prepare_data", figures, bad)
     if len(bad) > experiment.data.max_unreadable:
         raise UserError(
-            f"{len(bad)} clips cannot be read, more than "
+            f"{len(bad)} clips are unreadable, more than "
             f"config.data.max_unreadable={experiment.data.max_unreadable}: see "
-            f"{workdir / stage.RESULTS}, mend them or raise the limit."
+            f"{workdir / stage.RESULTS}, repair them or raise the limit."
         )
     for split, count in figures["num_clips"].items():
         if not count:
-            say(f"split {split} has no clip that can be read: it is left out.")
+            say(f"split {split} has no readable clips: skipped.")
     if not any(figures["num_clips"].values()):
         raise UserError(
-            f"not one clip of {experiment.data.source} can be read, so there is no data set: see "
-            f"{workdir / stage.RESULTS} for each one's reason."
+            f"no clip of {experiment.data.source} is readable, so no data set is written: "
+            f"{workdir / stage.RESULTS} lists the reasons."
         )
     say(f"prepared {figures['num_clips']} clips: use --config.data.source=tfds:{plan.folder}")
 
@@ -74,9 +70,8 @@ def _pool(shards: Iterable[data.Shard], workers: int) -> Iterator[Any]:
                 raise
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker of prepare was killed, by the system where memory was short: give the same "
-            "command again "
-            "with fewer --config.prepare.num_workers, what is written stays."
+            "a worker process was killed, perhaps for lack of memory: run the same command again "
+            "with fewer --config.prepare.num_workers; written shards are kept."
         ) from error
 
 

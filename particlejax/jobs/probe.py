@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the frozen encoder of a run knows: k-NN, linear and attentive probes of the classes,
-retrieval between modalities, and how well the run's own objectives do on clips that it has not
-seen.
+"""Probes a run's frozen encoder: k-NN, linear and attentive accuracy, retrieval between modalities,
+and its objectives on unseen clips.
 
-Legend: N clips, D width, E width of an embedding, C classes.
+Legend: N clips, D width, E embedding width, C classes.
 """
 
 import itertools
@@ -32,13 +31,13 @@ from particlejax.train import eval
 from particlejax.train import stage as run
 from particlejax.train.log import say
 
-_ITERATIONS = 2000  # of the regression, at most
+_ITERATIONS = 2000  # maximum iterations of the regression
 _RANKS = (1, 5, 10)
 
 
 class Told(NamedTuple):
-    """Labels [N] of the clips of a split, -1 for none, and features float64 [N, D] by the name of
-    `evaluate.jit_features`.
+    """Labels int [N] of a split, -1 for unlabelled, and features float64 [N, D] by the names of
+    `eval.jit_features`.
     """
 
     label: np.ndarray
@@ -46,11 +45,11 @@ class Told(NamedTuple):
 
 
 def probe(spec: ProbeSpec, workdir: Path, name: str) -> None:
-    """Job 'probe': results.json and report.md of `config.run`."""
+    """Job 'probe': probes `config.run`; writes results.json and report.md."""
     del name
     if not spec.run:
         raise UserError(
-            "config.run is empty: name the run whose encoder is probed with --config.run=RUN_DIR."
+            "config.run is empty: set the run whose encoder is probed with --config.run=RUN_DIR."
         )
     mesh = sharding.make_mesh(MeshSpec())
     said = {
@@ -91,7 +90,7 @@ def probe(spec: ProbeSpec, workdir: Path, name: str) -> None:
 
 
 def tell(stage: run.Stage, params: Params, spec: ProbeSpec, split: str, bad: run.BadClips) -> Told:
-    """Features of every readable clip of a split. Raises UserError where there is none."""
+    """Features of every readable clip of a split. Raises UserError if there is none."""
     mesh = sharding.make_mesh(MeshSpec())
     source = sources.open_source(stage.data.source, split, stage.data.cache_dir, stage.classes)
     names = ordered(stage.example.particles)
@@ -109,17 +108,14 @@ def tell(stage: run.Stage, params: Params, spec: ProbeSpec, split: str, bad: run
     )
     if found is None:
         raise UserError(
-            f"no clip of {stage.data.source} ({split}) can be read: name another split with "
-            "config.train_split and "
-            "config.test_split."
+            f"no clip of {stage.data.source} ({split}) is readable: set other splits with "
+            "config.train_split and config.test_split."
         )
     return Told(np.array([source[int(n)].label for n in numbers], int), found)
 
 
 def classes(learnt: Told, asked: Told, spec: ProbeSpec) -> dict[str, dict[str, float]]:
-    """Accuracy of each probe, by what it is shown; {} where the clips have fewer than two
-    classes.
-    """
+    """Accuracy of each probe, by modality; {} if the clips have fewer than two classes."""
     known, there = learnt.label >= 0, asked.label >= 0
     if len(set(learnt.label[known])) < 2 or not there.any():
         return {}
@@ -144,10 +140,9 @@ def classes(learnt: Told, asked: Told, spec: ProbeSpec) -> dict[str, dict[str, f
 
 
 def retrieval(features: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """Share of clips whose own is among the nearest R, from each embedded modality to each other;
-    median rank, from 1.
+    """Recall at R = 1, 5, 10 and median rank (from 1) between each pair of embedded modalities.
 
-    What a clip lacks has the embedding of nothing, and so counts as not found.
+    A clip without a modality has the embedding of empty input, and so counts as not found.
     """
     units = {
         name.removeprefix("embed/"): each
@@ -157,7 +152,7 @@ def retrieval(features: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
     found = {}
     for one, other in itertools.permutations(units, 2):
         alike = units[one] @ units[other].T
-        # of equals the clip's own counts last
+        # ties rank the correct clip last
         rank = (alike >= np.diag(alike)[:, None]).sum(axis=1)
         found[f"{one} to {other}"] = {f"R@{k}": float((rank <= k).mean()) for k in _RANKS} | {
             "median rank": float(np.median(rank))
@@ -168,7 +163,7 @@ def retrieval(features: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
 def measured(
     stage: run.Stage, params: Params, spec: ProbeSpec, bad: run.BadClips
 ) -> dict[str, float]:
-    """The objectives' own metrics on the tested split."""
+    """The objectives' own metrics on the test split."""
     mesh = sharding.make_mesh(MeshSpec())
     source = sources.open_source(
         stage.data.source, spec.test_split, stage.data.cache_dir, stage.classes
@@ -178,10 +173,10 @@ def measured(
 
 
 def _lines(spec: ProbeSpec, figures: dict[str, Any]) -> Iterator[str]:
-    yield from (f"# What the encoder of {spec.run} knows ({spec.weights} weights)", "")
+    yield from (f"# Probes of the encoder of {spec.run} ({spec.weights} weights)", "")
     if figures["classes"]:
         yield from table(
-            ["shown", *next(iter(figures["classes"].values()))],
+            ["input", *next(iter(figures["classes"].values()))],
             [
                 [shown, *(f"{value:.3f}" for value in each.values())]
                 for shown, each in figures["classes"].items()

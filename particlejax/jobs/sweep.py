@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several runs of one experiment, each with some settings of its own: run, resumed, tabled and
-plotted.
+"""Sweeps: several runs of one experiment with different settings; resumable, with a table and
+plots.
 
-Every run has a folder of its own, runs/NAME/SEED, and is a run like any other; the table is read
-from those folders, so it is whole whoever ran them. Runs are shared out by Optuna's storage where
-one is named: nothing here schedules.
+Every run has its own folder, runs/NAME/SEED, and is an ordinary run. The table is read from these
+folders, so it is complete whichever process trained them. Optuna's storage, if set, shares the runs
+among processes.
 """
 
 import dataclasses
@@ -42,21 +42,19 @@ class Run(NamedTuple):
     experiment: Experiment
 
     def folder(self, top: Path) -> Path:
-        """Where it lives."""
+        """The run's folder."""
         return top / "runs" / self.name / f"seed{self.seed}"
 
 
 def sweep(experiment: Experiment, top: Path, name: str) -> None:
-    """Job 'sweep': all runs of config.sweep, or config.sweep.num_trials trials; then results.json
-    and report.md.
+    """Job 'sweep': all runs of config.sweep, or config.sweep.num_trials trials; results.json,
+    report.md.
     """
     del name
     spec = experiment.sweep
     if not spec.runs:
-        raise UserError(
-            "config.sweep.runs is empty: name runs, each with the settings that are its own."
-        )
-    runs = plan(experiment)  # first all of them: a misspelt key ends the sweep before it begins
+        raise UserError("config.sweep.runs is empty: give runs, each a name with its settings.")
+    runs = plan(experiment)  # check all runs before the first starts
     _check_metric(runs, spec.metric)
     if spec.num_trials:
         runs = _search(experiment, top)
@@ -74,14 +72,13 @@ def sweep(experiment: Experiment, top: Path, name: str) -> None:
     failed = [f"{key} ({row['error']})" for key, row in figures.items() if row["error"]]
     if failed:
         raise UserError(
-            f"{len(failed)} of {len(figures)} have runs that failed: {'; '.join(failed[:3])}: mend "
-            "what they say "
-            "and give the same command again."
+            f"{len(failed)} of {len(figures)} have failed runs: {'; '.join(failed[:3])}: fix the "
+            "cause and run the same command again."
         )
 
 
 def _check_metric(runs: list[Run], metric: str) -> None:
-    """Raises UserError where a run will not have the figure that the sweep compares by."""
+    """Raises UserError if a run will not have the metric of the sweep."""
     parts = metric.split("/", 2)
     if len(parts) < 3:
         raise UserError(f"config.sweep.metric={metric!r}: write it as stage/split/figure.")
@@ -107,8 +104,8 @@ def _check_metric(runs: list[Run], metric: str) -> None:
 
 
 def plan(experiment: Experiment) -> list[Run]:
-    """All runs, seed by seed so that a sweep that is stopped has whole rows for some seeds. Raises
-    UserError for wrong ones.
+    """All runs, ordered by seed, so that a stopped sweep has complete seeds. Raises UserError if
+    one is invalid.
     """
     spec = experiment.sweep
     return [
@@ -133,9 +130,7 @@ def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
 
 
 def _search(experiment: Experiment, top: Path) -> list[Run]:
-    """Trials in which each setting that the runs differ in takes any of the values that it has in
-    one of them.
-    """
+    """Trials that combine all values which each differing setting has in any of the runs."""
     spec = experiment.sweep
     space: dict[str, list[Any]] = {}
     for changes in spec.runs.values():
@@ -167,7 +162,7 @@ def _search(experiment: Experiment, top: Path) -> list[Run]:
         for number, chosen in tried.items()
         if (top / "runs" / f"trial{number:03d}").exists()
     }
-    # the others' settings do not go together
+    # the others had incompatible settings
     return [trial(chosen, number) for number, chosen in began.items()]
 
 
@@ -180,11 +175,11 @@ def _flat(changes: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, An
 
 
 def _one(each: Run, top: Path) -> Path:
-    """Runs one, or what is left of it; a run that cannot be leaves a sentence in its folder."""
+    """Trains or resumes one run; a UserError is written to error.txt in its folder."""
     folder = each.folder(top)
     stages = run.read_results(folder)
     if all("train" in stages.get(stage, {}) for stage in each.experiment.stages):
-        say(f"{folder}: done before")
+        say(f"{folder}: already done")
         return folder
     run_dir.enter(folder, each.experiment)
     error = folder / "error.txt"
@@ -198,7 +193,7 @@ def _one(each: Run, top: Path) -> Path:
 
 
 def collect(runs: list[Run], metric: str, top: Path) -> dict[str, dict[str, Any]]:
-    """For each name what its runs so far have come to: figures of every seed, and their means."""
+    """For each name the figures of all finished seeds, with mean and standard deviation."""
     stage, split, figure = metric.split("/", 2)
     found: dict[str, dict[str, Any]] = {}
     for each in runs:
@@ -244,7 +239,7 @@ def _report(experiment: Experiment, figures: dict[str, dict[str, Any]], top: Pat
         f"# {top.name}",
         "",
         f"`{spec.metric}` over {len(spec.seeds)} seeds: mean and standard deviation. Costs are of "
-        "training: particles and operations from shapes, clips a second and seconds as they were "
+        "training: particles and FLOPs are computed from shapes, clips/s and seconds are "
         "measured.",
         "",
     )
@@ -257,7 +252,7 @@ def _report(experiment: Experiment, figures: dict[str, dict[str, Any]], top: Pat
             "GFLOP a clip",
             "clips/s",
             "seconds",
-            "on the front",
+            "on the Pareto front",
         ],
         [
             [
@@ -275,7 +270,7 @@ def _report(experiment: Experiment, figures: dict[str, dict[str, Any]], top: Pat
     )
     missing = [name for name, row in figures.items() if not row["values"]]
     if missing:
-        yield from ("", f"Without a figure yet: {', '.join(missing)}.")
+        yield from ("", f"No result yet: {', '.join(missing)}.")
     if done:
         for cost, label in _COSTS.items():
             points = {
@@ -286,11 +281,11 @@ def _report(experiment: Experiment, figures: dict[str, dict[str, Any]], top: Pat
                 points, front(done, cost), top / "report" / f"pareto_{cost}.png", label, spec.metric
             )
             yield from ("", f"![{spec.metric} against {label}](report/pareto_{cost}.png)")
-    yield from ("", "Each run has a report of its own in [runs](runs).", "")
+    yield from ("", "Each run has its own report in [runs](runs).", "")
 
 
 def front(figures: Mapping[str, Mapping[str, Any]], cost: str) -> list[str]:
-    """Names that nothing cheaper is at least as good as, from cheap to dear."""
+    """Names on the Pareto front, from cheap to expensive: no cheaper run is at least as good."""
     best, found = -np.inf, []
     for name in sorted(
         figures, key=lambda each: (np.mean(figures[each][cost]), -figures[each]["mean"])

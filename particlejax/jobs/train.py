@@ -12,7 +12,7 @@ from particlejax.train.stage import read_results
 
 
 def train(experiment: Experiment, workdir: Path, name: str) -> None:
-    """Job 'train'."""
+    """Job 'train': trains all stages, writes pictures and report.md, prints the main figures."""
     mesh = sharding.make_mesh(experiment.mesh)
     say(f"devices: {sharding.describe(mesh)}")
     log = MetricLog(workdir, experiment.log, name, as_dict(experiment))

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""report.md: what a run did and how well, with pictures, from the files that it left in its
-folder.
-"""
+"""Writes report.md of a run: results, curves and pictures, from the files in its folder."""
 
 import json
 from collections.abc import Iterator
@@ -15,7 +13,7 @@ from particlejax.core import io
 from particlejax.reports import plots
 from particlejax.train import classification_metrics
 
-_MOST_BAD, _PAIRS = 20, 5  # lines of the lists
+_MOST_BAD, _PAIRS = 20, 5  # maximum lengths of lists
 _ANSWERS = {
     "mAP": "mean average precision",
     "f1_micro": "F1 (micro)",
@@ -25,17 +23,17 @@ _ANSWERS = {
     "rmse": "root mean squared error",
     "r2": "variance explained",
 }
-# of objectives' metrics, those that a curve is drawn of
+# objective metrics that are plotted
 _SHARES = ("top1", "acc_within_1", "batch_recall_at_1", "feature_std")
 _CAPTIONS = {
-    "kept": "What the encoder saw: the outlined particles, the dimmed rest was hidden from it.",
-    "reconstruction": "Hidden particles as the decoder draws them. Look for objects where they "
-    "should be and moving as they "
-    "should. Where targets are normalised, each particle's own mean and contrast are lent to the "
-    "picture; "
-    "where data.temporal_mean_scale is below 1, what does not move was hardly asked for.",
-    "rollout": "The second half of a clip, drawn step by step from the first: each step reads what "
-    "the ones before it made.",
+    "kept": "Input of the encoder: visible particles are outlined, masked ones dimmed.",
+    "reconstruction": "Masked particles as predicted by the decoder. Objects should be in "
+    "the right place and move correctly. With norm_pix_loss, mean and "
+    "contrast of each particle are the target's. With "
+    "data.temporal_mean_scale below 1, the static background has little "
+    "weight in the loss.",
+    "rollout": "The second half of a clip, predicted step by step from the first half; each "
+    "step reads the previous predictions.",
 }
 
 
@@ -52,8 +50,8 @@ def write(workdir: Path) -> Path:
     text += [
         "",
         *_bad(bad),
-        "The settings of this run are in [config.json](config.json), every figure over time in "
-        "`metrics.jsonl` and TensorBoard's `tensorboard/`.",
+        "The config is [config.json](config.json); all metrics over time are in "
+        "`metrics.jsonl` and `tensorboard/`.",
         "",
     ]
     path = workdir / "report.md"
@@ -76,7 +74,7 @@ def _evaluated(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _answered(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Where clips have several classes, or a number."""
+    """Splits with multi-label or regression metrics."""
     return {split: each for split, each in figures.items() if "mAP" in each or "rmse" in each}
 
 
@@ -152,10 +150,7 @@ def _stage(
         for name, curve in _shares(each).items()
     }:
         plots.curves(shares, workdir / "report" / f"{stage}_shares.png", stage, shares=True)
-        yield from (
-            f"![what is told rightly, and how far features are spread](report/{stage}_shares.png)",
-            "",
-        )
+        yield from (f"![accuracy and feature std during training](report/{stage}_shares.png)", "")
     for kind, caption in _CAPTIONS.items():
         if (workdir / "report" / f"{stage}_{kind}.png").exists():
             yield from (f"![{stage}, {kind}](report/{stage}_{kind}.png)", "", caption, "")
@@ -172,8 +167,8 @@ def _stage(
 
 
 def _shares(lines: list[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
-    """Steps and values of the metrics that are shares, and of the features' spread, which falls to
-    0 in a collapse.
+    """Steps and values of metrics between 0 and 1, and of feature_std, which falls to 0 in a
+    collapse.
     """
     keys = dict.fromkeys(key for line in lines for key in line if key.split("/")[-1] in _SHARES)
     return {
@@ -205,7 +200,7 @@ def _evaluation(workdir: Path, name: str, split: str, figures: dict[str, Any]) -
         "",
         f"![confusion on {split}](report/{name}_confusion.png)",
         "",
-        "Classes, the worst first:",
+        "Classes, lowest F1 first:",
         "",
     )
     order = sorted(classes, key=lambda each: figures["per_class"][each]["f1"])
@@ -232,12 +227,12 @@ def _confused(counts: np.ndarray, classes: list[str]) -> list[str]:
     off = counts * (1 - np.eye(len(classes), dtype=int))
     order = np.argsort(-off, axis=None, kind="stable")[:_PAIRS]
     found = [np.unravel_index(i, off.shape) for i in order]
-    return [f"{classes[i]} taken for {classes[j]} ({off[i, j]})" for i, j in found if off[i, j]]
+    return [f"{classes[i]} as {classes[j]} ({off[i, j]})" for i, j in found if off[i, j]]
 
 
 def _bad(bad: list[dict[str, str]]) -> Iterator[str]:
     if bad:
-        yield from (f"## {len(bad)} clips could not be read and were left out", "")
+        yield from (f"## {len(bad)} clips were unreadable and skipped", "")
         yield from table(
             ["clip", "reason"], [[each["path"], each["reason"]] for each in bad[:_MOST_BAD]]
         )
@@ -245,7 +240,7 @@ def _bad(bad: list[dict[str, str]]) -> Iterator[str]:
 
 
 def table(head: list[str], rows: list[list[Any]]) -> Iterator[str]:
-    """Lines of a Markdown table."""
+    """Yields the lines of a Markdown table."""
     for row in (head, ["---"] * len(head), *rows):
         yield "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |"
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a report, PNG: curves, confusion, particles that were kept, reconstructions.
+"""Plots of a report, PNG: curves, confusion matrices, visible particles, reconstructions.
 
-Legend: T frames, H rows, W columns, N particles, P numbers of a payload.
+Legend: T frames, H rows, W columns, N particles, P payload size.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,17 +15,17 @@ from matplotlib.patches import Rectangle
 
 from particlejax.particles.painting import TICK, inside
 
-_FRAMES = 8  # of a strip
+_FRAMES = 8  # in a strip
 _DPI = 100
-_MOST_CLASSES = 25  # whose counts are still legible in a confusion matrix
-_DIMMED = 0.25  # brightness of what no particle covers
+_MOST_CLASSES = 25  # a confusion matrix shows counts up to this many classes
+_DIMMED = 0.25  # brightness outside all particles
 
 
 def kept_strip(
     frames: np.ndarray, times: np.ndarray, place: np.ndarray, extent: np.ndarray, path: Path
 ) -> None:
-    """Up to eight of frames uint8 [T, H, W, 3] side by side; particles place, extent [K, 3]
-    outlined, the rest dimmed.
+    """Up to eight of frames uint8 [T, H, W, 3] in a row; particles place, extent [K, 3] are
+    outlined and the rest is dimmed.
     """
     height, width = frames.shape[1:3]
     shown = _pick(len(frames))
@@ -70,8 +70,8 @@ def reconstruction(rows: Mapping[str, np.ndarray], times: np.ndarray, path: Path
 
 
 def answers(frames: np.ndarray, times: np.ndarray, found: Mapping[str, float], path: Path) -> None:
-    """Up to eight of frames uint8 [T, H, W, 3] under the likeliest answer, and a bar for each
-    answer's probability.
+    """Up to eight of frames uint8 [T, H, W, 3] titled with the top class, and a bar for each
+    probability.
     """
     shown = _pick(len(frames))
     figure = Figure(
@@ -98,7 +98,7 @@ def curves(
     title: str,
     shares: bool = False,
 ) -> None:
-    """Each series of (steps, values) as a line: losses, or shares from 0 to 1."""
+    """A line for each series of (steps, values): losses, or metrics from 0 to 1."""
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     ax = figure.subplots()
     for name, (steps, values) in series.items():
@@ -115,7 +115,7 @@ def curves(
 
 
 def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], path: Path) -> None:
-    """Counts [C, C], rows true, coloured by share of the row."""
+    """Counts [C, C], rows are true classes, colored by fraction of the row."""
     counts = np.asarray(matrix, float)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = 2.0 + 0.32 * len(classes)
@@ -148,8 +148,8 @@ def pareto(
     cost: str,
     figure: str,
 ) -> None:
-    """Named points (cost, mean, spread), those of one family (what stands before the first '-') in
-    one colour, `best` joined.
+    """Points (cost, mean, std) with error bars, one color per family (the name before the first
+    '-'); `best` are joined.
     """
     canvas = Figure(figsize=(7, 4.5), layout="constrained")
     ax = canvas.subplots()
@@ -174,7 +174,7 @@ def pareto(
 
 
 def histograms(series: Mapping[str, Sequence[float]], path: Path, title: str, unit: str) -> None:
-    """How often each value occurs, one outline for each series."""
+    """Histograms of the series, as outlines."""
     figure = Figure(figsize=(6, 3), layout="constrained")
     ax = figure.subplots()
     every = np.concatenate([np.asarray(values, float) for values in series.values()])

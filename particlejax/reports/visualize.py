@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of what a stage does: the particles that were kept, and what was made of the rest."""
+"""Pictures of a stage: visible particles, reconstructions and rollouts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +20,13 @@ from particlejax.particles.types import Batch, Particles
 from particlejax.reports import plots
 from particlejax.train import stage as run
 
-_CLIP = 1  # of the measured split, the first to try
-_LATER = 0.5  # share of the clip that a rollout predicts
+_CLIP = 1  # index in the split of the first clip to try
+_LATER = 0.5  # fraction of the clip that a rollout predicts
 
 
 class _Shown(NamedTuple):
-    """A trained stage and one clip that it is shown: frames uint8 [T, H, W, 3], times [T], and a
-    batch of that alone.
+    """A trained stage and one clip: frames uint8 [T, H, W, 3], times [T] in seconds, and a batch of
+    the clip.
     """
 
     stage: run.Stage
@@ -37,9 +37,7 @@ class _Shown(NamedTuple):
 
 
 def draw(workdir: Path, name: str, mesh: Mesh) -> None:
-    """Pictures in report/ of what a stage does to particles of pixels; where no clip can be read,
-    none.
-    """
+    """Writes pictures of a stage on pixel particles to report/; none if no clip is readable."""
     stage, params = run.load_trained(f"{workdir}:{name}", mesh, {})
     ways = {
         objective: way
@@ -50,7 +48,7 @@ def draw(workdir: Path, name: str, mesh: Mesh) -> None:
         if objective in stage.spec.objectives
         and stage.spec.objectives[objective].modality == clips.VISION
     }
-    if not ways:  # nobody sees whether sound was drawn well
+    if not ways:  # pictures of other modalities say nothing
         return
     split = stage.spec.val_split or stage.data.split
     source = sources.open_source(stage.data.source, split, stage.data.cache_dir)
@@ -73,10 +71,10 @@ def draw(workdir: Path, name: str, mesh: Mesh) -> None:
 
 
 def _draw_masked(shown: _Shown, folder: Path, mesh: Mesh) -> None:
-    """NAME_kept.png and NAME_reconstruction.png."""
+    """Writes NAME_kept.png and NAME_reconstruction.png."""
     stage, params, frames, times, batch = shown
     spec, name = stage.spec.objectives["masked_autoencoder"], stage.name
-    # ask for everything that is hidden
+    # predict all masked particles
     shape = type(spec)(**{**vars(spec), "target_ratio": spec.mask_ratio})
     predict = jax.jit(
         sharding.on(
@@ -95,7 +93,7 @@ def _draw_masked(shown: _Shown, folder: Path, mesh: Mesh) -> None:
 
 
 def _draw_next(shown: _Shown, folder: Path, mesh: Mesh) -> None:
-    """NAME_rollout.png: the second half of the clip, step by step from the first."""
+    """Writes NAME_rollout.png: the second half of the clip, predicted step by step."""
     stage, params, frames, times, batch = shown
     spec, whole = stage.spec.objectives["future_prediction"], batch.particles[clips.VISION]
     duration = whole.extent[whole.segment > 0][:, 0].max()
@@ -118,7 +116,7 @@ def _draw_next(shown: _Shown, folder: Path, mesh: Mesh) -> None:
     future = _paint(
         replace(row, segment=np.where(made, row.segment, 0)), payload, past, stage, times
     )
-    pixels = {"original": frames / 255, "the past": past, "rollout": future}
+    pixels = {"original": frames / 255, "context": past, "rollout": future}
     plots.reconstruction(
         {
             name: np.clip(video * 255, 0, 255).round().astype(np.uint8)
@@ -136,7 +134,7 @@ def _paint(
     stage: run.Stage,
     times: np.ndarray,
 ) -> np.ndarray:
-    """The canvas [T, H, W, 3] of pixels in [0, 1] with these particles on it."""
+    """Paints these particles on the canvas [T, H, W, 3], pixels in [0, 1]."""
     real = particles.segment > 0
     pixels = clips.pixel_scale(stage.data, stage.particles).to_pixels(payload[real])
     return painting.paint(
@@ -167,19 +165,18 @@ def _rows(
     normalised: bool,
 ) -> dict[str, np.ndarray]:
     payload = answer.predicted
-    # the model knows each particle's contrast only up to these two numbers, which are lent to it
-    # here
+    # with norm_pix_loss the model predicts normalized pixels: use the target's mean and std
     if normalised:
         true = answer.query.payload
         payload = payload * true.std(-1, keepdims=True) + true.mean(-1, keepdims=True)
 
     seen = _paint(answer.visible, answer.visible.payload, np.full(frames.shape, 0.5), stage, times)
     made = _paint(answer.query, payload, seen, stage, times)
-    pixels = {"original": frames / 255, "seen by the\nencoder": seen, "reconstruction": made}
-    # what stands still was hardly asked for: show what moves by itself
+    pixels = {"original": frames / 255, "visible": seen, "reconstruction": made}
+    # the static part has little weight in the loss: show the moving part alone
     if stage.data.temporal_mean_scale < 1:
         pixels |= {
-            f"{name},\nwhat moves": 0.5 + pixels[name] - pixels[name].mean(axis=0)
+            f"{name},\nmotion": 0.5 + pixels[name] - pixels[name].mean(axis=0)
             for name in ("original", "reconstruction")
         }
     return {

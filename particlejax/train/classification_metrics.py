@@ -90,7 +90,7 @@ def write_predictions(
     probabilities: np.ndarray,
     classes: Sequence[str],
 ) -> None:
-    """Writes one row a clip: path, label ('' if unlabelled), predicted, and p:CLASS for each class."""
+    """Writes a row a clip: path, label ('' if unlabelled), predicted, p:CLASS for each class."""
     rows = (
         [
             name,
