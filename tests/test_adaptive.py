@@ -174,7 +174,7 @@ def test_the_fine_ones_go_to_what_moves(name: str) -> None:
             ParticleSpec("adaptive", BASE, budget=50, num_levels=4),
             "not tiled by the coarsest particles",
         ),
-        (ParticleSpec("run_length", BASE), "budget and threshold are 0"),
+        (ParticleSpec("run_length", BASE), "budget and run_threshold are 0"),
         (ParticleSpec("run_length", BASE, budget=50), "less than the 96 runs"),
         (ParticleSpec("adaptive", (3, 4, 4), budget=99), "16 frames are not a multiple"),
     ],

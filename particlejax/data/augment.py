@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random changes of a clip that leave what happens in it alone: the same for all its frames, pure
-in the generator.
+"""Random augmentations of clips, the same for all frames; deterministic given the generator.
 
 Legend: T frames, H rows, W columns; frames are uint8 [T, H, W, 3].
 """
@@ -14,17 +13,17 @@ from PIL import Image, ImageEnhance, ImageOps
 from particlejax.config import plugins
 from particlejax.config.experiment import AUGMENTATIONS, AugmentSpec
 
-_GREY = 115  # what is brought in from outside the picture, and what erasing leaves
-_ERASED = (0.02, 0.33)  # share of the picture
-_ASPECT = 0.3  # narrowest erased box: height over width, or the other way round
-_HUE = 0.25  # of the other jitters, as a share of the colour circle times a half
+_GREY = 115  # fill value of geometric operations and random erasing
+_ERASED = (0.02, 0.33)  # area range of random erasing, as a fraction of the frame
+_ASPECT = 0.3  # minimum aspect ratio of an erased box, either way
+_HUE = 0.25  # hue jitter relative to the other jitters, in half turns of the color circle
 
 Change = TypeVar("Change", bound=Callable[..., np.ndarray])
 Picture = Callable[[Image.Image], Image.Image]
 
 
 def pictures(frames: np.ndarray, spec: AugmentSpec, rng: np.random.Generator) -> np.ndarray:
-    """Colour jitter, RandAugment, erasing and those of plugins, in this order."""
+    """Applies color jitter, RandAugment, random erasing and plugin augmentations, in this order."""
     steps = [*_jitter(spec.color_jitter, rng)] if spec.color_jitter else []
     if spec.randaug_num_ops:
         steps += [
@@ -44,17 +43,17 @@ CUSTOM: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {}
 
 
 def _custom(name: str) -> Callable[[np.ndarray, np.random.Generator], np.ndarray]:
-    """A plugin's augmentation; data workers import plugins only when one of theirs is asked for."""
+    """Returns a plugin's augmentation; data workers import plugins on first use."""
     if name not in CUSTOM:
         plugins.load_inherited()
     return CUSTOM[name]
 
 
 def register_augmentation(name: str) -> Callable[[Change], Change]:
-    """Adds an augmentation by a decorator: `config.data.augment.custom` may then name it.
+    """Decorator that registers an augmentation for `config.data.augment.custom`.
 
-    The function is (frames uint8 [T, H, W, 3], generator) -> frames of the same shape and type,
-    with no other randomness than the generator's. Raises ValueError for a name that is taken.
+    The function maps (frames uint8 [T, H, W, 3], generator) to frames of the same shape and dtype;
+    all randomness must come from the generator. Raises ValueError for a name that is taken.
     """
 
     def register(change: Change) -> Change:
@@ -105,7 +104,7 @@ def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
     )
 
 
-# Ranges as in RandAugment: magnitude 1 is the strongest of its ten steps.
+# Ranges as in RandAugment: magnitude 1 is its level 10.
 _OPERATIONS: dict[str, Callable[[Image.Image, float, int], Image.Image]] = {
     "identity": lambda image, m, s: image,
     "autocontrast": lambda image, m, s: ImageOps.autocontrast(image),
@@ -139,7 +138,7 @@ def _erase(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _box(
     size: tuple[int, int], area: float, aspect: float, rng: np.random.Generator
 ) -> tuple[slice, slice]:
-    """Rows and columns of a box of this share of the picture, as far as it fits."""
+    """Returns rows and columns of a box with this fraction of the frame, clipped to the frame."""
     sides = (np.sqrt(area * aspect), np.sqrt(area / aspect))
     spans = []
     for n, share in zip(size, sides, strict=True):
@@ -152,7 +151,7 @@ def _box(
 def mix(
     frames: np.ndarray, others: np.ndarray, spec: AugmentSpec, rng: np.random.Generator
 ) -> tuple[np.ndarray, float]:
-    """MixUp or CutMix of two clips of one shape, and the share of the first in the result."""
+    """Mixes two clips of one shape by MixUp or CutMix; also returns the weight of the first."""
     kinds = [kind for kind in ("mixup_alpha", "cutmix_alpha") if getattr(spec, kind)]
     kind = kinds[int(rng.integers(len(kinds)))]
     alpha = getattr(spec, kind)
@@ -168,15 +167,15 @@ def mix(
 
 
 def loudness(sound: np.ndarray, spec: AugmentSpec, rng: np.random.Generator) -> np.ndarray:
-    """Sound float32 [N] by up to `spec.gain` dB louder or softer."""
+    """Changes the volume of audio float32 [N] by up to `spec.audio_gain_db` dB."""
     return sound * np.float32(10 ** (rng.uniform(-spec.audio_gain_db, spec.audio_gain_db) / 20))
 
 
 def empty_bands(
     mel: np.ndarray, spec: AugmentSpec, rng: np.random.Generator, fill: float
 ) -> np.ndarray:
-    """SpecAugment of log-mel spectra [F, M]: bands of up to a fifth of time and of frequency are
-    set to `fill`.
+    """SpecAugment on log-mel spectrograms [F, M]: sets bands of up to a fifth of time and frequency
+    to `fill`.
     """
     mel = mel.copy()
     for axis, n in enumerate(mel.shape):

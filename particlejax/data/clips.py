@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a record to what is seen, heard and read of it, and to its particles. Pure in the generator.
+"""Loads records as clips (frames, audio, text, ...) and cuts clips into particles. Deterministic
+given the generator.
 
-Legend: T frames, H rows, W columns, N samples, F spectra, M mels, C channels.
+Legend: T frames, H rows, W columns, N samples, F spectrogram frames, M mel bands, C channels.
 """
 
 from collections.abc import Mapping
@@ -25,18 +26,16 @@ from particlejax.particles.types import Particles
 
 VISION, AUDIO, TEXT = modalities.VISION, modalities.AUDIO, modalities.TEXT
 TIMESERIES = modalities.TIMESERIES
-FEATURE_MODALITIES = modalities.FEATURES  # what frozen networks said
+FEATURE_MODALITIES = modalities.FEATURES  # of frozen networks
 
-_ASPECT = 4 / 3  # a random crop's sides differ by at most this factor
+_ASPECT = 4 / 3  # maximum aspect ratio of random crops
 _BILINEAR, _MIRROR = Image.Resampling.BILINEAR, Image.Transpose.FLIP_LEFT_RIGHT
-_SMALL = 64  # pixels of the side up to which frames are resized together
-_TRIES = 10  # random crops that may fall outside the picture before its largest square is taken
+_SMALL = 64  # maximum side in pixels of frames that are resized together
+_TRIES = 10  # attempts for a random crop inside the frame, before the center crop
 
 
 class View(NamedTuple):
-    """Which of several looks at a clip, when evaluating: number in 0..of-1 along time and across
-    the picture.
-    """
+    """An evaluation view: index in 0..count-1 of the temporal clip and of the spatial crop."""
 
     time: int
     times: int
@@ -45,18 +44,17 @@ class View(NamedTuple):
 
 
 CENTRE = View(0, 1, 0, 1)
-Look = View | np.random.Generator  # training draws, evaluation names
+Look = View | np.random.Generator  # training samples, evaluation uses fixed views
 
 
 @dataclass(frozen=True)
 class Clip:
-    """What was read of a record: frames uint8 [T, size, size, 3].
+    """The decoded data of a record: frames uint8 [T, size, size, 3].
 
-    All times count from the clip's start, where the sampled span begins; each frame stands for its
-    own T-th of it (`starts`). sound: samples float32 [N] from the start on, None where there
-    is none. words: ids int32 [n]. channels: float32 [n, C] from the start on, or None. seconds: the
-    span. kept: by modality particles of what networks said before. T is 0 where only those are
-    asked for, and words: then no frame is decoded.
+    All times count from the start of the sampled span; each frame covers a T-th of it (`starts`).
+    sound: samples float32 [N] from the start, or None. words: token ids int32 [n]. channels:
+    float32 [n, C] from the start, or None. seconds: length of the span. kept: precomputed feature
+    particles by modality. T is 0 if only features and text are loaded; then no frame is decoded.
     """
 
     frames: np.ndarray
@@ -68,22 +66,20 @@ class Clip:
 
     @property
     def starts(self) -> np.ndarray:
-        """When each frame's share of the span begins, seconds, float32 [T]."""
+        """Start of each frame within the span in seconds, float32 [T]."""
         count = len(self.frames)
         return (np.arange(count) * (self.seconds / max(count, 1))).astype(np.float32)
 
 
 def load(record: Record, spec: DataSpec, look: Look, may_flip: bool = True) -> Clip:
-    """Decodes what the spec's modalities ask for. Raises decode.Unreadable, also when it takes too
-    long.
-    """
+    """Decodes the data of the spec's modalities. Raises decode.Unreadable, also on a timeout."""
     return timeout.within(
         spec.decode_timeout_seconds, partial(_load, record, spec, look, may_flip), record.video
     )
 
 
 def decodes(spec: DataSpec) -> bool:
-    """Whether frames are decoded: not for kept features, alone or with words."""
+    """Whether frames are decoded: not for precomputed features, alone or with text."""
     return not set(FEATURE_MODALITIES) & set(spec.modalities) or bool(
         {VISION, AUDIO, TIMESERIES} & set(spec.modalities)
     )
@@ -96,7 +92,7 @@ def _load(record: Record, spec: DataSpec, look: Look, may_flip: bool) -> Clip:
     with frame_cache.opened(record.video, side, spec.ram_cache_gib, record.whole_frames) as video:
         length = max(record.until(video.duration) - record.start, 1 / video.fps)
         offset, times, span = moments(length, 1 / video.fps, spec, look)
-        # past its end a clip shows its last frame
+        # beyond its end, a clip repeats its last frame
         held = np.minimum(offset + times, length - 0.5 / video.fps)
         frames = _see(video, record.start + held, spec, look, may_flip)
         origin, whole = video.origin, video.duration
@@ -115,7 +111,7 @@ def _load(record: Record, spec: DataSpec, look: Look, may_flip: bool) -> Clip:
 def _unseen(record: Record, spec: DataSpec, look: Look) -> Clip:
     kept = _read(record, spec)
     length = max(each.length for each in kept.values())
-    # how long a frame is does not matter to a span
+    # the frame duration does not affect the span
     offset, _, span = moments(length, length, spec, look)
     text = (
         tokenizer.encode(record.caption, spec.text)
@@ -178,8 +174,8 @@ def _hear(
 
 
 def longest(spec: DataSpec, own: float) -> float:
-    """Seconds of sound, series or features that a row has room for: the modality's own setting,
-    else the span of the frames.
+    """Maximum seconds of audio, series or features in a row: the modality's max_seconds, else
+    clip_seconds.
     """
     return own or spec.clip_seconds
 
@@ -187,11 +183,11 @@ def longest(spec: DataSpec, own: float) -> float:
 def particles_of(
     clip: Clip, data: DataSpec, spec: ParticleSpec, rng: np.random.Generator
 ) -> dict[str, Particles]:
-    """The clip's particles by modality; what a clip lacks has no entry. Vision is uint8:
-    `pixel_scale` reads it.
+    """Returns the clip's particles by modality; missing modalities have no entry. Vision is uint8,
+    see `pixel_scale`.
 
-    Sound, words and series stand on the clock of the frames. Where the policy does not spend the
-    budget itself, a random part of the vision is kept.
+    Audio, text and series use the time axis of the frames. If the policy does not use the budget
+    itself, a random subset of vision particles is kept.
     """
     made = {VISION: _vision(clip, spec, rng)} if VISION in data.modalities else {}
     if clip.sound is not None:
@@ -209,7 +205,7 @@ def _vision(clip: Clip, spec: ParticleSpec, rng: np.random.Generator) -> Particl
 
 
 def pixel_scale(data: DataSpec, spec: ParticleSpec) -> PixelScale:
-    """How vision payloads become what the model reads."""
+    """Returns the normalization of vision payloads."""
     return PixelScale(data.image_mean, data.image_std, data.temporal_mean_scale, spec.patch_size[0])
 
 
@@ -220,7 +216,7 @@ def _audio(sound: np.ndarray, data: DataSpec, rng: np.random.Generator) -> Parti
         mel = augment.empty_bands(mel, data.augment, rng, 0.0)
     times = (np.arange(len(mel)) * spec.hop_seconds).astype(np.float32)
     base = (spec.patch_size[0], spec.patch_size[1], 1)
-    if len(mel) < base[0]:  # shorter than a patch: silence follows
+    if len(mel) < base[0]:  # shorter than a patch: pad with silence
         quiet = (np.log(1e-6) - spec.mean) / spec.std
         mel = np.pad(mel, ((0, base[0] - len(mel)), (0, 0)), constant_values=quiet).astype(
             np.float32
@@ -236,7 +232,7 @@ def _series(channels: np.ndarray, data: DataSpec) -> Particles:
 
 
 def _text(ids: np.ndarray, seconds: float) -> Particles:
-    """Words over the whole clip, their index as the row axis."""
+    """Returns tokens that cover the whole clip in time, with their index on the row axis."""
     n = len(ids)
     row = (np.arange(n) + 0.5) / n
     place = np.stack([np.full(n, seconds / 2), row, np.full(n, 0.5)], axis=-1).astype(np.float32)
@@ -247,8 +243,8 @@ def _text(ids: np.ndarray, seconds: float) -> Particles:
 def moments(
     length: float, frame: float, spec: DataSpec, look: Look
 ) -> tuple[float, np.ndarray, float]:
-    """Where the span begins, the frames' times from there on, and how long it is; `frame` is one
-    frame of the file.
+    """Returns start of the span, frame times from there, and length of the span, in seconds;
+    `frame` is the duration of a frame of the file.
     """
     drawn = isinstance(look, np.random.Generator)
     if spec.frame_sampling == "dense":
@@ -270,7 +266,7 @@ def moments(
 
 
 def _crop(size: tuple[int, int], spec: DataSpec, look: Look) -> tuple[float, ...]:
-    """The part that is looked at: left, top, right, bottom in pixels."""
+    """Returns the crop box: left, top, right, bottom in pixels."""
     height, width = size
     if isinstance(look, View):
         side, place = min(size), look.crop / (look.crops - 1) if look.crops > 1 else 0.5
@@ -290,11 +286,11 @@ def _crop(size: tuple[int, int], spec: DataSpec, look: Look) -> tuple[float, ...
 def crop_resize(
     frames: np.ndarray, box: tuple[float, ...], size: int, mirrored: bool = False
 ) -> np.ndarray:
-    """The part `box` (left, top, right, bottom in pixels) of frames uint8 [T, H, W, 3] as [T, size,
-    size, 3].
+    """Crops `box` (left, top, right, bottom in pixels) from frames uint8 [T, H, W, 3] and resizes
+    it to [T, size, size, 3].
 
-    Antialiased bilinear as Pillow's, bit for bit; small pictures go through it together, one axis
-    after the other, because there its cost is in the calls.
+    Identical to Pillow's antialiased bilinear resize. Small frames are resized together, one axis
+    after the other, because the cost is per call.
     """
     if box == (0, 0, size, size) and frames.shape[1:3] == (size, size):
         return frames[:, :, ::-1] if mirrored else frames
@@ -314,7 +310,7 @@ def crop_resize(
 def _stretch(
     frames: np.ndarray, start: float, stop: float, size: int, mirrored: bool = False
 ) -> np.ndarray:
-    """Columns start..stop of frames [T, H, W, 3] as `size` columns."""
+    """Resizes columns start..stop of frames [T, H, W, 3] to `size` columns."""
     count, height, width, _ = frames.shape
     tall = Image.fromarray(np.ascontiguousarray(frames).reshape(count * height, width, 3))
     found = tall.resize((size, count * height), _BILINEAR, box=(start, 0, stop, count * height))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoded clips kept in memory: for data sets of short clips that many epochs read again."""
+"""In-memory cache of decoded clips, for data sets of short clips that are read over many epochs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +16,10 @@ _GIB = 2**30
 
 
 class Frames(Protocol):
-    """A clip that gives the frames on display at any times (seconds), uint8 [T, H, W, 3].
+    """A clip that returns the frames on display at any times (seconds), uint8 [T, H, W, 3].
 
-    size: their height and width. parts_at: of clips that stay on disk and are large, a part in one
-    pass; None for the others.
+    size: height and width of frames. parts_at: a crop in one pass, for large clips that are not
+    cached; None for others.
     """
 
     duration: float
@@ -36,7 +36,7 @@ class Frames(Protocol):
 class _Decoding:
     video: Video
     side: int
-    # whether others of these clips are kept, which must not show in the pixels of this one
+    # whether the cache is on; cached and uncached clips must have identical pixels
     whole: bool
 
     @property
@@ -67,7 +67,7 @@ class _Decoding:
 @dataclass(frozen=True)
 class _Kept:
     frames: np.ndarray
-    times: np.ndarray  # float64: the rule below is the decoder's to the last bit that matters
+    times: np.ndarray  # float64, so that `frames_at` selects the decoder's frames
     tolerance: float
     duration: float
     fps: float
@@ -85,9 +85,9 @@ class _Kept:
         return self.frames[np.clip(shown, 0, len(self.times) - 1)]
 
 
-# of this process; never more than the first that fit
+# per process; the first clips that fit stay
 _kept: dict[tuple[str | bytes, int], _Kept] = {}
-_heard: dict[tuple[str | bytes, int], np.ndarray | None] = {}  # whole tracks, kept alike
+_heard: dict[tuple[str | bytes, int], np.ndarray | None] = {}  # whole audio tracks
 _used = 0
 
 
@@ -95,9 +95,10 @@ _used = 0
 def opened(
     source: str | bytes, side: int, gib: float, whole_frames: bool = False
 ) -> Iterator[Frames]:
-    """The clip, its short side `side` pixels; whole and from memory where `gib` leaves room for it.
+    """Opens a clip with short side `side` pixels; cached in memory if `gib` leaves room for it.
 
-    whole_frames: as it is, RGB, nothing cut or scaled by the decoder. Raises decode.Unreadable.
+    whole_frames: full-size RGB frames, without cropping or scaling by the decoder. Raises
+    decode.Unreadable.
     """
     if gib > 0 and (source, side) in _kept:
         yield _kept[source, side]
@@ -135,7 +136,7 @@ def sound(
     gib: float,
     whole: float,
 ) -> np.ndarray | None:
-    """`audio.read`, from memory where `gib` leaves room for the whole track of `whole` seconds."""
+    """`audio.read` with a cache, if `gib` leaves room for the whole track of `whole` seconds."""
     global _used
     key = (source, rate)
     if key not in _heard:

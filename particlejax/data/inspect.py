@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a source holds: every file decoded once, each clip's size, rate, length and sound noted,
-look-alikes found.
+"""Summarizes a source: decodes every file once, records size, frame rate, length and audio, and
+finds near-duplicates.
 
 Legend: N clips, B bytes of a fingerprint.
 """
@@ -14,19 +14,18 @@ from PIL import Image
 from particlejax.data.sources.records import Record
 from particlejax.data.video.decode import Unreadable, Video, open_file
 
-_SHORT = 64  # pixels of the short side that frames are decoded at
-_MOMENTS = 4  # frames of a fingerprint
-_SIDE = 8  # its rows and columns of differences
-# share of bits that two prints of one scene may differ in; unrelated ones differ in about half
+_SHORT = 64  # short side of decoded frames, in pixels
+_MOMENTS = 4  # frames per fingerprint
+_SIDE = 8  # rows and columns of a frame's differences
+# maximum fraction of different bits between near-duplicates; unrelated clips differ in about half
 _ALIKE = 0.08
-# a print with fewer set or unset bits than this shows next to nothing, and would be like any other
-# such
+# fingerprints with a smaller fraction of set or unset bits are nearly uniform and not compared
 _FLAT = 0.1
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One clip: width and height in pixels, seconds, frames per second, frames of it that decode, a
+    """One clip: width and height in pixels, seconds, frames per second, number of decoded frames,
     fingerprint [B].
     """
 
@@ -42,19 +41,17 @@ class Seen:
     print: np.ndarray
 
 
-Found = Seen | tuple[str, str]  # or the clip's name and the reason for which it cannot be read
+Found = Seen | tuple[str, str]  # or the clip's name and why it is unreadable
 
 
 def seconds(file: str | bytes) -> float:
-    """How long a file is, without decoding more than its first frame. Raises Unreadable."""
+    """Returns the duration of a file by decoding at most its first frame. Raises Unreadable."""
     with Video(file) as video:
         return video.duration
 
 
 def look(records: Sequence[Record]) -> list[Found]:
-    """Decodes a file once for all these clips of it, holding a frame at a time. Raises
-    Unreadable.
-    """
+    """Decodes a file once for all these clips of it, with one frame in memory. Raises Unreadable."""
     file = records[0].video
     sound = _has_sound(file)
     with Video(file) as video:
@@ -91,7 +88,7 @@ def look(records: Sequence[Record]) -> list[Found]:
 
 
 def _end(record: Record, duration: float) -> float | str:
-    """Where a clip ends, in seconds, or the reason for which there is none of it."""
+    """Returns the end of a clip in seconds, or the reason why it is empty."""
     try:
         return float(record.until(duration))
     except Unreadable as error:
@@ -99,15 +96,13 @@ def _end(record: Record, duration: float) -> float | str:
 
 
 def _between(times: np.ndarray, record: Record) -> int:
-    """How many frames begin within a clip."""
+    """Returns the number of frames that start within a clip."""
     last = len(times) if record.end is None else np.searchsorted(times, record.end)
     return int(last - np.searchsorted(times, record.start))
 
 
 def _shown_at(video: Video, moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The frames on display at moments (seconds, ascending), small and grey, and the times of all
-    frames.
-    """
+    """Returns small gray frames at ascending moments (seconds), and the times of all frames."""
     found: list[np.ndarray] = []
     times: list[float] = []
     before = None
@@ -130,13 +125,13 @@ def _small(picture: np.ndarray) -> np.ndarray:
 
 
 def _fingerprint(small: np.ndarray) -> np.ndarray:
-    """Signs of brightness differences between neighbours in small grey pictures (dHash), packed."""
+    """Packs the signs of brightness differences between neighbors in small gray frames (dHash)."""
     return np.packbits(np.diff(small, axis=-1) > 0)
 
 
 def look_alikes(prints: np.ndarray, split: Sequence[str]) -> list[tuple[int, int]]:
-    """Pairs of clips of different splits whose prints [N, B] nearly agree: the same scene on both
-    sides of a split.
+    """Returns pairs of clips in different splits whose fingerprints [N, B] nearly agree:
+    near-duplicates.
     """
     prints, split = np.asarray(prints), np.asarray(split)
     share = np.unpackbits(prints, axis=1).mean(axis=1)

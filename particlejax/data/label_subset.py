@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Few labels: some clips of a source keep theirs, the others lose it and are left out or learnt
-from without.
-"""
+"""Training with few labels: some clips keep their labels; the others are left out or used without."""
 
 import csv
 import os
@@ -14,12 +12,12 @@ from particlejax.config.experiment import DataSpec
 from particlejax.core.typing import UserError
 from particlejax.data.sources import Listed, Mixed, Record, Source, TfdsSource, parts_of
 
-_SHOTS = 0x5407  # tells this draw from others of the same seed
+_SHOTS = 0x5407  # separates this random stream from others of the same seed
 
 
 @dataclass(frozen=True)
 class Subset:
-    """Some records of a source, with or without their labels."""
+    """Some records of a source, with or without labels."""
 
     source: Source
     numbers: tuple[int, ...]
@@ -27,7 +25,7 @@ class Subset:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Of the source."""
+        """The classes of the source."""
         return self.source.classes
 
     def __len__(self) -> int:
@@ -39,7 +37,7 @@ class Subset:
 
 
 def labels(source: Source) -> np.ndarray:
-    """Of every record its label, int [N], -1 for none; videos are not decoded for it."""
+    """Returns the label of every record, int [N], -1 if unlabeled; no video is decoded."""
     if isinstance(source, Subset):
         return (
             labels(source.source)[list(source.numbers)]
@@ -57,21 +55,19 @@ def labels(source: Source) -> np.ndarray:
 
 
 def limit(source: Source, data: DataSpec, seed: int) -> Source:
-    """The source with the labels of `data.shots` clips a class, drawn by the seed, or of the clips
-    of the file `data.labelled_csv`.
+    """Returns the source with the labels of `data.shots` clips per class, drawn by the seed, or of
+    the clips in `data.labelled_csv`.
 
-    Of the training clips `data.unlabelled_fraction` is the share that comes from the others,
-    without their labels; 0: none does. Raises UserError when a class has too few, when the file
-    does not fit, or when `fraction` would thin the rest out.
+    `data.unlabelled_fraction` is the fraction of training clips drawn from the others, without
+    labels; 0: none. Raises UserError if a class has too few clips, the file does not match, or
+    `train_fraction` is below 1.
     """
     if not data.shots and not data.labelled_csv:
         return source
     if data.train_fraction < 1:
         raise UserError(
-            f"config.data.train_fraction={data.train_fraction:g} would thin out the few clips of "
-            "data.shots or "
-            "data.labelled_csv: set it "
-            "to 1."
+            f"config.data.train_fraction={data.train_fraction:g} cannot be combined with "
+            "data.shots or data.labelled_csv: set it to 1."
         )
     kept = (
         read_list(source, data.labelled_csv)
@@ -103,29 +99,29 @@ def limit(source: Source, data: DataSpec, seed: int) -> Source:
 
 
 def draw(label: np.ndarray, shots: int, seed: int, classes: Sequence[str]) -> np.ndarray:
-    """Numbers of `shots` clips of each class that occurs, ascending. Raises UserError where a class
-    has fewer.
+    """Returns the indices of `shots` clips per class, ascending. Raises UserError if a class has
+    fewer.
     """
     rng, kept = np.random.default_rng((seed % 2**32, _SHOTS)), []
     for number in np.unique(label[label >= 0]):
-        # the first of it, so that 5 shots hold the 1 shot of this seed
+        # a prefix, so that 5 shots include the 1 shot of the same seed
         mine = rng.permutation(np.flatnonzero(label == number))
         if len(mine) < shots:
             raise UserError(
-                f"config.data.shots={shots} and class {classes[number]!r} has {len(mine)} clips: "
-                "use as many or fewer."
+                f"config.data.shots={shots}, but class {classes[number]!r} has {len(mine)} clips: "
+                "use a smaller number."
             )
         kept.append(mine[:shots])
     if not kept:
         raise UserError(
-            f"config.data.shots={shots} and no clip has a label: give clips.csv a column 'label'."
+            f"config.data.shots={shots}, but no clip has a label: add column 'label' to clips.csv."
         )
     return np.sort(np.concatenate(kept))
 
 
 def read_list(source: Source, path: str) -> np.ndarray:
-    """Numbers of the clips that a CSV names in its column `path`, ascending. Raises UserError for
-    one that is not there.
+    """Returns the indices of the clips in a CSV's column `path`, ascending. Raises UserError for an
+    unknown clip.
     """
     try:
         with open(os.path.expanduser(path), encoding="utf-8-sig", newline="") as file:
@@ -136,14 +132,13 @@ def read_list(source: Source, path: str) -> np.ndarray:
         ) from error
     if not lines or "path" not in lines[0]:
         raise UserError(
-            f"config.data.labelled_csv={path!r} has no clip in a column 'path': name the column so."
+            f"config.data.labelled_csv={path!r} has no column 'path' with clips: add it."
         )
     number = {source[i].name: i for i in range(len(source))}
     for line in lines:
         if line["path"] not in number:
             raise UserError(
-                f"config.data.labelled_csv={path!r} names {line['path']!r}, which the source does "
-                "not "
-                "have: correct it."
+                f"config.data.labelled_csv={path!r} has clip {line['path']!r}, which is not in "
+                "the source: correct the path."
             )
     return np.unique([number[line["path"]] for line in lines])

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which clip stands in which row of which batch, known before anything is decoded.
+"""The packing plan: which clip goes to which row of which batch, known before decoding.
 
-A clip's place in the order and its scale say how many slots it takes at most, so packing is a
-function of the seed: every worker and every process works out the same plan, and decodes only what
-is its own. Best fit, large ones first; what fits into no row of a batch is carried over to the
-next, so nothing is dropped.
+A clip's position in the order and its scale determine its maximum number of slots, so packing is a
+function of the seed: every worker and process computes the same plan and decodes only its own
+clips. The plan is best-fit, large clips first; clips that fit into no row are carried over to the
+next batch, so none is dropped.
 """
 
 import threading
@@ -17,15 +17,15 @@ import numpy as np
 
 from particlejax.data.scale_schedule import Schedule
 
-_AHEAD = 1.5  # clips of mixed sizes that are looked at for a batch, in batches
-_PATIENCE = 3  # batches that a clip waits at most behind larger ones
-_KEPT = 512  # batches that are remembered: readers ahead of each other ask again
-_DRAW = 0x5CA1E  # tells the draws of scales from others
-_BLOCK = 1024  # of which are made at a time
+_AHEAD = 1.5  # candidate clips of mixed sizes for a batch, in batches
+_PATIENCE = 3  # batches after which a waiting clip has priority
+_KEPT = 512  # cached batches: readers at different positions ask for them again
+_DRAW = 0x5CA1E  # separates the random stream of scales from others
+_BLOCK = 1024  # random numbers per block
 
 
 class Placed(NamedTuple):
-    """A clip: its place in the order, its row in the batch, the number of its scale."""
+    """A clip: its position in the order, its row in the batch, the index of its scale."""
 
     position: int
     row: int
@@ -33,8 +33,8 @@ class Placed(NamedTuple):
 
 
 class Carried(NamedTuple):
-    """A clip that waits: its place in the order, the number of its scale, the batch that it was
-    drawn for.
+    """A waiting clip: its position in the order, the index of its scale, the batch it was drawn
+    for.
     """
 
     position: int
@@ -43,9 +43,7 @@ class Carried(NamedTuple):
 
 
 class Stand(NamedTuple):
-    """Where the plan stands before a batch: the next place in the order, and what was carried
-    over.
-    """
+    """The state of the plan before a batch: the next position in the order, and the waiting clips."""
 
     batch: int
     position: int
@@ -53,17 +51,17 @@ class Stand(NamedTuple):
 
     @classmethod
     def of(cls, saved: list) -> "Stand":
-        """What JSON made of a stand."""
+        """Restores a state from JSON."""
         batch, position, carried = saved
         return cls(batch, position, tuple(Carried(*each) for each in carried))
 
 
 @dataclass
 class Plan:
-    """The plan of one stage: of `positions` clips or, where that is 0, without end.
+    """The plan of one stage: of `positions` clips, or endless if that is 0.
 
-    The schedule's progress is a share of `positions` or of `steps`. since: where a plan that goes
-    on may begin.
+    The schedule's progress is a fraction of `positions` or of `steps`. since: the state to resume
+    from.
     """
 
     schedule: Schedule
@@ -80,7 +78,7 @@ class Plan:
     def __post_init__(self) -> None:
         self._stand = self.since
 
-    def __getstate__(self) -> dict[str, Any]:  # for Grain's workers: each goes on by itself
+    def __getstate__(self) -> dict[str, Any]:  # for Grain's workers, each with its own plan
         return {
             name: getattr(self, name)
             for name in ("schedule", "rows", "seed", "steps", "positions", "since")
@@ -90,8 +88,8 @@ class Plan:
         self.__init__(**state)
 
     def batch(self, k: int) -> list[Placed]:
-        """The clips of batch k of all processes."""
-        if len(self.schedule.scales) == 1:  # rows that are all alike need no search
+        """Returns the clips of batch k of all processes."""
+        if len(self.schedule.scales) == 1:  # equal clips need no search
             clips, row = range(*self._span(k)), self.schedule.row.clips
             return [Placed(position, i // row, 0) for i, position in enumerate(clips)]
         with self._lock:
@@ -100,7 +98,7 @@ class Plan:
             return self._known[k]
 
     def stand(self, k: int) -> Stand:
-        """Where the plan stands before batch k."""
+        """Returns the state before batch k."""
         if len(self.schedule.scales) == 1:
             return Stand(k, self._span(k)[0])
         with self._lock:
@@ -109,12 +107,12 @@ class Plan:
             return self._stands.get(k, self._stand)
 
     def seen(self, k: int) -> int:
-        """How many clips the batches before k hold."""
+        """Returns the number of clips in the batches before k."""
         stand = self.stand(k)
         return stand.position - len(stand.carried)
 
     def batches(self) -> int:
-        """How many batches hold all of `positions`."""
+        """Returns the number of batches that hold all `positions`."""
         if len(self.schedule.scales) == 1:
             return -(-self.positions // (self.rows * self.schedule.row.clips))
         k = 0
@@ -127,7 +125,7 @@ class Plan:
         return int(min(k * number, most)), int(min((k + 1) * number, most))
 
     def _go(self, k: int) -> None:
-        """On to batch k; back to where the plan began, where what is asked for was forgotten."""
+        """Advances to batch k; restarts if batch k is no longer cached."""
         if k < self._stand.batch or k - 1 not in self._known and k == self._stand.batch:
             self._stand, self._known, self._stands = (
                 self.since if self.since.batch < k else Stand(0, 0),
@@ -147,8 +145,8 @@ class Plan:
         free = np.array([[each.length for each in row.slots.values()]] * self.rows)
         room = np.full(self.rows, row.clips)
         placed, left = [], []
-        # Who waited long comes first, so that nobody waits for ever; then the large ones, as the
-        # small ones fill gaps.
+        # Clips that waited long come first, so that none starves; then large ones, because small
+        # ones fill gaps.
         for each in sorted(
             waiting,
             key=lambda each: (each.batch + _PATIENCE > stand.batch, -self._share[each.scale]),
@@ -164,8 +162,8 @@ class Plan:
         return sorted(placed), Stand(stand.batch + 1, position, tuple(sorted(left)))
 
     def _draw(self, stand: Stand) -> tuple[list[Carried], int]:
-        """What may stand in a batch: what was carried over, and clips until there is more than it
-        holds.
+        """Returns the candidates of a batch: waiting clips, and new ones until it is more than
+        full.
         """
         waiting, position = list(stand.carried), stand.position
         held = sum(self._share[each.scale] for each in waiting)
@@ -184,14 +182,14 @@ class Plan:
 
     @cached_property
     def _wanted(self) -> np.ndarray:
-        """Slots of each scale and modality."""
+        """Slots per scale and modality."""
         return np.array(
             [[size[name] for name in self.schedule.row.slots] for size in self.schedule.sizes]
         )
 
     @cached_property
     def _share(self) -> list[float]:
-        """Of each scale, how much of a row a clip takes."""
+        """Fraction of a row that a clip takes, per scale."""
         row = self.schedule.row
         return [
             max(1 / row.clips, *(size[name] / each.length for name, each in row.slots.items()))
@@ -204,7 +202,7 @@ class Plan:
         )
 
     def _chance(self, position: int) -> float:
-        """The clip's own draw, in [0, 1)."""
+        """Returns the clip's random number in [0, 1)."""
         block, i = divmod(position, _BLOCK)
         return float(_chances(self.seed, block)[i]) if self.schedule.spec.kind == "mixture" else 0.0
 

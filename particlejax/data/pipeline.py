@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches by number: batch k is a pure function of (source, spec, seed, k), so where the data
-stands is one integer.
+"""Batches by index: batch k is a pure function of (source, spec, seed, k), so the data position is
+one integer.
 
-Grain reads ahead in threads or processes; resuming, or another number of workers or hosts, changes
-nothing of what comes. Legend: B rows, S clips of a row.
+Grain prefetches in threads or processes; resuming, or a different number of workers or hosts,
+yields identical batches. Legend: B rows, S clips of a row.
 """
 
 from collections.abc import Iterator
@@ -26,16 +26,14 @@ from particlejax.data.video.decode import Unreadable
 from particlejax.particles import packing
 from particlejax.particles.types import Batch
 
-_AHEAD = (
-    8  # batches that are ready while the first step compiles, when most clips are not in memory yet
-)
+_AHEAD = 8  # prefetched batches; they are loaded while the first step compiles
 _CUT_SEED = (
-    0x5EED  # the order in which `fraction` draws, the same for every run so that runs compare
+    0x5EED  # seed of the `train_fraction` subset, the same for all runs so that they compare
 )
 
 
 class Bad(NamedTuple):
-    """A clip that could not be decoded."""
+    """A clip that cannot be decoded."""
 
     number: int
     name: str
@@ -43,7 +41,7 @@ class Bad(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """A batch and the clips that are missing from it."""
+    """A batch and the unreadable clips that are missing from it."""
 
     batch: Batch
     bad: tuple[Bad, ...]
@@ -51,10 +49,10 @@ class Loaded(NamedTuple):
 
 @dataclass(frozen=True)
 class Batches:
-    """Training batches: every epoch holds each clip once, in another order, across all processes.
+    """Training batches: every epoch contains each clip once, in a new order, across all processes.
 
-    Of a mixture each part goes round its own epochs, drawn by weight. An unreadable clip leaves its
-    place in the row empty; it is never replaced. MixUp and CutMix take partners from the rows of
+    Each part of a mixture has its own epochs and is drawn by weight. An unreadable clip leaves its
+    position in the row empty; it is never replaced. MixUp and CutMix take partners from the rows of
     their own process.
     """
 
@@ -66,11 +64,9 @@ class Batches:
     process: int = 0
     processes: int = 1
     scales: ScaleScheduleSpec = FIXED
-    steps: int = (
-        0  # of the training, which the schedule's progress is a share of; 0: `positions` says
-    )
-    positions: int = 0  # clips after which the data ends; 0: never
-    since: Stand = Stand(0, 0)  # where the plan stood when the training was saved
+    steps: int = 0  # training steps, for the schedule's progress; 0: use `positions`
+    positions: int = 0  # number of clips after which the data ends; 0: never
+    since: Stand = Stand(0, 0)  # state of the plan to resume from
 
     def __len__(self) -> int:
         return 2**62
@@ -93,7 +89,7 @@ class Batches:
 
     @cached_property
     def plan(self) -> Plan:
-        """Which clips stand where."""
+        """The packing plan."""
         return Plan(
             Schedule(self.scales, self.data, self.particles),
             self.rows,
@@ -104,12 +100,12 @@ class Batches:
         )
 
     def clips(self, k: int) -> list[int]:
-        """Which clips batch k holds on all processes."""
+        """Returns the clips of batch k on all processes."""
         return [int(self.order[placed.position]) for placed in self.plan.batch(k)]
 
     @cached_property
     def order(self) -> grain.MapDataset:
-        """Which clip stands at each position, for ever."""
+        """The endless sequence of clip indices."""
         parts, seed = parts_of(self.source), self.seed % 2**32
         orders = [
             grain.MapDataset.source(first + chosen_clips(count, self.data.train_fraction))
@@ -127,10 +123,10 @@ class Batches:
 
 @dataclass(frozen=True)
 class Views:
-    """Every look at every clip once, for measuring: `views` = temporal clips x spatial crops; the
-    last batch is padded.
+    """Evaluation batches: every view of every clip once; `views` = temporal clips x spatial crops.
+    The last batch is padded.
 
-    `data.train_fraction` is for training: what is measured is always the whole split.
+    `data.train_fraction` does not apply: evaluation uses the whole split.
     """
 
     source: Source
@@ -165,7 +161,7 @@ class Views:
 
 
 def chosen_clips(count: int, fraction: float) -> np.ndarray:
-    """Numbers of the clips that `fraction` of `count` leaves, ascending, at least one."""
+    """Returns the ascending indices of a `fraction` of `count` clips, at least one."""
     if fraction >= 1:
         return np.arange(count)
     drawn = np.random.default_rng(_CUT_SEED).permutation(count)[: max(1, round(count * fraction))]
@@ -173,22 +169,22 @@ def chosen_clips(count: int, fraction: float) -> np.ndarray:
 
 
 def row_of(data: DataSpec, spec: ParticleSpec, scales: ScaleScheduleSpec = FIXED) -> Row:
-    """The shape of a row. Raises UserError for sizes that do not fit."""
+    """Returns the shape of a row. Raises UserError for sizes that do not fit."""
     return Schedule(scales, data, spec).row
 
 
 def vocabularies(data: DataSpec) -> dict[str, int]:
-    """Of the modalities whose payloads are ids, how many there are."""
+    """Returns the vocabulary size of each modality of token ids."""
     return {clips.TEXT: tokenizer.vocabulary(data.text)} if clips.TEXT in data.modalities else {}
 
 
 def example(row: Row, rows: int) -> Batch:
-    """A batch of zeros with the shapes and types of every batch."""
+    """Returns a batch of zeros with the shapes and dtypes of every batch."""
     return packing.pack([], [], row.slots, rows, row.clips)
 
 
 def read(batches: Batches | Views, start: int, stop: int, data: DataSpec) -> Iterator[Loaded]:
-    """Batches start..stop-1 in order, read ahead by `data.num_threads` threads or in
+    """Yields batches start..stop-1 in order, prefetched by `data.num_threads` threads or
     `data.num_workers` processes.
     """
     numbers = grain.MapDataset.source(_Slice(batches, start, stop))
@@ -198,22 +194,21 @@ def read(batches: Batches | Views, start: int, stop: int, data: DataSpec) -> Ite
     stream = numbers.to_iter_dataset(options)
     if data.num_workers:
         if not absl.flags.FLAGS.is_parsed():
-            # Grain's processes read a flag, and a notebook has parsed none
+            # Grain's processes read a flag, but a notebook parses none
             absl.flags.FLAGS.mark_as_parsed()
         stream = stream.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=data.num_workers, per_worker_buffer_size=2)
         )
     iterator = iter(stream)
-    # else Grain's workers and shared memory outlive it
+    # close it: otherwise Grain's workers and shared memory outlive it
     try:
         yield from iterator
     except RuntimeError as error:
         if "terminated unexpectedly" not in str(error):
             raise
         raise UserError(
-            "a process that decodes was killed, by the system where memory was short: give the "
-            "same command "
-            "again, it continues from the last checkpoint, with fewer config.data.num_workers."
+            "a data worker was killed, probably because memory was short: run the same command "
+            "again with fewer config.data.num_workers; it resumes from the last checkpoint."
         ) from error
     finally:
         iterator.close()
@@ -264,9 +259,7 @@ def _load(source: Source, wanted: list[_Wanted], row: Row, rows: int) -> Loaded:
 
 
 def _packed(read: list[_Read], i: int) -> packing.Clip:
-    """Clip i with its particles, the next one of its size mixed into its frames where the spec says
-    so.
-    """
+    """Returns the particles of clip i, after MixUp or CutMix with the next clip of its size if set."""
     (number, look, (data, spec), _), clip, label = read[i]
     rng = (
         look

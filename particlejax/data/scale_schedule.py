@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""At which scale each clip of a training run is read, and how many slots of a row it takes
-there.
-"""
+"""The scale of each training clip, and how many slots of a row it takes."""
 
 import bisect
 import dataclasses
@@ -22,7 +20,7 @@ _CHANNELS = 3
 
 
 class Scale(NamedTuple):
-    """How a clip is read and cut."""
+    """Sampling and particle settings of a clip."""
 
     data: DataSpec
     particles: ParticleSpec
@@ -30,7 +28,7 @@ class Scale(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The fixed shape of a row: the slots of each modality, and how many clips it has room for."""
+    """The fixed shape of a row: slots per modality, and the maximum number of clips."""
 
     slots: Mapping[str, packing.Slots]
     clips: int
@@ -38,7 +36,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A ScheduleSpec over the data and particles of a stage."""
+    """A ScaleScheduleSpec applied to the data and particles of a stage."""
 
     spec: ScaleScheduleSpec
     data: DataSpec
@@ -46,9 +44,7 @@ class Schedule:
 
     @functools.cached_property
     def scales(self) -> tuple[Scale, ...]:
-        """Every scale that may occur; those of a short cycle stand one after the other for each
-        scale of the spec.
-        """
+        """All possible scales; those of a short cycle are consecutive for each scale of the spec."""
         longs = self.spec.scales or (ScaleSpec(),)
         return tuple(
             self._scale(each, factor)
@@ -58,14 +54,14 @@ class Schedule:
 
     @functools.cached_property
     def sizes(self) -> tuple[dict[str, int], ...]:
-        """Of each scale, how many slots of each modality a clip takes at most."""
+        """Maximum slots of a clip per modality, for each scale."""
         return tuple(
             {name: each.length for name, each in slots(scale).items()} for scale in self.scales
         )
 
     @functools.cached_property
     def row(self) -> Row:
-        """`clips_per_row` clips of the largest scale, and as many smaller ones as fit."""
+        """Room for `clips_per_row` clips of the largest scale, or as many smaller ones as fit."""
         most = {
             name: max(size[name] for size in self.sizes) * self.data.clips_per_row
             for name in self.sizes[0]
@@ -80,14 +76,14 @@ class Schedule:
         )
 
     def at(self, progress: float, batch: int, draw: float) -> int:
-        """The number of the scale that a clip is read at: progress of training in [0, 1), its
-        batch, its own draw in [0, 1).
+        """Returns the scale index of a clip, from training progress in [0, 1), its batch, and its
+        random number in [0, 1).
         """
         shorts = len(self.spec.short_cycle_factors) or 1
         return self._long(progress, draw) * shorts + batch % shorts
 
     def now(self, progress: float, batch: int) -> tuple[int, ...]:
-        """The numbers of the scales that `at` may give now."""
+        """Returns the scale indices that `at` may return now."""
         draws = self._edges[:-1] if self.spec.kind == "mixture" else (0.0,)
         return tuple(self.at(progress, batch, draw) for draw in draws)
 
@@ -108,7 +104,7 @@ class Schedule:
         return self._find(progress) if spec.kind == "progressive" else 0
 
     def _find(self, at: float) -> int:
-        # a hair for what should be equal
+        # tolerance for rounding errors
         return min(bisect.bisect_right(self._edges, at + 1e-9) - 1, len(self._edges) - 2)
 
     def _scale(self, spec: ScaleSpec, factor: float) -> Scale:
@@ -124,13 +120,11 @@ FIXED = ScaleScheduleSpec()
 
 
 def slots(scale: Scale) -> dict[str, packing.Slots]:
-    """What one clip takes of a row for each modality. Raises UserError for sizes that do not
-    fit.
-    """
+    """Returns the slots of one clip per modality. Raises UserError for sizes that do not fit."""
     for name in scale.data.modalities:
         if name not in MODALITIES:
             raise UserError(
-                f"config.data.modalities names {name!r}: choose of {', '.join(MODALITIES)}."
+                f"config.data.modalities has {name!r}: choose from {', '.join(MODALITIES)}."
             )
     return {name: _SLOTS[name](scale.data, scale.particles) for name in scale.data.modalities}
 
@@ -151,10 +145,8 @@ def _audio_slots(data: DataSpec, spec: ParticleSpec) -> packing.Slots:
     mels, (spectra, bands) = data.audio.num_mels, data.audio.patch_size
     if mels % bands:
         raise UserError(
-            f"config.data.audio.num_mels={mels} is not a multiple of the {bands} bands of its "
-            "patch: "
-            "change "
-            "one of them."
+            f"config.data.audio.num_mels={mels} is not a multiple of patch_size[1]={bands}: "
+            "change one of them."
         )
     number = audio.spectra(_seconds(data, clips.AUDIO), data.audio) // spectra
     return packing.Slots(max(1, number) * (mels // bands), spectra * bands)
@@ -164,8 +156,7 @@ def _series_slots(data: DataSpec, spec: ParticleSpec) -> packing.Slots:
     del spec
     if not data.timeseries.channels:
         raise UserError(
-            "config.data.timeseries.channels is empty: name the columns of the CSV files that are "
-            "read."
+            "config.data.timeseries.channels is empty: set it to the CSV columns to read."
         )
     number = (
         round(_seconds(data, clips.TIMESERIES) * data.timeseries.sample_rate)
@@ -186,9 +177,9 @@ def _kept_slots(modality: str, data: DataSpec, spec: ParticleSpec) -> packing.Sl
         ):
             if needless:
                 raise UserError(
-                    f"config.data.{key} speaks of frames and "
-                    f"config.data.modalities={data.modalities} has none: leave "
-                    "it as it is by default, or add 'vision'."
+                    f"config.data.{key} needs frames, but "
+                    f"config.data.modalities={data.modalities} decodes none: keep its default, or "
+                    "add 'vision'."
                 )
     what = feature_reader.opened(getattr(data, modality), modality)
     return packing.Slots(what.most(0.0 if what.whole else _seconds(data, modality)), what.width)
@@ -203,10 +194,8 @@ def _seconds(data: DataSpec, modality: str) -> float:
     seconds = clips.longest(data, getattr(data, modality).max_seconds)
     if not seconds:
         raise UserError(
-            f"config.data.{modality}.max_seconds and config.data.clip_seconds are 0, so nobody "
-            "knows how "
-            f"much {modality} "
-            "a row must hold: set one of them."
+            f"config.data.{modality}.max_seconds and config.data.clip_seconds are 0, but the row "
+            f"length of {modality} depends on them: set one of them."
         )
     return seconds
 

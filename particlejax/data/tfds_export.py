@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any source as a TFDS data set of array_record shards, written one shard at a time by whoever
-takes it.
+"""Exports any source as a TFDS data set of array_record shards, written in parallel.
 
-A shard is whole or absent: it is written beside its place and renamed, with a line about it in a
-.json of its own. So a run that was killed continues, and a process pool or Apache Beam write the
-same files.
+A shard is complete or absent: it is written under a temporary name and renamed, and its .json note
+marks it complete. So an interrupted job resumes, and a process pool and Apache Beam write identical
+files.
 """
 
 import errno
@@ -28,13 +27,13 @@ from particlejax.data.video.decode import Unreadable, Video
 
 VERSION = "1.0.0"
 _PLAN = "plan.json"
-_INFO = "dataset_info.json"  # TFDS knows a data set by it
+_INFO = "dataset_info.json"  # marks a TFDS data set
 _FORMAT = "array_record"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Clips first..last-1 of a split of a source, and the file that holds them."""
+    """Clips first..last-1 of a split of a source, and their file."""
 
     source: str
     split: str
@@ -47,13 +46,13 @@ class Shard:
 
     @property
     def note(self) -> Path:
-        """What is known of the shard once it is whole."""
+        """The note of a complete shard."""
         return Path(self.path + ".json")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All shards of a data set, in the folder that will hold it."""
+    """All shards of a data set, and its folder."""
 
     folder: Path
     name: str
@@ -69,12 +68,12 @@ class Plan:
 def plan(
     source: str, out: str, name: str, cache_dir: str, per_shard: int, time_limit: float
 ) -> Plan:
-    """The plan for a source under OUT/NAME/1.0.0. Raises UserError when that folder was begun with
-    another one.
+    """Returns the plan for a source under OUT/NAME/1.0.0. Raises UserError if that folder belongs
+    to another plan.
     """
     if not name.isidentifier():
         raise UserError(
-            f"config.prepare.name={name!r} cannot name a data set: use letters, digits and _."
+            f"config.prepare.name={name!r} is not a valid data set name: use letters, digits and _."
         )
     folder = Path(os.path.expanduser(out)) / name / VERSION
     opened = {
@@ -103,14 +102,13 @@ def _remember(folder: Path, wanted: dict[str, Any]) -> None:
     if path.exists():
         if json.loads(path.read_text(encoding="utf-8")) != wanted:
             raise UserError(
-                f"{folder} was begun for another source, other clips or other shards: give another "
+                f"{folder} belongs to another source, other clips or other shards: set another "
                 "config.prepare.data_dir or name, or remove that folder."
             )
         return
     if (folder / _INFO).exists():
         raise UserError(
-            f"{folder} holds a data set that was not prepared here: give another "
-            "config.prepare.name."
+            f"{folder} contains a data set of another program: set another config.prepare.name."
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +118,7 @@ def _remember(folder: Path, wanted: dict[str, Any]) -> None:
 
 
 def features(classes: Sequence[str]) -> tfds.features.FeaturesDict:
-    """What a record holds: the file as it is, and everything that clips.csv can say of it."""
+    """Returns the features of a record: the encoded file, and all columns of clips.csv."""
     text = tfds.features.Text
     known: dict[str, Any] = {
         "video": text(),
@@ -128,7 +126,7 @@ def features(classes: Sequence[str]) -> tfds.features.FeaturesDict:
         "name": text(),
         "group": text(),
         "series": text(),
-        "start": text(),  # seconds, in digits: TFDS's records hold only 32 bits of a float
+        "start": text(),  # seconds, as text: TFDS records store floats in 32 bits
         "end": text(),  # seconds, -1: to the end of the file
     }
     if classes:
@@ -137,11 +135,10 @@ def features(classes: Sequence[str]) -> tfds.features.FeaturesDict:
 
 
 def write(shard: Shard) -> dict[str, Any]:
-    """Writes one shard and its note, unless they are there: {'clips': n, 'bytes': n, 'bad': {name:
+    """Writes one shard and its note, unless they exist: {'clips': n, 'bytes': n, 'bad': {name:
     reason}}.
 
-    A clip of which no frame can be decoded is left out and named. Raises UserError when the disk is
-    full.
+    Clips without a decodable frame are left out and listed. Raises UserError if the disk is full.
     """
     if shard.note.exists():
         return json.loads(shard.note.read_text(encoding="utf-8"))
@@ -149,9 +146,7 @@ def write(shard: Shard) -> dict[str, Any]:
     kind, note = features(shard.classes), {"clips": 0, "bytes": 0, "bad": {}}
     try:
         _check_room(shard, source)
-        with fresh_file(
-            shard.path, sync=True
-        ) as fresh:  # a full disk may speak up only when synced
+        with fresh_file(shard.path, sync=True) as fresh:  # a full disk may raise only on sync
             writer = ArrayRecordWriter(str(fresh), "group_size:1")
             try:
                 for i in range(shard.first, shard.last):
@@ -179,7 +174,7 @@ def _add(
         note["bad"][record.name] = error.reason
         return
     whole = tf_example_pb2.Example.FromString(kind.serialize_example(kind.encode_example(example)))
-    # else fields stand in an order of this process' own
+    # otherwise the order of fields differs between processes
     writer.write(whole.SerializeToString(deterministic=True))
     note["clips"] += 1
 
@@ -202,7 +197,7 @@ def _bytes(file: str | bytes) -> bytes:
 
 
 def _check_room(shard: Shard, source: sources.Source) -> None:
-    """Fails before the writer does: it reports a full disk by ending the process."""
+    """Raises OSError for a full disk before writing: the writer would abort the process."""
     videos = (source[i].video for i in range(shard.first, shard.last))
     needed = sum(
         len(v) if isinstance(v, bytes) else os.path.getsize(v)
@@ -215,11 +210,11 @@ def _check_room(shard: Shard, source: sources.Source) -> None:
 
 
 def finish(plan: Plan) -> dict[str, Any]:
-    """Writes TFDS's description of the whole; the folder is a data set from then on. Returns clips,
-    bytes and bad.
+    """Writes the TFDS metadata, which makes the folder a data set. Returns clips, bytes and
+    unreadable clips.
 
-    A split without a clip is left out, for nothing reads it; where all are, nothing is written.
-    Raises UserError when the disk is full.
+    Empty splits are left out; without any clip, nothing is written. Raises UserError if the disk is
+    full.
     """
     notes = {shard: json.loads(shard.note.read_text(encoding="utf-8")) for shard in plan.shards}
     infos, clips = [], {}
@@ -256,9 +251,7 @@ def finish(plan: Plan) -> dict[str, Any]:
 
 
 def _remove(shards: Iterable[Shard]) -> None:
-    """Files of a split that is left out: TFDS wants a split for every file that it sees. Their
-    notes stay.
-    """
+    """Deletes the files of an empty split, because TFDS expects a split for every file. Notes stay."""
     for shard in shards:
         Path(shard.path).unlink(missing_ok=True)
 
@@ -276,7 +269,9 @@ def _describe(plan: Plan, infos: Sequence[tfds.core.SplitInfo]) -> None:
             check_data=False,
         )
     except OSError as error:
-        (plan.folder / _INFO).unlink(missing_ok=True)  # half of it would be taken for a data set
+        (plan.folder / _INFO).unlink(
+            missing_ok=True
+        )  # incomplete metadata would pass for a data set
         raise _disk(plan.folder, error) from error
 
 
@@ -284,7 +279,6 @@ def _disk(folder: Path, error: Exception) -> UserError:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     what = "the disk is full" if full else f"{getattr(error, 'strerror', None) or error}"
     return UserError(
-        f"{folder} cannot be written ({what}): make room there and give the same command again, "
-        "what is "
-        "written stays."
+        f"{folder} cannot be written ({what}): free disk space and run the same command again; "
+        "complete shards are kept."
     )

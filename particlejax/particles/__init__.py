@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Particles by themselves: neither Flax, Orbax, TFDS nor PyAV is imported."""
+"""Particles as a standalone library, without Flax, Orbax, TFDS or PyAV."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from particlejax.particles.policies import register_policy
     from particlejax.particles.types import Particles
 
-# where each public name stands
+# module of each public name
 _EXPORTS = {
     "Particles": "types",
     "pack": "functional",

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Particles where the video happens: coarse cuboids are split where that tells most, until a budget
-is spent.
+"""Adaptive particles: split coarse cuboids where the split gains most, up to a budget.
 
-A node is a cuboid of `base` cells on a level (i, j): each cell is factor^i frames by factor^j
-pixels, averaged. Splitting a node in time, in space or in both replaces it by its children.
-Averages of nested blocks are orthogonal, so what a split explains is a difference of sums of
-squares, and the order in which a greedy search would split is a sort: a node comes no earlier than
-its parent (tree-structured growing, Riskin and Gray 1991). Numpy and jax choose alike to the last
-bit: cells are rounded so that sums over a node are exact, and nodes are summed in one order.
+A node is a cuboid of `patch_size` cells on a level (i, j): each cell averages factor^i frames by
+factor^j pixels. Splitting a node in time, space or both replaces it by its children. Averages of
+nested blocks are orthogonal, so the gain of a split is a difference of sums of squares, and the
+order of a greedy search is a sort: a node comes no earlier than its parent (tree-structured
+growing, Riskin and Gray 1991). NumPy and JAX select identical particles: cells are rounded so that
+sums over a node are exact, and nodes are summed in a fixed order.
 
-Legend: T frames, H rows, W columns, C channels; N nodes of all levels, from coarse to fine; those
-of one are [t, h, w].
+Legend: T frames, H rows, W columns, C channels; N nodes of all levels, from coarse to fine; the
+nodes of a level are [t, h, w].
 """
 
 import functools
@@ -29,22 +28,22 @@ from particlejax.core.typing import Array
 from particlejax.particles.cuboids import Shape, Tube, edges, lattice
 from particlejax.particles.types import Particles, numpy_of
 
-Level = tuple[int, int]  # how often cells were coarsened in time and in space
+Level = tuple[int, int]  # number of coarsening steps in time and in space
 
 _STEPS: dict[str, Level] = {"spacetime": (1, 1), "time": (1, 0), "space": (0, 1)}
-_EXACT = 2**31  # below it int32 holds every whole number
-_NOISE = 1e-5  # share of a node's own energy below which a difference is rounding
-_LATER = 1e-3  # of gains that lead as far, the one that tells more at once is taken first
+_EXACT = 2**31  # integers below it fit in int32
+_NOISE = 1e-5  # differences below this fraction of a node's energy are rounding errors
+_LATER = 1e-3  # discount of gains more than one split away, to break ties
 
 
 class Tree(NamedTuple):
-    """What does not depend on pixels: the levels from coarse to fine, and each one's nodes along
-    each axis.
+    """The part that does not depend on pixels: levels from coarse to fine, and their nodes per
+    axis.
 
-    Of all N nodes: cells [N, prod(base)] are the cells of `_pyramid` that they show, parents int32
-    [N, kinds] the node whose split of each kind makes them, -1 where there is none. frames int32
-    [N, 2] are their first frame and the one after the last, centre and size float32 [N, 2] where
-    they are in the picture.
+    For all N nodes: cells [N, prod(patch_size)] index the cells of `_pyramid`; parents int32 [N,
+    kinds] are the nodes whose split of each kind creates them, or -1; frames int32 [N, 2] are their
+    first and last frame (exclusive); centre and size float32 [N, 2] are their position and size in
+    the frame.
     """
 
     levels: tuple[Level, ...]
@@ -58,7 +57,7 @@ class Tree(NamedTuple):
 
 @functools.cache
 def tree(size: Shape, spec: ParticleSpec) -> Tree:
-    """The tree over clips of `size`. Raises ValueError where the coarsest cuboids do not tile
+    """Returns the tree for clips of `size`. Raises ValueError if the coarsest cuboids do not tile
     them.
     """
     steps = [_STEPS[kind] for kind in spec.split_axes]
@@ -72,8 +71,7 @@ def tree(size: Shape, spec: ParticleSpec) -> Tree:
         if length % cells:
             raise ValueError(
                 f"clips of {tuple(size)} are not tiled by the coarsest particles of {shapes[0]}: "
-                "change "
-                "particles.num_levels or base, or data.num_frames or size."
+                "change particles.num_levels or patch_size, or data.num_frames or image_size."
             )
     counts = tuple(tuple(n // s for n, s in zip(size, shape, strict=True)) for shape in shapes)
     corners = [lattice(size, Tube(shape, shape)) for shape in shapes]
@@ -128,7 +126,7 @@ def _parents(
 
 
 def root(spec: ParticleSpec) -> Shape:
-    """The coarsest cuboid: frames, rows, columns."""
+    """Returns the coarsest cuboid: frames, rows, columns."""
     return _shape(_top(spec), spec)
 
 
@@ -146,11 +144,10 @@ def _shape(level: Level, spec: ParticleSpec) -> Shape:
 def adaptive(
     video_THWC: Num[Array, "T H W C"], times_T: Float[Array, " T"], spec: ParticleSpec
 ) -> Particles:
-    """At most `spec.budget` particles that tile the clip, fewer where splitting would tell nothing
-    more.
+    """Returns at most `spec.budget` particles that tile the clip; fewer if no further split gains
+    anything.
 
-    Pixels are 0 to 255. Slots that stay free have segment 0 and come last; numpy gives only the
-    others.
+    Pixels are 0 to 255. In JAX, unused slots come last with segment 0; NumPy omits them.
     """
     plan = tree(video_THWC.shape[:3], spec)
     kept = choose(energies(video_THWC, plan, spec), plan, spec)
@@ -162,14 +159,14 @@ def adaptive(
 
 
 def slots(kept: Bool[Array, " N"], budget: int) -> tuple[Int[Array, " K"], Int[Array, " K"]]:
-    """Numbers of what is kept, in order, and segment 1; in jax `budget` of them, those that stay
-    free with segment 0.
+    """Returns indices of kept nodes in order, and segment 1. In JAX there are always `budget` of
+    them; unused slots have segment 0.
     """
     xp = numpy_of(kept)
     if xp is np:
         chosen = np.flatnonzero(kept)
         return chosen, np.ones(len(chosen), np.int32)
-    slot = xp.where(kept, xp.cumsum(kept) - 1, budget)  # the others fall off the end
+    slot = xp.where(kept, xp.cumsum(kept) - 1, budget)  # out of range: dropped
     order = (
         xp.zeros(budget, np.int32).at[slot].set(xp.arange(len(kept), dtype=np.int32), mode="drop")
     )
@@ -181,7 +178,7 @@ def _at(table: np.ndarray, order: Array) -> Array:
 
 
 def _where(times: Array, plan: Tree, order: Array) -> tuple[Array, Array]:
-    """Place and extent of some nodes, as `cut` has them."""
+    """Returns place and extent of nodes, as in `cut`."""
     xp, frames = numpy_of(times), _at(plan.frames, order)
     edge = edges(times)
     start, end = edge[frames[:, 0]], edge[frames[:, 1]]
@@ -191,15 +188,13 @@ def _where(times: Array, plan: Tree, order: Array) -> tuple[Array, Array]:
 
 
 def _pyramid(video: Array, plan: Tree, spec: ParticleSpec) -> Array:
-    """The clip averaged down to every level of the plan, [C, cells], level after level; whole
-    numbers are rounded.
-    """
+    """Averages the clip to all levels, [C, cells], level by level; integer pixels are rounded."""
     most, whole = math.prod(_scale(plan.levels[0], spec)), np.issubdtype(video.dtype, np.integer)
-    # the narrowest that holds sums of bytes
+    # the narrowest dtype that holds sums of uint8
     wide = np.float32 if not whole else np.uint16 if most <= 2**8 else np.uint32
     planes = numpy_of(video).moveaxis(video, -1, 0).astype(wide)
     if isinstance(planes, np.ndarray):
-        # sums of neighbours take long where colours lie between them
+        # sums of neighbors are fast if channels are not interleaved
         planes = np.ascontiguousarray(planes)
     sums, rows = _all_sums(planes, plan, spec), []
     for level in plan.levels:
@@ -214,10 +209,10 @@ def _pyramid(video: Array, plan: Tree, spec: ParticleSpec) -> Array:
 
 
 def _all_sums(x: Array, plan: Tree, spec: ParticleSpec) -> dict[Level, Array]:
-    """[..., T, H, W] summed over the cells of every level, each from the next finer one."""
+    """Sums [..., T, H, W] over the cells of all levels, each from the next finer level."""
     top, sums = plan.levels[0], {(0, 0): x}
     for level in sorted(itertools.product(range(top[0] + 1), range(top[1] + 1)), key=sum):
-        if level != (0, 0):  # levels that are only on the way cost little
+        if level != (0, 0):  # intermediate levels are cheap
             before = (level[0] - 1, level[1]) if level[0] else (0, level[1] - 1)
             sums[level] = _sums(
                 sums[before], _scale((level[0] - before[0], level[1] - before[1]), spec)
@@ -225,16 +220,16 @@ def _all_sums(x: Array, plan: Tree, spec: ParticleSpec) -> dict[Level, Array]:
     return sums
 
 
-# -- what a node tells
+# -- energy of nodes
 
 
 def energies(video: Num[Array, "T H W C"], plan: Tree, spec: ParticleSpec) -> dict[Level, Array]:
-    """What each node's payload tells of the clip beyond a reference: sums over its pixels, [t, h,
-    w] for every level.
+    """Returns each node's energy relative to a reference: sums over its pixels, [t, h, w] per
+    level.
 
-    'squared': squares of brightness around the root node's, so that differences are squared errors.
-    'absolute': absolute values, which bright edges dominate less. 'motion': squares around each
-    pixel's mean over the clip, so that what stands still tells nothing.
+    'squared_error': squared brightness relative to the root node, so differences are squared
+    errors. 'absolute_error': absolute values, less dominated by bright edges. 'motion': squares
+    relative to each pixel's mean over the clip, so static content has no energy.
     """
     top = plan.levels[0]
     grey = _grey(video)
@@ -256,7 +251,7 @@ def energies(video: Num[Array, "T H W C"], plan: Tree, spec: ParticleSpec) -> di
 
 
 def _grey(video: Array) -> Array:
-    """Brightness in whole grey levels, float32 [T, H, W]."""
+    """Returns rounded brightness, float32 [T, H, W]."""
     total = video[..., 0].astype(np.float32)
     for channel in range(1, video.shape[-1]):
         total = total + video[..., channel].astype(np.float32)
@@ -266,8 +261,8 @@ def _grey(video: Array) -> Array:
 def _together(
     sums: dict[Level, np.ndarray], plan: Tree, spec: ParticleSpec
 ) -> dict[Level, np.ndarray]:
-    """The energies of all levels: numpy's time goes into its calls, and whole numbers have the same
-    sum in any order.
+    """Computes the energies of all levels in one NumPy call; integer sums do not depend on the
+    order.
     """
     powers = np.concatenate(
         [_powers(sums[level], level, spec).reshape(-1) for level in plan.levels]
@@ -283,7 +278,7 @@ def _together(
 
 
 def _powers(sums: Array, level: Level, spec: ParticleSpec) -> Array:
-    """Deviations of a level's cells to the power that is summed, in whole steps, int32."""
+    """Returns deviations (or squares) of a level's cells as int32, in fixed-point steps."""
     steps = sums * np.float32(_fine(spec) / math.prod(_scale(level, spec)))
     value = abs(numpy_of(sums).round(steps)).astype(np.int32)
     return value if spec.split_criterion == "absolute_error" else value * value
@@ -297,7 +292,7 @@ def _unit(level: Level, spec: ParticleSpec) -> np.float32:
 
 
 def _fine(spec: ParticleSpec) -> float:
-    """Steps of a cell per grey level, a power of two; deviations are below 2^8."""
+    """Returns fixed-point steps per gray level, a power of two; deviations are below 2^8."""
     return 2.0 ** np.floor(
         np.log2(_EXACT / int(np.prod(spec.patch_size)))
         / (1 if spec.split_criterion == "absolute_error" else 2)
@@ -310,7 +305,7 @@ def _rounded(sums: Array, count: int) -> Array:
 
 
 def _sums(x: Array, by: Shape) -> Array:
-    """[..., t, h, w] summed over blocks, where every partial sum is exact."""
+    """Sums [..., t, h, w] over blocks; every partial sum is exact."""
     if numpy_of(x) is np:
         return _tree_sums(x, by)
     a, b, d = by
@@ -318,9 +313,7 @@ def _sums(x: Array, by: Shape) -> Array:
 
 
 def _tree_sums(x: Array, by: Shape) -> Array:
-    """[..., t, h, w] summed over blocks by halves: an order that numpy and XLA share, and fast in
-    numpy.
-    """
+    """Sums [..., t, h, w] over blocks by halves, in the same order in NumPy and XLA."""
     for axis, count in enumerate(by):
         while count > 1:
             f = next((p for p in (2, 3, 5, 7) if count % p == 0), count)
@@ -333,7 +326,7 @@ def _tree_sums(x: Array, by: Shape) -> Array:
 
 
 def _spread(x: Array, by: Shape) -> Array:
-    """[t, h, w] repeated over blocks."""
+    """Repeats [t, h, w] over blocks."""
     (t, h, w), (a, b, d) = x.shape, by
     return (
         numpy_of(x)
@@ -343,7 +336,7 @@ def _spread(x: Array, by: Shape) -> Array:
 
 
 def _scale(by: Level, spec: ParticleSpec) -> Shape:
-    """Cells along each axis of one that is coarser by so many levels."""
+    """Returns cells per axis of a cell that is coarser by so many levels."""
     return (
         spec.level_factor[0] ** by[0],
         spec.level_factor[1] ** by[1],
@@ -351,11 +344,11 @@ def _scale(by: Level, spec: ParticleSpec) -> Shape:
     )
 
 
-# -- which nodes are split
+# -- selection of splits
 
 
 def choose(energy: dict[Level, Array], plan: Tree, spec: ParticleSpec) -> Bool[Array, " N"]:
-    """Which nodes stand in the end; they tile the clip."""
+    """Returns the mask of selected nodes, which tile the clip."""
     xp = numpy_of(energy[plan.levels[0]])
     told = _told(energy, plan, spec)
     gains = xp.concatenate(
@@ -391,9 +384,7 @@ def choose(energy: dict[Level, Array], plan: Tree, spec: ParticleSpec) -> Bool[A
 def _down(
     plan: Tree, own: Array, combine: Callable[[Array, Array, Array], Array], made: Array
 ) -> Array:
-    """[N] from the coarsest level to the finest: `combine` of each node's own value, its parents'
-    and which of them made it.
-    """
+    """Combines each node's value with its parents', from the coarsest level to the finest: [N]."""
     ends = np.cumsum([np.prod(count) for count in plan.counts])
     found = own[: ends[0]]
     for start, stop in itertools.pairwise(ends):
@@ -405,7 +396,7 @@ def _down(
 
 
 def unsort(values: Array, order: Array) -> Array:
-    """What stands at place `order[i]` is value i."""
+    """Returns an array with values[i] at index `order[i]`."""
     if numpy_of(values) is np:
         found = np.empty_like(values)
         found[order] = values
@@ -414,11 +405,11 @@ def unsort(values: Array, order: Array) -> Array:
 
 
 def _gains(told: dict[Level, Array], level: Level, spec: ParticleSpec) -> Array:
-    """What a split of each kind tells for each particle that it adds, [kinds, t, h, w]; -inf where
-    there is none.
+    """Returns the gain per added particle for each kind of split, [kinds, t, h, w]; -inf if
+    impossible.
 
-    told: of `_told`. The best over all levels below that begin with such a split: texture may only
-    show two levels down.
+    told: from `_told`. The gain is the maximum over all finer levels that begin with this split,
+    because texture may only appear two levels down.
     """
     best = [[] for _ in spec.split_axes]
     for by, more in told.items():
@@ -435,9 +426,7 @@ def _gains(told: dict[Level, Array], level: Level, spec: ParticleSpec) -> Array:
 def _told(
     energy: dict[Level, Array], plan: Tree, spec: ParticleSpec
 ) -> dict[Level, dict[Level, Array]]:
-    """For each level, by how much finer another one is: what the nodes of that one tell more than
-    those of the level.
-    """
+    """Returns, per level and level difference, the energy gain of the finer nodes."""
     found: dict[Level, dict[Level, Array]] = {}
     sums: dict[Level, dict[Level, Array]] = {}
     for level in reversed(plan.levels):

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cutting a clip into particles of one payload size, whatever their granularity; numpy and jax
-arrays alike.
+"""Cuts clips into cuboids of any shape, resampled to one payload size; for NumPy and JAX arrays.
 
-Legend: T frames, H rows, W columns, C channels; N particles of P = prod(base) * C numbers in the
+Legend: T frames, H rows, W columns, C channels; N particles of P = prod(base) * C values in the
 order (t, h, w, c).
 """
 
@@ -20,9 +19,7 @@ Shape = tuple[int, int, int]  # frames, rows, columns
 
 
 class Tube(NamedTuple):
-    """Cuboids of one granularity: their shape, and the stride and offset of their lattice, in
-    frames and pixels.
-    """
+    """Shape of cuboids, with stride and offset of their lattice, in frames and pixels."""
 
     shape: Shape
     stride: Shape
@@ -31,26 +28,25 @@ class Tube(NamedTuple):
 
 @functools.cache
 def lattice(size: Shape, tube: Tube) -> Int[np.ndarray, "N 3"]:
-    """First corner of each cuboid that lies wholly in a clip of `size`, in the order (t, h, w)."""
+    """Returns the first corner of each cuboid inside a clip of `size`, in the order (t, h, w)."""
     axes = [
         np.arange(o, n - s + 1, d)
         for n, s, d, o in zip(size, tube.shape, tube.stride, tube.offset, strict=True)
     ]
     corners = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
-    corners.flags.writeable = False  # it is shared
+    corners.flags.writeable = False  # shared by the cache
     return corners
 
 
 def cut(
     video_THWC: Num[Array, "T H W C"], times_T: Float[Array, " T"], tube: Tube, base: Shape
 ) -> Particles:
-    """All cuboids of one tube, each resampled to `base`: longer axes are averaged down, shorter
+    """Cuts all cuboids of a tube and resamples them to `base`: longer axes are averaged, shorter
     ones repeated.
 
-    times_T: seconds of the frames from the clip's start; a frame lasts until the next, the last as
-    long as the one before it. Payloads have the type of the pixels: averages of whole numbers are
-    rounded. Raises ValueError when an axis of tube.shape and base is not a multiple of the other.
-    Segment is 1.
+    times_T: start of each frame in seconds; a frame lasts until the next one, the last as long as
+    the one before. Payloads have the dtype of the pixels; averages of integers are rounded. Segment
+    is 1. Raises ValueError if an axis of tube.shape is neither a multiple nor a divisor of base.
     """
     _check(tube.shape, base)
     xp = numpy_of(video_THWC)
@@ -63,8 +59,8 @@ def cut(
 
 
 def uncut(payload_NP: Num[Array, "N P"], size: Shape, base: Shape) -> Num[Array, "T H W C"]:
-    """The video of a whole grid of `base` cuboids: the inverse of `cut` with shape = stride =
-    base.
+    """Returns the video of a complete grid of `base` cuboids: the inverse of `cut` with shape =
+    stride = base.
     """
     t, h, w = (n // b for n, b in zip(size, base, strict=True))
     return rearrange(
@@ -82,14 +78,13 @@ def uncut(payload_NP: Num[Array, "N P"], size: Shape, base: Shape) -> Num[Array,
 def _check(shape: Shape, base: Shape) -> None:
     if any(s % b and b % s for s, b in zip(shape, base, strict=True)):
         raise ValueError(
-            f"a cuboid of {shape} cannot be resampled to the base {base}: make each axis a "
-            "multiple or a "
-            "divisor of the base's."
+            f"a cuboid of {shape} cannot be resampled to patch_size {base}: make each axis a "
+            "multiple or a divisor of patch_size."
         )
 
 
 def _gather(video_THWC: Array, corners: np.ndarray, tube: Tube) -> Array:
-    # a tiling is a reshape, many times faster
+    # fast path: a tiling is a reshape
     if tube.stride == tube.shape and tube.offset == (0, 0, 0):
         s = tube.shape
         t, h, w = (n // d for n, d in zip(video_THWC.shape[:3], s, strict=True))
@@ -102,9 +97,7 @@ def _gather(video_THWC: Array, corners: np.ndarray, tube: Tube) -> Array:
 
 
 def _tiles(video: np.ndarray, count: Shape, shape: Shape) -> np.ndarray:
-    """The tiling in numpy: pixels side by side in a tile move as one item, several times faster
-    than one by one.
-    """
+    """Tiles in NumPy: adjacent pixels of a tile are copied as one item, several times faster."""
     (t, h, w), (a, b, d), channels = count, shape, video.shape[-1]
     rows = np.ascontiguousarray(video).reshape(t, a, h, b, w, d * channels)
     items = rows.view(np.dtype((np.void, rows.itemsize * d * channels)))[..., 0]
@@ -127,7 +120,9 @@ def _resample(cuboids: Array, base: Shape) -> Array:
 
 
 def _where(times_T: Array, corners: np.ndarray, tube: Tube, size: Shape) -> tuple[Array, Array]:
-    """Place and extent, float32 [N, 3], of a tube's cuboids at `corners` of a clip of `size`."""
+    """Returns place and extent, float32 [N, 3], of a tube's cuboids at `corners` of a clip of
+    `size`.
+    """
     xp, edge = numpy_of(times_T), edges(times_T)
     start, end = edge[corners[:, 0]], edge[corners[:, 0] + tube.shape[0]]
     frame = np.asarray(size[1:], np.float32)
@@ -140,8 +135,8 @@ def _where(times_T: Array, corners: np.ndarray, tube: Tube, size: Shape) -> tupl
 
 
 def edges(times_T: Float[Array, " T"]) -> Float[Array, " T+1"]:
-    """When each frame begins and, last, when the last one ends: it lasts as long as the one before
-    it.
+    """Returns the start of each frame and the end of the last, which lasts as long as the one
+    before.
     """
     xp = numpy_of(times_T)
     last = times_T[-1:] - times_T[-2:-1] if len(times_T) > 1 else xp.zeros(1, np.float32)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Particles by themselves, in NumPy: cut a clip, pack clips into a row, paint them back.
+"""Standalone particles in NumPy: cut a clip, pack clips into a row, paint particles as a video.
 
     particles = pj.particles.patchify(video, fps=25, policy="adaptive", budget=128)
     video_again = pj.particles.paint(particles, video.shape, fps=25)
 
-Legend: T frames, H rows, W columns, C channels, N particles, P numbers of a payload.
+Legend: T frames, H rows, W columns, C channels, N particles, P values of a payload.
 """
 
 from collections.abc import Sequence
@@ -29,17 +29,17 @@ def patchify(
     seed: int = 0,
     **settings: Any,
 ) -> Particles:
-    """The particles of one clip, with leading axis N.
+    """Returns the particles of one clip, with leading axis N.
 
     video: uint8 or float [T, H, W, C]. fps: frames per second. policy: 'grid', 'tubes', 'pyramid',
-    'adaptive', 'runs' or a registered one. budget: most particles; 0: all. patch_size: frames, rows
-    and columns of the finest cuboid. seed: of the random part that policies keep which do not spend
-    the budget themselves. settings: other fields of config.particles. Payloads have the video's
-    type, [N, P] in the order (t, h, w, c); places are seconds and fractions of the frame. Raises
-    UserError for settings that do not fit the clip.
+    'adaptive', 'runs' or a registered one. budget: maximum number of particles; 0: all. patch_size:
+    frames, rows and columns of the smallest cuboid. seed: for the random subset of policies that do
+    not use the budget themselves. settings: other fields of config.particles. Payloads [N, P] have
+    the video's dtype, in the order (t, h, w, c); places are in seconds and fractions of the frame.
+    Raises UserError for settings that do not fit the clip.
     """
     if video.ndim != 4:
-        raise UserError(f"a video of shape {list(video.shape)} is none: give [T, H, W, C].")
+        raise UserError(f"the video has shape {list(video.shape)}: pass [T, H, W, C].")
     spec = ParticleSpec(policy=policy, budget=budget, patch_size=patch_size, **settings)
     try:
         policies.check(video.shape[:3], spec)
@@ -50,10 +50,10 @@ def patchify(
 
 
 def pack(clips: Sequence[Particles], length: int = 0) -> Particles:
-    """Several clips' particles in one row of fixed length, leading axes [1, length].
+    """Packs the particles of several clips into one row of fixed length, leading axes [1, length].
 
-    `segment` counts the clips from 1; 0 is an empty slot. length: 0: as many as they need. Raises
-    UserError where they do not fit.
+    `segment` numbers the clips from 1; 0 is an empty slot. length: 0: the number of particles.
+    Raises UserError if they do not fit.
     """
     counts = [len(clip.segment) for clip in clips]
     length = length or sum(counts)
@@ -76,10 +76,10 @@ def paint(
     patch_size: tuple[int, int, int] = _PATCH,
     canvas: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The video [T, H, W, 3] of `shape` that a clip's particles say, in their payloads' type.
+    """Returns the video [T, H, W, 3] of `shape` that a clip's particles represent, in their dtype.
 
-    A coarse particle is drawn with larger pixels. canvas: what shows where no particle is; None:
-    zeros. particles: of `patchify`, leading axis N, RGB.
+    Coarse particles are drawn with larger pixels. canvas: background without particles; None:
+    zeros. particles: from `patchify`, leading axis N, RGB.
     """
     there = np.asarray(particles.segment) > 0
     payload = np.asarray(particles.payload)[there]

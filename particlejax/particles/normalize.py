@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pixels travel as uint8, a quarter of the bytes, and become what the model reads on its device;
-numpy and jax alike.
+"""Pixel normalization: pixels are stored as uint8 and normalized on the device; NumPy and JAX.
 
-Legend: P numbers of a payload in the order (t, h, w, c).
+Legend: P values of a payload in the order (t, h, w, c).
 """
 
 from dataclasses import dataclass
@@ -16,9 +15,7 @@ from particlejax.particles.types import numpy_of
 
 @dataclass(frozen=True)
 class PixelScale:
-    """mean, std: of pixels in [0, 1]. still: share of a cuboid's mean over its `frames` that stays,
-    in (0, 1].
-    """
+    """mean, std: of pixels in [0, 1]. still: factor in (0, 1] of a cuboid's mean over time."""
 
     mean: float
     std: float
@@ -26,16 +23,14 @@ class PixelScale:
     frames: int
 
     def to_payload(self, pixels: UInt8[Array, "... P"]) -> Float[Array, "... P"]:
-        """What the model reads, float32: normalised, with the part of a cuboid that does not move
-        made small.
-        """
+        """Normalizes pixels to float32 and scales each cuboid's mean over time by `still`."""
         payload = pixels.astype(np.float32) * np.float32(1 / (255 * self.std)) - np.float32(
             self.mean / self.std
         )
         return self._scale_still(payload, self.still)
 
     def to_pixels(self, payload: Float[Array, "... P"]) -> Float[Array, "... P"]:
-        """The inverse, float32 in [0, 1] where `payload` is what pixels became."""
+        """Inverts `to_payload`: float32 in [0, 1]."""
         return self._scale_still(payload, 1 / self.still) * np.float32(self.std) + np.float32(
             self.mean
         )

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packing: several clips share a row of fixed length; `segment` says whose particle is whose.
+"""Packing: several clips share a row of fixed length; `segment` assigns particles to clips.
 
-Legend: B rows, S clips of a row, L slots of a row. Everything here is numpy: it runs in the data
-workers.
+Legend: B rows, S clips of a row, L slots of a row. NumPy only: it runs in the data workers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,19 +13,17 @@ from particlejax.particles.types import Batch, Particles
 
 
 class Clip(NamedTuple):
-    """One clip before packing: its particles by modality ([n, ...], none where the modality lacks)
-    and its labels.
-    """
+    """One clip before packing: particles [n, ...] of the modalities it has, and its labels."""
 
     particles: Mapping[str, Particles]
     label: int
-    number: int  # in its source
-    share: float = 1.0  # of its label, where another clip was mixed into it
-    other: int = -1  # that clip's label
+    number: int  # index in the source
+    share: float = 1.0  # weight of its label after MixUp or CutMix
+    other: int = -1  # label of the mixed-in clip
 
 
 class Slots(NamedTuple):
-    """What a row has for one modality: how many slots, of how many numbers each, of which type."""
+    """The slots of a row for one modality: their number, payload size and dtype."""
 
     length: int
     size: int
@@ -40,9 +37,9 @@ def pack(
     rows: int,
     clips_per_row: int,
 ) -> Batch:
-    """Each clip in its chosen row; what stays free is segment 0, clip -1 and label -1.
+    """Packs each clip into its chosen row; unused slots have segment 0, clip -1 and label -1.
 
-    Raises ValueError when a row's clips do not fit into it.
+    Raises ValueError if a row's clips do not fit.
     """
     label = np.full((rows, clips_per_row), -1, np.int32)
     number, other = label.copy(), label.copy()
@@ -53,7 +50,7 @@ def pack(
     for clip, row in zip(clips, chosen, strict=True):
         at = row, held[row]
         if held[row] == clips_per_row:
-            raise ValueError(f"row {row} has room for {clips_per_row} clips and is given another")
+            raise ValueError(f"row {row} has more than {clips_per_row} clips")
         label[at], number[at], share[at], other[at] = (
             clip.label,
             clip.number,
@@ -66,7 +63,7 @@ def pack(
             used[modality][row] = stop = start + len(particles.segment)
             if stop > slots[modality].length:
                 raise ValueError(
-                    f"row {row} has {slots[modality].length} slots of {modality} and its clips "
+                    f"row {row} has {slots[modality].length} {modality} slots, but its clips have "
                     f"{stop} particles"
                 )
             _write(packed[modality], (row, slice(start, stop)), particles, held[row])

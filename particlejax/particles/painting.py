@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From particles back to a video: what a reader of them can know of it.
+"""Paints particles as a video.
 
-Legend: T frames, H rows, W columns, N particles, P numbers of a payload.
+Legend: T frames, H rows, W columns, N particles, P values of a payload.
 """
 
 import numpy as np
 
-TICK = 1e-4  # seconds by which a frame may miss the start of its cuboid
+TICK = 1e-4  # tolerance in seconds between a frame and the start of its cuboid
 
 
 def paint(
@@ -18,8 +18,8 @@ def paint(
     base: tuple[int, int, int],
     canvas: np.ndarray,
 ) -> np.ndarray:
-    """A copy of canvas [T, H, W, 3] with each payload [N, P] in its cuboid, nearest pixels where
-    that is larger.
+    """Returns a copy of canvas [T, H, W, 3] with payloads [N, P] drawn in their cuboids, by nearest
+    neighbor.
     """
     canvas = canvas.copy()
     for pixels, here, wide in zip(payload, place, extent, strict=True):
@@ -40,5 +40,5 @@ def paint(
 def inside(
     at: np.ndarray, centre: float | np.floating, width: float | np.floating, slack: float
 ) -> np.ndarray:
-    """Indices of the positions that a width around a centre covers."""
+    """Returns indices of the positions within a width around a center."""
     return np.flatnonzero((at >= centre - width / 2 - slack) & (at < centre + width / 2 - slack))

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which particles a clip becomes: the policies. Each is a pure function of one clip, numpy and jax
-arrays alike.
+"""Particle policies: pure functions that cut one clip into particles, for NumPy and JAX arrays.
 
-`cut_clip` keeps a random part where the spec has a budget that the policy does not spend itself.
+`cut_clip` keeps a random subset if the spec has a budget that the policy does not use itself.
 """
 
 import itertools
@@ -24,13 +23,13 @@ Cut = TypeVar("Cut", bound=Callable[..., Particles])
 
 
 def grid(spec: ParticleSpec, size: Shape) -> tuple[Tube, ...]:
-    """One granularity, every cuboid (ViViT, arXiv:2103.15691; VideoMAE, arXiv:2203.12602)."""
+    """One cuboid size, tiled (ViViT, arXiv:2103.15691; VideoMAE, arXiv:2203.12602)."""
     del size
     return (Tube(spec.patch_size, spec.patch_size),)
 
 
 def tubes(spec: ParticleSpec, size: Shape) -> tuple[Tube, ...]:
-    """Several shapes and strides, overlapping or sparse (TubeViT, arXiv:2212.03229); given as
+    """Several shapes and strides, overlapping or sparse (TubeViT, arXiv:2212.03229), from
     spec.tubes.
     """
     del size
@@ -38,8 +37,8 @@ def tubes(spec: ParticleSpec, size: Shape) -> tuple[Tube, ...]:
 
 
 def pyramid(spec: ParticleSpec, size: Shape) -> tuple[Tube, ...]:
-    """The base cuboid on every level of the clip averaged down: level k is spec.factor ** k coarser
-    on every axis.
+    """patch_size cuboids on every level of a pyramid: level k is level_factor ** k coarser per
+    axis.
     """
     del size
     scales = [tuple(f**level for f in spec.level_factor) for level in range(spec.num_levels)]
@@ -48,12 +47,12 @@ def pyramid(spec: ParticleSpec, size: Shape) -> tuple[Tube, ...]:
 
 
 class Policy(NamedTuple):
-    """How a clip becomes particles.
+    """A particle policy.
 
     cut: (video [T, H, W, C], times [T], spec) -> Particles with leading axis N. count: (size, spec)
-    -> N for a clip of `size` (frames, rows, columns); of a policy that spends the budget, N without
-    one. check: raises ValueError for clips or settings that it cannot take. spends_budget: whether
-    it makes at most spec.budget particles itself; of the others a random part is kept.
+    -> N for a clip of `size` (frames, rows, columns), ignoring the budget if `spends_budget`.
+    check: raises ValueError for invalid clip sizes or settings. spends_budget: whether `cut` makes
+    at most spec.budget particles; otherwise a random subset is kept.
     """
 
     cut: Callable[[Array, Array, ParticleSpec], Particles]
@@ -63,7 +62,7 @@ class Policy(NamedTuple):
 
 
 def _of_tubes(tubes_of: Callable[[ParticleSpec, Shape], tuple[Tube, ...]]) -> Policy:
-    """The policy that cuts every cuboid of fixed lattices."""
+    """Returns the policy that cuts all cuboids of fixed lattices."""
 
     def cut_all(video_THWC: Array, times_T: Array, spec: ParticleSpec) -> Particles:
         tubes = tubes_of(spec, video_THWC.shape[:3])
@@ -86,7 +85,7 @@ def _of_tubes(tubes_of: Callable[[ParticleSpec, Shape], tuple[Tube, ...]]) -> Po
 
 
 def _adapting(cut: Callable[[Array, Array, ParticleSpec], Particles]) -> Policy:
-    """A policy that starts from the grid and spends the budget where that tells most."""
+    """Returns a policy that starts from the grid and uses the budget adaptively."""
     return Policy(cut, GRID.count, _check_adapting, spends_budget=True)
 
 
@@ -96,11 +95,10 @@ def cut_clip(
     spec: ParticleSpec,
     rng: np.random.Generator | Array | None = None,
 ) -> Particles:
-    """The particles that the policy makes of one clip: `particle_count` of them, or at most so many
-    where it adapts. None but those of spec.budget, where that is not 0.
+    """Returns the policy's particles of one clip: `particle_count` of them, or at most as many for
+    adaptive policies, and at most spec.budget if it is not 0.
 
-    rng: a generator (numpy) or a key (jax) that decides which particles stay where the policy does
-    not spend the budget itself; None: always the same ones.
+    rng: NumPy generator or JAX key for the random subset; None: a fixed subset.
     """
     policy = find(spec.policy)
     particles = policy.cut(video_THWC, times_T, spec)
@@ -116,28 +114,28 @@ def cut_clip(
 
 
 def thin(particles: Particles, scores: Array, budget: int) -> Particles:
-    """The `budget` particles [L] of smallest score, in their order: `random` when the scores are
-    random numbers.
+    """Keeps the `budget` particles with the smallest scores [L], in order; random scores give a
+    random subset.
     """
     xp = numpy_of(scores)
     return particles.take(xp.sort(xp.argsort(scores)[:budget]))
 
 
 def coarsest(spec: ParticleSpec) -> Shape:
-    """Frames, rows and columns that a clip's must be multiples of."""
+    """Returns frames, rows and columns that a clip's size must be a multiple of."""
     if spec.policy == "adaptive":
         return adaptive.root(spec)
     return pyramid(spec, spec.patch_size)[-1].shape if spec.policy == "pyramid" else spec.patch_size
 
 
 def particle_count(size: Shape, spec: ParticleSpec) -> int:
-    """How many particles a clip of `size` (frames, rows, columns) becomes, at most."""
+    """Returns the maximum number of particles of a clip of `size` (frames, rows, columns)."""
     whole = find(spec.policy).count(size, spec)
     return min(whole, spec.budget) if spec.budget else whole
 
 
 def check(size: Shape, spec: ParticleSpec) -> None:
-    """Raises ValueError when the policy leaves a part of the clip out."""
+    """Raises ValueError if the policy does not cover the whole clip."""
     find(spec.policy).check(size, spec)
 
 
@@ -146,7 +144,7 @@ def _check_tubes(size: Shape, spec: ParticleSpec, tubes: tuple[Tube, ...]) -> No
         if tube.shape[axis] > size[axis]:
             raise ValueError(
                 f"particles of {tube.shape} do not fit into clips of {tuple(size)}: use smaller "
-                "ones or larger clips."
+                "particles or larger clips."
             )
         if spec.policy != "tubes" and size[axis] % tube.shape[axis]:
             name = ("frames", "rows", "columns")[axis]
@@ -164,18 +162,17 @@ def _check_adapting(size: Shape, spec: ParticleSpec) -> None:
         if spec.budget < least:
             raise ValueError(
                 f"particles.budget={spec.budget} is less than the {least} coarsest particles of a "
-                "clip: raise it, "
-                "or particles.num_levels."
+                "clip: raise it or particles.num_levels."
             )
         return
     least = (size[1] // spec.patch_size[1]) * (size[2] // spec.patch_size[2])
     if not (spec.budget or spec.run_threshold):
         raise ValueError(
-            "particles.policy is 'runs' but budget and threshold are 0: set one of them."
+            "particles.policy is 'runs' but budget and run_threshold are 0: set one of them."
         )
     if 0 < spec.budget < least:
         raise ValueError(
-            f"particles.budget={spec.budget} is less than the {least} runs that begin with a clip: "
+            f"particles.budget={spec.budget} is less than the {least} runs of the first frames: "
             "raise it."
         )
 
@@ -191,7 +188,7 @@ TABLE: dict[str, Policy] = {
 
 
 def find(name: str) -> Policy:
-    """The policy of this name; data workers import plugins only when one of theirs is asked for."""
+    """Returns a policy by name; data workers import plugins only if it is not built in."""
     if name not in TABLE:
         plugins.load_inherited()
     return TABLE[name]
@@ -204,11 +201,11 @@ def register_policy(
     check: Callable[[Shape, ParticleSpec], None] = lambda size, spec: None,
     spends_budget: bool = False,
 ) -> Callable[[Cut], Cut]:
-    """Adds a particle policy by a decorator: `config.particles.policy` may then be `name`.
+    """Decorator that registers a particle policy as a value of `config.particles.policy`.
 
-    The function is (video [T, H, W, C], times [T] in seconds, ParticleSpec) -> Particles with
-    leading axis N, for numpy and, where it is used inside jit, jax arrays. See `Policy` for the
-    others. Raises ValueError for a name that is taken.
+    The function maps (video [T, H, W, C], times [T] in seconds, ParticleSpec) to Particles with
+    leading axis N, for NumPy arrays and, inside jit, for JAX arrays. See `Policy` for the
+    arguments. Raises ValueError for a name that is taken.
     """
 
     def register(cut: Cut) -> Cut:

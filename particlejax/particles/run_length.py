@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run-length particles (RLT, arXiv:2411.05222): a cuboid like the one before it in time extends
-that one instead.
+"""Run-length particles (RLT, arXiv:2411.05222): a cuboid similar to the previous one extends it.
 
 Legend: T frames, H rows, W columns, C channels; t, n cuboids in time and in the frame.
 """
@@ -18,21 +17,20 @@ from particlejax.particles.types import Particles, numpy_of
 def runs(
     video_THWC: Num[Array, "T H W C"], times_T: Float[Array, " T"], spec: ParticleSpec
 ) -> Particles:
-    """The first cuboid of each run, its place and extent those of the whole run.
+    """Returns the first cuboid of each run, with place and extent of the whole run.
 
-    A run ends before a cuboid that differs from the one before it by more than `spec.threshold`
-    (mean absolute difference, in units of the pixels, 0 to 255); with a budget, of those only the
-    ones that differ most begin a run. Slots that stay free have segment 0 and come last; numpy
-    gives only the others.
+    A cuboid begins a run if it differs from the previous one by more than `spec.run_threshold`
+    (mean absolute difference, 0 to 255); with a budget, only the most different ones do. In JAX,
+    unused slots come last with segment 0; NumPy omits them.
     """
     xp, t = numpy_of(video_THWC), video_THWC.shape[0] // spec.patch_size[0]
     whole = cut(video_THWC, times_T, Tube(spec.patch_size, spec.patch_size), spec.patch_size)
-    # whole numbers: sums are exact
+    # integers: sums are exact
     cells = whole.payload.reshape(t, -1, whole.payload.shape[-1]).astype(np.int32)
     change = abs(cells[1:] - cells[:-1]).sum(axis=-1).astype(np.float32) * np.float32(
         1 / cells.shape[-1]
     )
-    # a run begins where the clip does
+    # the first cuboid always begins a run
     change = xp.concatenate([xp.full((1, cells.shape[1]), np.inf, np.float32), change])
     begins = change > spec.run_threshold
     if spec.budget:
@@ -50,9 +48,7 @@ def runs(
 
 
 def _until_next(begins: Array, seconds: Array, xp: object) -> Array:
-    """Seconds from the start of each cuboid to where the next run of its place begins, [t, n];
-    backwards in time.
-    """
+    """Returns seconds from each cuboid's start to the next run at its position, [t, n]."""
     lengths = [seconds[-1]]
     for step in range(len(begins) - 2, -1, -1):
         lengths.append(seconds[step] + xp.where(begins[step + 1], np.float32(0), lengths[-1]))
