@@ -225,7 +225,7 @@ def test_spans_are_drawn_and_share_the_clock_of_the_frames(folder: Path, kept: P
 
 
 def test_what_is_not_there_names_the_command(folder: Path, kept: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="features.folder is empty: name the folder that"):
+    with pytest.raises(UserError, match="features.folder is empty: set it to the output"):
         pipeline.row_of(DataSpec(modalities=("video_features",)), CUT)
     with pytest.raises(
         UserError,
@@ -237,7 +237,7 @@ def test_what_is_not_there_names_the_command(folder: Path, kept: Path, tmp_path:
         UserError, match="config.data.video_features.max_seconds and config.data.clip_seconds are 0"
     ):
         pipeline.row_of(data_of(kept, clip_seconds=0.0), CUT)
-    with pytest.raises(UserError, match="augment.mixup_alpha speaks of frames"):
+    with pytest.raises(UserError, match="augment.mixup_alpha needs frames"):
         pipeline.row_of(data_of(kept, augment=AugmentSpec(mixup_alpha=0.2)), CUT)
     strange = sources.Record("strange", clip(0, 99, 20))
     with pytest.raises(

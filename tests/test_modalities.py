@@ -269,10 +269,10 @@ def test_a_tokenizer_file_is_read(tmp_path: Path) -> None:
     )
     with pytest.raises(
         UserError,
-        match="length=2 has no room for a word beside the 2 special tokens .*: use 3 or more",
+        match="length=2 leaves no room beside the 2 special tokens .*: use 3 or more",
     ):
         tokenizer.encode("x", TextSpec(path, 2))
-    with pytest.raises(UserError, match="give the path of a tokenizer.json"):
+    with pytest.raises(UserError, match="set it to the path of a tokenizer.json"):
         tokenizer.encode("x", TextSpec(str(tmp_path / "none.json")))
 
 

@@ -141,7 +141,7 @@ def test_a_full_disk_loses_nothing(
         patch.setattr(
             os, "statvfs", lambda path: os.statvfs_result((4096, 4096, 9, 0, 0, 9, 9, 9, 0, 255))
         )
-        with pytest.raises(UserError, match="the disk is full.: make room there"):
+        with pytest.raises(UserError, match="the disk is full.: free disk space"):
             tfds_export.write(plan.shards[1])
     assert planned(folder, tmp_path).left == plan.shards[1:]
     for shard in plan.left:
@@ -165,7 +165,7 @@ def no_room() -> Iterator[None]:
 def test_plan_and_description_are_whole_or_absent(folder: Path, tmp_path: Path) -> None:
     with (
         no_room(),
-        pytest.raises(UserError, match="mine/1.0.0 cannot be written .*: make room there"),
+        pytest.raises(UserError, match="mine/1.0.0 cannot be written .*: free disk space"),
     ):
         planned(folder, tmp_path)
     plan = planned(folder, tmp_path)
@@ -173,7 +173,7 @@ def test_plan_and_description_are_whole_or_absent(folder: Path, tmp_path: Path) 
         tfds_export.write(shard)
     with (
         no_room(),
-        pytest.raises(UserError, match="mine/1.0.0 cannot be written .*: make room there"),
+        pytest.raises(UserError, match="mine/1.0.0 cannot be written .*: free disk space"),
     ):
         tfds_export.finish(plan)
     with pytest.raises(UserError, match="no dataset_info.json"):
@@ -201,7 +201,7 @@ def test_a_worker_of_prepare_that_is_killed_ends_in_a_sentence(
     said = capfd.readouterr().err
     assert (
         "a worker of prepare was killed" in said
-        and "give the same command again" in said
+        and "run the same command again" in said
         and "Traceback" not in said
     )
     assert (

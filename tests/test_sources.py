@@ -54,7 +54,7 @@ def test_split_folders(tmp_path: Path) -> None:
     assert train[3].video == str(tmp_path / "train/run/b.mp4")
     for split in ("val", "validation"):
         assert names(open_source(source, split, "")) == ["validation/walk/e.mp4"]
-    with pytest.raises(UserError, match="no split 'dev': name one of test, train, val"):
+    with pytest.raises(UserError, match="no split 'dev': use one of test, train, val"):
         open_source(source, "dev", "")
     touch(tmp_path, "loose.mp4")
     with pytest.raises(UserError, match="holds loose.mp4 beside the splits .*: move it"):
@@ -164,7 +164,7 @@ def test_slices(tmp_path: Path) -> None:
     assert set(head) | set(tail) == whole and head != sorted(whole)[:5]
     with pytest.raises(UserError, match=r"'train\[:0\]' of folder:.* selects no clip"):
         open_source(source, "train[:0]", "")
-    with pytest.raises(UserError, match=r"'train\[1\]' of .* is not understood: write"):
+    with pytest.raises(UserError, match=r"'train\[1\]' of .* is malformed: write"):
         open_source(source, "train[1]", "")
 
 
@@ -179,12 +179,12 @@ def test_slices(tmp_path: Path) -> None:
         ("path\n", "clips.csv lists no clip"),
         (
             "path,start\na.mp4,1\nb.mp4,0:30\n",
-            "clips.csv, line 3: start is '0:30', so write it as seconds",
+            "clips.csv, line 3: start is '0:30': write seconds",
         ),
         ("path,end\na.mp4,nan\n", "line 2: end is 'nan'"),
         ("path,start,end\na.mp4,5,2\n", "line 2: the end 2 is not after the start 5"),
         ("path,label\na.mp4,x\n,y\n", "line 3: no path"),
-        ("path,split\na.mp4,train\nb.mp4,\n", "gives no split for b.mp4 but does for others"),
+        ("path,split\na.mp4,train\nb.mp4,\n", "has no split for b.mp4, but for other"),
     ],
 )
 def test_table_mistakes(tmp_path: Path, text: str, sentence: str) -> None:
@@ -194,12 +194,12 @@ def test_table_mistakes(tmp_path: Path, text: str, sentence: str) -> None:
 
 def test_other_mistakes(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match="'video.mp4' is none of 'toybox' .*, 'folder:PATH', 'tfds:NAME'"
+        UserError, match="unknown data source 'video.mp4': use 'toybox' .*, 'folder:PATH', 'tfds:NAME'"
     ):
         open_source("video.mp4", "train", "")
     with pytest.raises(UserError, match="folder:.*/no does not exist: check the path"):
         open_source(f"folder:{tmp_path}/no", "train", "")
-    with pytest.raises(UserError, match="holds no clips.csv and no video .*: put videos there"):
+    with pytest.raises(UserError, match="holds no clips.csv and no video .*: add videos"):
         open_source(touch(tmp_path, "train/run/a.txt"), "train", "")
     with pytest.raises(UserError, match="is not UTF-8 text .*: save it as UTF-8"):
         open_source(table(tmp_path, "path,caption\na.mp4,caf\u00e9\n", "latin-1"), "train", "")
@@ -294,12 +294,12 @@ def test_tfds_files(tmp_path: Path) -> None:
     assert open_source(where, "val", str(tmp_path))[0].name == "validation/00000"
     assert open_source(where, "train[1:]+val", str(tmp_path), ("sit", "run", "walk"))[0].label == 1
     with pytest.raises(
-        UserError, match="tfds:tiny:1.0.0 has no split 'test': name one of train, validation"
+        UserError, match="tfds:tiny:1.0.0 has no split 'test': use one of train, validation"
     ):
         open_source(where, "test", str(tmp_path))
     with pytest.raises(UserError, match=r"label 'walk' of tfds:tiny:1.0.0 .*: choose one of run"):
         open_source(where, "train", str(tmp_path), ("run",))
-    with pytest.raises(UserError, match=r"cannot be split as 'train\[x\]'"):
+    with pytest.raises(UserError, match=r"has no split 'train\[x\]'"):
         open_source(where, "train[x]", str(tmp_path))
 
 
@@ -322,9 +322,9 @@ def test_tfds_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         UserError, match="tfds:tiny is not prepared under .*: run `tfds build tiny --data_dir"
     ):
         open_source("tfds:tiny", "train", str(tmp_path))
-    with pytest.raises(UserError, match="there is no such folder"):
+    with pytest.raises(UserError, match="the folder does not exist"):
         open_source("tfds:/no/such", "train", str(tmp_path))
-    with pytest.raises(UserError, match="holds no dataset_info.json: give the folder"):
+    with pytest.raises(UserError, match="holds no dataset_info.json: use the folder"):
         open_source(f"tfds:{tmp_path}", "train", str(tmp_path))
     monkeypatch.setattr("particlejax.data.sources.tfds._VIDEO_NAMES", ())
     with pytest.raises(UserError, match="has no video feature among .*: name it 'video'"):
@@ -358,7 +358,7 @@ def test_toybox_is_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for source in ("toybox:tiny", "toybox"):
         assert len(open_source(source, "train", str(tmp_path))) == 3
     with pytest.raises(
-        UserError, match="'toybox:big' has no configuration 'big': name one of default, tiny"
+        UserError, match="'toybox:big' has no configuration 'big': use one of default, tiny"
     ):
         open_source("toybox:big", "train", str(tmp_path))
     assert asked == [(config, str(tmp_path / "tfds")) for config in ("tiny", "default")]

@@ -51,7 +51,7 @@ def seconds(file: str | bytes) -> float:
 
 
 def look(records: Sequence[Record]) -> list[Found]:
-    """Decodes a file once for all these clips of it, with one frame in memory. Raises Unreadable."""
+    """Decodes a file once for all these clips of it, one frame at a time. Raises Unreadable."""
     file = records[0].video
     sound = _has_sound(file)
     with Video(file) as video:

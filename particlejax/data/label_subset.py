@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training with few labels: some clips keep their labels; the others are left out or used without."""
+"""Few labels: some clips keep their labels; the others are left out or used without labels."""
 
 import csv
 import os

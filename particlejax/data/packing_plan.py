@@ -43,7 +43,7 @@ class Carried(NamedTuple):
 
 
 class Stand(NamedTuple):
-    """The state of the plan before a batch: the next position in the order, and the waiting clips."""
+    """The plan's state before a batch: the next position in the order, and the waiting clips."""
 
     batch: int
     position: int

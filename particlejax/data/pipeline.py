@@ -259,7 +259,7 @@ def _load(source: Source, wanted: list[_Wanted], row: Row, rows: int) -> Loaded:
 
 
 def _packed(read: list[_Read], i: int) -> packing.Clip:
-    """Returns the particles of clip i, after MixUp or CutMix with the next clip of its size if set."""
+    """Returns clip i as particles, after MixUp or CutMix with the next clip of its size."""
     (number, look, (data, spec), _), clip, label = read[i]
     rng = (
         look

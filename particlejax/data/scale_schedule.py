@@ -44,7 +44,7 @@ class Schedule:
 
     @functools.cached_property
     def scales(self) -> tuple[Scale, ...]:
-        """All possible scales; those of a short cycle are consecutive for each scale of the spec."""
+        """All possible scales; those of a short cycle are consecutive per scale of the spec."""
         longs = self.spec.scales or (ScaleSpec(),)
         return tuple(
             self._scale(each, factor)

@@ -251,7 +251,7 @@ def finish(plan: Plan) -> dict[str, Any]:
 
 
 def _remove(shards: Iterable[Shard]) -> None:
-    """Deletes the files of an empty split, because TFDS expects a split for every file. Notes stay."""
+    """Deletes the files of an empty split: TFDS expects a split for every file. Notes stay."""
     for shard in shards:
         Path(shard.path).unlink(missing_ok=True)
 
@@ -269,9 +269,7 @@ def _describe(plan: Plan, infos: Sequence[tfds.core.SplitInfo]) -> None:
             check_data=False,
         )
     except OSError as error:
-        (plan.folder / _INFO).unlink(
-            missing_ok=True
-        )  # incomplete metadata would pass for a data set
+        (plan.folder / _INFO).unlink(missing_ok=True)  # incomplete metadata is no data set
         raise _disk(plan.folder, error) from error
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sound of a file as one channel of samples on the clock of its frames, and as log-mel spectra.
+"""Audio of a file as mono samples on the time axis of its frames, and as log-mel spectrograms.
 
-Legend: N samples, F spectra, M mel bands.
+Legend: N samples, F spectrogram frames, M mel bands.
 """
 
 import functools
@@ -14,22 +14,20 @@ from av.audio.resampler import AudioResampler
 from particlejax.config.experiment import AudioSpec
 from particlejax.data.video.decode import Unreadable, open_file
 
-_SEEK = 2.0  # seconds into a track from which on seeking saves work
-_BEFORE = (
-    0.5  # seconds that are decoded before the wanted ones: a decoder needs some packets to settle
-)
-_FLOOR = 1e-6  # power under which nothing is heard
+_SEEK = 2.0  # start in seconds above which seeking is faster
+_BEFORE = 0.5  # seconds to decode before the start: a decoder needs some packets to settle
+_FLOOR = 1e-6  # added to the power before the logarithm
 
 
 def read(
     source: str | bytes, origin: float, start: float, seconds: float, rate: int
 ) -> np.ndarray | None:
-    """Samples float32 [N] of `seconds` from `start` on, at `rate` per second; fewer where the track
+    """Reads samples float32 [N] of `seconds` from `start` at `rate` per second; fewer if the track
     ends.
 
-    start: seconds from the video's first frame, which stands at `origin` on the container's clock.
-    A gap in the track is silent. None where there is no sound: no track, none that decodes, or it
-    ends before `start`.
+    start: seconds from the video's first frame, which is at `origin` on the container's clock. Gaps
+    in the track are silent. Returns None without audio: no track, no decodable one, or it ends
+    before `start`.
     """
     try:
         with open_file(source) as container:
@@ -62,12 +60,12 @@ def _collect(
 ) -> np.ndarray | None:
     resampler = AudioResampler(format="flt", layout="mono", rate=rate)
     sound = np.zeros(samples(seconds, rate), np.float32)
-    end = 0  # of what was written, in samples
+    end = 0  # end of the written samples
     clock: float | None = None
-    # the track breaks off: what came before it counts
+    # a truncated track: keep the samples before the error
     try:
         for frame in container.decode(stream):
-            # the start, or a gap
+            # at the start or after a gap, take the frame's own time
             if clock is None or (frame.time is not None and abs(frame.time - clock) > 0.05):
                 clock = frame.time if frame.time is not None else 0.0 if clock is None else clock
             for part in resampler.resample(frame):
@@ -82,9 +80,7 @@ def _collect(
 
 
 def _place(sound: np.ndarray, heard: np.ndarray, at: int) -> int:
-    """Writes the part of `heard` that falls into `sound` when the first stands at `at`; returns
-    where it ends.
-    """
+    """Writes the part of `heard` that overlaps `sound`, starting at index `at`; returns its end."""
     start, stop = max(at, 0), min(at + len(heard), len(sound))
     if stop <= start:
         return 0
@@ -93,26 +89,26 @@ def _place(sound: np.ndarray, heard: np.ndarray, at: int) -> int:
 
 
 def samples(seconds: float, rate: int) -> int:
-    """How many samples `read` gives at most."""
+    """Returns the maximum number of samples of `read`."""
     return math.ceil(seconds * rate - 1e-6)
 
 
 def spectra(seconds: float, spec: AudioSpec) -> int:
-    """How many spectra `log_mel` makes of so many seconds: in whole samples, as it counts them."""
+    """Returns the number of spectrogram frames that `log_mel` computes for a duration."""
     window, hop = _steps(spec)
     return max(0, samples(seconds, spec.sample_rate) - window) // hop + 1
 
 
 def _steps(spec: AudioSpec) -> tuple[int, int]:
-    """Samples of a spectrum, and from one to the next."""
+    """Returns window and hop in samples."""
     return round(spec.window_seconds * spec.sample_rate), round(spec.hop_seconds * spec.sample_rate)
 
 
 def log_mel(sound: np.ndarray, spec: AudioSpec) -> np.ndarray:
-    """Natural logarithms of mel power, float32 [F, M]: one spectrum each hop, Hann windows, none
-    beyond the end.
+    """Returns the natural logarithm of mel power, float32 [F, M], with Hann windows and no padding
+    at the end.
 
-    Sound shorter than a window is filled up with silence.
+    Audio shorter than a window is padded with silence.
     """
     window, hop = _steps(spec)
     sound = np.pad(sound, (0, max(0, window - len(sound))))
@@ -123,7 +119,9 @@ def log_mel(sound: np.ndarray, spec: AudioSpec) -> np.ndarray:
 
 @functools.cache
 def mel_filters(spec: AudioSpec) -> np.ndarray:
-    """Triangles [frequencies, M] that overlap by half on the mel scale 2595 log10(1 + f / 700)."""
+    """Returns triangular filters [frequencies, M] that overlap by half on the scale 2595 log10(1 +
+    f / 700).
+    """
     length = _length(_steps(spec)[0])
     frequencies = np.arange(length // 2 + 1) * spec.sample_rate / length
     edges = _hertz(

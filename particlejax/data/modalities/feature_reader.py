@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a frozen network said of a clip's sub-clips, read from a folder as particles: no worker
-needs the network.
+"""Precomputed features of a frozen network as particles, read from a folder.
 
-A folder holds one network's features at one sampling, as `network.json` says, each clip's in a file
-of `data.video_features`. Legend: n particles of a clip, D width of the features.
+A folder holds one network's features at one sampling, described by `network.json`, with a file per
+clip (see feature_store). Legend: n particles of a clip, D width of the features.
 """
 
 import dataclasses
@@ -24,41 +23,41 @@ from particlejax.data.video.decode import Unreadable
 from particlejax.particles.types import Particles
 
 DESCRIPTION = "network.json"
-ABOUT = 6  # numbers that stand before a particle's features: its place and its extent
-_LEAST = 1e-6  # root mean square of a particle that is not blown up
-_HAIR = 1e-4  # seconds by which a sub-clip may stand out of the span that is asked for
+ABOUT = 6  # values before a particle's features: place and extent
+_LEAST = 1e-6  # minimum root mean square in the normalization of a particle
+_HAIR = 1e-4  # tolerance in seconds of a sub-clip's position in a span
 
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """What a folder holds. mean, deviation: of each of the D features, over the first split that
-    was computed.
+    """The content of a folder. mean, deviation: of each of the D features, over the first computed
+    split.
     """
 
-    command: str  # that computes what is not there
-    network: Mapping[str, str]  # what tells it from others
-    # seconds and stride of sub-clips, the cells of each, frames and their size
+    command: str  # computes missing features
+    network: Mapping[str, str]  # identifies the network
+    # seconds and stride of sub-clips, their cells, number and size of frames
     sampling: Mapping[str, Any]
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
 
     @property
     def width(self) -> int:
-        """D."""
+        """Feature width D."""
         return len(self.mean)
 
     @property
     def cells(self) -> int:
-        """Particles of a sub-clip."""
+        """Particles per sub-clip."""
         return math.prod(self.sampling["cells"])
 
     @property
     def whole(self) -> bool:
-        """Whether the one sub-clip of a clip is the whole clip."""
+        """Whether a clip has one sub-clip, the whole clip."""
         return not self.sampling["seconds"]
 
     def most(self, seconds: float) -> int:
-        """How many particles a span of so many seconds holds at most."""
+        """Returns the maximum number of particles in a span of so many seconds."""
         length, stride = self.sampling["seconds"], self.sampling["stride"]
         return self.cells * (
             1 if self.whole else 1 + max(0, math.floor((seconds - length + 2 * _HAIR) / stride))
@@ -66,7 +65,7 @@ class Described:
 
 
 def described(folder: Path) -> Described | None:
-    """What the folder says of itself, None where it says nothing yet."""
+    """Returns a folder's description, or None if there is none. Raises UserError if it is damaged."""
     path = folder / DESCRIPTION
     if not path.is_file():
         return None
@@ -74,55 +73,50 @@ def described(folder: Path) -> Described | None:
         return Described(**json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"{path} is damaged ({error}): delete it and compute the features again, those that "
-            "are kept are "
-            "found there."
+            f"{path} is damaged ({error}): delete it and run extract_features again, which reuses "
+            "the saved features."
         ) from error
 
 
 def describe(folder: Path, what: Described) -> None:
-    """Writes network.json, whole or not at all."""
+    """Writes network.json atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / DESCRIPTION, json.dumps(dataclasses.asdict(what)))
 
 
 def opened(spec: FeatureSpec, modality: str = "video_features") -> Described:
-    """What config.data.video_features or another modality names. Raises UserError where that is
-    nothing.
+    """Returns the description of config.data.video_features or another modality. Raises UserError
+    if there is none.
     """
     if not spec.folder:
         raise UserError(
-            f"config.data.{modality}.folder is empty: name the folder that `python -m "
-            "particlejax.main --config "
-            "experiments/extract_features.py --config.out_dir=FOLDER` wrote."
+            f"config.data.{modality}.folder is empty: set it to the output of `python -m "
+            "particlejax.main --config experiments/extract_features.py --config.out_dir=FOLDER`."
         )
     found = described(Path(spec.folder).expanduser())
     if found is None:
         raise UserError(
-            f"{spec.folder} holds no features (it has no {DESCRIPTION}): run `python -m "
-            "particlejax.main --config "
-            f"experiments/extract_features.py --config.out_dir={spec.folder}` with your source "
-            "first."
+            f"{spec.folder} holds no features (it has no {DESCRIPTION}): first run `python -m "
+            "particlejax.main --config experiments/extract_features.py "
+            f"--config.out_dir={spec.folder}` with your source."
         )
     return found
 
 
 def starts(length: float, seconds: float, stride: float) -> np.ndarray:
-    """Where the sub-clips of a clip begin, in seconds; the last may go past its end, where it shows
-    the last frame.
-    """
+    """Returns the starts of a clip's sub-clips in seconds; beyond the end, the last frame repeats."""
     begins = (
         np.arange(1 + max(0, math.ceil((length - seconds - _HAIR) / stride))) * stride
         if seconds
         else np.zeros(1)
     )
-    # where they stand apart, the last one may lie beyond
+    # with gaps between sub-clips, the last one may start after the end
     return begins[begins < max(length, _HAIR)]
 
 
 def placed(starts: np.ndarray, seconds: float, cells: tuple[int, int, int]) -> np.ndarray:
-    """Place and extent, float32 [n, 6], of the cells of sub-clips of so many seconds, in the order
-    of time, row, column.
+    """Returns place and extent, float32 [n, 6], of the cells of sub-clips, in the order time, row,
+    column.
     """
     size = np.array([seconds, 1.0, 1.0]) / cells
     inside = (
@@ -137,16 +131,15 @@ def placed(starts: np.ndarray, seconds: float, cells: tuple[int, int, int]) -> n
 
 
 def joined(about_N6: np.ndarray, features_ND: np.ndarray) -> np.ndarray:
-    """What is kept of a clip, float32 [n, 6 + D]."""
+    """Returns the saved array of a clip, float32 [n, 6 + D]."""
     return np.concatenate([about_N6, features_ND], axis=1, dtype=np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """A clip's particles as they were kept, to scale: place and extent float32 [n, 6], features
-    float32 [n, D].
+    """A clip's normalized features: place and extent float32 [n, 6], features float32 [n, D].
 
-    There are none where the clip has nothing for the network, such as no sound.
+    n is 0 if the clip has no input for the network, such as no audio.
     """
 
     about: np.ndarray
@@ -155,14 +148,12 @@ class Kept:
 
     @property
     def length(self) -> float:
-        """Seconds from the clip's start to where its last sub-clip ends; at least a moment, so that
-        there is a span.
-        """
+        """Seconds from the clip's start to the end of its last sub-clip; always above 0."""
         return float((self.about[:, 0] + self.about[:, 3] / 2).max(initial=_HAIR))
 
     def during(self, start: float, seconds: float) -> Particles:
-        """The sub-clips within a span, else the one nearest to its middle, on the clock of the
-        span.
+        """Returns the sub-clips within a span, else the one nearest to its center, with times from
+        the span's start.
         """
         if not len(self.about):
             return Particles(
@@ -183,8 +174,8 @@ class Kept:
 
 
 def read(record: Record, spec: FeatureSpec, modality: str = "video_features") -> Kept:
-    """The clip's features. Raises decode.Unreadable, with the command that computes them, where
-    they are not there or damaged.
+    """Reads a clip's features. Raises decode.Unreadable, with the command that computes them, if
+    they are missing or damaged.
     """
     what, folder = opened(spec, modality), Path(spec.folder).expanduser()
     try:
@@ -200,6 +191,6 @@ def read(record: Record, spec: FeatureSpec, modality: str = "video_features") ->
     values = found[:, ABOUT:]
     if spec.normalization == "standardize":
         values = (values - np.float32(what.mean)) / np.float32(what.deviation)
-    else:  # of root mean square one, so that layers find the numbers that they expect
+    else:  # unit root mean square per particle
         values = values / np.maximum(np.sqrt(np.square(values).mean(axis=1, keepdims=True)), _LEAST)
     return Kept(found[:, :ABOUT], values, what)

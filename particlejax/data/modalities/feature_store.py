@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features of clips on disk: computed once for a network, a clip and a way of sampling it, and
-computed again where damaged.
-"""
+"""Storage of precomputed features: one file per network, clip and sampling, with a checksum."""
 
 import hashlib
 import io
@@ -17,22 +15,21 @@ import numpy as np
 from particlejax.core.io import fresh_file
 from particlejax.data.sources.records import Record
 
-_DIGEST = 32  # bytes of SHA-256 that stand before the array
-# numpy parses its headers with `ast`, which in CPython 3.11 two threads break
-# (python/cpython#106905)
+_DIGEST = 32  # bytes of SHA-256 before the array
+# NumPy parses headers with `ast`, which is not thread-safe in CPython 3.11 (python/cpython#106905)
 _PARSING = threading.Lock()
 
 
 class Damaged(ValueError):
-    """What a file says is not what was written to it."""
+    """A file does not match its checksum."""
 
 
 def key(record: Record, network: Mapping[str, Any], sampling: Mapping[str, Any]) -> str:
-    """The name of a clip's features, in hexadecimal.
+    """Returns the name of a clip's features, in hexadecimal.
 
-    A file is known by its path, size and time of change, encoded bytes by themselves; a clip also
-    by where it begins and ends. network: what tells its weights and endpoint from others; sampling:
-    which frames it sees, and how large; where it reads words, the caption counts too.
+    A file is identified by path, size and modification time, encoded bytes by their hash, a clip
+    also by its start and end. network: identifies weights and endpoint. sampling: frames and their
+    size; for text networks the caption is part of the key.
     """
     if isinstance(record.video, bytes):
         file: Any = hashlib.sha256(record.video).hexdigest()
@@ -47,7 +44,7 @@ def key(record: Record, network: Mapping[str, Any], sampling: Mapping[str, Any])
 
 
 def load(folder: Path, name: str) -> np.ndarray | None:
-    """The features of this key, None where there are none. Raises Damaged."""
+    """Returns the features of a key, or None. Raises Damaged."""
     path = _path(folder, name)
     if not path.is_file():
         return None

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numeric channels that were recorded with a clip: a CSV with a column `time`, read on the clip's
-own clock.
+"""Numeric channels recorded with a clip: a CSV with a column `time` in seconds on the clip's clock.
 
-Legend: n values in time, C channels.
+Legend: n time steps, C channels.
 """
 
 import csv
@@ -18,10 +17,11 @@ from particlejax.data.video.decode import Unreadable
 def read(
     table: str | bytes, start: float, seconds: float, spec: TimeseriesSpec
 ) -> np.ndarray | None:
-    """Channels float32 [n, C], interpolated linearly to `spec.rate` per second from `start` on.
+    """Returns channels float32 [n, C], linearly interpolated to `spec.sample_rate` per second from
+    `start`.
 
-    Ends where the table ends; None where it has nothing at `start` or later. Raises Unreadable for
-    a table without the columns or with what is not a number.
+    Ends where the table ends; None if it has no value at or after `start`. Raises Unreadable for
+    missing columns or values that are not numbers.
     """
     try:
         text = (

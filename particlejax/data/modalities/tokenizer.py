@@ -9,11 +9,11 @@ import numpy as np
 from particlejax.config.experiment import TextSpec
 from particlejax.core.errors import UserError, install_line
 
-MASK, _FIRST = 1, 2  # 0 stays free for what fills up; ids of bytes begin at _FIRST
+MASK, _FIRST = 1, 2  # 0 is padding; byte ids start at _FIRST
 
 
 def vocabulary(spec: TextSpec) -> int:
-    """How many ids there are."""
+    """Returns the vocabulary size."""
     return (
         256 + _FIRST
         if spec.tokenizer == "bytes"
@@ -22,8 +22,8 @@ def vocabulary(spec: TextSpec) -> int:
 
 
 def encode(text: str, spec: TextSpec) -> np.ndarray:
-    """Ids int32 [n] of a text, n <= `spec.length`; of a tokenizer file with its special tokens,
-    also where it was cut.
+    """Returns token ids int32 [n] of a text, n <= `spec.max_length`; tokenizer files add special
+    tokens, also when truncating.
     """
     if spec.tokenizer == "bytes":
         return (np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) + _FIRST)[
@@ -34,9 +34,7 @@ def encode(text: str, spec: TextSpec) -> np.ndarray:
 
 @functools.cache
 def _tokenizer(path: str, length: int) -> "object":
-    """The tokenizer of a file, set to cut at `length` ids and to fill up nothing, whatever the file
-    asks for.
-    """
+    """Loads a tokenizer file, with truncation to `length` tokens and without padding."""
     try:
         import tokenizers
     except ImportError as error:
@@ -46,24 +44,21 @@ def _tokenizer(path: str, length: int) -> "object":
         ) from error
     if not os.path.isfile(os.path.expanduser(path)):
         raise UserError(
-            f"config.data.text.tokenizer={path!r} is not there: give the path of a tokenizer.json, "
-            "or 'bytes'."
+            f"config.data.text.tokenizer={path!r} does not exist: set it to the path of a "
+            "tokenizer.json, or 'bytes'."
         )
     try:
         found = tokenizers.Tokenizer.from_file(os.path.expanduser(path))
-    except Exception as error:  # the package raises this very class
+    except Exception as error:  # the package raises Exception itself
         raise UserError(
-            f"config.data.text.tokenizer={path!r} is not a tokenizer file ({error}): give a "
-            "tokenizer.json, or "
-            "'bytes'."
+            f"config.data.text.tokenizer={path!r} is not a tokenizer file ({error}): use a "
+            "tokenizer.json, or 'bytes'."
         ) from error
     special = found.num_special_tokens_to_add(False)
     if length <= special:
         raise UserError(
-            f"config.data.text.max_length={length} has no room for a word beside the {special} "
-            "special "
-            "tokens of "
-            f"{path}: use {special + 1} or more."
+            f"config.data.text.max_length={length} leaves no room beside the {special} special "
+            f"tokens of {path}: use {special + 1} or more."
         )
     found.no_padding()
     found.enable_truncation(length)

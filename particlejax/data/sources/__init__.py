@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where clips come from: a folder, a TFDS data set, the toybox or a mixture, each as a
-random-access sequence of records.
+"""Data sources: a folder, a TFDS data set, the toybox or a mixture, each a random-access sequence
+of records.
 """
 
 import os
@@ -26,13 +26,12 @@ def open_source(
     """Opens one split of 'toybox', 'toybox:CONFIG', 'folder:PATH', 'tfds:NAME_OR_PATH' or
     'mix:WEIGHT*SOURCE,...'.
 
-    'folder:PATH#COLUMN' takes the labels from another column of its clips.csv.
+    'folder:PATH#COLUMN' reads labels from another column of clips.csv.
 
-    split: a name, or part of one as in TFDS: 'train[:90%]', 'val[10:20]'; in a folder a part is
-    taken in an order that shuffles groups but keeps them together, so that parts are like the whole
-    and share at most one group. cache_dir: prepared data sets live in its folder 'tfds'. classes:
-    of the run that was trained, labels are mapped to them by name. Raises UserError when there is
-    no such source, split or label.
+    split: a name, or part of one as in TFDS: 'train[:90%]', 'val[10:20]'. In a folder, parts follow
+    a fixed shuffled order that keeps groups together, so two parts share at most one group.
+    cache_dir: its folder 'tfds' holds prepared data sets. classes: of a trained run; labels are
+    mapped to them by name. Raises UserError for an unknown source, split or label.
     """
     kind, _, rest = source.partition(":")
     data_dir = os.path.join(os.path.expanduser(cache_dir), "tfds")
@@ -53,7 +52,7 @@ def open_source(
 
 
 def _of_classes(opened: Source, classes: tuple[str, ...] | None, source: str) -> Source:
-    """The source with its labels counted in the classes of a trained run, where there is one."""
+    """Maps a source's labels to the classes of a trained run, if given."""
     if classes is None or not opened.classes or opened.classes == classes:
         return opened
     index = match_classes(opened.classes, classes, source)
@@ -64,7 +63,7 @@ def _of_classes(opened: Source, classes: tuple[str, ...] | None, source: str) ->
 
 
 class CustomSource(NamedTuple):
-    """open: (rest of the name, split) -> Source. splits: their names, () for any."""
+    """open: (rest of the name, split) -> Source. splits: their names; () for any."""
 
     open: Callable[[str, str], Source]
     splits: tuple[str, ...]
@@ -77,13 +76,13 @@ Open = TypeVar("Open", bound=Callable[[str, str], Source])
 def register_source(
     kind: str, splits: tuple[str, ...] = ("train", "val")
 ) -> Callable[[Open], Open]:
-    """Adds a source by a decorator: `config.data.source` may then be 'KIND' or 'KIND:REST'.
+    """Decorator that registers a source: `config.data.source` may then be 'KIND' or 'KIND:REST'.
 
-    The function is (REST, split) -> a `Source`, such as `ListSource(classes, records)`; it raises
-    UserError for a split that it lacks. Raises ValueError for a kind that is taken.
+    The function maps (REST, split) to a `Source`, such as `ListSource(classes, records)`, and
+    raises UserError for an unknown split. Raises ValueError for a kind that is taken.
     """
     if kind in ("toybox", "folder", "tfds", "mix"):
-        raise ValueError(f"there is a source {kind!r} already: register yours by another name.")
+        raise ValueError(f"source {kind!r} exists already: register yours under another name.")
 
     def register(open_it: Open) -> Open:
         plugins.add(CUSTOM, "source", kind, CustomSource(open_it, splits))
@@ -93,7 +92,7 @@ def register_source(
 
 
 def splits(source: str, cache_dir: str) -> tuple[str, ...]:
-    """Names of the splits that a source has. Raises UserError as `open_source` does."""
+    """Returns the names of a source's splits. Raises UserError as `open_source` does."""
     kind, _, rest = source.partition(":")
     data_dir = os.path.join(os.path.expanduser(cache_dir), "tfds")
     if kind == "folder" and rest:
@@ -133,7 +132,6 @@ def _open_mix(source: str, split: str, cache_dir: str, classes: tuple[str, ...] 
 
 def _unknown(source: str) -> UserError:
     return UserError(
-        f"data source {source!r} is none of 'toybox' (or 'toybox:CONFIG'), 'folder:PATH', "
-        "'tfds:NAME' (or "
-        "'tfds:PATH' of a prepared data set) and 'mix:WEIGHT*SOURCE,...': write it as one of these."
+        f"unknown data source {source!r}: use 'toybox' (or 'toybox:CONFIG'), 'folder:PATH', "
+        "'tfds:NAME' (or 'tfds:PATH' of a prepared data set) or 'mix:WEIGHT*SOURCE,...'."
     )

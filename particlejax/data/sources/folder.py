@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of one's own videos as a source: with clips.csv, or laid out as split/class/clip or
-class/clip.
-"""
+"""A folder of videos as a source, with clips.csv or laid out as split/class/clip or class/clip."""
 
 import csv
 import hashlib
@@ -23,23 +21,22 @@ VIDEO_SUFFIXES = frozenset(
     ".tp .ts .vob .webm .wmv .wtv .xvid .y4m".split()
 )
 _SPLITS = frozenset({"train", "val", "valid", "validation", "test"})
-_TRAIN = 0.8  # share of the groups where the folder does not say which clips are for training
+_TRAIN = 0.8  # fraction of training groups if the folder has no splits
 
 
 @dataclass(frozen=True)
 class _Row:
-    record: Record  # its label still -1
-    path: str  # as it is written, relative to the folder
+    record: Record  # with label -1
+    path: str  # as in clips.csv, relative to the folder
     label: str
-    split: str  # '': not said
+    split: str  # '': unknown
 
 
 def open_folder(path: str, split: str, classes: tuple[str, ...] | None = None) -> Listed:
-    """The clips of one split, in the order of clips.csv or of their paths.
+    """Returns the clips of one split, in the order of clips.csv or of their paths.
 
-    Where the folder has no splits, 80 % of the groups (of the clips, where none has a group) are
-    'train' and 20 % are 'val', by a hash of their name. Raises UserError when the folder, a column,
-    a number or the split is not right.
+    If the folder has no splits, 80 % of the groups (or clips without a group) are 'train' and 20 %
+    'val', by a hash of their name. Raises UserError for an invalid folder, column, number or split.
     """
     path, column = _column(os.path.expanduser(path))
     rows = _rows(path, column)
@@ -55,12 +52,12 @@ def open_folder(path: str, split: str, classes: tuple[str, ...] | None = None) -
 
 
 def folder_splits(path: str) -> tuple[str, ...]:
-    """The splits of a folder, in alphabetical order. Raises UserError as `open_folder` does."""
+    """Returns the splits of a folder, sorted. Raises UserError as `open_folder` does."""
     return tuple(sorted({row.split for row in _rows(*_column(os.path.expanduser(path)))}))
 
 
 def _column(path: str) -> tuple[str, str]:
-    """The folder, and the column of clips.csv that holds the labels, of PATH or PATH#COLUMN."""
+    """Parses PATH or PATH#COLUMN into the folder and the label column of clips.csv."""
     folder, mark, column = path.rpartition("#")
     return (folder, column) if mark and not os.path.isdir(path) else (path, "label")
 
@@ -71,8 +68,8 @@ def _rows(path: str, column: str) -> list[_Row]:
     table = os.path.join(path, "clips.csv")
     if column != "label" and not os.path.exists(table):
         raise UserError(
-            f"folder:{path} has no clips.csv whose column {column!r} could be read: write one, or "
-            "leave '#' out."
+            f"folder:{path} has no clips.csv to read column {column!r} from: add it, or remove "
+            "'#' and the column."
         )
     return _with_splits(
         _read_table(path, table, column) if os.path.exists(table) else _read_tree(path)
@@ -81,20 +78,20 @@ def _rows(path: str, column: str) -> list[_Row]:
 
 def _read_table(folder: str, table: str, column: str) -> list[_Row]:
     try:
-        # -sig, because spreadsheets put a mark before the first column
+        # -sig, because spreadsheets write a byte order mark
         with open(table, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
             reader.fieldnames = [str(name).strip() for name in reader.fieldnames or ()]
             if "path" not in reader.fieldnames:
                 raise UserError(
                     f"{table} has no column 'path' (it has "
-                    f"{', '.join(reader.fieldnames) or 'none'}): name "
-                    "the column with the videos' paths so, with commas between columns."
+                    f"{', '.join(reader.fieldnames) or 'none'}): give the column of video paths "
+                    "this name, and separate columns by commas."
                 )
             if column != "label" and column not in reader.fieldnames:
                 raise UserError(
                     f"{table} has no column {column!r} (it has {', '.join(reader.fieldnames)}): "
-                    "name one of these."
+                    "use one of these."
                 )
             rows = [
                 _table_row(folder, column, fields, f"{table}, line {reader.line_num}")
@@ -106,22 +103,19 @@ def _read_table(folder: str, table: str, column: str) -> list[_Row]:
         ) from error
     if not rows:
         raise UserError(
-            f"{table} lists no clip: add a line for each, or remove it to use the folders' names."
+            f"{table} lists no clip: add a line per clip, or delete it to use folder names."
         )
     silent = [row for row in rows if not row.split]
     if silent and len(silent) < len(rows):
         raise UserError(
-            f"{table} gives no split for {silent[0].record.name} but does for others: fill in that "
-            "column "
-            "for all clips or for none."
+            f"{table} has no split for {silent[0].record.name}, but for other clips: fill in the "
+            "column for all clips or for none."
         )
     return _with_names(rows)
 
 
 def _with_names(rows: list[_Row]) -> list[_Row]:
-    """Rows of one file told apart by when they begin and end, and where that is the same, by a
-    number.
-    """
+    """Makes the names of clips of one file unique by start and end, then by a number."""
     often = Counter(row.path for row in rows)
     seen: Counter[str] = Counter()
     named = []
@@ -144,12 +138,11 @@ def _table_row(folder: str, column: str, fields: dict[str, str | None], line: st
     }
     path = fields["path"]
     if not path:
-        raise UserError(f"{line}: no path, so fill it in or remove the line.")
+        raise UserError(f"{line}: the path is empty: fill it in or remove the line.")
     start, end = _seconds(fields, "start", line), _seconds(fields, "end", line)
     if end is not None and end <= (start or 0.0):
         raise UserError(
-            f"{line}: the end {end:g} is not after the start {start or 0:g}, so correct one of "
-            "them."
+            f"{line}: the end {end:g} is not after the start {start or 0:g}: correct one of them."
         )
     record = Record(
         path,
@@ -165,7 +158,7 @@ def _table_row(folder: str, column: str, fields: dict[str, str | None], line: st
 
 
 def _series(folder: str, path: str) -> str:
-    """The CSV beside a clip, '' where there is none."""
+    """Returns the CSV beside a clip, or ''."""
     table = os.path.join(folder, os.path.splitext(path)[0] + ".csv")
     return table if os.path.isfile(table) else ""
 
@@ -178,7 +171,7 @@ def _seconds(fields: dict[str, str], column: str, line: str) -> float | None:
         value = math.nan
     if value is not None and not 0 <= value < math.inf:
         raise UserError(
-            f"{line}: {column} is {text!r}, so write it as seconds, such as 2.5, or leave it empty."
+            f"{line}: {column} is {text!r}: write seconds, such as 2.5, or leave it empty."
         )
     return value
 
@@ -188,18 +181,16 @@ def _read_tree(folder: str) -> list[_Row]:
     if not paths:
         raise UserError(
             f"folder:{folder} holds no clips.csv and no video (a file such as .mp4, .avi or "
-            ".webm): put "
-            "videos there as class/clip.mp4 or split/class/clip.mp4, or write a clips.csv."
+            ".webm): add videos as class/clip.mp4 or split/class/clip.mp4, or a clips.csv."
         )
     tops = {path.split("/")[0] for path in paths if "/" in path}
-    # a class may be called 'train' too, but then others stand beside it
+    # a class may be called 'train' too, but then there are other classes
     has_splits = bool(tops) and tops <= _SPLITS
     loose = [path for path in paths if "/" not in path]
     if has_splits and loose:
         raise UserError(
             f"folder:{folder} holds {loose[0]} beside the splits {', '.join(sorted(tops))}: move "
-            "it into "
-            "one of them."
+            "it into one of them."
         )
     return [_tree_row(folder, path, has_splits) for path in paths]
 
@@ -214,8 +205,8 @@ def _tree_row(folder: str, path: str, has_splits: bool) -> _Row:
 
 
 def _video_paths(folder: str) -> Iterator[str]:
-    """Paths relative to `folder`, with slashes; linked folders are entered once, hidden ones not at
-    all.
+    """Yields paths relative to `folder`, with slashes; enters linked folders once and skips hidden
+    ones.
     """
     seen = set()
     for here, folders, files in os.walk(folder, followlinks=True):
@@ -237,7 +228,7 @@ def _group(row: _Row) -> str:
 
 
 def _hash(text: str) -> float:
-    """A number in [0, 1) that is the same in every process and on every machine."""
+    """Returns a number in [0, 1) that is the same in every process and on every machine."""
     return (
         int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:6], "big")
         / 2**48
@@ -249,13 +240,13 @@ def _with_splits(rows: list[_Row]) -> list[_Row]:
         return rows
     groups = sorted({_group(row) for row in rows}, key=_hash)
     train = {group for group in groups if _hash(group) < _TRAIN}
-    if len(groups) > 1:  # a few clips may all fall on one side; both splits have one nevertheless
+    if len(groups) > 1:  # few groups may all fall on one side: give both splits at least one
         train = (train | {groups[0]}) - ({groups[-1]} if len(train) == len(groups) else set())
     return [replace(row, split="train" if _group(row) in train else "val") for row in rows]
 
 
 def _choose(rows: Sequence[_Row], split: str, folder: str) -> list[_Row]:
-    """The rows of a split expression: NAME or NAME[from:to], or several with + between them."""
+    """Returns the rows of a split expression: NAME or NAME[from:to], joined by +."""
     chosen: set[int] = set()
     for part in split.replace(" ", "").split("+"):
         chosen |= _part(rows, part, folder)
@@ -270,14 +261,14 @@ def _part(rows: Sequence[_Row], part: str, folder: str) -> set[int]:
     match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", part)
     if not match:
         raise UserError(
-            f"split {part!r} of folder:{folder} is not understood: write a name, or a part like "
+            f"split {part!r} of folder:{folder} is malformed: write a name, or a part like "
             "'train[:90%]' or 'train[10:20]'."
         )
     name = SPLIT_NAMES.get(match[1], match[1])
     members = [i for i, row in enumerate(rows) if row.split == name]
     if not members:
         known = ", ".join(sorted({row.split for row in rows}))
-        raise UserError(f"folder:{folder} has no split {match[1]!r}: name one of {known}.")
+        raise UserError(f"folder:{folder} has no split {match[1]!r}: use one of {known}.")
     members.sort(key=lambda i: (_hash(_group(rows[i])), _hash(rows[i].record.name), i))
     return set(_slice(members, match[2], match[3]))
 

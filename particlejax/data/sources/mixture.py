@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several sources as one, drawn from by weight."""
+"""A weighted mixture of sources."""
 
 import math
 from dataclasses import dataclass
@@ -10,13 +10,11 @@ from particlejax.data.sources.records import Record, Source
 
 @dataclass(frozen=True)
 class Mixed:
-    """Several sources one after the other; training draws from each by its weight. Their classes
-    are joined by name.
-    """
+    """Concatenated sources; training samples each by its weight. Classes are merged by name."""
 
     classes: tuple[str, ...]
     parts: tuple[Source, ...]
-    spans: tuple[tuple[int, int, float], ...]  # (first clip, clips, weight) of each
+    spans: tuple[tuple[int, int, float], ...]  # (first clip, number of clips, weight) per part
 
     def __len__(self) -> int:
         return sum(count for _, count, _ in self.spans)
@@ -29,12 +27,14 @@ class Mixed:
 
 
 def parts_of(source: Source) -> tuple[tuple[int, int, float], ...]:
-    """(first clip, clips, weight) of each part of a mixture; a source that is none is one part."""
+    """Returns (first clip, number of clips, weight) per part; other sources are one part."""
     return source.spans if isinstance(source, Mixed) else ((0, len(source), 1.0),)
 
 
 def parse(source: str) -> list[tuple[float, str]]:
-    """(weight, source) of 'mix:0.7*folder:A,0.3*toybox'."""
+    """Parses 'mix:0.7*folder:A,0.3*toybox' into (weight, source) pairs. Raises UserError if
+    malformed.
+    """
     found = []
     for part in source.partition(":")[2].split(","):
         weight, star, name = part.strip().rpartition("*")
@@ -44,9 +44,8 @@ def parse(source: str) -> list[tuple[float, str]]:
             value = 0.0
         if not 0 < value < math.inf or not name:
             raise UserError(
-                f"data source {source!r}: {part!r} is not WEIGHT*SOURCE with a weight above 0, so "
-                "write it like "
-                "'mix:0.7*folder:A,0.3*folder:B'."
+                f"data source {source!r}: {part!r} is not WEIGHT*SOURCE with a weight above 0: "
+                "write it like 'mix:0.7*folder:A,0.3*folder:B'."
             )
         found.append((value, name))
     return found

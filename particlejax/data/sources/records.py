@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A clip that is not decoded yet, and what a source of such clips is."""
+"""Records of clips before decoding, and the interface of sources."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,30 +9,30 @@ from particlejax.core.suggest import did_you_mean
 from particlejax.core.typing import UserError
 from particlejax.data.video.decode import Unreadable
 
-SPLIT_NAMES = {"valid": "val", "validation": "val"}  # other words for the same split
+SPLIT_NAMES = {"valid": "val", "validation": "val"}  # aliases of splits
 
 
 @dataclass(frozen=True)
 class Record:
-    """One clip, not yet decoded."""
+    """One clip before decoding."""
 
-    # How logs and predictions name it: the path in its folder (with @start-end where several clips
-    # are of one file), or the example's name, else 'split/00012'.
+    # Name in logs and predictions: the path in its folder (with @start-end if a file has several
+    # clips), or the example's name, else 'split/00012'.
     name: str
-    video: str | bytes  # a path, or the encoded file itself
-    label: int = -1  # index into Source.classes, -1: unlabelled
+    video: str | bytes  # a path, or the bytes of the encoded file
+    label: int = -1  # index into Source.classes; -1: unlabeled
     caption: str = ""
     start: float = 0.0  # seconds
     end: float | None = None  # seconds; None: to the end of the file
-    series: str | bytes = ""  # a CSV of numeric channels, as a path or as it is; '': none
-    group: str = ""  # clips of one group (one source video, one person) never stand in two splits
+    series: str | bytes = ""  # a CSV of numeric channels, as a path or its bytes; '': none
+    group: str = ""  # clips of a group (one source video, one person) are always in one split
 
-    # frames are decoded to whole RGB pictures before anything is cut out, like frames in memory
+    # decode full RGB frames before cropping, like frames in memory
     whole_frames: bool = False
 
     def until(self, duration: float) -> float:
-        """Where the clip ends, in seconds, in a file that lasts so long. Raises Unreadable where it
-        begins past its end.
+        """Returns the clip's end in seconds, for a file of `duration`. Raises Unreadable if it
+        starts after the end.
         """
         if self.start >= duration:
             raise Unreadable(f"starts at {self.start:g} s but lasts {duration:g} s")
@@ -40,7 +40,7 @@ class Record:
 
 
 class Source(Protocol):
-    """Random access to the records of one split; picklable, as Grain's workers need it."""
+    """Random access to the records of one split; picklable for Grain's workers."""
 
     classes: tuple[str, ...]
 
@@ -51,7 +51,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Listed:
-    """A source whose records are all known beforehand."""
+    """A source from a list of records."""
 
     classes: tuple[str, ...]
     records: tuple[Record, ...]
@@ -64,7 +64,7 @@ class Listed:
 
 
 def match_classes(labels: Sequence[str], classes: tuple[str, ...], source: str) -> tuple[int, ...]:
-    """For each label its index in `classes`; a label that is not among them is a UserError."""
+    """Returns the index of each label in `classes`. Raises UserError for an unknown label."""
     index = {name: i for i, name in enumerate(classes)}
     for label in labels:
         if label not in index:

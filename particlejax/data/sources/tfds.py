@@ -32,14 +32,14 @@ _CAPTION_NAMES = ("caption", "text", "transcript", "sentence")
 
 @dataclass(frozen=True)
 class TfdsSource:
-    """A source over `tfds.data_source`; `fields` says which feature is the video, label, caption,
-    name and group.
+    """A source over `tfds.data_source`; `fields` maps video, label, caption, name and group to
+    features.
     """
 
     classes: tuple[str, ...]
     examples: Sequence[Mapping[str, Any]]
     fields: Mapping[str, str]
-    labels: tuple[int, ...]  # of the data set's label, the index into `classes`
+    labels: tuple[int, ...]  # index into `classes` per label of the data set
     split: str
 
     def __len__(self) -> int:
@@ -72,7 +72,7 @@ def toybox(config: str, data_dir: str) -> Any:
     known = [each.name for each in builder.Toybox.BUILDER_CONFIGS]
     if config not in known:
         raise UserError(
-            f"'toybox:{config}' has no configuration {config!r}: name one of {', '.join(known)}."
+            f"'toybox:{config}' has no configuration {config!r}: use one of {', '.join(known)}."
         )
     return builder.prepare(config=config, data_dir=data_dir)
 
@@ -85,9 +85,9 @@ def find_builder(name: str, data_dir: str) -> Any:
         return tfds.builder_from_directory(_prepared_folder(path))
     if os.path.isabs(path):
         raise UserError(
-            f"tfds:{name}: there is no such folder, so check the path of the prepared data set."
+            f"tfds:{name}: the folder does not exist: check the path of the prepared data set."
         )
-    # only this registers the builders of the video data sets
+    # this import registers the builders of video data sets
     importlib.import_module("tensorflow_datasets.video")
     places = (data_dir, os.path.expanduser(tfds.core.constants.DATA_DIR))
     known = False
@@ -107,14 +107,13 @@ def find_builder(name: str, data_dir: str) -> Any:
         )
     raise UserError(
         f"tfds:{name} is neither a folder, nor known to TFDS, nor prepared {where}: correct the "
-        "name or "
-        "give the path of a prepared data set."
+        "name, or use the path of a prepared data set."
     )
 
 
 def _prepared_folder(path: str) -> str:
-    """`path` itself, or the one folder below it (config, version) that holds a prepared data
-    set.
+    """Returns `path` or the one folder below it (config, version) that holds a prepared data set.
+    Raises UserError if there is none or several.
     """
     found = [folder for folder, _, files in os.walk(path) if "dataset_info.json" in files]
     if len(found) == 1:
@@ -122,8 +121,7 @@ def _prepared_folder(path: str) -> str:
     several = f"holds several prepared data sets ({', '.join(sorted(found)[:5])})"
     what = several if found else "holds no dataset_info.json"
     raise UserError(
-        f"tfds:{path} {what}: give the folder of one prepared version, the one with "
-        "dataset_info.json."
+        f"tfds:{path} {what}: use the folder of one prepared version, with dataset_info.json."
     )
 
 
@@ -139,31 +137,30 @@ def open_builder(
     except NotImplementedError as error:
         raise UserError(
             f"{source} in {builder.data_dir} is in a file format without random access: prepare it "
-            "again "
-            "with `--file_format array_record`."
+            "again with `--file_format array_record`."
         ) from error
     except ValueError as error:
         raise UserError(
-            f"{source} cannot be split as {split!r}: write a split like 'train[:90%]'."
+            f"{source} has no split {split!r}: write a split like 'train[:90%]'."
         ) from error
     return TfdsSource(names if classes is None else classes, examples, fields, labels, split)
 
 
 def _known_split(split: str, known: list[str], source: str) -> str:
-    """`split` in the data set's own words for its splits."""
+    """Translates `split` to the data set's own split names."""
     own = {SPLIT_NAMES.get(name, name): name for name in known} | {name: name for name in known}
 
     def translate(match: re.Match[str]) -> str:
         name = SPLIT_NAMES.get(match[0], match[0]) if match[0] not in own else match[0]
         if name not in own:
-            raise UserError(f"{source} has no split {match[0]!r}: name one of {', '.join(known)}.")
+            raise UserError(f"{source} has no split {match[0]!r}: use one of {', '.join(known)}.")
         return own[name]
 
     return re.sub(r"(?:(?<=^)|(?<=\+))\w+", translate, split.replace(" ", ""))
 
 
 def _fields(features: Mapping[str, Any], source: str) -> dict[str, str]:
-    """Which feature plays which part, by its name and its type."""
+    """Maps roles (video, label, ...) to features, by name and type."""
     videos = [name for name, feature in features.items() if _may_be_video(name, feature)]
     videos.sort(
         key=lambda name: _VIDEO_NAMES.index(name) if name in _VIDEO_NAMES else len(_VIDEO_NAMES)
@@ -171,9 +168,8 @@ def _fields(features: Mapping[str, Any], source: str) -> dict[str, str]:
     if not videos:
         raise UserError(
             f"{source} has no video feature among {', '.join(features)}: name it 'video' and store "
-            "the "
-            "encoded file (Text, or a scalar Tensor of bytes) or frames (Tensor of uint8 [T, H, W, "
-            "3])."
+            "the encoded file (Text, or a scalar Tensor of bytes) or frames (Tensor of uint8 "
+            "[T, H, W, 3])."
         )
     labels = [name for name, feature in features.items() if type(feature).__name__ == "ClassLabel"]
     fields = {"video": videos[0]}
@@ -184,7 +180,7 @@ def _fields(features: Mapping[str, Any], source: str) -> dict[str, str]:
     }
     if caption := [name for name in _CAPTION_NAMES if name in texts]:
         fields["caption"] = caption[0]
-    # a data set made by `prepare`
+    # a data set of job prepare_data
     ours = {"start", "end"} if {"start", "end", "series"} <= set(features) else set()
     return (
         fields
@@ -204,7 +200,7 @@ def _may_be_video(name: str, feature: Any) -> bool:
 def _file(video: Any) -> bytes:
     if isinstance(video, bytes):
         return video
-    frames = np.asarray(video, np.uint8)  # decoded already; its rate is not known
+    frames = np.asarray(video, np.uint8)  # decoded frames, of unknown frame rate
     return raw_file(np.repeat(frames, 3, axis=-1) if frames.shape[-1] == 1 else frames)
 
 
@@ -213,9 +209,9 @@ def _text(value: Any) -> str:
 
 
 def needs_tensorflow(source: str, error: ImportError) -> UserError:
-    # TFDS puts what it was doing before it
+    # the last part of TFDS's error message
     missing = str(error).strip().splitlines()[-1].rsplit(": ")[-1]
     return UserError(
-        f"{source} has a feature that TFDS reads with TensorFlow only ({missing}): run "
-        f"`{install_line('tensorflow')}`."
+        f"{source} has a feature that TFDS only reads with TensorFlow ({missing}): run "
+        "`pip install particlejax[tensorflow]`."
     )
