@@ -369,7 +369,10 @@ def mistakes(clips: Path, run_dir: Path, tmp: Path) -> dict[str, tuple[list[str]
             [*quick, f"--config.data.source=folder:{table}"],
             "has no column 'path' .it has file, label.: name",
         ),
-        "unknown source": ([*quick, "--config.data.source=web:x"], "unknown data source 'web:x': use 'toybox'"),
+        "unknown source": (
+            [*quick, "--config.data.source=web:x"],
+            "unknown data source 'web:x': use 'toybox'",
+        ),
         "unknown split": (
             [*quick, "--config.stages.pretrain.val_split=dev"],
             "has no split 'dev': use one of train, val, test",

@@ -268,8 +268,7 @@ def test_a_tokenizer_file_is_read(tmp_path: Path) -> None:
         tokenizer.encode("The ball falls", TextSpec(path, 4)), [2, 4, 5, 3], "the end stays"
     )
     with pytest.raises(
-        UserError,
-        match="length=2 leaves no room beside the 2 special tokens .*: use 3 or more",
+        UserError, match="length=2 leaves no room beside the 2 special tokens .*: use 3 or more"
     ):
         tokenizer.encode("x", TextSpec(path, 2))
     with pytest.raises(UserError, match="set it to the path of a tokenizer.json"):

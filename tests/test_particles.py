@@ -159,7 +159,9 @@ def test_packing_loses_nothing_and_mixes_nothing() -> None:
 
 def test_a_row_is_never_given_more_than_it_holds() -> None:
     clips = [packing.Clip({"vision": some(5, 0)}, 0, 0)] * 3
-    with pytest.raises(ValueError, match="row 0 has 10 vision slots, but its clips have 15 particles"):
+    with pytest.raises(
+        ValueError, match="row 0 has 10 vision slots, but its clips have 15 particles"
+    ):
         packing.pack(clips, [0, 0, 0], {"vision": packing.Slots(10, 6)}, 1, 3)
     with pytest.raises(ValueError, match="row 1 has more than 1 clips"):
         packing.pack(clips, [0, 1, 1], {"vision": packing.Slots(10, 6)}, 2, 1)

@@ -201,7 +201,7 @@ def test_a_worker_of_prepare_that_is_killed_ends_in_a_sentence(
     said = capfd.readouterr().err
     assert (
         "a worker of prepare was killed" in said
-        and "run the same command again" in said
+        and "give the same command again" in said
         and "Traceback" not in said
     )
     assert (

@@ -173,17 +173,14 @@ def test_slices(tmp_path: Path) -> None:
     [
         (
             "file,label\na.mp4,run\n",
-            r"clips.csv has no column 'path' \(it has file, label\): name the column",
+            r"clips.csv has no column 'path' \(it has file, label\): give the column",
         ),
         ("", r"clips.csv has no column 'path' \(it has none\)"),
         ("path\n", "clips.csv lists no clip"),
-        (
-            "path,start\na.mp4,1\nb.mp4,0:30\n",
-            "clips.csv, line 3: start is '0:30': write seconds",
-        ),
+        ("path,start\na.mp4,1\nb.mp4,0:30\n", "clips.csv, line 3: start is '0:30': write seconds"),
         ("path,end\na.mp4,nan\n", "line 2: end is 'nan'"),
         ("path,start,end\na.mp4,5,2\n", "line 2: the end 2 is not after the start 5"),
-        ("path,label\na.mp4,x\n,y\n", "line 3: no path"),
+        ("path,label\na.mp4,x\n,y\n", "line 3: the path is empty"),
         ("path,split\na.mp4,train\nb.mp4,\n", "has no split for b.mp4, but for other"),
     ],
 )
@@ -194,7 +191,8 @@ def test_table_mistakes(tmp_path: Path, text: str, sentence: str) -> None:
 
 def test_other_mistakes(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match="unknown data source 'video.mp4': use 'toybox' .*, 'folder:PATH', 'tfds:NAME'"
+        UserError,
+        match="unknown data source 'video.mp4': use 'toybox' .*, 'folder:PATH', 'tfds:NAME'",
     ):
         open_source("video.mp4", "train", "")
     with pytest.raises(UserError, match="folder:.*/no does not exist: check the path"):

@@ -65,7 +65,7 @@ class Described:
 
 
 def described(folder: Path) -> Described | None:
-    """Returns a folder's description, or None if there is none. Raises UserError if it is damaged."""
+    """Returns a folder's description, or None without one. Raises UserError if it is damaged."""
     path = folder / DESCRIPTION
     if not path.is_file():
         return None
@@ -104,7 +104,7 @@ def opened(spec: FeatureSpec, modality: str = "video_features") -> Described:
 
 
 def starts(length: float, seconds: float, stride: float) -> np.ndarray:
-    """Returns the starts of a clip's sub-clips in seconds; beyond the end, the last frame repeats."""
+    """Returns the starts of sub-clips in seconds; beyond a clip's end, the last frame repeats."""
     begins = (
         np.arange(1 + max(0, math.ceil((length - seconds - _HAIR) / stride))) * stride
         if seconds

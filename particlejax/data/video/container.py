@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opening a file: which stream is the film, how fast and how long it is, and a named reason where
-there is none.
+"""Opens video files: selects the video stream, reads its frame rate and duration, and names the
+reason if there is none.
 """
 
 import io
@@ -13,22 +13,22 @@ from av.stream import Disposition
 
 from particlejax.data.video import diagnose
 
-MP4 = "mov,mp4,m4a,3gp,3g2,mj2"  # as FFmpeg calls its demuxer
-# packets within which the next one to be shown is found; H.264 and HEVC reorder by 16 at most
+MP4 = "mov,mp4,m4a,3gp,3g2,mj2"  # FFmpeg's name of the demuxer
+# maximum reordering of packets; H.264 and HEVC reorder by at most 16
 REORDER = 32
-NO_RATE = 25.0  # frames per second, for streams that name none
-_TAIL = 10.0  # seconds before the end in which the last packet is looked for
-# a playlist under a video's name must not reach into the network
+NO_RATE = 25.0  # default frames per second
+_TAIL = 10.0  # seconds before the end to search for the last packet
+# no network access, for example by a playlist with a video's file name
 _IO = {"protocol_whitelist": "file"}
-_STILLS = ("_pipe", "image2")  # ends of the names of demuxers for still images
+_STILLS = ("_pipe", "image2")  # suffixes of demuxers for still images
 
 
 class Unreadable(Exception):
-    """A clip that cannot be decoded. `reason` names why, in a few words.
+    """A clip that cannot be decoded. `reason` is a short description.
 
     missing, empty file, a folder, not a media file, only a picture, no video stream, no frames,
-    encrypted, truncated: ..., damaged: ... A still image is no film though FFmpeg could show it,
-    nor is sound with cover art: only a picture.
+    encrypted, truncated: ..., damaged: ... Still images and audio with cover art are 'only a
+    picture', although FFmpeg can decode them.
     """
 
     def __init__(self, reason: str) -> None:
@@ -37,11 +37,11 @@ class Unreadable(Exception):
 
 
 def open_file(source: str | bytes) -> av.container.InputContainer:
-    """The container of a path or of a file's bytes. Raises Unreadable with the reason."""
+    """Opens the container of a path or of a file's bytes. Raises Unreadable with the reason."""
     try:
         if not (len(source) if isinstance(source, bytes) else os.stat(source).st_size):
             raise Unreadable("empty file")
-        # An absolute path, because FFmpeg takes what stands before a colon for a protocol.
+        # An absolute path, because FFmpeg reads a prefix before a colon as a protocol.
         return av.open(
             io.BytesIO(source) if isinstance(source, bytes) else os.path.abspath(source),
             options=_IO,
@@ -57,7 +57,7 @@ def open_file(source: str | bytes) -> av.container.InputContainer:
 
 
 def video_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream:
-    """The film of a file, cover art aside, ready to be decoded. Raises Unreadable."""
+    """Returns the video stream, ready for decoding, ignoring cover art. Raises Unreadable."""
     streams = container.streams.video
     films = [s for s in streams if not s.disposition & Disposition.attached_pic]  # cover art
     if streams and not films or container.format.name.endswith(_STILLS):
@@ -74,9 +74,7 @@ def video_stream(container: av.container.InputContainer) -> av.video.stream.Vide
 
 
 def emptiness(stream: av.video.stream.VideoStream) -> str:
-    """The reason for which a stream gives not one packet: nothing but its container says whether it
-    should.
-    """
+    """Returns the reason why a stream has no packets, from the container's metadata."""
     container = stream.container
     if not (
         stream.frames or stream.duration or (len(container.streams) == 1 and container.duration)
@@ -88,28 +86,28 @@ def emptiness(stream: av.video.stream.VideoStream) -> str:
 
 
 def rate(stream: av.video.stream.VideoStream) -> float:
-    """Nominal frames per second."""
+    """Returns nominal frames per second."""
     return float(stream.average_rate or stream.guessed_rate or stream.base_rate or NO_RATE)
 
 
 def length(stream: av.video.stream.VideoStream, source: str | bytes, start: float) -> float:
-    """Seconds from the start of the first frame, at `start` on the container's clock, to the end of
-    the last.
+    """Returns seconds from the start of the first frame, at `start` on the container's clock, to
+    the end of the last.
     """
     frame = 1 / rate(stream)
-    # A length that was written by a muxer, not estimated from the bit rate, and of this stream, not
-    # of its sound.
+    # In these containers, the muxer writes the duration of each stream; elsewhere FFmpeg estimates
+    # it from the bit rate, or it is the audio's.
     if stream.duration and stream.container.format.name in (MP4, "avi", "gif"):
         return max(stream.duration * float(stream.time_base), index_length(stream) + frame)
     return max(_last_end(source, stream.index, 1 / frame) - start, frame)
 
 
 def index_length(stream: av.video.stream.VideoStream) -> float:
-    """Seconds from the first to the last entry of the index: some muxers leave out how long the
-    last frame stands.
+    """Returns seconds from the first to the last index entry; some muxers omit the last frame's
+    duration.
 
-    Entries stand in the order of decoding, so the first and last to be shown are near its ends; an
-    hour has 100,000.
+    Entries are in decoding order, so the first and last frames shown are near the ends; an hour has
+    100,000 entries.
     """
     count = len(stream.index_entries)
     head, tail = _entries(stream, range(count)), _entries(stream, range(count - 1, -1, -1))
@@ -117,13 +115,13 @@ def index_length(stream: av.video.stream.VideoStream) -> float:
 
 
 def _entries(stream: av.video.stream.VideoStream, order: Sequence[int]) -> list[int]:
-    """Stamps of the first entries in this order that belong to a frame."""
+    """Returns the timestamps of the first entries in this order that belong to a frame."""
     entries = map(stream.index_entries.__getitem__, order)
     return list(islice((entry.timestamp for entry in entries if not entry.is_discard), 2 * REORDER))
 
 
 def _last_end(source: str | bytes, index: int, fps: float) -> float:
-    """When the last frame ends on the container's clock, in seconds, from its packets alone."""
+    """Returns the end of the last frame on the container's clock in seconds, from packets alone."""
     with open_file(source) as container:
         stream = container.streams[index]
         length = (container.duration or 0) / av.time_base
@@ -132,7 +130,7 @@ def _last_end(source: str | bytes, index: int, fps: float) -> float:
         end = _packets_end(container, stream, fps)
     if end is not None or length <= 2 * _TAIL:
         return end or 0.0
-    with open_file(source) as container:  # nothing of this stream near the end
+    with open_file(source) as container:  # no packet of this stream near the end
         return _packets_end(container, container.streams[index], fps) or 0.0
 
 
@@ -140,7 +138,7 @@ def _packets_end(
     container: av.container.InputContainer, stream: av.stream.Stream, fps: float
 ) -> float | None:
     end, tick = None, float(stream.time_base)
-    # the file breaks off here
+    # a truncated file: keep the packets before the error
     try:
         for packet in container.demux(stream):
             stamp = packet.pts if packet.pts is not None else packet.dts

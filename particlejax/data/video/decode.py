@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact frames of a video file by presentation time: seek where it saves work, decode forward,
-convert what is kept.
+"""Exact frames of a video file by presentation time: seek if it saves work, decode forward, convert
+the selected frames.
 
 Frames are uint8 [T, H, W, 3] (RGB), times are seconds from the presentation of the first frame.
 """
@@ -30,20 +30,16 @@ from particlejax.data.video.frame_ops import (
 )
 from particlejax.data.video.packet_lookahead import Ahead
 
-# Checked against decoding from the start. AVI stores no presentation times and MPEG program streams
-# not all: after a seek their frames carry guessed ones, one frame off, so these and whatever else
-# is not listed is read forwards.
+# Verified against decoding from the start. AVI and MPEG program streams lack presentation times, so
+# frames after a seek may be off by one: these and all other containers are read from the start.
 _SEEKABLE = frozenset({opening.MP4, "matroska,webm", "mpegts"})
-_SEEK_GAIN = 0.5  # seconds of decoding that a seek must save: it throws away the decoder's state
-_BLIND_GAIN = (
-    4.0  # the same where the index does not say where keyframes are: longer than most GOPs
-)
-# seconds before the wanted time to seek to; MPEG-TS lands after it as often as before
+_SEEK_GAIN = 0.5  # seconds of decoding that a seek must save: it resets the decoder
+_BLIND_GAIN = 4.0  # the same if keyframes are unknown: longer than most GOPs
+# seconds to seek before the requested time; in MPEG-TS a seek may land after it
 _RETRIES = (0.0, 2.0, 8.0)
-# Codecs whose decoders drop a frame that no other needs without looking at it, exactly; the rest
-# decode every frame.
+# Codecs whose decoders skip non-reference frames exactly; others decode every frame.
 _DROPPING = frozenset({"h264", "hevc"})
-# A list that whoever waits for a decoder hands in: why it may take long although it gets on.
+# A list for explanations of slow decoding, set by the thread that waits.
 excuses: ContextVar[list[str] | None] = ContextVar("excuses", default=None)
 
 
@@ -52,17 +48,17 @@ class _Timed(NamedTuple):
     frame: av.VideoFrame | None
 
 
-_LATER = _Timed(0.0, None)  # stands for a frame that nobody has asked for yet
+_LATER = _Timed(0.0, None)  # placeholder of a frame that is not decoded yet
 
 
 class Video:
-    """An opened video: `with Video(path_or_bytes) as video: frames, times = video.frames_at([0.0,
+    """An open video: `with Video(path_or_bytes) as video: frames, times = video.frames_at([0.0,
     1.5], 224)`.
 
-    fps: nominal frames per second. width, height: of the picture as shown, turned upright and with
-    square pixels. MP4, Matroska and MPEG-TS are sought in; any other container (AVI, FLV, MPEG,
-    ...) is decoded from its start to the last frame wanted, so a moment late in a long one takes as
-    long as all before it. Raises Unreadable when no frame of it can be decoded.
+    fps: nominal frames per second. width, height: of the displayed frame, upright and with square
+    pixels. Only MP4, Matroska and MPEG-TS support seeking; other containers (AVI, FLV, MPEG, ...)
+    are decoded from the start to the last requested frame. Raises Unreadable if no frame can be
+    decoded.
     """
 
     def __init__(self, source: str | bytes) -> None:
@@ -70,9 +66,9 @@ class Video:
         self._container: av.container.InputContainer | None = None
         self._damage = ""
         self._wanted: np.ndarray | None = (
-            None  # ascending, on the container's clock: other frames may be dropped
+            None  # ascending, on the container's clock; other frames may be skipped
         )
-        self._interlaced = False  # a frame may then be two packets, of which dropping one spoils it
+        self._interlaced = False  # interlaced frames may be two packets, so none is skipped
         self._scaler = VideoReformatter()
         self._rewind()
         first = self._shown
@@ -93,54 +89,52 @@ class Video:
         self.close()
 
     def close(self) -> None:
-        """Closes the file; the object is of no further use."""
+        """Closes the file; the object cannot be used afterwards."""
         if self._container is not None:
             self._container.close()
             self._container = None
 
     @property
     def origin(self) -> float:
-        """When the first frame is shown on the container's clock, in seconds: other tracks share
-        that clock.
+        """Presentation time of the first frame on the container's clock, in seconds; other tracks
+        share it.
         """
         return self._start
 
     @cached_property
     def duration(self) -> float:
-        """Seconds from the start of the first frame to the end of the last (of those the container
-        announces).
+        """Seconds from the start of the first frame to the end of the last, as announced by the
+        container.
         """
         return opening.length(self._stream, self._source, self._start)
 
     @property
     def tolerance(self) -> float:
-        """Seconds that a time asked for may lie before a frame's and still mean that frame (see
-        `frames_at`).
-        """
+        """Seconds by which a requested time may precede its frame (see `frames_at`)."""
         return min(self._tick / 2, 5e-4)
 
     def frames_at(
         self, times: Sequence[float], short_side: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The frames on display at `times` (seconds, any order): uint8 [T, H, W, 3] and their own
-        times, float32 [T].
+        """Returns the frames on display at `times` (seconds, any order), uint8 [T, H, W, 3], and
+        their own times, float32 [T].
 
-        A frame is on display from its presentation time until the next one's; before the first it
-        is the first, past the end the last. `short_side`: length in pixels of the shorter side, the
-        longer one keeps the aspect and is even; None keeps the native size. A time asked for may
-        lie half a tick of the container's clock (at most half a millisecond) before the frame's: so
-        k / fps finds frame k where Matroska rounded its stamps.
+        A frame is on display from its presentation time until the next one's. Earlier times get the
+        first frame, later times the last. `short_side`: pixels of the shorter side; the longer side
+        keeps the aspect ratio and is even; None: native size. A requested time may precede its
+        frame by half a tick of the container's clock (at most 0.5 ms), so k / fps selects frame k
+        although Matroska rounds timestamps.
         """
         size = resized(self._size, short_side)
         pictures, stamps = self._at(times, lambda frame: self._convert(frame, size))
         return self._stack(pictures, size), stamps
 
     def parts_at(self, times: Sequence[float], part: Part) -> tuple[np.ndarray, np.ndarray]:
-        """A part of each of the frames of `frames_at`, uint8 [T, size, size, 3], and their own
+        """Returns a crop of each frame of `frames_at`, uint8 [T, size, size, 3], and their own
         times, float32 [T].
 
-        Cropping, scaling and the way to RGB are one pass over the part alone. Its edges are moved
-        to even pixels.
+        Cropping, scaling and conversion to RGB are one pass over the crop. Its edges are rounded to
+        even pixels.
         """
         pictures, stamps = self._at(times, Cutter(part, self._turn))
         return np.stack(pictures), stamps
@@ -152,7 +146,7 @@ class Video:
         pictures: list[np.ndarray] = [None] * len(times)
         stamps = np.zeros(len(times), np.float32)
         before = picture = None
-        if self._wanted is not None:  # frames that this call may want were dropped
+        if self._wanted is not None:  # frames of this call may have been skipped
             self._wanted = None
             self._rewind()
         clock = self._clock(times)
@@ -165,9 +159,7 @@ class Video:
         return pictures, stamps
 
     def each(self, short_side: int | None = None) -> Iterator[tuple[np.ndarray, float]]:
-        """Every frame from the first to the last, uint8 [H, W, 3], and its time in seconds; none is
-        held.
-        """
+        """Yields every frame, uint8 [H, W, 3], and its time in seconds, one at a time."""
         self._wanted = None
         self._rewind()
         size = resized(self._size, short_side)
@@ -177,12 +169,12 @@ class Video:
                 return
 
     def read_all(self, short_side: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """All frames of `each` together: uint8 [T, H, W, 3] and times in seconds, float32 [T]."""
+        """Returns all frames: uint8 [T, H, W, 3] and times in seconds, float32 [T]."""
         pictures, stamps = zip(*self.each(short_side), strict=True)
         return np.stack(pictures), np.asarray(stamps, np.float32)
 
     def _rewind(self) -> None:
-        # Opening again is the one way back to the first frame that works in every container.
+        # Reopening is the only way back to the first frame that works for all containers.
         self.close()
         self._container = open_file(self._source)
         self._stream = opening.video_stream(self._container)
@@ -199,9 +191,7 @@ class Video:
         self._shown, self._next = first, _LATER
 
     def _coming(self) -> _Timed | None:
-        """The frame after the one that is shown, which is not decoded before somebody asks; None:
-        there is none.
-        """
+        """Returns the frame after the displayed one, decoded on demand; None at the end."""
         if self._next is _LATER:
             self._next = next(self._frames, None)
         return self._next
@@ -217,15 +207,15 @@ class Video:
         self._ahead.wanted = clock if self._drops else None
 
     def _decode(self) -> Iterator[_Timed]:
-        """Frames in the order they are shown in; a packet that does not decode gives none."""
+        """Yields frames in presentation order; packets that fail to decode are skipped."""
         tick, step = self._tick, 1 / opening.rate(self._stream)
         decoder, last, skipping, locked = self._stream.codec_context, None, None, False
         self._ahead = Ahead(self._packets(), tick, self._wanted if self._drops else None)
         for packet, shown in self._ahead:
-            # asking each one costs as much as a small frame's conversion
+            # keyframes only: the query is as slow as converting a small frame
             if packet is not None and packet.is_keyframe:
                 locked = packet.has_sidedata("encryption_info")
-            if locked:  # a decoder may take it for a picture
+            if locked:  # a decoder may return garbage
                 self._damage = self._damage or "encrypted"
                 continue
             try:
@@ -242,21 +232,21 @@ class Video:
                     time = stamp * tick
                 else:
                     time = 0.0 if last is None else last + step
-                # a clock that jumps back would hide what follows
+                # keep times monotonic if the clock jumps back
                 last = time if last is None else max(time, last)
                 yield _Timed(last, frame)
 
     def _clock(self, times: np.ndarray) -> np.ndarray:
-        """Times from the first frame as times on the container's clock, with the tolerance of
+        """Converts times from the first frame to the container's clock, with the tolerance of
         `frames_at`.
         """
         return self._start + np.maximum(times, 0.0) + self.tolerance
 
     def _packets(self) -> Iterator[av.Packet | None]:
-        # the decoder gives what it still holds
+        # None flushes the decoder
         try:
             yield from self._container.demux(self._stream)
-        except av.FFmpegError as error:  # the file breaks off: what came before it counts
+        except av.FFmpegError as error:  # a truncated file: keep the frames before the error
             self._damage = self._damage or f"damaged: {error.strerror}"
             yield None
 
@@ -275,8 +265,7 @@ class Video:
         if said is not None:
             said.append(
                 f"{self._container.format.name} files can only be read from their start, so "
-                "convert it to mp4 or "
-                "raise config.data.decode_timeout_seconds"
+                "convert it to mp4 or raise config.data.decode_timeout_seconds"
             )
 
     def _seek_saves(self, wanted: float) -> bool:
@@ -291,15 +280,15 @@ class Video:
         return saved > _SEEK_GAIN
 
     def _land(self, wanted: float, back: float) -> bool:
-        """Seeks to `back` seconds before `wanted`; whether a whole frame shown no later than
-        `wanted` came of it.
+        """Seeks to `back` seconds before `wanted`. Returns whether it found an intact frame no
+        later than `wanted`.
         """
         goal = int((wanted - back) / self._tick)
         try:
             self._container.seek(goal, stream=self._stream)
         except av.FFmpegError:
             return False
-        # Frames before the first keyframe lean on ones that were never decoded.
+        # Frames before the first keyframe depend on frames that were not decoded.
         frames = dropwhile(
             lambda timed: not timed.frame.key_frame or timed.frame.is_corrupt, self._decode()
         )
@@ -332,8 +321,8 @@ class Video:
 
 
 def raw_file(frames: np.ndarray, fps: float = opening.NO_RATE) -> bytes:
-    """Frames, uint8 [T, H, W, 3], as an uncompressed file that `Video` gives back bit for bit;
-    `fps` per second.
+    """Encodes frames, uint8 [T, H, W, 3], as an uncompressed file that `Video` decodes losslessly,
+    at `fps`.
     """
     file = io.BytesIO()
     with av.open(file, "w", format="nut") as container:

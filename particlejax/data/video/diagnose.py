@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why FFmpeg does not open a file: it says 'Invalid data' of a letter, of noise and of half a film
-alike.
+"""Finds why FFmpeg cannot open a file; its own 'Invalid data' covers text, noise and truncated
+videos alike.
 """
 
 import errno
@@ -12,7 +12,7 @@ from typing import BinaryIO
 NO_INDEX = "truncated: its index is missing"
 CUT_HEADER = "truncated: it ends in its header"
 
-# Four letters that a first box of an MP4 or QuickTime file may be called by, after its length.
+# Valid types of the first box of an MP4 or QuickTime file, after its length.
 _BOXES = frozenset(
     {
         b"ftyp",
@@ -28,7 +28,7 @@ _BOXES = frozenset(
         b"uuid",
     }
 )
-_STARTS = (  # of files that hold moving pictures or sound, as far as they have a fixed beginning
+_STARTS = (  # magic numbers of video and audio files
     b"\x1aE\xdf\xa3",  # Matroska, WebM
     b"RIFF",
     b"OggS",
@@ -47,12 +47,12 @@ _STARTS = (  # of files that hold moving pictures or sound, as far as they have 
     b"\x00\x00\x00\x01",
     b"\x00\x00\x01\x67",  # MPEG, H.264 and H.265 streams
 )
-# where the first sync byte of a transport stream stands, and how far the next
+# offset of a transport stream's first sync byte, and distance to the next
 _TS_PACKETS = ((0, 188), (4, 192))
 
 
 def why(source: str | bytes, error: Exception) -> str:
-    """The reason, in a few words, for which a path or a file's bytes could not be opened."""
+    """Returns a short reason why a path or a file's bytes cannot be opened."""
     said = f"damaged: {getattr(error, 'strerror', None) or error}"
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
@@ -60,13 +60,13 @@ def why(source: str | bytes, error: Exception) -> str:
             file.seek(0)
             head = file.read(512)
             if isinstance(error, EOFError) or getattr(error, "errno", None) == errno.EIO:
-                return CUT_HEADER  # a demuxer knew the file and wanted more of it
+                return CUT_HEADER  # a demuxer recognized the file, but it ended early
             if head[4:8] in _BOXES:
                 return _index_fault(file, size) or said
             if head.startswith(b"RIFF") and 8 + int.from_bytes(head[4:8], "little") > size:
                 return CUT_HEADER
             return said if head.startswith(_STARTS) or _is_transport(head) else "not a media file"
-    except OSError:  # neither can we read it
+    except OSError:  # the file cannot be read at all
         return said
 
 
@@ -77,7 +77,7 @@ def _is_transport(head: bytes) -> bool:
 
 
 def _index_fault(file: BinaryIO, size: int) -> str:
-    """What is wrong with the index of an MP4, '' where it is all there."""
+    """Returns the problem of an MP4's index; '' if it is complete."""
     ends = [end for kind, end in _boxes(file, size) if kind == b"moov"]
     if not ends:
         return NO_INDEX
@@ -85,7 +85,7 @@ def _index_fault(file: BinaryIO, size: int) -> str:
 
 
 def _boxes(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int]]:
-    """Names of the boxes at the top of an MP4, and where each ends as its length says."""
+    """Yields the type of each top-level box of an MP4, and its end according to its length."""
     at = 0
     while at + 8 <= size:
         file.seek(at)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a decoded frame to a picture: upright, with square pixels, in RGB; the whole of it, or a
-part in one pass.
+"""Converts decoded frames to upright RGB images with square pixels, whole or cropped in one pass.
 
-A picture is uint8 [H, W, 3]. A part goes from the decoder's colours to its final size without a
-copy on the way.
+An image is uint8 [H, W, 3]. A crop goes from the decoder's pixel format to its final size without
+intermediate copies.
 """
 
 from typing import NamedTuple
@@ -11,32 +10,31 @@ from typing import NamedTuple
 import av
 import numpy as np
 
-# pixels of the short side from which on a box may be moved to even pixels (subsampled colours)
-# unseen
+# minimum short side in pixels at which rounding a box to even pixels (chroma subsampling) is
+# negligible
 _FINE = 128
-# FFmpeg's number for a transfer curve or primaries that nobody named; scaling must not convert
-# between them
+# FFmpeg's code for unspecified transfer curve or primaries; scaling must not convert between them
 _UNKNOWN = 2
 
 
 class Part(NamedTuple):
-    """A part of the picture as shown and what is made of it: square, `size` pixels a side,
-    `mirrored` left to right.
+    """A square crop of the displayed frame, resized to `size` pixels, optionally `mirrored` left to
+    right.
     """
 
-    # left, top, right, bottom as shares of the picture's width and height
+    # left, top, right, bottom as fractions of the frame's width and height
     box: tuple[float, float, float, float]
     size: int
     mirrored: bool = False
 
 
 def is_fine(width: int, height: int) -> bool:
-    """Whether a picture is large enough to be cut at even pixels."""
+    """Whether a frame is large enough to be cropped at even pixels."""
     return min(width, height) >= _FINE
 
 
 class Cutter:
-    """Takes the same part out of frame after frame; `turn` is the frames' display matrix [2, 2]."""
+    """Takes the same crop of many frames; `turn` is their display matrix [2, 2]."""
 
     def __init__(self, part: Part, turn: np.ndarray) -> None:
         self._part, self._turn = part, turn
@@ -45,22 +43,21 @@ class Cutter:
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
         form = (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range)
-        if form != self._form:  # also where a film changes them on its way
+        if form != self._form:  # the format may change within a video
             self._build(*form)
         frame.color_trc = frame.color_primaries = _UNKNOWN
         self._source.push(frame)
         picture = upright(pixels(self._sink.pull()), self._turn)
-        # else FFmpeg has done it, faster
+        # otherwise FFmpeg's hflip does it, faster
         return picture[:, ::-1] if self._part.mirrored and _lies(self._turn) else picture
 
     def _build(self, width: int, height: int, kind: str, space: int, span: int) -> None:
         self._form, self._graph = (width, height, kind, space, span), av.filter.Graph()
-        self._graph.threads = 1  # the pipeline runs a decoder per core already
+        self._graph.threads = 1  # the pipeline already runs a decoder per core
         add, size = self._graph.add, self._part.size
         left, top, right, bottom = stored_box(self._part.box, self._turn, width, height)
         how = "area" if size < right - left else "bilinear"
-        # By way of planes: there FFmpeg's scaler has vector code and full colours, in packed RGB
-        # neither.
+        # Via planar RGB, for which FFmpeg's scaler has vector code and full chroma.
         steps = [
             (
                 "buffer",
@@ -81,7 +78,7 @@ class Cutter:
 
 
 def pixels(frame: av.VideoFrame) -> np.ndarray:
-    """The pixels of an RGB frame, uint8 [H, W, 3], in its own memory."""
+    """Returns the pixels of an RGB frame, uint8 [H, W, 3], as a view of its memory."""
     plane = frame.planes[0]
     rows = np.frombuffer(plane, np.uint8).reshape(frame.height, -1)
     rows = rows[::-1] if plane.line_size < 0 else rows  # stored from the bottom up
@@ -91,8 +88,8 @@ def pixels(frame: av.VideoFrame) -> np.ndarray:
 def stored_box(
     box: tuple[float, ...], matrix: np.ndarray, width: int, height: int
 ) -> tuple[int, int, int, int]:
-    """A box of the picture as shown, in shares, as left, top, right and bottom pixels of the frame
-    as stored, all even.
+    """Converts a box of the displayed frame, in fractions, to left, top, right and bottom pixels of
+    the stored frame, all even.
     """
     left, top, right, bottom = box
     lies = _lies(matrix)
@@ -118,14 +115,12 @@ def _lies(matrix: np.ndarray) -> bool:
 
 
 def display_matrix(frame: av.VideoFrame) -> np.ndarray:
-    """How stored (column, row) becomes shown (column, row): [2, 2], rows are the images of the
-    stored axes.
+    """Returns the map from stored (column, row) to displayed (column, row), [2, 2]; rows are the
+    images of the stored axes.
     """
     try:
         data = frame.side_data.get("DISPLAYMATRIX")
-    except (
-        ValueError
-    ):  # PyAV lists none where FFmpeg knows a kind of side data that it does not (EXIF)
+    except ValueError:  # PyAV fails for side data that it does not know (EXIF)
         angle = np.deg2rad(frame.rotation)
         return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     if data is None:
@@ -134,7 +129,7 @@ def display_matrix(frame: av.VideoFrame) -> np.ndarray:
 
 
 def upright(image_HWC: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    # Quarter turns and mirrors, which is what cameras write; any other angle goes to the nearest.
+    # Quarter turns and flips, as cameras write them; other angles are rounded to the nearest.
     if _lies(matrix):
         image_HWC, matrix = image_HWC.transpose(1, 0, 2), matrix[::-1]
     columns, rows = (-1 if matrix[0, 0] < 0 else 1), (-1 if matrix[1, 1] < 0 else 1)
@@ -142,8 +137,8 @@ def upright(image_HWC: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 
 def square(width: int, height: int, aspect: float) -> tuple[int, int]:
-    """The size with square pixels, `aspect` being a stored pixel's width over its height; widened,
-    never narrowed.
+    """Returns the size with square pixels; `aspect` is a stored pixel's width / height. It only
+    enlarges.
     """
     if abs(aspect - 1) < 1e-3:
         return width, height

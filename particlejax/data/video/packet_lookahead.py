@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packets read ahead of the decoder: which hold a frame that somebody wants to see, and after which
-nobody wants any more.
-"""
+"""Packet lookahead: marks packets whose frames are requested, and stops after the last of them."""
 
 import math
 from collections import deque
@@ -13,18 +11,17 @@ import numpy as np
 
 from particlejax.data.video import container
 
-_TOGETHER = 64  # packets judged at once: a judgement costs as much as a small frame's conversion
-_END = 2**62  # the stamp of an empty packet, which ends a stream: after everything
-_HAIR = 1e-6  # seconds by which a wanted time may miss a frame's
+_TOGETHER = 64  # packets per batch: marking is as slow as converting a small frame
+_END = 2**62  # timestamp of the empty packet that ends a stream
+_HAIR = 1e-6  # tolerance in seconds between a requested time and a frame's
 
 
 class Ahead:
-    """Packets of one stream in the order of decoding, each with whether a frame of it is on display
-    at a wanted time.
+    """Yields the packets of a stream in decoding order, each with whether its frame is on display
+    at a requested time.
 
-    wanted: ascending, seconds on the container's clock; None: every frame. It may be set anew
-    between two packets. Once all that is wanted has been given, None follows instead of the rest:
-    the decoder shall hand out what it holds.
+    wanted: ascending, seconds on the container's clock; None: every frame. It may change between
+    packets. After the last requested frame, None follows instead of the rest, to flush the decoder.
     """
 
     def __init__(
@@ -33,8 +30,8 @@ class Ahead:
         self.wanted = wanted
         self._packets, self._tick = packets, tick
         self._waiting: deque[av.Packet | None] = deque()
-        self._stamps: deque[int | None] = deque()  # of those that wait
-        # of those given: some are shown after one that waits
+        self._stamps: deque[int | None] = deque()  # of waiting packets
+        # of yielded packets: some are shown after a waiting one
         self._past: deque[int | None] = deque(maxlen=container.REORDER)
         self._ended = False
 
@@ -63,9 +60,7 @@ class Ahead:
         return bool(self._waiting)
 
     def _needed(self, wanted: np.ndarray | None) -> int:
-        """How many of the packets that wait come no later than the last one shown at a wanted time;
-        all that follow do.
-        """
+        """Returns the number of waiting packets up to the last one shown at a requested time."""
         if wanted is None:
             return len(self._stamps)
         end = (wanted[-1] + _HAIR) / self._tick
@@ -75,13 +70,13 @@ class Ahead:
         return last + 1 if self._past else max(last + 1, 1)
 
     def _shown(self, wanted: np.ndarray | None) -> list[bool]:
-        """Of the packets whose neighbours on display are known, whether they are wanted."""
+        """Returns whether packets are requested, for those whose neighbors on display are known."""
         count = len(self._waiting) - (0 if self._ended else container.REORDER)
         if wanted is None:
             return [True] * count
         known = sorted({stamp for stamp in (*self._past, *self._stamps) if stamp is not None})
         edges = np.array([*known, math.inf]) * self._tick
-        # the first time that is wanted from each frame on
+        # the first requested time at or after each frame
         first = np.searchsorted(wanted, edges[:-1] - _HAIR)
         until = np.append(wanted, np.inf)[first]
         seen = dict(zip(known, (until < edges[1:] + _HAIR).tolist(), strict=True))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A limit on how long a decoder may take: some damaged files keep one busy for ever."""
+"""Decoding timeout: some damaged files keep a decoder busy forever."""
 
 import hashlib
 import threading
@@ -13,14 +13,14 @@ from particlejax.data.video.decode import Unreadable
 T = TypeVar("T")
 
 
-# of this process: what took too long once, and the reason that was given
+# per process: files that timed out, with the reason
 _hung: dict[str | bytes, str] = {}
-# each waiting thread has one that works for it, because to start one for every clip costs
+# one worker per waiting thread, because a thread per clip is slow
 _mine = threading.local()
 
 
 class _Worker:
-    """A thread that does one thing after another; it ends with the last mention of this object."""
+    """A thread that runs tasks in sequence; it ends when this object is deleted."""
 
     def __init__(self) -> None:
         self.tasks: SimpleQueue = SimpleQueue()
@@ -37,21 +37,20 @@ def _work(tasks: SimpleQueue, answers: SimpleQueue) -> None:
         decode.excuses.set(excuses)
         try:
             answers.put((work(), None))
-        except BaseException as error:  # noqa: BLE001 - whatever it is belongs to the caller
+        except BaseException as error:  # noqa: BLE001 - passed to the caller
             answers.put((None, error))
-        del work, task  # and with it what it read
+        del work, task  # frees the decoded data
 
 
 def within(seconds: float, work: Callable[[], T], of: str | bytes) -> T:
-    """`work()`, or Unreadable when it is not done after so many seconds (0: however long it takes).
+    """Returns `work()`, or raises Unreadable if it takes longer than `seconds` (0: no limit).
 
-    of: the file that is worked on, as a path or as it is. One that took too long is not tried
-    again: that would cost the same wait, and leave another thread behind that nothing can stop from
-    outside. It ends with the process.
+    of: the file being read, as a path or bytes. A file that timed out is not tried again, because
+    each try waits as long and leaves another thread running until the process ends.
     """
     if not seconds:
         return work()
-    # a file's bytes are looked through only where there is something to find
+    # hash a file's bytes only if some file timed out
     if _hung and _key(of) in _hung:
         raise Unreadable(_hung[_key(of)])
     worker, excuses = _worker(), []
@@ -59,7 +58,7 @@ def within(seconds: float, work: Callable[[], T], of: str | bytes) -> T:
     try:
         value, error = worker.answers.get(timeout=seconds)
     except BaseException as late:
-        _mine.worker = None  # it is busy for ever, or with what nobody waits for any more
+        _mine.worker = None  # it may be busy forever
         if not isinstance(late, Empty):
             raise
         reason = _hung[_key(of)] = ": ".join([f"not decoded after {seconds:g} s", *excuses[:1]])
