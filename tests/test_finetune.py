@@ -545,7 +545,7 @@ def test_merged_it_is_a_run_that_says_the_same(
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        (["finetune.method=attentive_probe"], "set config.model.pool_type to 'attention'"),
+        (["finetune.method=attentive_probe"], "set it to 'attention'"),
         (["finetune.method=lora"], "freezes the encoder, but no pretrained run is given"),
         (["finetune.method=loro"], "choose one of full, linear"),
         (

@@ -268,6 +268,6 @@ def test_labels_come_from_the_column_that_is_named(tmp_path: Path) -> None:
     scored = sources.open_source(f"folder:{tmp_path}#score", "val", "")
     assert scored.classes == ("1.5", "2") and scored[0].label == 1
     with pytest.raises(
-        UserError, match="no column 'scor' .it has path, split, label, score.: name one"
+        UserError, match="no column 'scor' .it has path, split, label, score.: use one"
     ):
         sources.open_source(f"folder:{tmp_path}#scor", "val", "")

@@ -128,7 +128,7 @@ def test_what_holds_no_clip_is_left_out_with_a_sentence(
 
 def test_another_source_in_the_same_place_is_refused(folder: Path, tmp_path: Path) -> None:
     planned(folder, tmp_path)
-    with pytest.raises(UserError, match="begun for another source"):
+    with pytest.raises(UserError, match="belongs to another source"):
         tfds_export.plan("toybox:tiny", str(tmp_path), "mine", str(tmp_path), 3, 60.0)
 
 
