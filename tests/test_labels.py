@@ -245,7 +245,7 @@ def test_the_rest_comes_without_labels_as_often_as_asked_for(tmp_path: Path) -> 
         ),
         (
             {"objectives": {"classify": {"loss": "sigmoid", "class_balance_beta": 0.9}}},
-            "balance_beta needs loss='softmax'",
+            "class_balance_beta is for loss='softmax'",
         ),
         (
             {"objectives": {"classify": {"loss": "sigmoid"}, "pseudo_label": {}}},

@@ -247,18 +247,18 @@ def test_every_experiment_file_runs_shrunk(
         (
             DataSpec,
             {"frame_stride": (3,)},
-            r"config.stride_seconds is \(3,\): write 2 values, such as \(2, 2\)\.",
+            r"config.frame_stride is \(3,\): write 2 values, such as \(2, 2\)\.",
         ),
         (
             DataSpec,
             {"frame_stride": (0, 0)},
-            r"config.stride_seconds is \(0, 0\): use numbers of 1 "
+            r"config.frame_stride is \(0, 0\): use numbers of 1 "
             r"or more\.",
         ),
         (
             DataSpec,
             {"frame_stride": (4, 2)},
-            "config.stride_seconds is .*: write the smaller number first",
+            "config.frame_stride is .*: write the smaller number first",
         ),
         (DataSpec, {"num_frames": 0}, "config.num_frames is 0: use a number of 1 or more"),
         (DataSpec, {"num_frames": "many"}, "config.num_frames is 'many': write a whole number"),
@@ -276,19 +276,19 @@ def test_every_experiment_file_runs_shrunk(
         (
             DataSpec,
             {"augment": {"crop_scale": (0.5,)}},
-            r"config.augment.crop is \(0.5,\): write 2 values, such as \(1.0, 1.0\)",
+            r"config.augment.crop_scale is \(0.5,\): write 2 values, such as \(1.0, 1.0\)",
         ),
         (
             DataSpec,
             {"augment": {"crop_scale": [0.5, 1.5]}},
-            "config.augment.crop .*: use numbers between 0.01 and 1",
+            "config.augment.crop_scale .*: use numbers between 0.01 and 1",
         ),
         (
             DataSpec,
             {"audio": {"patch_size": (16, 0)}},
-            "config.audio.patch is .*: use numbers of 1 or more",
+            "config.audio.patch_size is .*: use numbers of 1 or more",
         ),
-        (PrepareSpec, {"num_workers": 0}, "config.workers is 0: use a number of 1 or more"),
+        (PrepareSpec, {"num_workers": 0}, "config.num_workers is 0: use a number of 1 or more"),
     ],
 )
 def test_values_of_the_wrong_shape_get_a_sentence(
@@ -318,7 +318,7 @@ def test_settings_that_do_not_go_together_get_a_sentence() -> None:
     )
     with pytest.raises(
         UserError,
-        match="directed names 'slide_lft', which is not a class of toybox: did you mean slide_left",
+        match="no_flip_classes names 'slide_lft', which is no class of toybox: did you mean slide_left",
     ):
         run_parts.build(experiment, "a", ("slide_left", "bounce"))
 
