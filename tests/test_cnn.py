@@ -258,7 +258,7 @@ def test_positions_are_read_off_linearly() -> None:
     # a plane stays one between centres
     np.testing.assert_allclose(finer[1:-1, 1:-1], fine[1:-1, 1:-1], rtol=1e-9)
     with pytest.raises(
-        UserError, match="24 positions is not a grid of 2 x 3 that becomes 4 x 6: give the grid"
+        UserError, match="24 positions does not fit the grid 2 x 3 to be resized to 4 x 6: give"
     ):
         resize.positions(table, (2, 3), (4, 6))
 

@@ -284,7 +284,7 @@ def test_a_grid_that_cannot_be_told_is_asked_for() -> None:
     arrays[positions] = np.arange(65 * 32, dtype=np.float32).reshape(1, 65, 32)
     with pytest.raises(
         UserError,
-        match="cannot be told which .* 64 positions are that become 4 x 2 x 2: give "
+        match="cannot infer the grid of 64 positions to be resized to 4 x 2 x 2: give "
         ".*config.source_grid",
     ):
         read("vivit_tiny", arrays, frames=8)
@@ -303,7 +303,7 @@ def test_other_depths_are_refused_or_said() -> None:
     shallow = {key: array for key, array in arrays.items() if ".layer.1." not in key}
     with pytest.raises(
         UserError,
-        match=r"1 of the 2 layers of encoder/blocks/\S+ .none for layer 1.: name the model",
+        match=r"1 of the 2 layers of encoder/blocks/\S+ .none for layer 1.: set config.model",
     ):
         read("videomae_tiny", shallow)
     deeper = arrays | {
@@ -317,7 +317,7 @@ def test_other_depths_are_refused_or_said() -> None:
     )
     qkv = "timesformer.encoder.layer.0.attention.attention.qkv.weight"
     with pytest.raises(
-        UserError, match=r"qkv.weight has shape \(95, 32\) where the model wants \(96, 32\)"
+        UserError, match=r"qkv.weight has shape \(95, 32\) but the model needs \(96, 32\)"
     ):
         read(
             "timesformer_tiny", weights("timesformer_tiny") | {qkv: np.zeros((95, 32), np.float32)}
@@ -449,7 +449,7 @@ def test_what_does_not_go_together_gets_a_sentence() -> None:
         ),
         (
             lambda: backbones.features(imported("clip_tiny")[0], {}, np.zeros((1, 1, 16, 16, 3))),
-            "a clip takes several things",
+            "a clip takes several inputs",
         ),
         (
             lambda: backbones.build(backbones.find("vivit_tiny"), size=20),

@@ -255,14 +255,14 @@ def test_wrong_shapes_and_other_models_are_refused() -> None:
         (
             "blocks.0.norm.bias",
             np.zeros(9),
-            r"0.norm.bias has shape \(9,\) where the model wants \(8,\): name",
+            r"0.norm.bias has shape \(9,\) but the model needs \(8,\): set",
         ),
         (
             "blocks.5.proj.weight",
             np.zeros((4, 32)),
-            r"the model wants \(10, 32\): set config.num_classes",
+            r"the model needs \(10, 32\): set config.num_classes",
         ),
-        ("blocks.0.conv.conv_t.weight", np.zeros((1, 3, 3, 3, 8)), "the model wants"),
+        ("blocks.0.conv.conv_t.weight", np.zeros((1, 3, 3, 3, 8)), "the model needs"),
     ):
         with pytest.raises(UserError, match=sentence):
             names.import_params(shapes, arrays | {name: array}, known)

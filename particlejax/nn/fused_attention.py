@@ -105,12 +105,10 @@ def splash(
     segments: tuple[Array, Array],
     interpret: bool = False,
 ) -> Array:
-    """softmax(query key^T) value within segments, [B, H, L, K]; sharded over rows, heads and
-    sequence.
+    """softmax(query key^T) value within segments, [B, H, L, K]; sharded by row, head, sequence.
 
     segments: of queries [B, L] and keys [B, M]. The output is undefined for a query in a segment
-    without keys. With a sharded sequence each device gathers all keys and values for its own
-    queries.
+    without keys. With a sharded sequence each device gathers all keys and values.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

@@ -18,8 +18,7 @@ class Parts(NamedTuple):
     """Parts of a row in order: names, lengths, fusion type, first fused block, whether each part
     has its own parameters.
 
-    Class tokens attend to everything and nothing attends to them, so they carry no information
-    across.
+    Class tokens attend to everything, nothing attends to them: they mix no modalities.
     """
 
     names: tuple[str, ...]

@@ -99,9 +99,7 @@ def merge(tokens: Tokens, keep: float) -> Tokens:
         for each in (x, tokens.place)
     )
     stays = (segment > 0) & ~goes
-    kept = int(
-        np.floor(np.float32(length) * np.float32(keep))
-    )  # bit-identical to the fraction above
+    kept = int(np.floor(np.float32(length) * np.float32(keep)))  # bit-identical to above
     order = jnp.argsort(~stays, axis=1, stable=True)[:, :kept]
     segment = jnp.where(
         jnp.take_along_axis(stays, order, axis=1), jnp.take_along_axis(segment, order, axis=1), 0

@@ -19,7 +19,7 @@ from particlejax.particles.types import Batch
 
 
 def classify(spec: ClassifySpec, targets: Targets | None = None) -> Objective:
-    """Loss of each labelled clip; metrics: loss, and top1 and top5, or exact_match (sigmoid), or
+    """Loss of each labeled clip; metrics: loss, and top1 and top5, or exact_match (sigmoid), or
     mae (regression).
 
     targets: maps labels to head targets; None: label l is class l.

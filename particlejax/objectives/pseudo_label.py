@@ -22,7 +22,7 @@ from particlejax.particles.types import Batch, Particles
 
 
 def pseudo_label(spec: PseudoLabelSpec, targets: Targets | None = None) -> Objective:
-    """Loss of unlabelled clips; metrics: loss, and the fraction of them above the confidence
+    """Loss of unlabeled clips; metrics: loss, and the fraction of them above the confidence
     threshold.
     """
     del targets

@@ -90,7 +90,9 @@ def write_predictions(
     probabilities: np.ndarray,
     classes: Sequence[str],
 ) -> None:
-    """Writes a row a clip: path, label ('' if unlabelled), predicted, p:CLASS for each class."""
+    """Writes one line per clip: path, label ('' if unlabeled), predicted, and the probability of
+    each class as p:CLASS.
+    """
     rows = (
         [
             name,

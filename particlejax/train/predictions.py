@@ -15,7 +15,7 @@ from sklearn import metrics
 from particlejax.objectives.label_targets import SEVERAL, Targets
 from particlejax.train import classification_metrics
 
-# metrics that `score` returns for labelled clips, by the loss of the head
+# metrics that `score` returns for labeled clips, by the loss of the head
 FIGURES = {
     "softmax": ("top1", "top5", "mean_class_accuracy", "ece", "chance", "num_clips"),
     "sigmoid": ("num_clips", "mAP", "f1_micro", "f1_macro", "exact_match"),
@@ -31,7 +31,7 @@ def score(
     answers: np.ndarray,
     classes: tuple[str, ...],
 ) -> dict[str, Any]:
-    """Metrics of outputs float [N, O] for labels int [N] (-1: unlabelled); writes one CSV line per
+    """Metrics of outputs float [N, O] for labels int [N] (-1: unlabeled); writes one CSV line per
     clip to `path`, if given.
     """
     if targets.loss == "softmax":

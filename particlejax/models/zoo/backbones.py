@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published networks at the border: each variant a pair of pure functions over its linen modules.
+"""Functional interface of published networks: a pair of pure functions per variant.
 
-Used alone as a classifier, as an embedder whose features become particles, and as a teacher.
-Legend: B clips, T frames, H rows, W columns, D width of features, C classes.
+Used as classifiers, as feature extractors and as teachers. Legend: B clips, T frames, H rows, W
+columns, D width of features, C classes.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ from particlejax.models.zoo.video_transformers import Grids
 
 
 class Backbone(NamedTuple):
-    """init(key) -> params; apply(params, video [B, T, H, W, 3], normalised) -> (logits [B, C],
+    """init(key) -> params; apply(params, video [B, T, H, W, 3], normalized) -> (logits [B, C],
     features by name).
 
-    Networks of other things than videos take the arrays of `spec.inputs` instead, batched.
+    Networks with other inputs than video take the arrays of `spec.inputs` instead, batched.
     """
 
     spec: BackboneSpec
@@ -35,18 +35,17 @@ class Backbone(NamedTuple):
 
 
 def find(name: str) -> BackboneSpec:
-    """The variant of this name. Raises UserError for another's."""
+    """The variant of this name. Raises UserError for an unknown name."""
     if name not in VARIANTS:
         raise UserError(f"there is no model {name!r}: {did_you_mean(name, VARIANTS)}")
     return VARIANTS[name]
 
 
 def build(spec: BackboneSpec, classes: int = 0, frames: int = 0, size: int = 0) -> Backbone:
-    """The backbone of a spec, with as many classes as it was published with where none are named,
-    and the same for sizes.
+    """The backbone of a spec; classes and sizes default to the published ones.
 
-    Raises UserError for classes of a network that has no head, and for another size of one that has
-    no sizes.
+    Raises UserError for classes of a network without a head, and for sizes of a network without
+    sizes.
     """
     if classes and not getattr(spec.net, "classes", 0):
         raise UserError(
@@ -57,7 +56,9 @@ def build(spec: BackboneSpec, classes: int = 0, frames: int = 0, size: int = 0) 
 
     def init(key: Array) -> Params:
         inputs = [jax.ShapeDtypeStruct((1, *shape), dtype) for shape, dtype in spec.examples]
-        if spec.inputs and not spec.sound:  # a Transformer's parameters are stacked, and so few
+        if (
+            spec.inputs and not spec.sound
+        ):  # a Transformer's parameters are stacked, so they are few
             return net.init(key, *(jnp.zeros(each.shape, each.dtype) for each in inputs))["params"]
         return drawn(key, jax.eval_shape(net.init, key, *inputs)["params"])
 
@@ -68,18 +69,18 @@ def build(spec: BackboneSpec, classes: int = 0, frames: int = 0, size: int = 0) 
 
 
 def grids(backbone: Backbone) -> Grids:
-    """Learned tables of positions by path: how many tokens stand before the grid, the grid, whether
-    its frames were square.
+    """Learned position tables by path: number of tokens before the grid, the grid, whether its
+    frames are square.
     """
     return getattr(backbone.spec.net, "grids", {})
 
 
 def drawn(key: Array, shapes: Any) -> Params:
-    """Kernels by He's rule (arXiv:1502.01852), the head's small, scales and variances one, all else
-    zero.
+    """Random parameters: He-initialized kernels (arXiv:1502.01852), small head; scales and
+    variances one, else zero.
 
-    One draw for all: linen's own, one for each kernel, takes XLA's CPU 100 seconds to compile for
-    I3D.
+    Uses one random draw for all: linen's own, one per kernel, takes XLA on CPU 100 seconds to
+    compile for I3D.
     """
     kernels = {name: leaf for name, leaf in tree.flatten(shapes).items() if name.endswith("kernel")}
     ends = np.cumsum([leaf.size for leaf in kernels.values()])
@@ -99,7 +100,7 @@ def drawn(key: Array, shapes: Any) -> Params:
 
 
 def normalise(spec: BackboneSpec, pixels: Array) -> Array:
-    """Pixels, uint8 or float in [0, 255], as the network expects them, float32."""
+    """Normalizes pixels, uint8 or float in [0, 255], as the network expects, float32."""
     mean, std = (
         np.broadcast_to(np.float32(each), 3)[(None,) * (pixels.ndim - 1)]
         for each in (spec.mean, spec.std)
@@ -115,14 +116,14 @@ def classify(backbone: Backbone, params: Params, pixels: Array) -> Array:
 def features(
     backbone: Backbone, params: Params, pixels: Array, endpoint: str = "", pooled: bool = True
 ) -> Array:
-    """An endpoint's features of clips of pixels in [0, 255]: [B, D], or the map [B, T, H, W, D]
-    where not `pooled`.
+    """Features of an endpoint for clips of pixels in [0, 255]: [B, D], or if not `pooled` the map
+    [B, T, H, W, D].
 
-    A Transformer's map is its tokens [B, L, D]. Networks of sound take samples [B, N] for pixels,
-    and their maps have mel bands for rows; those of text take ids [B, L], 0 where there is no word.
+    A Transformer's map is its tokens [B, L, D]. Audio networks take samples [B, N], and their maps
+    have mel bands as rows; text networks take ids [B, L], 0 for padding.
 
-    endpoint: '' is the network's last map, of text what it says of the sentence. Raises UserError
-    for one that it does not have, and for a network that takes several things.
+    endpoint: '' is the network's last map, or for text its sentence embedding. Raises UserError for
+    an unknown endpoint, and for a network with several inputs.
     """
     spec = backbone.spec
     if spec.text:
@@ -131,9 +132,7 @@ def features(
     elif spec.video or spec.sound:
         _, ends = backbone.apply(params, normalise(spec, pixels) if spec.video else pixels)
     else:
-        raise UserError(
-            f"a {spec.kind} takes several things at once: choose another model for features."
-        )
+        raise UserError(f"a {spec.kind} takes several inputs: choose another model for features.")
     name = endpoint or spec.last
     if name not in ends:
         raise UserError(f"the model has no feature map {name!r}: choose one of {', '.join(ends)}.")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """3D CNNs without shortcuts: C3D (arXiv:1412.0767) and I3D, Inception inflated (arXiv:1705.07750).
 
-Each takes video [B, T, H, W, 3], normalised as its weights expect, and returns logits [B, classes]
+Each takes video [B, T, H, W, 3], normalized as its weights expect, and returns logits [B, classes]
 and its feature maps by name. Legend as in `conv3d`.
 """
 
@@ -17,9 +17,7 @@ Endpoints = dict[str, Array]
 
 
 class C3D(nn.Module):
-    """Eight 3x3x3 convolutions and two wide Dense layers: clips have the one size that these were
-    made for.
-    """
+    """Eight 3x3x3 convolutions and two wide Dense layers, which fix the clip size."""
 
     classes: int
     # widths between pools
@@ -38,7 +36,7 @@ class C3D(nn.Module):
                 )
             pool = (1, 2, 2) if i == 1 else (2, 2, 2)
             if i == len(self.groups):  # 7 rows become 4, as Caffe rounds
-                # ReLU left nothing below the zeros
+                # exact, because ReLU leaves no negative values
                 x = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
             x = ends[f"pool{i}"] = max_pool(x, pool, pool, "none")
         x = x.reshape(x.shape[0], -1)
@@ -47,8 +45,8 @@ class C3D(nn.Module):
         return nn.Dense(self.classes, name="head")(x.astype(jnp.float32)), ends
 
 
-# Of each Inception block: the widths of its four branches, 3x3x3 convolutions with what reduces
-# channels before them.
+# For each Inception block: the widths of its four branches; 3x3x3 convolutions with their
+# bottleneck.
 _BLOCKS: dict[str, tuple[int, tuple[int, int], tuple[int, int], int]] = {
     "Mixed_3b": (64, (96, 128), (16, 32), 32),
     "Mixed_3c": (128, (128, 192), (32, 96), 64),
@@ -68,7 +66,7 @@ _POOL_BEFORE: dict[str, tuple[str, Triple, Triple]] = {  # endpoint, window, str
 
 
 class Unit(nn.Module):
-    """Convolution, normalisation without a scale, ReLU, padded as TensorFlow does."""
+    """Convolution, normalization without a scale, ReLU, padded as in TensorFlow."""
 
     features: int
     kernel: int
@@ -89,7 +87,7 @@ class Unit(nn.Module):
 
 
 class Branch(nn.Module):
-    """Units one after the other, each (name, width, kernel), after a 3x3x3 pool where `pooled`."""
+    """A sequence of units (name, width, kernel), after a 3x3x3 pool if `pooled`."""
 
     units: tuple[tuple[str, int, int], ...]
     pooled: bool = False
@@ -104,7 +102,7 @@ class Branch(nn.Module):
 
 
 class Mixed(nn.Module):
-    """An Inception block: four branches side by side."""
+    """An Inception block: four parallel branches."""
 
     widths: tuple[int, tuple[int, int], tuple[int, int], int]
     dtype: Any = jnp.float32
@@ -123,14 +121,14 @@ class Mixed(nn.Module):
 
 
 class I3D(nn.Module):
-    """Inception-v1 in three dimensions. Endpoints carry the names of the paper's figure.
+    """Inception-v1 in three dimensions. Endpoints are named as in the paper's figure.
 
-    Its last pool, of 2 x 7 x 7, shrinks for clips of fewer than 9 frames or 193 rows, which the
-    original refuses.
+    Its last pool, 2 x 7 x 7, shrinks for clips of fewer than 9 frames or 193 rows, which the
+    original rejects.
     """
 
     classes: int
-    share: int = 1  # every width is divided by it: small ones are for tests
+    share: int = 1  # divisor of all widths, for tests
     dtype: Any = jnp.float32
 
     @nn.compact

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convolution, normalisation and pooling in time, rows and columns, as the 3D CNNs of the field
-share them.
+"""3D convolution, normalization and pooling, shared by the 3D CNNs.
 
-XLA's CPU has no fast 3D convolution: a grouped one is 80 to 170 times slower than the sum of its
+XLA on CPU has no fast 3D convolution: a grouped one is 80 to 170 times slower than the sum of its
 shifted products, a dense one up to seven times slower than the sum of its planes' 2D convolutions.
-So the formulation is chosen by platform when the program is lowered (also ahead of time for another
-platform); tests hold both to the same output and gradient.
+The formulation is therefore chosen by platform when the program is lowered (also ahead of time for
+another platform); tests check that outputs and gradients agree.
 
 Legend: B rows, T frames, H rows of pixels, W columns, C channels; a kernel is [t, h, w, in, out].
 """
@@ -28,8 +27,8 @@ _PLANE = ("NHWC", "HWIO", "NHWC")
 
 
 def pads(how: str, size: Sequence[int], kernel: Triple, stride: Triple) -> Pads:
-    """Padding along each axis. 'same': TensorFlow's, the odd one behind; 'half': k // 2 at both
-    sides; 'none'.
+    """Padding along each axis. 'same': as in TensorFlow, odd padding at the end; 'half': k // 2 at
+    both sides; 'none'.
     """
     if how == "none":
         return ((0, 0),) * 3
@@ -45,10 +44,10 @@ def pads(how: str, size: Sequence[int], kernel: Triple, stride: Triple) -> Pads:
     )
 
 
-@partial(jax.jit, static_argnums=(2, 3, 4))  # so that layers of one shape are traced once
+@partial(jax.jit, static_argnums=(2, 3, 4))  # so that layers of equal shape are traced once
 def convolve(x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads, groups: int = 1) -> Array:
-    """x convolved with the kernel; channels only see those of their group (depthwise: as many
-    groups as channels).
+    """Convolution of x with the kernel, grouped over channels (depthwise: one group per
+    channel).
     """
 
     def here(x: Array, k: Array) -> Array:
@@ -61,16 +60,14 @@ def convolve(x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads, groups: i
 
 
 def direct(x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads, groups: int = 1) -> Array:
-    """XLA's own 3D convolution: what accelerators are good at."""
+    """XLA's own 3D convolution, fast on accelerators."""
     return lax.conv_general_dilated(
         x_BTHWC, kernel, stride, pad, dimension_numbers=_EVERYWHERE, feature_group_count=groups
     )
 
 
 def planes(x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads, groups: int = 1) -> Array:
-    """The sum over the kernel's planes of time of their 2D convolutions, frames taken as rows of
-    the batch.
-    """
+    """Sum of 2D convolutions over the kernel's time planes, with frames as rows of the batch."""
     x_BTHWC = jnp.pad(x_BTHWC, ((0, 0), pad[0], (0, 0), (0, 0), (0, 0)))
     frames = (x_BTHWC.shape[1] - kernel.shape[0]) // stride[0] + 1
     total = None
@@ -89,9 +86,7 @@ def planes(x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads, groups: int
 
 
 def shifted(x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads, groups: int) -> Array:
-    """The sum over the kernel's taps of the shifted input times the tap: for few inputs to a
-    group.
-    """
+    """Sum over the kernel's taps of shifted input times tap: fast for few inputs per group."""
     if kernel.shape[3:] == (1, groups):
         return _depthwise(x_BTHWC, kernel, stride, pad)
     return _sum_of_taps(x_BTHWC, kernel, stride, pad, groups)
@@ -124,7 +119,7 @@ def _size(x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads) -> Triple:
 
 
 def _taken(x_BTHWC: Array, at: Triple, size: Triple, stride: Triple) -> Array:
-    """What a tap at this place of the kernel sees of the padded input; `at` may be traced."""
+    """The part of the padded input under the kernel tap `at`, which may be traced."""
     span = tuple((n - 1) * s + 1 for n, s in zip(size, stride, strict=True))
     seen = lax.dynamic_slice(x_BTHWC, (0, *at, 0), (x_BTHWC.shape[0], *span, x_BTHWC.shape[4]))
     return seen[:, :: stride[0], :: stride[1], :: stride[2]]
@@ -144,7 +139,7 @@ def _depthwise_forward(
 def _depthwise_backward(
     stride: Triple, pad: Pads, kept: tuple[Array, Array], grad: Array
 ) -> tuple[Array, Array]:
-    """XLA takes seconds to compile the derivative of each sum of 27 slices; this takes half of that
+    """Custom derivative: XLA takes seconds to compile that of each sum of 27 slices; this halves it
     and runs faster.
     """
     x, kernel = kept
@@ -174,7 +169,7 @@ _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 class Conv(nn.Module):
-    """A 3D convolution with parameters `kernel` and, where it has one, `bias`."""
+    """A 3D convolution with parameters `kernel` and, optionally, `bias`."""
 
     features: int
     kernel: Triple
@@ -197,12 +192,11 @@ class Conv(nn.Module):
 
 
 class Norm(nn.Module):
-    """Batch normalisation by the statistics that its weights brought: an affine map of each
-    channel.
+    """Batch normalization with fixed statistics: an affine map per channel.
 
-    `mean` and `var` stand among the parameters, so that checkpoints, imports and shardings see one
-    tree; no gradient reaches them and weight decay spares them (`optim`), so training leaves them
-    as they are. `scale` and `bias` learn.
+    `mean` and `var` are parameters, so that checkpoints, imports and shardings handle one tree;
+    they get no gradient and no weight decay (`optim`), so training leaves them unchanged. `scale`
+    and `bias` are trained.
     """
 
     epsilon: float
@@ -224,20 +218,18 @@ class Norm(nn.Module):
 
 
 def max_pool(x_BTHWC: Array, window: Triple, stride: Triple, padding: str) -> Array:
-    """The largest value of each window; what is padded never is."""
+    """Max pooling; padding never is the maximum."""
     return nn.max_pool(x_BTHWC, window, stride, pads(padding, x_BTHWC.shape[1:4], window, stride))
 
 
 def mean_pool(x_BTHWC: Array, window: Triple) -> Array:
-    """The mean of each window at stride 1; a window larger than the input is the input's size."""
+    """Average pooling at stride 1; a window larger than the input shrinks to the input's size."""
     window = tuple(min(k, n) for k, n in zip(window, x_BTHWC.shape[1:4], strict=True))
     return nn.avg_pool(x_BTHWC, window, (1, 1, 1), "VALID")
 
 
 def mean_logits(logits_BTHWC: Array, probabilities: bool) -> Array:
-    """One vector of logits [B, C] of those at every place, float32: their mean, or that of their
-    probabilities.
-    """
+    """Averages logits, or their probabilities, over all positions: [B, C], float32."""
     logits = logits_BTHWC.astype(jnp.float32).reshape(
         logits_BTHWC.shape[0], -1, logits_BTHWC.shape[-1]
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published networks by name: the table that import, recognition and features read."""
+"""Registry of published networks, used by import, prediction and feature extraction."""
 
 import dataclasses
 from collections.abc import Callable
@@ -38,41 +38,41 @@ Channels = float | tuple[float, float, float]
 
 @dataclasses.dataclass(frozen=True)
 class BackboneSpec:
-    """A network, the clips that it was made for and how their pixels are normalised."""
+    """A network, its clip size and its pixel normalization."""
 
     kind: str  # of names in `adapt.names`
     net: nn.Module
     frames: int
     size: int  # rows and columns
-    last: str  # endpoint that `features` gives by default
+    last: str  # default endpoint of `features`
     mean: Channels = 0.45  # of pixels in [0, 1]
     std: Channels = 0.225
-    # shapes and types of what one example brings, where this is not only such a clip
+    # shapes and dtypes of one example's inputs, if it takes more than a clip
     inputs: Inputs = ()
 
     @property
     def examples(self) -> Inputs:
-        """Shapes and types of what one example brings."""
+        """Shapes and dtypes of one example's inputs."""
         return self.inputs or (((self.frames, self.size, self.size, 3), "float32"),)
 
     @property
     def video(self) -> bool:
-        """Whether it takes clips alone."""
+        """Whether it takes only clips."""
         return [len(shape) for shape, _ in self.examples] == [4]
 
     @property
     def sound(self) -> bool:
-        """Whether it takes samples of sound alone."""
+        """Whether it takes only audio samples."""
         return [(len(shape), dtype) for shape, dtype in self.examples] == [(1, "float32")]
 
     @property
     def text(self) -> bool:
-        """Whether it takes ids of word pieces and a mask of them alone."""
+        """Whether it takes only token ids and their mask."""
         return [(len(shape), dtype) for shape, dtype in self.examples] == [(1, "int32")] * 2
 
 
 def resized(spec: BackboneSpec, frames: int, size: int) -> BackboneSpec:
-    """The same for examples of other sizes; 0: this one's. Raises UserError where it has none."""
+    """The same spec for other example sizes; 0: unchanged. Raises UserError if it has none."""
     if not spec.inputs:
         return dataclasses.replace(spec, frames=frames or spec.frames, size=size or spec.size)
     if not hasattr(spec.net, "at"):
@@ -90,15 +90,13 @@ def _transformer(
     mean: Channels = (0.485, 0.456, 0.406),
     std: Channels = (0.229, 0.224, 0.225),
 ) -> BackboneSpec:
-    """What a Transformer takes is told by itself; ImageNet's mean and deviation where nothing else
-    is said.
-    """
+    """Spec of a Transformer; normalization defaults to ImageNet's mean and deviation."""
     return BackboneSpec(
         kind, net, getattr(net, "frames", 0), getattr(net, "rows", 0), "last", mean, std, net.inputs
     )
 
 
-# Widths and depths as published; the tiny ones are for tests and smoke runs.
+# Published widths and depths; the tiny ones are for tests and smoke runs.
 _CNNS: dict[str, BackboneSpec] = {
     "c3d": BackboneSpec("c3d", C3D(487), 16, 112, "fc6"),  # 487: Sports-1M
     "i3d": BackboneSpec("i3d", I3D(400), 64, 224, "Mixed_5c", 0.5, 0.5),
@@ -123,7 +121,7 @@ _CNNS: dict[str, BackboneSpec] = {
     ),
 }
 
-_SMALL, _NARROW = Size(32, 2, 4, 64), Size(16, 1, 2, 32)  # of tiny ones
+_SMALL, _NARROW = Size(32, 2, 4, 64), Size(16, 1, 2, 32)  # of tiny models
 _CLIP_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _TEXT, _SIGLIP = Size(512, 12, 8, 2048), Size(768, 12, 12, 3072)
 _SIGLIP_STYLE = Style(1e-6, "gelu_tanh")
@@ -223,10 +221,11 @@ VARIANTS: dict[str, BackboneSpec] = _CNNS | _TRANSFORMERS | _SOUND
 
 
 def register_network(name: str) -> Callable[[Describe], Describe]:
-    """Adds a network by a decorator on a function of no arguments that gives its `BackboneSpec`.
+    """Decorator that registers a network: a function without arguments that returns its
+    `BackboneSpec`.
 
-    Wherever a published network is named (features, probes, stems, predictions) `name` may then
-    stand. Raises ValueError for a name that is taken.
+    `name` is then valid wherever a published network is named (features, probes, stems,
+    predictions). Raises ValueError for a duplicate name.
     """
 
     def register(describe: Describe) -> Describe:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""3D CNNs of residual bottlenecks: I3D-R50 (arXiv:1711.07971) and X3D (arXiv:2004.04730).
+"""3D CNNs with residual bottlenecks: I3D-R50 (arXiv:1711.07971) and X3D (arXiv:2004.04730).
 
-Each takes video [B, T, H, W, 3], normalised as its weights expect, and returns logits [B, classes]
-and its feature maps by name: 'stem', 'stage1' to 'stage4' and what its head makes of them. Legend
-as in `conv3d`.
+Each takes video [B, T, H, W, 3], normalized as its weights expect, and returns logits [B, classes]
+and its feature maps by name: 'stem', 'stage1' to 'stage4' and those of its head. Legend as in
+`conv3d`.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,7 @@ _EPSILON = 1e-5
 
 
 class Squeeze(nn.Module):
-    """Channels weighed by what the whole clip looks like (squeeze and excitation,
-    arXiv:1709.01507).
-    """
+    """Squeeze and excitation: channel weights from the mean over the clip (arXiv:1709.01507)."""
 
     hidden: int
     dtype: Any = jnp.float32
@@ -37,8 +35,8 @@ class Squeeze(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """relu(shortcut(x) + c(b(a(x)))); b is the one that sees space and strides; where depthwise,
-    time too.
+    """relu(shortcut(x) + c(b(a(x)))); b convolves in space with stride, and in time too if
+    depthwise.
     """
 
     width: int
@@ -66,7 +64,9 @@ class Bottleneck(nn.Module):
         shortcut = x_BTHWC
         if x_BTHWC.shape[-1] != self.width or self.stride > 1:
             shortcut = Conv(self.width, (1, 1, 1), stride, dtype=dtype, name="shortcut")(x_BTHWC)
-            if x_BTHWC.shape[-1] != self.width:  # X3D's first stage strides and keeps its width
+            if (
+                x_BTHWC.shape[-1] != self.width
+            ):  # X3D's first stage has a stride but keeps its width
                 shortcut = self._norm("shortcut_norm")(shortcut)
         return nn.relu(shortcut + x)
 
@@ -75,12 +75,12 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """I3D-R50: ResNet-50 of which every other block looks at three frames."""
+    """I3D-R50: ResNet-50 with a temporal kernel of three frames in every other block."""
 
     classes: int
     stem: int = 64
     depths: tuple[int, ...] = (3, 4, 6, 3)
-    # frames that a block looks at, in turn
+    # temporal kernel sizes of the blocks, in turn
     spans: tuple[tuple[int, ...], ...] = ((3,), (3, 1), (3, 1), (1, 3))
     window: Triple = (4, 7, 7)  # of the last pool
     dtype: Any = jnp.float32
@@ -111,15 +111,15 @@ class ResNet(nn.Module):
 
 
 class X3D(nn.Module):
-    """Narrow, deep and depthwise; frames are never strided over. The head's probabilities are
-    averaged over places.
+    """Narrow, deep and depthwise, without temporal strides. The head averages probabilities over
+    positions.
     """
 
     classes: int
     depths: tuple[int, ...] = (3, 5, 11, 7)
-    widths: tuple[int, ...] = (24, 48, 96, 192)  # the first is the stem's as well
+    widths: tuple[int, ...] = (24, 48, 96, 192)  # the first is also the stem's
     inner: tuple[int, ...] = (54, 108, 216, 432)
-    squeeze: tuple[int, ...] = (8, 8, 16, 32)  # of every other block, the first included
+    squeeze: tuple[int, ...] = (8, 8, 16, 32)  # of every other block, from the first
     hidden: int = 2048  # of the head
     window: Triple = (16, 7, 7)  # of the last pool
     dtype: Any = jnp.float32

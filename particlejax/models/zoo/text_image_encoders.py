@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoders of text, images and sound as published: BERT, CLIP, SigLIP, VideoPrism's text, AST.
+"""Published text, image and audio encoders: BERT, CLIP, SigLIP, VideoPrism's text encoder, AST.
 
-Each returns one vector of a clip and features by name: those of `vit.endpoints`.
-Legend as in `vit`; E width of the space that two towers share.
+Each returns one vector per example and features by name: those of `vit.endpoints`. Legend as in
+`vit`; E width of the joint embedding space.
 """
 
 from typing import Any
@@ -32,23 +32,23 @@ _SIGLIP = Style(1e-6, "gelu_tanh")
 
 
 class Bert(nn.Module):
-    """arXiv:1810.04805: ids int32 [B, L], mask [B, L] (1 for a word piece, 0 for padding) ->
-    sentence [B, D], features.
+    """arXiv:1810.04805: ids int32 [B, L], mask [B, L] (1 for a token, 0 for padding) -> sentence
+    [B, D], features.
 
-    The sentence is the mean over its word pieces, of length one, as sentence-transformers have it
-    (arXiv:1908.10084); `pooled` [B, D] is BERT's own, of its first piece.
+    The sentence embedding is the normalized mean over its tokens, as in sentence-transformers
+    (arXiv:1908.10084); `pooled` [B, D] is BERT's own, from the first token.
     """
 
     words: int = 30522
     positions: int = 512
-    kinds: int = 2  # of segments; all pieces are of the first
+    kinds: int = 2  # of segments; all tokens are in the first
     size: Size = _BASE
     style: Style = Style(1e-12, norm_after=True)
     dtype: Any = jnp.float32
 
     @property
     def inputs(self) -> Inputs:
-        """Shapes and types of what one text brings."""
+        """Shapes and dtypes of one text's inputs."""
         return ((self.positions,), "int32"), ((self.positions,), "int32")
 
     @nn.compact
@@ -75,16 +75,14 @@ class TextTower(nn.Module):
     """The text tower of CLIP (arXiv:2103.00020) or SigLIP (arXiv:2303.15343): ids int32 [B, L] ->
     [B, E], features.
 
-    CLIP reads causally and takes what its end token says; SigLIP reads everything and takes the
-    last place, padding or not.
+    CLIP is causal and reads out its end token; SigLIP is bidirectional and reads out the last
+    position, padding or not.
     """
 
     out: int = 512
     words: int = 49408
     positions: int = 77
-    end: int = (
-        49407  # id of the token that ends a text; -1 takes the last place and reads both ways
-    )
+    end: int = 49407  # id of the end token; -1: reads out the last position, bidirectional
     bias: bool = False  # of the projection
     size: Size = Size(512, 12, 8, 2048)
     style: Style = _CLIP
@@ -115,8 +113,8 @@ class TextTower(nn.Module):
 class ImageTower(nn.Module):
     """The image tower of CLIP or SigLIP: images [B, H, W, 3] -> [B, E], features.
 
-    CLIP has a class token, normed after the blocks and projected; SigLIP pools by an attention of
-    its own (out = 0).
+    CLIP projects its class token after a final norm; SigLIP has an attention pooling head (out =
+    0).
     """
 
     out: int = 512
@@ -129,7 +127,7 @@ class ImageTower(nn.Module):
 
     @property
     def grids(self) -> Grids:
-        """Learned tables of positions, for import at another size."""
+        """Learned position tables, for import at another size."""
         return {
             "positions": (
                 1 if self.out else 0,
@@ -174,11 +172,11 @@ class ImageTower(nn.Module):
 
 
 class ImageText(nn.Module):
-    """Two towers and how alike they find images and texts: images [B, H, W, 3], ids [C, L] ->
-    logits [B, C], embeddings.
+    """Two towers and their image-text similarity: images [B, H, W, 3], ids [C, L] -> logits [B, C],
+    embeddings.
 
-    The embeddings, `image` [B, E] and `text` [C, E], have length one. SigLIP's logits have a bias
-    as well as a scale.
+    The embeddings, `image` [B, E] and `text` [C, E], have unit length. SigLIP's logits have a bias
+    in addition to a scale.
     """
 
     image: ImageTower
@@ -187,19 +185,19 @@ class ImageText(nn.Module):
 
     @property
     def grids(self) -> Grids:
-        """Learned tables of positions, for import at another size."""
+        """Learned position tables, for import at another size."""
         return {f"image/{path}": grid for path, grid in self.image.grids.items()}
 
     @property
     def inputs(self) -> Inputs:
-        """Shapes and types of what one image and one text bring."""
+        """Shapes and dtypes of the inputs for one image and one text."""
         return ((self.image.rows, self.image.columns, 3), "float32"), (
             (self.text.positions,),
             "int32",
         )
 
     def at(self, frames: int, size: int) -> "ImageText":
-        """The same for images of another size; 0: this one's."""
+        """The same spec for another image size; 0: unchanged."""
         del frames
         return self.clone(
             image=self.image.clone(rows=size or self.image.rows, columns=size or self.image.columns)
@@ -208,7 +206,7 @@ class ImageText(nn.Module):
     @nn.compact
     def __call__(self, x_BHWC: Array, ids_CL: Array) -> tuple[Array, Endpoints]:
         image, text = unit(self.image(x_BHWC)[0], 0.0), unit(self.text(ids_CL)[0], 0.0)
-        # 1 / 0.07, where CLIP starts
+        # 1 / 0.07, CLIP's initial value
         scale = self.param("logit_scale", nn.initializers.constant(2.66), ())
         logits = jnp.exp(scale) * (image @ text.T)
         if self.bias:
@@ -218,31 +216,31 @@ class ImageText(nn.Module):
 
 class VideoText(nn.Module):
     """VideoPrism with text (arXiv:2402.13217): video [B, T, H, W, 3], ids and mask [C, L] ->
-    likeness [B, C], embeddings.
+    similarity [B, C], embeddings.
 
-    The likeness is the cosine; `video` [B, D] and `text` [C, D] have length one. Texts are read
-    causally, then by a token at their end.
+    The similarity is the cosine; `video` [B, D] and `text` [C, D] have unit length. The text
+    encoder is causal and reads out a token at the end.
     """
 
     video: VideoPrism
     words: int = 32000
-    positions: int = 64  # as many word pieces as it was trained with
+    positions: int = 64  # text length in training
     size: Size = _BASE
     style: Style = Style(1e-6, "relu", gain=True, softcap=50.0)
     dtype: Any = jnp.float32
 
     @property
     def grids(self) -> Grids:
-        """Learned tables of positions, for import at another size."""
+        """Learned position tables, for import at another size."""
         return {f"video/{path}": grid for path, grid in self.video.grids.items()}
 
     @property
     def inputs(self) -> Inputs:
-        """Shapes and types of what one video and one text bring."""
+        """Shapes and dtypes of the inputs for one video and one text."""
         return *self.video.inputs, ((self.positions,), "int32"), ((self.positions,), "int32")
 
     def at(self, frames: int, size: int) -> "VideoText":
-        """The same for clips of other sizes; 0: this one's."""
+        """The same spec for other clip sizes; 0: unchanged."""
         return self.clone(video=self.video.at(frames, size))
 
     @nn.compact
@@ -271,10 +269,10 @@ class VideoText(nn.Module):
 
 
 class AST(nn.Module):
-    """arXiv:2104.01778: log-mel spectrograms [B, frames, bands], normalised -> logits [B, classes],
+    """arXiv:2104.01778: log-mel spectrograms [B, frames, bands], normalized -> logits [B, classes],
     features.
 
-    Patches overlap; a class token and one that distillation left classify together.
+    Patches overlap; the classifier uses the class token and the distillation token together.
     """
 
     classes: int = 527  # AudioSet
@@ -288,17 +286,17 @@ class AST(nn.Module):
 
     @property
     def grids(self) -> Grids:
-        """Learned tables of positions, for import at another length."""
+        """Learned position tables, for import at another length."""
         rows, columns = ((n - self.patch) // self.stride + 1 for n in (self.bands, self.frames))
-        return {"positions": (2, (1, rows, columns), False)}  # a band a row
+        return {"positions": (2, (1, rows, columns), False)}  # one row per band
 
     @property
     def inputs(self) -> Inputs:
-        """Shapes and types of what one sound brings."""
+        """Shapes and dtypes of one sound's inputs."""
         return (((self.frames, self.bands), "float32"),)
 
     def at(self, frames: int, size: int) -> "AST":
-        """The same for sounds of another length and number of bands; 0: this one's."""
+        """The same spec for another length and number of bands; 0: unchanged."""
         return self.clone(frames=frames or self.frames, bands=size or self.bands)
 
     @nn.compact

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Video Transformers as published: VideoMAE, ViViT, TimeSformer, V-JEPA 2 and VideoPrism.
+"""Published video Transformers: VideoMAE, ViViT, TimeSformer, V-JEPA 2 and VideoPrism.
 
-Each takes video [B, T, H, W, 3], normalised as its weights expect, and returns logits [B, classes]
+Each takes video [B, T, H, W, 3], normalized as its weights expect, and returns logits [B, classes]
 and features by name: those of `vit.endpoints`. Legend as in `vit`; N tokens of a clip, P numbers of
 a cuboid.
 """
@@ -32,7 +32,7 @@ from particlejax.models.zoo.vit_blocks import (
 Endpoints = dict[str, Array]
 Triple = tuple[int, int, int]
 Inputs = tuple[tuple[tuple[int, ...], str], ...]
-# path of a table of positions: tokens before its grid, the grid, whether square
+# path of a position table: number of tokens before its grid, the grid, whether square
 Grids = dict[str, tuple[int, Triple, bool]]
 _SMALL = nn.initializers.truncated_normal(0.02)
 _BASE = Size(768, 12, 12, 3072)
@@ -40,7 +40,7 @@ _NO_KEY_BIAS = Style(1e-12, bias=(True, False, True))  # VideoMAE's
 
 
 class Video(nn.Module):
-    """What all of them are told: classes, the clips' size and the cuboids'."""
+    """Common settings: classes, clip size and cuboid size."""
 
     classes: int
     frames: int = 16
@@ -62,17 +62,17 @@ class Video(nn.Module):
 
     @property
     def grids(self) -> Grids:
-        """Learned tables of positions, for import at another size."""
+        """Learned position tables, for import at another size."""
         return {}
 
     @property
     def inputs(self) -> Inputs:
-        """Shapes and types of what one clip brings."""
+        """Shapes and dtypes of one clip's inputs."""
         return (((self.frames, self.rows, self.columns, 3), "float32"),)
 
     def at(self, frames: int, size: int) -> "Video":
-        """The same for clips of other sizes; 0: this one's. Raises UserError where these are no
-        multiple of its cuboids.
+        """The same spec for other clip sizes; 0: unchanged. Raises UserError if they are not
+        multiples of its cuboids.
         """
         net = self.clone(
             frames=frames or self.frames, rows=size or self.rows, columns=size or self.columns
@@ -80,24 +80,23 @@ class Video(nn.Module):
         if any(n % k for n, k in zip((net.frames, net.rows, net.columns), self.patch, strict=True)):
             raise UserError(
                 f"clips of {net.frames} x {net.rows} x {net.columns} are no multiple of the "
-                "model's cuboids of "
-                f"{' x '.join(map(str, self.patch))}: choose another config.num_frames or "
-                "config.image_size."
+                f"model's cuboids of {' x '.join(map(str, self.patch))}: choose another "
+                "config.num_frames or config.image_size."
             )
         return net
 
     def tokens(self, x_BTHWC: Array) -> Array:
-        """Vectors of cuboids [B, N, D] without positions; for `__call__` of the classes below."""
+        """Cuboid embeddings [B, N, D] without positions, for `__call__` of the subclasses."""
         return _flat(
             Patches(self.size.width, self.patch, dtype=self.dtype, name="patches")(x_BTHWC)
         )
 
     def stack(self, name: str = "encoder") -> Stack:
-        """Blocks of this size and style."""
+        """The Transformer blocks."""
         return Stack(self.size, self.style, dtype=self.dtype, name=name)
 
     def logits(self, x_BD: Array) -> Array:
-        """The head's."""
+        """The classifier."""
         return nn.Dense(self.classes, kernel_init=_SMALL, name="head")(x_BD.astype(jnp.float32))
 
 
@@ -113,7 +112,7 @@ def _with_token(token_D: Array, x_BND: Array) -> Array:
 
 
 class VideoMAE(Video):
-    """arXiv:2203.12602, fine-tuned: fixed positions, the mean of all tokens classifies."""
+    """arXiv:2203.12602, fine-tuned: fixed positions, classifies the mean token."""
 
     style: Style = _NO_KEY_BIAS
 
@@ -126,7 +125,9 @@ class VideoMAE(Video):
 
 
 class Pretraining(Video):
-    """What hidden cuboids are, from visible ones: takes the indices of both beside the clip."""
+    """Predicts masked cuboids from visible ones: takes the indices of both in addition to the
+    clip.
+    """
 
     classes: int = 0
 
@@ -139,12 +140,10 @@ class Pretraining(Video):
 
 
 class VideoMAEPretraining(Pretraining):
-    """arXiv:2203.12602, pretraining: what cuboids that are hidden look like, from those that are
-    not.
+    """arXiv:2203.12602, pretraining: predicts the pixels of masked cuboids from visible ones.
 
-    Takes the video and the indices of visible [B, V] and of hidden cuboids [B, M]; returns
-    predictions [B, M, P] of what `pixel_targets` gives, and the encoder's features of the visible
-    ones.
+    Takes the video and the indices of visible [B, V] and masked cuboids [B, M]; returns predictions
+    [B, M, P] of `pixel_targets`, and the encoder's features of the visible cuboids.
     """
 
     style: Style = _NO_KEY_BIAS
@@ -174,9 +173,7 @@ class VideoMAEPretraining(Pretraining):
 
 
 def pixel_targets(pixels_BTHWC: Array, patch: Triple) -> Array:
-    """What VideoMAE predicts of pixels in [0, 1], [B, N, P]: each cuboid's, normed in each channel
-    by itself.
-    """
+    """VideoMAE's targets for pixels in [0, 1], [B, N, P]: each cuboid normalized per channel."""
     cut = cuboids(pixels_BTHWC, patch)
     cut = cut.reshape(cut.shape[0], -1, int(np.prod(patch)), cut.shape[-1])
     deviation = jnp.std(cut, axis=2, keepdims=True, ddof=1) + 1e-6
@@ -188,7 +185,7 @@ def _taken(x_BND: Array, at_BL: Array) -> Array:
 
 
 class ViViT(Video):
-    """arXiv:2103.15691, model 1: all tokens and a class token read each other; learned
+    """arXiv:2103.15691, model 1: joint attention of all tokens and a class token; learned
     positions.
     """
 
@@ -210,7 +207,7 @@ class ViViT(Video):
 
 
 class TimeSformer(Video):
-    """arXiv:2102.05095 with divided attention: over time, then over space, in each block."""
+    """arXiv:2102.05095 with divided attention: in each block over time, then over space."""
 
     frames: int = 8
     patch: Triple = (1, 16, 16)
@@ -240,7 +237,7 @@ class TimeSformer(Video):
 
 
 class VJEPA2(Video):
-    """arXiv:2506.09985 with the attentive probe that classifies: rotary positions in time, rows and
+    """arXiv:2506.09985 with its attentive classifier: rotary positions in time, rows and
     columns.
     """
 
@@ -272,9 +269,9 @@ class VJEPA2(Video):
 
 
 class VJEPA2Pretraining(Pretraining):
-    """arXiv:2506.09985, pretraining: the features of hidden cuboids from those of visible ones.
+    """arXiv:2506.09985, pretraining: predicts the features of masked cuboids from visible ones.
 
-    Takes the video and the indices of visible [B, V] and of hidden cuboids [B, M]; the encoder sees
+    Takes the video and the indices of visible [B, V] and masked cuboids [B, M]; the encoder sees
     the whole video, as in the published action-free forward pass. Returns predicted features [B, M,
     D], and features by name.
     """
@@ -284,7 +281,7 @@ class VJEPA2Pretraining(Pretraining):
     columns: int = 256
     size: Size = Size(1024, 24, 16, 4096)
     predictor_size: Size = Size(384, 12, 12, 1536)
-    mask_tokens: int = 10  # of which the second is used
+    mask_tokens: int = 10  # only the second is used
 
     @nn.compact
     def __call__(
@@ -314,8 +311,8 @@ class VJEPA2Pretraining(Pretraining):
 
 
 def _turn(at_BL: Array | np.ndarray, grid: Triple, size: Size) -> Turn:
-    """Rotary positions of cuboids by their index: a third of each head for time, rows and columns,
-    the rest unturned.
+    """Rotary positions of cuboids by index: a third of each head for time, rows and columns, the
+    rest unrotated.
     """
     _, h, w = grid
     head = size.width // size.heads
@@ -329,11 +326,11 @@ def _turn(at_BL: Array | np.ndarray, grid: Triple, size: Size) -> Turn:
 
 
 class VideoPrism(Video):
-    """arXiv:2402.13217: frames by themselves, then each place over time; an attention pool
+    """arXiv:2402.13217: each frame alone, then each position over time; an attention pool
     classifies.
 
-    `auxiliary` blocks before the pool are those of the video-text model, whose video embedding
-    takes the place of logits where there are no classes: normed to length one [B, D].
+    `auxiliary` blocks before the pool are those of the video-text model, which without classes
+    returns its video embedding of unit length instead of logits [B, D].
     """
 
     rows: int = 288
@@ -384,6 +381,6 @@ class VideoPrism(Video):
 
 
 def unit(x_BD: Array, epsilon: float = 1e-6) -> Array:
-    """Vectors of length one."""
+    """Vectors normalized to unit length."""
     x_BD = x_BD.astype(jnp.float32)
     return x_BD / jnp.sqrt(jnp.sum(x_BD * x_BD, axis=-1, keepdims=True) + epsilon)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transformer blocks as others published them: what these differ in is an option here, not a file
-for each paper.
+"""Transformer blocks of published models; the differences between papers are options.
 
-Parameters go by the names and axes of `transformer.Block`, stacked, so that shardings, adapters and
-decay by layer find them. Legend: B clips, L queries, M keys, D width, H heads, K width of a head, T
-frames, S places of a frame.
+Parameters have the names and axes of `transformer.Block`, stacked, so that shardings, adapters and
+layer decay find them. Legend: B clips, L queries, M keys, D width, H heads, K width of a head, T
+frames, S positions of a frame.
 """
 
 import dataclasses
@@ -21,7 +20,7 @@ from jax import Array
 from particlejax.nn import attention
 from particlejax.nn.dense import Dense, DenseGeneral, product
 
-Turn = tuple[Array, Array]  # cosines and sines [B or 1, L, K] by which queries and keys are rotated
+Turn = tuple[Array, Array]  # cosines and sines [B or 1, L, K] that rotate queries and keys
 _SMALL = nn.initializers.truncated_normal(0.02)
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -34,19 +33,19 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """What the blocks of one architecture have in common."""
+    """Block settings of one architecture."""
 
     epsilon: float = 1e-6  # of norms
     activation: str = "gelu"  # of ACTIVATIONS
     bias: tuple[bool, bool, bool] = (True, True, True)  # of query, key and value
-    norm_after: bool = False  # norm(x + f(x)), as BERT has it, instead of x + f(norm(x))
-    gain: bool = False  # norms scale by one plus a parameter instead of by the parameter
-    softcap: float = 0.0  # logits stay within it by tanh; 0: they are not held
+    norm_after: bool = False  # post-norm as in BERT: norm(x + f(x)) instead of x + f(norm(x))
+    gain: bool = False  # norms scale by 1 + parameter instead of parameter
+    softcap: float = 0.0  # tanh soft cap of logits; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Of a stack of blocks."""
+    """Dimensions of a stack of blocks."""
 
     width: int
     depth: int
@@ -55,8 +54,8 @@ class Size:
 
 
 class Norm(nn.Module):
-    """Layer normalisation in float32. Its variance is the mean square of differences: references
-    agree to 1e-6.
+    """Layer normalization in float32. Its variance is the mean squared deviation: references agree
+    to 1e-6.
     """
 
     epsilon: float = 1e-5
@@ -80,15 +79,15 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention of queries [B, L, D] to keys [B, M, D].
 
-    may: bool [B or 1, L, M], who may read whom; None: everyone. turn: rotary positions of queries
-    and keys alike.
+    may: attention mask, bool [B or 1, L, M]; None: all. turn: rotary positions of queries and keys
+    alike.
     """
 
     heads: int
     style: Style = Style()
-    inner: int = 0  # width of all heads together; 0: the tokens'
-    out: bool = True  # whether a projection follows
-    scaled: bool = False  # VideoPrism's pooling learns the scale of each number of a head
+    inner: int = 0  # width of all heads together; 0: that of the tokens
+    out: bool = True  # whether an output projection follows
+    scaled: bool = False  # learned scale per head channel, as in VideoPrism's pooling
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -127,7 +126,7 @@ class Attention(nn.Module):
 
 
 def rotated(x_BHLK: Array, turn: Turn) -> Array:
-    """Pairs of neighbouring numbers rotated (arXiv:2104.09864)."""
+    """Rotates pairs of neighboring channels (arXiv:2104.09864)."""
     cos, sin = (each[:, None].astype(x_BHLK.dtype) for each in turn)
     pairs = x_BHLK.reshape(*x_BHLK.shape[:-1], -1, 2)
     across = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x_BHLK.shape)
@@ -149,7 +148,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to what it reads, normed before or after."""
+    """Attention and MLP with residual connections, pre-norm or post-norm."""
 
     heads: int
     mlp: int
@@ -172,11 +171,11 @@ class Block(nn.Module):
 
 
 class Divided(nn.Module):
-    """Attention of each place over time, then of each frame over its places and the class token
+    """Divided attention: over time at each position, then over each frame and the class token
     (arXiv:2102.05095).
 
-    x is the class token and T x S tokens, time outermost. What the class token reads is averaged
-    over frames.
+    x is the class token and T x S tokens, time outermost. The class token's output is averaged over
+    frames.
     """
 
     frames: int
@@ -209,8 +208,8 @@ class Divided(nn.Module):
 
 
 class Stack(nn.Module):
-    """Blocks with stacked parameters [depth, ...], scanned over; divided attention where `frames`
-    are named.
+    """Blocks with stacked parameters [depth, ...], run by a scan; divided attention if `frames` is
+    given.
 
     Returns the tokens and every block's output [depth, B, L, D].
     """
@@ -250,8 +249,8 @@ class Stack(nn.Module):
 
 
 def endpoints(blocks: Array, last: Array, **more: Array) -> dict[str, Array]:
-    """Features by name: `block0`, ... [B, L, D] after each block, `last` after the norm that
-    follows them, where one does.
+    """Features by name: `block0`, ... [B, L, D] after each block, `last` after the final norm, if
+    any.
     """
     return {f"block{i}": block for i, block in enumerate(blocks)} | {"last": last} | more
 
@@ -259,7 +258,7 @@ def endpoints(blocks: Array, last: Array, **more: Array) -> dict[str, Array]:
 def cuboids(
     x_BTHWC: Array, size: tuple[int, int, int], stride: tuple[int, int, int] | None = None
 ) -> Array:
-    """Cuboids of t x h x w cells, [B, frames, rows, columns, t, h, w, C]; they overlap where the
+    """Cuboids of t x h x w cells, [B, frames, rows, columns, t, h, w, C]; they overlap if the
     stride is smaller.
     """
     if stride is None or stride == size:
@@ -280,8 +279,8 @@ def cuboids(
 
 
 class Patches(nn.Module):
-    """A vector [B, frames, rows, columns, D] for each cuboid: the product with a kernel [t, h, w,
-    C, D].
+    """Cuboid embeddings [B, frames, rows, columns, D]: the product with a kernel [t, h, w, C,
+    D].
     """
 
     width: int
@@ -301,8 +300,8 @@ class Patches(nn.Module):
 
 
 def sinusoids(number: int, width: int, halves: bool = False) -> Array:
-    """Positions 0, 1, ... as sines and cosines [number, width], alternating, or all sines before
-    all cosines.
+    """Sinusoidal positions 0, 1, ... [number, width]: sines and cosines alternate, or all sines
+    precede all cosines.
     """
     rate = 10000.0 ** (-2 * np.arange((width + 1) // 2) / width)
     angle = np.arange(number)[:, None] * rate

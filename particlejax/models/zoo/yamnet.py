@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YAMNet: what is heard in 0.975 s of sound, by MobileNet's separable convolutions
-(arXiv:1704.04861) over log-mel spectra.
+"""YAMNet: audio events in windows of 0.975 s, by separable convolutions (MobileNet,
+arXiv:1704.04861) on log-mel spectra.
 
-As tensorflow/models' research/audioset has it, with batch normalisation folded into kernels and
-biases. Legend: B examples, N samples, T spectra, F frequencies, M mel bands, C channels.
+As in tensorflow/models' research/audioset, with batch normalization folded into kernels and biases.
+Legend: B examples, N samples, T spectra, F frequencies, M mel bands, C channels.
 """
 
 import flax.linen as nn
@@ -13,9 +13,9 @@ from jax import Array
 
 from particlejax.models.zoo.conv3d import Conv
 
-_FLOOR = 1e-3  # that is added to mel magnitudes before the logarithm
+_FLOOR = 1e-3  # added to mel magnitudes before the logarithm
 
-# Of each block: channels and stride.
+# Channels and stride of each block.
 BLOCKS = (
     (64, 1),
     (128, 2),
@@ -30,26 +30,26 @@ BLOCKS = (
 
 
 class YAMNet(nn.Module):
-    """Sound float32 [B, N], one channel in [-1, 1] -> logits [B, classes] of labels that may hold
-    together, and maps by name.
+    """Mono audio float32 [B, N] in [-1, 1] -> multi-label logits [B, classes], and feature maps by
+    name.
 
-    Maps are [B, T, M, 1, C]. The mel filters stand among the parameters, as they come with the
-    weights; nothing trains them.
+    Maps are [B, T, M, 1, C]. The mel filters are parameters, as in the published weights, but are
+    not trained.
     """
 
     classes: int = 521  # of AudioSet
     width: int = 32  # of the first convolution
     blocks: tuple[tuple[int, int], ...] = BLOCKS
     samples: int = 15600
-    rate: int = 16000  # samples a second
-    window: int = 400  # samples of a spectrum
-    hop: int = 160  # samples from one to the next
+    rate: int = 16000  # samples per second
+    window: int = 400  # samples per spectrum
+    hop: int = 160  # samples between spectra
     frequencies: int = 257
     mels: int = 64
 
     @property
     def inputs(self) -> tuple[tuple[tuple[int, ...], str], ...]:
-        """Shape and type of an example."""
+        """Shape and dtype of an example."""
         return (((self.samples,), "float32"),)
 
     @nn.compact
@@ -83,7 +83,7 @@ class YAMNet(nn.Module):
         return nn.Dense(self.classes, name="head")(jnp.mean(x, axis=(1, 2, 3))), ends
 
     def _spectra(self, sound_BN: Array) -> Array:
-        """Logarithms of mel magnitudes [B, T, M]."""
+        """Log-mel magnitudes [B, T, M]."""
         count = (sound_BN.shape[1] - self.window) // self.hop + 1
         frames = sound_BN[:, np.arange(count)[:, None] * self.hop + np.arange(self.window)]
         hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(self.window) / self.window)

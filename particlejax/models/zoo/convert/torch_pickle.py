@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays out of pickles without running what a pickle may ask for: PyTorch's .pt, .pth, .pyth,
-.bin, and numpy's.
+"""Reads arrays from pickles without running their code: PyTorch's .pt, .pth, .pyth, .bin, and
+numpy's.
 
-A pickle names functions to call. Here a name finds a stand-in of ours or nothing: containers, and
-what describes an array, which is then built from its bytes with its bounds checked. No torch is
-needed, and no class of numpy sees the file.
+A pickle names functions to call. Here a name maps to a stand-in of ours or is rejected: only
+containers and array descriptions, which are built from bytes with bounds checks. Needs no torch,
+and passes no data to numpy's classes.
 """
 
 import io
@@ -37,12 +37,12 @@ _NUMPY_TYPES = frozenset("f2 f4 f8 i1 i2 i4 i8 u1 u2 u4 u8 b1".split())
 
 
 class _Refused(Exception):
-    """A name that the whitelist does not know."""
+    """A name outside the whitelist."""
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a file by dotted names. Raises UserError for a file that holds other objects or
-    is damaged.
+    """The arrays of a file by dotted names. Raises UserError for a file with other objects, or a
+    damaged one.
     """
     try:
         if zipfile.is_zipfile(path):
@@ -56,7 +56,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
             "only "
             "its arrays, as in torch.save(model.state_dict(), PATH)."
         ) from error
-    except Exception as error:  # a damaged file can make zipfile and pickle say anything
+    except Exception as error:  # a damaged file can make zipfile and pickle raise anything
         raise UserError(
             f"{path} cannot be read as a pickle of arrays ({type(error).__name__}: {error}): fetch "
             "it "
@@ -89,7 +89,7 @@ def _read_zip(path: Path) -> Any:
 
 
 def _read_stream(file: Any) -> Any:
-    """A plain pickle, or the five pickles of PyTorch before 1.6, whose arrays' bytes come last."""
+    """A plain pickle, or the five pickles of PyTorch before 1.6, followed by the arrays' bytes."""
     first = _Reader(file, None).load()
     if not isinstance(first, int) or first != _LEGACY_MAGIC:
         return first
@@ -112,7 +112,7 @@ def _read_stream(file: Any) -> Any:
 
 
 class _Reader(pickle.Unpickler):
-    """An unpickler that finds nothing but the stand-ins of this file."""
+    """An unpickler that resolves only the stand-ins of this file."""
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class _Reader(pickle.Unpickler):
         return known[f"{short}.{name}"]
 
     def persistent_load(self, pid: Any) -> np.ndarray:
-        """The storage that a tensor refers to."""
+        """The storage of a tensor."""
         kind, dtype, key, _, count = pid[:5]
         if kind != "storage" or self._storage is None or not isinstance(dtype, np.dtype):
             raise ValueError("a reference to something other than a storage")
@@ -155,7 +155,7 @@ class _Reader(pickle.Unpickler):
     def _tensor(
         self, storage: np.ndarray, offset: int, size: tuple, stride: tuple, *more: Any
     ) -> np.ndarray:
-        del more  # whether it needs a gradient, hooks, metadata
+        del more  # requires_grad, hooks, metadata
         last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
         if min(offset, *size, *stride, 0) < 0 or (0 not in size and last >= storage.size):
             raise ValueError(f"a tensor of shape {tuple(size)} beyond the end of its storage")
@@ -165,7 +165,7 @@ class _Reader(pickle.Unpickler):
 
 
 class _Type:
-    """A numpy dtype: only its plain numbers."""
+    """A numpy dtype: numeric ones only."""
 
     def __init__(self, code: str, *more: Any) -> None:
         del more
@@ -178,7 +178,7 @@ class _Type:
 
 
 class _Array:
-    """A numpy array: shape, type and bytes, put together by `_flatten`."""
+    """A numpy array: shape, dtype and bytes, assembled by `_flatten`."""
 
     def __init__(self, *more: Any) -> None:
         del more
@@ -213,9 +213,7 @@ def _typed(raw: np.ndarray, dtype: np.dtype, count: int) -> np.ndarray:
 
 
 def _flatten(prefix: str, value: Any, into: dict[str, np.ndarray]) -> None:
-    """Arrays within nested mappings, by dotted names; whatever else a training state holds is left
-    out.
-    """
+    """Arrays within nested mappings, by dotted names; ignores all else in a training state."""
     if isinstance(value, _Array):
         value = value.value
     if isinstance(value, np.ndarray):

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How `transformers` names and lays out the parameters of Transformers, by our own module paths.
+"""Mapping from our module paths to the parameter names and layouts of the library `transformers`.
 
-A template's `{}` is the layer of a stack; behind it in brackets stands what the name does not say:
-`[1/3]` the second of three fused arrays, `[2d]` a convolution of images, `[1, 1]` axes of length
-one before ours.
+A template's `{}` is the layer of a stack; brackets give what the name does not: `[1/3]` the second
+of three fused arrays, `[2d]` an image convolution, `[1, 1]` leading axes of length one.
 """
 
 import re
@@ -33,7 +32,7 @@ _LEAVES = {
     "bias": "bias",
 }
 
-# What is within a block, by the habits of five authors.
+# Names within a block, by five conventions.
 _OLD: Rules = (
     (r"attention_norm", "layernorm_before"),
     (r"mlp_norm", "layernorm_after"),
@@ -92,7 +91,7 @@ def _blocks(ours: str, theirs: str, inner: Rules) -> Rules:
 
 
 def _within(ours: str, theirs: str, rules: Rules) -> Rules:
-    """The rules of a part, where ours and theirs have it under these names."""
+    """The rules of a part, given our names and theirs."""
     return tuple((ours + a, theirs + b) for a, b in rules)
 
 
@@ -216,7 +215,7 @@ _RULES: dict[str, Rules] = {
         ("image/class_token", "vision_model.embeddings.class_embedding"),
         ("logit_scale", "logit_scale"),
         ("image/embed_norm", "vision_model.pre_layrnorm"),
-    ),  # so spelt
+    ),  # sic
     "siglip": (
         *_within("text/", "text_model.", (*_TEXT, ("project", "head"))),
         ("logit_(scale|bias)", r"logit_\1[1]"),
@@ -253,7 +252,7 @@ _RULES: dict[str, Rules] = {
     ),
 }
 
-# Files from before transformers 5 call layers so, and so do most published ones.
+# Layer names of files from before transformers 5, as in most published ones.
 _BEFORE_5: Rules = (
     (r"encoder\.layer\.", "layers."),
     (r"attention\.attention\.(q|k|v)\w+\.", r"attention.\1_proj."),
@@ -272,7 +271,7 @@ _QV: Rules = (
 
 
 def _bare(base: str) -> tuple[Rules, ...]:
-    """Files of the encoder alone, and those with another base, such as an image ViT's."""
+    """Names of files with the encoder alone, and of those with another base (image ViT)."""
     return ((("^", f"{base}."),), ((r"^vit\.", f"{base}."),))
 
 
@@ -290,8 +289,8 @@ KINDS = tuple(_RULES)
 
 
 def names_of(kind: str, flat: Mapping[str, Any], grids: Mapping[str, Grid]) -> Names:
-    """The names of a kind of KINDS whose parameters, by path, have these shapes; `grids` of its
-    tables of positions.
+    """The names of a kind of KINDS with these parameter shapes by path; `grids` of its position
+    tables.
     """
     entries = tuple(
         entry
@@ -302,7 +301,7 @@ def names_of(kind: str, flat: Mapping[str, Any], grids: Mapping[str, Grid]) -> N
 
 
 def _entries(kind: str, path: str, shape: tuple[int, ...], grid: Grid | None) -> list[Entry]:
-    """One for each layer of a stack, else one."""
+    """One name per layer of a stack, else one."""
     module, _, leaf = path.rpartition("/")
     template, mark = _theirs(kind, module if leaf in _LEAVES else path)
     if leaf in _LEAVES:
@@ -315,7 +314,7 @@ def _entries(kind: str, path: str, shape: tuple[int, ...], grid: Grid | None) ->
 
 
 def _theirs(kind: str, path: str) -> tuple[str, str]:
-    """Their name, and what stands in brackets behind it."""
+    """The name, and the content of its brackets."""
     template = next(
         found.expand(theirs) for ours, theirs in _RULES[kind] if (found := re.fullmatch(ours, path))
     )
