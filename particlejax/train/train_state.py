@@ -29,7 +29,7 @@ _ALL, _PLAIN = FinetuneSpec(), RobustSpec()  # all parameters train, with the pl
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """step: int32, steps done. seed: uint32, an array so that all seeds share one compiled program.
+    """step: int32, steps done. seed: uint32; an array, so that all seeds share a compiled program.
 
     params: trainable parameters. average: their EMA, () if the stage keeps none. frozen: the other
     parameters, () if all train; `partition.whole` merges both into the model's parameters.
