@@ -224,7 +224,7 @@ def test_saved_it_is_small_and_together_with_its_base_the_same(name: str, tmp_pa
     found, sentence = restore.from_checkpoint(base()[1], tmp_path / "tuned")
     expected = logits(whole(dataclasses.replace(after, params=after.average), spec))
     np.testing.assert_allclose(logits(found), expected, atol=1e-5)
-    assert f"({spec.method}), on" in sentence
+    assert f"({spec.method}); base: " in sentence
     assert np.abs(expected - logits(base()[1])).max() > 1e-3, (
         "it has learnt something that merging could lose"
     )
