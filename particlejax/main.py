@@ -50,18 +50,17 @@ JOBS = {
 _USAGE = """\
 python -m particlejax.main --config NAME[:ARGUMENT,...] [--config.KEY=VALUE ...] [--workdir DIR]
 
-  --config NAME --help   every key of an experiment: its value, what it may hold, what it means
+  --config NAME --help   every key of an experiment: its value, allowed values, meaning
   --help=SECTION         one section, such as optim, augment or an objective
-  --config NAME:tiny     a smoke run of seconds; every experiment has it
+  --config NAME:tiny     a smoke run of seconds, for every experiment
 """
 
 
 class CommandLine(NamedTuple):
-    """What the command line says.
+    """The parsed command line.
 
-    file: the experiment as it was written, with its argument. settings: 'some.key=value' in their
-    order. workdir: '' for the default. help: None where none is asked for, '' for all of it, else
-    a section.
+    file: the experiment with its argument. settings: 'some.key=value' in order. workdir: '' for the
+    default. help: None without --help, '' for all of it, else a section.
     """
 
     file: str = ""
@@ -71,10 +70,10 @@ class CommandLine(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs what the command line says; argv[0] is the program. Returns the exit code.
+    """Runs the command line; argv[0] is the program. Returns the exit code.
 
-    0, also after help and after a SIGTERM that was heeded; 2 for a user's mistake; of several
-    processes 75 where another one was lost.
+    0: success, also after --help and a handled SIGTERM; 2: a user's mistake; 75: a process of
+    several lost a peer.
     """
     try:
         line = parse(argv[1:])
@@ -93,14 +92,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(job: jobs.Job, line: CommandLine, changed: Sequence[str]) -> int:
-    """Runs the job in its folder; returns the exit code. changed: keys that somebody has set."""
+    """Runs the job in its folder; returns the exit code. changed: keys that the user set."""
     from absl import logging
 
     from particlejax.distributed import checkpoint, cluster, cpu_malloc
     from particlejax.train import loop, run_dir, stage
     from particlejax.train.log import say
 
-    logging.set_verbosity(logging.ERROR)  # Orbax and TFDS report their inner workings as warnings
+    logging.set_verbosity(logging.ERROR)  # Orbax and TFDS log internals as warnings
     try:
         if isinstance(job, Experiment):
             cluster.start(job.distributed)
@@ -118,9 +117,8 @@ def _run(job: jobs.Job, line: CommandLine, changed: Sequence[str]) -> int:
     except Exception as error:
         if reason := checkpoint.disk_fault(error):
             print(
-                f"particlejax: a file of the run cannot be written ({reason}): make room on the "
-                "disk of --workdir and give the "
-                "same command again, it continues from the last checkpoint.",
+                f"particlejax: cannot write to --workdir ({reason}): free disk space and run the "
+                "same command again; it resumes from the last checkpoint.",
                 file=sys.stderr,
             )
             return 2
@@ -131,15 +129,13 @@ def _run(job: jobs.Job, line: CommandLine, changed: Sequence[str]) -> int:
 
 
 def _function(job: str) -> Callable[[Any, Path, str], None]:
-    """The function of a job, whose module is imported now."""
+    """The function of a job; imports its module."""
     module, _, name = JOBS[job].partition(":")
     return getattr(importlib.import_module(module), name)
 
 
 def _cache_programs() -> None:
-    """What was compiled once is not compiled again by a run that goes on, or by one of another
-    seed.
-    """
+    """Enables JAX's compilation cache: resumed runs and other seeds do not compile again."""
     import jax
 
     if not jax.config.jax_compilation_cache_dir:
@@ -149,11 +145,11 @@ def _cache_programs() -> None:
 
 
 def parse(args: Sequence[str]) -> CommandLine:
-    """The command line without the program's name. Flags have one dash or two, and their value
-    behind `=` or as the next word; a flag of True or False may stand alone.
+    """Parses the command line without the program's name. Flags have one dash or two; the value
+    follows `=` or is the next word; a boolean flag may stand alone.
 
-    Raises UserError for what is no flag and for a flag without its value. Keys and values are
-    checked later, against the experiment.
+    Raises UserError for an unknown flag and for a missing value. Keys and values are checked later,
+    against the experiment.
     """
     file, settings, workdir, help_section = "", [], "", None
     words = list(args)
@@ -161,7 +157,7 @@ def parse(args: Sequence[str]) -> CommandLine:
         word = words.pop(0)
         found = re.fullmatch(r"--?([A-Za-z][\w.\[\]]*)(?:=(.*))?", word, re.DOTALL)
         if not found:
-            raise UserError(f"{word!r} is not understood: settings are written --config.key=value.")
+            raise UserError(f"{word!r} is not a flag: write settings as --config.key=value.")
         flag, value = found.groups()
         if flag in ("help", "h"):
             if value is None and words and not words[0].startswith("-"):
@@ -187,7 +183,7 @@ def parse(args: Sequence[str]) -> CommandLine:
 
 
 def _is_value(words: Sequence[str]) -> bool:
-    """Whether the next word is the value of the flag before it and no flag of its own."""
+    """Whether the next word is the value of the previous flag, not a flag itself."""
     return bool(words) and not re.match(r"--?[A-Za-z]", words[0])
 
 
@@ -195,11 +191,11 @@ def _is_value(words: Sequence[str]) -> bool:
 
 
 def _print(text: str) -> None:
-    """Writes to standard output, whose reader (`| head`) may leave before the end."""
+    """Writes to standard output; the reader (`| head`) may close it early."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        # what is left in the buffer would fail again when Python exits
+        # else flushing the buffer at exit fails again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -208,10 +204,10 @@ def _width() -> int:
 
 
 def _help_text(line: CommandLine) -> str:
-    """What --help prints: the experiments, or the keys of one, or a section of them."""
+    """The text of --help: all experiments, the keys of one, or a section of them."""
     width = _width()
     if not line.file and line.help:
-        # no experiment: the keys of any, with a stage called NAME
+        # without an experiment: all keys, with a stage called NAME
         found = config_help.sections(Experiment, {"stages": {"NAME": {}}})
         return config_help.render(config_help.find(found, line.help), width)
     if not line.file:
@@ -226,14 +222,13 @@ def _help_text(line: CommandLine) -> str:
     paragraphs = [
         f"{line.file}: {summary}",
         arguments,
-        "Set a key with --config.KEY=VALUE, such as --config.seed=1. Values are those of this "
-        "experiment; where it changes a default, that stands behind as (default VALUE).",
+        "Set a key with --config.KEY=VALUE, such as --config.seed=1. Values are this "
+        "experiment's; a changed default follows as (default VALUE).",
     ]
     if any(".objectives." in section.path for section in found):
         paragraphs.append(
-            f"Objectives: {', '.join(OBJECTIVES)}. One that the experiment does not list is added "
-            "by setting a key of it, such as --config.stages.STAGE.objectives.NAME.weight=1; "
-            "--help=NAME shows its keys."
+            f"Objectives: {', '.join(OBJECTIVES)}. Add one by setting any of its keys, such as "
+            "--config.stages.STAGE.objectives.NAME.weight=1; --help=NAME shows its keys."
         )
     head = "\n\n".join(textwrap.fill(text, width) for text in paragraphs if text)
     listed = [section for section in found if section.listed]
@@ -241,13 +236,13 @@ def _help_text(line: CommandLine) -> str:
 
 
 def _workdir(line: CommandLine) -> Path:
-    """The folder that was named; else runs/NAME, with a mark of the overrides so that other
-    settings live elsewhere.
+    """The given folder, else runs/NAME with a hash of the overrides, so that other settings use
+    another folder.
     """
     if line.workdir:
         return Path(os.path.expanduser(line.workdir))
     path, _, arg = line.file.partition(":")
-    # in all processes
+    # the same in all processes
     alike = sorted(f"--config.{s}" for s in line.settings if not s.startswith("distributed."))
     mark = hashlib.sha256("\n".join(alike).encode()).hexdigest()[:8] if alike else ""
     return Path("runs") / "-".join(
@@ -256,7 +251,7 @@ def _workdir(line: CommandLine) -> Path:
 
 
 def _exit(code: int) -> None:
-    """Ends the process, by way of `cluster.leave` where a job could have joined others."""
+    """Ends the process, through `cluster.leave` if a job may have joined other processes."""
     if cluster := sys.modules.get("particlejax.distributed.cluster"):
         cluster.leave(code)
     sys.exit(code)

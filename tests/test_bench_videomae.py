@@ -93,7 +93,7 @@ def test_ratios_are_of_the_same_repetition() -> None:
     ("change", "sentence"),
     [
         ({"objectives": {"clip_order": {}}}, "VideoMAE knows 'masked_autoencoder' and 'classify'"),
-        ({"particles": {"budget": 8}}, "leave config.particles.policy 'grid'"),
+        ({"particles": {"budget": 8}}, "set config.particles.policy='grid'"),
         ({"model": {"depth": 2}}, "own data, particles and model empty"),
     ],
 )

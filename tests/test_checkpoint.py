@@ -87,7 +87,7 @@ def test_every_file_damaged_in_turn_is_noticed(
             path.write_bytes(content)
         found, said = reopened(copy, mesh)
         assert found is not None and found[0] == 2, name
-        assert len(said) == 1 and "is not whole" in said[0] and "damaged/3" in said[0], said
+        assert len(said) == 1 and "failed verification" in said[0] and "damaged/3" in said[0], said
         assert (copy / "damaged" / "3").is_dir(), "nothing that was saved is deleted"
 
 
@@ -97,7 +97,7 @@ def test_a_cut_off_save_and_an_empty_folder_are_passed_over(
     (saved / "10").mkdir()
     os.remove(saved / "3" / "manifest.json")
     found, said = reopened(saved, mesh)
-    assert found[0] == 2 and len(said) == 2 and all("cut off" in s for s in said)
+    assert found[0] == 2 and len(said) == 2 and all("interrupted" in s for s in said)
     checkpoints = Checkpoints(saved, 2)
     checkpoints.save(3, state_of(33, mesh), {})  # the same step can be written again
     checkpoints.close()
@@ -121,7 +121,7 @@ def test_a_checkpoint_of_another_shape_is_refused(saved: Path, mesh: jax.shardin
         match=r"has shape \(64, 64\) for encoder/kernel but this model has \(32, 64\): set",
     ):
         restore.from_checkpoint(state_of(0, mesh, width=32).params, saved)
-    with pytest.raises(UserError, match="holds no whole checkpoint"):
+    with pytest.raises(UserError, match="has no valid checkpoint"):
         restore.from_checkpoint(state_of(0, mesh).params, saved / "nowhere")
 
 

@@ -296,7 +296,7 @@ def test_what_is_no_experiment_gets_one_sentence(
     for file, sentence in (
         ("README.md", "README.md is no experiment file: name a Python file"),
         (str(broken), f"{broken}, line 2: invalid syntax"),
-        (str(empty), f"{empty} is no experiment file: it has no function get_config"),
+        (str(empty), f"{empty} is not an experiment file: it has no function get_config"),
     ):
         code, out, err = command(capsys, "--config", file)
         assert code == 2 and not out and err.startswith(f"particlejax: {sentence}"), err

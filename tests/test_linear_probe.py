@@ -133,5 +133,5 @@ def test_what_cannot_be_probed_gets_a_sentence() -> None:
     with pytest.raises(UserError, match="no weights for vivit_base: add --config.weights=PATH"):
         probe.load(LinearProbeSpec(model="vivit_base"))
     one = probe.Told(np.ones((2, 3), np.float32), np.zeros(2, int), 0)
-    with pytest.raises(UserError, match="one class alone"):
+    with pytest.raises(UserError, match="a single class"):
         probe.answers(one, one.features, 2, 1.0)

@@ -107,7 +107,7 @@ def test_the_same_command_again_does_nothing_anew(
         "--workdir",
         str(quickstart),
     )
-    assert code == 0 and "done before" in said
+    assert code == 0 and "already done" in said
     assert (quickstart / "metrics.jsonl").read_bytes() == before
 
 
@@ -381,7 +381,7 @@ def mistakes(clips: Path, run_dir: Path, tmp: Path) -> dict[str, tuple[list[str]
             [*evaluate, f"--config.run={run_dir}", f"--config.data.source=folder:{other}"],
             "label 'bouncing' of .* is not a class of the trained run: did you mean bounce",
         ),
-        "no run": (evaluate, "config.run is empty: name the run"),
+        "no run": (evaluate, "config.run is empty: set the run"),
         "not a run": ([*evaluate, "--config.run=/tmp"], "/tmp is not a run"),
         "another shape": (
             [*quick, f"--config.init_from={run_dir}:pretrain", "--config.model.width=64"],

@@ -344,7 +344,7 @@ def test_scaling_goes_on_where_it_was_stopped(
         results,
         report,
     )
-    with pytest.raises(UserError, match="of the devices at hand name 1 to 8, as in here:1"):
+    with pytest.raises(UserError, match="use 1 to 8 local devices, such as here:1"):
         plan.devices_of("here:9")
 
 
@@ -390,5 +390,5 @@ def test_a_tpu_that_is_not_there_is_planned(tmp_path: Path) -> None:
         and each["bytes"]["sent"] > 0
     )
     assert len(plan.devices_of("v5p:1x1x1")) == len(plan.devices_of("v5e:1x1")) == 1
-    with pytest.raises(UserError, match="is no TPU that the compiler knows"):
+    with pytest.raises(UserError, match="is not a TPU topology"):
         plan.devices_of("v5e:3x77")

@@ -116,14 +116,14 @@ def test_what_holds_no_clip_is_left_out_with_a_sentence(
     for i in (0, 1, 2, 3, 7, 8, 9):  # a whole shard of train, and all of val
         (copy / f"{i}.mp4").write_text("not a film")
     assert command(copy, tmp_path, tmp_path / "run") == 0
-    assert "split val has no clip that can be read: it is left out." in capfd.readouterr().err
+    assert "split val has no readable clips: skipped." in capfd.readouterr().err
     made = sources.open_source(f"tfds:{tmp_path}/mine", "train", "unused")
     assert [made[i].name for i in range(len(made))] == ["4.mp4", "5.mp4", "6.mp4"]
     assert sources.splits(f"tfds:{tmp_path}/mine/1.0.0", "unused") == ("train",)
     for i in (4, 5, 6):
         (copy / f"{i}.mp4").write_text("not a film")
     assert command(copy, tmp_path / "none", tmp_path / "run2") == 2
-    assert "not one clip of folder:" in (said := capfd.readouterr().err) and "Traceback" not in said
+    assert "no clip of folder:" in (said := capfd.readouterr().err) and "Traceback" not in said
 
 
 def test_another_source_in_the_same_place_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_worker_of_prepare_that_is_killed_ends_in_a_sentence(
     killer.join()
     said = capfd.readouterr().err
     assert (
-        "a worker of prepare was killed" in said
+        "a worker process was killed" in said
         and "give the same command again" in said
         and "Traceback" not in said
     )
@@ -326,7 +326,7 @@ def test_a_check_finds_damage_and_what_stands_on_both_sides(folder: Path, tmp_pa
         results["check"]["val"]["seconds"]["least"], 1.0
     )
     report = (tmp_path / "run" / "report.md").read_text()
-    assert "1 pairs look alike" in report and (tmp_path / "run" / "report" / "classes.png").exists()
+    assert "1 near-duplicates" in report and (tmp_path / "run" / "report" / "classes.png").exists()
 
 
 def slow_film(path: Path) -> str:
@@ -404,9 +404,9 @@ def test_a_source_of_which_nothing_can_be_read_ends_in_a_sentence(
     )
     said = capfd.readouterr().err
     assert (
-        "not one of the 2 clips of folder:" in said
+        "none of the 2 clips of folder:" in said
         and "(not a media file, ...)" in said
         and "Traceback" not in said
     )
     assert len(json.loads((tmp_path / "run" / "results.json").read_text())["bad"]) == 2
-    assert "## 2 clips cannot be read" in (tmp_path / "run" / "report.md").read_text()
+    assert "## 2 unreadable clips" in (tmp_path / "run" / "report.md").read_text()

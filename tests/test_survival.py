@@ -54,7 +54,7 @@ def test_a_full_disk_keeps_what_was_saved(
         patch.setattr(*place, full)
         with pytest.raises(
             UserError,
-            match=r"\(No space left on device\); step 2 and all before it stay: make room",
+            match=r"\(No space left on device\); step 2 and all before it are kept: free disk",
         ):
             checkpoints.save(3, {"w": jnp.full((64,), 3)}, {})
             checkpoints.finish()

@@ -141,13 +141,10 @@ def test_a_run_that_fails_is_named_and_the_others_are_run(
 
     monkeypatch.setattr(sweep, "train", some)
     with pytest.raises(
-        UserError, match=r"1 of 4 have runs that failed: random-4 .the loss is nan at step 3."
+        UserError, match=r"1 of 4 have failed runs: random-4 .the loss is nan at step 3."
     ):
         sweep.sweep(experiment(), tmp_path, "s")
-    assert (
-        len(trained) == 6
-        and "Without a figure yet: random-4" in (tmp_path / "report.md").read_text()
-    )
+    assert len(trained) == 6 and "No result yet: random-4" in (tmp_path / "report.md").read_text()
     monkeypatch.setattr(sweep, "train", good)
     sweep.sweep(experiment(), tmp_path, "s")
     assert len(trained) == 8, "mended, it is run again"
@@ -196,7 +193,7 @@ def test_processes_take_each_run_exactly_once(tmp_path: Path) -> None:
     assert Counter(log.read_text().split()) == Counter(str(i) for i in range(12))
     with pytest.raises(UserError, match="holds another sweep"):
         optuna_sweep.each(storage, "s", ["other"], lambda i: None)
-    with pytest.raises(UserError, match="SQLite would give a run to two processes"):
+    with pytest.raises(UserError, match="SQLite may give one run to two processes"):
         optuna_sweep.each("sqlite:///study.db", "s", ["a"], lambda i: None)
 
 

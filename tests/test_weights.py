@@ -177,7 +177,7 @@ def test_other_paths_get_a_sentence(tmp_path: Path) -> None:
         ("w.h5", "has none of the suffixes"),
         ("none.pt", "does not exist: check"),
         ("e.ckpt", "holds no arrays"),
-        ("", "holds no whole checkpoint"),
+        ("", "has no valid checkpoint"),
     ):
         with pytest.raises(UserError, match=sentence):
             formats.read(tmp_path / path)
@@ -325,7 +325,7 @@ def test_what_is_missing_is_drawn_and_said(tmp_path: Path, capfd: pytest.Capture
     )
     assert (
         code == 0
-        and "2 missing, 1 unused; the missing ones are random, in an export as well" in said
+        and "2 missing, 1 unused; missing ones are randomly initialized, also in an export" in said
     )
     exported = formats.read(tmp_path / "x.npz")
     assert set(exported) == set(arrays) - {"answer"} and exported["fc7.weight"].std() > 0.1
@@ -426,7 +426,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     del arrays["blocks.0.norm.bias"]
     formats.write(tmp_path / "part.safetensors", arrays)
     with pytest.raises(
-        UserError, match="lacks 1 parameters of x3d_tiny .stem_norm/bias, ....: name the model"
+        UserError, match="lacks 1 parameters of x3d_tiny .stem_norm/bias, ....: set config.model"
     ):
         predict.load(PredictSpec(model="x3d_tiny", weights=str(tmp_path / "part.safetensors")))
     (tmp_path / "few.txt").write_text("one\ntwo")

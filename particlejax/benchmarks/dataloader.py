@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast clips come out of the data floor, beside a bare loop that only decodes the same frames,
-and other decoders.
-"""
+"""Benchmarks the data loader against bare decoding loops and other decoders."""
 
 import math
 import os
@@ -30,23 +28,23 @@ from particlejax.reports.markdown import table
 from particlejax.train import stage
 from particlejax.train.log import say
 
-_RATE = 25  # frames per second of the files made here, and the length of their groups of pictures
-_SHORT, _LONG = 60, 3600  # seconds of the files that random access is tried on
+_RATE = 25  # frames/s and GOP length of the generated files
+_SHORT, _LONG = 60, 3600  # seconds; lengths of the files for random access
 _HD = (1920, 1080)
 _HD_SECONDS = 20
-_STRIDE = 2  # frames from one wanted frame to the next in the long files
-_POSITIONS = 12  # random places tried in a repetition
+_STRIDE = 2  # frames between sampled frames in the long files
+_POSITIONS = 12  # random positions in a repetition
 _MEMORY_STEPS = 10
-_READ_AHEAD = 12  # batches that a process may have ready before they are asked for, and one
+_READ_AHEAD = 12  # prefetched batches of a process, plus one
 _ENDLESS = 10**6  # batches
-_SIDE = 112  # pixels of the short side in random access
+_SIDE = 112  # short side in pixels in random access
 _BARE, _DROPS = "PyAV, decodes only", "PyAV, decodes only and drops what no other frame needs"
 _PROCESSES = "particlejax, whole pipeline in as many processes as threads"
-_LEAST = "PyAV, decodes and scales what is wanted"  # the least that any consumer asks for
+_LEAST = "PyAV, decodes and scales what is wanted"  # the minimum of any consumer
 
 
 class Timed(NamedTuple):
-    """A repetition: seconds of the clock, and of all cores and processes together."""
+    """A repetition: wall-clock seconds, and CPU seconds of all cores and processes."""
 
     wall: float
     cpu: float
@@ -54,20 +52,16 @@ class Timed(NamedTuple):
 
 @dataclass(frozen=True)
 class Work:
-    """The clips of one comparison: what the pipeline reads, and for each clip the file and the
-    times of its frames.
-    """
+    """The clips of a comparison: the pipeline's data, and the file and frame times of each clip."""
 
     batches: pipeline.Batches
     steps: int
     threads: int
-    processes: bool = (
-        False  # whether they are tried, too: with large frames threads keep the cores busy as well
-    )
+    processes: bool = False  # whether to measure processes too; for large frames, threads suffice
 
     @property
     def wanted(self) -> decoders.Wanted:
-        """File and times in seconds of every frame that the pipeline will ask for, in its order."""
+        """File and frame times in seconds of all frames that the pipeline reads, in order."""
         found = []
         for k in range(self.steps):
             numbers = self.batches.clips(k)
@@ -85,7 +79,7 @@ class Work:
 
 
 def bench(experiment: Experiment, workdir: Path, name: str) -> None:
-    """Job 'bench_dataloader': tables in report.md, figures in results.json."""
+    """Job 'bench_dataloader': writes report.md and results.json."""
     del name
     repetitions = experiment.bench.repetitions
     figures: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "repetitions": repetitions}
@@ -118,7 +112,7 @@ def _works(experiment: Experiment, workdir: Path) -> Iterator[tuple[str, Work]]:
         Record(f"{s:.2f}", str(path), start=s, end=s + data.num_frames * _STRIDE / _RATE)
         for s in starts
     )
-    # a thread decodes a batch: each must have several
+    # a thread decodes a whole batch, so each needs several
     rows = max(1, len(records) // (4 * data.num_threads))
     batches = replace(
         batches,
@@ -154,16 +148,16 @@ def _compare(work: Work, repetitions: int, title: str) -> dict[str, Any]:
     for repetition in range(repetitions + 1):
         for name, go in list(rivals.items()):
             if name == _PROCESSES and not repetition:
-                continue  # they start anew each time
+                continue  # new processes in each repetition
             try:
                 timed = _timed(go)
-            except Exception as error:  # another package gives up on a clip
+            except Exception as error:  # another package fails on a clip
                 if name not in others:
                     raise
                 del rivals[name], times[name]
                 unusable[name] = decoders.why(error)
                 continue
-            if repetition:  # the first one warms files and code
+            if repetition:  # the first one is warm-up
                 times[name].append(timed)
         say(f"{title}: repetition {repetition} of {repetitions}")
     walls = {name: float(np.median([t.wall for t in each])) for name, each in times.items()}
@@ -181,16 +175,14 @@ def _compare(work: Work, repetitions: int, title: str) -> dict[str, Any]:
 
 
 def _timed(go: Callable[[], Any]) -> Timed:
-    """How long `go()` took, or what it says itself of its time."""
+    """The time of `go()`, or the Timed that it returns."""
     wall, cpu = time.perf_counter(), _cpu()
     own = go()
     return own if isinstance(own, Timed) else Timed(time.perf_counter() - wall, _cpu() - cpu)
 
 
 def _cpu() -> float:
-    """Seconds that all cores have spent on this process, the processes it started and those of them
-    that have ended.
-    """
+    """CPU seconds of this process and its children, also ended ones."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     return (
         time.process_time()
@@ -205,7 +197,7 @@ def _cpu_of(pid: int) -> float:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:  # not Linux, or it has just ended
         return 0.0
-    # in user mode and in the kernel
+    # user and system time
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
@@ -215,10 +207,10 @@ def _drain(work: Work) -> None:
 
 
 def _steady(work: Work) -> Timed:
-    """The same in as many processes as threads, each with one thread, as if they ran for ever.
+    """Throughput of as many processes as threads, each with one thread, in the steady state.
 
-    Counted once more batches have come than they may have read ahead, and the data goes on after
-    the last one counted: what was ready before is then as much as what is ready after.
+    Counting begins after more batches than can be prefetched, and the data continues after the last
+    counted batch, so as many batches are prefetched at the end as at the start.
     """
     first = _READ_AHEAD * work.threads
     data, last = (
@@ -232,7 +224,7 @@ def _steady(work: Work) -> Timed:
                 wall, cpu = time.perf_counter(), _cpu()
             if k == last:
                 return Timed(time.perf_counter() - wall, _cpu() - cpu)
-    raise AssertionError("the data ended")
+    raise AssertionError("the data ended early")
 
 
 def _refuse(loaded: pipeline.Loaded) -> None:
@@ -275,7 +267,7 @@ def _random_access(workdir: Path, repetitions: int, experiment: Experiment) -> d
 
 
 def _clip(path: Path, start: float, span: float, data: DataSpec) -> None:
-    """A clip as training loads it: the file is opened and its length found, too."""
+    """Loads a clip as in training, including opening the file and reading its length."""
     clips.load(Record(path.name, str(path), start=start, end=start + span), data, clips.CENTRE)
 
 
@@ -293,7 +285,7 @@ def _from_start(path: Path, start: float, span: float, frames: int) -> None:
 
 
 def _make(path: Path, size: tuple[int, int], seconds: int) -> None:
-    """A film of textures that move, with a keyframe a second."""
+    """Writes a video of moving textures with one keyframe a second."""
     if path.exists():
         return
     rng = np.random.default_rng(0)
@@ -312,7 +304,7 @@ def _make(path: Path, size: tuple[int, int], seconds: int) -> None:
 
 
 def _repeat(path: Path, out: Path, times: int) -> None:
-    """The same film `times` over in one file, its packets copied."""
+    """Repeats a video `times` times in one file by copying packets."""
     if out.exists():
         return
     with fresh_file(out) as fresh, av.open(str(fresh), "w", format="mp4") as container:
@@ -337,8 +329,8 @@ def _repeat(path: Path, out: Path, times: int) -> None:
 
 
 def _memory(experiment: Experiment) -> dict[str, Any]:
-    """Resident memory in MiB, clip after clip, of a process that decodes for this one, and of this
-    one when it decodes.
+    """Resident memory in MiB by number of clips, of a worker process and of this process when it
+    decodes.
     """
     spec = experiment.bench
     source = sources.open_source("toybox:tiny", "train", experiment.data.cache_dir)
@@ -378,7 +370,7 @@ def _resident(pid: int) -> float:
 
 def _report(figures: dict[str, Any]) -> Iterator[str]:
     yield from (
-        "# The data floor",
+        "# Data loader",
         "",
         f"{figures['cores']} cores; medians of {figures['repetitions']} interleaved repetitions.",
         "",
@@ -401,17 +393,17 @@ def _report(figures: dict[str, Any]) -> Iterator[str]:
         yield from (
             "",
             *(
-                f"{name} is installed but cannot be used: {why}\n"
+                f"{name} is installed but does not work: {why}\n"
                 for name, why in figures[title]["unusable"].items()
             ),
         )
     yield from (
-        "Cores are those of this process and of all that it starts. The loop that drops looks at "
-        "no frame that no other "
-        "needs, not even at wanted ones: a limit that no reader of these frames can reach.",
+        "CPU time includes child processes. The loop that drops skips all frames that no other "
+        "frame needs, even requested ones: an upper bound that no reader of these frames can "
+        "reach.",
         "",
     )
-    yield from ("## Random access, 320x240, one thread, as training loads a clip", "")
+    yield from ("## Random access, 320x240, one thread, loading a clip as in training", "")
     yield from table(
         ["frames", "ms a clip"],
         [[name, f"{each['milliseconds']:.1f}"] for name, each in figures["random access"].items()],

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the data floor is measured against: PyAV in a bare loop, and other packages that decode,
-where they are installed.
-"""
+"""Baselines of the data loader: bare PyAV loops, and other decoders if they are installed."""
 
 import importlib.util
 import io
@@ -15,13 +13,13 @@ from av.video.reformatter import VideoReformatter
 from particlejax.data.video.decode import open_file
 from particlejax.train.log import say
 
-# of each clip the file and the times of its frames, seconds
+# for each clip: file, frame times in seconds
 Wanted = Sequence[tuple[str | bytes, np.ndarray]]
 
 
 def others(wanted: Wanted, side: int) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
-    """Other packages that decode the same frames, each tried on one clip first; and why an
-    installed one cannot be used.
+    """Installed decoders that decode the same frames, each tested on one clip, and the errors of
+    those that fail.
     """
     found: dict[str, Callable[..., Any]] = {}
     unusable: dict[str, str] = {}
@@ -35,9 +33,9 @@ def others(wanted: Wanted, side: int) -> tuple[dict[str, Callable[..., Any]], di
             try:
                 decode(*wanted[0])
                 found[f"{name}, decodes and resizes"] = decode
-            except Exception as error:  # whatever it lacks, others are measured
+            except Exception as error:  # the other decoders are still measured
                 unusable[name] = why(error)
-                say(f"{name} is installed but cannot be used ({unusable[name]}): it is left out.")
+                say(f"{name} is installed but does not work ({unusable[name]}): skipped.")
     return found, unusable
 
 
@@ -47,11 +45,10 @@ def why(error: Exception) -> str:
 
 
 def bare(file: str | bytes, times: np.ndarray, drop: bool = False) -> int:
-    """Frames decoded on the way to the last wanted one, from the keyframe before the first; nothing
-    is converted.
+    """Decodes from the keyframe before the first requested frame to the last; no conversion.
+    Returns the number of frames.
 
-    drop: frames that no other needs are not looked at, not even the wanted ones among them: less
-    than anyone can do.
+    drop: skips frames that no other frame needs, even requested ones: a lower bound of the work.
     """
     with open_file(file) as container:
         stream = container.streams.video[0]
@@ -69,9 +66,7 @@ def bare(file: str | bytes, times: np.ndarray, drop: bool = False) -> int:
 
 
 def least(file: str | bytes, times: np.ndarray, side: int) -> list[np.ndarray]:
-    """The frames that `bare` decodes; those that are wanted become pictures of `side` by `side`
-    pixels.
-    """
+    """Decodes as `bare`; converts the requested frames to images of `side` x `side` pixels."""
     scaler, left, found = VideoReformatter(), list(times), []
     with open_file(file) as container:
         stream = container.streams.video[0]
@@ -96,10 +91,10 @@ def _torchcodec(file: str | bytes, times: np.ndarray, side: int, mode: str) -> A
     from torchcodec.decoders import VideoDecoder
 
     decoder = VideoDecoder(file, num_ffmpeg_threads=1, seek_mode=mode)
-    # past it, it refuses where we show the last frame
+    # torchcodec raises past the end, where we repeat the last frame
     times = np.minimum(times, decoder.metadata.end_stream_seconds - 1e-3)
     found = decoder.get_frames_played_at(list(times)).data
-    # of bytes, as ours
+    # reads bytes, as our loader
     return torch.nn.functional.interpolate(
         found, size=(side, side), mode="bilinear", antialias=True
     )

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run loses when it is killed, its checkpoints are damaged, the disk is full or one of two
-processes dies: nothing.
+"""Injects faults into a run: kills, corrupt checkpoints, a full disk, a lost process.
 
-A run that is left alone comes first; whatever is injected after that, the same command continues,
-and must end with the same metrics.
+An undisturbed run is the reference. After each fault the same command resumes, and must end with
+the same metrics.
 """
 
 import json
@@ -35,12 +34,12 @@ from particlejax.train import stage
 from particlejax.train.log import say
 from particlejax.train.run_dir import enter
 
-_PATIENCE = 300.0  # seconds that a process may take to train as far as it should
-_PAUSE = 0.25  # seconds after a step within which a kill falls at random
+_PATIENCE = 300.0  # seconds; timeout of a process
+_PAUSE = 0.25  # seconds; a kill comes at a random time up to this after a step
 _DISK = 64  # MiB of the small disk
-# bytes that are left of it: enough for lines of metrics, too few for a checkpoint
+# bytes left on it: enough for metrics, too few for a checkpoint
 _LEFT = 64 * 1024
-_TOLERANCE = 1e-4  # of losses where another number of devices sums them in another order
+_TOLERANCE = 1e-4  # relative, of losses summed in another order on other device counts
 _EXPERIMENT = """import json, pathlib
 from ml_collections import ConfigDict
 
@@ -51,13 +50,11 @@ def get_config(arg=""):
 
 @dataclass
 class Row:
-    """One kind of fault: how often it was injected, what was lost, and what somebody at the screen
-    saw last.
-    """
+    """A kind of fault: how often it was injected, what was lost, what the user saw."""
 
     what: str
     times: int = 0
-    lost: int = 0  # steps, files or figures that are not as without the fault
+    lost: int = 0  # steps, files or metrics that differ from the run without faults
     saw: str = ""
     exit_codes: list[int] = field(default_factory=list)
     more: str = ""
@@ -65,9 +62,7 @@ class Row:
 
 @dataclass
 class Bench:
-    """The victim is the experiment itself, trained by processes of their own; what continues it may
-    be this process.
-    """
+    """Trains the victim, the experiment itself, in child processes; this process may resume it."""
 
     experiment: Experiment
     folder: Path
@@ -82,8 +77,8 @@ class Bench:
     def start(
         self, workdir: Path, *more: str, environment: dict[str, str] | None = None, limit: int = 0
     ) -> subprocess.Popen:
-        """The command in a process of its own; what it says goes to WORKDIR.log. limit: bytes of
-        the largest file, 0: any.
+        """Starts the command in a child process that logs to WORKDIR.log. limit: maximum file size
+        in bytes, 0: none.
         """
         home = str(Path(particlejax.__file__).parents[1])
         environment = {
@@ -109,11 +104,11 @@ class Bench:
             )
 
     def finish(self, workdir: Path) -> None:
-        """Trains to the end, or on to it."""
+        """Trains or resumes to the end."""
         train(self.experiment, enter(workdir, self.experiment), workdir.name)
 
     def alone(self) -> Path:
-        """The run that nothing happens to."""
+        """The undisturbed run."""
         if not (self.folder / "alone" / stage.RESULTS).exists():
             self.finish(self.folder / "alone")
         return self.folder / "alone"
@@ -127,9 +122,7 @@ class Bench:
         }
 
     def lost(self, workdir: Path, tolerance: float = 0.0) -> int:
-        """Lines of metrics that differ from those of the run that was left alone; 0 tolerance: in
-        any byte.
-        """
+        """Lines of metrics that differ from the undisturbed run; tolerance 0: in any byte."""
         if not tolerance:
             mine, theirs = (
                 (each / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -145,24 +138,24 @@ class Bench:
         )
 
     def after_step(self, workdir: Path, process: subprocess.Popen, new: int = 1) -> bool:
-        """Waits until the process has written `new` more steps; False where it has ended before."""
+        """Waits until the process has written `new` more steps; False if it ended before."""
         there = len(self.losses(workdir))
         return _until(lambda: len(self.losses(workdir)) >= there + new, process)
 
     def saving(self, workdir: Path) -> list[Path]:
-        """What a save has begun and not finished."""
+        """Unfinished checkpoint files."""
         folder = stage.checkpoint_folder(workdir, self.stage)
         begun = list(folder.glob("*-tmp*")) if folder.is_dir() else []
         return begun or [p for p in _steps(folder) if not (p / "manifest.json").exists()]
 
 
 def bench(experiment: Experiment, workdir: Path, name: str) -> None:
-    """Job 'bench_fault_tolerance': the table in report.md and results.json. Raises RuntimeError
-    where anything was lost.
+    """Job 'bench_fault_tolerance': writes report.md and results.json. Raises RuntimeError if
+    anything was lost.
     """
     del name
     it = Bench(experiment, workdir, random.Random(experiment.seed))
-    say("faults: the run that is left alone")
+    say("faults: the undisturbed run")
     it.alone()
     rows = []
     for kind in experiment.bench.faults:
@@ -174,22 +167,20 @@ def bench(experiment: Experiment, workdir: Path, name: str) -> None:
         io.write_text(workdir / "report.md", "\n".join(_report(it, rows)))
     print("\n".join(_report(it, rows)))
     if any(row.lost for row in rows):
-        raise RuntimeError(f"something was lost, see {workdir / 'report.md'}")
+        raise RuntimeError(f"a fault lost data: see {workdir / 'report.md'}")
 
 
 # -- the faults
 
 
 def kills(it: Bench) -> Iterator[Row]:
-    """SIGKILL, in turn inside a save and at any moment, to one run after the other of the same
-    command.
-    """
+    """SIGKILL, alternately inside a save and at a random moment, to one resumed run."""
     workdir = it.folder / "killed"
     inside, between = Row("SIGKILL inside a save"), Row("SIGKILL at a random moment")
     for i in range(it.experiment.bench.repetitions):
         row = between if i % 2 else inside
         process = it.start(workdir)
-        # what an earlier kill has left half written is gone by then
+        # partial writes of earlier kills are removed by then
         alive = it.after_step(workdir, process)
         if i % 2:
             time.sleep(it.rng.uniform(0, _PAUSE))
@@ -199,12 +190,14 @@ def kills(it: Bench) -> Iterator[Row]:
         row.exit_codes.append(process.wait())
         row.times += alive
     ended = it.start(workdir).wait()
-    aside = re.findall(r"checkpoint \S+/(\d+) is not whole \(([^)]*)\)", _read(_log(workdir)))
+    aside = re.findall(
+        r"checkpoint \S+/(\d+) failed verification \(([^)]*)\)", _read(_log(workdir))
+    )
     for row in (inside, between):
         row.lost = it.lost(workdir) + (ended != 0)
         row.saw = _said(workdir, "continuing at step")
     reasons = ", ".join(sorted({reason for _, reason in aside})) or "none"
-    inside.more = f"{len(aside)} checkpoints passed over: {reasons}"
+    inside.more = f"{len(aside)} checkpoints skipped: {reasons}"
     yield from (row for row in (inside, between) if row.times)
 
 
@@ -224,8 +217,8 @@ def terms(it: Bench) -> Iterator[Row]:
 
 
 def damage(it: Bench) -> Iterator[Row]:
-    """Every file of the newest checkpoint flipped in one bit, cut short, removed: the older one is
-    used, and it is said.
+    """Flips a bit in, truncates or removes every file of the newest checkpoint: the older one must
+    be used, with a message.
     """
     folder = stage.checkpoint_folder(it.alone(), it.stage)
     newest, older = _steps(folder)[-1], _steps(folder)[-2]
@@ -244,7 +237,9 @@ def damage(it: Bench) -> Iterator[Row]:
                 np.array_equal(found[key], expected[key]) for key in expected
             )
             row.times += 1
-            row.lost += not (right and len(said) == 1 and f"/{newest.name} is not whole" in said[0])
+            row.lost += not (
+                right and len(said) == 1 and f"/{newest.name} failed verification" in said[0]
+            )
             row.saw = said[0].replace(str(copy), "FOLDER") if said else ""
         yield row
     shutil.rmtree(copy)
@@ -252,7 +247,7 @@ def damage(it: Bench) -> Iterator[Row]:
 
 
 def _continued(it: Bench, step: str) -> Row:
-    """A whole run goes on from a folder whose newest checkpoint has one wrong bit."""
+    """Resumes a run whose newest checkpoint has a flipped bit."""
     workdir, row = it.folder / "flipped", Row("a bit flipped, then the run continued", times=1)
     shutil.copytree(it.alone(), workdir)
     (workdir / stage.RESULTS).unlink()
@@ -264,20 +259,16 @@ def _continued(it: Bench, step: str) -> Row:
     row.exit_codes.append(it.start(workdir).wait())
     aside = stage.checkpoint_folder(workdir, it.stage) / "damaged" / step
     row.lost = it.lost(workdir) + (not aside.is_dir())
-    row.saw = _said(workdir, "is not whole").replace(str(aside.parents[1]), "FOLDER")
+    row.saw = _said(workdir, "failed verification").replace(str(aside.parents[1]), "FOLDER")
     return row
 
 
 def disk(it: Bench) -> Iterator[Row]:
-    """A disk that fills while the run is under way: a small one of its own where it can be mounted,
-    else a limit to files.
-    """
+    """Fills the disk during a run: a small mounted one if possible, else a file size limit."""
     with _small_disk(it.folder / "disk") as real:
         workdir = it.folder / "disk" / "run"
         row = Row(
-            "disk full"
-            if real
-            else "files limited in size (as a full disk: this user may not mount one)"
+            "disk full" if real else "file size limit (as a full disk: this user cannot mount one)"
         )
         process = it.start(workdir)
         it.after_step(workdir, process, it.experiment.checkpoint.save_interval_steps + 1)
@@ -297,18 +288,18 @@ def disk(it: Bench) -> Iterator[Row]:
         ]
         filler.unlink(missing_ok=True)
         it.finish(workdir)
-        row.more = f"steps saved before: {', '.join(before)}; whole after: {', '.join(kept)}"
+        row.more = f"steps saved before: {', '.join(before)}; valid after: {', '.join(kept)}"
         row.lost = (
             it.lost(workdir)
             + (before[-1] not in kept)
             + (row.exit_codes != [2])
-            + ("make room" not in row.saw)
+            + ("free disk space" not in row.saw)
         )
         yield row
 
 
 def pairs(it: Bench) -> Iterator[Row]:
-    """One of two processes is killed, the other ends; two are started again and finish."""
+    """Kills one of two processes: the other must end; two new processes resume and finish."""
     yield _pair_terminated(it)
     for victim, which in enumerate(("first", "second")):
         workdir, row = it.folder / f"pair_{which}", Row(f"the {which} of two processes killed")
@@ -323,7 +314,7 @@ def pairs(it: Bench) -> Iterator[Row]:
         two[victim].wait()
         row.saw = _said(workdir, f"process {1 - victim} of 2")
         ended = [each.wait() for each in _pair(it, workdir)]
-        row.more = f"the other ended after {seconds:.1f} s; started again, both ended with {ended}"
+        row.more = f"the other ended after {seconds:.1f} s; exit codes after a restart: {ended}"
         row.lost = (
             it.lost(workdir, _TOLERANCE) + any(ended) + (row.exit_codes == [0]) + (not row.saw)
         )
@@ -339,7 +330,7 @@ def _pair_terminated(it: Bench) -> Row:
     row.exit_codes += [each.wait() for each in two]
     row.saw = _said(workdir, "SIGTERM: ")
     done = len(it.losses(workdir))
-    it.finish(workdir)  # one process
+    it.finish(workdir)  # a single process
     row.more = f"stopped at the same step {done}; continued by one process"
     row.lost = (
         it.lost(workdir, _TOLERANCE) + any(row.exit_codes) + (f"at step {done} of" not in row.saw)
@@ -371,7 +362,7 @@ def _pair(it: Bench, workdir: Path) -> list[subprocess.Popen]:
 
 @contextmanager
 def _small_disk(folder: Path) -> Iterator[bool]:
-    """A folder on a disk of its own, and whether it could be made one."""
+    """A folder on a small mounted disk, and whether mounting succeeded."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={_DISK}m", "tmpfs", str(folder)]
     real = (
@@ -395,7 +386,7 @@ def _flip(path: Path) -> None:
 
 def _cut(path: Path) -> None:
     content = path.read_bytes()
-    _write(path, content[:-1] if content else b"\1")  # what is empty cannot be cut
+    _write(path, content[:-1] if content else b"\1")  # an empty file cannot be truncated
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -418,7 +409,7 @@ def _until(true: Callable[[], bool], process: subprocess.Popen, every: float = 0
     while process.poll() is None and time.monotonic() < limit:
         if true():
             return True
-        time.sleep(every)  # there is nothing to wait on but files
+        time.sleep(every)  # progress is only visible in files
     return False
 
 
@@ -452,16 +443,13 @@ def _said(workdir: Path, words: str) -> str:
 
 def _report(it: Bench, rows: list[Row]) -> Iterator[str]:
     yield from (
-        "# Faults",
+        "# Fault tolerance",
         "",
         f"{len(it.losses(it.alone()))} steps, a checkpoint every "
-        f"{it.experiment.checkpoint.save_interval_steps}, "
-        f"heartbeat {it.experiment.distributed.heartbeat_timeout_seconds} s. Lost: lines of "
-        "metrics that differ in any "
-        "byte from those of a "
-        f"run that was left alone (of two processes: losses by more than {_TOLERANCE:g}), and "
-        "whatever was not as it "
-        "should be.",
+        f"{it.experiment.checkpoint.save_interval_steps}, heartbeat "
+        f"{it.experiment.distributed.heartbeat_timeout_seconds} s. Lost: lines of metrics that "
+        "differ in any byte from the undisturbed run (with two processes: losses that differ by "
+        f"more than {_TOLERANCE:g}), and failed checks.",
         "",
     )
     yield from table(

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The peer of steps and inference: VideoMAE of `transformers` on torch, where both are
-installed.
-"""
+"""The baseline: VideoMAE of `transformers` on torch, if both are installed."""
 
 import importlib.util
 from collections.abc import Callable
@@ -17,11 +15,10 @@ _PACKAGES = ("torch", "transformers")
 
 
 class Task(NamedTuple):
-    """What is measured: on clips of `size` (frames, rows, columns), cut into tubelets of `base`,
-    `rows` at once.
+    """A measured task: `rows` clips of `size` (frames, rows, columns) at once, with tubelets of
+    `base`.
 
-    masked: what is hidden, None where clips are classified. train: a whole step of AdamW, not the
-    forward pass alone.
+    masked: the mask spec, None for classification. train: a full AdamW step, else a forward pass.
     """
 
     size: tuple[int, int, int]
@@ -33,18 +30,18 @@ class Task(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Of a clip's whole grid."""
+        """Tokens of a clip."""
         frames, rows, columns = (n // b for n, b in zip(self.size, self.base, strict=True))
         return frames * rows * columns
 
     @property
     def payload(self) -> int:
-        """Numbers of a tubelet."""
+        """Values of a tubelet."""
         return 3 * self.base[0] * self.base[1] * self.base[2]
 
     @property
     def hidden(self) -> int:
-        """Tokens of a clip that the encoder does not see."""
+        """Masked tokens of a clip."""
         return (
             self.tokens - round(self.tokens * masks.visible_ratio(self.masked.mask_ratio))
             if self.masked
@@ -53,7 +50,7 @@ class Task(NamedTuple):
 
 
 def missing() -> str:
-    """A sentence where it cannot be measured beside JAX's devices, '' where it can."""
+    """Why the baseline cannot run on JAX's devices, '' if it can."""
     absent = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if absent:
         return (
@@ -68,14 +65,14 @@ def missing() -> str:
     if backend == "gpu" and torch.cuda.is_available():
         return ""
     return (
-        "VideoMAE of transformers is left out, as this torch cannot use the "
-        f"{backend.upper()} that JAX uses."
+        f"VideoMAE of transformers is skipped: this torch cannot use the {backend.upper()} that "
+        "JAX uses."
     )
 
 
 def operations(spec: ModelSpec, task: Task) -> int:
-    """Of one clip, from the shapes of its products: two a multiply-add, training three forward
-    passes (arXiv:2204.02311, B).
+    """FLOPs of one clip, from matmul shapes: two per multiply-add; training is three forward passes
+    (arXiv:2204.02311, B).
     """
     tokens, seen, width, narrow = (
         task.tokens,
@@ -83,7 +80,7 @@ def operations(spec: ModelSpec, task: Task) -> int:
         spec.width,
         spec.decoder_width,
     )
-    # it embeds what it then hides
+    # masked tokens are embedded too
     found = 2 * tokens * task.payload * width + spec.depth * _block(seen, width, spec.mlp_ratio)
     if task.masked:
         found += 2 * seen * width * narrow + spec.decoder_depth * _block(
@@ -100,10 +97,10 @@ def _block(tokens: int, width: int, mlp: int) -> int:
 
 
 def build(spec: ModelSpec, task: Task, dtype: str, seed: int) -> tuple[Callable[[int], Any], int]:
-    """What does the task so many times in a row, on random pixels, and how many parameters it has.
+    """A function that runs the task `number` times on random pixels, and the number of parameters.
 
-    bfloat16: autocast. On JAX's GPU it runs there too, compiled, with products as JAX has them
-    (TF32).
+    bfloat16: autocast. With JAX on a GPU, torch runs there too, compiled, with JAX's matmul
+    precision (TF32).
     """
     import torch
 
@@ -133,7 +130,7 @@ def build(spec: ModelSpec, task: Task, dtype: str, seed: int) -> tuple[Callable[
         with torch.set_grad_enabled(task.train):
             for _ in range(number):
                 last = once()
-            return last.detach().cpu()  # which waits for the device
+            return last.detach().cpu()  # waits for the device
 
     return times, count
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What adaptive particles keep of a clip at equal numbers, and what choosing them costs beside the
-step that they save.
-"""
+"""Compares particle policies on real clips: reconstruction at equal counts, and selection cost."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -28,13 +26,13 @@ from particlejax.train import optim, stage
 from particlejax.train.log import say
 from particlejax.train.train_state import initialise, jit_step, make_step
 
-_SHARES = (8, 4, 2)  # one so-manieth of the grid's particles
-_ROWS = 2  # of the steps that are timed
+_SHARES = (8, 4, 2)  # fractions 1/n of the grid's particles
+_ROWS = 2  # batch size of the timed steps
 _CLASSES = 10
 
 
 def bench(experiment: Experiment, workdir: Path, name: str) -> None:
-    """Job 'bench_particles': tables in report.md, figures in results.json."""
+    """Job 'bench_particles': writes report.md and results.json."""
     del name
     seen = _clips(experiment)
     figures = {
@@ -63,7 +61,7 @@ def _clips(experiment: Experiment) -> list[clips.Clip]:
 
 
 def _decibels(experiment: Experiment, seen: list[clips.Clip]) -> dict[str, dict[str, float]]:
-    """Mean PSNR of the clips painted from their particles, by share of the grid and by policy."""
+    """Mean PSNR in dB of clips painted from their particles, by grid fraction and policy."""
     found: dict[str, dict[str, float]] = {}
     for share in _SHARES:
         found[f"1/{share}"] = {}
@@ -82,7 +80,7 @@ def _rivals(experiment: Experiment, share: int) -> Iterator[tuple[str, ParticleS
         (experiment.data.num_frames, experiment.data.image_size, experiment.data.image_size),
     )
     budget = policies.particle_count(size, replace(spec, policy="grid", budget=0)) // share
-    for doublings in range(share.bit_length()):  # in space; the rest of the coarseness is in time
+    for doublings in range(share.bit_length()):  # in space; the remaining factor is in time
         scale = (share // 4**doublings, 2**doublings, 2**doublings)
         shape = tuple(b * s for b, s in zip(spec.patch_size, scale, strict=True))
         if (
@@ -129,7 +127,7 @@ def _psnr(clip: clips.Clip, spec: ParticleSpec) -> float:
 
 
 def _cost(experiment: Experiment, seen: list[clips.Clip]) -> dict[str, float]:
-    """Milliseconds a clip: training steps on the whole grid and on half of it, and choosing that
+    """Milliseconds a clip: training steps on the full grid and on half of it, and selecting that
     half.
     """
     size = (experiment.data.num_frames, experiment.data.image_size, experiment.data.image_size)
@@ -157,16 +155,14 @@ def _cost(experiment: Experiment, seen: list[clips.Clip]) -> dict[str, float]:
         for name, work in works.items():
             begun = time.perf_counter()
             work()
-            if repetition:  # the first one compiles
+            if repetition:  # the first run compiles
                 taken[name].append(1000 * (time.perf_counter() - begun) / _ROWS)
         say(f"cost: repetition {repetition} of {experiment.bench.repetitions}")
     return {name: float(np.median(each)) for name, each in taken.items()}
 
 
 def _step(experiment: Experiment, spec: ParticleSpec) -> Callable[[], Any]:
-    """A training step on random particles of the policy's number, ready to be called again and
-    again.
-    """
+    """A training step on random particles of the policy's count, as a function."""
     batch = _random_batch(experiment, spec)
     vision = batch.particles["vision"]
     model = models.build(
@@ -213,14 +209,14 @@ def _report(experiment: Experiment, figures: dict[str, Any]) -> Iterator[str]:
         "# Particles",
         "",
         f"{figures['num_clips']} clips of {data.num_frames} frames of {data.image_size} x "
-        f"{data.image_size}, base "
-        f"{experiment.particles.patch_size}. PSNR in dB of the clip painted from its particles.",
+        f"{data.image_size}, patch_size {experiment.particles.patch_size}. PSNR in dB of clips "
+        "painted from their particles.",
         "",
     )
     for share, each in figures["decibels"].items():
         best = max(value for name, value in each.items() if name.startswith("grid"))
         yield from table(
-            [f"{share} of the particles", "dB", "above the best grid"],
+            [f"{share} of the particles", "dB", "vs. the best grid"],
             [[name, f"{value:.2f}", f"{value - best:+.2f}"] for name, value in each.items()],
         )
         yield ""
@@ -231,7 +227,7 @@ def _report(experiment: Experiment, figures: dict[str, Any]) -> Iterator[str]:
         "",
     )
     yield from table(
-        ["", "ms a clip", "of what the half saves"],
+        ["", "ms a clip", "fraction of the saved time"],
         [[name, f"{value:.2f}", f"{100 * value / saved:.1f} %"] for name, value in cost.items()],
     )
     yield ""

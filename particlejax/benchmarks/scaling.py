@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a chip sends in a step against how many chips there are, at equal work for each: from
-compiled programs, nothing is run.
-"""
+"""Weak scaling from compiled programs: bytes a chip sends in a step against the number of chips."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +17,10 @@ _JOB = "bench_scaling"
 
 
 def bench(spec: PlanSpec, workdir: Path, name: str) -> None:
-    """Job 'bench_scaling': every topology with every mesh; results.json grows, what is there is not
-    compiled again.
+    """Job 'bench_scaling': compiles every topology with every mesh; keeps existing entries of
+    results.json.
 
-    Raises UserError where a topology or a mesh cannot be.
+    Raises UserError for an unavailable topology or mesh.
     """
     del name
     before = stage.read_results(workdir).get(_JOB, {})
@@ -61,20 +59,19 @@ def _lines(spec: PlanSpec, found: dict[str, dict[str, Any]]) -> Iterator[str]:
     yield from (f"# Scaling of {spec.experiment}: {count / 1e6:.2f} M parameters", "")
     yield from (
         f"{spec.per_device_batch_size or 'The same'} rows "
-        f"{'for each device' if spec.per_device_batch_size else 'of all devices together'}. "
-        "Compiled, not "
-        "run: memory and collectives are the compiler's, times estimates at rates as published or, "
-        "of a CPU, measured.",
+        f"{'per device' if spec.per_device_batch_size else 'over all devices'}. Compiled, not "
+        "run: memory and collectives are the compiler's; times are estimates at published rates, "
+        "or measured ones for a CPU.",
         "",
     )
     kinds = dict.fromkeys(map(_divided, found.values()))
     for kind in kinds:
-        yield from ("", f"## Divided by {kind}" if kind != "alone" else "## One device", "")
+        yield from ("", f"## Sharded over {kind}" if kind != "alone" else "## One device", "")
         yield from _table({label: each for label, each in found.items() if _divided(each) == kind})
 
 
 def _table(found: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """One row a mesh; MiB that each device sends for each kind of exchange, the dearest first."""
+    """One row a mesh; MiB sent per device for each collective, most first."""
     sent = {
         label: {
             f"{one['op']}, {' x '.join(one['axes'])}": one["sent"]
@@ -90,7 +87,7 @@ def _table(found: dict[str, dict[str, Any]]) -> Iterator[str]:
         "",
         "devices",
         "clips a step",
-        "GiB a device",
+        "GiB per device",
         "fits",
         *(f"{key}, MiB" for key in exchanges),
         "all, MiB",

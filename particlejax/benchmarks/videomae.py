@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train steps and inference beside VideoMAE of `transformers` on torch, and beside the matrix
-products of the machine.
-"""
+"""Benchmarks train steps and inference against VideoMAE of `transformers` and the matmul rate."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -33,8 +31,8 @@ _PEER, _PRODUCTS = "VideoMAE", "products"
 
 
 class Work(NamedTuple):
-    """times: does it so many times in a row and waits. operations: of a clip, from shapes.
-    parameters: how many.
+    """times: runs it n times and waits. operations: FLOPs of a clip, from shapes. parameters: their
+    number.
     """
 
     times: Callable[[int], Any]
@@ -44,8 +42,8 @@ class Work(NamedTuple):
 
 
 def bench(experiment: Experiment, workdir: Path, name: str) -> None:
-    """Job 'bench_videomae': tables in report.md, figures in results.json. Raises UserError for a
-    stage that has no peer.
+    """Job 'bench_videomae': writes report.md and results.json. Raises UserError for a stage without
+    a baseline.
     """
     del name
     experiment, said = _worthwhile(experiment)
@@ -57,30 +55,29 @@ def bench(experiment: Experiment, workdir: Path, name: str) -> None:
     for sentence in said:
         say(sentence)
     for _, stage, train in _tasks(experiment):
-        _task(experiment, stage, train)  # raises before minutes have passed
+        _task(experiment, stage, train)  # fail early
     for task, stage, train in _tasks(experiment):
         figures[task] = _measured(
             experiment, _works(experiment, stage, train), experiment.stages[stage].batch_size, task
         )
-        run.add_results(workdir, "bench_videomae", figures, {})  # each may take minutes
+        run.add_results(workdir, "bench_videomae", figures, {})  # a task may take minutes
     text = "\n".join(_report(experiment, figures))
     io.write_text(workdir / "report.md", text)
     print(text)
 
 
 def _worthwhile(experiment: Experiment) -> tuple[Experiment, list[str]]:
-    """The experiment with the types that pay here, and sentences of what is left out.
+    """The experiment with the dtypes that pay here, and messages about skipped ones.
 
-    On CPUs without units for it a step in bfloat16 is slower than in float32, torch's many times.
+    CPUs without bfloat16 units are slower in bfloat16, with torch many times.
     """
     said = [sentence for sentence in [linen_videomae.missing()] if sentence]
     rates = {dtype: _rate(dtype) for dtype in experiment.bench.dtypes}
     fast = tuple(dtype for dtype, rate in rates.items() if rate >= rates.get("float32", 0.0))
     said += [
-        f"{dtype} is left out, as its products are slower here than float32's ({rate / 1e9:.0f} "
-        "against "
-        f"{rates['float32'] / 1e9:.0f} GFLOP/s): set config.bench.dtypes=('{dtype}',) to measure "
-        "it all the same."
+        f"{dtype} is skipped: its matmuls are slower here than in float32 ({rate / 1e9:.0f} "
+        f"against {rates['float32'] / 1e9:.0f} GFLOP/s): set config.bench.dtypes=('{dtype}',) to "
+        "measure it anyway."
         for dtype, rate in rates.items()
         if dtype not in fast
     ]
@@ -88,9 +85,7 @@ def _worthwhile(experiment: Experiment) -> tuple[Experiment, list[str]]:
 
 
 def _tasks(experiment: Experiment) -> list[tuple[str, str, bool]]:
-    """Names, stages, and whether they train: a step of each stage, and the forward pass of those
-    that classify.
-    """
+    """(name, stage, train): a step of each stage, and the forward pass of classifiers."""
     steps = [(f"{stage}, a step", stage, True) for stage in experiment.stages]
     return steps + [
         (f"{stage}, inference", stage, False)
@@ -103,8 +98,8 @@ def _tasks(experiment: Experiment) -> list[tuple[str, str, bool]]:
 
 
 def _works(experiment: Experiment, name: str, train: bool) -> dict[str, Work]:
-    """Ours on the grid and, where clips are classified, on half as many adaptive particles, and the
-    peer, in each type.
+    """particlejax on the grid and, for classifiers, on half as many adaptive particles, and the
+    baseline, in each dtype.
     """
     task, found = _task(experiment, name, train), {}
     half = replace(experiment.particles, policy="adaptive", budget=task.tokens // 2)
@@ -127,15 +122,13 @@ def _task(experiment: Experiment, name: str, train: bool) -> linen_videomae.Task
     spec, data = experiment.stages[name], experiment.data
     if set(spec.objectives) not in ({"masked_autoencoder"}, {"classify"}):
         raise UserError(
-            f"config.stages.{name} has the objectives {', '.join(spec.objectives)}, and VideoMAE "
-            "knows 'masked' and "
-            "'classify': give each stage one of these."
+            f"config.stages.{name} has the objectives {', '.join(spec.objectives)}, but VideoMAE "
+            "has 'masked_autoencoder' and 'classify' only: give each stage one of these."
         )
     if experiment.particles.policy != "grid" or spec.data or spec.particles or spec.model:
         raise UserError(
-            f"config.stages.{name} is other work than VideoMAE's: leave config.particles.policy "
-            "'grid', and the "
-            "stage's own data, particles and model empty."
+            f"config.stages.{name} differs from VideoMAE: set config.particles.policy='grid', and "
+            "leave the stage's own data, particles and model empty."
         )
     return linen_videomae.Task(
         (data.num_frames, data.image_size, data.image_size),
@@ -148,7 +141,7 @@ def _task(experiment: Experiment, name: str, train: bool) -> linen_videomae.Task
 
 
 def _ours(experiment: Experiment, name: str, train: bool) -> Work:
-    """The program that the loop runs, on particles as they come from the data."""
+    """The compiled program of the training loop, on particles as the data pipeline makes them."""
     stage, mesh = run.build(experiment, name, _CLASSES), sharding.make_mesh(experiment.mesh)
     made, batch = train_step.of(stage, stage.targets, stage.spec.num_steps), _batch(stage)
     state = initialise(
@@ -178,7 +171,7 @@ def _ours(experiment: Experiment, name: str, train: bool) -> Work:
 
 
 def _operations(experiment: Experiment, name: str, batch: Batch) -> int:
-    """Of a forward pass; with plain attention, as kernels hide or repeat what they compute."""
+    """FLOPs of a forward pass with plain attention, as fused kernels hide or recompute some."""
     plain = run.build(
         replace(experiment, model=replace(experiment.model, attention_impl="xla")), name, _CLASSES
     )
@@ -192,7 +185,7 @@ def _operations(experiment: Experiment, name: str, batch: Batch) -> int:
 
 
 def _batch(stage: run.Stage) -> Batch:
-    """Random pixels cut as the stage says, one clip of two seconds a row."""
+    """Random pixels, patchified as in the stage, one clip of two seconds a row."""
     rng, data = np.random.default_rng(0), stage.data
     packed, seconds = [], 2.0
     for i in range(stage.spec.batch_size):
@@ -215,11 +208,11 @@ def _batch(stage: run.Stage) -> Batch:
 def _measured(
     experiment: Experiment, works: dict[str, Work], rows: int, task: str
 ) -> dict[str, Any]:
-    """Figures by work, from repetitions in which all take turns, the products first."""
+    """Figures by work, from interleaved repetitions, matmuls first."""
     number = max(1, experiment.bench.num_clips // rows)
     for name, work in works.items():
         begun = time.perf_counter()
-        work.times(1)  # compiles
+        work.times(1)  # compile
         say(f"{task}: {name} ready in {time.perf_counter() - begun:.1f} s")
     seconds: dict[str, list[float]] = {name: [] for name in works}
     rates: dict[str, list[float]] = {dtype: [] for dtype in experiment.bench.dtypes}
@@ -238,9 +231,7 @@ def _measured(
 
 
 def _rate(dtype: str) -> float:
-    """Operations a second of all devices: the chip's published rate in bfloat16 where it is known,
-    else as measured now.
-    """
+    """FLOP/s of all devices: the published bfloat16 rate if known, else measured."""
     chip = accelerators.known(jax.devices()[0].device_kind)
     return jax.device_count() * (
         chip.product if chip and dtype == "bfloat16" else accelerators.product(dtype)
@@ -260,7 +251,7 @@ def _figures(work: Work, seconds: list[float], rates: list[float]) -> dict[str, 
 
 
 def _beside(seconds: dict[str, list[float]], name: str) -> dict[str, dict[str, float]]:
-    """How many times as fast as the peer in each of its types, medians over repetitions."""
+    """Speedup over the baseline in each of its dtypes, median over repetitions."""
     peers = {other: each for other, each in seconds.items() if other.startswith(_PEER)}
     return {
         "times": {
@@ -276,7 +267,7 @@ def _report(experiment: Experiment, figures: dict[str, Any]) -> Iterator[str]:
         "x".join(map(str, experiment.particles.patch_size)),
     )
     yield from (
-        "# Beside VideoMAE",
+        "# particlejax and VideoMAE",
         "",
         f"Width {model.width}, depth {model.depth}, {model.num_heads} heads; decoder "
         f"{model.decoder_width}, {model.decoder_depth}, {model.decoder_num_heads}. Clips of "
@@ -287,11 +278,10 @@ def _report(experiment: Experiment, figures: dict[str, Any]) -> Iterator[str]:
     for sentence in figures["left_out"]:
         yield from (sentence, "")
     yield from (
-        "Medians of repetitions in which all take turns. FLOPs are counted from shapes, a training "
-        "step is three forward "
-        "passes; the share is of products in the same type: the chip's published rate in bfloat16, "
-        "else measured in "
-        "the same repetition. Particles are chosen before, which job bench_particles measures.",
+        "Medians of interleaved repetitions. FLOPs are counted from shapes, a training step is "
+        "three forward passes; the fraction of peak is of the published bfloat16 rate, else of "
+        "the matmul rate measured in the same repetition. Particle selection is not included: "
+        "job bench_particles measures it.",
         "",
     )
     for task, stage, _ in _tasks(experiment):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a chip can do at best, as its maker publishes it; of a CPU, as measured."""
+"""Peak rates of accelerators, as published; rates of a CPU are measured."""
 
 import time
 from collections.abc import Callable
@@ -8,16 +8,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-# of products on CPUs and others, numbers of the copy, repetitions
+# matmul side on CPUs and on others, bytes of the copy, repetitions
 _SIDE, _LARGE, _PIECE, _BEST_OF = (1024, 8192, 2**26, 5)
 
 
 class Chip(NamedTuple):
-    """memory: bytes. product: bfloat16 operations a second. stream: bytes a second from and to the
-    main memory.
+    """memory: bytes. product: bfloat16 FLOP/s. stream: bytes/s of the main memory.
 
-    wire: bytes a second that it sends to other chips over all its links. clock: Hz of the
-    compiler's cycles. 0: not known.
+    wire: bytes/s sent to other chips over all links. clock: Hz of the compiler's cycles. 0:
+    unknown.
     """
 
     memory: float
@@ -28,9 +27,9 @@ class Chip(NamedTuple):
     measured: bool = False
 
 
-# By the beginning of a device's kind, the longest first where one begins like another. TPU:
-# cloud.google.com/tpu/docs (system architecture; links in bits there), clocks from products = clock
-# x units x side^2 x 2. GPU: data sheets, dense, NVLink one way.
+# By prefix of the device kind, longer prefixes first. TPU: cloud.google.com/tpu/docs (system
+# architecture; links in bits there); clock from FLOP/s = clock x units x side^2 x 2. GPU: data
+# sheets, dense, NVLink in one direction.
 CHIPS: dict[str, Chip] = {
     "TPU v4": Chip(32 * 2**30, 275e12, 1228e9, 300e9, 1.05e9),
     "TPU v5 lite": Chip(16 * 2**30, 197e12, 819e9, 200e9, 1.5e9),
@@ -38,7 +37,7 @@ CHIPS: dict[str, Chip] = {
     "TPU v5": Chip(95 * 2**30, 459e12, 2765e9, 600e9, 1.75e9),
     "TPU v6": Chip(32 * 2**30, 918e12, 1640e9, 448e9, 1.75e9),
     "NVIDIA A100": Chip(80 * 2**30, 312e12, 2039e9, 300e9),
-    "NVIDIA H100 PCIe": Chip(80 * 2**30, 756e12, 2039e9, 64e9),  # its way to others is the bus
+    "NVIDIA H100 PCIe": Chip(80 * 2**30, 756e12, 2039e9, 64e9),  # PCIe instead of NVLink
     "NVIDIA H100": Chip(80 * 2**30, 989e12, 3350e9, 450e9),
     "NVIDIA H200": Chip(141e9, 989e12, 4800e9, 450e9),
     "NVIDIA B200": Chip(180e9, 2250e12, 8000e9, 900e9),
@@ -46,9 +45,7 @@ CHIPS: dict[str, Chip] = {
 
 
 def of(device: jax.Device, devices: int) -> Chip | None:
-    """The chip of a device; of a CPU, an equal share for each of its devices. None for a kind that
-    is not in the table.
-    """
+    """The chip of a device; each CPU device gets an equal share. None for an unknown kind."""
     if device.platform == "cpu":
         whole = measured()
         return whole._replace(product=whole.product / devices, stream=whole.stream / devices)
@@ -56,13 +53,13 @@ def of(device: jax.Device, devices: int) -> Chip | None:
 
 
 def known(kind: str) -> Chip | None:
-    """The chip of a kind as JAX names it. None for one that is not in the table."""
+    """The chip of a JAX device kind. None if it is not in the table."""
     return next((chip for name, chip in CHIPS.items() if kind.startswith(name)), None)
 
 
 def measured() -> Chip:
-    """The machine at hand: float32 products and copies, the best of some; links between its devices
-    are its memory.
+    """Rates of this machine: the best of several float32 matmuls and copies; its devices
+    communicate through memory.
     """
     piece, copy = jnp.ones(_PIECE // 4), jax.jit(lambda x: x + 1)
     stream = 2 * piece.nbytes / _seconds(lambda: copy(piece))
@@ -70,10 +67,9 @@ def measured() -> Chip:
 
 
 def product(dtype: Any) -> float:
-    """Operations a second of one local device in square products with float32 sums, the best of
-    some.
+    """FLOP/s of one local device in square matmuls with float32 accumulation, the best of several.
 
-    All devices multiply at once, as they do while training: they may share cores.
+    All local devices multiply at once, as in training: they may share cores.
     """
     side = _SIDE if jax.default_backend() == "cpu" else _LARGE
     squares = [
@@ -85,7 +81,7 @@ def product(dtype: Any) -> float:
 
 def _seconds(run: Callable[[], Any]) -> float:
     found = []
-    for _ in range(_BEST_OF + 1):  # the first one compiles
+    for _ in range(_BEST_OF + 1):  # the first run compiles
         begun = time.perf_counter()
         jax.block_until_ready(run())
         found.append(time.perf_counter() - begun)

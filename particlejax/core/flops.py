@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Floating-point operations of a traced function, counted from the shapes of its matrix products
-and convolutions.
+"""FLOPs of a traced function, counted from the shapes of its matmuls and convolutions.
 
-What is counted is what the model asks for, whatever a compiler makes of it: two operations a
-multiply-add, loops as often as they run, of branches the dearest. Elementwise work is left out, as
-is usual for FLOP utilisation (arXiv:2204.02311, B).
+Counts the model's FLOPs, independent of the compiler: two per multiply-add, loops times their trip
+count, the most expensive branch. Elementwise operations are excluded, as usual for MFU
+(arXiv:2204.02311, B).
 """
 
 import math
@@ -15,7 +14,7 @@ from jax.extend import core
 
 
 def count(jaxpr: Any) -> int:
-    """Operations of a jaxpr (such as `jit(f).trace(*args).jaxpr`) with everything that it calls."""
+    """FLOPs of a jaxpr (such as `jit(f).trace(*args).jaxpr`), including all that it calls."""
     return sum(_equation(eqn) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns)
 
 
@@ -31,12 +30,12 @@ def _equation(eqn: Any) -> int:
     if name == "cond":
         return max(count(branch) for branch in params["branches"])
     times = params["length"] if name == "scan" else 1
-    if name == "shard_map":  # its shapes are those of one device
+    if name == "shard_map":  # shapes are per device
         axes = (
             params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]
         )
         times = math.prod(params["mesh"].shape[axis] for axis in axes)
-    if name == "pallas_call":  # its body is one cell of the grid
+    if name == "pallas_call":  # the body is one grid cell
         times = math.prod(params["grid_mapping"].grid)
     return times * sum(count(inner) for inner in _inner(params))
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a compiled program moves, read from its text (`jit(f).lower(...).compile().as_text()`),
-loops as often as they run.
+"""Bytes moved by a compiled program, from its HLO text (`jit(f).lower(...).compile().as_text()`);
+loops count as often as they run.
 
-Only what XLA prints for every backend is read: shapes, who calls whom, trip counts, groups of
-devices, and, where the compiler states them, its own estimates in cycles.
+Reads only what XLA prints for every backend: shapes, calls, trip counts, replica groups, and the
+compiler's estimated cycles if present.
 """
 
 import math
@@ -29,7 +29,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _TRIPS = re.compile(r"known_trip_count[^0-9]{1,12}(\d+)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-# what they do is done by what they call
+# cost is counted in the called computations
 _INDIRECT = ("while", "conditional", "call", "async-start")
 _FREE = frozenset(
     {
@@ -52,7 +52,7 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 
 class Instruction(NamedTuple):
-    """One line: shapes as text, operands by name, what follows them as text."""
+    """One line of HLO: shapes as text, operand names, and the rest of the line."""
 
     name: str
     shape: str
@@ -63,9 +63,7 @@ class Instruction(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """A kind of exchange over axes of the mesh. sent: bytes that each device sends for all of them
-    in one step.
-    """
+    """A collective over mesh axes. sent: bytes that each device sends in a step."""
 
     op: str
     axes: tuple[str, ...]
@@ -74,18 +72,16 @@ class Collective(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Per device and run. bytes: through the main memory. cycles: the compiler's, 0 where it says
-    none.
-    """
+    """Per device and run. bytes: main memory traffic. cycles: the compiler's estimate, 0 if none."""
 
     bytes: float
     cycles: float
     collectives: tuple[Collective, ...]
-    endless: int  # loops whose trip count the program does not say: counted once
+    endless: int  # loops of unknown trip count, counted once
 
 
 def cost(text: str, mesh: Mapping[str, int]) -> Cost:
-    """Reads a program that was compiled for a mesh, axis names to sizes in its order of devices."""
+    """Cost of a program compiled for a mesh; mesh: axis names to sizes, in device order."""
     program = Program(text)
     found: dict[tuple[str, tuple[str, ...]], list[float]] = defaultdict(lambda: [0, 0.0])
     total = cycles = 0.0
@@ -110,7 +106,7 @@ def cost(text: str, mesh: Mapping[str, int]) -> Cost:
 
 
 class Program:
-    """The computations of a program by name, and the one that it starts with."""
+    """The computations of a program by name, and its entry."""
 
     def __init__(self, text: str) -> None:
         self.entry, self.computations = "", {}
@@ -125,8 +121,8 @@ class Program:
                 inside[each.name] = each
 
     def walk(self) -> Iterator[tuple[str, Instruction, int, bool]]:
-        """Every instruction that runs with its computation, how often it runs, and whether it is
-        part of a fusion.
+        """Yields (computation, instruction, how often it runs, whether it is in a fusion) for all
+        instructions.
         """
         waiting = [(self.entry, 1, False)]
         while waiting:
@@ -141,8 +137,8 @@ class Program:
                     ]
 
     def trips(self, each: Instruction) -> int:
-        """How often a loop runs; 0 where nothing says it. TPU programs say it by the one number in
-        the condition alone.
+        """Trip count of a loop; 0 if unknown. TPU programs give it only as the constant in the
+        condition.
         """
         known = _TRIPS.search(each.rest)
         if known or each.op != "while":
@@ -161,9 +157,7 @@ class Program:
         return sum(size(known[name].shape) for name in each.operands if name in known)
 
     def traffic(self, computation: str, each: Instruction) -> float:
-        """Bytes that an instruction reads from and writes to the main memory; of a slice, what is
-        sliced.
-        """
+        """Bytes of main memory that an instruction reads and writes; only the slice for slices."""
         if each.op in _FREE or each.op.endswith("-done") or _NO_WORK.search(each.rest):
             return 0.0
         known = self.computations[computation]
@@ -172,7 +166,7 @@ class Program:
             return 2 * size(each.shape, main=True)
         if each.op == "dynamic-update-slice":
             return 2 * size(operands[1], main=True)
-        if each.op.endswith("-start"):  # its result holds its operand, too
+        if each.op.endswith("-start"):  # the result includes the operand
             made = next((found for found in _arrays(each.shape) if found not in operands), "")
             read = (
                 size(made)
@@ -209,7 +203,7 @@ class Program:
 
 
 def size(shape: str, main: bool = False) -> float:
-    """Bytes of a shape as text, tuples summed; `main`: only what lies in the main memory."""
+    """Bytes of a shape as text, tuples summed; `main`: only arrays in main memory."""
     return sum(
         _bits(kind) / 8 * math.prod(int(n.lstrip("<=")) for n in dims.split(",") if n)
         for kind, dims, layout in _ARRAY.findall(shape)
@@ -218,8 +212,8 @@ def size(shape: str, main: bool = False) -> float:
 
 
 def _needed(name: str, users: Mapping[str, list[tuple[Instruction, int]]]) -> float:
-    """Bytes of a fusion's operand that are looked at: a part where only slices are taken, nothing
-    of what is overwritten.
+    """Bytes that a fusion reads of an operand: only slices where it is sliced, none where it is
+    overwritten.
     """
     total = 0.0
     for user, place in users[name]:
@@ -237,7 +231,7 @@ def _in_main(shape: str) -> bool:
 
 
 def _bits(kind: str) -> int:
-    """How many bits a number of this type has: most types say so, as f32, s8 and f8e4m3fn do."""
+    """Bits of an HLO element type; most type names state them, such as f32, s8 and f8e4m3fn."""
     return _BITS.get(kind) or (0 if kind in _BITS else int(re.sub(r"^[a-z]+(\d+).*", r"\1", kind)))
 
 
@@ -246,7 +240,7 @@ def _arrays(shape: str) -> list[str]:
 
 
 def _written(body: Mapping[str, Instruction], name: str, shape: str) -> float:
-    """Bytes that a fusion writes of a result: those of the slice where it is updated in place."""
+    """Bytes that a fusion writes of a result: only the slice if updated in place."""
     made = body.get(name)
     while made is not None and made.op in ("bitcast", "copy") and made.operands:
         made = body.get(made.operands[0])
@@ -270,7 +264,7 @@ def _parsed(line: str) -> Instruction:
 
 
 def _closing(line: str, start: int) -> int:
-    """The place after the bracket that closes the one at `start`."""
+    """The position after the bracket that closes the one at `start`."""
     depth = 0
     for at in range(start, len(line)):
         depth += (line[at] == "(") - (line[at] == ")")
@@ -290,7 +284,7 @@ def _called(rest: str) -> Iterator[str]:
 
 
 def _groups(rest: str, devices: int) -> np.ndarray:
-    """Which devices exchange with each other, [groups, members]; of a permutation, its pairs."""
+    """Device groups that communicate, int [groups, members]; pairs for a permutation."""
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
     if iota:
         shape, dims, order = (
@@ -303,7 +297,7 @@ def _groups(rest: str, devices: int) -> np.ndarray:
             .reshape(shape[0], -1)
         )
     named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest)
-    if named:  # axes of the program's own mesh, which has the same order of devices
+    if named:  # axes of the program's mesh, in the same device order
         sizes = {axis: int(number) for axis, number in re.findall(r"'([^']+)'=(\d+)", named[1])}
         over = [axis for axis in sizes if f"'{axis}'" in named[2]]
         order = [
@@ -326,7 +320,7 @@ def _groups(rest: str, devices: int) -> np.ndarray:
 
 
 def _axes(groups: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:
-    """The axes of the mesh along which the members of a group differ."""
+    """The mesh axes along which the members of a group differ."""
     places = np.unravel_index(groups, tuple(mesh.values()))
     return tuple(
         axis for axis, place in zip(mesh, places, strict=True) if (place != place[:, :1]).any()
@@ -334,9 +328,7 @@ def _axes(groups: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def _sent(op: str, read: float, members: int) -> float:
-    """Bytes that each of the members sends when it holds `read`, by algorithms that use every link
-    (rings).
-    """
+    """Bytes that each member sends with ring algorithms; read: bytes it holds."""
     if op == "all-gather":
         return read * (members - 1)
     if op in ("collective-permute", "collective-broadcast"):

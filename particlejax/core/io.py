@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are whole or absent: written beside their place, then moved there in one step."""
+"""Atomic file writes: to a temporary file beside the target, then renamed."""
 
 import json
 import os
@@ -12,13 +12,13 @@ from typing import Any
 
 @contextmanager
 def fresh_file(path: str | os.PathLike[str], sync: bool = False) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes the place of `path` when the block ends well.
+    """A temporary path beside `path`; it replaces `path` if the block succeeds.
 
-    A block that raises leaves `path` as it was and no other file. sync: the bytes are on the disk
-    before the move, so that a loss of power loses nothing. Raises OSError as writing does.
+    If the block raises, `path` is unchanged and the temporary file is removed. sync: fsync before
+    the rename, safe against power loss. Raises OSError as writing does.
     """
     path = Path(path)
-    # the ending stays, as some writers choose a format by it; a hidden name is no result yet
+    # keeps the suffix, from which some writers choose a format; hidden, as it is incomplete
     fresh = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
     try:
         yield fresh
@@ -31,11 +31,11 @@ def fresh_file(path: str | os.PathLike[str], sync: bool = False) -> Iterator[Pat
 
 
 def write_text(path: str | os.PathLike[str], text: str, sync: bool = False) -> None:
-    """Writes a text file, UTF-8, whole or not at all."""
+    """Writes a UTF-8 text file atomically."""
     with fresh_file(path, sync) as fresh:
         fresh.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes a JSON file, on the disk whole or not at all, whatever happens."""
+    """Writes a JSON file atomically, with fsync."""
     write_text(path, json.dumps(value, indent=1), sync=True)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The remedy for a name that does not exist: the closest one that does."""
+"""Suggestions for unknown names: the closest known names."""
 
 import difflib
 from collections.abc import Iterable
 
-_LISTED = 12  # names, at most, where none is close
+_LISTED = 12  # maximum number of listed names
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "", many: int = 1) -> str:
-    """'did you mean X?' with the closest known names, each behind `prefix`; else what there is."""
+    """'did you mean X?' with the closest names, each after `prefix`; else some known names."""
     known = list(known)
     close = difflib.get_close_matches(name, known, many, 0.5)
     if close:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pytrees by path: names such as 'encoder/blocks/attention/query/kernel', and rules that match
-them.
+"""Pytrees by path name, such as 'encoder/blocks/attention/query/kernel', and rules that match
+names.
 """
 
 import re
@@ -11,7 +11,7 @@ import jax
 
 
 def path_name(path: Sequence[Any]) -> str:
-    """A key path of jax.tree_util as one string with slashes."""
+    """A key path of jax.tree_util as a string with slashes."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
@@ -21,7 +21,7 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts of leaves by path name: the inverse of `flatten` where all nodes are dicts."""
+    """Nested dicts of leaves by path name: the inverse of `flatten` for trees of dicts."""
     root: dict[str, Any] = {}
     for name, leaf in flat.items():
         *above, last = name.split("/")
@@ -38,12 +38,10 @@ def map_named(f: Callable[[str, Any], Any], tree: Any) -> Any:
 
 
 def match(rules: Sequence[tuple[str, Any]], name: str) -> Any:
-    """The value of the first rule whose pattern is found in `name`; the last rule should match
-    everything.
-    """
+    """The value of the first rule whose pattern is in `name`; the last rule should match all."""
     return next(value for pattern, value in rules if re.search(pattern, name))
 
 
 def count(tree: Any) -> int:
-    """How many numbers all leaves hold."""
+    """Number of elements of all leaves."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

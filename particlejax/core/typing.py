@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Array types shared by every floor, and the exception that is meant for people."""
+"""Array types shared by all modules, and UserError."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,5 +10,5 @@ import numpy as np
 from particlejax.core.errors import UserError as UserError
 
 Array = jax.Array | np.ndarray
-Params = Mapping[str, Any]  # a pytree of arrays: nested dicts, as linen makes them
+Params = Mapping[str, Any]  # a pytree of arrays: nested dicts, as in Flax Linen
 Metrics = dict[str, jax.Array]  # scalars, float32

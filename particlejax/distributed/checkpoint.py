@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints that are either whole or absent: Orbax writes them, a manifest of checksums says that
-they are whole.
+"""Checkpoints with integrity checks: Orbax writes them, a manifest holds SHA-256 checksums of all
+files.
 
-Orbax restores flipped bits without a word, so every file's SHA-256 is written beside it once Orbax
-has finished, and is compared before anything is read. What has no manifest, or not its content, is
-named, moved to `damaged/` and passed over. Where it cannot be written (a full disk), what was
-written before stays.
+Orbax does not detect flipped bits. The manifest is written after Orbax finishes, and verified
+before any read. A checkpoint without a valid manifest is logged, moved to `damaged/` and skipped.
+If a write fails (a full disk), earlier checkpoints stay.
 """
 
 import errno
@@ -33,20 +32,18 @@ from particlejax.distributed import cluster
 
 _MANIFEST = "manifest.json"
 _STATE, _DATA = "state", "data"
-_PARTIAL = "*.orbax-checkpoint-tmp*"  # what Orbax has begun and not finished
+_PARTIAL = "*.orbax-checkpoint-tmp*"  # unfinished Orbax writes
 _READERS = 4  # threads that compute checksums
-_DIVIDED = 2**20  # bytes of a copy's slice from which it is worth writing by itself
+_DIVIDED = 2**20  # minimum bytes of a slice that a replica writes in parallel
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-# TensorStore has no error numbers
+# TensorStore reports no errno
 _FULL_TEXTS = tuple(os.strerror(number) for number in _FULL) + ("RESOURCE_EXHAUSTED",)
-# of a folder that Orbax wrote without us
+# files of an Orbax checkpoint not written by particlejax
 _FOREIGN = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")
 
 
 def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
-    """Orbax's own, but where devices hold copies they divide only large arrays: each slice's shape
-    is compiled.
-    """
+    """Orbax's handlers, but replicas divide only large arrays, as each slice shape is compiled."""
     kinds = [(kind, ocp.type_handlers.ScalarHandler()) for kind in (int, float, np.number)]
     kinds += [
         (np.ndarray, ocp.type_handlers.NumpyHandler()),
@@ -68,10 +65,10 @@ def _say(sentence: str) -> None:
 
 
 class Checkpoints:
-    """The checkpoints of one stage in one folder, named by step; saving goes on in the background.
+    """The checkpoints of one stage in one folder, named by step; saves run in the background.
 
-    state: a pytree of arrays. data: what JSON can hold (where the data stands). Only process 0
-    touches manifests.
+    state: a pytree of arrays. data: JSON values (position in the data). Only process 0 writes
+    manifests.
     """
 
     def __init__(
@@ -80,12 +77,12 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         self._say = say
         self._marking: threading.Thread | None = None
-        self._unmarked: Exception | None = None  # why the last one could not be marked whole
+        self._unmarked: Exception | None = None  # error of the last manifest
         if cluster.first():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
             self._set_aside_damaged()
-        # the others look when what is damaged is out of the way
+        # other processes read after damaged checkpoints are moved
         cluster.barrier(f"open {self.folder}")
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
         self._manager = ocp.CheckpointManager(
@@ -93,10 +90,9 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
-        """Starts writing `step`, unless it is there; the state may be changed or donated as soon as
-        this returns.
+        """Starts to save `step`, unless it exists; the state may be changed or donated on return.
 
-        Raises UserError where this one, or the one before, cannot be written; those before it stay.
+        Raises UserError if this or the previous save cannot be written; earlier ones stay.
         """
         self.finish()
         if step in self._manager.all_steps():
@@ -110,12 +106,12 @@ class Checkpoints:
             raise RuntimeError(
                 f"Orbax refused to save step {step} in {self.folder}: it holds {self.steps()}"
             )
-        if cluster.first():  # at once, so that a kill before the next save loses nothing
+        if cluster.first():  # immediately, so that a kill before the next save loses nothing
             self._marking = threading.Thread(target=self._mark, args=(step,), daemon=True)
             self._marking.start()
 
     def finish(self) -> None:
-        """Waits until what was started is on disk and marked whole. Raises UserError where that
+        """Waits until the started save and its manifest are on disk. Raises UserError if that
         failed.
         """
         if self._marking is not None:
@@ -134,24 +130,25 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
             write_json(folder / _MANIFEST, _checksums(folder))
-        except Exception as error:  # raised where somebody can hear it, by `finish`
+        except Exception as error:  # raised by `finish`
             self._unmarked = error
 
     def _explained(self, error: Exception) -> Exception:
-        """A sentence where it is the disk's fault; what was left half written is removed, to give
-        room.
-        """
+        """A UserError if the disk caused the error; partial writes are removed to free space."""
         reason = disk_fault(error)
         if not reason:
             return error
         if cluster.first():
             self._sweep()
         whole = [p for p in _numbered(self.folder) if (p / _MANIFEST).exists()]
-        kept = f"step {whole[-1].name} and all before it stay" if whole else "there was none before"
+        kept = (
+            f"step {whole[-1].name} and all before it are kept"
+            if whole
+            else "there is no earlier one"
+        )
         return UserError(
-            f"a checkpoint cannot be written to {self.folder} ({reason}); {kept}: make room there "
-            "and give the same "
-            "command again."
+            f"a checkpoint cannot be written to {self.folder} ({reason}); {kept}: free disk space "
+            "and run the same command again."
         )
 
     def _sweep(self) -> None:
@@ -159,13 +156,13 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
 
     def steps(self) -> list[int]:
-        """Steps of the whole checkpoints, ascending."""
+        """Steps of the valid checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
     def restore(
         self, abstract: Any, step: int | None = None
     ) -> tuple[int, Any, dict[str, Any]] | None:
-        """(step, state, data) of the newest or the named checkpoint, None when there is none.
+        """(step, state, data) of the newest or the given checkpoint, None if there is none.
 
         abstract: ShapeDtypeStructs with shardings, of any mesh.
         """
@@ -206,15 +203,13 @@ class Checkpoints:
         return tree.map_named(lambda name, _: leaves[name], abstract), found[_DATA]
 
     def forget_after(self, step: int) -> None:
-        """Removes checkpoints newer than `step`: the run continues from before them and will write
-        them again.
-        """
+        """Deletes checkpoints after `step`: the run resumes before them and writes them again."""
         for each in self.steps():
             if each > step:
                 self._manager.delete(each)
 
     def close(self) -> None:
-        """Finishes and releases what Orbax holds."""
+        """Finishes and releases Orbax's resources."""
         try:
             self.finish()
         finally:
@@ -230,21 +225,20 @@ class Checkpoints:
                     aside = aside.with_name(aside.name + "x")
                 shutil.move(folder, aside)
                 self._say(
-                    f"checkpoint {folder} is not whole ({wrong}): it was moved to {aside} and is "
-                    "passed over."
+                    f"checkpoint {folder} failed verification ({wrong}) and was moved to {aside}; "
+                    "using the one before."
                 )
 
 
 def load_subtree(
     folder: str | os.PathLike[str], want: Any, branches: tuple[str, ...], step: int | None = None
 ) -> tuple[Any, dict[str, tuple]]:
-    """The newest whole checkpoint's arrays, or those of the one of `step`, that `want` names, and
-    the shapes of all it holds.
+    """Arrays of the newest valid checkpoint, or of `step`, that `want` names, and the shapes of all
+    saved arrays.
 
-    want: {path name: ShapeDtypeStruct with sharding}; branches: top-level names of the saved state
-    to look in, the first that is there counts. Paths that are absent or of another shape are left
-    out of the result: the caller compares. Raises UserError when the folder holds no whole
-    checkpoint.
+    want: {path name: ShapeDtypeStruct with sharding}; branches: top-level names of the saved state,
+    the first that exists is read. Missing paths and other shapes are left out; the caller compares.
+    Raises UserError if the folder has no valid checkpoint.
     """
     item = _newest_whole(folder, step) / _STATE
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
@@ -266,28 +260,24 @@ def load_subtree(
 
 
 def _renamed(found: Any) -> dict[str, Any]:
-    """Leaves by path under the names of today."""
+    """Leaves by today's path names."""
     return {renames.parameter(name): leaf for name, leaf in tree.flatten(found).items()}
 
 
 def load_data(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What was saved beside the arrays of the newest whole checkpoint. Raises UserError when there
-    is none.
-    """
+    """The JSON data of the newest valid checkpoint. Raises UserError if there is none."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         return reader.restore(_newest_whole(folder) / _DATA)
 
 
 def mark(folder: str | os.PathLike[str]) -> str:
-    """A short text that tells the newest whole checkpoint from every other. Raises UserError when
-    there is none.
-    """
+    """A fingerprint of the newest valid checkpoint. Raises UserError if there is none."""
     return _digest(_newest_whole(folder) / _MANIFEST)[:16]
 
 
 def load_arrays(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Every array by path name, in memory: of the newest whole checkpoint's average or parameters,
-    or of a folder that anybody's Orbax has written. Raises UserError when it is neither.
+    """All arrays by path name, in memory: the EMA or else the parameters of the newest valid
+    checkpoint, or any Orbax checkpoint. Raises UserError if it is neither.
     """
     folder = Path(folder).absolute()
     foreign = any((folder / name).exists() for name in _FOREIGN)
@@ -306,7 +296,7 @@ def load_arrays(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def whole_steps(folder: str | os.PathLike[str]) -> list[int]:
-    """Steps of the whole checkpoints in a folder, ascending."""
+    """Steps of the valid checkpoints in a folder, ascending."""
     folder = Path(folder)
     steps = (
         sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
@@ -320,7 +310,7 @@ def _newest_whole(folder: str | os.PathLike[str], step: int | None = None) -> Pa
     for path in reversed(there if step is None else [folder / str(step)]):
         if not fault(path):
             return path
-    raise UserError(f"{folder} holds no whole checkpoint: name a run that has saved one.")
+    raise UserError(f"{folder} has no valid checkpoint: use a run that has saved one.")
 
 
 def _numbered(folder: Path) -> list[Path]:
@@ -328,7 +318,7 @@ def _numbered(folder: Path) -> list[Path]:
 
 
 def disk_fault(error: BaseException | None) -> str:
-    """What is wrong with the disk, '' where the error, or what it came from, is not about that."""
+    """The disk error that caused `error`, or ''."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:
             return os.strerror(error.errno)
@@ -356,15 +346,15 @@ def _digest(path: Path) -> str:
 
 
 def fault(folder: Path) -> str:
-    """Why a checkpoint is not whole, '' when it is."""
+    """Why a checkpoint is invalid, '' if it is valid."""
     try:
         expected = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return "its writing was cut off"
+        return "its writing was interrupted"
     except (OSError, ValueError) as error:
         return f"its manifest cannot be read: {error}"
     found = _checksums(folder)
     wrong = sorted(
         name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
     )
-    return f"{wrong[0]} is missing or not what was written" if wrong else ""
+    return f"{wrong[0]} is missing or differs from its checksum" if wrong else ""

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes as one: started from the environment, in step with each other, and ended
-together.
+"""Multi-process runs: initialization from the environment, barriers, and exit on failure.
 
-Every process runs the same command. The first one alone writes logs and results; all of them write
-checkpoints, into a folder that all of them see.
+All processes run the same command. Process 0 alone writes logs and results; all write checkpoints,
+to a shared folder.
 """
 
 import glob
@@ -23,8 +22,7 @@ from jax.experimental import multihost_utils
 from particlejax.config.experiment import DistributedSpec
 from particlejax.core.typing import UserError
 
-# exit code (EX_TEMPFAIL) of a run that whoever supervises it should start again; 2 is a user's
-# mistake
+# exit code (EX_TEMPFAIL) of a run that its supervisor should restart; 2 is a user's mistake
 AGAIN = 75
 _RANKS = (
     "JAX_PROCESS_ID",
@@ -34,7 +32,7 @@ _RANKS = (
     "SLURM_PROCID",
 )
 _SIZES = ("JAX_NUM_PROCESSES", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-_ORTE = "OMPI_MCA_orte_hnp_uri"  # of Open MPI up to 4: where its launcher listens
+_ORTE = "OMPI_MCA_orte_hnp_uri"  # of Open MPI up to 4: its launcher's address
 _LOST = (
     "Gloo",
     "closed by peer",
@@ -46,8 +44,8 @@ _LOST = (
     "Barrier",
     "Shutdown barrier",
 )
-# Says the last word of a process that could not: XLA ends a process whose peer is gone without
-# asking Python.
+# Prints the last message of a terminated process: XLA ends a process that lost a peer without
+# returning to Python.
 _WITNESS = (
     "import os, sys; said = sys.stdin.buffer.read(); said or os.write(2, sys.argv[1].encode())"
 )
@@ -55,12 +53,12 @@ _witness: list[subprocess.Popen] = []
 
 
 def arguments(spec: DistributedSpec, environ: Mapping[str, str]) -> dict[str, Any]:
-    """Of jax.distributed.initialize, {} for a process on its own. Raises UserError where only a
-    part of them is known.
+    """Arguments of jax.distributed.initialize, {} for a single process. Raises UserError if they
+    are incomplete.
 
-    In this order: `config.distributed` and JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,
-    JAX_PROCESS_ID (the last also as an index of a Kubernetes Job, or a rank of MPI or SLURM);
-    SLURM; Open MPI; a TPU pod.
+    Sources in order: `config.distributed` and JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,
+    JAX_PROCESS_ID (the last also as a Kubernetes Job index, or an MPI or SLURM rank); SLURM; Open
+    MPI; a TPU pod.
     """
     coordinator = spec.coordinator_address or environ.get("JAX_COORDINATOR_ADDRESS", "")
     if spec.start == "off":
@@ -72,23 +70,21 @@ def arguments(spec: DistributedSpec, environ: Mapping[str, str]) -> dict[str, An
     if _number(environ, "OMPI_COMM_WORLD_SIZE") > 1:
         if _ORTE not in environ:
             raise UserError(
-                "this Open MPI does not say where its first process is: set "
-                "JAX_COORDINATOR_ADDRESS=HOST:PORT, or "
-                "config.distributed.coordinator_address."
+                "this Open MPI does not give the address of its first process: set "
+                "JAX_COORDINATOR_ADDRESS=HOST:PORT, or config.distributed.coordinator_address."
             )
         return {"cluster_detection_method": "ompi"}
     if spec.num_processes > 1 or _number(environ, "JAX_NUM_PROCESSES") > 1:
         raise UserError(
-            "several processes are asked for and nothing says where the first one is: set "
-            "config.distributed.coordinator_address="
-            "HOST:PORT, or JAX_COORDINATOR_ADDRESS."
+            "several processes are configured, but not the address of the first one: set "
+            "config.distributed.coordinator_address=HOST:PORT, or JAX_COORDINATOR_ADDRESS."
         )
     return {"cluster_detection_method": None} if _on_tpu(environ) else {}
 
 
 def start(spec: DistributedSpec) -> None:
-    """Joins the other processes, before anything touches a device. Raises UserError when they do
-    not come.
+    """Joins the other processes, before any device is used. Raises UserError if they do not
+    connect.
     """
     known = arguments(spec, os.environ)
     if not known or jax.distributed.is_initialized():
@@ -102,14 +98,14 @@ def start(spec: DistributedSpec) -> None:
     except (RuntimeError, ValueError) as error:
         raise UserError(
             "the processes of this run did not find each other "
-            f"({' '.join(str(error).split())[:200]}): see that all "
-            "of them are started, and that config.distributed, or the environment, names the same "
-            "coordinator."
+            f"({' '.join(str(error).split())[:200]}): check that all are started, and that "
+            "config.distributed, or the environment, gives all the same coordinator."
         ) from error
     if jax.process_count() > 1:
         me = f"process {jax.process_index()} of {jax.process_count()}"
         sentence = (
-            f"particlejax: {me} was ended, by the loss of another one or by the system: {_REMEDY}\n"
+            f"particlejax: {me} was terminated (a peer was lost, or the system killed it). "
+            f"{_REMEDY}\n"
         )
         _witness.append(
             subprocess.Popen(
@@ -126,9 +122,7 @@ def several() -> bool:
 
 
 def first() -> bool:
-    """Whether this process is the one that writes; asks no device where the process is on its
-    own.
-    """
+    """Whether this process writes the results; queries no device in a single process."""
     return not several() or jax.process_index() == 0
 
 
@@ -139,7 +133,7 @@ def barrier(name: str) -> None:
 
 
 def gather(value: Any) -> list[Any]:
-    """Every process's value, of what JSON can hold, in their order; all of them must call it."""
+    """The JSON values of all processes, in process order; all processes must call it."""
     if not several():
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -150,21 +144,17 @@ def gather(value: Any) -> list[Any]:
 
 
 def failed(error: Exception) -> int:
-    """Says what ended this process of several, in a sentence where it was the loss of another;
-    returns the exit code.
-    """
+    """Reports the error that ended this process of several; returns the exit code."""
     if any(text in str(error) for text in _LOST):
         me = f"process {jax.process_index()} of {jax.process_count()}"
-        print(f"particlejax: {me} has lost another one: {_REMEDY}", file=sys.stderr)
+        print(f"particlejax: {me} lost a peer. {_REMEDY}", file=sys.stderr)
         return AGAIN
     traceback.print_exception(error)
     return 1
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process; a failure does not wait for the others, which are then ended by its
-    loss.
-    """
+    """Ends this process; after a failure it does not wait for the others, which then end too."""
     for witness in _witness:
         witness.communicate(b"said")
     if code and several():
@@ -175,9 +165,8 @@ def leave(code: int) -> NoReturn:
 
 
 _REMEDY = (
-    "what was saved is whole, start all processes again with the same command, also fewer or more "
-    "of them, and the run "
-    "continues from its last checkpoint."
+    "Checkpoints are intact: run the same command again in all processes; it resumes from the "
+    "last checkpoint, also with another number of processes."
 )
 
 
@@ -191,9 +180,8 @@ def _explicit(
     if not processes or not process.isdigit() or int(process) >= processes:
         raise UserError(
             f"the coordinator is {coordinator}, of {processes or 'an unknown number of'} "
-            "processes, and this one is "
-            f"number {process or 'unknown'}: set config.distributed.num_processes and "
-            "config.distributed.process_id (0 for the "
+            f"processes, and this is process {process or 'unknown'}: set "
+            "config.distributed.num_processes and config.distributed.process_id (0 for the "
             "first), or JAX_NUM_PROCESSES and JAX_PROCESS_ID."
         )
     if processes == 1:
@@ -212,7 +200,7 @@ def _number(environ: Mapping[str, str], name: str) -> int:
 
 
 def _on_tpu(environ: Mapping[str, str]) -> bool:
-    """Whether this is a host of Cloud TPU, where JAX asks the platform who the others are (one host
+    """Whether this is a Cloud TPU host, where JAX gets the other hosts from the platform (one host
     is a pod of one).
     """
     if (

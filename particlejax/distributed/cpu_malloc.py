@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory of a process that trains on CPUs: kept from step to step.
+"""Keeps freed memory in the process during CPU training.
 
-XLA asks for a step's gigabytes anew each time and hands them back, and the kernel clears every page
-of them again: a sixth of a ViT-S step. Told to keep what is handed back, the C library gives the
-same pages to the next step, to the main thread at least, so that thread has to run it: other
-threads' heaps are small ones, and one heap for all makes those that decode wait for each other.
+XLA allocates and frees gigabytes in each step, and the kernel zeroes every page again: a sixth of a
+ViT-S step. With these malloc settings, glibc reuses the pages in the next step, but only on the
+main thread, which must therefore run the programs: other threads have small arenas, and a single
+arena for all makes decoding threads wait for each other.
 """
 
 import ctypes
@@ -22,17 +22,17 @@ _INLINE = "jax_cpu_enable_async_dispatch"
 
 
 def keep(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether memory is kept and programs run in the thread that calls them from now on; before JAX
-    looks for devices.
+    """Keeps freed memory and runs programs in the calling thread, if applicable; returns whether it
+    does. Call before JAX finds devices.
 
-    Not with an accelerator, whose memory is its own, nor with several devices, which would wait for
-    each other in one thread, nor where the environment says how to allocate (GLIBC_TUNABLES,
-    MALLOC_..., LD_PRELOAD), nor without glibc.
+    Not applied with an accelerator, with several devices (they would wait for each other in one
+    thread), if the environment configures malloc (GLIBC_TUNABLES, MALLOC_..., LD_PRELOAD), or
+    without glibc.
     """
     told = any(name.startswith(("GLIBC_TUNABLES", "MALLOC_", "LD_PRELOAD")) for name in environ)
     if told or _accelerated(environ) or _several(environ) or _INLINE not in jax.config.values:
         return False
-    tell = getattr(ctypes.CDLL(None), "mallopt", None)  # musl and macOS have none
+    tell = getattr(ctypes.CDLL(None), "mallopt", None)  # missing in musl and macOS
     if tell is None or not all([tell(_MAPPED, 0), tell(_TRIM, 2**31 - 1)]):
         return False
     jax.config.update(_INLINE, False)
@@ -40,7 +40,7 @@ def keep(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def _accelerated(environ: Mapping[str, str]) -> bool:
-    """Whether JAX may find other devices than the CPU."""
+    """Whether JAX may find devices other than the CPU."""
     if platforms := environ.get("JAX_PLATFORMS"):
         return platforms != "cpu"
     return (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mesh, and which part of it holds which part of an array: rules by parameter path."""
+"""The device mesh, and sharding rules by parameter path."""
 
 import functools
 import math
@@ -20,8 +20,8 @@ from particlejax.core.typing import UserError
 AXES = ("data", "fsdp", "tensor", "sequence")
 ROWS = ("data", "fsdp")  # axes over which a batch's rows are divided
 
-# Last axes of a parameter (and of its moments in the optimiser, whose paths end alike) -> axes of
-# the mesh; stacked layers come before these and stay whole.
+# Last axes of a parameter (and of its optimizer moments, whose paths have the same ending) -> mesh
+# axes; leading axes of stacked layers are not sharded.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(query|key|value)/kernel$", ("fsdp", "tensor", None)),
     (r"attention/out/kernel$", ("tensor", None, "fsdp")),
@@ -33,7 +33,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def make_mesh(spec: MeshSpec, of: Sequence[jax.Device] | None = None) -> Mesh:
-    """These devices, by default all, in a mesh of the four named axes. Raises UserError when their
+    """A mesh of the four named axes over `of`, by default all devices. Raises UserError if their
     number does not fit.
     """
     sizes, devices = (
@@ -44,12 +44,10 @@ def make_mesh(spec: MeshSpec, of: Sequence[jax.Device] | None = None) -> Mesh:
     sizes = [rest if size == -1 else size for size in sizes]
     if over or math.prod(sizes) != devices:
         raise UserError(
-            f"config.mesh wants {dict(zip(AXES, sizes, strict=True))} but there are {devices} "
-            "devices: make "
-            "their product that number, or one of them -1."
+            f"config.mesh is {dict(zip(AXES, sizes, strict=True))}, but there are {devices} "
+            "devices: make the product equal to that number, or set one axis to -1."
         )
-    # An axis may take a part of a torus' axis: data=8, fsdp=8 on chips of 4x4x4 would else be
-    # refused.
+    # A mesh axis may use part of a torus axis, else data=8, fsdp=8 fails on 4x4x4 chips.
     grid = mesh_utils.create_device_mesh(
         sizes, jax.devices() if of is None else of, allow_split_physical_axes=True
     )
@@ -57,9 +55,9 @@ def make_mesh(spec: MeshSpec, of: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 def param_shardings(shapes: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for each leaf of a tree of shapes (parameters, or a state that holds them).
+    """A NamedSharding for each leaf of a tree of shapes (parameters, or a state).
 
-    Warns where most of it fits no axis of fsdp, so that every device holds it whole.
+    Warns if fsdp divides no axis of most of it, so that every device holds a full copy.
     """
     shardings = tree.map_named(
         lambda name, leaf: NamedSharding(mesh, _spec(name, leaf.shape, mesh)), shapes
@@ -71,21 +69,20 @@ def param_shardings(shapes: Any, mesh: Mesh) -> Any:
         if share > 0.5:
             warnings.warn(
                 f"config.mesh.fsdp={mesh.shape['fsdp']} divides no axis of {share:.0%} of the "
-                "parameters and their "
-                "moments, which every device holds whole: make it a divisor of config.model.width, "
-                "and data the rest.",
+                "parameters and their moments, so every device holds a full copy: use a divisor "
+                "of config.model.width, and data for the rest.",
                 stacklevel=2,
             )
     return shardings
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows divided over data and fsdp, everything else whole."""
+    """Rows are sharded over data and fsdp, other axes are not."""
     return NamedSharding(mesh, P(ROWS))
 
 
 def on(mesh: Mesh, f: Callable[..., Any]) -> Callable[..., Any]:
-    """f, in which what is written for each device by itself finds the mesh."""
+    """f, run with the mesh in context, for sharding constraints and shard_map inside it."""
 
     @functools.wraps(f)
     def told(*args: Any) -> Any:
@@ -96,17 +93,14 @@ def on(mesh: Mesh, f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def spread(x_BLD: jax.Array) -> jax.Array:
-    """Tokens divided over rows and along the sequence, where the mesh that `on` tells of has an
-    axis for that.
-    """
+    """Shards tokens [B, L, D] over rows and sequence, if the mesh of `on` has a sequence axis."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["sequence"] == 1:
         return x_BLD
     if x_BLD.shape[1] % mesh.shape["sequence"]:
         warnings.warn(
             f"config.mesh.sequence={mesh.shape['sequence']} does not divide rows of "
-            f"{x_BLD.shape[1]} tokens, which "
-            "each of its devices computes whole.",
+            f"{x_BLD.shape[1]} tokens: each of its devices computes all of them.",
             stacklevel=2,
         )
         return x_BLD
@@ -126,12 +120,12 @@ def describe(mesh: Mesh) -> str:
 
 
 def row_divisor(mesh: Mesh) -> int:
-    """What the rows of a batch must be a multiple of."""
+    """The number of rows of a batch must be a multiple of this."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def check_rows(rows: int, mesh: Mesh, key: str) -> None:
-    """Raises UserError when `rows` cannot be divided over the mesh."""
+    """Raises UserError if `rows` cannot be divided over the mesh."""
     parts = row_divisor(mesh)
     if rows % parts:
         raise UserError(
@@ -141,11 +135,10 @@ def check_rows(rows: int, mesh: Mesh, key: str) -> None:
 
 
 def reader(mesh: Mesh) -> tuple[int, int]:
-    """(i, n): the rows of a batch are read in n parts, of which this process brings the i-th.
+    """(i, n): the rows of a batch are loaded in n parts; this process loads part i.
 
-    Processes whose devices hold the same rows (where tensor or sequence reach across processes)
-    read the same part. Raises UserError where devices of a process hold rows that another holds
-    only a part of.
+    Processes whose devices hold the same rows (tensor or sequence spans processes) load the same
+    part. Raises UserError if processes hold partly overlapping rows.
     """
     held: dict[int, set[int]] = {}
     for (data, fsdp, *_), device in np.ndenumerate(mesh.devices):
@@ -153,15 +146,14 @@ def reader(mesh: Mesh) -> tuple[int, int]:
     parts = sorted({tuple(sorted(rows)) for rows in held.values()})
     if len({len(part) for part in parts}) > 1 or len(set().union(*parts)) != sum(map(len, parts)):
         raise UserError(
-            f"config.mesh={dict(mesh.shape)} divides rows so that processes share some and not "
-            "others: make tensor x "
+            f"config.mesh={dict(mesh.shape)} makes processes share only some rows: make tensor x "
             "sequence a divisor or a multiple of the devices of a process."
         )
     return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
 
 def put(batch: Any, mesh: Mesh) -> Any:
-    """A batch on the mesh; each process brings its own rows (`reader`), numpy [B / n, ...]."""
+    """A batch on the mesh; each process passes its own rows (`reader`), numpy [B / n, ...]."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
