@@ -92,7 +92,7 @@ def test_ratios_are_of_the_same_repetition() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"objectives": {"clip_order": {}}}, "VideoMAE knows 'masked_autoencoder' and 'classify'"),
+        ({"objectives": {"clip_order": {}}}, "VideoMAE has 'masked_autoencoder' and 'classify'"),
         ({"particles": {"budget": 8}}, "set config.particles.policy='grid'"),
         ({"model": {"depth": 2}}, "own data, particles and model empty"),
     ],

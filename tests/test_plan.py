@@ -304,7 +304,7 @@ def test_meshes_that_are_compared_fit(devices: int) -> None:
         (PlanSpec(experiment="experiments/quickstat.py"), "did you mean experiments/quickstart.py"),
         (
             PlanSpec(experiment="experiments/quickstart.py:tiny", stage="x"),
-            "config.stage='x' is no stage of .* has pretrain, finetune",
+            "config.stage='x' is not a stage of .* has pretrain, finetune",
         ),
         (
             PlanSpec(experiment="experiments/quickstart.py:tiny", overrides=("model.widht=3",)),

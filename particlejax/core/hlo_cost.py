@@ -63,7 +63,7 @@ class Instruction(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """A collective over mesh axes. sent: bytes that each device sends in a step."""
+    """A collective over mesh axes. sent: bytes per device and step."""
 
     op: str
     axes: tuple[str, ...]
