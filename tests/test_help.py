@@ -294,7 +294,7 @@ def test_what_is_no_experiment_gets_one_sentence(
     broken.write_text("a = 1\ndef get_config(:\n")
     empty.write_text("a = 1\n")
     for file, sentence in (
-        ("README.md", "README.md is not an experiment file: name a Python file"),
+        ("README.md", "README.md is not an experiment file: give a Python file"),
         (str(broken), f"{broken}, line 2: invalid syntax"),
         (str(empty), f"{empty} is not an experiment file: it has no function get_config"),
     ):

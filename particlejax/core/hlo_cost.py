@@ -72,7 +72,7 @@ class Collective(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Per device and run. bytes: main memory traffic. cycles: the compiler's estimate, 0 if none."""
+    """Per device and run. bytes: main memory traffic. cycles: compiler estimate, 0 if none."""
 
     bytes: float
     cycles: float
