@@ -107,7 +107,7 @@ def test_the_same_command_again_does_nothing_anew(
         "--workdir",
         str(quickstart),
     )
-    assert code == 0 and "already done" in said
+    assert code == 0 and "done before" in said
     assert (quickstart / "metrics.jsonl").read_bytes() == before
 
 
