@@ -91,7 +91,7 @@ def test_stages_of_an_experiment_made_in_python_are_checked_too() -> None:
         Experiment.of({"stages": {"a": {"objectives": {"masked_autoencoder": {}}}}})
 
 
-@pytest.mark.parametrize("policy", ["grid", "tubes", "pyramid", "adaptive", "runs"])
+@pytest.mark.parametrize("policy", ["grid", "tubes", "pyramid", "adaptive", "run_length"])
 def test_the_budget_is_kept_by_every_policy(policy: str) -> None:
     video = np.random.default_rng(0).integers(0, 256, (16, 64, 64, 3), np.uint8)
     times = np.arange(16, dtype=np.float32) / 25

@@ -67,7 +67,7 @@ def command(file: str, workdir: Path, *more: str) -> int:
 def compute(folder: Path, keep: Path, workdir: Path, *more: str) -> dict:
     """The job's results."""
     settings = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
-    where = [f"--config.weights=folder:{folder}", f"--config.out_dir={keep}"]
+    where = [f"--config.source=folder:{folder}", f"--config.out_dir={keep}"]
     assert command("extract_features.py:tiny", workdir, *where, *settings, *more) == 0
     return json.loads((workdir / "results.json").read_text())
 

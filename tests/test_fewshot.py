@@ -182,7 +182,7 @@ def test_nobody_learns_to_teach() -> None:
 def test_the_step_gives_the_average_as_teacher() -> None:
     made = batch([-1, -1], [0, 1])
     spec = PseudoLabelSpec(
-        teacher="ema", target="soft", threshold=0.0, noise_std=0.0, mask_ratio=1.0
+        teacher="ema", target="soft", threshold=0.0, noise_std=0.0, mask_ratio=0.0
     )
     teacher = {"w": -PARAMS["w"]}
     optimizer = optax.sgd(0.1)

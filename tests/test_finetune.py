@@ -494,13 +494,13 @@ def test_a_run_that_tunes_a_part_counts_it_and_resumes_exactly(
         assert (workdir / name).read_bytes() == (alone / name).read_bytes(), name
     parts = json.loads((alone / "results.json").read_text())["finetune"]["train"]
     assert (
-        parts["parameters_saved"] == parts["parameters_trained"] < 0.5 * parts["parameters"]
+        parts["num_saved_params"] == parts["num_trainable_params"] < 0.5 * parts["num_params"]
         and parts["compilations"] == 1
     )
     held = checkpoint.load_arrays(run.checkpoint_folder(alone, "finetune"))
-    assert sum(each.size for each in held.values()) == parts["parameters_saved"]
+    assert sum(each.size for each in held.values()) == parts["num_saved_params"]
     base = checkpoint.load_arrays(run.checkpoint_folder(grounds / "base", "finetune"))
-    assert sum(each.size for each in base.values()) == parts["parameters"]
+    assert sum(each.size for each in base.values()) == parts["num_params"]
 
 
 def test_merged_it_is_a_run_that_says_the_same(

@@ -187,7 +187,7 @@ def test_auto_is_what_the_devices_run_best(monkeypatch: pytest.MonkeyPatch) -> N
             patch.setattr(jax, "default_backend", lambda name=platform: name)
             assert fused_attention.chosen("auto", jnp.dtype(dtype), keys) == best
     with pytest.raises(
-        UserError, match="config.attention is 'fast': choose one of auto, plain, splash, cudnn"
+        UserError, match="config.attention_impl is 'fast': choose one of auto, xla, splash, cudnn"
     ):
         make(ModelSpec, {"attention_impl": "fast"}, "config")
 

@@ -53,9 +53,9 @@ def test_a_moment_reads_the_tokens_that_cover_it_and_no_others() -> None:
     x = jax.random.normal(jax.random.key(1), (*rest["vision"].segment.shape, MODEL.width))
     tokens = Tokens(x, rest["vision"].place, rest["vision"].segment)
     told = jax.jit(
-        lambda x, m: model.head(params, "framewise_head_series", tokens._replace(x=x), rest, each)[
-            0
-        ][0, m].sum()
+        lambda x, m: model.head(
+            params, "framewise_head_timeseries", tokens._replace(x=x), rest, each
+        )[0][0, m].sum()
     )
     middle, half = rest["vision"].place[0, :, 0], rest["vision"].extent[0, :, 0] / 2
     for m in (0, 5, 11):

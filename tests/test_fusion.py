@@ -265,8 +265,8 @@ def test_scan_equals_unroll_where_parts_fuse_late() -> None:
     "model, match",
     [
         (dict(fusion="middle"), "choose one of early"),
-        (dict(fusion="bottleneck", depth=3, fuse_from=2), "use 1 or less"),
-        (dict(fusion="late", depth=3, reduce_after=(1,)), "leave it empty"),
+        (dict(fusion="bottleneck", depth=3, fusion_layer=2), "use 1 or less"),
+        (dict(fusion="late", depth=3, token_reduction_layers=(1,)), "leave it empty"),
     ],
 )
 def test_what_does_not_go_together_is_refused(model: dict, match: str) -> None:

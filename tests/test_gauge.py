@@ -54,21 +54,21 @@ def test_seconds_of_a_step_add_up_and_rates_count_what_is_there(clock: list[floa
         "seconds_data": 0.25,
         "seconds_save": 0.5,
         "seconds_compute": 1.25,
-        "data_wait_share": 0.125,
+        "data_wait_fraction": 0.125,
         "clips_per_second": 1.0,
         "particles_per_second": 7.5,
-        "fill": 30 / 80,
+        "packing_efficiency": 30 / 80,
         "particles_per_clip": 7.5,
         "mfu": 8e9 / (2.0 * 1e12 * jax.device_count()),
     }
     assert {name: pytest.approx(value) for name, value in each.items()} == {
         name: found[name] for name in each
     }
-    assert found["host_mib"] > 50
+    assert found["host_peak_mib"] > 50
     it.add(batch(4, 40))
     clock[0] += 1
     again = it.figures()
-    assert again["fill"] == 1.0 and again["seconds_per_step"] == pytest.approx(1.0), (
+    assert again["packing_efficiency"] == 1.0 and again["seconds_per_step"] == pytest.approx(1.0), (
         "each line begins anew"
     )
 

@@ -32,8 +32,9 @@ class Fixed:
         self.calls = 0
 
     def apply(self, params: dict, method: str, *args: object, key: object = None) -> object:
-        if method == "encode":
-            return None, {}
+        return None, {}
+
+    def head(self, params: dict, name: str, *args: object) -> object:
         self.calls += 1
         return self.logits[(self.calls - 1) % len(self.logits)] + params["shift"]
 
@@ -245,7 +246,7 @@ def test_the_rest_comes_without_labels_as_often_as_asked_for(tmp_path: Path) -> 
         ),
         (
             {"objectives": {"classify": {"loss": "sigmoid", "class_balance_beta": 0.9}}},
-            "class_balance_beta is for loss='softmax'",
+            "class_balance_beta needs loss='softmax'",
         ),
         (
             {"objectives": {"classify": {"loss": "sigmoid"}, "pseudo_label": {}}},

@@ -50,7 +50,7 @@ def run(folder: Path, keep: Path, workdir: Path, *more: str) -> dict:
             [
                 "main",
                 "--config=experiments/linear_probe.py:tiny",
-                f"--config.weights=folder:{folder}",
+                f"--config.source=folder:{folder}",
                 "--config.test_split=val",
                 f"--config.feature_cache_dir={keep}",
                 f"--workdir={workdir}",
@@ -77,7 +77,7 @@ def test_features_are_computed_once_and_again_where_damaged(
         first["linear_probe"]["val"]["top1"] == 1.0
         and first["linear_probe"]["val"]["num_clips"] == 8
     )
-    assert [Path(each["path"]).name for each in first["bad"]] == ["broken.mkv"]
+    assert [Path(each["path"]).name for each in first["unreadable"]] == ["broken.mkv"]
     assert "20" in (tmp_path / "a" / "report.md").read_text()
     files = sorted(keep.rglob("*.features"))
     assert len(files) == 20 and not list(keep.rglob("*.tmp"))

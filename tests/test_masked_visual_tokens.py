@@ -42,7 +42,7 @@ def test_a_code_is_the_nearest_centre_and_k_means_finds_what_is_there() -> None:
 
 def test_a_stage_begins_with_centres_of_its_own_particles_and_keeps_them(cache_dir: str) -> None:
     config = runpy.run_path(str(ROOT / "experiments/pretrain/single_objective.py"))["get_config"](
-        "codes,tiny"
+        "visual_tokens,tiny"
     ).to_dict()
     config["data"] |= {"cache_dir": cache_dir, "modalities": ("vision",)}
     experiment, mesh = Experiment.of(config), make_mesh(MeshSpec())

@@ -227,7 +227,7 @@ def test_the_plan_is_of_the_step_that_trains(planned: dict) -> None:
     each = planned["pretrain"]["here data=2 fsdp=4"]
     on_first = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state.params))
     moments = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state.opt_state))
-    assert (each["bytes"]["parameters"], each["bytes"]["optimiser"]) == (on_first, moments)
+    assert (each["bytes"]["parameters"], each["bytes"]["optimizer"]) == (on_first, moments)
     batch = plan.batch_of(stage, 16)
     assert (
         each["flops"]
@@ -255,7 +255,7 @@ def test_gradients_travel_once_where_only_rows_are_divided(planned: dict) -> Non
     assert 0.95 * gradients < reduced < 1.1 * gradients  # norms and losses are small
     other = planned["pretrain"]["here data=2 fsdp=4"]
     assert {"fsdp"} & {axis for one in other["collectives"] for axis in one["axes"]}
-    assert other["bytes"]["optimiser"] < each["bytes"]["optimiser"] / 2
+    assert other["bytes"]["optimizer"] < each["bytes"]["optimizer"] / 2
     assert planned["best"]["here"] in ("data=8", "data=2 fsdp=4")
 
 
@@ -263,10 +263,13 @@ def test_estimates_name_what_binds_and_never_undercut_the_roofline() -> None:
     chip = accelerators.Chip(2**30, 100.0, 10.0, 5.0, clock=2.0)
     sent = (hlo_cost.Collective("all-reduce", ("data",), 1, 40.0),)
     found = plan.estimates(300.0, hlo_cost.Cost(20.0, 0.0, sent, 0), chip)
-    assert found["seconds"] == {"compute": 3.0, "hbm": 2.0, "ici": 8.0} and found["binds"] == "wire"
+    assert (
+        found["seconds"] == {"compute": 3.0, "hbm": 2.0, "ici": 8.0}
+        and found["bottleneck"] == "ici"
+    )
     assert found["step"] == found["roofline"] == 8.0 and "compiler" not in found
     slow = plan.estimates(300.0, hlo_cost.Cost(20.0, 24.0, (), 0), chip)
-    assert (slow["binds"], slow["compiler"], slow["step"], slow["utilisation"]) == (
+    assert (slow["bottleneck"], slow["compiler"], slow["step"], slow["utilization"]) == (
         "product",
         12.0,
         12.0,
@@ -387,7 +390,7 @@ def test_a_tpu_that_is_not_there_is_planned(tmp_path: Path) -> None:
         each["kind"].startswith("TPU")
         and each["estimates"]["compiler"] > 0
         and each["fits"]
-        and each["bytes"]["sent"] > 0
+        and each["bytes"]["ici_bytes"] > 0
     )
     assert len(plan.devices_of("v5p:1x1x1")) == len(plan.devices_of("v5e:1x1")) == 1
     with pytest.raises(UserError, match="is not a TPU topology"):

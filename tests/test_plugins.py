@@ -98,7 +98,8 @@ PLUGINS = plugins.load("my_project.parts")
 
 def get_config(arg=""):
     stage = section(
-        StageSpec, steps=2, rows=8, objectives={"brightness": {"scale": 3.0}, "classify": {}}
+        StageSpec, num_steps=2, batch_size=8,
+        objectives={"brightness": {"scale": 3.0}, "classify": {}},
     )
     return ConfigDict(section(
         Experiment,

@@ -201,7 +201,7 @@ def test_a_worker_of_prepare_that_is_killed_ends_in_a_sentence(
     said = capfd.readouterr().err
     assert (
         "a worker process was killed" in said
-        and "give the same command again" in said
+        and "run the same command again" in said
         and "Traceback" not in said
     )
     assert (
@@ -408,5 +408,5 @@ def test_a_source_of_which_nothing_can_be_read_ends_in_a_sentence(
         and "(not a media file, ...)" in said
         and "Traceback" not in said
     )
-    assert len(json.loads((tmp_path / "run" / "results.json").read_text())["bad"]) == 2
+    assert len(json.loads((tmp_path / "run" / "results.json").read_text())["unreadable"]) == 2
     assert "## 2 unreadable clips" in (tmp_path / "run" / "report.md").read_text()

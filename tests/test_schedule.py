@@ -154,8 +154,8 @@ def test_schedules_say_which_scale_when() -> None:
             "require kind 'cycles'",
         ),
         (
-            {"kind": "mixture", "scales": ({"sise": 16},)},
-            r"scale_schedule.scales\[0\] has no key 'sise': did you mean",
+            {"kind": "mixture", "scales": ({"image_sise": 16},)},
+            r"scale_schedule.scales\[0\] has no key 'image_sise'",
         ),
         ({"kind": "mixture", "scales": ({"image_size": 17},)}, "17 rows are not a multiple"),
     ],
@@ -216,7 +216,7 @@ def test_a_stage_of_many_scales_compiles_once_and_is_measured_at_any(
     results = json.loads((tmp_path / "run/results.json").read_text())["finetune"]
     assert results["train"]["compilations"] == 1 and results["train"]["clips_seen"] > 8 * 8
     fill = [
-        json.loads(line)["fill"]
+        json.loads(line)["packing_efficiency"]
         for line in (tmp_path / "run/timing.jsonl").read_text().splitlines()
     ]
     assert np.mean(fill) > 0.8

@@ -238,7 +238,7 @@ def test_published_weights_are_read_kept_and_handed_on(
         for path, leaf in held.items()
         if path.startswith(cnn_stem.PATH)
     }
-    assert figures["parameters"] - figures["parameters_trained"] == sum(
+    assert figures["parameters"] - figures["num_trainable_params"] == sum(
         leaf.size for leaf in held.values()
     )
     assert figures["compilations"] == 1

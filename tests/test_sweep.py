@@ -54,7 +54,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         cost = {
             "particles_per_clip": particles,
             "flops_per_clip": particles * each.model.width * 1e6,
-            "seconds_of_steps": 2.0,
+            "train_seconds": 2.0,
             "clips_per_second": 100 / particles,
         }
         run.add_results(

@@ -96,7 +96,7 @@ def test_no_code_of_a_file_is_run(call: Any, tmp_path: Path) -> None:
 
 def tensor(offset: int, size: tuple, stride: tuple) -> bytes:
     """The index {'w': a tensor of a storage of four numbers}, written opcode by opcode."""
-    storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\00X\x03\0\0\0cpuK\x04tQ"
+    storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x04tQ"
     return (
         b"\x80\x02}X\x01\0\0\0wctorch._utils\n_rebuild_tensor_v2\n("
         + storage
@@ -339,7 +339,7 @@ def test_what_is_missing_is_drawn_and_said(tmp_path: Path, capfd: pytest.Capture
         ([], "config.weights or config.model is empty: add"),
         (["--config.weights=x.pt", "--config.model=i3d"], "x.pt does not"),
         (["--config.weights=x.pt", "--config.model=i3"], "no model 'i3': did you mean i3d?"),
-        (["--config.sorce=x"], "config has no key 'sorce': did you mean config.weights?"),
+        (["--config.sorce=x"], "config has no key 'sorce': did you mean config.source_grid?"),
     ],
 )
 def test_mistakes_of_an_import_get_one_sentence(
@@ -430,7 +430,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     ):
         predict.load(PredictSpec(model="x3d_tiny", weights=str(tmp_path / "part.safetensors")))
     (tmp_path / "few.txt").write_text("one\ntwo")
-    with pytest.raises(UserError, match="has 2 names where the model has 10 classes"):
+    with pytest.raises(UserError, match="has 2 names but the model has 10 classes"):
         predict.load(
             PredictSpec(model="x3d_tiny", weights=str(X3D), class_names=str(tmp_path / "few.txt"))
         )

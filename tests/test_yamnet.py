@@ -155,7 +155,7 @@ def test_a_model_learns_from_sound_and_words_that_others_heard_and_read(
         found = run(
             f"extract_features.py:{arg}",
             tmp_path / f"job_{name}",
-            "--config.weights=toybox:tiny",
+            "--config.source=toybox:tiny",
             "--config.weights=random",
             f"--config.out_dir={tmp_path / name}",
             *more,

@@ -33,7 +33,7 @@ from particlejax.config.model import OBJECTIVES, ModelSpec, check_stage
 from particlejax.core.errors import UserError
 
 # Plugins may add names; particles/policies.py and data/augment.py hold the implementations.
-POLICIES: dict[str, None] = dict.fromkeys(("grid", "tubes", "pyramid", "adaptive", "runs"))
+POLICIES: dict[str, None] = dict.fromkeys(("grid", "tubes", "pyramid", "adaptive", "run_length"))
 AUGMENTATIONS: dict[str, None] = {}
 
 

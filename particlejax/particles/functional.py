@@ -32,8 +32,8 @@ def patchify(
     """Returns the particles of one clip, with leading axis N.
 
     video: uint8 or float [T, H, W, C]. fps: frames per second. policy: 'grid', 'tubes', 'pyramid',
-    'adaptive', 'runs' or a registered one. budget: maximum number of particles; 0: all. patch_size:
-    frames, rows and columns of the smallest cuboid. seed: for the random subset of policies that do
+    'adaptive', 'run_length' or a registered one. budget: maximum number of particles; 0: all.
+    patch_size: frames, rows and columns of the smallest cuboid. seed: for the random subset of policies that do
     not use the budget themselves. settings: other fields of config.particles. Payloads [N, P] have
     the video's dtype, in the order (t, h, w, c); places are in seconds and fractions of the frame.
     Raises UserError for settings that do not fit the clip.

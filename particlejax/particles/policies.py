@@ -168,7 +168,7 @@ def _check_adapting(size: Shape, spec: ParticleSpec) -> None:
     least = (size[1] // spec.patch_size[1]) * (size[2] // spec.patch_size[2])
     if not (spec.budget or spec.run_threshold):
         raise ValueError(
-            "particles.policy is 'runs' but budget and run_threshold are 0: set one of them."
+            "particles.policy is 'run_length' but budget and run_threshold are 0: set one of them."
         )
     if 0 < spec.budget < least:
         raise ValueError(
@@ -183,7 +183,7 @@ TABLE: dict[str, Policy] = {
     "tubes": _of_tubes(tubes),
     "pyramid": _of_tubes(pyramid),
     "adaptive": _adapting(adaptive.adaptive),
-    "runs": _adapting(run_length.runs),
+    "run_length": _adapting(run_length.runs),
 }
 
 

@@ -409,7 +409,7 @@ def _write_figures(loop: _Loop, seconds: float) -> None:
         "steps": position.done,
         "wall_seconds": round(seconds, 1),
         "clips_seen": setup.batches.plan.seen(position.done),
-        "clips": setup.clips,
+        "num_clips": setup.clips,
         "num_params": tree.count(partition.base(state.params, state.frozen)),
         "num_trainable_params": partition.training(stage.spec.finetune, state.params),
         "num_saved_params": tree.count(saved(state).best_params),
