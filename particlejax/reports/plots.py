@@ -198,7 +198,7 @@ def bars(series: Mapping[str, Sequence[int]], names: Sequence[str], path: Path, 
     ax.set_yticks(range(len(names)), names, fontsize=8)
     ax.invert_yaxis()
     ax.set(title=title, xlabel="clips")
-    ax.legend()
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the bars, never over them
     _save(figure, path)
 
 
