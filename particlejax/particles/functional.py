@@ -33,10 +33,10 @@ def patchify(
 
     video: uint8 or float [T, H, W, C]. fps: frames per second. policy: 'grid', 'tubes', 'pyramid',
     'adaptive', 'run_length' or a registered one. budget: maximum number of particles; 0: all.
-    patch_size: frames, rows and columns of the smallest cuboid. seed: for the random subset of policies that do
-    not use the budget themselves. settings: other fields of config.particles. Payloads [N, P] have
-    the video's dtype, in the order (t, h, w, c); places are in seconds and fractions of the frame.
-    Raises UserError for settings that do not fit the clip.
+    patch_size: frames, rows and columns of the smallest cuboid. seed: for the random subset of
+    policies that do not use the budget themselves. settings: other fields of config.particles.
+    Payloads [N, P] have the video's dtype, in the order (t, h, w, c); places are in seconds and
+    fractions of the frame. Raises UserError for settings that do not fit the clip.
     """
     if video.ndim != 4:
         raise UserError(f"the video has shape {list(video.shape)}: pass [T, H, W, C].")
