@@ -4,8 +4,10 @@
 import csv
 import itertools
 import json
+import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -144,3 +146,31 @@ def test_particles_tile_pack_and_paint() -> None:
     assert counts.tolist() == [700 - len(grid.segment) - len(few.segment), 512, len(few.segment)]
     with pytest.raises(pj.UserError, match="are not a multiple of particles"):
         pj.particles.patchify(video[:, :60], fps=25, patch_size=(2, 8, 8))
+
+
+def test_the_ten_tasks_of_the_page_run_as_they_stand_there(
+    run_dir: Path, videos: list[Path], cache_dir: str, tmp_path: Path
+) -> None:
+    page = (Path(__file__).parents[1] / "experiments" / "README.md").read_text()
+    code = page.split("## Ten tasks in Python")[1].split("```python")[1].split("```")[0]
+    config = config_files.load("experiments/quickstart.py:tiny,scratch")
+    config.data.cache_dir = cache_dir
+    folder = tmp_path / "run"
+    shutil.copytree(run_dir, folder)
+    command = ["--config=experiments/quickstart.py:tiny,scratch", f"--workdir={folder}"]
+    names = {
+        "RUN_DIR": str(folder),
+        "VIDEO": str(videos[0]),
+        "FEATURES": tmp_path / "features.npz",
+        "COMMAND": [*command, f"--config.data.cache_dir={cache_dir}"],
+        "config": config,
+        "__name__": "ten_tasks",
+    }
+    module = types.ModuleType("ten_tasks")
+    sys.modules["ten_tasks"] = module  # where dataclasses look up their annotations
+    vars(module).update(names)
+    exec(code, vars(module))
+    assert module.vectors.shape[0] == 2 and len(module.particles.segment) == 256
+    assert sources.open_source("pair", "train", cache_dir)[1].label == 1
+    results = json.loads((folder / "results.json").read_text())
+    assert results["finetune"]["train"]["steps"] == 10

@@ -213,5 +213,5 @@ def needs_tensorflow(source: str, error: ImportError) -> UserError:
     missing = str(error).strip().splitlines()[-1].rsplit(": ")[-1]
     return UserError(
         f"{source} has a feature that TFDS only reads with TensorFlow ({missing}): run "
-        "`pip install particlejax[tensorflow]`."
+        f"`{install_line('tensorflow')}`."
     )
