@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from particlejax.core.errors import UserError
+from particlejax.core.errors import UserError, install_line
 from particlejax.data.sources.records import SPLIT_NAMES, Record, match_classes
 from particlejax.data.video.decode import raw_file
 
