@@ -107,7 +107,7 @@ def test_the_same_command_again_does_nothing_anew(
         "--workdir",
         str(quickstart),
     )
-    assert code == 0 and "done before" in said
+    assert code == 0 and "already done" in said
     assert (quickstart / "metrics.jsonl").read_bytes() == before
 
 
@@ -123,7 +123,7 @@ def test_other_settings_in_the_same_folder_are_refused(
         "--workdir",
         str(quickstart),
     )
-    assert code == 2 and "config.seed was 0, is 1" in said and "give another --workdir" in said
+    assert code == 2 and "config.seed was 0, is 1" in said and "or another --workdir" in said
 
 
 def test_finetune_on_a_folder_from_a_run_then_evaluate(
