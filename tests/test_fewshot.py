@@ -108,7 +108,10 @@ class Linear:
             return jnp.einsum(
                 "blp,pc->blc", seen.payload * (seen.segment > 0)[..., None], params["w"]
             ), {}
-        return first.sum(axis=1, keepdims=True)
+        raise NotImplementedError(method)
+
+    def head(self, params: dict, name: str, tokens: object, clips: int = 1) -> object:
+        return tokens.sum(axis=1, keepdims=True)
 
 
 def batch(label: list[int], clip: list[int]) -> Batch:

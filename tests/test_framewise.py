@@ -109,7 +109,7 @@ def test_packed_clips_are_told_as_alone_and_binary_channels_are_classes() -> Non
     [("framewise", {}), ("temporal_alignment", {}), ("synchronization", {"method": "correlation"})],
 )
 def test_tokens_that_are_fewer_stand_at_no_moment(name: str, spec: dict) -> None:
-    with pytest.raises(UserError, match=f"{name} asks about every particle"):
+    with pytest.raises(UserError, match=f"{name} predicts for every particle"):
         Experiment.of(
             {
                 "model": dataclasses.asdict(
@@ -128,6 +128,6 @@ def test_cuboids_as_long_as_the_clip_have_no_moments_to_lay_over_each_other() ->
             "one": {"num_steps": 1, "objectives": {"synchronization": {"method": "correlation"}}}
         },
     }
-    with pytest.raises(UserError, match=r"particles.patch_size\[0\]=8 of 8 frames leaves but one"):
+    with pytest.raises(UserError, match=r"particles.patch_size\[0\]=8 covers all 8 frames"):
         Experiment.of({**config, "particles": {"patch_size": (8, 4, 4)}})
     Experiment.of({**config, "particles": {"patch_size": (4, 4, 4)}})

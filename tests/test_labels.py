@@ -99,7 +99,7 @@ def test_binary_is_a_choice_for_each_class() -> None:
         jnp.asarray(LOGITS[:2, 0], jnp.float32), goal.table[:2]
     ).mean()
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert metrics["all_right"] == 0
+    assert metrics["exact_match"] == 0
     figures = predictions.several(
         np.array([[0.9, 0.2, 0.8], [0.1, 0.6, 0.7]]),
         np.array([[1, 0, 1], [0, 1, 0]]) > 0,
@@ -162,14 +162,14 @@ def test_two_draws_that_agree_cost_nothing_more(kind: str, size: int) -> None:
     once, _ = found(one, train=False)
     same, metrics = found(one, one)
     np.testing.assert_allclose(same, once, rtol=1e-5)
-    assert metrics["apart"] == 0
+    assert metrics["rdrop_kl"] == 0
     apart, metrics = found(one, other)
     second, _ = found(other, train=False)
-    np.testing.assert_allclose(apart, (once + second) / 2 + 2 * float(metrics["apart"]), rtol=1e-5)
+    np.testing.assert_allclose(apart, (once + second) / 2 + 2 * float(metrics["rdrop_kl"]), rtol=1e-5)
     if kind == "softmax":
         p, q = (np.asarray(jax.nn.softmax(x[:, 0])) for x in (one, other))
         kl = ((p * np.log(p / q)).sum(-1) + (q * np.log(q / p)).sum(-1)) / 2
-        np.testing.assert_allclose(metrics["apart"], kl.mean(), rtol=1e-4)
+        np.testing.assert_allclose(metrics["rdrop_kl"], kl.mean(), rtol=1e-4)
 
 
 def test_rare_classes_count_more_and_all_clips_together_as_before() -> None:

@@ -270,7 +270,7 @@ def test_estimates_name_what_binds_and_never_undercut_the_roofline() -> None:
     assert found["step"] == found["roofline"] == 8.0 and "compiler" not in found
     slow = plan.estimates(300.0, hlo_cost.Cost(20.0, 24.0, (), 0), chip)
     assert (slow["bottleneck"], slow["compiler"], slow["step"], slow["utilization"]) == (
-        "product",
+        "compute",
         12.0,
         12.0,
         0.25,
@@ -315,7 +315,7 @@ def test_meshes_that_are_compared_fit(devices: int) -> None:
         ),
         (
             PlanSpec(experiment="experiments/quickstart.py:tiny", overrides=("model.width=wide",)),
-            "'model.width=wide' does not fit",
+            "config.model.width is 'wide': write a whole number",
         ),
     ],
 )
@@ -338,7 +338,7 @@ def test_scaling_goes_on_where_it_was_stopped(
     each = json.loads(results)["bench_scaling"]["here:2 fsdp=2"]
     assert (
         each["devices"] == 2
-        and f"{each['bytes']['sent'] / 2**20:.2f}" in report
+        and f"{each['bytes']['ici_bytes'] / 2**20:.2f}" in report
         and "Divided by fsdp" in report
     )
     monkeypatch.setattr(plan, "prepare", None)  # nothing is left to prepare for

@@ -238,7 +238,7 @@ def test_published_weights_are_read_kept_and_handed_on(
         for path, leaf in held.items()
         if path.startswith(cnn_stem.PATH)
     }
-    assert figures["parameters"] - figures["num_trainable_params"] == sum(
+    assert figures["num_params"] - figures["num_trainable_params"] == sum(
         leaf.size for leaf in held.values()
     )
     assert figures["compilations"] == 1
@@ -268,7 +268,7 @@ def test_published_weights_are_read_kept_and_handed_on(
     "data, weights, sentence",
     [
         (
-            {"still": 0.4},
+            {"temporal_mean_scale": 0.4},
             "fixture",
             "need config.data.image_mean, image_std and temporal_mean_scale",
         ),
