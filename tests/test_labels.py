@@ -165,7 +165,9 @@ def test_two_draws_that_agree_cost_nothing_more(kind: str, size: int) -> None:
     assert metrics["rdrop_kl"] == 0
     apart, metrics = found(one, other)
     second, _ = found(other, train=False)
-    np.testing.assert_allclose(apart, (once + second) / 2 + 2 * float(metrics["rdrop_kl"]), rtol=1e-5)
+    np.testing.assert_allclose(
+        apart, (once + second) / 2 + 2 * float(metrics["rdrop_kl"]), rtol=1e-5
+    )
     if kind == "softmax":
         p, q = (np.asarray(jax.nn.softmax(x[:, 0])) for x in (one, other))
         kl = ((p * np.log(p / q)).sum(-1) + (q * np.log(q / p)).sum(-1)) / 2

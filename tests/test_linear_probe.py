@@ -126,9 +126,7 @@ def test_weights_are_known_by_what_features_see() -> None:
 
 
 def test_what_cannot_be_probed_gets_a_sentence() -> None:
-    with pytest.raises(
-        UserError, match="clip_tiny takes other things than videos: choose a model of videos"
-    ):
+    with pytest.raises(UserError, match="clip_tiny does not take video: choose a video model"):
         probe.load(LinearProbeSpec(model="clip_tiny"))
     with pytest.raises(UserError, match="no weights for vivit_base: add --config.weights=PATH"):
         probe.load(LinearProbeSpec(model="vivit_base"))

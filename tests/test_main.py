@@ -318,7 +318,7 @@ def test_settings_that_do_not_go_together_get_a_sentence() -> None:
     )
     with pytest.raises(
         UserError,
-        match="no_flip_classes names 'slide_lft', which is no class of toybox: did you mean",
+        match="no_flip_classes names 'slide_lft', which is not a class of toybox: did you mean",
     ):
         run_parts.build(experiment, "a", ("slide_left", "bounce"))
 
@@ -343,8 +343,8 @@ def mistakes(clips: Path, run_dir: Path, tmp: Path) -> dict[str, tuple[list[str]
             "config.data has no key 'sorce': did you mean config.data.source?",
         ),
         "misspelt deep key": (
-            [*quick, "--config.stages.finetune.optim.ratee=1"],
-            "config.stages.finetune.optim has no key 'ratee': did you mean "
+            [*quick, "--config.stages.finetune.optim.learning_ratee=1"],
+            "config.stages.finetune.optim has no key 'learning_ratee': did you mean "
             "config.stages.finetune.optim.learning_rate?",
         ),
         "unknown name": (

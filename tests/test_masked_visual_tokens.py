@@ -36,7 +36,7 @@ def test_a_code_is_the_nearest_centre_and_k_means_finds_what_is_there() -> None:
     np.testing.assert_array_equal(
         codes, np.linalg.norm(points[:, None] - found[None], axis=-1).argmin(axis=1)
     )
-    with pytest.raises(UserError, match="4 clusters among 3 different particles"):
+    with pytest.raises(UserError, match="codebook_size=4 exceeds the 3 distinct particles"):
         codebook.centres(points[[0, 1, 2, 2]], MaskedVisualTokensSpec(codebook_size=4), 0)
 
 
@@ -78,5 +78,5 @@ def test_a_stage_begins_with_centres_of_its_own_particles_and_keeps_them(cache_d
 
 def test_what_visual_words_cannot_be_made_of() -> None:
     stage = {"num_steps": 1, "objectives": {"masked_visual_tokens": {"modality": "text"}}}
-    with pytest.raises(UserError, match="name a modality other than text"):
+    with pytest.raises(UserError, match="use a modality other than text"):
         Experiment.of({"stages": {"one": stage}})

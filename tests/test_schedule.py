@@ -220,7 +220,11 @@ def test_a_stage_of_many_scales_compiles_once_and_is_measured_at_any(
         for line in (tmp_path / "run/timing.jsonl").read_text().splitlines()
     ]
     assert np.mean(fill) > 0.8
-    for name, setting in (("small", "image_size=16"), ("large", "image_size=48"), ("fewer", "budget=5")):
+    for name, setting in (
+        ("small", "image_size=16"),
+        ("large", "image_size=48"),
+        ("fewer", "budget=5"),
+    ):
         code = entry.main(
             [
                 "main",

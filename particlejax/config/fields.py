@@ -93,7 +93,15 @@ def named(table: Mapping[str, type]) -> Any:
 
 def section(spec: type, **values: Any) -> dict[str, Any]:
     """Returns a config section: all keys of `spec` with their defaults, updated by `values`."""
-    return as_dict(make(spec, values, spec.__name__))
+    config = as_dict(make(spec, values, spec.__name__))
+    for field in dataclasses.fields(spec):
+        given, kept = values.get(field.name), config[field.name]
+        if isinstance(given, Mapping) and isinstance(kept, dict):  # stages that do not run stay
+            every = _filled(field, given, f"{spec.__name__}.{field.name}")
+            if isinstance(every, Mapping):
+                missing = every.keys() - kept.keys()
+                kept |= {name: as_dict(every[name]) for name in every if name in missing}
+    return config
 
 
 def arguments(text: str, *known: str) -> dict[str, bool]:
