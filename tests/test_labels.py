@@ -105,7 +105,7 @@ def test_binary_is_a_choice_for_each_class() -> None:
         np.array([[1, 0, 1], [0, 1, 0]]) > 0,
         goal.names,
     )
-    assert figures["all_right"] == 0.5 and figures["map"] == 1.0
+    assert figures["exact_match"] == 0.5 and figures["mAP"] == 1.0
     np.testing.assert_allclose(figures["f1_micro"], 2 * 3 / (2 * 3 + 1))
 
 

@@ -140,7 +140,8 @@ def test_finetune_on_a_folder_from_a_run_then_evaluate(
     assert code == 0, said
     assert "loaded " in said and "randomly initialized: head" in said
     assert (
-        "as in" in said and "data.temporal_mean_scale=0.05, particles.patch_size=(16, 4, 4)" in said
+        "settings taken from" in said
+        and "data.temporal_mean_scale=0.05, particles.patch_size=(16, 4, 4)" in said
     ), "payloads are those that the encoder knows"
     results = json.loads((tmp_path / "f" / "results.json").read_text())
     assert results["finetune"]["val"]["num_clips"] == 8
