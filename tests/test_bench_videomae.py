@@ -102,7 +102,7 @@ def test_what_videomae_does_not_do_is_said(
 ) -> None:
     stages = {"finetune": replace(experiment.stages["finetune"], **change)}
     with pytest.raises(UserError, match=sentence):
-        peer._task(replace(experiment, stages=stages), "finetune", True)
+        peer._task(replace(experiment, stages=stages, stage_order=("finetune",)), "finetune", True)
 
 
 def test_a_type_that_does_not_pay_is_left_out(

@@ -161,7 +161,7 @@ def test_clips_without_a_label_are_taught_by_the_whole_of_themselves() -> None:
     sure = jax.nn.softmax(whole).max(-1)[:2]
     between = float(sure.mean())
     found, metrics = loss(PseudoLabelSpec(threshold=between), PARAMS, made)
-    assert metrics["sure"] == 0.5
+    assert metrics["confident_fraction"] == 0.5
     np.testing.assert_allclose(found, (each[:2] * (sure >= between)).sum() / 2, rtol=1e-5)
     assert loss(spec, PARAMS, batch([1, 2], [0, 1]))[0] == 0, "all have a label"
 

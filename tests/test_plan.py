@@ -339,7 +339,7 @@ def test_scaling_goes_on_where_it_was_stopped(
     assert (
         each["devices"] == 2
         and f"{each['bytes']['ici_bytes'] / 2**20:.2f}" in report
-        and "Divided by fsdp" in report
+        and "Sharded over fsdp" in report
     )
     monkeypatch.setattr(plan, "prepare", None)  # nothing is left to prepare for
     assert entry.main(argv) == 0
