@@ -30,7 +30,7 @@ from particlejax.data.sources import register_source
 from particlejax.models.heads import ClipHead
 from particlejax.models.zoo import networks
 from particlejax.objectives.registry import register_objective
-from particlejax.particles import patchify
+from particlejax.particles import cuboids
 from particlejax.particles.policies import register_policy
 
 
@@ -61,12 +61,12 @@ def brightness(spec: BrightnessSpec):
 
 
 def half(size, spec):
-    return len(patchify.lattice(size, patchify.Tube(spec.base, spec.base))) // 2
+    return len(cuboids.lattice(size, cuboids.Tube(spec.base, spec.base))) // 2
 
 
 @register_policy("checker", count=half)
 def checker(video, times, spec):
-    whole = patchify.cut(video, times, patchify.Tube(spec.base, spec.base), spec.base)
+    whole = cuboids.cut(video, times, cuboids.Tube(spec.base, spec.base), spec.base)
     return whole.take(np.arange(0, len(whole.segment) // 2 * 2, 2))
 
 
