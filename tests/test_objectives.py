@@ -131,7 +131,7 @@ CASES = {
         dict(),
         ("timeseries", "vision"),
         0.95,
-        dead=("encoder/payload_series", "encoder/modality_series"),
+        dead=("encoder/payload_timeseries", "encoder/modality_timeseries"),
     ),
     "classify": Case(dict(label_smoothing=0.1), floor=0.9 * math.log(CLASSES)),
     "pseudo_label": Case(dict(threshold=0.0)),
