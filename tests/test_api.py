@@ -75,7 +75,7 @@ def test_predict_is_what_evaluate_wrote(run: pj.Run, run_dir: Path, videos: list
     assert run.predict(videos[0].parent, top_k=12) == answers
     figures = run.evaluate(split="test")
     written = json.loads((run_dir / "results.json").read_text())["finetune"]["test"]
-    assert figures["top1"] == written["top1"] and figures["clips"] == written["clips"]
+    assert figures["top1"] == written["top1"] and figures["num_clips"] == written["num_clips"]
 
 
 def test_frames_in_memory_give_the_vector_of_their_file(run: pj.Run, videos: list[Path]) -> None:

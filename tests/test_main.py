@@ -368,7 +368,7 @@ def mistakes(clips: Path, run_dir: Path, tmp: Path) -> dict[str, tuple[list[str]
         ),
         "missing column": (
             [*quick, f"--config.data.source=folder:{table}"],
-            "has no column 'path' .it has file, label.: name",
+            "has no column 'path' .it has file, label.: give",
         ),
         "unknown source": (
             [*quick, "--config.data.source=web:x"],

@@ -332,8 +332,7 @@ def test_tfds_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("tensorflow") is not None, reason="TensorFlow is here")
 def test_tfds_that_needs_tensorflow(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError,
-        match=r"tfds:ucf101.* only reads with TensorFlow .*pip install particlejax\[tensorflow\]",
+        UserError, match=r"tfds:ucf101.* only reads with TensorFlow .*pip install -e .*tensorflow"
     ):
         open_source("tfds:ucf101:2.0.0", "train", str(tmp_path))
 

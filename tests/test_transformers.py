@@ -457,7 +457,7 @@ def test_what_does_not_go_together_gets_a_sentence() -> None:
         ),
         (
             lambda: predict.load(PredictSpec(model="minilm")),
-            "minilm names no actions in videos: choose another",
+            "minilm does not classify actions: choose another",
         ),
     ):
         with pytest.raises(UserError, match=sentence):
@@ -495,7 +495,7 @@ def test_import_and_export_by_command(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert (
         results["matched"] == len(older) and not results["missing"] and results["num_classes"] == 5
     )
-    assert "takes 4 x 16 x 16 x 3 float32" in (tmp_path / "a" / "report.md").read_text()
+    assert "input 4 x 16 x 16 x 3 float32" in (tmp_path / "a" / "report.md").read_text()
     assert (
         entry.main(
             [
@@ -534,7 +534,7 @@ def test_a_sentence_encoder_without_a_head_is_imported(tmp_path: Path) -> None:
         ImportSpec(weights=str(tmp_path / "bert.npz"), model="bert_tiny"), tmp_path, ""
     )
     assert (
-        "bert_tiny, no classes, takes 12 int32 and 12 int32" in (tmp_path / "report.md").read_text()
+        "bert_tiny, no classes, input 12 int32 and 12 int32" in (tmp_path / "report.md").read_text()
     )
 
 
