@@ -167,8 +167,8 @@ def said(log: Path) -> str:
 LOOP = """
 import jax, numpy as np
 from particlejax.distributed import cluster, sharding
-from particlejax.config.experiment import ClusterSpec, MeshSpec
-distributed.start(ClusterSpec(heartbeat=5))
+from particlejax.config.experiment import DistributedSpec, MeshSpec
+cluster.start(DistributedSpec(heartbeat_timeout_seconds=5))
 mesh = sharding.make_mesh(MeshSpec())
 i, n = sharding.reader(mesh)
 print(cluster.gather({"who": "me" * (jax.process_index() + 1), "part": (i, n)}), flush=True)
@@ -191,6 +191,7 @@ def test_one_is_lost_and_the_other_ends_with_a_sentence(
     two = several(2, [sys.executable, "-c", LOOP], log)
     until = time.monotonic() + DEADLINE
     while said(log).count("(6, 2) 6.0") < 4 and time.monotonic() < until:
+        assert two[0].poll() is None and two[1].poll() is None, said(log)
         time.sleep(0.02)
     two[victim].send_signal(how)
     code = two[1 - victim].wait(timeout=DEADLINE)

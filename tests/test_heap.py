@@ -13,8 +13,8 @@ from particlejax.distributed import cpu_malloc
 PAGES = 64 * 2**20 // resource.getpagesize()
 AGAIN = """
 import resource
-from particlejax import heap
-kept = heap.keep()
+from particlejax.distributed import cpu_malloc
+kept = cpu_malloc.keep()
 import jax, jax.numpy as jnp
 # 64 MiB, which it hands back
 step = jax.jit(lambda x: jax.lax.optimization_barrier(x[:, None] * x).sum())

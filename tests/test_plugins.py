@@ -61,12 +61,12 @@ def brightness(spec: BrightnessSpec):
 
 
 def half(size, spec):
-    return len(cuboids.lattice(size, cuboids.Tube(spec.base, spec.base))) // 2
+    return len(cuboids.lattice(size, cuboids.Tube(spec.patch_size, spec.patch_size))) // 2
 
 
 @register_policy("checker", count=half)
 def checker(video, times, spec):
-    whole = cuboids.cut(video, times, cuboids.Tube(spec.base, spec.base), spec.base)
+    whole = cuboids.cut(video, times, cuboids.Tube(spec.patch_size, spec.patch_size), spec.patch_size)
     return whole.take(np.arange(0, len(whole.segment) // 2 * 2, 2))
 
 
@@ -105,11 +105,11 @@ def get_config(arg=""):
         Experiment,
         plugins=PLUGINS,
         data=section(
-            DataSpec, frames=4, size=32, source="films:CACHE", augment={"custom": ("darken",)},
-            workers=WORKERS,
+            DataSpec, num_frames=4, image_size=32, source="films:CACHE", augment={"custom": ("darken",)},
+            num_workers=WORKERS,
         ),
-        particles=section(ParticleSpec, base=(2, 8, 8), policy="checker"),
-        model=section(ModelSpec, width=16, depth=1, heads=2),
+        particles=section(ParticleSpec, patch_size=(2, 8, 8), policy="checker"),
+        model=section(ModelSpec, width=16, depth=1, num_heads=2),
         stages={"one": stage},
     ))
 """

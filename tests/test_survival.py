@@ -186,7 +186,8 @@ def test_numbers_that_are_none_stop_the_run_before_they_are_saved(
     (path,) = (tmp_path / "run" / "nan").iterdir()
     found = json.loads(path.read_text())
     assert (
-        f"no number after step {found['step']} (its clips are named in {path})" in said
+        f"NaN or Inf in the loss at step {found['step']}," in said
+        and f"the batch's clips are listed in {path}" in said
         and "Traceback" not in said
     )
     assert len(found["clips"]) == 8 and all(isinstance(name, str) for name in found["clips"])
