@@ -386,7 +386,7 @@ def mistakes(clips: Path, run_dir: Path, tmp: Path) -> dict[str, tuple[list[str]
         "not a run": ([*evaluate, "--config.run=/tmp"], "/tmp is not a run"),
         "another shape": (
             [*quick, f"--config.init_from={run_dir}:pretrain", "--config.model.width=64"],
-            r"has shape .* where this model has .*: give config.model",
+            r"has shape .* but this model has .*: set config.model",
         ),
         "bad sizes": (
             [*quick, "--config.data.image_size=70"],

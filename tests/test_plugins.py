@@ -66,7 +66,8 @@ def half(size, spec):
 
 @register_policy("checker", count=half)
 def checker(video, times, spec):
-    whole = cuboids.cut(video, times, cuboids.Tube(spec.patch_size, spec.patch_size), spec.patch_size)
+    tube = cuboids.Tube(spec.patch_size, spec.patch_size)
+    whole = cuboids.cut(video, times, tube, spec.patch_size)
     return whole.take(np.arange(0, len(whole.segment) // 2 * 2, 2))
 
 
@@ -105,7 +106,8 @@ def get_config(arg=""):
         Experiment,
         plugins=PLUGINS,
         data=section(
-            DataSpec, num_frames=4, image_size=32, source="films:CACHE", augment={"custom": ("darken",)},
+            DataSpec, num_frames=4, image_size=32, source="films:CACHE",
+            augment={"custom": ("darken",)},
             num_workers=WORKERS,
         ),
         particles=section(ParticleSpec, patch_size=(2, 8, 8), policy="checker"),
