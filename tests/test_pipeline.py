@@ -195,7 +195,7 @@ def test_a_run_goes_on_with_more_memory_but_not_with_none(tmp_path: Path) -> Non
     enter(1.0)
     (tmp_path / "run" / "results.json").write_text("{}")  # else it would refuse nothing
     enter(2.5)
-    with pytest.raises(UserError, match="ram_cache_gib was 1.0, is 0.0"):
+    with pytest.raises(UserError, match="ram_cache_gib was 2.5, is 0.0"):
         enter(0.0)
 
 
