@@ -21,7 +21,7 @@ from particlejax.core.typing import UserError
 from particlejax.data import pipeline
 from particlejax.distributed import sharding
 from particlejax.particles.types import Batch
-from particlejax.train import optim, train_step
+from particlejax.train import log, optim, train_step
 from particlejax.train.train_state import Step, TrainState, make_step
 
 TINY = "--config=experiments/finetune.py:tiny"
@@ -150,3 +150,17 @@ def test_weights_and_biases_without_a_network(
         assert code == 2 and 'pip install -e ".[wandb]"' in capfd.readouterr().err
         return
     assert code == 0 and list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_the_time_left_has_no_compilation_in_it(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    progress = log.Progress("train", 10)
+    for seconds in (100.0, *[2.0] * 9):  # the first step compiles
+        now[0] += seconds
+        progress.update()
+    progress.close()
+    said = capfd.readouterr().err
+    assert "step 10/10, 0.50/s, 0:00 left" in said and "step 9/10, 0.50/s, 0:02 left" in said

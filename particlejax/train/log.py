@@ -126,14 +126,15 @@ class Progress:
         )
         self._name, self._total, self._unit = name, total, unit
         self._first, self._done, self._begun = done, done, time.monotonic()
+        self._compiled = False
         self._said = self._begun
         self._note = ""
 
     def update(self, note: str = "") -> None:
         """Counts one more item; shows `note` after the bar."""
         self._done += 1
-        if self._done == self._first + 1:  # the first one compiles: it tells nothing of the others
-            self._first, self._begun = self._done, time.monotonic()
+        if not self._compiled:  # the first one compiles: it tells nothing of the others
+            self._compiled, self._first, self._begun = True, self._done, time.monotonic()
             self._bar.initial, self._bar.start_t = self._done, time.time()
         self._note = note or self._note
         self._bar.update()
