@@ -94,8 +94,8 @@ class Run:
                 f"stage {self.stage.name} has no classification head, so it cannot predict: load "
                 "another stage as 'RUN_DIR:STAGE', or use embed."
             )
-        found = self._compute(self._predict, videos, fps, views, "predict")
-        answers = [_best(row, self.classes, top_k) for row in found]
+        outputs = self._compute(self._predict, videos, fps, views, "predict")
+        answers = [_best(row, self.classes, top_k) for row in outputs]
         return answers[0] if _is_one(videos) else answers
 
     def embed(
@@ -107,9 +107,9 @@ class Run:
         and extents. Raises UserError for a video that cannot be read.
         """
         if pool:
-            found = self._compute(self._features, videos, fps, (1, 1), "embed")[""]
-            found = found.astype(np.float32)
-            return found[0] if _is_one(videos) else found
+            embeddings = self._compute(self._features, videos, fps, (1, 1), "embed")[""]
+            embeddings = embeddings.astype(np.float32)
+            return embeddings[0] if _is_one(videos) else embeddings
         tokens = [self._tokens(record) for record in _records(videos, fps)]
         return tokens[0] if _is_one(videos) else tokens
 
@@ -128,7 +128,7 @@ class Run:
 
     @cached_property
     def _predict(self) -> Any:
-        return eval.jit_predict(self.stage.model, self.mesh, self.stage.targets.answers)
+        return eval.jit_predict(self.stage.model, self.mesh, self.stage.targets.activate)
 
     @cached_property
     def _features(self) -> Any:
@@ -138,7 +138,7 @@ class Run:
     def _encode(self) -> Any:
         model = self.stage.model
         return jax.jit(
-            lambda params, batch: model.encode(params, batch.particles, batch.clip.shape[1]).x
+            lambda params, batch: model.encode(params, batch.particles, batch.clip_index.shape[1]).x
         )
 
     def _compute(
@@ -151,21 +151,23 @@ class Run:
     ) -> Any:
         """A tree of [N, ...] of what the program gives of each video."""
         records = _records(videos, fps)
-        source = sources.Listed((), tuple(records))
+        source = sources.ListSource((), tuple(records))
         rows = max(
             1, min(len(records) * views[0] * views[1], self.stage.experiment.eval.batch_size)
         )
-        shown = self.stage.views(source, _rows(rows, self.mesh), views)
-        bad = _Refusing()
-        _, found = eval.per_clip(program, self.params, shown, self.mesh, bad, name)
-        return found
+        shown = self.stage.eval_batches(source, _rows(rows, self.mesh), views)
+        refuse_unreadable = _Refusing()
+        _, outputs = eval.mean_per_clip(
+            program, self.params, shown, self.mesh, refuse_unreadable, name
+        )
+        return outputs
 
     def _tokens(self, record: sources.Record) -> Tokens:
         stage = replace(self.stage, data=replace(self.stage.data, clips_per_row=1))
-        shown = stage.views(sources.Listed((), (record,)), _rows(1, self.mesh))
+        shown = stage.eval_batches(sources.ListSource((), (record,)), _rows(1, self.mesh))
         loaded = shown[0]
         _Refusing()(loaded)
-        x = self._encode(self.params, sharding.put(loaded.batch, self.mesh))
+        x = self._encode(self.params, sharding.shard_batch(loaded.batch, self.mesh))
         names = [name for name, _ in sorted(loaded.batch.particles.items())]
         parts = [loaded.batch.particles[name] for name in names]
         segment, place, extent = (
@@ -175,15 +177,15 @@ class Run:
         modality = np.concatenate(
             [np.full(part.segment.shape[1], name) for name, part in zip(names, parts, strict=True)]
         )
-        there = segment > 0
+        occupied = segment > 0
         tokens = np.asarray(x[0], np.float32)
-        if len(tokens) != len(there):
+        if len(tokens) != len(occupied):
             raise UserError(
                 "model.token_reduction_layers leaves fewer tokens than particles, so they have no "
                 "places: "
                 "use embed(pool=True)."
             )
-        return Tokens(tokens[there], place[there], extent[there], modality[there])
+        return Tokens(tokens[occupied], place[occupied], extent[occupied], modality[occupied])
 
 
 def load_run(path: str | Path, mesh: MeshSpec | None = None) -> Run:
@@ -205,12 +207,14 @@ def evaluate(stage: stages.Stage, params: Params, mesh: Mesh, spec: EvalSpec) ->
     """
     if not stage.classes or stage.targets is None:
         raise UserError(f"stage {stage.name} does not classify: load one that does.")
-    known = stage.classes if stage.targets.loss == "softmax" else None
-    source = sources.open_source(stage.data.source, stage.data.split, stage.data.cache_dir, known)
-    targets = label_targets.asked(stage.targets, source.classes)
+    class_names = stage.classes if stage.targets.loss == "softmax" else None
+    source = sources.open_source(
+        stage.data.source, stage.data.split, stage.data.cache_dir, class_names
+    )
+    targets = label_targets.remap_to_source(stage.targets, source.classes)
     stage = replace(stage, classes=source.classes, targets=targets)
-    bad = stages.BadClips(stage.data.max_unreadable)
-    return loop.score(stage, params, source, mesh, spec, bad.note, stage.name, None)
+    unreadable = stages.UnreadableClips(stage.data.max_unreadable)
+    return loop.score(stage, params, source, mesh, spec, unreadable.record, stage.name, None)
 
 
 # -- published networks
@@ -239,12 +243,12 @@ class Backbone:
         """
         if not self.classes:
             raise UserError(f"{self.name} has no classification head: use embed.")
-        found = []
+        predictions = []
         for record in _records(videos, fps):
             windows = self._windows(record, num_views)
-            each = [jax.nn.softmax(self._classify(self.params, w[None]))[0] for w in windows]
-            found.append(_best(np.mean(each, axis=0), self.classes, top_k))
-        return found[0] if _is_one(videos) else found
+            view_probs = [jax.nn.softmax(self._classify(self.params, w[None]))[0] for w in windows]
+            predictions.append(_best(np.mean(view_probs, axis=0), self.classes, top_k))
+        return predictions[0] if _is_one(videos) else predictions
 
     def embed(
         self,
@@ -261,13 +265,13 @@ class Backbone:
         program = jax.jit(
             lambda params, pixels: backbones.features(self.backbone, params, pixels, endpoint, pool)
         )
-        found = [
+        embeddings = [
             np.asarray(program(self.params, self._windows(record, 1)[0][None])[0], np.float32)
             for record in _records(videos, fps)
         ]
         if _is_one(videos):
-            return found[0]
-        return np.stack(found) if pool else found
+            return embeddings[0]
+        return np.stack(embeddings) if pool else embeddings
 
     @cached_property
     def _classify(self) -> Any:
@@ -290,15 +294,15 @@ def load_backbone(name: str, weights: str | Path = "", labels: str | Path = "") 
     Kinetics-400's where the number fits. Raises UserError for a name that is none, a network that
     takes no videos, and for weights that are not there or not whole.
     """
-    spec = backbones.find(name)
+    spec = backbones.find_backbone(name)
     if not spec.video:
         raise UserError(f"{name} does not take videos: choose one of {', '.join(list_models())}.")
     if str(weights) == "random":
-        backbone = backbones.build(spec)
+        backbone = backbones.build_backbone(spec)
         params = jax.jit(backbone.init)(jax.random.key(0))
         return Backbone(name, backbone, params, _labels(labels, None, params))
-    path = Path(weights).expanduser() if str(weights) else packages.find(name, "weights")
-    backbone, params, _, report = pretrained.read(str(path), name)
+    path = Path(weights).expanduser() if str(weights) else packages.find_weights(name, "weights")
+    backbone, params, _, report = pretrained.load_pretrained(str(path), name)
     if report.missing:
         raise UserError(
             f"{path} lacks {len(report.missing)} parameters of {name} ({report.missing[0]}, ...): "
@@ -331,10 +335,10 @@ def windows(
         count = min(count, max(1, round(opened.duration / span)))
         starts = np.linspace(0, slack, count) if count > 1 else [slack / 2]
         taken = [opened.frames_at(start + np.arange(frames) / fps, size) for start in starts]
-    return [(_centre(shown, size), times) for shown, times in taken]
+    return [(_center_crop(shown, size), times) for shown, times in taken]
 
 
-def _centre(frames_THWC: np.ndarray, size: int) -> np.ndarray:
+def _center_crop(frames_THWC: np.ndarray, size: int) -> np.ndarray:
     top, left = ((n - size) // 2 for n in frames_THWC.shape[1:3])
     return frames_THWC[:, top : top + size, left : left + size]
 
@@ -400,12 +404,12 @@ class Trainer:
     def batches(self, first: int = 0) -> Iterator[Batch]:
         """The stage's batches on the devices, from step `first` on, in the order of the seed."""
         setup = self.setup
-        bad = stages.BadClips(setup.stage.data.max_unreadable)
-        stream = pipeline.read(setup.batches, first, setup.steps, setup.stage.data)
+        unreadable = stages.UnreadableClips(setup.stage.data.max_unreadable)
+        stream = pipeline.read_batches(setup.batches, first, setup.steps, setup.stage.data)
         try:
             for loaded in stream:
-                bad.note(loaded)
-                yield sharding.put(loaded.batch, self.mesh)
+                unreadable.record(loaded)
+                yield sharding.shard_batch(loaded.batch, self.mesh)
         finally:
             stream.close()
 
@@ -421,9 +425,9 @@ class Trainer:
 class _Refusing:
     """Raises for the first clip that cannot be read."""
 
-    def __call__(self, loaded: pipeline.Loaded) -> None:
-        for bad in loaded.bad:
-            raise UserError(f"{bad.name} cannot be read ({bad.reason}).")
+    def __call__(self, loaded: pipeline.LoadedBatch) -> None:
+        for clip in loaded.unreadable:
+            raise UserError(f"{clip.name} cannot be read ({clip.reason}).")
 
 
 def _is_one(videos: Any) -> bool:
@@ -444,10 +448,10 @@ def _records(videos: Any, fps: float | None) -> list[sources.Record]:
 
 
 def _files(folder: Path) -> list[Path]:
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
-    if not found:
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
+    if not files:
         raise UserError(f"{folder} holds no video: name a folder with files such as clip.mp4.")
-    return found
+    return files
 
 
 def _record(video: Any, number: int, fps: float | None) -> sources.Record:

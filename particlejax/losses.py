@@ -11,37 +11,37 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
-def membership(segment: Int[Array, "B L"], clips: int) -> Float[Array, "B L S"]:
+def membership(segment: Int[Array, "B L"], num_clips: int) -> Float[Array, "B L S"]:
     """1 where slot l belongs to clip s of its row."""
-    return jax.nn.one_hot(segment - 1, clips)  # -1, an empty slot, is a row of zeros
+    return jax.nn.one_hot(segment - 1, num_clips)  # -1, an empty slot, is a row of zeros
 
 
 def clip_mean(
     values: Float[Array, "B L *D"],
     segment: Int[Array, "B L"],
-    clips: int,
-    mass: Float[Array, "B L"] | None = None,
+    num_clips: int,
+    weight: Float[Array, "B L"] | None = None,
 ) -> Float[Array, "B S *D"]:
-    """Mean over each clip's particles, weighted by `mass` where there is one; zeros for a clip that
-    has none.
+    """Mean over each clip's particles, weighted by `weight` where there is one; zeros for a clip
+    that has none.
     """
-    member = membership(segment, clips)
-    if mass is not None:
-        member *= mass[..., None]
-    total = jnp.einsum("bls,bl...->bs...", member, values)
-    number = jnp.maximum(member.sum(axis=1), 1.0)
-    return total / number.reshape(*number.shape, *(1,) * (values.ndim - 2))
+    weighted_membership = membership(segment, num_clips)
+    if weight is not None:
+        weighted_membership *= weight[..., None]
+    total = jnp.einsum("bls,bl...->bs...", weighted_membership, values)
+    total_weight = jnp.maximum(weighted_membership.sum(axis=1), 1.0)
+    return total / total_weight.reshape(*total_weight.shape, *(1,) * (values.ndim - 2))
 
 
-def mean(values: Shaped[Array, "..."], where: Bool[Array, "..."]) -> Float[Array, ""]:
+def mean(values: Shaped[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, ""]:
     """Mean of the values where it holds; 0 where it holds nowhere."""
-    return jnp.sum(values * where) / jnp.maximum(jnp.sum(where), 1)
+    return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
-def normalise_payload(payload: Float[Array, "... P"]) -> Float[Array, "... P"]:
+def normalize_payload(payload: Float[Array, "... P"]) -> Float[Array, "... P"]:
     """Each payload with mean 0 and variance 1, so that contrast counts and brightness does not."""
-    centred = payload - payload.mean(axis=-1, keepdims=True)
-    return centred / jnp.sqrt(jnp.var(payload, axis=-1, keepdims=True) + 1e-6)
+    centered = payload - payload.mean(axis=-1, keepdims=True)
+    return centered / jnp.sqrt(jnp.var(payload, axis=-1, keepdims=True) + 1e-6)
 
 
 def squared_error(
@@ -63,38 +63,50 @@ def cross_entropy(
 
 
 def soft_cross_entropy(
-    logits: Float[Array, "... C"], target: Float[Array, "... C"], focus: float = 0.0
+    logits: Float[Array, "... C"], target: Float[Array, "... C"], focal_gamma: float = 0.0
 ) -> Float[Array, "..."]:
     """Softmax cross-entropy to a distribution; each class's part times (1 - p)^focus (focal loss,
     arXiv:1708.02002).
     """
     log_p = jax.nn.log_softmax(logits)
-    return -jnp.sum(target * log_p * _focal(log_p, focus), axis=-1)
+    return -jnp.sum(target * log_p * _focal_factor(log_p, focal_gamma), axis=-1)
 
 
 def binary_cross_entropy(
-    logits: Float[Array, "... C"], target: Float[Array, "... C"], focus: float = 0.0
+    logits: Float[Array, "... C"], target: Float[Array, "... C"], focal_gamma: float = 0.0
 ) -> Float[Array, "..."]:
     """Mean over classes that each hold or not; times (1 - p of what is true)^focus
     (arXiv:1708.02002).
     """
-    yes, no = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
-    return -(target * yes * _focal(yes, focus) + (1 - target) * no * _focal(no, focus)).mean(
-        axis=-1
+    log_p, log_not_p = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
+    return -(
+        target * log_p * _focal_factor(log_p, focal_gamma)
+        + (1 - target) * log_not_p * _focal_factor(log_not_p, focal_gamma)
+    ).mean(axis=-1)
+
+
+def _focal_factor(log_p: Float[Array, "... C"], focal_gamma: float) -> Float[Array, "... C"]:
+    """(1 - p)^focus, with a slope also where p is 1."""
+    return (
+        jnp.maximum(1 - jnp.exp(log_p), 1e-6) ** focal_gamma
+        if focal_gamma
+        else jnp.ones_like(log_p)
     )
 
 
-def _focal(log_p: Float[Array, "... C"], focus: float) -> Float[Array, "... C"]:
-    """(1 - p)^focus, with a slope also where p is 1."""
-    return jnp.maximum(1 - jnp.exp(log_p), 1e-6) ** focus if focus else jnp.ones_like(log_p)
-
-
-def disagreement(one: Float[Array, "... C"], other: Float[Array, "... C"]) -> Float[Array, "..."]:
+def symmetric_kl(
+    first_logits: Float[Array, "... C"], second_logits: Float[Array, "... C"]
+) -> Float[Array, "..."]:
     """Mean of both Kullback-Leibler divergences between two softmaxes (R-Drop,
     arXiv:2106.14448).
     """
-    a, b = jax.nn.log_softmax(one), jax.nn.log_softmax(other)
-    return jnp.sum((jnp.exp(a) - jnp.exp(b)) * (a - b), axis=-1) / 2
+    first_log_p, second_log_p = jax.nn.log_softmax(first_logits), jax.nn.log_softmax(second_logits)
+    return (
+        jnp.sum(
+            (jnp.exp(first_log_p) - jnp.exp(second_log_p)) * (first_log_p - second_log_p), axis=-1
+        )
+        / 2
+    )
 
 
 def class_weights(counts: Float[Array, " C"], beta: float) -> Float[Array, " C"]:

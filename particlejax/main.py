@@ -81,8 +81,8 @@ def main(argv: Sequence[str]) -> int:
             _print(_help_text(line))
             return 0
         config = config_files.load(line.file)
-        changed = config_files.change(config, line.settings)
-        job = jobs.of(config.to_dict())
+        changed = config_files.apply_overrides(config, line.settings)
+        job = jobs.parse_job(config.to_dict())
     except UserError as error:
         if isinstance(error, config_files.UnknownExperiment):
             print(config_files.listing(_width()), file=sys.stderr)
@@ -97,14 +97,14 @@ def _run(job: jobs.Job, line: CommandLine, changed: Sequence[str]) -> int:
 
     from particlejax.distributed import checkpoint, cluster, cpu_malloc
     from particlejax.train import loop, run_dir, stage
-    from particlejax.train.log import say
+    from particlejax.train.log import log_info
 
     logging.set_verbosity(logging.ERROR)  # Orbax and TFDS log internals as warnings
     try:
         if isinstance(job, Experiment):
-            cluster.start(job.distributed)
-            job = stage.adopt(job, set(changed))
-        cpu_malloc.keep()
+            cluster.initialize(job.distributed)
+            job = stage.inherit_settings(job, set(changed))
+        cpu_malloc.keep_heap()
         _cache_programs()
         folder = run_dir.enter(_workdir(line), job)
         _function(job.job)(job, folder, folder.name)
@@ -112,19 +112,19 @@ def _run(job: jobs.Job, line: CommandLine, changed: Sequence[str]) -> int:
         print(f"particlejax: {error}", file=sys.stderr)
         return 2
     except loop.Stopped as stop:
-        say(str(stop))
+        log_info(str(stop))
         return 130 if str(stop).startswith("SIGINT") else 0
     except Exception as error:
-        if reason := checkpoint.disk_fault(error):
+        if reason := checkpoint.disk_error(error):
             print(
                 f"particlejax: cannot write to --workdir ({reason}): free disk space and run the "
                 "same command again; it resumes from the last checkpoint.",
                 file=sys.stderr,
             )
             return 2
-        if not cluster.several():
+        if not cluster.is_multiprocess():
             raise
-        return cluster.failed(error)
+        return cluster.report_failure(error)
     return 0
 
 
@@ -155,10 +155,10 @@ def parse(args: Sequence[str]) -> CommandLine:
     words = list(args)
     while words:
         word = words.pop(0)
-        found = re.fullmatch(r"--?([A-Za-z][\w.\[\]]*)(?:=(.*))?", word, re.DOTALL)
-        if not found:
+        match = re.fullmatch(r"--?([A-Za-z][\w.\[\]]*)(?:=(.*))?", word, re.DOTALL)
+        if not match:
             raise UserError(f"{word!r} is not a flag: write settings as --config.key=value.")
-        flag, value = found.groups()
+        flag, value = match.groups()
         if flag in ("help", "h"):
             if value is None and words and not words[0].startswith("-"):
                 value = words.pop(0)
@@ -208,16 +208,16 @@ def _help_text(line: CommandLine) -> str:
     width = _width()
     if not line.file and line.help:
         # without an experiment: all keys, with a stage called NAME
-        found = config_help.sections(Experiment, {"stages": {"NAME": {}}})
-        return config_help.render(config_help.find(found, line.help), width)
+        sections = config_help.sections(Experiment, {"stages": {"NAME": {}}})
+        return config_help.render(config_help.find(sections, line.help), width)
     if not line.file:
         return f"{_USAGE}\n{config_files.listing(width)}"
     config = config_files.load(line.file)
-    config_files.change(config, line.settings)
+    config_files.apply_overrides(config, line.settings)
     plugins.load(*config.get("plugins", ()))
-    found = config_help.sections(config_files.spec_of(config), config.to_dict())
+    sections = config_help.sections(config_files.spec_of(config), config.to_dict())
     if line.help:
-        return config_help.render(config_help.find(found, line.help), width)
+        return config_help.render(config_help.find(sections, line.help), width)
     summary, arguments = config_files.describe(line.file)
     paragraphs = [
         f"{line.file}: {summary}",
@@ -225,13 +225,13 @@ def _help_text(line: CommandLine) -> str:
         "Set a key with --config.KEY=VALUE, such as --config.seed=1. Values are this "
         "experiment's; a changed default follows as (default VALUE).",
     ]
-    if any(".objectives." in section.path for section in found):
+    if any(".objectives." in section.path for section in sections):
         paragraphs.append(
             f"Objectives: {', '.join(OBJECTIVES)}. Add one by setting any of its keys, such as "
             "--config.stages.STAGE.objectives.NAME.weight=1; --help=NAME shows its keys."
         )
     head = "\n\n".join(textwrap.fill(text, width) for text in paragraphs if text)
-    listed = [section for section in found if section.listed]
+    listed = [section for section in sections if section.listed]
     return f"{head}\n\n{config_help.render(listed, width)}"
 
 
@@ -243,15 +243,15 @@ def _workdir(line: CommandLine) -> Path:
         return Path(os.path.expanduser(line.workdir))
     path, _, arg = line.file.partition(":")
     # the same in all processes
-    alike = sorted(f"--config.{s}" for s in line.settings if not s.startswith("distributed."))
-    mark = hashlib.sha256("\n".join(alike).encode()).hexdigest()[:8] if alike else ""
+    overrides = sorted(f"--config.{s}" for s in line.settings if not s.startswith("distributed."))
+    digest = hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:8] if overrides else ""
     return Path("runs") / "-".join(
-        part for part in (Path(path).stem, re.sub(r"\W+", "_", arg), mark) if part
+        part for part in (Path(path).stem, re.sub(r"\W+", "_", arg), digest) if part
     )
 
 
 def _exit(code: int) -> None:
-    """Ends the process, through `cluster.leave` if a job may have joined other processes."""
+    """Ends the process, through `cluster.exit_process` if a job may have joined other processes."""
     if cluster := sys.modules.get("particlejax.distributed.cluster"):
         cluster.leave(code)
     sys.exit(code)

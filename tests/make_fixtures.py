@@ -153,7 +153,7 @@ def write_transformers(folder: Path) -> None:
 
     found = {}
     for name, reference in transformer_references.references().items():
-        spec = backbones.find(name)
+        spec = backbones.find_backbone(name)
         said = transformer_references.ask(
             reference, transformer_references.inputs(spec.examples, spec.kind)
         )

@@ -65,7 +65,9 @@ def first_step(name: str, mesh: jax.sharding.Mesh) -> tuple[float, dict[str, np.
     with warnings.catch_warnings():
         # some lengths are odd
         warnings.filterwarnings("ignore", "config.mesh.sequence=. does not divide rows")
-        loss, grads = jax.jit(sharding.on(mesh, step))(placed, sharding.put(batch, mesh))
+        loss, grads = jax.jit(sharding.with_mesh(mesh, step))(
+            placed, sharding.shard_batch(batch, mesh)
+        )
     return float(loss), {path: np.asarray(each) for path, each in tree.flatten(grads).items()}
 
 

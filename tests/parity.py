@@ -73,7 +73,7 @@ def transformer(name: str) -> transformer_references.Reference:
     net = transformer_references.published(transformers)[name]()
     transformer_references.randomise(net)
     return transformer_references.Reference(
-        net, transformer_references.answer(backbones.find(name).kind)
+        net, transformer_references.answer(backbones.find_backbone(name).kind)
     )
 
 
@@ -84,9 +84,9 @@ def ours(name: str, net: Any) -> tuple[backbones.Backbone, Any]:
     with tempfile.TemporaryDirectory() as folder:
         torch.save(net.state_dict(), Path(folder) / "weights.pth")
         arrays = formats.read(Path(folder) / "weights.pth")
-    backbone = backbones.build(backbones.find(name))
+    backbone = backbones.build_backbone(backbones.find_backbone(name))
     shapes = backbones.parameter_shapes(backbone)
-    known = names.names_of(backbone.spec.kind, shapes, backbones.grids(backbone))
+    known = names.names_of(backbone.spec.kind, shapes, backbones.position_grids(backbone))
     params, report = names.import_params(shapes, arrays, known)
     constants = {key for key, _ in net.named_buffers()}
     left = [
@@ -127,7 +127,7 @@ def row(name: str) -> None:
         given = (make_fixtures.video(spec.frames, spec.size, spec.size)[:1],)
         ask = partial(make_fixtures.answer, reference, *given)
     else:
-        end = spec.net.text.end if spec.kind == "clip" else transformer_references.END
+        end = spec.net.text.end_token_id if spec.kind == "clip" else transformer_references.END
         given = transformer_references.inputs(spec.examples, spec.kind, 1, end)
         ask = partial(transformer_references.ask, reference, given)
     apply = jax.jit(lambda params, *given: backbone.apply(params, *given)[0])

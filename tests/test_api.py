@@ -80,7 +80,10 @@ def test_predict_is_what_evaluate_wrote(run: pj.Run, run_dir: Path, videos: list
 
 def test_frames_in_memory_give_the_vector_of_their_file(run: pj.Run, videos: list[Path]) -> None:
     with Video(str(videos[0])) as video:
-        frames, fps = np.stack([picture for picture, _ in video.each(video.height)]), video.fps
+        frames, fps = (
+            np.stack([picture for picture, _ in video.iter_frames(video.height)]),
+            video.fps,
+        )
     vectors = run.embed(videos)
     assert vectors.shape == (2, run.config.model.width) and vectors.dtype == np.float32
     np.testing.assert_allclose(run.embed(frames, fps=fps), vectors[0], atol=1e-5)

@@ -9,7 +9,7 @@ from particlejax.jobs import attentive_probe
 
 
 def test_an_attentive_probe_finds_the_token_that_a_mean_drowns() -> None:
-    def made(count: int, seed: int) -> attentive_probe.Tokens:
+    def made(count: int, seed: int) -> attentive_probe.ClipTokens:
         """Of some 30 tokens one says the class, the first number of the others being 0; the rest
         says nothing.
         """
@@ -19,7 +19,7 @@ def test_an_attentive_probe_finds_the_token_that_a_mean_drowns() -> None:
         x[..., 0] = 0
         x[np.arange(count), 3] = 4 * np.eye(8)[label + 1] + 6 * np.eye(8)[0]
         x[segment == 0] = 9
-        return attentive_probe.Tokens(
+        return attentive_probe.ClipTokens(
             np.where(np.arange(count) < count - 3, label, -1), {"all": (x, segment)}
         )
 

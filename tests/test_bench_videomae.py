@@ -30,46 +30,49 @@ def test_the_peer_and_ours_count_the_same_products(experiment: Experiment) -> No
     asks for, but for its places.
     """
     model = experiment.model
-    task = peer._task(experiment, "finetune", False)
-    stage = peer.run.build(experiment, "finetune", peer._CLASSES)
-    ours = peer._operations(experiment, "finetune", peer._batch(stage)) / task.rows
+    task = peer._baseline_task(experiment, "finetune", False)
+    stage = peer.run.build_stage(experiment, "finetune", peer._CLASSES)
+    ours = peer._forward_flops(experiment, "finetune", peer._batch(stage)) / task.batch_size
     places = 2 * task.tokens * 51 * model.width
     assert task.tokens == 32 and task.payload == 1536 and task.hidden == 0
     # the mean of a clip is a product with who belongs to it
     pooling = 2 * task.tokens * model.width
-    assert ours == linen_videomae.operations(model, task) + places + pooling
-    assert linen_videomae.operations(
+    assert ours == linen_videomae.flops_per_clip(model, task) + places + pooling
+    assert linen_videomae.flops_per_clip(
         model, task._replace(train=True)
-    ) == 3 * linen_videomae.operations(model, task)
+    ) == 3 * linen_videomae.flops_per_clip(model, task)
 
 
 def test_of_a_masked_task_the_encoder_sees_little(experiment: Experiment) -> None:
-    task = peer._task(experiment, "pretrain", True)
+    task = peer._baseline_task(experiment, "pretrain", True)
     assert task.hidden == 29 and isinstance(task.masked, MaskedAutoencoderSpec)
     deep = replace(experiment.model, depth=experiment.model.depth + 1)
     block = 3 * (2 * 3 * 32**2 * 12 + 4 * 3**2 * 32)  # three tokens, width 32
     assert (
-        linen_videomae.operations(deep, task) - linen_videomae.operations(experiment.model, task)
+        linen_videomae.flops_per_clip(deep, task)
+        - linen_videomae.flops_per_clip(experiment.model, task)
         == block
     )
 
 
 def test_half_as_many_adaptive_particles_are_at_most_half(experiment: Experiment) -> None:
     half = replace(experiment.particles, policy="adaptive", budget=16)
-    stage = peer.run.build(replace(experiment, particles=half), "finetune", peer._CLASSES)
+    stage = peer.run.build_stage(replace(experiment, particles=half), "finetune", peer._CLASSES)
     filled = (peer._batch(stage).particles["vision"].segment > 0).sum(axis=1)
     assert (filled <= 16).all() and (filled >= 15).all()
 
 
 def test_works_take_turns(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     turns: list[tuple[str, int]] = []
-    monkeypatch.setattr(peer, "_rate", lambda dtype: 100e9)
+    monkeypatch.setattr(peer, "_matmul_rate", lambda dtype: 100e9)
     works = {
-        name: peer.Work(lambda number, name=name: turns.append((name, number)), 10, 1, "float32")
+        name: peer.Workload(
+            lambda number, name=name: turns.append((name, number)), 10, 1, "float32"
+        )
         for name in ("ours, float32", "VideoMAE, float32")
     }
     twice = replace(experiment, bench=BenchSpec(repetitions=2, num_clips=24, dtypes=("float32",)))
-    found = peer._measured(twice, works, 8, "task")
+    found = peer._measure(twice, works, 8, "task")
     assert turns == [(name, number) for number in (1, 3, 3) for name in works]
     assert set(found) == {*works, "products"} and found["VideoMAE, float32"]["times"] == {
         "VideoMAE, float32": 1.0
@@ -79,9 +82,9 @@ def test_works_take_turns(experiment: Experiment, monkeypatch: pytest.MonkeyPatc
 def test_ratios_are_of_the_same_repetition() -> None:
     """A machine that is slow for one repetition changes nothing."""
     seconds = {"ours, float32": [1.0, 5.0, 2.0], "VideoMAE, float32": [2.0, 10.0, 4.0]}
-    assert peer._beside(seconds, "ours, float32") == {"times": {"VideoMAE, float32": 2.0}}
-    work = peer.Work(lambda number: None, 100, 7, "float32")
-    found = peer._figures(work, seconds["ours, float32"], [200.0, 40.0, 100.0])
+    assert peer._speedups(seconds, "ours, float32") == {"times": {"VideoMAE, float32": 2.0}}
+    work = peer.Workload(lambda number: None, 100, 7, "float32")
+    found = peer._metrics(work, seconds["ours, float32"], [200.0, 40.0, 100.0])
     assert (
         found["utilisation"] == 0.5
         and found["clips_per_second"] == 0.5
@@ -102,7 +105,9 @@ def test_what_videomae_does_not_do_is_said(
 ) -> None:
     stages = {"finetune": replace(experiment.stages["finetune"], **change)}
     with pytest.raises(UserError, match=sentence):
-        peer._task(replace(experiment, stages=stages, stage_order=("finetune",)), "finetune", True)
+        peer._baseline_task(
+            replace(experiment, stages=stages, stage_order=("finetune",)), "finetune", True
+        )
 
 
 def test_a_type_that_does_not_pay_is_left_out(
@@ -112,22 +117,22 @@ def test_a_type_that_does_not_pay_is_left_out(
     both = replace(experiment, bench=BenchSpec(dtypes=("float32", "bfloat16")))
     for rate, kept in ((50e9, ("float32",)), (500e9, ("float32", "bfloat16"))):
         monkeypatch.setattr(
-            peer, "_rate", lambda dtype, rate=rate: rate if dtype == "bfloat16" else 100e9
+            peer, "_matmul_rate", lambda dtype, rate=rate: rate if dtype == "bfloat16" else 100e9
         )
-        chosen, said = peer._worthwhile(both)
+        chosen, said = peer._select_dtypes(both)
         assert chosen.bench.dtypes == kept and len(said) == 2 - len(kept)
-    monkeypatch.setattr(peer, "_rate", lambda dtype: 50e9)
-    assert peer._worthwhile(replace(both, bench=BenchSpec(dtypes=("bfloat16",))))[1] == []
+    monkeypatch.setattr(peer, "_matmul_rate", lambda dtype: 50e9)
+    assert peer._select_dtypes(replace(both, bench=BenchSpec(dtypes=("bfloat16",))))[1] == []
 
 
 def test_without_the_packages_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linen_videomae, "_PACKAGES", ("jax", "not_there_either"))
     assert (
         'not_there_either cannot be imported: run `pip install -e ".[peers]"`'
-        in linen_videomae.missing()
+        in linen_videomae.unavailable_reason()
     )
     monkeypatch.setattr(linen_videomae, "_PACKAGES", ("jax",))
-    assert linen_videomae.missing() == ""
+    assert linen_videomae.unavailable_reason() == ""
 
 
 def test_torch_without_the_devices_of_jax_is_no_peer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,29 +144,31 @@ def test_torch_without_the_devices_of_jax_is_no_peer(monkeypatch: pytest.MonkeyP
             "torch",
             SimpleNamespace(cuda=SimpleNamespace(is_available=lambda has=has: has)),
         )
-        assert said in linen_videomae.missing() and bool(said) == bool(linen_videomae.missing())
+        assert said in linen_videomae.unavailable_reason() and bool(said) == bool(
+            linen_videomae.unavailable_reason()
+        )
 
 
 def test_the_peer_trains_and_answers_where_it_is_installed(experiment: Experiment) -> None:
     """Its parameters move, and its own counter of products agrees with the formula for
     classifying.
     """
-    if linen_videomae.missing():
+    if linen_videomae.unavailable_reason():
         pytest.skip("no torch here")
     from torch.utils.flop_counter import FlopCounterMode
 
-    task = peer._task(experiment, "finetune", False)
-    times, parameters = linen_videomae.build(experiment.model, task, "float32", 0)
+    task = peer._baseline_task(experiment, "finetune", False)
+    times, parameters = linen_videomae.build_runner(experiment.model, task, "float32", 0)
     with FlopCounterMode(display=False) as counter:
         answer = times(1)
     assert np.isclose(
-        counter.get_total_flops() / task.rows,
-        linen_videomae.operations(experiment.model, task),
+        counter.get_total_flops() / task.batch_size,
+        linen_videomae.flops_per_clip(experiment.model, task),
         rtol=0.05,
     )
     assert parameters > 1e4 and np.allclose(answer.sum(-1), 1.0)
     for masked in (None, experiment.stages["pretrain"].objectives["masked_autoencoder"]):
-        times, _ = linen_videomae.build(
+        times, _ = linen_videomae.build_runner(
             experiment.model, task._replace(train=True, masked=masked), "bfloat16", 0
         )
         first = float(times(1))

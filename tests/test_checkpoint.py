@@ -17,7 +17,7 @@ from particlejax.core.typing import UserError
 from particlejax.distributed import checkpoint, sharding
 from particlejax.distributed.checkpoint import Checkpoints
 from particlejax.finetune import restore
-from particlejax.train.train_state import TrainState, abstract
+from particlejax.train.train_state import TrainState, as_abstract
 
 
 def state_of(step: int, mesh: jax.sharding.Mesh, width: int = 64) -> TrainState:
@@ -39,7 +39,7 @@ def mesh() -> jax.sharding.Mesh:
 
 @pytest.fixture
 def saved(tmp_path: Path, mesh: jax.sharding.Mesh) -> Path:
-    checkpoints = Checkpoints(tmp_path / "run", keep=2)
+    checkpoints = Checkpoints(tmp_path / "run", max_to_keep=2)
     for step in (1, 2, 3):
         checkpoints.save(step, state_of(step, mesh), {"next_batch": step})
     checkpoints.close()
@@ -49,7 +49,7 @@ def saved(tmp_path: Path, mesh: jax.sharding.Mesh) -> Path:
 def reopened(folder: Path, mesh: jax.sharding.Mesh) -> tuple[tuple | None, list[str]]:
     said: list[str] = []
     checkpoints = Checkpoints(folder, 2, said.append)
-    found = checkpoints.restore(abstract(state_of(0, mesh)))
+    found = checkpoints.restore(as_abstract(state_of(0, mesh)))
     checkpoints.close()
     return found, said
 

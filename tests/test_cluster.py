@@ -132,12 +132,12 @@ def test_each_process_reads_the_rows_that_its_devices_hold(
 ) -> None:
     for process, part in enumerate(parts):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        assert sharding.reader(_Mesh(*shape, processes=processes)) == part
+        assert sharding.process_slice(_Mesh(*shape, processes=processes)) == part
 
 
 def test_rows_that_are_half_shared_are_refused() -> None:
     with pytest.raises(UserError, match="makes processes share only some rows: make tensor"):
-        sharding.reader(_Mesh(3, 1, 2, 1, processes=[0, 0, 0, 1, 1, 1]))
+        sharding.process_slice(_Mesh(3, 1, 2, 1, processes=[0, 0, 0, 1, 1, 1]))
 
 
 def several(number: int, command: list[str], log: Path) -> list[subprocess.Popen]:
@@ -168,16 +168,16 @@ LOOP = """
 import jax, numpy as np
 from particlejax.distributed import cluster, sharding
 from particlejax.config.experiment import DistributedSpec, MeshSpec
-cluster.start(DistributedSpec(heartbeat_timeout_seconds=5))
+cluster.initialize(DistributedSpec(heartbeat_timeout_seconds=5))
 mesh = sharding.make_mesh(MeshSpec())
-i, n = sharding.reader(mesh)
-print(cluster.gather({"who": "me" * (jax.process_index() + 1), "part": (i, n)}), flush=True)
+i, n = sharding.process_slice(mesh)
+print(cluster.gather_json({"who": "me" * (jax.process_index() + 1), "part": (i, n)}), flush=True)
 try:
     while True:
-        rows = sharding.put(np.full((3, 2), i, np.float32), mesh)
+        rows = sharding.shard_batch(np.full((3, 2), i, np.float32), mesh)
         print(rows.shape, float(jax.jit(lambda x: x.sum())(rows)), flush=True)
 except Exception as error:
-    cluster.leave(cluster.failed(error))
+    cluster.exit_process(cluster.report_failure(error))
 """
 
 
@@ -197,7 +197,7 @@ def test_one_is_lost_and_the_other_ends_with_a_sentence(
     code = two[1 - victim].wait(timeout=DEADLINE)
     two[victim].kill()
     assert two[victim].wait() == -signal.SIGKILL
-    assert code == cluster.AGAIN or code < 0, "something that whoever started it sees"
+    assert code == cluster.EXIT_RESTART or code < 0, "something that whoever started it sees"
     until = time.monotonic() + DEADLINE
     # the witnesses speak after the end
     while said(log).count(" of 2 ") < 2 and time.monotonic() < until:

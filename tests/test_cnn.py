@@ -37,7 +37,7 @@ def imported(
 ) -> tuple[backbones.Backbone, Params, names.Names, names.Report, dict[str, np.ndarray]]:
     """A tiny backbone with its fixture's parameters, and the fixture."""
     arrays = formats.read(HERE / "fixtures" / f"{name}.safetensors")
-    backbone = backbones.build(backbones.find(name))
+    backbone = backbones.build_backbone(backbones.find_backbone(name))
     shapes = backbones.parameter_shapes(backbone)
     known = names.names_of(backbone.spec.kind, shapes)
     return (
@@ -78,7 +78,7 @@ def test_both_formulations_agree(
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, 5, 7, 6, 6)), jnp.float32)
     k = jnp.asarray(rng.normal(size=(*kernel, 6 // groups, 6 if groups == 6 else 12)), jnp.float32)
-    pad = conv3d.pads(padding, x.shape[1:4], kernel, stride)
+    pad = conv3d.padding_widths(padding, x.shape[1:4], kernel, stride)
 
     def loss(
         f: Callable[..., jax.Array], x: jax.Array, k: jax.Array
@@ -86,10 +86,10 @@ def test_both_formulations_agree(
         y = f(x, k, stride, pad, groups)
         return jnp.sum(jnp.sin(y)), y
 
-    for f in (conv3d.shifted if groups > 1 else conv3d.planes, conv3d.convolve):
+    for f in (conv3d.convolve_taps if groups > 1 else conv3d.convolve_planes, conv3d.convolve):
         (_, y), grads = jax.jit(jax.value_and_grad(partial(loss, f), (0, 1), has_aux=True))(x, k)
         (_, want), wanted = jax.jit(
-            jax.value_and_grad(partial(loss, conv3d.direct), (0, 1), has_aux=True)
+            jax.value_and_grad(partial(loss, conv3d.convolve_xla), (0, 1), has_aux=True)
         )(x, k)
         np.testing.assert_allclose(y, want, rtol=2e-4, atol=2e-4)
         jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4), grads, wanted)
@@ -144,12 +144,12 @@ def test_published_sizes_have_the_references_names_and_shapes(model: str, file: 
         )
         for line in lines
     }
-    backbone = backbones.build(backbones.find(model))
+    backbone = backbones.build_backbone(backbones.find_backbone(model))
     shapes = backbones.parameter_shapes(backbone)
     known = names.names_of(backbone.spec.kind, shapes)
     flat = tree.flatten(shapes)
     ours = {
-        e.theirs: e.layout.theirs(np.empty(flat[e.ours].shape, np.bool_)).shape
+        e.reference_name: e.layout.to_reference(np.empty(flat[e.path].shape, np.bool_)).shape
         for e in known.entries
     }
     assert ours | dict.fromkeys(known.counters, ()) == want
@@ -160,7 +160,9 @@ def test_published_sizes() -> None:
         name: tree.count(
             {
                 k: v
-                for k, v in tree.flatten(backbones.parameter_shapes(backbones.build(spec))).items()
+                for k, v in tree.flatten(
+                    backbones.parameter_shapes(backbones.build_backbone(spec))
+                ).items()
                 if not k.endswith(("/mean", "/var"))
             }
         )
@@ -183,7 +185,7 @@ def test_training_leaves_statistics_alone() -> None:
     )
     before = tree.map_named(lambda name, a: jnp.abs(a) if name.endswith("/var") else a, before)
     grads = jax.jit(jax.grad(lambda p: jnp.sum(block.apply({"params": p}, x) ** 2)))(before)
-    step = optim.build(OptimSpec(warmup_ratio=0.0, learning_rate=0.1), 10)
+    step = optim.build_optimizer(OptimSpec(warmup_ratio=0.0, learning_rate=0.1), 10)
     trained = jax.jit(lambda p, g: optax.apply_updates(p, step.update(g, step.init(p), p)[0]))(
         before, grads
     )
@@ -199,17 +201,17 @@ def test_features_are_the_means_of_their_maps(name: str) -> None:
         np.float32
     )
     logits, ends = forward(name)
-    normal = backbones.normalise(backbone.spec, pixels)
+    normal = backbones.normalize(backbone.spec, pixels)
     np.testing.assert_allclose(normal, make_fixtures.video(*frames_and_size(backbone)), atol=1e-5)
     assert (
         jax.eval_shape(lambda p, x: backbones.classify(backbone, p, x), params, pixels).shape
         == logits.shape
     )
-    last = ends[backbone.spec.last]
+    last = ends[backbone.spec.default_endpoint]
     assert last.shape[0] == 2 and last.ndim in (2, 5)
     pooled = jax.eval_shape(lambda p, x: backbones.features(backbone, p, x), params, pixels)
     whole = jax.eval_shape(
-        lambda p, x: backbones.features(backbone, p, x, pooled=False), params, pixels
+        lambda p, x: backbones.features(backbone, p, x, pool=False), params, pixels
     )
     assert pooled.shape == (2, last.shape[-1]) and whole.shape == last.shape
     with pytest.raises(UserError, match="no feature map 'stage9': choose one of"):
@@ -226,15 +228,17 @@ def test_probabilities_of_places_are_averaged() -> None:
 
 
 def test_another_number_of_classes_and_an_unknown_name() -> None:
-    shapes = backbones.parameter_shapes(backbones.build(backbones.find("x3d_tiny"), 7))
+    shapes = backbones.parameter_shapes(
+        backbones.build_backbone(backbones.find_backbone("x3d_tiny"), 7)
+    )
     assert shapes["head"]["bias"].shape == (7,)
     with pytest.raises(UserError, match="no model 'x3d_x': did you mean x3d_xs?"):
-        backbones.find("x3d_x")
+        backbones.find_backbone("x3d_x")
 
 
 def test_in_bfloat16_it_answers_about_the_same() -> None:
     backbone, params, _, _, arrays = imported("c3d_tiny")
-    half = backbones.build(
+    half = backbones.build_backbone(
         dataclasses.replace(backbone.spec, net=backbone.spec.net.clone(dtype=jnp.bfloat16))
     )
     logits, ends = jax.jit(half.apply)(params, make_fixtures.video(*frames_and_size(backbone)))
@@ -245,22 +249,24 @@ def test_in_bfloat16_it_answers_about_the_same() -> None:
 def test_positions_are_read_off_linearly() -> None:
     rng = np.random.default_rng(0)
     table = rng.normal(size=(2 * 3 * 4, 5)).astype(np.float32)
-    np.testing.assert_allclose(resize.positions(table, (2, 3, 4), (2, 3, 4)), table, rtol=1e-6)
+    np.testing.assert_allclose(
+        resize.resize_positions(table, (2, 3, 4), (2, 3, 4)), table, rtol=1e-6
+    )
     between = [0.75 * table[0] + 0.25 * table[1], 0.25 * table[0] + 0.75 * table[1]]
     np.testing.assert_allclose(
-        resize.positions(table, (24,), (48,))[1:3], between, rtol=1e-5, atol=1e-6
+        resize.resize_positions(table, (24,), (48,))[1:3], between, rtol=1e-5, atol=1e-6
     )
     coarse, fine = (
         np.stack(np.meshgrid(*((np.arange(n) + 0.5) / n for n in size), indexing="ij"), -1)
         for size in ((4, 6), (8, 12))
     )
-    finer = resize.positions(coarse.reshape(-1, 2), (4, 6), (8, 12)).reshape(8, 12, 2)
+    finer = resize.resize_positions(coarse.reshape(-1, 2), (4, 6), (8, 12)).reshape(8, 12, 2)
     # a plane stays one between centres
     np.testing.assert_allclose(finer[1:-1, 1:-1], fine[1:-1, 1:-1], rtol=1e-9)
     with pytest.raises(
         UserError, match="24 positions does not fit the grid 2 x 3 to be resized to 4 x 6: give"
     ):
-        resize.positions(table, (2, 3), (4, 6))
+        resize.resize_positions(table, (2, 3), (4, 6))
 
 
 def test_inflated_kernels_see_a_still_clip_as_the_image() -> None:
@@ -268,9 +274,11 @@ def test_inflated_kernels_see_a_still_clip_as_the_image() -> None:
     kernel, image = (
         rng.normal(size=size).astype(np.float32) for size in ((3, 3, 2, 4), (1, 1, 8, 8, 2))
     )
-    pad = conv3d.pads("none", (5, 8, 8), (5, 3, 3), (1, 1, 1))
-    video = conv3d.direct(jnp.repeat(image, 5, axis=1), resize.inflate(kernel, 5), (1, 1, 1), pad)
-    want = conv3d.direct(jnp.asarray(image), kernel[None], (1, 1, 1), pad)
+    pad = conv3d.padding_widths("none", (5, 8, 8), (5, 3, 3), (1, 1, 1))
+    video = conv3d.convolve_xla(
+        jnp.repeat(image, 5, axis=1), resize.inflate(kernel, 5), (1, 1, 1), pad
+    )
+    want = conv3d.convolve_xla(jnp.asarray(image), kernel[None], (1, 1, 1), pad)
     np.testing.assert_allclose(video, want, rtol=1e-4, atol=1e-5)
 
 
@@ -279,7 +287,7 @@ def test_i3d_with_its_real_weights_says_what_the_original_said() -> None:
     if not path.exists():
         pytest.skip("I3D's weights are not here")
     arrays, golden = formats.read(path), np.load(I3D / "golden.npz")
-    backbone = backbones.build(backbones.find("i3d"))
+    backbone = backbones.build_backbone(backbones.find_backbone("i3d"))
     shapes = backbones.parameter_shapes(backbone)
     known = names.names_of("i3d", shapes)
     params, report = names.import_params(shapes, arrays, known)
@@ -297,7 +305,7 @@ def test_i3d_with_its_real_weights_says_what_the_original_said() -> None:
         )
     with Video(str(I3D / "v_CricketShot_g04_c01_rgb.gif")) as video:
         frames, _ = video.read_all()
-    logits, _ = apply(params, np.asarray(backbones.normalise(backbone.spec, frames[None, 20:36])))
+    logits, _ = apply(params, np.asarray(backbones.normalize(backbone.spec, frames[None, 20:36])))
     labels = (I3D / "label_map.txt").read_text().splitlines()
     assert labels[int(jnp.argmax(logits))] == "playing cricket"
 
@@ -315,14 +323,14 @@ def test_live_against_torch() -> None:
     grid = torch.from_numpy(table.reshape(1, 2, 3, 4, 5)).permute(0, 4, 1, 2, 3)
     larger = torch.nn.functional.interpolate(grid, (3, 5, 3), mode="trilinear", align_corners=False)
     np.testing.assert_allclose(
-        resize.positions(table, (2, 3, 4), (3, 5, 3)), larger[0].flatten(1).T, atol=1e-6
+        resize.resize_positions(table, (2, 3, 4), (3, 5, 3)), larger[0].flatten(1).T, atol=1e-6
     )
     for (name, (net, (frames, rows, columns))), more in product(
         make_fixtures.references().items(), (0, 32)
     ):
         if name == "c3d_tiny" and more:
             continue  # its Dense layers fix the size
-        backbone = backbones.build(backbones.find(name))
+        backbone = backbones.build_backbone(backbones.find_backbone(name))
         shapes = backbones.parameter_shapes(backbone)
         known = names.names_of(backbone.spec.kind, shapes)
         params, report = names.import_params(

@@ -21,8 +21,8 @@ from particlejax.data.clips import crop_resize
 from particlejax.data.video import container as opening
 from particlejax.data.video import timeout
 from particlejax.data.video.decode import Unreadable, Video, raw_file
-from particlejax.data.video.frame_ops import Part
-from particlejax.data.video.packet_lookahead import Ahead
+from particlejax.data.video.frame_ops import Region
+from particlejax.data.video.packet_lookahead import PacketLookahead
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 BITS, TALL, WIDE = 8, 32, 64  # a frame's number stands in its columns: 8 bars, white or black
@@ -232,7 +232,7 @@ def test_packets_are_judged_by_what_is_on_display() -> None:
         order = display_order(rng, int(rng.integers(1, 60)))
         wanted = np.sort(rng.uniform(0, len(order) + 2, 5)) / 10
         packets = [SimpleNamespace(pts=stamp, size=1) for stamp in order]
-        given = list(Ahead(iter(packets), 0.1, wanted))
+        given = list(PacketLookahead(iter(packets), 0.1, wanted))
         shown = {min(int(10 * time), len(order) - 1) for time in wanted}
         kept = {packet.pts for packet, seen in given if seen and packet is not None}
         assert kept == shown
@@ -246,14 +246,14 @@ def test_packets_are_judged_by_what_is_on_display() -> None:
 def test_nothing_is_decoded_after_the_last_frame_wanted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given, plain = [], Ahead.__iter__
+    given, plain = [], PacketLookahead.__iter__
 
-    def counted(self: Ahead) -> object:
+    def counted(self: PacketLookahead) -> object:
         for packet, shown in plain(self):
             given.append(packet)
             yield packet, shown
 
-    monkeypatch.setattr(Ahead, "__iter__", counted)
+    monkeypatch.setattr(PacketLookahead, "__iter__", counted)
     path = str(write(tmp_path / "a.mp4"))
     with Video(path) as video:
         assert numbers(video.frames_at([0.1, 1.02])[0]) == [2, 25]
@@ -301,8 +301,8 @@ def test_a_part_is_that_part_of_the_whole(
     box = np.array([0.1, 0.25, 0.7, 0.95])
     with Video(str(tmp_path / "a.mp4")) as video:
         whole, _ = video.read_all()
-        parts, times = video.parts_at([0.0, 0.05], Part(tuple(box), 40))
-        mirrored, _ = video.parts_at([0.0, 0.05], Part(tuple(box), 40, mirrored=True))
+        parts, times = video.regions_at([0.0, 0.05], Region(tuple(box), 40))
+        mirrored, _ = video.regions_at([0.0, 0.05], Region(tuple(box), 40, flip=True))
     pixels = tuple(box * (video.width, video.height, video.width, video.height))
     np.testing.assert_allclose(times, [0, 0.04], atol=1e-6)
     np.testing.assert_array_equal(mirrored, parts[:, :, ::-1])
@@ -331,7 +331,7 @@ def test_interlaced_films_are_decoded_whole(tmp_path: Path) -> None:
         container.mux(stream.encode(None))
     with Video(path) as video:
         whole, _ = video.read_all()
-        assert numbers(whole) == list(range(60)) and not video._drops, (
+        assert numbers(whole) == list(range(60)) and not video._can_drop, (
             "a field of a frame may be a packet of its own"
         )
         np.testing.assert_array_equal(
@@ -420,7 +420,7 @@ def test_pictures_from_the_bottom_up(tmp_path: Path) -> None:
         container.mux(stream.encode(None))
     with Video(str(tmp_path / "a.avi")) as video:
         np.testing.assert_array_equal(video.read_all()[0][0], picture)
-        part = video.parts_at([0.0], Part((0, 0, 1, 1), 32))[0][0]
+        part = video.regions_at([0.0], Region((0, 0, 1, 1), 32))[0][0]
     assert abs(coarse(part) - coarse(crop_resize(picture[None], (0, 0, 160, 96), 32)[0])).mean() < 2
 
 
@@ -610,7 +610,7 @@ def test_a_long_film_that_cannot_be_sought_in_says_so(
     for suffix in ("avi", "mp4"):
         path = str(write(tmp_path / f"a.{suffix}"))
         with pytest.raises(Unreadable) as caught:
-            timeout.within(0.3, lambda p=path: Video(p).frames_at([7.0]), path)
+            timeout.run_with_timeout(0.3, lambda p=path: Video(p).frames_at([7.0]), path)
         reasons.append(caught.value.reason)
     never.set()
     assert reasons == [
@@ -659,7 +659,7 @@ def test_odd_files(row: dict[str, str]) -> None:
         ), "ours are even"
         assert len(video.read_all(2)[0]) == int(row["frames"])
         (part,), (first,) = (
-            video.parts_at([0.0], Part((0, 0, 1, 1), 32))[0],
+            video.regions_at([0.0], Region((0, 0, 1, 1), 32))[0],
             video.frames_at([0.0])[0],
         )
         same = np.asarray(

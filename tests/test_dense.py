@@ -19,7 +19,7 @@ from particlejax.config.model import MaskedAutoencoderSpec, MaskedLmSpec, ModelS
 from particlejax.core import flops
 from particlejax.distributed import sharding
 from particlejax.models import particle_model as models
-from particlejax.models.modality import Payload
+from particlejax.models.modality import ModalitySpec
 from particlejax.nn import dense
 from particlejax.objectives import registry
 from particlejax.particles import packing
@@ -128,7 +128,7 @@ def batch() -> Batch:
     return packing.pack(
         clips,
         range(8),
-        {"text": packing.Slots(8, 1, "int32"), "vision": packing.Slots(24, 96)},
+        {"text": packing.SlotSpec(8, 1, "int32"), "vision": packing.SlotSpec(24, 96)},
         8,
         1,
     )
@@ -146,7 +146,7 @@ def reduced(spec: ModelSpec, mesh: jax.sharding.Mesh, folder: Path) -> list[tupl
     }
     model = models.build(
         spec,
-        {"text": Payload(1, 20), "vision": Payload(96)},
+        {"text": ModalitySpec(1, 20), "vision": ModalitySpec(96)},
         heads=registry.heads(specs),
         unseen=registry.unseen(specs),
     )
@@ -157,11 +157,11 @@ def reduced(spec: ModelSpec, mesh: jax.sharding.Mesh, folder: Path) -> list[tupl
         shapes,
         sharding.param_shardings(shapes, mesh),
     )
-    told = sharding.on(
+    told = sharding.with_mesh(
         mesh, jax.grad(lambda params, batch: objective(params, model, batch, key, True)[0])
     )
     dump = {"xla_dump_to": str(folder), "xla_dump_hlo_pass_re": "spmd-partitioning"}
-    jax.jit(told).lower(params, sharding.put(batch(), mesh)).compile(dump)
+    jax.jit(told).lower(params, sharding.shard_batch(batch(), mesh)).compile(dump)
     text = next(folder.glob("*.after_spmd-partitioning.*")).read_text()
     return REDUCED.findall(text)
 

@@ -96,13 +96,13 @@ def data_of(kept: Path, **more: object) -> DataSpec:
 
 
 def test_sub_clips_cover_the_clip_and_cells_the_sub_clip() -> None:
-    np.testing.assert_allclose(feature_reader.starts(2.0, 1.0, 0.5), [0, 0.5, 1.0])
+    np.testing.assert_allclose(feature_reader.subclip_starts(2.0, 1.0, 0.5), [0, 0.5, 1.0])
     # the last one shows its last frame for a while
-    np.testing.assert_allclose(feature_reader.starts(2.3, 1.0, 0.5), [0, 0.5, 1.0, 1.5])
-    np.testing.assert_allclose(feature_reader.starts(0.6, 1.0, 0.5), [0])
+    np.testing.assert_allclose(feature_reader.subclip_starts(2.3, 1.0, 0.5), [0, 0.5, 1.0, 1.5])
+    np.testing.assert_allclose(feature_reader.subclip_starts(0.6, 1.0, 0.5), [0])
     # they may stand apart, but not beyond the end
-    np.testing.assert_allclose(feature_reader.starts(2.0, 0.5, 2.0), [0])
-    about = feature_reader.placed(np.array([0.0, 0.5]), 1.0, (2, 2, 1))
+    np.testing.assert_allclose(feature_reader.subclip_starts(2.0, 0.5, 2.0), [0])
+    about = feature_reader.subclip_geometry(np.array([0.0, 0.5]), 1.0, (2, 2, 1))
     np.testing.assert_allclose(about[:, 0], [0.25, 0.25, 0.75, 0.75, 0.75, 0.75, 1.25, 1.25])
     np.testing.assert_allclose(about[:2, 1], [0.25, 0.75])
     assert (about[:, 2] == 0.5).all() and (about[:, 3:] == [0.5, 0.5, 1]).all()
@@ -111,11 +111,11 @@ def test_sub_clips_cover_the_clip_and_cells_the_sub_clip() -> None:
 @pytest.mark.parametrize("cells", [(4, 7, 7), (1, 1, 1), (2, 3, 2), (3, 2, 5)])
 def test_cells_are_means_and_their_mean_is_the_map_s(cells: tuple[int, int, int]) -> None:
     maps = np.random.default_rng(0).normal(size=(2, 4, 7, 7, 3)).astype(np.float32)
-    found = np.asarray(job.averaged(jax.numpy.asarray(maps), cells))
+    found = np.asarray(job.average_cells(jax.numpy.asarray(maps), cells))
     np.testing.assert_allclose(found.mean(axis=1), maps.mean(axis=(1, 2, 3)), atol=1e-5)
     if cells == (4, 7, 7):
         np.testing.assert_allclose(found, maps.reshape(2, -1, 3), atol=1e-6)
-    ones = np.asarray(job.averaged(jax.numpy.ones((1, 4, 7, 7, 1)), cells))
+    ones = np.asarray(job.average_cells(jax.numpy.ones((1, 4, 7, 7, 1)), cells))
     np.testing.assert_allclose(ones, 1, atol=1e-6)
 
 
@@ -123,25 +123,25 @@ def test_particles_are_what_the_network_says_of_that_part(folder: Path, kept: Pa
     record = next(each for each in _records(folder, "train") if "/5." in each.name)  # 23 frames
     found, what = (
         feature_reader.read(record, FeatureSpec(str(kept))),
-        feature_reader.opened(FeatureSpec(str(kept))),
+        feature_reader.open_features(FeatureSpec(str(kept))),
     )
-    frozen = linear_probe.load(ExtractFeaturesSpec(**SETTINGS))
+    frozen = linear_probe.load_backbone(ExtractFeaturesSpec(**SETTINGS))
     part = dataclasses.replace(record, start=0.5, end=1.5)
     pixels = clips.load(
-        part, DataSpec(num_frames=16, image_size=32, clip_seconds=1.0), clips.CENTRE
+        part, DataSpec(num_frames=16, image_size=32, clip_seconds=1.0), clips.CENTER_VIEW
     ).frames
     map_THWD = np.asarray(
-        jax.jit(lambda p, x: backbones.features(frozen.backbone, p, x, "conv5b", pooled=False))(
+        jax.jit(lambda p, x: backbones.features(frozen.backbone, p, x, "conv5b", pool=False))(
             frozen.params, pixels[None]
         )
     )[0]
-    assert map_THWD.shape == (2, 2, 2, 8) and what.cells == 4
+    assert map_THWD.shape == (2, 2, 2, 8) and what.particles_per_subclip == 4
     wanted = map_THWD.mean(axis=2).reshape(4, 8)
     np.testing.assert_allclose(
         found.features[4:8] * what.deviation + what.mean, wanted, rtol=1e-4, atol=1e-5
     )
     np.testing.assert_allclose(
-        found.about[4:8, :2], [[0.75, 0.25], [0.75, 0.75], [1.25, 0.25], [1.25, 0.75]], atol=1e-6
+        found.geometry[4:8, :2], [[0.75, 0.25], [0.75, 0.75], [1.25, 0.25], [1.25, 0.75]], atol=1e-6
     )
 
 
@@ -161,7 +161,7 @@ def test_features_are_standardised_by_the_first_split(folder: Path, kept: Path) 
     assert moving.any()
     np.testing.assert_allclose(values.mean(axis=0)[moving], 0, atol=1e-3)
     np.testing.assert_allclose(values.std(axis=0)[moving], 1, atol=1e-3)
-    each, what = _records(folder, "train")[0], feature_reader.opened(FeatureSpec(str(kept)))
+    each, what = _records(folder, "train")[0], feature_reader.open_features(FeatureSpec(str(kept)))
     raw = feature_reader.read(each, FeatureSpec(str(kept))).features * np.float32(
         what.deviation
     ) + np.float32(what.mean)
@@ -180,11 +180,11 @@ def test_no_frame_is_decoded_and_rows_have_room(
     )
     for seconds in (0.4, 1.0, 1.2, 1.5, 1.9, 2.0, 5.0):
         data = data_of(kept, clip_seconds=seconds, augment=AugmentSpec(speed_range=(0.5, 2.0)))
-        row = pipeline.row_of(data, CUT)
-        assert row.slots["video_features"].size == 8
+        row = pipeline.row_shape(data, CUT)
+        assert row.slots["video_features"].payload_size == 8
         for record in _records(folder, "train"):
-            for look in (clips.CENTRE, *map(np.random.default_rng, range(4))):
-                seen = clips.particles_of(
+            for look in (clips.CENTER_VIEW, *map(np.random.default_rng, range(4))):
+                seen = clips.make_particles(
                     clips.load(record, data, look), data, CUT, np.random.default_rng(0)
                 )["video_features"]
                 # raises where it does not fit
@@ -196,25 +196,25 @@ def test_spans_are_drawn_and_share_the_clock_of_the_frames(folder: Path, kept: P
     # its sub-clips end at 2.5 s
     record = next(each for each in _records(folder, "train") if "/5." in each.name)
     whole = feature_reader.read(record, FeatureSpec(str(kept)))
-    part = whole.during(0.4, 1.7)
+    part = whole.slice_time(0.4, 1.7)
     # of those from 0.5 and from 1.0 on
     np.testing.assert_allclose(sorted(set(part.place[:, 0].round(4))), [0.35, 0.85, 1.35])
     np.testing.assert_array_equal(part.payload, whole.features[4:12])
-    near = whole.during(0.6, 0.2)  # no sub-clip lies in it
+    near = whole.slice_time(0.6, 0.2)  # no sub-clip lies in it
     assert len(near.segment) == 4 and abs(near.place[:, 0].mean() - 0.1) <= 0.25
     both = dataclasses.replace(
         data_of(kept, num_frames=8),
         modalities=("vision", "video_features"),
         video_features=FeatureSpec(str(kept), 1.5),
     )
-    seen = clips.load(record, both, clips.CENTRE)
+    seen = clips.load(record, both, clips.CENTER_VIEW)
     offset = (2.3 - 2.0) / 2
     np.testing.assert_allclose(
-        seen.kept["video_features"].place, whole.during(offset, 1.5).place, atol=1e-3
+        seen.features["video_features"].place, whole.slice_time(offset, 1.5).place, atol=1e-3
     )
     assert len(seen.frames) == 8
     drawn = [
-        clips.load(record, data_of(kept, clip_seconds=1.0), np.random.default_rng(i)).kept[
+        clips.load(record, data_of(kept, clip_seconds=1.0), np.random.default_rng(i)).features[
             "video_features"
         ]
         for i in range(8)
@@ -226,19 +226,19 @@ def test_spans_are_drawn_and_share_the_clock_of_the_frames(folder: Path, kept: P
 
 def test_what_is_not_there_names_the_command(folder: Path, kept: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="features.folder is empty: set it to the output"):
-        pipeline.row_of(DataSpec(modalities=("video_features",)), CUT)
+        pipeline.row_shape(DataSpec(modalities=("video_features",)), CUT)
     with pytest.raises(
         UserError,
         match="holds no features .*run `python -m particlejax.main --config "
         "experiments/extract_features.py",
     ):
-        pipeline.row_of(data_of(tmp_path), CUT)
+        pipeline.row_shape(data_of(tmp_path), CUT)
     with pytest.raises(
         UserError, match="config.data.video_features.max_seconds and config.data.clip_seconds are 0"
     ):
-        pipeline.row_of(data_of(kept, clip_seconds=0.0), CUT)
+        pipeline.row_shape(data_of(kept, clip_seconds=0.0), CUT)
     with pytest.raises(UserError, match="augment.mixup_alpha needs frames"):
-        pipeline.row_of(data_of(kept, augment=AugmentSpec(mixup_alpha=0.2)), CUT)
+        pipeline.row_shape(data_of(kept, augment=AugmentSpec(mixup_alpha=0.2)), CUT)
     strange = sources.Record("strange", clip(0, 99, 20))
     with pytest.raises(
         Unreadable,
@@ -249,14 +249,16 @@ def test_what_is_not_there_names_the_command(folder: Path, kept: Path, tmp_path:
     broken.mkdir()
     (broken / "network.json").write_text("{")
     with pytest.raises(UserError, match="network.json is damaged"):
-        pipeline.row_of(data_of(broken), CUT)
+        pipeline.row_shape(data_of(broken), CUT)
     with pytest.raises(UserError, match=r"another network or sampling \(stride differs\)"):
-        job.prepared(ExtractFeaturesSpec(**(SETTINGS | {"stride_seconds": 0.25})), kept)
+        job.prepare_extraction(ExtractFeaturesSpec(**(SETTINGS | {"stride_seconds": 0.25})), kept)
     with pytest.raises(
         UserError,
         match=r"config.pool_grid=\(5, 1, 1\) has more cells than .* c3d_tiny, \(2, 2, 2\)",
     ):
-        job.prepared(ExtractFeaturesSpec(**(SETTINGS | {"pool_grid": (5, 1, 1)})), tmp_path)
+        job.prepare_extraction(
+            ExtractFeaturesSpec(**(SETTINGS | {"pool_grid": (5, 1, 1)})), tmp_path
+        )
 
 
 def test_the_damaged_are_named_and_computed_again_and_a_run_learns(

@@ -13,7 +13,7 @@ from particlejax.config.training import ActiveLearningSpec, PseudoLabelSpec
 from particlejax.core.typing import UserError
 from particlejax.distributed import checkpoint
 from particlejax.finetune import restore, weight_average
-from particlejax.objectives.pseudo_label import TEACHER, disturbed, pseudo_label
+from particlejax.objectives.pseudo_label import TEACHER, augmented_view, pseudo_label
 from particlejax.particles.types import Batch, Particles
 from particlejax.train import sample_selection
 from particlejax.train.train_state import TrainState, make_step
@@ -23,15 +23,15 @@ FOUND = np.array([[2.0, 0.1], [1.0, 0.0], [0.0, 3.0], [0.1, 1.0], [5.0, 4.0]])
 
 def test_the_nearest_class_mean() -> None:
     label = np.array([0, -1, 1, -1, -1])
-    centres = sample_selection.centres(FOUND, label, 3)
-    probabilities = sample_selection.nearest(FOUND, centres)
+    centres = sample_selection.class_centers(FOUND, label, 3)
+    probabilities = sample_selection.nearest_center_probs(FOUND, centres)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1)
     assert (
         probabilities[:, :2].argmax(axis=1).tolist() == [0, 0, 1, 1, 0]
         and (probabilities[:, 2] == 0).all()
     ), "a class unseen"
     np.testing.assert_allclose(
-        sample_selection.nearest(7 * FOUND, centres),
+        sample_selection.nearest_center_probs(7 * FOUND, centres),
         probabilities,
         err_msg="length is of no account",
     )
@@ -50,14 +50,14 @@ def test_a_round_chooses_what_is_open_and_what_it_says(
     how: str, expected: list[int] | None
 ) -> None:
     assert (
-        set(sample_selection.SELECT) == {"entropy", "margin", "coreset", "random"}
+        set(sample_selection.STRATEGIES) == {"entropy", "margin", "coreset", "random"}
         and ActiveLearningSpec(how).strategy == how
     )
     open_to = np.array([True, False, True, True, True])
-    found = sample_selection.SELECT[how](P, FOUND, open_to, 3, 0)
+    found = sample_selection.STRATEGIES[how](P, FOUND, open_to, 3, 0)
     assert len(set(found)) == 3 and open_to[found].all()
     assert expected is None or found.tolist() == expected
-    assert len(sample_selection.SELECT[how](P, FOUND, open_to, 99, 0)) == 4, (
+    assert len(sample_selection.STRATEGIES[how](P, FOUND, open_to, 99, 0)) == 4, (
         "no more than there are"
     )
 
@@ -78,20 +78,20 @@ def test_the_core_set_is_what_is_far_from_all_that_is_known() -> None:
 
 def test_means_of_parameters_and_their_refusal(tmp_path: object) -> None:
     one, two = {"a": jnp.array([1.0, 2.0])}, {"a": jnp.array([3.0, 6.0])}
-    np.testing.assert_array_equal(weight_average.mean([one, two])["a"], [2, 4])
-    weight_average.check(one, two, "two")
+    np.testing.assert_array_equal(weight_average.mean_params([one, two])["a"], [2, 4])
+    weight_average.check_same_architecture(one, two, "two")
     with pytest.raises(
         UserError,
         match=r"two has \(1,\) for a where the first has \(2,\): only runs of one architecture",
     ):
-        weight_average.check(one, {"a": jnp.zeros(1)}, "two")
+        weight_average.check_same_architecture(one, {"a": jnp.zeros(1)}, "two")
     kept = checkpoint.Checkpoints(tmp_path, 2)
     for step, each in ((1, one), (2, two)):
         kept.save(step, {"params": each}, {})
     kept.close()
-    assert checkpoint.whole_steps(tmp_path) == [1, 2]
+    assert checkpoint.valid_steps(tmp_path) == [1, 2]
     params = [restore.from_checkpoint(one, tmp_path, step)[0] for step in (1, 2)]
-    np.testing.assert_array_equal(weight_average.mean(params)["a"], [2, 4])
+    np.testing.assert_array_equal(weight_average.mean_params(params)["a"], [2, 4])
     np.testing.assert_array_equal(restore.from_checkpoint(one, tmp_path)[0]["a"], two["a"])
 
 
@@ -145,7 +145,7 @@ def test_clips_without_a_label_are_taught_by_the_whole_of_themselves() -> None:
     made = batch([-1, -1, 2, -1], [0, 1, 2, -1])
     spec = PseudoLabelSpec(threshold=0.0)
     view_key, _ = jax.random.split(KEY)
-    seen = jax.jit(lambda particles: disturbed(spec, particles, view_key))(made.particles)
+    seen = jax.jit(lambda particles: augmented_view(spec, particles, view_key))(made.particles)
     whole, part = (
         Linear().apply(PARAMS, "encode", each)[0].sum(axis=1) for each in (made.particles, seen)
     )

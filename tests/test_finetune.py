@@ -36,14 +36,14 @@ from particlejax.distributed import checkpoint, sharding
 from particlejax.finetune import partition, peft, restore
 from particlejax.models import particle_model as models
 from particlejax.models.heads import classification
-from particlejax.models.modality import Payload
+from particlejax.models.modality import ModalitySpec
 from particlejax.nn import attention, transformer
 from particlejax.objectives import registry
 from particlejax.particles import packing, policies
 from particlejax.particles.types import Batch
 from particlejax.train import optim
 from particlejax.train import stage as run
-from particlejax.train.train_state import TrainState, make_step, saved
+from particlejax.train.train_state import TrainState, make_step, without_frozen
 
 MODEL = ModelSpec(
     width=16, depth=2, num_heads=2, unroll_layers=False, pool_type="attention", pool_num_heads=2
@@ -84,12 +84,12 @@ def batch(rows: int = 8) -> Batch:
             video, np.arange(4, dtype=np.float32), ParticleSpec("grid", (2, 4, 4))
         )
         clips.append(packing.Clip({"vision": cut}, i % C, i))
-    return packing.pack(clips, range(rows), {"vision": packing.Slots(8, 96)}, rows, 1)
+    return packing.pack(clips, range(rows), {"vision": packing.SlotSpec(8, 96)}, rows, 1)
 
 
 @cache
 def base() -> tuple[models.Model, dict]:
-    model = models.build(MODEL, {"vision": Payload(96)}, heads=classification(C))
+    model = models.build(MODEL, {"vision": ModalitySpec(96)}, heads=classification(C))
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), sharding.AXES)
     params = jax.jit(model.init)(jax.random.key(0), batch())
     return model, jax.device_put(params, sharding.param_shardings(params, mesh))
@@ -120,7 +120,7 @@ def tuned(name: str) -> Tuned:
     """Three steps; all in numpy, whose arithmetic needs no compilation."""
     spec = SPECS[name][0]
     model, params = base()
-    optimizer = optim.build(OptimSpec("sgd", learning_rate=0.3, warmup_ratio=0.0), 10)
+    optimizer = optim.build_optimizer(OptimSpec("sgd", learning_rate=0.3, warmup_ratio=0.0), 10)
 
     def start(params: dict) -> TrainState:
         trained, frozen = partition.split(spec, params, jax.random.key(0))
@@ -150,7 +150,7 @@ def tuned(name: str) -> Tuned:
 
 @cache
 def merge_of(spec: FinetuneSpec) -> Any:
-    return jax.jit(lambda params, frozen: partition.whole(spec, params, frozen))
+    return jax.jit(lambda params, frozen: partition.merge(spec, params, frozen))
 
 
 def whole(state: TrainState, spec: FinetuneSpec) -> dict:
@@ -158,11 +158,11 @@ def whole(state: TrainState, spec: FinetuneSpec) -> dict:
 
 
 def test_the_battery_knows_every_method() -> None:
-    assert {spec.method for spec, _ in SPECS.values()} | {"full"} == set(peft.TABLE)
+    assert {spec.method for spec, _ in SPECS.values()} | {"full"} == set(peft.METHODS)
     names = next(f for f in dataclasses.fields(FinetuneSpec) if f.name == "method").metadata[
         "names"
     ]
-    assert set(names) == set(peft.TABLE)
+    assert set(names) == set(peft.METHODS)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -189,7 +189,7 @@ def test_exactly_what_trains_changes(name: str) -> None:
     assert tree.count(after.opt_state) == tree.count(after.params) + 1, (
         "a momentum of each and a counter"
     )
-    assert tree.count(partition.base(after.params, after.frozen)) == tree.count(base()[1])
+    assert tree.count(partition.base_params(after.params, after.frozen)) == tree.count(base()[1])
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -210,15 +210,17 @@ def test_saved_it_is_small_and_together_with_its_base_the_same(name: str, tmp_pa
     write(tmp_path / "base", {"params": base()[1]}, {})
     write(
         tmp_path / "tuned",
-        saved(after),
-        {restore.BASE: restore.reference(tmp_path / "base", tmp_path / "tuned", spec)},
+        without_frozen(after),
+        {restore.BASE_KEY: restore.reference(tmp_path / "base", tmp_path / "tuned", spec)},
     )
     one = checkpoint.Checkpoints(tmp_path / "tuned", 2)
     _, again, _ = one.restore(
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=PLACE), saved(after))
+        jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=PLACE), without_frozen(after)
+        )
     )
     one.close()
-    jax.tree.map(np.testing.assert_array_equal, again, saved(after))
+    jax.tree.map(np.testing.assert_array_equal, again, without_frozen(after))
     names = checkpoint.load_arrays(tmp_path / "tuned")
     assert sum(each.size for each in names.values()) == tree.count(after.params)
     found, sentence = restore.from_checkpoint(base()[1], tmp_path / "tuned")
@@ -261,7 +263,7 @@ def test_lora_is_a_product_beside_the_kernel() -> None:
     }
     merged = peft.lora_merge(flat, extra, spec)
     changed = {path for path in flat if merged[path] is not flat[path]}
-    assert len(changed) == 6 and all(path.startswith(peft.BLOCKS) for path in changed)
+    assert len(changed) == 6 and all(path.startswith(peft.BLOCKS_PREFIX) for path in changed)
     for path in changed:
         a, b = extra[f"{path}/a"], extra[f"{path}/b"]
         x = np.random.default_rng(0).normal(size=(2, 5, a.shape[1])).astype(np.float32)
@@ -285,24 +287,28 @@ def test_ia3_is_a_factor_of_what_flows() -> None:
     for part in ("attention/key", "attention/value"):
         for leaf in ("kernel", "bias"):
             np.testing.assert_allclose(
-                merged[f"{peft.BLOCKS}{part}/{leaf}"], 1.5 * flat[f"{peft.BLOCKS}{part}/{leaf}"]
+                merged[f"{peft.BLOCKS_PREFIX}{part}/{leaf}"],
+                1.5 * flat[f"{peft.BLOCKS_PREFIX}{part}/{leaf}"],
             )
     np.testing.assert_allclose(
-        merged[f"{peft.BLOCKS}mlp/down/kernel"], 1.5 * flat[f"{peft.BLOCKS}mlp/down/kernel"]
+        merged[f"{peft.BLOCKS_PREFIX}mlp/down/kernel"],
+        1.5 * flat[f"{peft.BLOCKS_PREFIX}mlp/down/kernel"],
     )
-    assert merged[f"{peft.BLOCKS}mlp/down/bias"] is flat[f"{peft.BLOCKS}mlp/down/bias"]
+    assert (
+        merged[f"{peft.BLOCKS_PREFIX}mlp/down/bias"] is flat[f"{peft.BLOCKS_PREFIX}mlp/down/bias"]
+    )
 
 
 def test_deep_prompts_are_tokens_that_every_block_has_of_its_own() -> None:
     """One block over prompts and tokens, the prompts' outputs left out, and the block that reads
     what the merge makes of them.
     """
-    block = transformer.Block(D, 2, F, attention.Style(near=False, qk_norm=True))
+    block = transformer.Block(D, 2, F, attention.BlockConfig(distance_bias=False, qk_norm=True))
     rng = np.random.default_rng(0)
     x, token = (rng.normal(size=(n, 5, D)).astype(np.float32) for n in (2, 1))
 
-    def where(queries: int, keys: int) -> attention.Between:
-        return attention.Between(
+    def where(queries: int, keys: int) -> attention.AttentionContext:
+        return attention.AttentionContext(
             jnp.zeros((2, queries, 3)), jnp.zeros((2, keys, 3)), jnp.ones((2, queries, keys), bool)
         )
 
@@ -311,14 +317,14 @@ def test_deep_prompts_are_tokens_that_every_block_has_of_its_own() -> None:
         lambda name, leaf: leaf + 0.3 * jax.random.normal(jax.random.key(len(name)), leaf.shape),
         params,
     )
-    stacked = {peft.BLOCKS + name: leaf[None] for name, leaf in tree.flatten(params).items()}
+    stacked = {peft.BLOCKS_PREFIX + name: leaf[None] for name, leaf in tree.flatten(params).items()}
     merged = peft.prompt_deep_merge(
-        stacked, {peft.TUNED + "prompt/token": token}, FinetuneSpec("vpt_deep")
+        stacked, {peft.PEFT_PREFIX + "prompt/token": token}, FinetuneSpec("vpt_deep")
     )
     prefix = {
-        name.removeprefix(peft.TUNED): leaf[0]
+        name.removeprefix(peft.PEFT_PREFIX): leaf[0]
         for name, leaf in merged.items()
-        if name.startswith(peft.TUNED)
+        if name.startswith(peft.PEFT_PREFIX)
     }
     assert set(prefix) == {"attention/prefix/key", "attention/prefix/value"}
     found = block.apply({"params": tree.nest({**tree.flatten(params), **prefix})}, x, where(5, 5))
@@ -334,7 +340,9 @@ def test_prompts_leave_the_particles_their_places(pool: str) -> None:
     said of particles alone.
     """
     model = models.build(
-        dataclasses.replace(MODEL, pool_type=pool), {"vision": Payload(96)}, heads=classification(C)
+        dataclasses.replace(MODEL, pool_type=pool),
+        {"vision": ModalitySpec(96)},
+        heads=classification(C),
     )
     params = jax.jit(model.init)(jax.random.key(0), batch())
     merged = {**params, "encoder": {**params["encoder"], "prompts": {"token": jnp.ones((3, D))}}}
@@ -345,10 +353,7 @@ def test_prompts_leave_the_particles_their_places(pool: str) -> None:
     np.testing.assert_array_equal(after.segment, before.segment)
     assert np.abs(after.x - before.x).max() > 1e-3
     if pool == "cls":
-        assert (
-            after.whole.shape == before.whole.shape
-            and np.abs(after.whole - before.whole).max() > 1e-3
-        )
+        assert after.cls.shape == before.cls.shape and np.abs(after.cls - before.cls).max() > 1e-3
 
 
 def test_prompts_want_blocks_that_all_modalities_share() -> None:
@@ -388,7 +393,10 @@ def test_layers_train_at_their_rate_from_their_time_on() -> None:
     )
 
     def changes(spec: FinetuneSpec, steps: int) -> dict[str, np.ndarray]:
-        optimizer, now = optim.build(plain, 12, optim.layered(spec, 3, 12)), params
+        optimizer, now = (
+            optim.build_optimizer(plain, 12, optim.layerwise_decay(spec, 3, 12)),
+            params,
+        )
         state = optimizer.init(now)
         for _ in range(steps):
             updates, state = optimizer.update(jax.tree.map(jnp.ones_like, now), state, now)
@@ -404,7 +412,7 @@ def test_layers_train_at_their_rate_from_their_time_on() -> None:
     )
     # of 12 steps: the blocks begin at 2, 4 and 6, the embedding at 8
     gradual = FinetuneSpec(gradual_unfreeze_fraction=2 / 3)
-    assert optim.layered(FinetuneSpec(), 3, 12) is None
+    assert optim.layerwise_decay(FinetuneSpec(), 3, 12) is None
     for steps, bottom, middle, top, place in (
         (2, 0, 0, 0, 0),
         (3, 0, 0, 1, 0),
@@ -445,7 +453,7 @@ def grounds(cache_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = runpy.run_path("experiments/finetune.py")["get_config"]("tiny").to_dict()
     experiment = Experiment.of(config | {"data": config["data"] | {"cache_dir": cache_dir}})
     source = sources.open_source("toybox:tiny", "train", cache_dir)
-    stage = run.build(experiment, "finetune", source.classes)
+    stage = run.build_stage(experiment, "finetune", source.classes)
     (folder / "base").mkdir()
     checkpoint.write_json(folder / "base" / run.CONFIG, json.loads(json.dumps(as_dict(experiment))))
     params = jax.jit(stage.model.init)(jax.random.key(5), stage.example)
@@ -475,11 +483,11 @@ ADAPTER = (
 def test_a_run_that_tunes_a_part_counts_it_and_resumes_exactly(
     grounds: Path, cache_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, workdir, alone = pipeline.read, tmp_path / "run", grounds / "alone"
+    read, workdir, alone = pipeline.read_batches, tmp_path / "run", grounds / "alone"
 
     def failing(
-        batches: pipeline.Batches, start: int, stop: int, data: DataSpec
-    ) -> Iterator[pipeline.Loaded]:
+        batches: pipeline.TrainBatches, start: int, stop: int, data: DataSpec
+    ) -> Iterator[pipeline.LoadedBatch]:
         for k, loaded in enumerate(read(batches, start, stop, data), start):
             if k == 2:
                 raise UserError("a process that decodes was killed")
@@ -487,7 +495,7 @@ def test_a_run_that_tunes_a_part_counts_it_and_resumes_exactly(
 
     again = command(cache_dir, workdir, f"--config.init_from={grounds}/base", *ADAPTER)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "read", failing)
+        patch.setattr(pipeline, "read_batches", failing)
         assert entry.main(again) == 2
     assert entry.main(again) == 0
     for name in ("metrics.jsonl", "predictions_finetune_val.csv"):
@@ -525,7 +533,9 @@ def test_merged_it_is_a_run_that_says_the_same(
     )
     jax.tree.map(np.testing.assert_array_equal, one, merged)
     adapters = {
-        path: leaf for path, leaf in tree.flatten(merged).items() if path.startswith(peft.TUNED)
+        path: leaf
+        for path, leaf in tree.flatten(merged).items()
+        if path.startswith(peft.PEFT_PREFIX)
     }
     assert len(adapters) == 8 and all(np.abs(leaf).max() > 0 for leaf in adapters.values())
     plain = tree.nest(

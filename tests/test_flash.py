@@ -22,12 +22,16 @@ from particlejax.core import hlo_cost
 from particlejax.core.typing import Params, UserError
 from particlejax.distributed import sharding
 from particlejax.nn import attention, fused_attention
-from particlejax.nn.attention import Attention, Style
+from particlejax.nn.attention import Attention, BlockConfig
 from particlejax.nn.token_reduction import Tokens
 from particlejax.nn.transformer import Transformer
 
 WIDTH, HEADS = 16, 2
-VARIANTS = {"words": Style(near=False), "near": Style(), "rotary": Style(rotary=True, qk_norm=True)}
+VARIANTS = {
+    "words": BlockConfig(distance_bias=False),
+    "near": BlockConfig(),
+    "rotary": BlockConfig(rope=True, qk_norm=True),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -63,10 +67,10 @@ def close(found: Array, expected: Array) -> None:
 
 
 def found(
-    style: Style, query: Tokens, key: Tokens, params: Params | None = None
+    style: BlockConfig, query: Tokens, key: Tokens, params: Params | None = None
 ) -> tuple[Array, tuple]:
     """What is read, and the gradients of a sum of its squares by parameters and content."""
-    module, where = Attention(WIDTH, HEADS, style), attention.between(query, key)
+    module, where = Attention(WIDTH, HEADS, style), attention.make_attention_context(query, key)
     params = params or module.init(jax.random.key(0), query.x, key.x, where)
 
     def loss(params: Params, x: Array, y: Array) -> tuple[Array, Array]:
@@ -84,33 +88,39 @@ def found(
 def test_kernels_equal_the_plain_one_on_packed_rows(kernel: str, variant: str) -> None:
     style = VARIANTS[variant]
     query, key = tokens(2, 20, 0), tokens(2, 33, 1, mass=variant == "near")
-    plain, kernels = (found(style._replace(attention=how), query, key) for how in ("xla", kernel))
+    plain, kernels = (
+        found(style._replace(attention_impl=how), query, key) for how in ("xla", kernel)
+    )
     jax.tree.map(close, kernels, plain)
     moved = jax.tree.map(lambda x: float(jnp.abs(x).max()), plain[1][0])
     assert min(moved["params"]["query"].values()) > 0 and all(
         np.isfinite(x).all() for x in jax.tree.leaves(kernels)
     )
-    if style.near:
+    if style.distance_bias:
         assert moved["params"]["nearness"]["log_sharpness"] > 1e-3
 
 
 def test_on_a_mesh_each_device_runs_its_own_rows_and_heads() -> None:
     mesh = sharding.make_mesh(MeshSpec(data=2, fsdp=2, tensor=2))
     one = tokens(4, 20, 0)
-    module, where = Attention(WIDTH, HEADS, Style(attention="splash")), attention.between(one, one)
-    params = Attention(WIDTH, HEADS, Style()).init(jax.random.key(0), one.x, one.x, where)
+    module, where = (
+        Attention(WIDTH, HEADS, BlockConfig(attention_impl="splash")),
+        attention.make_attention_context(one, one),
+    )
+    params = Attention(WIDTH, HEADS, BlockConfig()).init(jax.random.key(0), one.x, one.x, where)
     apply = lambda params, x: module.apply(params, x, x, where)  # noqa: E731
     rows = jax.device_put(one.x, sharding.batch_sharding(mesh))
-    text = jax.jit(sharding.on(mesh, apply)).lower(params, rows)
+    text = jax.jit(sharding.with_mesh(mesh, apply)).lower(params, rows)
     assert "manual_axes" in text.as_text() or "manual_computation" in text.as_text()
-    plain = Attention(WIDTH, HEADS, Style()).apply(params, one.x, one.x, where)
+    plain = Attention(WIDTH, HEADS, BlockConfig()).apply(params, one.x, one.x, where)
     np.testing.assert_allclose(text.compile()(params, rows), plain, atol=2e-5)
 
 
 def test_a_sequence_divided_over_devices_is_the_same_and_its_keys_are_gathered() -> None:
     mesh, one = sharding.make_mesh(MeshSpec(data=2, sequence=4)), tokens(4, 20, 0)
     plain, body = (
-        Transformer(2, HEADS, 32, Style(attention=how), unroll=False) for how in ("xla", "splash")
+        Transformer(2, HEADS, 32, BlockConfig(attention_impl=how), unroll_layers=False)
+        for how in ("xla", "splash")
     )
     params = plain.init(jax.random.key(0), one)
 
@@ -118,7 +128,7 @@ def test_a_sequence_divided_over_devices_is_the_same_and_its_keys_are_gathered()
         return jnp.sum(jnp.sin(body.apply(params, one)[0].x))
 
     alone = jax.jit(jax.value_and_grad(partial(loss, plain)))(params, one)
-    told = sharding.on(mesh, jax.value_and_grad(lambda params, one: loss(body, params, one)))
+    told = sharding.with_mesh(mesh, jax.value_and_grad(lambda params, one: loss(body, params, one)))
     program = (
         jax.jit(told, in_shardings=(None, sharding.batch_sharding(mesh)))
         .lower(params, one)
@@ -136,8 +146,11 @@ def test_a_sequence_divided_over_devices_is_the_same_and_its_keys_are_gathered()
 
 def test_rows_that_do_not_divide_stay_whole() -> None:
     mesh, one = sharding.make_mesh(MeshSpec(data=8)), tokens(3, 20, 0)
-    module, where = Attention(WIDTH, HEADS, Style(attention="splash")), attention.between(one, one)
-    plain = Attention(WIDTH, HEADS, Style())
+    module, where = (
+        Attention(WIDTH, HEADS, BlockConfig(attention_impl="splash")),
+        attention.make_attention_context(one, one),
+    )
+    plain = Attention(WIDTH, HEADS, BlockConfig())
     params = plain.init(jax.random.key(0), one.x, one.x, where)
     with jax.set_mesh(mesh):
         read = jax.jit(module.apply)(params, one.x, one.x, where)
@@ -148,7 +161,9 @@ def test_terms_of_place_keep_their_precision_in_bfloat16() -> None:
     one = tokens(1, 64, 3)
     sharpness = jnp.asarray([[5.0, 50.0, 50.0], [0.1, 0.5, 0.5]])
     nothing = jnp.zeros((1, HEADS, 64, 4), jnp.bfloat16)
-    query, key = fused_attention.fold(nothing, nothing, (one.place, one.place), sharpness, None)
+    query, key = fused_attention.fold_bias_into_qk(
+        nothing, nothing, (one.place, one.place), sharpness, None
+    )
     logits = jnp.einsum("bhlk,bhmk->bhlm", query, key, preferred_element_type=jnp.float32)
     far = (one.place[:, None, :, None] - one.place[:, None, None]) ** 2
     exact = (
@@ -161,15 +176,15 @@ def test_terms_of_place_keep_their_precision_in_bfloat16() -> None:
 
 @pytest.mark.parametrize("length", [1, 128, 129, 640, 1568])
 def test_blocks_divide_what_is_padded_least(length: int) -> None:
-    block = fused_attention._block(length)
-    padded = fused_attention._padded(jnp.zeros((1, length)), block, 1).shape[1]
+    block = fused_attention._block_size(length)
+    padded = fused_attention._pad_to_multiple(jnp.zeros((1, length)), block, 1).shape[1]
     assert block % 128 == 0 and block <= 512 and padded % block == 0 and padded - length < 128
 
 
 def test_auto_is_what_the_devices_run_best(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (
-        fused_attention.chosen("auto", jnp.float32, 999) == "xla"
-        and fused_attention.chosen("splash", jnp.float32, 9) == "splash"
+        fused_attention.select_implementation("auto", jnp.float32, 999) == "xla"
+        and fused_attention.select_implementation("splash", jnp.float32, 9) == "splash"
     )
     ways = (
         ("tpu", jnp.float32, 512, "splash"),
@@ -182,10 +197,10 @@ def test_auto_is_what_the_devices_run_best(monkeypatch: pytest.MonkeyPatch) -> N
         device = AbstractDevice(device_kind="any", num_cores=None, platform=platform)
         mesh = AbstractMesh((1,), ("data",), abstract_device=device)
         with jax.sharding.use_abstract_mesh(mesh):  # a plan is made where its devices are not
-            assert fused_attention.chosen("auto", jnp.dtype(dtype), keys) == best
+            assert fused_attention.select_implementation("auto", jnp.dtype(dtype), keys) == best
         with monkeypatch.context() as patch:
             patch.setattr(jax, "default_backend", lambda name=platform: name)
-            assert fused_attention.chosen("auto", jnp.dtype(dtype), keys) == best
+            assert fused_attention.select_implementation("auto", jnp.dtype(dtype), keys) == best
     with pytest.raises(
         UserError, match="config.attention_impl is 'fast': choose one of auto, xla, splash, cudnn"
     ):
@@ -210,7 +225,7 @@ def test_mixed_is_softmax_and_a_product(dtype: str) -> None:
 
     pulled = jax.random.normal(keys[3], (2, 3, 5, 4), dtype)
     (out, back), (expected, expected_back) = (
-        jax.vjp(each, logits, value) for each in (attention.mixed, softmax)
+        jax.vjp(each, logits, value) for each in (attention.softmax_matmul, softmax)
     )
     rounding = 16 * float(jnp.finfo(dtype).eps)
     for a, b in zip((out, *back(pulled)), (expected, *expected_back(pulled)), strict=True):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from particlejax.config.model import ModelSpec
 from particlejax.core import flops
 from particlejax.models import particle_model as models
-from particlejax.models.modality import Payload
+from particlejax.models.modality import ModalitySpec
 from particlejax.particles.types import Particles
 
 A, B = jnp.zeros((3, 5)), jnp.zeros((5, 7))
@@ -49,7 +49,7 @@ def test_products_loops_and_gradients() -> None:
 def test_a_transformer_is_what_the_books_say() -> None:
     length, width, payload = 32, 16, 12
     spec = ModelSpec(width=width, depth=3, num_heads=2, distance_bias=False, unroll_layers=False)
-    model = models.build(spec, {"vision": Payload(payload)})
+    model = models.build(spec, {"vision": ModalitySpec(payload)})
     zeros = jnp.zeros((1, length, 3))
     particles = {
         "vision": Particles(

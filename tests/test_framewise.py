@@ -37,7 +37,7 @@ def lacking(batch: Batch, modality: str, row: int) -> Batch:
 
 def test_moments_are_the_values_of_the_series_where_they_were_read() -> None:
     batch = make_batch(PAIR)
-    each, target = framewise.moments(batch.particles["timeseries"], 2)
+    each, target = framewise.to_frames(batch.particles["timeseries"], 2)
     np.testing.assert_allclose(each.place[0, :, 0], np.arange(12) / 2 + 0.25, atol=1e-5)
     np.testing.assert_allclose(each.extent[0, :, 0], 0.5, atol=1e-5)
     for i in range(len(target)):
@@ -49,7 +49,7 @@ def test_a_moment_reads_the_tokens_that_cover_it_and_no_others() -> None:
     _, model, params = begun()
     batch = make_batch(PAIR)
     rest = {"vision": batch.particles["vision"]}
-    each, _ = framewise.moments(batch.particles["timeseries"], 2)
+    each, _ = framewise.to_frames(batch.particles["timeseries"], 2)
     x = jax.random.normal(jax.random.key(1), (*rest["vision"].segment.shape, MODEL.width))
     tokens = Tokens(x, rest["vision"].place, rest["vision"].segment)
     told = jax.jit(
@@ -77,7 +77,7 @@ def test_the_series_itself_is_never_seen_and_lacking_ones_count_for_nothing() ->
             for name, p in batch.particles.items()
         }
         return jnp.sin(
-            framewise.predict(
+            framewise.predict_framewise(
                 FramewiseSpec(), params, model, dataclasses.replace(batch, particles=new), None
             )[0]
         ).sum()
@@ -88,7 +88,9 @@ def test_the_series_itself_is_never_seen_and_lacking_ones_count_for_nothing() ->
     for modality in PAIR:  # nothing to tell, or nothing to tell it from
         np.testing.assert_allclose(loss(lacking(batch, modality, 0)), loss(alone), rtol=1e-5)
     with pytest.raises(UserError, match="has none: add one there"):
-        framewise.predict(FramewiseSpec(), params, model, make_batch(("timeseries",)), None)
+        framewise.predict_framewise(
+            FramewiseSpec(), params, model, make_batch(("timeseries",)), None
+        )
 
 
 def test_packed_clips_are_told_as_alone_and_binary_channels_are_classes() -> None:

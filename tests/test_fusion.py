@@ -17,7 +17,7 @@ from particlejax.core import tree
 from particlejax.core.typing import UserError
 from particlejax.models import particle_model as models
 from particlejax.models.heads import DecoderHead, classification
-from particlejax.models.modality import Payload
+from particlejax.models.modality import ModalitySpec
 from particlejax.nn import fusion, rope
 from particlejax.particles import packing
 from particlejax.particles.types import Batch, Particles
@@ -50,7 +50,7 @@ VARIANTS = {
     "options": dict(rope=True, qk_norm=True, mlp_activation="swiglu", layer_scale=0.1),
 }
 SIZES = {"audio": 5, "vision": 7}
-SLOTS = {"audio": packing.Slots(13, 5), "vision": packing.Slots(17, 7)}
+SLOTS = {"audio": packing.SlotSpec(13, 5), "vision": packing.SlotSpec(17, 7)}
 
 
 def particles(rng: np.random.Generator, modality: str, number: int) -> Particles:
@@ -83,7 +83,7 @@ def built(name: str) -> tuple[models.Model, dict]:
     spec = dataclasses.replace(SPEC, **VARIANTS[name])
     model = models.build(
         spec,
-        {m: Payload(size) for m, size in SIZES.items()},
+        {m: ModalitySpec(size) for m, size in SIZES.items()},
         heads={"decoder": DecoderHead(), **classification(5)},
     )
     return model, jax.jit(model.init)(jax.random.key(0), rows_of(CLIPS[:3]))
@@ -173,8 +173,8 @@ def test_only_latents_carry_what_crosses_the_bottleneck() -> None:
     parts = fusion.Parts(
         ("class", "latents", "audio", "vision"), (1, 2, 3, 4), "bottleneck", 1, False
     )
-    assert parts.reads(True) == ((0, 1, 2, 3), (1, 2, 3), (1, 2), (1, 3))
-    assert parts.reads(False) == ((0, 1, 2, 3), (1,), (2,), (3,))
+    assert parts.attended_parts(True) == ((0, 1, 2, 3), (1, 2, 3), (1, 2), (1, 3))
+    assert parts.attended_parts(False) == ((0, 1, 2, 3), (1,), (2,), (3,))
 
 
 def test_class_tokens_read_and_are_never_read() -> None:
@@ -185,7 +185,7 @@ def test_class_tokens_read_and_are_never_read() -> None:
         lambda b: [m.apply(params, "encode", b, 4)[0] for m in (model, plain)]
     )(batch.particles)
     np.testing.assert_allclose(with_token.x, without.x, atol=2e-5)
-    assert with_token.whole.shape == (1, 4, 24)
+    assert with_token.cls.shape == (1, 4, 24)
 
 
 def test_separate_blocks_that_are_alike_are_shared_ones() -> None:
@@ -205,7 +205,7 @@ def test_a_modality_is_hidden_now_and_then_and_never_the_last() -> None:
     sound = jnp.array([[1, 1, 2, 0], [1, 0, 0, 0]])
     sight = jnp.array([[1, 3, 3], [1, 2, 0]])
     hidden = jax.vmap(
-        lambda key: jnp.concatenate(fusion.hide(key, [sound, sight], 3, 0.5), axis=1)
+        lambda key: jnp.concatenate(fusion.drop_modalities(key, [sound, sight], 3, 0.5), axis=1)
     )(jax.random.split(jax.random.key(0), 64))
     whole = jnp.concatenate([sound, sight], axis=1)
     assert ((hidden == whole[None]) | (hidden == 0)).all()
@@ -223,7 +223,7 @@ def test_a_modality_is_hidden_now_and_then_and_never_the_last() -> None:
     for number, row in ((2, 0), (3, 0), (2, 1)):  # clips with one
         assert ((hidden[:, row] == number).sum(-1) == (whole[row] == number).sum()).all()
     spec = dataclasses.replace(SPEC, modality_dropout=0.9)
-    model = models.build(spec, {m: Payload(size) for m, size in SIZES.items()})
+    model = models.build(spec, {m: ModalitySpec(size) for m, size in SIZES.items()})
     particles = rows_of(CLIPS[:1]).particles
     segment = jax.jit(
         lambda p: [
@@ -240,7 +240,9 @@ def test_rotary_places_know_distances_alone() -> None:
     place = jnp.asarray(rng.random((1, 6, 3)), jnp.float32)
 
     def logits(place: jax.Array) -> jax.Array:
-        return jnp.einsum("bhlk,bhmk->bhlm", rope.turn(query, place), rope.turn(key, place))
+        return jnp.einsum(
+            "bhlk,bhmk->bhlm", rope.apply_rope(query, place), rope.apply_rope(key, place)
+        )
 
     np.testing.assert_allclose(logits(place), logits(place + 0.37), atol=1e-4)
     assert jnp.abs(logits(place) - logits(place * 1.5)).max() > 0.1
@@ -251,7 +253,7 @@ def test_scan_equals_unroll_where_parts_fuse_late() -> None:
     spec = dataclasses.replace(SPEC, **VARIANTS["bottleneck"], unroll_layers=True)
     model = models.build(
         spec,
-        {m: Payload(size) for m, size in SIZES.items()},
+        {m: ModalitySpec(size) for m, size in SIZES.items()},
         heads={"decoder": DecoderHead(), **classification(5)},
     )
     batch = rows_of(CLIPS[:3])

@@ -13,7 +13,7 @@ import pytest
 from particlejax.core import accelerators
 from particlejax.particles.types import Batch, Particles
 from particlejax.train import telemetry
-from particlejax.train.telemetry import Compilations, Gauge
+from particlejax.train.telemetry import RecompileWarning, StepTimer
 
 
 def batch(clips: int, particles: int) -> Batch:
@@ -39,15 +39,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_seconds_of_a_step_add_up_and_rates_count_what_is_there(clock: list[float]) -> None:
-    it = Gauge(lambda: 8e9, peak=1e12, clock=clock[0])
+    it = StepTimer(lambda: 8e9, peak_flops=1e12, start_time=clock[0])
     for on, seconds in (("data", 0.5), ("save", 1.0), ("measure", 20.0)):
-        with it.spent(on):
+        with it.measure_time(on):
             clock[0] += seconds
-    with it.spent("data", unless=lambda: True):  # the device had work meanwhile
+    with it.measure_time("data", skip_if=lambda: True):  # the device had work meanwhile
         clock[0] += 2.5
-    it.add(batch(3, 25))
-    it.add(batch(1, 5))
-    found = it.figures()
+    it.add_batch(batch(3, 25))
+    it.add_batch(batch(1, 5))
+    found = it.summarize()
     # measuring is not training time
     each = {
         "seconds_per_step": 2.0,
@@ -65,36 +65,36 @@ def test_seconds_of_a_step_add_up_and_rates_count_what_is_there(clock: list[floa
         name: found[name] for name in each
     }
     assert found["host_peak_mib"] > 50
-    it.add(batch(4, 40))
+    it.add_batch(batch(4, 40))
     clock[0] += 1
-    again = it.figures()
+    again = it.summarize()
     assert again["packing_efficiency"] == 1.0 and again["seconds_per_step"] == pytest.approx(1.0), (
         "each line begins anew"
     )
 
 
 def test_the_peak_is_known_measured_or_neither(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert telemetry.peak_of("table", "float32") == 0.0, "of a CPU nobody knows it"
+    assert telemetry.peak_flops("table", "float32") == 0.0, "of a CPU nobody knows it"
     assert "mfu" not in _figures(0.0)
-    monkeypatch.setattr(accelerators, "_SIDE", 128)
-    assert telemetry.peak_of("measured", "float32") > 1e6
+    monkeypatch.setattr(accelerators, "_CPU_MATRIX_SIZE", 128)
+    assert telemetry.peak_flops("measured", "float32") > 1e6
 
     class Chip:
         device_kind = "TPU v5 lite"
 
     monkeypatch.setattr(jax, "devices", lambda: [Chip()])
-    assert telemetry.peak_of("table", "float32") == 197e12
+    assert telemetry.peak_flops("table", "float32") == 197e12
 
 
 def _figures(peak: float) -> dict[str, float]:
-    it = Gauge(lambda: 1.0, peak)
-    it.add(batch(1, 1))
-    return it.figures()
+    it = StepTimer(lambda: 1.0, peak)
+    it.add_batch(batch(1, 1))
+    return it.summarize()
 
 
 def test_a_step_compiled_anew_is_said_once(capfd: pytest.CaptureFixture) -> None:
     step = jax.jit(lambda x: x + 1)
-    watch = Compilations("pretrain", step)
+    watch = RecompileWarning("pretrain", step)
     for number, length in enumerate((3, 3, 4, 4), 1):
         step(jnp.zeros(length))
         watch.check(number)

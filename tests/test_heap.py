@@ -14,7 +14,7 @@ PAGES = 64 * 2**20 // resource.getpagesize()
 AGAIN = """
 import resource
 from particlejax.distributed import cpu_malloc
-kept = cpu_malloc.keep()
+kept = cpu_malloc.keep_heap()
 import jax, jax.numpy as jnp
 # 64 MiB, which it hands back
 step = jax.jit(lambda x: jax.lax.optimization_barrier(x[:, None] * x).sum())
@@ -59,4 +59,4 @@ def test_what_is_handed_back_needs_no_clearing() -> None:
     ],
 )
 def test_several_devices_and_the_environment_have_their_way(environ: dict[str, str]) -> None:
-    assert not cpu_malloc.keep(environ)
+    assert not cpu_malloc.keep_heap(environ)

@@ -202,7 +202,7 @@ def test_a_spec_made_in_python_knows_other_names_too() -> None:
 
 def changed(*settings: str) -> Experiment:
     config = config_files.load("quickstart:tiny")
-    config_files.change(config, settings)
+    config_files.apply_overrides(config, settings)
     return Experiment.of(config.to_dict())
 
 

@@ -51,7 +51,7 @@ def loss(
     made: Batch,
     weight: np.ndarray | None = None,
 ) -> tuple[float, dict]:
-    goal = label_targets.of(spec, labels)
+    goal = label_targets.build_targets(spec, labels)
     goal = goal if weight is None else goal._replace(weight=weight)
     found, metrics = classify(spec, goal)(
         {"shift": 0.0}, Fixed(logits), made, jax.random.key(0), True
@@ -91,7 +91,7 @@ def test_focal_forgets_what_is_known() -> None:
 
 def test_binary_is_a_choice_for_each_class() -> None:
     labels = ("a|c", "b", "c")
-    goal = label_targets.of(ClassifySpec(loss="sigmoid"), labels)
+    goal = label_targets.build_targets(ClassifySpec(loss="sigmoid"), labels)
     assert goal.names == ("a", "b", "c")
     np.testing.assert_array_equal(goal.table, [[1, 0, 1], [0, 1, 0], [0, 0, 1]])
     found, metrics = loss(ClassifySpec(loss="sigmoid"), labels, LOGITS, batch([0, 1, -1]))
@@ -100,7 +100,7 @@ def test_binary_is_a_choice_for_each_class() -> None:
     ).mean()
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert metrics["exact_match"] == 0
-    figures = predictions.several(
+    figures = predictions.multilabel_metrics(
         np.array([[0.9, 0.2, 0.8], [0.1, 0.6, 0.7]]),
         np.array([[1, 0, 1], [0, 1, 0]]) > 0,
         goal.names,
@@ -110,29 +110,30 @@ def test_binary_is_a_choice_for_each_class() -> None:
 
 
 def test_a_head_can_be_asked_about_other_labels() -> None:
-    goal = label_targets.of(ClassifySpec(loss="sigmoid"), ("a|c", "b"))
+    goal = label_targets.build_targets(ClassifySpec(loss="sigmoid"), ("a|c", "b"))
     np.testing.assert_array_equal(
-        label_targets.asked(goal, ("b|a", "c", "")).table, [[1, 1, 0], [0, 0, 1], [0, 0, 0]]
+        label_targets.remap_to_source(goal, ("b|a", "c", "")).table,
+        [[1, 1, 0], [0, 0, 1], [0, 0, 0]],
     )
     with pytest.raises(
         UserError, match="label 'a.d' is not made of the trained run's classes .a, b, c.: rename it"
     ):
-        label_targets.asked(goal, ("a|d",))
-    number = label_targets.of(ClassifySpec(loss="regression"), ("100", "300"))
+        label_targets.remap_to_source(goal, ("a|d",))
+    number = label_targets.build_targets(ClassifySpec(loss="regression"), ("100", "300"))
     np.testing.assert_allclose(
-        number.answers(label_targets.asked(number, ("250", "90")).table)[:, 0], [250, 90]
+        number.activate(label_targets.remap_to_source(number, ("250", "90")).table)[:, 0], [250, 90]
     )
 
 
 def test_regression_learns_a_number_in_its_own_units(tmp_path: Path) -> None:
     labels = ("100", "300", "200")
-    goal = label_targets.of(ClassifySpec(loss="regression"), labels)
+    goal = label_targets.build_targets(ClassifySpec(loss="regression"), labels)
     logits = np.array([[[0.0]], [[1.0]]])
     _, metrics = loss(ClassifySpec(loss="regression"), labels, logits, batch([0, 1]))
-    said = np.asarray(goal.answers(logits))[:, 0]
+    said = np.asarray(goal.activate(logits))[:, 0]
     np.testing.assert_allclose(metrics["mae"], np.abs(said[:, 0] - [100, 300]).mean(), rtol=1e-5)
     found = np.array([[110.0], [280.0], [5.0]])
-    figures = predictions.score(
+    figures = predictions.score_predictions(
         goal, tmp_path / "p.csv", ["x", "y", "z"], np.array([0, 1, -1]), found, labels
     )
     assert (
@@ -143,7 +144,7 @@ def test_regression_learns_a_number_in_its_own_units(tmp_path: Path) -> None:
     rows = list(csv.DictReader((tmp_path / "p.csv").read_text().splitlines()))
     assert [row["predicted"] for row in rows] == ["110", "280", "5"] and rows[2]["label"] == ""
     with pytest.raises(UserError, match="label 'walk' is not a number"):
-        label_targets.of(ClassifySpec(loss="regression"), ("1", "walk"))
+        label_targets.build_targets(ClassifySpec(loss="regression"), ("1", "walk"))
 
 
 @pytest.mark.parametrize("kind, size", [("softmax", 3), ("sigmoid", 3), ("regression", 1)])
@@ -153,7 +154,7 @@ def test_two_draws_that_agree_cost_nothing_more(kind: str, size: int) -> None:
     one, other = LOGITS[:2, :, :size], LOGITS[1:, :, :size] + 1.0
 
     def found(*logits: np.ndarray, train: bool = True) -> tuple[float, dict]:
-        objective = classify(spec, label_targets.of(spec, labels))
+        objective = classify(spec, label_targets.build_targets(spec, labels))
         value, metrics = objective(
             {"shift": 0.0}, Fixed(*logits), batch([0, 1]), jax.random.key(0), train
         )
@@ -187,19 +188,19 @@ def test_rare_classes_count_more_and_all_clips_together_as_before() -> None:
 CLIPS = [("k", 6), ("l", 4), ("", 3)]
 
 
-def listed() -> sources.Listed:
+def listed() -> sources.ListSource:
     records = [
         sources.Record(f"{name}{i}", "", j if name else -1)
         for j, (name, n) in enumerate(CLIPS)
         for i in range(n)
     ]
-    return sources.Listed(("k", "l"), tuple(records))
+    return sources.ListSource(("k", "l"), tuple(records))
 
 
 def test_shots_are_the_seed_s_and_nested() -> None:
     label = label_subset.labels(listed())
     drawn = {
-        (seed, k): set(label_subset.draw(label, k, seed, ("k", "l")))
+        (seed, k): set(label_subset.draw_shots(label, k, seed, ("k", "l")))
         for seed in range(5)
         for k in (1, 3)
     }
@@ -208,31 +209,31 @@ def test_shots_are_the_seed_s_and_nested() -> None:
         assert drawn[seed, 1] <= numbers
     assert len({frozenset(drawn[seed, 1]) for seed in range(5)}) > 1
     with pytest.raises(UserError, match="class 'l' has 4 clips: use a smaller number"):
-        label_subset.draw(label, 5, 0, ("k", "l"))
+        label_subset.draw_shots(label, 5, 0, ("k", "l"))
 
 
 def test_the_rest_comes_without_labels_as_often_as_asked_for(tmp_path: Path) -> None:
     source = listed()
-    alone = label_subset.limit(source, DataSpec(shots=2), 0)
+    alone = label_subset.limit_labels(source, DataSpec(shots=2), 0)
     assert len(alone) == 4 and (label_subset.labels(alone) >= 0).all()
     data = DataSpec(shots=2, unlabelled_fraction=0.75)
-    both = label_subset.limit(source, data, 0)
+    both = label_subset.limit_labels(source, data, 0)
     assert len(both) == len(source) and (label_subset.labels(both) >= 0).sum() == 4
     assert sorted(both[i].name for i in range(len(both))) == sorted(
         record.name for record in source.records
     )
-    made = pipeline.Batches(both, data, ParticleSpec(), seed=0, rows=8)
-    seen = label_subset.labels(both)[[n for k in range(100) for n in made.clips(k)]]
+    made = pipeline.TrainBatches(both, data, ParticleSpec(), seed=0, num_rows=8)
+    seen = label_subset.labels(both)[[n for k in range(100) for n in made.clip_indices(k)]]
     assert abs((seen < 0).mean() - 0.75) < 0.02
     (tmp_path / "next.csv").write_text("path,why\nl0,x\nk5,y\n")
-    chosen = label_subset.limit(source, DataSpec(labelled_csv=str(tmp_path / "next.csv")), 0)
+    chosen = label_subset.limit_labels(source, DataSpec(labelled_csv=str(tmp_path / "next.csv")), 0)
     assert [chosen[i].name for i in range(len(chosen))] == ["k5", "l0"]
     (tmp_path / "next.csv").write_text("path\nq\n")
     with pytest.raises(UserError, match="has clip 'q', which is not in the source"):
-        label_subset.limit(source, DataSpec(labelled_csv=str(tmp_path / "next.csv")), 0)
+        label_subset.limit_labels(source, DataSpec(labelled_csv=str(tmp_path / "next.csv")), 0)
     with pytest.raises(UserError, match="cannot be combined"):
-        label_subset.limit(source, DataSpec(shots=1, train_fraction=0.5), 0)
-    assert label_subset.limit(source, DataSpec(), 0) is source
+        label_subset.limit_labels(source, DataSpec(shots=1, train_fraction=0.5), 0)
+    assert label_subset.limit_labels(source, DataSpec(), 0) is source
 
 
 @pytest.mark.parametrize(
@@ -260,7 +261,7 @@ def test_the_rest_comes_without_labels_as_often_as_asked_for(tmp_path: Path) -> 
 def test_what_would_be_passed_over_in_silence_is_refused(changes: dict, sentence: str) -> None:
     experiment = Experiment.of({"stages": {"s": {"num_steps": 1, **changes}}})
     with pytest.raises(UserError, match=sentence):
-        stage.build(experiment, "s", ("a", "b"))
+        stage.build_stage(experiment, "s", ("a", "b"))
 
 
 def test_labels_come_from_the_column_that_is_named(tmp_path: Path) -> None:

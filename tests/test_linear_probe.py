@@ -127,9 +127,9 @@ def test_weights_are_known_by_what_features_see() -> None:
 
 def test_what_cannot_be_probed_gets_a_sentence() -> None:
     with pytest.raises(UserError, match="clip_tiny does not take video: choose a video model"):
-        probe.load(LinearProbeSpec(model="clip_tiny"))
+        probe.load_backbone(LinearProbeSpec(model="clip_tiny"))
     with pytest.raises(UserError, match="no weights for vivit_base: add --config.weights=PATH"):
-        probe.load(LinearProbeSpec(model="vivit_base"))
-    one = probe.Told(np.ones((2, 3), np.float32), np.zeros(2, int), 0)
+        probe.load_backbone(LinearProbeSpec(model="vivit_base"))
+    one = probe.SplitFeatures(np.ones((2, 3), np.float32), np.zeros(2, int), 0)
     with pytest.raises(UserError, match="a single class"):
-        probe.answers(one, one.features, 2, 1.0)
+        probe.predict_probabilities(one, one.features, 2, 1.0)

@@ -78,7 +78,7 @@ def test_no_progress_ends_a_stage_and_the_best_is_measured(
 def test_what_was_trained_is_saved_when_the_data_fails(
     cache_dir: str, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, traced = pipeline.read, []
+    read, traced = pipeline.read_batches, []
 
     def counting(*args: Any, **settings: Any) -> Step:
         step = make_step(*args, **settings)
@@ -87,8 +87,8 @@ def test_what_was_trained_is_saved_when_the_data_fails(
     monkeypatch.setattr(train_step, "make_step", counting)
 
     def failing(
-        batches: pipeline.Batches, start: int, stop: int, data: DataSpec
-    ) -> Iterator[pipeline.Loaded]:
+        batches: pipeline.TrainBatches, start: int, stop: int, data: DataSpec
+    ) -> Iterator[pipeline.LoadedBatch]:
         for k, loaded in enumerate(read(batches, start, stop, data), start):
             if k == 3:
                 raise UserError("a process that decodes was killed")
@@ -96,7 +96,7 @@ def test_what_was_trained_is_saved_when_the_data_fails(
 
     command = ["main", TINY, f"--config.data.cache_dir={cache_dir}", "--workdir", str(tmp_path)]
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "read", failing)
+        patch.setattr(pipeline, "read_batches", failing)
         assert entry.main(command) == 2
     assert entry.main(command) == 0
     assert "continuing at step 3" in capfd.readouterr().err
@@ -110,7 +110,7 @@ def test_the_average_follows_the_parameters() -> None:
         loss = jnp.sum(params["w"] ** 2)
         return loss, {"loss": loss}
 
-    optimizer = optim.build(
+    optimizer = optim.build_optimizer(
         OptimSpec(
             "sgd", learning_rate=0.1, warmup_ratio=0, weight_decay=0, grad_clip_norm=0, momentum=0.0
         ),
@@ -128,7 +128,7 @@ def test_the_average_follows_the_parameters() -> None:
             decay = min(0.5, (1 + i) / (10 + i))
             average = decay * average + (1 - decay) * np.asarray(state.params["w"])
     np.testing.assert_allclose(state.average["w"], average, rtol=1e-5)
-    assert state.best_params is state.average and tree.count(state.params) == 2
+    assert state.eval_params is state.average and tree.count(state.params) == 2
 
 
 def test_weights_and_biases_without_a_network(

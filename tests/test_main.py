@@ -321,7 +321,7 @@ def test_settings_that_do_not_go_together_get_a_sentence() -> None:
         UserError,
         match="no_flip_classes names 'slide_lft', which is not a class of toybox: did you mean",
     ):
-        run_parts.build(experiment, "a", ("slide_left", "bounce"))
+        run_parts.build_stage(experiment, "a", ("slide_left", "bounce"))
 
 
 def mistakes(clips: Path, run_dir: Path, tmp: Path) -> dict[str, tuple[list[str], str]]:

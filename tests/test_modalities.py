@@ -119,28 +119,28 @@ TABLE = b"time,x,y\n" + b"".join(
 
 def test_modalities_share_a_clock_and_what_is_missing_has_no_particle(beeping: bytes) -> None:
     whole = sources.Record("a", beeping, 0, "a beep", start=3.0, end=5.0, series=TABLE)
-    made = clips.particles_of(
-        clips.load(whole, DATA, clips.CENTRE), DATA, CUT, np.random.default_rng(0)
+    made = clips.make_particles(
+        clips.load(whole, DATA, clips.CENTER_VIEW), DATA, CUT, np.random.default_rng(0)
     )
     assert set(made) == {"vision", "audio", "text", "timeseries"}
-    slots = pipeline.row_of(DATA, CUT).slots
+    slots = pipeline.row_shape(DATA, CUT).slots
     assert {m: (p.payload.shape, p.payload.dtype.name) for m, p in made.items() if m != "text"} == {
-        m: ((s.length, s.size), s.dtype) for m, s in slots.items() if m != "text"
+        m: ((s.length, s.payload_size), s.dtype) for m, s in slots.items() if m != "text"
     }
     # the flash and the beep at 3.5 s stand 0.5 s after the clip's start
     for name in ("audio", "vision"):
         loudest = made[name].payload.max(1).argmax()
         place, extent = made[name].place[loudest, 0], made[name].extent[loudest, 0]
         assert abs(place - 0.55) <= extent / 2 + 0.06, name
-    first = clips.load(whole, DATA, clips.CENTRE)
+    first = clips.load(whole, DATA, clips.CENTER_VIEW)
     np.testing.assert_allclose(first.channels[:, 0], 2 * (3.0 + np.arange(20) / 10), atol=1e-5)
     np.testing.assert_allclose(made["timeseries"].place[:, 0], [0.25, 0.75, 1.25, 1.75], atol=1e-5)
     assert (made["text"].payload[:, 0] - 2).astype(np.uint8).tobytes() == b"a beep" and (
         made["text"].place[:, 0] == 1
     ).all()
     bare = sources.Record("b", film(sound=False), 0)
-    lacks = clips.particles_of(
-        clips.load(bare, DATA, clips.CENTRE), DATA, CUT, np.random.default_rng(0)
+    lacks = clips.make_particles(
+        clips.load(bare, DATA, clips.CENTER_VIEW), DATA, CUT, np.random.default_rng(0)
     )
     assert set(lacks) == {"vision"}
     batch = packing.pack([packing.Clip(made, 0, 0), packing.Clip(lacks, 0, 1)], [0, 1], slots, 2, 1)
@@ -160,8 +160,10 @@ def test_rows_have_room_for_all_that_is_read(beeping: bytes) -> None:
     ):
         data = dataclasses.replace(DATA, modalities=("audio",), clip_seconds=float(seconds))
         sound = np.zeros(math.ceil(seconds * RATE - 1e-6), np.float32)
-        made = clips.particles_of(clips.Clip(np.zeros(0), data.clip_seconds, sound), data, CUT, rng)
-        assert len(made["audio"].segment) == pipeline.row_of(data, CUT).slots["audio"].length, (
+        made = clips.make_particles(
+            clips.Clip(np.zeros(0), data.clip_seconds, sound), data, CUT, rng
+        )
+        assert len(made["audio"].segment) == pipeline.row_shape(data, CUT).slots["audio"].length, (
             seconds
         )
     record = sources.Record("a", beeping, series=TABLE)
@@ -178,16 +180,16 @@ def test_rows_have_room_for_all_that_is_read(beeping: bytes) -> None:
         )
         for seed in range(2):
             seen = clips.load(record, data, np.random.default_rng(seed))
-            made = clips.particles_of(seen, data, CUT, np.random.default_rng(seed))
+            made = clips.make_particles(seen, data, CUT, np.random.default_rng(seed))
             # raises where it does not fit
-            packing.pack([packing.Clip(made, 0, 0)], [0], pipeline.row_of(data, CUT).slots, 1, 1)
+            packing.pack([packing.Clip(made, 0, 0)], [0], pipeline.row_shape(data, CUT).slots, 1, 1)
 
 
 def test_sound_from_memory_is_the_decoded_one(beeping: bytes) -> None:
     data = dataclasses.replace(DATA, modalities=("audio",))
     record = sources.Record("a", beeping, start=2.9, end=4.9)
     decoded, kept = (
-        clips.load(record, dataclasses.replace(data, ram_cache_gib=gib), clips.CENTRE).sound
+        clips.load(record, dataclasses.replace(data, ram_cache_gib=gib), clips.CENTER_VIEW).sound
         for gib in (0.0, 0.1)
     )
     assert abs(onset(decoded) - onset(kept)) < 2 / RATE and abs(len(decoded) - len(kept)) <= 1
@@ -200,14 +202,14 @@ def test_a_series_that_is_wrong_is_named(beeping: bytes) -> None:
         (b"time,x,y\n0,a,1\n", "not a number"),
     ):
         with pytest.raises(Unreadable, match=reason):
-            clips.load(sources.Record("a", beeping, series=table), DATA, clips.CENTRE)
+            clips.load(sources.Record("a", beeping, series=table), DATA, clips.CENTER_VIEW)
 
 
 def test_rows_need_to_know_how_long_sound_is() -> None:
     with pytest.raises(UserError, match="set one of them"):
-        pipeline.row_of(DataSpec(modalities=("audio",)), CUT)
+        pipeline.row_shape(DataSpec(modalities=("audio",)), CUT)
     with pytest.raises(UserError, match="has 'smell'"):
-        pipeline.row_of(DataSpec(modalities=("smell",)), CUT)
+        pipeline.row_shape(DataSpec(modalities=("smell",)), CUT)
 
 
 def tokenizer_file(folder: Path) -> str:
@@ -289,12 +291,14 @@ EVERYTHING = AugmentSpec(
 def test_augmentation_is_the_same_for_every_frame_and_pure() -> None:
     picture = np.random.default_rng(0).integers(0, 255, (32, 40, 3), np.uint8)
     still = np.repeat(picture[None], 5, axis=0)
-    seen = [augment.pictures(still, EVERYTHING, np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    seen = [
+        augment.augment_frames(still, EVERYTHING, np.random.default_rng(seed)) for seed in (0, 0, 1)
+    ]
     assert all((each == each[0]).all() and each.shape == still.shape for each in seen)
     np.testing.assert_array_equal(seen[0], seen[1])
     assert (seen[0] != seen[2]).any() and (seen[0] != still).any()
     for name in augment._OPERATIONS:
-        step = augment._operation(name, 1.0, np.random.default_rng(0))
+        step = augment._draw_operation(name, 1.0, np.random.default_rng(0))
         assert augment._apply([step], picture).size == (40, 32)
 
 
@@ -302,7 +306,7 @@ def test_erasing_leaves_the_rest_alone() -> None:
     frames = np.full((3, 50, 50, 3), 200, np.uint8)
     for seed in range(20):
         changed = (
-            augment.pictures(
+            augment.augment_frames(
                 frames, AugmentSpec(random_erasing_prob=1.0), np.random.default_rng(seed)
             )
             != 200
@@ -321,7 +325,7 @@ def test_mixing_says_how_much_is_whose() -> None:
 
 def test_bands_and_loudness() -> None:
     mel = np.ones((50, 40), np.float32)
-    emptied = augment.empty_bands(
+    emptied = augment.mask_bands(
         mel, AugmentSpec(specaugment_num_masks=2), np.random.default_rng(1), 0.0
     )
     gone = emptied == 0
@@ -334,7 +338,7 @@ def test_bands_and_loudness() -> None:
     decibels = [
         20
         * np.log10(
-            augment.loudness(sound, AugmentSpec(audio_gain_db=6.0), np.random.default_rng(s))[0]
+            augment.random_gain(sound, AugmentSpec(audio_gain_db=6.0), np.random.default_rng(s))[0]
         )
         for s in range(50)
     ]
@@ -364,8 +368,10 @@ def test_sampling_in_time() -> None:
         ramp(),
         DataSpec(num_frames=8, image_size=64, frame_sampling="dense", frame_stride=(3, 3)),
     )
-    np.testing.assert_array_equal(np.diff(frames_of(clips.load(record, dense, clips.CENTRE))), 3)
-    assert frames_of(clips.load(record, dense, clips.CENTRE))[[0, -1]].mean() == pytest.approx(
+    np.testing.assert_array_equal(
+        np.diff(frames_of(clips.load(record, dense, clips.CENTER_VIEW))), 3
+    )
+    assert frames_of(clips.load(record, dense, clips.CENTER_VIEW))[[0, -1]].mean() == pytest.approx(
         28.5, abs=1
     ), "the centre"
     speeds = {
@@ -393,10 +399,10 @@ def test_sampling_in_time() -> None:
     spans = [clips.load(record, span, np.random.default_rng(s)).seconds for s in range(40)]
     assert 0.4 <= min(spans) < 0.5 and 1.3 < max(spans) <= 1.6
     over = dataclasses.replace(dense, num_frames=30)  # 90 frames out of 60
-    found = frames_of(clips.load(record, over, clips.CENTRE))
+    found = frames_of(clips.load(record, over, clips.CENTER_VIEW))
     assert found[0] <= 1 and (found[-10:] == 59).all(), "it holds its last frame"
     within = dataclasses.replace(record, start=0.5, end=1.0)
-    assert frames_of(clips.load(within, over, clips.CENTRE)).max() == 29, (
+    assert frames_of(clips.load(within, over, clips.CENTER_VIEW)).max() == 29, (
         "and never looks past its end"
     )
 
@@ -407,8 +413,12 @@ def test_directed_classes_are_never_mirrored() -> None:
     )
     record = ramp()
     for classes, mirrored in ((("right", "left"), False), (("left", "right"), True)):
-        made = pipeline.Batches(
-            sources.Listed(classes, (record,)), data, ParticleSpec("grid", (4, 64, 64)), 0, rows=1
+        made = pipeline.TrainBatches(
+            sources.ListSource(classes, (record,)),
+            data,
+            ParticleSpec("grid", (4, 64, 64)),
+            0,
+            num_rows=1,
         )
         payload = made[0].batch.particles["vision"].payload.reshape(4, 64, 64, 3)
         halves = payload[:, :, :32].std() > payload[:, :, 32:].std()
@@ -420,14 +430,23 @@ def test_mixed_clips_carry_both_labels() -> None:
         num_frames=4, image_size=64, augment=AugmentSpec(mixup_alpha=0.8, cutmix_alpha=0.8)
     )
     records = tuple(dataclasses.replace(ramp(), name=str(i), label=i) for i in range(4))
-    made = pipeline.Batches(
-        sources.Listed(tuple("abcd"), records), data, ParticleSpec("grid", (4, 64, 64)), 0, rows=4
+    made = pipeline.TrainBatches(
+        sources.ListSource(tuple("abcd"), records),
+        data,
+        ParticleSpec("grid", (4, 64, 64)),
+        0,
+        num_rows=4,
     )
     batch = made[0].batch
-    assert sorted(batch.other.reshape(-1)) == [0, 1, 2, 3] and (batch.other != batch.label).all()
-    assert ((batch.share > 0) & (batch.share < 1)).all()
-    views = pipeline.Views(made.source, data, made.particles, 0, rows=4)[0].batch
-    assert (views.share == 1).all() and (views.other == -1).all(), "what is measured is never mixed"
+    assert (
+        sorted(batch.second_label.reshape(-1)) == [0, 1, 2, 3]
+        and (batch.second_label != batch.label).all()
+    )
+    assert ((batch.label_weight > 0) & (batch.label_weight < 1)).all()
+    views = pipeline.EvalBatches(made.source, data, made.particles, 0, num_rows=4)[0].batch
+    assert (views.label_weight == 1).all() and (views.second_label == -1).all(), (
+        "what is measured is never mixed"
+    )
 
 
 def test_a_decoder_that_hangs_is_left_behind_and_not_tried_again() -> None:
@@ -439,32 +458,34 @@ def test_a_decoder_that_hangs_is_left_behind_and_not_tried_again() -> None:
 
     for file in ("hanging.mp4", b"the bytes of a file"):
         with pytest.raises(Unreadable, match="not decoded after 0.05 s"):
-            timeout.within(0.05, hang, file)
+            timeout.run_with_timeout(0.05, hang, file)
         for again in (file[:3] + file[3:], file):  # equal, not the same
             with pytest.raises(Unreadable, match="not decoded after 0.05 s"):
-                timeout.within(60.0, hang, again)
+                timeout.run_with_timeout(60.0, hang, again)
     assert len(tried) == 2
     never.set()
     assert (
-        timeout.within(5.0, lambda: 7, "another.mp4")
-        == timeout.within(5.0, lambda: 7, b"other bytes")
+        timeout.run_with_timeout(5.0, lambda: 7, "another.mp4")
+        == timeout.run_with_timeout(5.0, lambda: 7, b"other bytes")
         == 7
     )
     with pytest.raises(KeyError):
-        timeout.within(5.0, lambda: {}["a"], "another.mp4")
+        timeout.run_with_timeout(5.0, lambda: {}["a"], "another.mp4")
 
 
 def test_one_thread_waits_for_another_clip_after_clip() -> None:
     def mine() -> int:
-        return timeout.within(5.0, threading.get_ident, "a.mp4")
+        return timeout.run_with_timeout(5.0, threading.get_ident, "a.mp4")
 
     first = mine()
     assert first == mine() != threading.get_ident(), "to start one for every clip costs"
     with pytest.raises(UserError):
-        timeout.within(5.0, lambda: (_ for _ in ()).throw(UserError("as it was")), "a.mp4")
+        timeout.run_with_timeout(
+            5.0, lambda: (_ for _ in ()).throw(UserError("as it was")), "a.mp4"
+        )
     assert first == mine()
     never = threading.Event()
     with pytest.raises(Unreadable):
-        timeout.within(0.05, never.wait, "never.mp4")
+        timeout.run_with_timeout(0.05, never.wait, "never.mp4")
     assert first != mine(), "it is left behind"
     never.set()

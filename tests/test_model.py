@@ -15,7 +15,7 @@ from particlejax.config.model import ModelSpec
 from particlejax.core import tree
 from particlejax.models import particle_model as models
 from particlejax.models.heads import DecoderHead, classification
-from particlejax.models.modality import Payload
+from particlejax.models.modality import ModalitySpec
 from particlejax.nn.embed import place_features
 from particlejax.particles import packing, policies
 from particlejax.particles.types import Batch, Particles
@@ -50,14 +50,16 @@ def rows_of(clips: list[packing.Clip], rows: int, length: int, per_row: int) -> 
     chosen = [i // per_row for i in range(len(clips))]
     return jax.tree.map(
         jnp.asarray,
-        packing.pack(clips, chosen, {"vision": packing.Slots(length, PAYLOAD)}, rows, per_row),
+        packing.pack(clips, chosen, {"vision": packing.SlotSpec(length, PAYLOAD)}, rows, per_row),
     )
 
 
 @pytest.fixture(scope="module")
 def built() -> tuple[models.Model, dict]:
     model = models.build(
-        SPEC, {"vision": Payload(PAYLOAD)}, heads={"decoder": DecoderHead(), **classification(5)}
+        SPEC,
+        {"vision": ModalitySpec(PAYLOAD)},
+        heads={"decoder": DecoderHead(), **classification(5)},
     )
     return model, jax.jit(model.init)(jax.random.key(0), rows_of(CLIPS, 1, 40, 3))
 
@@ -66,7 +68,7 @@ def logits(model: models.Model, params: dict, batch: Batch) -> jax.Array:
     @jax.jit
     def found(params: dict, batch: Batch) -> jax.Array:
         tokens, _ = model.apply(params, "encode", batch.particles)
-        return model.head(params, "head", tokens, batch.clip.shape[1])
+        return model.head(params, "head", tokens, batch.clip_index.shape[1])
 
     return found(params, batch)
 
@@ -87,13 +89,15 @@ def test_fewer_tokens_in_depth_are_still_each_clip_s_own(how: str) -> None:
         SPEC, token_reduction=how, token_reduction_layers=(1,), token_keep_rate=0.5
     )
     model = models.build(
-        spec, {"vision": Payload(PAYLOAD)}, heads={"decoder": DecoderHead(), **classification(5)}
+        spec,
+        {"vision": ModalitySpec(PAYLOAD)},
+        heads={"decoder": DecoderHead(), **classification(5)},
     )
     batch = rows_of(CLIPS, 1, 48, 4)
     params = jax.jit(model.init)(jax.random.key(0), batch)
     whole = models.build(
         dataclasses.replace(spec, token_reduction_layers=()),
-        {"vision": Payload(PAYLOAD)},
+        {"vision": ModalitySpec(PAYLOAD)},
         heads={"decoder": DecoderHead(), **classification(5)},
     )
     assert jax.tree.structure(models.parameter_shapes(whole, batch)) == jax.tree.structure(
@@ -117,11 +121,13 @@ def test_merging_twins_changes_nothing(built: tuple) -> None:
     twins = packing.Clip({"vision": vision.take(np.repeat(np.arange(8), 2))}, 0, 0)
     batch = rows_of([twins, CLIPS[1]], 1, 50, 2)
     model = models.build(
-        SPEC, {"vision": Payload(PAYLOAD)}, heads={"decoder": DecoderHead(), **classification(5)}
+        SPEC,
+        {"vision": ModalitySpec(PAYLOAD)},
+        heads={"decoder": DecoderHead(), **classification(5)},
     )
     merged = models.build(
         dataclasses.replace(SPEC, token_reduction="merge", token_reduction_layers=(1,)),
-        {"vision": Payload(PAYLOAD)},
+        {"vision": ModalitySpec(PAYLOAD)},
         heads={"decoder": DecoderHead(), **classification(5)},
     )
     np.testing.assert_allclose(
@@ -215,7 +221,7 @@ def test_scan_equals_unroll(built: tuple) -> None:
     model, params = built
     unrolled = models.build(
         dataclasses.replace(SPEC, unroll_layers=True),
-        {"vision": Payload(PAYLOAD)},
+        {"vision": ModalitySpec(PAYLOAD)},
         heads={"decoder": DecoderHead(), **classification(5)},
     )
     batch = rows_of(CLIPS, 1, 40, 3)
@@ -228,7 +234,7 @@ def test_a_key_switches_dropout_on(built: tuple) -> None:
     _, params = built
     model = models.build(
         dataclasses.replace(SPEC, dropout=0.5, drop_path_rate=0.3),
-        {"vision": Payload(PAYLOAD)},
+        {"vision": ModalitySpec(PAYLOAD)},
         heads={"decoder": DecoderHead(), **classification(5)},
     )
     batch = rows_of(CLIPS[:1], 1, 8, 1)
@@ -240,7 +246,7 @@ def test_a_key_switches_dropout_on(built: tuple) -> None:
 
 
 def test_two_modalities_and_one_missing() -> None:
-    payloads = {"vision": Payload(PAYLOAD), "text": Payload(1, vocabulary=50)}
+    payloads = {"vision": ModalitySpec(PAYLOAD), "text": ModalitySpec(1, vocabulary=50)}
     model = models.build(SPEC, payloads, heads=classification(3))
     words = Particles(
         np.arange(5, dtype=np.int32)[:, None],
@@ -248,7 +254,7 @@ def test_two_modalities_and_one_missing() -> None:
         np.ones((5, 3), np.float32),
         np.ones(5, np.int32),
     )
-    shapes = {"vision": packing.Slots(48, PAYLOAD), "text": packing.Slots(6, 1, "int32")}
+    shapes = {"vision": packing.SlotSpec(48, PAYLOAD), "text": packing.SlotSpec(6, 1, "int32")}
     both = packing.Clip({**CLIPS[0].particles, "text": words}, 0, 0)
     batch = jax.tree.map(jnp.asarray, packing.pack([both, CLIPS[1]], [0, 0], shapes, 1, 2))
     params = jax.jit(model.init)(jax.random.key(0), batch)

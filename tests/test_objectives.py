@@ -24,7 +24,7 @@ from particlejax.config.model import OBJECTIVES, ModelSpec
 from particlejax.core import tree
 from particlejax.core.typing import UserError
 from particlejax.models import particle_model as models
-from particlejax.models.modality import Payload
+from particlejax.models.modality import ModalitySpec
 from particlejax.objectives import contrastive, feature_distillation, masked, registry
 from particlejax.objectives import masked_tokens as hidden_words
 from particlejax.objectives.base import TEACHER
@@ -45,11 +45,11 @@ MODEL = ModelSpec(
 )
 BASES = {"vision": (2, 4, 4), "audio": (2, 2, 1), "timeseries": (2, 1, 1)}
 SLOTS = {
-    "audio": packing.Slots(12, 4),
-    "video_features": packing.Slots(6, 5),
-    "timeseries": packing.Slots(6, 4),
-    "text": packing.Slots(6, 1, "int32"),
-    "vision": packing.Slots(24, 96),
+    "audio": packing.SlotSpec(12, 4),
+    "video_features": packing.SlotSpec(6, 5),
+    "timeseries": packing.SlotSpec(6, 4),
+    "text": packing.SlotSpec(6, 1, "int32"),
+    "vision": packing.SlotSpec(24, 96),
 }
 CLASSES, WORDS, ROWS = 4, 20, 8
 
@@ -176,7 +176,7 @@ def clip(
             axis=-1,
         )
         base = BASES["timeseries"]
-        made["timeseries"] = cuboids.cut(
+        made["timeseries"] = cuboids.cut_cuboids(
             values[:, None, None].astype(np.float32), times, cuboids.Tube(base, base), base
         )
     # of sub-clips of a second: how bright each fifth of its columns is
@@ -220,8 +220,11 @@ def noisy(batch: Batch, key: jax.Array, noise: jax.Array) -> Batch:
     return dataclasses.replace(batch, particles=made)
 
 
-def payloads_of(modalities: tuple[str, ...]) -> dict[str, Payload]:
-    return {m: Payload(SLOTS[m].size, WORDS * (m == "text"), BASES.get(m, ())) for m in modalities}
+def payloads_of(modalities: tuple[str, ...]) -> dict[str, ModalitySpec]:
+    return {
+        m: ModalitySpec(SLOTS[m].payload_size, WORDS * (m == "text"), BASES.get(m, ()))
+        for m in modalities
+    }
 
 
 def setup(name: str, **changes: object) -> tuple[registry.Objective, models.Model]:
@@ -347,7 +350,7 @@ def test_what_is_asked_for_is_never_seen(name: str, mask: str) -> None:
     )
     predict = {
         "masked_autoencoder": masked.predict_masked,
-        "future_prediction": masked.predict_next,
+        "future_prediction": masked.predict_future,
         "masked_visual_tokens": hidden_words.predict_codes,
     }[name]
     vision = batch.particles["vision"]
@@ -404,7 +407,7 @@ def test_a_change_is_asked_against_what_the_past_last_showed() -> None:
     _, model = setup("future_prediction")
     params, batch = trained("future_prediction")[0], make_batch(("vision",))
     plain, change = (
-        masked.predict_next(
+        masked.predict_future(
             make(OBJECTIVES["future_prediction"], {"target": target}, "future_prediction"),
             params,
             model,
@@ -414,7 +417,7 @@ def test_a_change_is_asked_against_what_the_past_last_showed() -> None:
         )
         for target in ("pixels", "residual")
     )
-    last = masked.last_known(plain.visible, plain.query, model.payloads["vision"])
+    last = masked.copy_last_frame(plain.visible, plain.query, model.payloads["vision"])
     np.testing.assert_allclose(change.target + last, plain.target, atol=1e-6)
     assert (jnp.abs(last).max(axis=-1) > 0)[plain.query.segment > 0].all()
 
@@ -465,7 +468,7 @@ def test_the_encoder_never_sees_what_it_is_to_say(loss: str) -> None:
         seen = {name: p for name, p in new.items() if name != "video_features"}
         shown = {
             **seen,
-            "vision": feature_distillation.visible(
+            "vision": feature_distillation.visible_particles(
                 make(OBJECTIVES["feature_distillation"], CASES["feature_distillation"].spec, ""),
                 model,
                 seen["vision"],
@@ -473,7 +476,7 @@ def test_the_encoder_never_sees_what_it_is_to_say(loss: str) -> None:
             ),
         }
         whole = dataclasses.replace(batch, particles=new)
-        asked = masked.ask(
+        asked = masked.encode_and_decode(
             params, model, shown, whole.particles["video_features"], "video_features", whole, None
         )
         return jnp.sin(asked).sum()

@@ -11,7 +11,7 @@ import pytest
 from particlejax import masks
 from particlejax.config.experiment import ParticleSpec
 from particlejax.particles import packing, policies
-from particlejax.particles.cuboids import Tube, cut, uncut
+from particlejax.particles.cuboids import Tube, cut_cuboids, join_cuboids
 from particlejax.particles.types import Particles
 
 SIZE, BASE = (8, 16, 24), (2, 4, 8)
@@ -29,8 +29,8 @@ SPECS = {
 
 
 def test_grid_is_a_tiling_that_can_be_undone() -> None:
-    particles = cut(VIDEO, TIMES, Tube(BASE, BASE), BASE)
-    np.testing.assert_array_equal(uncut(particles.payload, SIZE, BASE), VIDEO)
+    particles = cut_cuboids(VIDEO, TIMES, Tube(BASE, BASE), BASE)
+    np.testing.assert_array_equal(join_cuboids(particles.payload, SIZE, BASE), VIDEO)
     # 2 s x the whole frame
     np.testing.assert_allclose(np.prod(particles.extent, axis=-1).sum(), 2.0, rtol=1e-6)
     np.testing.assert_allclose(particles.place[0], [0.25, 2 / 16, 4 / 24])
@@ -46,7 +46,8 @@ def test_grid_is_a_tiling_that_can_be_undone() -> None:
 def test_tiles_are_the_same_however_pixels_lie_in_memory(video: np.ndarray) -> None:
     tube = Tube(BASE, BASE)
     host, device = (
-        cut(each, TIMES[: len(video)], tube, BASE).payload for each in (video, jnp.asarray(video))
+        cut_cuboids(each, TIMES[: len(video)], tube, BASE).payload
+        for each in (video, jnp.asarray(video))
     )
     assert host.dtype == video.dtype
     np.testing.assert_array_equal(host, device)
@@ -54,7 +55,7 @@ def test_tiles_are_the_same_however_pixels_lie_in_memory(video: np.ndarray) -> N
 
 def test_places_follow_true_times() -> None:
     times = np.array([0, 0.1, 0.5, 0.6, 1.0, 1.1, 2.0, 2.5], np.float32)
-    particles = cut(VIDEO, times, Tube((2, 16, 24), (2, 16, 24)), BASE)
+    particles = cut_cuboids(VIDEO, times, Tube((2, 16, 24), (2, 16, 24)), BASE)
     np.testing.assert_allclose(particles.place[:, 0], [0.25, 0.75, 1.5, 2.5], rtol=1e-6)
     np.testing.assert_allclose(particles.extent[:, 0], [0.5, 0.5, 1.0, 1.0], rtol=1e-6)
 
@@ -63,8 +64,8 @@ def test_a_coarse_particle_is_the_mean_of_the_fine_ones() -> None:
     spec = SPECS["pyramid"]
     particles = policies.cut_clip(VIDEO, TIMES, spec)
     fine = VIDEO.reshape(4, 2, 8, 2, 24, 3).mean(axis=(1, 3))  # level 1 halves time and rows
-    level1 = cut(fine, TIMES[::2], Tube(BASE, BASE), BASE)
-    at = len(cut(VIDEO, TIMES, Tube(BASE, BASE), BASE).segment)
+    level1 = cut_cuboids(fine, TIMES[::2], Tube(BASE, BASE), BASE)
+    at = len(cut_cuboids(VIDEO, TIMES, Tube(BASE, BASE), BASE).segment)
     np.testing.assert_allclose(
         particles.payload[at : at + len(level1.segment)], level1.payload, atol=1e-6
     )
@@ -74,7 +75,7 @@ def test_a_coarse_particle_is_the_mean_of_the_fine_ones() -> None:
 
 
 def test_a_fine_tube_repeats_its_pixels_up_to_the_base() -> None:
-    particles = cut(VIDEO, TIMES, Tube((1, 4, 8), (1, 4, 8)), BASE)
+    particles = cut_cuboids(VIDEO, TIMES, Tube((1, 4, 8), (1, 4, 8)), BASE)
     payload = particles.payload.reshape(-1, *BASE, 3)
     np.testing.assert_array_equal(payload[:, 0], payload[:, 1])
     np.testing.assert_array_equal(payload[0, 0], VIDEO[0, :4, :8])
@@ -134,13 +135,13 @@ def test_packing_loses_nothing_and_mixes_nothing() -> None:
     batch = packing.pack(
         clips,
         [0, 0, 1, 2, 1, 2],
-        {"vision": packing.Slots(10, 6), "audio": packing.Slots(4, 6)},
-        rows=4,
+        {"vision": packing.SlotSpec(10, 6), "audio": packing.SlotSpec(4, 6)},
+        num_rows=4,
         clips_per_row=3,
     )
     for row in range(4):
         for slot in range(3):
-            number = batch.clip[row, slot]
+            number = batch.clip_index[row, slot]
             vision = batch.particles["vision"]
             mine = vision.segment[row] == slot + 1
             if number < 0:
@@ -154,7 +155,7 @@ def test_packing_loses_nothing_and_mixes_nothing() -> None:
             assert audio == (0 if sizes[number] == 4 else 2), (
                 "a modality that a clip lacks has no particle"
             )
-    assert sorted(batch.clip[batch.clip >= 0]) == list(range(6))
+    assert sorted(batch.clip_index[batch.clip_index >= 0]) == list(range(6))
 
 
 def test_a_row_is_never_given_more_than_it_holds() -> None:
@@ -162,9 +163,9 @@ def test_a_row_is_never_given_more_than_it_holds() -> None:
     with pytest.raises(
         ValueError, match="row 0 has 10 vision slots, but its clips have 15 particles"
     ):
-        packing.pack(clips, [0, 0, 0], {"vision": packing.Slots(10, 6)}, 1, 3)
+        packing.pack(clips, [0, 0, 0], {"vision": packing.SlotSpec(10, 6)}, 1, 3)
     with pytest.raises(ValueError, match="row 1 has more than 1 clips"):
-        packing.pack(clips, [0, 1, 1], {"vision": packing.Slots(10, 6)}, 2, 1)
+        packing.pack(clips, [0, 1, 1], {"vision": packing.SlotSpec(10, 6)}, 2, 1)
 
 
 def test_masks_give_every_clip_its_share() -> None:
@@ -179,7 +180,7 @@ def test_masks_give_every_clip_its_share() -> None:
 
 
 def test_tube_masks_hide_a_place_at_all_times() -> None:
-    particles = cut(VIDEO, TIMES, Tube(BASE, BASE), BASE)
+    particles = cut_cuboids(VIDEO, TIMES, Tube(BASE, BASE), BASE)
     scores = np.asarray(masks.tube_scores(jax.random.key(1), jnp.asarray(particles.place)[None]))[0]
     by_time = scores.reshape(4, -1)
     np.testing.assert_array_equal(by_time, np.broadcast_to(by_time[:1], by_time.shape))

@@ -37,20 +37,22 @@ def source(cache_dir: str) -> sources.Source:
     return sources.open_source("toybox:tiny", "train", cache_dir)
 
 
-def batches(source: sources.Source, **changes: object) -> pipeline.Batches:
-    return dataclasses.replace(pipeline.Batches(source, DATA, CUT, seed=3, rows=12), **changes)
+def batches(source: sources.Source, **changes: object) -> pipeline.TrainBatches:
+    return dataclasses.replace(
+        pipeline.TrainBatches(source, DATA, CUT, seed=3, num_rows=12), **changes
+    )
 
 
-def same(a: pipeline.Loaded, b: pipeline.Loaded) -> None:
+def same(a: pipeline.LoadedBatch, b: pipeline.LoadedBatch) -> None:
     jax.tree.map(np.testing.assert_array_equal, a.batch, b.batch)
 
 
 def test_every_clip_once_an_epoch_in_another_order_each_time(source: sources.Source) -> None:
     made = batches(source)
-    epochs = [sum((made.clips(k) for k in range(4 * e, 4 * e + 4)), []) for e in range(3)]
+    epochs = [sum((made.clip_indices(k) for k in range(4 * e, 4 * e + 4)), []) for e in range(3)]
     assert all(sorted(epoch) == list(range(48)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    np.testing.assert_array_equal(made[1].batch.clip.reshape(-1), made.clips(1))
+    np.testing.assert_array_equal(made[1].batch.clip_index.reshape(-1), made.clip_indices(1))
 
 
 def test_threads_processes_and_resuming_change_nothing(source: sources.Source) -> None:
@@ -61,12 +63,14 @@ def test_threads_processes_and_resuming_change_nothing(source: sources.Source) -
         dataclasses.replace(DATA, num_threads=3),
         dataclasses.replace(DATA, num_workers=2),
     ):
-        for a, b in zip(pipeline.read(made, 2, 5, data), expected[2:], strict=True):
+        for a, b in zip(pipeline.read_batches(made, 2, 5, data), expected[2:], strict=True):
             same(a, b)
 
 
 def test_a_worker_that_is_killed_ends_in_a_sentence(source: sources.Source) -> None:
-    stream = pipeline.read(batches(source), 0, 10**6, dataclasses.replace(DATA, num_workers=1))
+    stream = pipeline.read_batches(
+        batches(source), 0, 10**6, dataclasses.replace(DATA, num_workers=1)
+    )
     next(stream)
     for child in multiprocessing.active_children():
         child.kill()
@@ -77,17 +81,17 @@ def test_a_worker_that_is_killed_ends_in_a_sentence(source: sources.Source) -> N
 
 def test_processes_of_a_pod_share_one_global_batch(source: sources.Source) -> None:
     whole = batches(source)[2]
-    parts = [batches(source, process=p, processes=4)[2] for p in range(4)]
+    parts = [batches(source, process_index=p, num_processes=4)[2] for p in range(4)]
     joined = jax.tree.map(lambda *x: np.concatenate(x), *(part.batch for part in parts))
     jax.tree.map(np.testing.assert_array_equal, joined, whole.batch)
 
 
 def test_several_clips_share_a_row(source: sources.Source) -> None:
     data = dataclasses.replace(DATA, clips_per_row=3)
-    rows = batches(source, data=data, rows=4)[0].batch
+    rows = batches(source, data=data, num_rows=4)[0].batch
     alone = batches(source)[0].batch
-    assert rows.clip.shape == (4, 3) and sorted(rows.clip.reshape(-1)) == sorted(
-        alone.clip.reshape(-1)
+    assert rows.clip_index.shape == (4, 3) and sorted(rows.clip_index.reshape(-1)) == sorted(
+        alone.clip_index.reshape(-1)
     )
     vision = rows.particles["vision"]
     np.testing.assert_array_equal(
@@ -98,24 +102,24 @@ def test_several_clips_share_a_row(source: sources.Source) -> None:
 
 
 def test_views_show_every_clip_once_a_view_and_pad_the_last_batch(source: sources.Source) -> None:
-    views = pipeline.Views(source, DATA, CUT, 0, rows=20, views=(2, 3))
-    seen = np.concatenate([views[k].batch.clip.reshape(-1) for k in range(len(views))])
+    views = pipeline.EvalBatches(source, DATA, CUT, 0, num_rows=20, views=(2, 3))
+    seen = np.concatenate([views[k].batch.clip_index.reshape(-1) for k in range(len(views))])
     assert sorted(seen[seen >= 0]) == sorted(list(range(48)) * 6)
     assert (seen == -1).sum() == -48 * 6 % 20
 
 
 def test_an_unreadable_clip_leaves_its_place_empty(source: sources.Source) -> None:
-    class Partly(sources.Listed):
+    class Partly(sources.ListSource):
         pass
 
     records = [source[i] for i in range(12)]
     records[5] = dataclasses.replace(records[5], video=b"nonsense")
     made = batches(Partly(source.classes, tuple(records)))
     loaded = made[0]
-    assert [bad.name for bad in loaded.bad] == [records[5].name] and loaded.bad[
+    assert [bad.name for bad in loaded.unreadable] == [records[5].name] and loaded.unreadable[
         0
     ].reason == "not a media file"
-    assert sorted(loaded.batch.clip.reshape(-1)) == [-1] + [i for i in range(12) if i != 5], (
+    assert sorted(loaded.batch.clip_index.reshape(-1)) == [-1] + [i for i in range(12) if i != 5], (
         "left out, never replaced"
     )
 
@@ -128,14 +132,14 @@ def test_clips_from_memory_are_the_decoded_ones(source: sources.Source) -> None:
             record, dataclasses.replace(DATA, ram_cache_gib=0.1), np.random.default_rng(seed)
         )
         np.testing.assert_array_equal(fresh.frames, kept.frames)
-        np.testing.assert_array_equal(fresh.starts, kept.starts)
-    assert (record.video, 32) in frame_cache._kept
+        np.testing.assert_array_equal(fresh.frame_starts, kept.frame_starts)
+    assert (record.video, 32) in frame_cache._frame_cache
 
 
 def test_memory_and_decoder_agree_on_what_is_on_display(source: sources.Source) -> None:
     with (
-        frame_cache.opened(source[3].video, 16, 0.0) as decoding,
-        frame_cache.opened(source[3].video, 16, 0.1) as kept,
+        frame_cache.open_frames(source[3].video, 16, 0.0) as decoding,
+        frame_cache.open_frames(source[3].video, 16, 0.1) as kept,
     ):
         starts = np.arange(0, 1.9, 1 / kept.fps)
         for shift in (-6e-4, -4e-4, -3e-5, 0.0, 4e-4):
@@ -157,7 +161,7 @@ def test_resizing_together_is_resizing_one_by_one(monkeypatch: pytest.MonkeyPatc
             clips.crop_resize(frames, box, size, True), together[:, :, ::-1]
         )
         with monkeypatch.context() as patch:
-            patch.setattr(clips, "_SMALL", 0)
+            patch.setattr(clips, "_MAX_BATCHED_RESIZE", 0)
             np.testing.assert_array_equal(together, clips.crop_resize(frames, box, size))
             np.testing.assert_array_equal(
                 clips.crop_resize(frames, box, size, True), together[:, :, ::-1]
@@ -165,7 +169,7 @@ def test_resizing_together_is_resizing_one_by_one(monkeypatch: pytest.MonkeyPatc
 
 
 def test_large_clips_are_seen_in_one_pass_unless_some_are_kept(tmp_path: Path) -> None:
-    bench._make(tmp_path / "a.mp4", (320, 240), 1)
+    bench._make_video(tmp_path / "a.mp4", (320, 240), 1)
     record = sources.Record("a", str(tmp_path / "a.mp4"))
     data = DataSpec(
         num_frames=4,
@@ -183,7 +187,7 @@ def test_large_clips_are_seen_in_one_pass_unless_some_are_kept(tmp_path: Path) -
         np.testing.assert_array_equal(
             anew.frames, kept.frames, "whether there was room is not seen"
         )
-        np.testing.assert_array_equal(once.starts, kept.starts)
+        np.testing.assert_array_equal(once.frame_starts, kept.frame_starts)
         alike = np.corrcoef(once.frames.ravel(), kept.frames.ravel())[0, 1]
         assert 0.9 < alike < 0.9999, "the same part of noise, otherwise scaled"
 
@@ -203,51 +207,52 @@ def test_start_and_end_bound_what_is_seen(source: sources.Source) -> None:
     whole = source[0]
     part = dataclasses.replace(whole, start=0.5, end=1.0)
     data = DataSpec(num_frames=6, image_size=64)
-    seen = clips.load(part, data, clips.CENTRE)
+    seen = clips.load(part, data, clips.CENTER_VIEW)
     with Video(whole.video) as video:
         expected, _ = video.frames_at(0.5 + (np.arange(6) + 0.5) / 12, 64)
     np.testing.assert_array_equal(seen.frames, expected)
-    np.testing.assert_allclose(np.diff(seen.starts), 1 / 12, rtol=1e-5)
+    np.testing.assert_allclose(np.diff(seen.frame_starts), 1 / 12, rtol=1e-5)
 
 
 def test_a_clip_that_begins_past_the_end_of_its_file_is_bad(source: sources.Source) -> None:
-    late = sources.Listed(("a",), (dataclasses.replace(source[0], start=60.0, label=0),))
-    loaded = batches(late, rows=1)[0]
+    late = sources.ListSource(("a",), (dataclasses.replace(source[0], start=60.0, label=0),))
+    loaded = batches(late, num_rows=1)[0]
     assert (
-        loaded.bad[0].reason == "starts at 60 s but lasts 2 s" and (loaded.batch.clip == -1).all()
+        loaded.unreadable[0].reason == "starts at 60 s but lasts 2 s"
+        and (loaded.batch.clip_index == -1).all()
     )
 
 
 def test_a_short_clip_holds_its_last_frame(source: sources.Source) -> None:
     frames = clips.load(
-        source[0], DataSpec(num_frames=8, image_size=64, clip_seconds=4.0), clips.CENTRE
+        source[0], DataSpec(num_frames=8, image_size=64, clip_seconds=4.0), clips.CENTER_VIEW
     ).frames
     np.testing.assert_array_equal(frames[4], frames[7])
 
 
 def test_fraction_takes_the_same_clips_every_time() -> None:
-    quarter = pipeline.chosen_clips(960, 0.25)
+    quarter = pipeline.subset_indices(960, 0.25)
     assert len(set(quarter.tolist())) == 240 and (np.diff(quarter) > 0).all()
-    np.testing.assert_array_equal(quarter, pipeline.chosen_clips(960, 0.25))
+    np.testing.assert_array_equal(quarter, pipeline.subset_indices(960, 0.25))
 
 
 def test_particles_stand_where_their_frames_are_shown(source: sources.Source) -> None:
-    for look in (clips.CENTRE, np.random.default_rng(1)):
+    for look in (clips.CENTER_VIEW, np.random.default_rng(1)):
         seen = clips.load(source[0], DATA, look)
-        made = clips.particles_of(seen, DATA, CUT, np.random.default_rng(0))["vision"]
+        made = clips.make_particles(seen, DATA, CUT, np.random.default_rng(0))["vision"]
         times = np.unique(made.place[:, 0])
         np.testing.assert_allclose(times, [0.5, 1.5], atol=1e-6)
         np.testing.assert_allclose(made.extent[:, 0], 1.0, atol=1e-6)
-        assert all(abs(t - times[i // 4]) <= 0.5 for i, t in enumerate(seen.starts)), (
+        assert all(abs(t - times[i // 4]) <= 0.5 for i, t in enumerate(seen.frame_starts)), (
             "sound counts from the same start"
         )
 
 
 def test_payloads_are_normalised(source: sources.Source) -> None:
-    seen = clips.load(source[0], DATA, clips.CENTRE)
+    seen = clips.load(source[0], DATA, clips.CENTER_VIEW)
 
     def cut(data: DataSpec, spec: ParticleSpec) -> Particles:
-        made = clips.particles_of(seen, data, spec, np.random.default_rng(0))["vision"]
+        made = clips.make_particles(seen, data, spec, np.random.default_rng(0))["vision"]
         assert made.payload.dtype == np.uint8
         return dataclasses.replace(
             made, payload=clips.pixel_scale(data, spec).to_payload(made.payload)
@@ -293,11 +298,11 @@ def test_the_benchmark_counts_the_cores_of_other_processes(tmp_path: Path) -> No
         while not (tmp_path / "done").exists():
             time.sleep(0.02)
 
-    running = bench._timed(work).cpu
-    before = bench._cpu()
+    running = bench._time(work).cpu
+    before = bench._cpu_seconds()
     child.kill()
     child.join()
-    assert running > 0.4 and bench._cpu() > before - 0.05, "also after it has ended"
+    assert running > 0.4 and bench._cpu_seconds() > before - 0.05, "also after it has ended"
 
 
 def test_the_benchmark_goes_on_without_a_package_that_is_broken(
@@ -315,7 +320,7 @@ def test_the_benchmark_goes_on_without_a_package_that_is_broken(
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
         if name != "torch":
             del sys.modules[name]
-    found, unusable = decoders.others([(b"the bytes of a file", np.array([0.1]))], 8)
+    found, unusable = decoders.other_decoders([(b"the bytes of a file", np.array([0.1]))], 8)
     assert list(found) == ["decord, decodes and resizes"], "which takes bytes as a file"
     assert set(unusable) == {"torchcodec, exact seeks", "torchcodec, approximate seeks"}
     assert set(unusable.values()) == {"OSError: libavutil.so is not there"}
@@ -344,8 +349,8 @@ def test_the_benchmark_measures_a_worker_process(cache_dir: str) -> None:
 
 
 def test_the_bare_loop_that_drops_decodes_less(tmp_path: Path) -> None:
-    bench._make(tmp_path / "a.mp4", (64, 48), 2)
+    bench._make_video(tmp_path / "a.mp4", (64, 48), 2)
     times = np.array([0.1, 1.5])
-    assert decoders.bare(str(tmp_path / "a.mp4"), times, drop=True) < 0.7 * decoders.bare(
-        str(tmp_path / "a.mp4"), times
-    )
+    assert decoders.decode_only(
+        str(tmp_path / "a.mp4"), times, drop=True
+    ) < 0.7 * decoders.decode_only(str(tmp_path / "a.mp4"), times)

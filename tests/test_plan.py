@@ -24,7 +24,7 @@ from particlejax.distributed import sharding
 from particlejax.jobs import plan
 from particlejax.train import stage as run
 from particlejax.train import train_step
-from particlejax.train.train_state import abstract, described, initialise, jit_step
+from particlejax.train.train_state import abstract_state, as_abstract, initialize, jit_step
 
 AXES = {"data": 2, "tensor": 4}
 SMALL = (
@@ -94,11 +94,16 @@ def test_a_program_is_read_with_its_loops_groups_and_slices() -> None:
         ("all-reduce", ("data",)): (1, 2 * 64 / 2),
         ("collective-permute", ("data",)): (1, 64),
     }
-    assert cost.cycles == 12 * 50 and cost.endless == 0
+    assert cost.cycles == 12 * 50 and cost.loops_without_trip_count == 0
     # as programs for TPUs say it
     by_condition = PROGRAM.replace('{"known_trip_count":{"n":"12"}}', "{}")
     assert by_condition != PROGRAM and hlo_cost.cost(by_condition, AXES) == cost
-    assert hlo_cost.cost(by_condition.replace("constant(12)", "parameter(0)"), AXES).endless == 1
+    assert (
+        hlo_cost.cost(
+            by_condition.replace("constant(12)", "parameter(0)"), AXES
+        ).loops_without_trip_count
+        == 1
+    )
     named = PROGRAM.replace(
         "replica_groups=[4,2]<=[2,4]T(1,0)", "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}"
     )
@@ -111,10 +116,12 @@ def test_a_program_is_read_with_its_loops_groups_and_slices() -> None:
 
 def test_types_have_their_sizes() -> None:
     assert (
-        hlo_cost.size("(f32[2,3]{1,0}, bf16[4], pred[5], s4[8], f8e4m3fn[7], s32[], token[])")
+        hlo_cost.shape_bytes(
+            "(f32[2,3]{1,0}, bf16[4], pred[5], s4[8], f8e4m3fn[7], s32[], token[])"
+        )
         == 24 + 8 + 5 + 4 + 7 + 4
     )
-    assert hlo_cost.size("(f32[2]{0:T(128)S(1)}, f32[3]{0})", main=True) == 12
+    assert hlo_cost.shape_bytes("(f32[2]{0:T(128)S(1)}, f32[3]{0})", main_memory_only=True) == 12
 
 
 @pytest.mark.parametrize(
@@ -202,10 +209,10 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 def test_the_plan_is_of_the_step_that_trains(planned: dict) -> None:
     spec = PlanSpec(experiment="experiments/quickstart.py:tiny", overrides=SMALL)
-    stage, goal = plan.stage_of(spec, "auto")
+    stage, goal = plan.load_stage(spec, "auto")
     mesh = sharding.make_mesh(MeshSpec(data=2, fsdp=4))
-    made = train_step.of(stage, goal, stage.spec.num_steps)
-    state = initialise(
+    made = train_step.build_program(stage, goal, stage.spec.num_steps)
+    state = initialize(
         stage.model,
         made.optimizer,
         stage.example,
@@ -214,13 +221,13 @@ def test_the_plan_is_of_the_step_that_trains(planned: dict) -> None:
         mesh,
         stage.spec.finetune,
     )
-    promised = described(
+    promised = abstract_state(
         stage.model, made.optimizer, stage.example, stage.spec.ema_decay, mesh, stage.spec.finetune
     )
     assert jax.tree.all(
         jax.tree.map(
             lambda a, b: (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding),
-            abstract(state),
+            as_abstract(state),
             promised,
         )
     )
@@ -228,19 +235,19 @@ def test_the_plan_is_of_the_step_that_trains(planned: dict) -> None:
     on_first = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state.params))
     moments = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state.opt_state))
     assert (each["bytes"]["parameters"], each["bytes"]["optimizer"]) == (on_first, moments)
-    batch = plan.batch_of(stage, 16)
+    batch = plan.batch_shapes(stage, 16)
     assert (
         each["flops"]
-        == flops.count(jit_step(made.step, state, mesh).trace(abstract(state), batch).jaxpr) / 8
+        == flops.count(jit_step(made.step, state, mesh).trace(as_abstract(state), batch).jaxpr) / 8
     )
     feed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch)) / 8
     held = each["bytes"]["arguments"] - on_first - moments - feed
     assert abs(held) < 64  # step and seed; labels, which nothing reads, do not travel
-    real = run.pipeline.row_of(stage.data, stage.particles)
+    real = run.pipeline.row_shape(stage.data, stage.particles)
     assert batch.particles["vision"].payload.shape == (
         16,
         real.slots["vision"].length,
-        real.slots["vision"].size,
+        real.slots["vision"].payload_size,
     )
 
 
@@ -260,7 +267,7 @@ def test_gradients_travel_once_where_only_rows_are_divided(planned: dict) -> Non
 
 
 def test_estimates_name_what_binds_and_never_undercut_the_roofline() -> None:
-    chip = accelerators.Chip(2**30, 100.0, 10.0, 5.0, clock=2.0)
+    chip = accelerators.Chip(2**30, 100.0, 10.0, 5.0, clock_hz=2.0)
     sent = (hlo_cost.Collective("all-reduce", ("data",), 1, 40.0),)
     found = plan.estimates(300.0, hlo_cost.Cost(20.0, 0.0, sent, 0), chip)
     assert (
@@ -284,17 +291,17 @@ def test_kinds_of_chips_are_found_by_how_their_names_begin() -> None:
         def __init__(self, kind: str) -> None:
             self.device_kind = kind
 
-    assert accelerators.of(Device("TPU v5 lite"), 4) is accelerators.CHIPS["TPU v5 lite"]
+    assert accelerators.chip_of(Device("TPU v5 lite"), 4) is accelerators.CHIPS["TPU v5 lite"]
     assert (
-        accelerators.of(Device("TPU v5p"), 4) is accelerators.CHIPS["TPU v5"]
-        and accelerators.of(Device("TPU v6 lite"), 4).clock > 0
+        accelerators.chip_of(Device("TPU v5p"), 4) is accelerators.CHIPS["TPU v5"]
+        and accelerators.chip_of(Device("TPU v6 lite"), 4).clock_hz > 0
     )
-    assert accelerators.of(Device("TPU v99"), 4) is None
+    assert accelerators.chip_of(Device("TPU v99"), 4) is None
 
 
 @pytest.mark.parametrize("devices", [1, 4, 16, 256])
 def test_meshes_that_are_compared_fit(devices: int) -> None:
-    for each in plan.candidates(devices):
+    for each in plan.candidate_meshes(devices):
         sizes = [getattr(each, axis) for axis in sharding.AXES]
         rest, over = divmod(devices, math.prod(size for size in sizes if size > 0))
         assert not over and (rest == 1 or -1 in sizes)
@@ -321,7 +328,7 @@ def test_meshes_that_are_compared_fit(devices: int) -> None:
 )
 def test_what_cannot_be_planned_gets_a_sentence(spec: PlanSpec, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        plan.stage_of(spec, "auto")
+        plan.load_stage(spec, "auto")
 
 
 def test_scaling_goes_on_where_it_was_stopped(
@@ -341,7 +348,7 @@ def test_scaling_goes_on_where_it_was_stopped(
         and f"{each['bytes']['ici_bytes'] / 2**20:.2f}" in report
         and "Sharded over fsdp" in report
     )
-    monkeypatch.setattr(plan, "prepare", None)  # nothing is left to prepare for
+    monkeypatch.setattr(plan, "plan_stage", None)  # nothing is left to prepare for
     assert entry.main(argv) == 0
     assert ((tmp_path / "results.json").read_text(), (tmp_path / "report.md").read_text()) == (
         results,

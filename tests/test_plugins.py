@@ -67,7 +67,7 @@ def half(size, spec):
 @register_policy("checker", count=half)
 def checker(video, times, spec):
     tube = cuboids.Tube(spec.patch_size, spec.patch_size)
-    whole = cuboids.cut(video, times, tube, spec.patch_size)
+    whole = cuboids.cut_cuboids(video, times, tube, spec.patch_size)
     return whole.take(np.arange(0, len(whole.segment) // 2 * 2, 2))
 
 
@@ -79,7 +79,7 @@ def darken(frames, rng):
 @register_source("films", splits=("train", "val", "test"))
 def films(rest, split):
     source = sources.open_source("toybox:tiny", split, rest)
-    return sources.Listed(source.classes, tuple(source[i] for i in range(8)))
+    return sources.ListSource(source.classes, tuple(source[i] for i in range(8)))
 
 
 @networks.register_network("small_one")

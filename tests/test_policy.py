@@ -17,7 +17,7 @@ from particlejax.core import flops, tree
 from particlejax.core.typing import Params, UserError
 from particlejax.models import particle_model as models
 from particlejax.models.heads import classification
-from particlejax.models.modality import Payload
+from particlejax.models.modality import ModalitySpec
 from particlejax.nn import precision
 from particlejax.particles import packing, policies
 from particlejax.particles.types import Batch
@@ -32,7 +32,7 @@ def batch() -> Batch:
             ParticleSpec("grid", (2, 4, 4)),
         )
         clips.append(packing.Clip({"vision": cut}, i % 3, i))
-    return packing.pack(clips, range(4), {"vision": packing.Slots(8, 96)}, 4, 1)
+    return packing.pack(clips, range(4), {"vision": packing.SlotSpec(8, 96)}, 4, 1)
 
 
 def built(**changes: Any) -> tuple[models.Model, Any]:
@@ -46,7 +46,7 @@ def built(**changes: Any) -> tuple[models.Model, Any]:
             **changes,
         }
     )
-    model = models.build(spec, {"vision": Payload(96)}, heads=classification(3))
+    model = models.build(spec, {"vision": ModalitySpec(96)}, heads=classification(3))
 
     def loss(params: Params) -> jax.Array:
         tokens, _ = model.apply(params, "encode", batch().particles, key=jax.random.key(1))
@@ -80,7 +80,7 @@ def test_what_is_made_twice_is_what_the_name_says(plain: tuple) -> None:
     """
     made = {
         name: flops.count(jax.make_jaxpr(jax.grad(built(remat_policy=name)[1]))(plain[0]).jaxpr)
-        for name in precision.REMATS
+        for name in precision.REMAT_POLICIES
     }
     attention = 2 * 2 * 4 * 8 * 8 * 16 * 2
     assert made["dots"] == made["none"] and made["dots_no_batch"] - made["none"] == attention
@@ -97,7 +97,7 @@ def test_a_table_of_names_and_the_spec_agree() -> None:
     for section in ("remat_policy", "dtype"):
         with pytest.raises(UserError) as error:
             make(ModelSpec, {section: "something else"}, "config.model")
-        names = {"remat_policy": precision.REMATS, "dtype": precision.PRECISIONS}[section]
+        names = {"remat_policy": precision.REMAT_POLICIES, "dtype": precision.PRECISIONS}[section]
         assert str(error.value).endswith(f"choose one of {', '.join(names)}.")
 
 

@@ -64,8 +64,8 @@ def command(folder: Path, out: Path, workdir: Path, *more: str) -> int:
     )
 
 
-def planned(folder: Path, out: Path) -> tfds_export.Plan:
-    return tfds_export.plan(f"folder:{folder}", str(out), "mine", "unused", 3, 60.0)
+def planned(folder: Path, out: Path) -> tfds_export.ExportPlan:
+    return tfds_export.make_plan(f"folder:{folder}", str(out), "mine", "unused", 3, 60.0)
 
 
 def as_bytes(record: sources.Record) -> sources.Record:
@@ -84,7 +84,7 @@ def test_a_prepared_folder_is_the_folder_also_when_it_was_interrupted(
     plan = planned(folder, tmp_path)
     assert len(plan.shards) == 4
     first = plan.shards[0]
-    tfds_export.write(first)
+    tfds_export.write_shard(first)
     # what a kill leaves
     (plan.folder / "mine-train.array_record-00001-of-00003.99.tmp").write_bytes(b"half a shard")
     written = os.stat(first.path).st_mtime_ns
@@ -102,7 +102,7 @@ def test_a_prepared_folder_is_the_folder_also_when_it_was_interrupted(
         wanted = [as_bytes(plain[i]) for i in range(len(plain)) if plain[i].name != "3.mp4"]
         assert [made[i] for i in range(len(made))] == wanted
     for shard, other in zip(plan.shards, planned(folder, tmp_path / "again").shards, strict=True):
-        tfds_export.write(other)
+        tfds_export.write_shard(other)
         assert Path(other.path).read_bytes() == Path(shard.path).read_bytes(), (
             "whichever process wrote it"
         )
@@ -129,23 +129,23 @@ def test_what_holds_no_clip_is_left_out_with_a_sentence(
 def test_another_source_in_the_same_place_is_refused(folder: Path, tmp_path: Path) -> None:
     planned(folder, tmp_path)
     with pytest.raises(UserError, match="belongs to another source"):
-        tfds_export.plan("toybox:tiny", str(tmp_path), "mine", str(tmp_path), 3, 60.0)
+        tfds_export.make_plan("toybox:tiny", str(tmp_path), "mine", str(tmp_path), 3, 60.0)
 
 
 def test_a_full_disk_loses_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = planned(folder, tmp_path)
-    tfds_export.write(plan.shards[0])
+    tfds_export.write_shard(plan.shards[0])
     with monkeypatch.context() as patch:
         patch.setattr(
             os, "statvfs", lambda path: os.statvfs_result((4096, 4096, 9, 0, 0, 9, 9, 9, 0, 255))
         )
         with pytest.raises(UserError, match="the disk is full.: free disk space"):
-            tfds_export.write(plan.shards[1])
-    assert planned(folder, tmp_path).left == plan.shards[1:]
-    for shard in plan.left:
-        tfds_export.write(shard)
+            tfds_export.write_shard(plan.shards[1])
+    assert planned(folder, tmp_path).remaining == plan.shards[1:]
+    for shard in plan.remaining:
+        tfds_export.write_shard(shard)
     assert tfds_export.finish(plan)["num_clips"] == {"train": 6, "val": 3}
 
 
@@ -170,7 +170,7 @@ def test_plan_and_description_are_whole_or_absent(folder: Path, tmp_path: Path) 
         planned(folder, tmp_path)
     plan = planned(folder, tmp_path)
     for shard in plan.shards:
-        tfds_export.write(shard)
+        tfds_export.write_shard(shard)
     with (
         no_room(),
         pytest.raises(UserError, match="mine/1.0.0 cannot be written .*: free disk space"),
@@ -185,7 +185,7 @@ def test_a_worker_of_prepare_that_is_killed_ends_in_a_sentence(
     folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     first = planned(folder, tmp_path).shards[0]
-    tfds_export.write(first)
+    tfds_export.write_shard(first)
     written = os.stat(first.path).st_mtime_ns
 
     def kill() -> None:
@@ -230,8 +230,10 @@ def hanging(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 def test_prepare_leaves_a_hanging_decoder_behind(hanging: Path, tmp_path: Path) -> None:
-    shard = tfds_export.plan(f"folder:{hanging}", str(tmp_path), "mine", "unused", 3, 0.5).shards[0]
-    note = tfds_export.write(shard)
+    shard = tfds_export.make_plan(
+        f"folder:{hanging}", str(tmp_path), "mine", "unused", 3, 0.5
+    ).shards[0]
+    note = tfds_export.write_shard(shard)
     assert note["clips"] == 2 and note["bad"] == {"hangs.mp4": "not decoded after 0.5 s"}
 
 
@@ -276,7 +278,7 @@ def test_a_mixture_draws_by_weight_and_each_part_once_an_epoch(
     mixed = sources.open_source(f"mix:1*folder:{folder},3*toybox:tiny", "train", cache_dir)
     assert len(mixed) == 7 + 48 and mixed.classes == tuple(sorted({"a", "b", *builder.ACTIONS}))
     assert mixed.classes[mixed[0].label] == "a" and mixed.classes[mixed[7].label] in builder.ACTIONS
-    order = pipeline.Batches(mixed, DataSpec(), ParticleSpec(), seed=0, rows=1).order
+    order = pipeline.TrainBatches(mixed, DataSpec(), ParticleSpec(), seed=0, num_rows=1).order
     drawn = [int(order[i]) for i in range(7 * 4 * 8)]
     mine = [i for i in drawn if i < 7]
     assert len(mine) == len(drawn) / 4
@@ -354,10 +356,12 @@ def test_clips_of_one_file_are_looked_at_together(
     spans = ((0.0, None), (300.0, 420.0), (10.0, 200.0), (999.0, None))
     clips = [sources.Record(f"{start}", file, 0, start=start, end=end) for start, end in spans]
     monkeypatch.setattr(Video, "read_all", lambda *more: pytest.fail("it holds the whole film"))
-    decoded, plain = [], Video.each
-    monkeypatch.setattr(Video, "each", lambda self, side: decoded.append(1) or plain(self, side))
-    *seen, late = inspect.look(clips)
-    assert inspect.look(clips[3:]) == [late] and len(decoded) == 2
+    decoded, plain = [], Video.iter_frames
+    monkeypatch.setattr(
+        Video, "iter_frames", lambda self, side: decoded.append(1) or plain(self, side)
+    )
+    *seen, late = inspect.inspect_file(clips)
+    assert inspect.inspect_file(clips[3:]) == [late] and len(decoded) == 2
     assert late[0] == "999.0" and late[1].startswith("starts at 999 s but lasts ")
     with Video(file) as video:
         times = np.array([time for _, time in plain(video)])
@@ -365,7 +369,8 @@ def test_clips_of_one_file_are_looked_at_together(
             end = end or video.duration
             shown, _ = video.frames_at(start + (np.arange(4) + 0.5) / 4 * (end - start), 64)
             np.testing.assert_array_equal(
-                found.print, inspect._fingerprint(np.stack([inspect._small(p) for p in shown]))
+                found.fingerprint,
+                inspect._fingerprint(np.stack([inspect._small_gray(p) for p in shown])),
             )
             assert (
                 found.seconds == pytest.approx(end - start)
@@ -377,11 +382,13 @@ def test_a_long_film_has_the_time_of_a_clip_for_each_minute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clip = sources.Record("a", slow_film(tmp_path / "a.mp4"))
-    limits, plain = [], timeout.within
+    limits, plain = [], timeout.run_with_timeout
     monkeypatch.setattr(
-        timeout, "within", lambda limit, *more: limits.append(limit) or plain(limit, *more)
+        timeout,
+        "run_with_timeout",
+        lambda limit, *more: limits.append(limit) or plain(limit, *more),
     )
-    assert isinstance(check_data._file([clip], 60.0)[0], inspect.Seen)
+    assert isinstance(check_data._inspect_clips_of_file([clip], 60.0)[0], inspect.ClipInfo)
     assert limits == [60.0, pytest.approx(600, rel=0.1)]
 
 

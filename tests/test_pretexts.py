@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from particlejax.config.experiment import ParticleSpec
-from particlejax.models.particle_model import Model, Payload
+from particlejax.models.particle_model import ModalitySpec, Model
 from particlejax.objectives import masked, pretext, pretext_video, synchronization, time_utils
 from particlejax.particles import packing, policies
 from particlejax.particles.normalize import PixelScale
@@ -33,7 +33,7 @@ def row(*clips: Particles, length: int = 0) -> Particles:
         [packing.Clip({"vision": each}, 0, i) for i, each in enumerate(clips)],
         [0] * len(clips),
         {
-            "vision": packing.Slots(
+            "vision": packing.SlotSpec(
                 length or sum(len(each.segment) for each in clips), clips[0].payload.shape[1]
             )
         },
@@ -63,16 +63,16 @@ def test_running_backward_is_the_reversed_video(policy: str) -> None:
 def test_turning_particles_is_turning_the_video(label: int) -> None:
     turned = np.rot90(video(), label % 4, axes=(1, 2))
     turned = turned[:, :, ::-1] if label >= 4 else turned
-    made = pretext_video.turn(row(cut(video(), "pyramid")), jnp.array([[label]]), BASE)
+    made = pretext_video.rotate_flip(row(cut(video(), "pyramid")), jnp.array([[label]]), BASE)
     np.testing.assert_allclose(table(made), table(row(cut(turned.copy(), "pyramid"))), atol=1e-5)
 
 
 def test_twice_as_fast_is_every_other_frame() -> None:
     whole = row(cut(video()))
-    made, asked = pretext_video.faster(whole, jnp.array([[1]]), jnp.array([[0.3]]), 1, BASE)
+    made, asked = pretext_video.speed_up(whole, jnp.array([[1]]), jnp.array([[0.3]]), 1, BASE)
     expected = table(row(cut(video()[::2].copy())))
     np.testing.assert_allclose(table(made), expected, atol=1e-5)
-    slow, _ = pretext_video.faster(whole, jnp.array([[0]]), jnp.array([[0.0]]), 1, BASE)
+    slow, _ = pretext_video.speed_up(whole, jnp.array([[0]]), jnp.array([[0.0]]), 1, BASE)
     np.testing.assert_allclose(table(slow), table(row(cut(video()[:8].copy()))), atol=1e-5)
     assert asked.all()
 
@@ -82,7 +82,7 @@ def test_only_payloads_tell_the_speed(policy: str) -> None:
     whole = row(cut(video(32), policy))
     seen = [
         table(
-            pretext_video.faster(whole, jnp.array([[label]]), jnp.array([[where]]), 2, BASE)[0],
+            pretext_video.speed_up(whole, jnp.array([[label]]), jnp.array([[where]]), 2, BASE)[0],
             payload=False,
         )
         for label in range(3)
@@ -96,7 +96,7 @@ def test_only_payloads_tell_the_speed(policy: str) -> None:
 @pytest.mark.parametrize("policy, frames", [("grid", 16), ("grid", 14), ("pyramid", 32)])
 def test_only_payloads_tell_the_order(policy: str, frames: int) -> None:
     whole = row(cut(video(frames), policy))
-    made = [pretext_video.shuffle(whole, jnp.array([[label]])) for label in range(6)]
+    made = [pretext_video.shuffle_thirds(whole, jnp.array([[label]])) for label in range(6)]
     assert all(asked.all() for _, asked in made)
     seen = [table(each, payload=False) for each, _ in made]
     for each in seen:
@@ -120,13 +120,13 @@ def sound(patches: int, start: float = 0.0) -> Particles:
 
 def test_only_payloads_tell_the_shift_of_sound() -> None:
     whole = row(sound(20))
-    made = [synchronization.shift(whole, jnp.array([[by]]), 2, 3) for by in range(-2, 3)]
+    made = [synchronization.shift_in_time(whole, jnp.array([[by]]), 2, 3) for by in range(-2, 3)]
     assert all(asked.all() for _, asked in made)
     for by, (each, _) in zip(range(-2, 3), made, strict=True):
         lines = table(each)
         np.testing.assert_allclose(lines[:, :6], table(made[0][0])[:, :6], atol=1e-4)
         np.testing.assert_allclose(lines[:, 6], np.arange(8) + 6 + 3 * by)
-    assert not synchronization.shift(row(sound(12)), jnp.array([[0]]), 2, 3)[1].any(), (
+    assert not synchronization.shift_in_time(row(sound(12)), jnp.array([[0]]), 2, 3)[1].any(), (
         "too short to be asked"
     )
 
@@ -139,7 +139,7 @@ def test_a_shift_is_where_two_series_vary_alike() -> None:
     said = jnp.asarray(np.random.default_rng(0).normal(size=(25, 4)), jnp.float32)
     said = said[whole.payload[..., 0].astype(jnp.int32)] * (whole.segment < 3)[..., None]
     shifts = jnp.array([[-1, 2, 0]])
-    moved, _ = synchronization.shift(whole, shifts, 2, 3)
+    moved, _ = synchronization.shift_in_time(whole, shifts, 2, 3)
     alike = jnp.stack(
         [
             synchronization.correlation(
@@ -158,12 +158,12 @@ def test_clips_of_a_packed_row_are_changed_each_by_itself() -> None:
     packed, label = row(*parts, length=300), jnp.array([[1, 0, 1]])
     ways = {
         "arrow_of_time": lambda p, a: pretext_video.reverse(p, a > 0, BASE),
-        "rotation_flip": lambda p, a: pretext_video.turn(p, 3 * a, BASE),
-        "clip_order": lambda p, a: pretext_video.shuffle(p, 4 * a)[0],
-        "playback_speed": lambda p, a: pretext_video.faster(p, a, 0.5 * jnp.ones(a.shape), 1, BASE)[
-            0
-        ],
-        "synchronization": lambda p, a: synchronization.shift(p, a, 1, 1)[0],
+        "rotation_flip": lambda p, a: pretext_video.rotate_flip(p, 3 * a, BASE),
+        "clip_order": lambda p, a: pretext_video.shuffle_thirds(p, 4 * a)[0],
+        "playback_speed": lambda p, a: pretext_video.speed_up(
+            p, a, 0.5 * jnp.ones(a.shape), 1, BASE
+        )[0],
+        "synchronization": lambda p, a: synchronization.shift_in_time(p, a, 1, 1)[0],
     }
     for name, way in ways.items():
         together = way(packed, label)
@@ -181,7 +181,7 @@ def test_the_clock_of_a_row() -> None:
     np.testing.assert_allclose(first, [[0, 0, 0]])
     np.testing.assert_allclose(last, [[4, 2, 0]])
     np.testing.assert_array_equal(time_utils.present(packed, 3), [[True, True, False]])
-    np.testing.assert_allclose(time_utils.longest(packed, last), [[0.5, 0.5, 0]])
+    np.testing.assert_allclose(time_utils.longest_duration(packed, last), [[0.5, 0.5, 0]])
 
 
 def test_a_film_that_stands_still_is_as_the_last_frame_of_its_place() -> None:
@@ -198,7 +198,9 @@ def test_a_film_that_stands_still_is_as_the_last_frame_of_its_place() -> None:
     # Of a clip that was there twice, of another clip, where only an empty slot stands, and where
     # nothing does.
     query = Particles(past.payload, places, np.ones_like(places), np.array([[1, 2, 1, 1]]))
-    found = masked.last_known(past, query, Payload(96, base=(2, 4, 4), pixels=scale))
+    found = masked.copy_last_frame(
+        past, query, ModalitySpec(96, patch_size=(2, 4, 4), pixels=scale)
+    )
     still = np.broadcast_to(pixels[:, [1, 2], -1:], (1, 2, 2, 4, 4, 3))  # not the earlier one's
     np.testing.assert_allclose(found[:, :2], scale.to_payload(still.reshape(1, 2, -1)), atol=1e-5)
     assert (found[:, 2:] == 0).all()
@@ -215,7 +217,7 @@ def test_a_shift_told_within_a_step_counts_as_near() -> None:
     )
     number = jnp.arange(5)[:, None]
     batch = Batch({}, number, number, number, number)
-    _, metrics = pretext.answer(
+    _, metrics = pretext.encode_and_score(
         "synchronization",
         {},
         model,
@@ -224,6 +226,6 @@ def test_a_shift_told_within_a_step_counts_as_near() -> None:
         jnp.asarray(label),
         jnp.ones((5, 1), bool),
         None,
-        ordered=5,
+        num_ordered=5,
     )
     assert np.isclose(metrics["acc_within_1"], 2 / 4) and np.isclose(metrics["top1"], 1 / 5)

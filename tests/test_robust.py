@@ -8,7 +8,7 @@ import pytest
 
 from particlejax.config.training import RobustSpec
 from particlejax.particles.types import Batch, Particles
-from particlejax.train.gradient import gradient_of
+from particlejax.train.gradient import make_gradient
 
 W = {"w": jnp.array([3.0, -4.0])}
 KEY = jax.random.key(5)
@@ -42,7 +42,9 @@ def linear(params: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict]
 
 
 def test_sharpness_aware_is_the_gradient_further_up() -> None:
-    grads, metrics = gradient_of(bowl, RobustSpec(sam_rho=0.5))(W, batch(np.zeros((1, 1, 2))), KEY)
+    grads, metrics = make_gradient(bowl, RobustSpec(sam_rho=0.5))(
+        W, batch(np.zeros((1, 1, 2))), KEY
+    )
     np.testing.assert_allclose(grads["w"], np.array([3.0, -4.0]) * (1 + 0.5 / 5), rtol=1e-6)
     np.testing.assert_allclose(metrics["loss"], 5.5**2 / 2, rtol=1e-6)
 
@@ -53,7 +55,7 @@ def test_an_attack_goes_to_the_worst_corner_and_no_further(attack: str) -> None:
     of them always do.
     """
     x = np.random.default_rng(0).normal(size=(4, 8, 2))
-    grads, metrics = jax.jit(gradient_of(linear, RobustSpec(attack=attack, epsilon=0.1)))(
+    grads, metrics = jax.jit(make_gradient(linear, RobustSpec(attack=attack, epsilon=0.1)))(
         W, batch(x), KEY
     )
     moved = np.asarray(grads["w"]) - x.mean(axis=(0, 1))
@@ -70,9 +72,9 @@ def test_free_is_the_mean_along_the_way() -> None:
     """
     x = np.zeros((16, 16, 2))
     spec = RobustSpec(attack="free", epsilon=0.3, attack_steps=3)
-    grads, _ = jax.jit(gradient_of(linear, spec))(W, batch(x), KEY)
+    grads, _ = jax.jit(make_gradient(linear, spec))(W, batch(x), KEY)
     start = np.asarray(
-        gradient_of(linear, RobustSpec(attack="free", epsilon=0.3, attack_steps=1))(
+        make_gradient(linear, RobustSpec(attack="free", epsilon=0.3, attack_steps=1))(
             W, batch(x), KEY
         )[0]["w"]
     )
@@ -84,5 +86,5 @@ def test_free_is_the_mean_along_the_way() -> None:
 
 def test_without_any_it_is_the_gradient() -> None:
     x = np.random.default_rng(0).normal(size=(2, 3, 2))
-    grads, _ = gradient_of(linear, RobustSpec())(W, batch(x), KEY)
+    grads, _ = make_gradient(linear, RobustSpec())(W, batch(x), KEY)
     np.testing.assert_allclose(grads["w"], x.mean(axis=(0, 1)), rtol=1e-5)

@@ -20,11 +20,11 @@ from particlejax.config.experiment import DataSpec, ParticleSpec, ScaleScheduleS
 from particlejax.config.model import ClassifySpec, ModelSpec
 from particlejax.core.typing import UserError
 from particlejax.data import pipeline, sources
-from particlejax.data.packing_plan import Plan, Stand
-from particlejax.data.scale_schedule import Schedule
+from particlejax.data.packing_plan import Plan, PlanState
+from particlejax.data.scale_schedule import ScaleSchedule
 from particlejax.models import particle_model as models
 from particlejax.models.heads import classification
-from particlejax.models.modality import Payload
+from particlejax.models.modality import ModalitySpec
 from particlejax.objectives import registry
 from particlejax.particles import packing, policies
 from particlejax.particles.types import Batch
@@ -47,14 +47,17 @@ def planned(
     scales: ScaleScheduleSpec = MIXED, rows: int = 8, per_row: int = 1, **more: object
 ) -> Plan:
     return Plan(
-        Schedule(scales, dataclasses.replace(DATA, clips_per_row=per_row), CUT), rows, 3, **more
+        ScaleSchedule(scales, dataclasses.replace(DATA, clips_per_row=per_row), CUT),
+        rows,
+        3,
+        **more,
     )
 
 
 def test_mixed_sizes_fill_the_rows_and_every_clip_comes_once_and_soon() -> None:
     plan, seen, filled = planned(rows=16, per_row=2), Counter(), 0
     sizes, row = [each["vision"] for each in plan.schedule.sizes], plan.schedule.row
-    assert sizes == [32, 18, 8, 9] and row.slots["vision"].length == 64 and row.clips == 8
+    assert sizes == [32, 18, 8, 9] and row.slots["vision"].length == 64 and row.max_clips == 8
     for k in range(60):
         rows = Counter()
         for position, where, scale in plan.batch(k):
@@ -62,35 +65,39 @@ def test_mixed_sizes_fill_the_rows_and_every_clip_comes_once_and_soon() -> None:
             seen[position] += 1
             assert seen[position] == 1
         assert max(rows.values()) <= 64
-        assert all(each.batch >= k - 5 for each in plan.stand(k).carried), "nobody waits for ever"
+        assert all(each.batch >= k - 5 for each in plan.data_state(k).pending), (
+            "nobody waits for ever"
+        )
         filled += sum(rows.values())
-    left = {each.position for each in plan.stand(60).carried}
-    assert set(seen) | left == set(range(plan.stand(60).position)) and not left & set(seen)
+    left = {each.position for each in plan.data_state(60).pending}
+    assert set(seen) | left == set(range(plan.data_state(60).position)) and not left & set(seen)
     assert filled / (60 * 16 * 64) >= 0.95
-    assert plan.seen(60) == len(seen)
+    assert plan.clips_before(60) == len(seen)
 
 
 def test_the_plan_is_the_same_from_wherever_it_goes_on() -> None:
     plan = planned()
     expected = [plan.batch(k) for k in range(20)]
-    saved = Stand.of(json.loads(json.dumps(plan.stand(12))))
-    assert [planned(since=saved).batch(k) for k in (12, 15, 14, 19)] == [
+    saved = PlanState.from_json(json.loads(json.dumps(plan.data_state(12))))
+    assert [planned(start_state=saved).batch(k) for k in (12, 15, 14, 19)] == [
         expected[k] for k in (12, 15, 14, 19)
     ]
-    assert planned(since=saved).batch(3) == expected[3], "also for what came before"
+    assert planned(start_state=saved).batch(3) == expected[3], "also for what came before"
     assert pickle.loads(pickle.dumps(plan)).batch(7) == expected[7]
     plan.batch(700)
     assert plan.batch(2) == expected[2], "and for what was forgotten"
-    frontier = plan.stand(9)
+    frontier = plan.data_state(9)
     filled = []
-    plan._fill = lambda stand: filled.append(stand)  # asking again where it stands costs nothing
-    assert plan.stand(9) == frontier and not filled
+    plan._fill_batch = lambda stand: filled.append(
+        stand
+    )  # asking again where it stands costs nothing
+    assert plan.data_state(9) == frontier and not filled
 
 
 @pytest.mark.parametrize("scales", [MIXED, ScaleScheduleSpec()])
 def test_epochs_end_with_every_clip_seen(scales: ScaleScheduleSpec) -> None:
     plan = planned(scales, positions=101)
-    steps = plan.batches()
+    steps = plan.num_batches()
     seen = [placed.position for k in range(steps) for placed in plan.batch(k)]
     assert sorted(seen) == list(range(101)) and plan.batch(steps) == [] and plan.batch(steps - 1)
 
@@ -105,7 +112,7 @@ def sizes_over(scales: ScaleScheduleSpec, steps: int) -> list[tuple[int, ...]]:
                 {
                     every[p.scale].data.image_size
                     for p in plan.batch(k)
-                    if p.position >= plan.stand(k).position
+                    if p.position >= plan.data_state(k).position
                 }
             )
         )
@@ -130,7 +137,7 @@ def test_schedules_say_which_scale_when() -> None:
     assert all({p.scale for p in mixed.batch(k)} == {0, 1, 2, 3} for k in range(4, 8)), (
         "all at a time"
     )
-    speeds = Schedule(
+    speeds = ScaleSchedule(
         ScaleScheduleSpec(
             "mixture", (ScaleSpec(clip_seconds=0.5), ScaleSpec(clip_seconds=2.0, budget=4))
         ),
@@ -141,7 +148,7 @@ def test_schedules_say_which_scale_when() -> None:
         (0.5, 0),
         (2.0, 4),
     ]
-    assert speeds.row.clips == 8
+    assert speeds.row.max_clips == 8
 
 
 @pytest.mark.parametrize(
@@ -168,7 +175,7 @@ def test_a_schedule_that_cannot_be_is_refused(changes: dict, sentence: str) -> N
         experiment = Experiment.of(
             {"stages": {"one": stage}, "data": as_dict(DATA), "particles": as_dict(CUT)}
         )
-        pipeline.row_of(
+        pipeline.row_shape(
             experiment.data, experiment.particles, experiment.stages["one"].scale_schedule
         )
 
@@ -182,19 +189,19 @@ def test_batches_of_mixed_scales_are_one_whoever_reads_them(cache_dir: str) -> N
         "mixture",
         (ScaleSpec(), ScaleSpec(image_size=16, budget=32), ScaleSpec(image_size=24, budget=60)),
     )
-    made = pipeline.Batches(source, DATA, adaptive, 3, rows=4, scales=scales)
+    made = pipeline.TrainBatches(source, DATA, adaptive, 3, num_rows=4, scales=scales)
     expected = [made[k] for k in range(4)]
-    parts = [dataclasses.replace(made, process=p, processes=2)[1] for p in range(2)]
+    parts = [dataclasses.replace(made, process_index=p, num_processes=2)[1] for p in range(2)]
     joined = jax.tree.map(lambda *x: np.concatenate(x), *(part.batch for part in parts))
     jax.tree.map(np.testing.assert_array_equal, joined, expected[1].batch)
-    later = dataclasses.replace(made, since=made.plan.stand(2))
+    later = dataclasses.replace(made, start_state=made.plan.data_state(2))
     for data in (DATA, dataclasses.replace(DATA, num_workers=2)):
-        for a, b in zip(pipeline.read(later, 2, 4, data), expected[2:], strict=True):
+        for a, b in zip(pipeline.read_batches(later, 2, 4, data), expected[2:], strict=True):
             jax.tree.map(np.testing.assert_array_equal, a.batch, b.batch)
     vision = expected[0].batch.particles["vision"]
-    assert vision.segment.shape == (4, 128) and expected[0].batch.clip.shape == (4, 4)
-    assert {tuple(row[row >= 0]) for row in expected[0].batch.clip} == {
-        tuple(row[row >= 0]) for row in expected[0].batch.clip
+    assert vision.segment.shape == (4, 128) and expected[0].batch.clip_index.shape == (4, 4)
+    assert {tuple(row[row >= 0]) for row in expected[0].batch.clip_index} == {
+        tuple(row[row >= 0]) for row in expected[0].batch.clip_index
     }
     assert len({round(float(e), 4) for e in vision.extent[vision.segment > 0][:, 1]}) > 2, (
         "several granularities"
@@ -264,14 +271,14 @@ def ramps(frames: int, size: int, number: int, seed: int) -> Batch:
     length = frames * size * size // 32
     return jax.tree.map(
         jnp.asarray,
-        packing.pack(clips, range(number), {"vision": packing.Slots(length, 96)}, number, 1),
+        packing.pack(clips, range(number), {"vision": packing.SlotSpec(length, 96)}, number, 1),
     )
 
 
 def test_what_was_learnt_at_one_scale_holds_at_another() -> None:
     model = models.build(
         ModelSpec(width=32, depth=2, num_heads=2, unroll_layers=False),
-        {"vision": Payload(96)},
+        {"vision": ModalitySpec(96)},
         heads=classification(4),
     )
     objective = registry.combine({"classify": ClassifySpec()})

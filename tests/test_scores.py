@@ -21,7 +21,9 @@ def test_scores_are_what_one_counts_by_hand() -> None:
         [[0.6, 0.3, 0.1], [0.1, 0.8, 0.1], [0.5, 0.2, 0.3], [0.2, 0.3, 0.5], [1, 0, 0]]
     )
     # the last is unlabelled
-    found = classification_metrics.scores(probabilities, np.array([0, 1, 1, 0, -1]), CLASSES)
+    found = classification_metrics.compute_metrics(
+        probabilities, np.array([0, 1, 1, 0, -1]), CLASSES
+    )
     assert (
         found["num_clips"] == 4
         and found["top1"] == 0.5
@@ -33,7 +35,9 @@ def test_scores_are_what_one_counts_by_hand() -> None:
     assert found["per_class"]["a"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2}
     # confidences .6 right, .8 right, .5 and .5 wrong, the two share a bin of 15
     assert np.isclose(found["ece"], (0.4 + 0.2 + 2 * 0.5) / 4)
-    assert classification_metrics.scores(probabilities, np.full(5, -1), CLASSES) == {"num_clips": 0}
+    assert classification_metrics.compute_metrics(probabilities, np.full(5, -1), CLASSES) == {
+        "num_clips": 0
+    }
 
 
 def test_wilson_interval() -> None:
@@ -61,7 +65,9 @@ def test_headlines_have_the_main_figure_of_every_stage() -> None:
 
 def test_mean_class_accuracy_does_not_follow_the_large_class() -> None:
     label = np.array([0] * 9 + [1])
-    found = classification_metrics.scores(np.tile([0.9, 0.1, 0.0], (10, 1)), label, CLASSES)
+    found = classification_metrics.compute_metrics(
+        np.tile([0.9, 0.1, 0.0], (10, 1)), label, CLASSES
+    )
     assert found["top1"] == 0.9 and found["mean_class_accuracy"] == 0.5
 
 

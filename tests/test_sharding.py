@@ -14,12 +14,12 @@ from particlejax.core.typing import UserError
 from particlejax.distributed import sharding
 from particlejax.models import particle_model as models
 from particlejax.models.heads import DecoderHead, classification
-from particlejax.models.modality import Payload
+from particlejax.models.modality import ModalitySpec
 from particlejax.objectives import registry
 from particlejax.particles import packing, policies
 from particlejax.particles.types import Batch
 from particlejax.train import optim
-from particlejax.train.train_state import TrainState, initialise, jit_step, make_step
+from particlejax.train.train_state import TrainState, initialize, jit_step, make_step
 
 # compiles sooner
 MODEL = ModelSpec(
@@ -50,10 +50,10 @@ def batch(missing: tuple[int, ...] = ()) -> Batch:
             video, np.arange(4, dtype=np.float32), ParticleSpec("grid", (2, 4, 4))
         )
         clips.append(packing.Clip({"vision": cut}, i % 3, i))
-    whole = packing.pack(clips, range(len(clips)), {"vision": packing.Slots(8, 96)}, 16, 1)
+    whole = packing.pack(clips, range(len(clips)), {"vision": packing.SlotSpec(8, 96)}, 16, 1)
     vision = whole.particles["vision"]
     for row in missing:
-        vision.segment[row], whole.clip[row], whole.label[row] = 0, -1, -1
+        vision.segment[row], whole.clip_index[row], whole.label[row] = 0, -1, -1
     return whole
 
 
@@ -65,16 +65,16 @@ def losses(
     mesh: jax.sharding.Mesh, accumulate: int = 1, specs: dict = BOTH, missing: tuple[int, ...] = ()
 ) -> tuple[list[float], TrainState]:
     model = models.build(
-        MODEL, {"vision": Payload(96)}, heads={"decoder": DecoderHead(), **classification(3)}
+        MODEL, {"vision": ModalitySpec(96)}, heads={"decoder": DecoderHead(), **classification(3)}
     )
-    optimizer = optim.build(OptimSpec(learning_rate=1e-2, warmup_ratio=0), 10)
-    state = initialise(model, optimizer, jax.tree.map(lambda x: x[:1], batch()), 0, 0.9, mesh)
+    optimizer = optim.build_optimizer(OptimSpec(learning_rate=1e-2, warmup_ratio=0), 10)
+    state = initialize(model, optimizer, jax.tree.map(lambda x: x[:1], batch()), 0, 0.9, mesh)
     step = make_step(model, registry.combine(specs), optimizer, ema=0.9, accumulate=accumulate)
     found = []
     with jax.set_mesh(mesh):
         jitted = jit_step(step, state, mesh)
         for _ in range(3):
-            state, metrics = jitted(state, sharding.put(batch(missing), mesh))
+            state, metrics = jitted(state, sharding.shard_batch(batch(missing), mesh))
             found.append(float(metrics["loss"]))
     assert jitted._cache_size() == 1
     return found, state
@@ -123,7 +123,7 @@ def test_accumulation_equals_the_whole_batch_also_with_clips_missing() -> None:
 
 
 def test_weight_decay_spares_norms_biases_and_tokens() -> None:
-    model = models.build(MODEL, {"vision": Payload(96)}, heads=classification(3))
+    model = models.build(MODEL, {"vision": ModalitySpec(96)}, heads=classification(3))
     mask = tree.flatten(optim.decay_mask(models.parameter_shapes(model, batch())))
     spared = {name.split("/")[-1] for name, decayed in mask.items() if not decayed}
     assert spared == {"bias", "scale", "token", "log_sharpness"}
@@ -140,13 +140,13 @@ def test_optimisers_follow_their_schedule(name: str) -> None:
         weight_decay=0.5,
         grad_clip_norm=0.0,
     )
-    rate = optim.schedule(spec, 100)
+    rate = optim.learning_rate_schedule(spec, 100)
     assert (
         float(rate(0)) == 0
         and np.isclose(float(rate(20)), 0.1)
         and np.isclose(float(rate(100)), 0.01)
     )
-    optimizer = optim.build(spec, 100)
+    optimizer = optim.build_optimizer(spec, 100)
     params = {"kernel": np.full(3, 2.0, np.float32), "bias": np.full(3, 2.0, np.float32)}
     state = optimizer.init(params)
     zero = jax.tree.map(np.zeros_like, params)

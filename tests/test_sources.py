@@ -10,7 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from particlejax.core.typing import UserError
-from particlejax.data.sources import Listed, Source, open_source
+from particlejax.data.sources import ListSource, Source, open_source
 from particlejax.data.video.decode import Unreadable, Video, raw_file
 
 
@@ -338,7 +338,7 @@ def test_tfds_that_needs_tensorflow(tmp_path: Path) -> None:
 
 
 def test_listed_takes_numpy_indices() -> None:
-    assert Listed((), ("a", "b"))[np.int64(1)] == "b"
+    assert ListSource((), ("a", "b"))[np.int64(1)] == "b"
 
 
 @pytest.mark.skipif(

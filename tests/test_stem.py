@@ -25,7 +25,7 @@ from particlejax.finetune import partition
 from particlejax.models import cnn_stem
 from particlejax.models import particle_model as models
 from particlejax.models.heads import classification
-from particlejax.models.modality import Payload
+from particlejax.models.modality import ModalitySpec
 from particlejax.models.zoo import backbones
 from particlejax.models.zoo.convert import formats
 from particlejax.objectives import registry
@@ -60,7 +60,7 @@ def batch() -> Batch:
             ParticleSpec("grid", BASE),
         )
         clips.append(packing.Clip({"vision": cut}, i, i))
-    return packing.pack(clips, range(2), {"vision": packing.Slots(3, SIZE)}, 2, 1)
+    return packing.pack(clips, range(2), {"vision": packing.SlotSpec(3, SIZE)}, 2, 1)
 
 
 def drawn(shapes: dict) -> dict:
@@ -84,7 +84,10 @@ def test_a_token_is_what_the_network_says_of_the_sub_clip(name: str) -> None:
     """
     spec, base = StemSpec(name, ENDS[name]), (16, 32, 32)
     payload = np.random.default_rng(0).normal(size=(1, 2, 16 * 32 * 32 * 3)).astype(np.float32)
-    module, whole = cnn_stem.Stem(spec, base, 8), backbones.build(backbones.find(name))
+    module, whole = (
+        cnn_stem.CNNStem(spec, base, 8),
+        backbones.build_backbone(backbones.find_backbone(name)),
+    )
     params = drawn(jax.eval_shape(module.init, jax.random.key(0), payload)["params"])
     every = tree.flatten(drawn(backbones.parameter_shapes(whole)))
     own = tree.flatten(params["network"])
@@ -112,13 +115,13 @@ def states(tuning: FinetuneSpec) -> tuple[TrainState, TrainState]:
     small = dataclasses.replace(MODEL, stem=dataclasses.replace(MODEL.stem, endpoint="stem"))
     model = models.build(
         small if tuning.freeze else MODEL,
-        {"vision": Payload(SIZE, base=BASE)},
+        {"vision": ModalitySpec(SIZE, patch_size=BASE)},
         heads=classification(2),
     )
     spec = OptimSpec(
         learning_rate=0.1, warmup_ratio=0.0, weight_decay=0.5 if tuning.freeze else 0.0
     )
-    optimizer = optim.build(spec, 10, freeze=tuning.freeze)
+    optimizer = optim.build_optimizer(spec, 10, freeze=tuning.freeze)
     params = drawn(jax.eval_shape(model.init, jax.random.key(0), batch()))
     step = jax.jit(
         make_step(
@@ -158,7 +161,7 @@ def test_it_trains_or_stays_to_the_last_bit(freeze: str) -> None:
         elif not path.endswith("key/bias"):
             assert not same, path
     every = tree.count(after.params)
-    assert partition.training(tuning, after.params) == every - bool(freeze) * network
+    assert partition.count_trainable(tuning, after.params) == every - bool(freeze) * network
     moments = sum(
         leaf.size for path, leaf in tree.flatten(after.opt_state).items() if "/mu/" in path
     )
@@ -203,7 +206,9 @@ def test_what_cannot_be_read_is_refused(
     spec: StemSpec, base: tuple[int, ...], sentence: str
 ) -> None:
     with pytest.raises(UserError, match=sentence):
-        payloads = {"vision": Payload(1, base=base)} if base else {"audio": Payload(4)}
+        payloads = (
+            {"vision": ModalitySpec(1, patch_size=base)} if base else {"audio": ModalitySpec(4)}
+        )
         models.build(dataclasses.replace(MODEL, stem=spec), payloads)
 
 
@@ -223,7 +228,9 @@ def test_published_weights_are_read_kept_and_handed_on(
     cache_dir: str, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     """Imported, then frozen in a run, then trained in a run that starts from that."""
-    params = drawn(backbones.parameter_shapes(backbones.build(backbones.find("x3d_tiny"))))
+    params = drawn(
+        backbones.parameter_shapes(backbones.build_backbone(backbones.find_backbone("x3d_tiny")))
+    )
     kept = checkpoint.Checkpoints(stage.checkpoint_folder(tmp_path / "import", "import"), 2)
     kept.save(0, {"params": params}, {"model": "x3d_tiny"})
     kept.close()
@@ -300,4 +307,6 @@ def test_weights_that_do_not_fit_are_refused(
         }
     )
     with pytest.raises(UserError, match=sentence):
-        pretrained.begun(states(FinetuneSpec())[0], stage.build(experiment, "one", ("a", "b")))
+        pretrained.with_stem_weights(
+            states(FinetuneSpec())[0], stage.build_stage(experiment, "one", ("a", "b"))
+        )

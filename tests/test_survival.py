@@ -21,7 +21,7 @@ from particlejax.distributed import checkpoint
 from particlejax.distributed.checkpoint import Checkpoints
 from particlejax.particles.types import Batch
 from particlejax.train import nan_guard, optim
-from particlejax.train.nan_guard import Finite
+from particlejax.train.nan_guard import NanGuard
 from particlejax.train.train_state import TrainState, make_step
 
 TINY = "--config=experiments/finetune.py:tiny"
@@ -33,7 +33,7 @@ def full(*args: object, **more: object) -> None:
 
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> Iterator[Checkpoints]:
-    found = Checkpoints(tmp_path / "run", keep=2)
+    found = Checkpoints(tmp_path / "run", max_to_keep=2)
     for step in (1, 2):
         found.save(step, {"w": jnp.full((64,), step)}, {"step": step})
         found.finish()
@@ -82,8 +82,8 @@ def test_an_error_that_is_not_the_disks_keeps_its_name(
 
 def test_a_checkpoint_is_whole_before_the_next_is_asked_for(checkpoints: Checkpoints) -> None:
     checkpoints.save(3, {"w": jnp.full((64,), 3)}, {})
-    checkpoints._marking.join()  # and not `finish`: a kill may come first
-    assert checkpoint.fault(checkpoints.folder / "3") == ""
+    checkpoints._manifest_thread.join()  # and not `finish`: a kill may come first
+    assert checkpoint.integrity_error(checkpoints.folder / "3") == ""
     (checkpoints.folder / "4.orbax-checkpoint-tmp").mkdir()
     Checkpoints(checkpoints.folder, 2).close()
     assert not (checkpoints.folder / "4.orbax-checkpoint-tmp").exists()
@@ -94,7 +94,7 @@ def stepped(on_nan: str, batches: list[float]) -> tuple[TrainState, list[float]]
         loss = jnp.sum((params["body"]["w"] - batch) ** 2)
         return loss, {"loss": loss}
 
-    optimizer = optim.build(OptimSpec(learning_rate=0.1, warmup_ratio=0), 10)
+    optimizer = optim.build_optimizer(OptimSpec(learning_rate=0.1, warmup_ratio=0), 10)
     params = {"body": {"w": jnp.ones(3)}, "head": {"w": jnp.ones(2)}}
     state = TrainState(
         jnp.zeros((), jnp.int32),
@@ -128,7 +128,7 @@ def test_a_step_left_out_changes_only_its_number(wrong: float) -> None:
 
 
 def test_norms_of_groups_make_up_the_whole() -> None:
-    optimizer = optim.build(OptimSpec(), 10)
+    optimizer = optim.build_optimizer(OptimSpec(), 10)
     encoder = {"place": {"a": {"kernel": jnp.full(4, 2.0)}}, "norm": {"scale": jnp.ones(9)}}
     params = {"encoder": encoder, "head": {"kernel": jnp.ones(16)}}
     state = TrainState(jnp.zeros((), jnp.int32), jnp.uint32(0), params, optimizer.init(params), ())
@@ -153,12 +153,12 @@ def test_norms_of_groups_make_up_the_whole() -> None:
 
 
 def test_skipping_for_ever_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nan_guard, "_IN_A_ROW", 3)
-    watch = Finite(tmp_path, "a", "skip", lambda step: [f"clip{step}.mp4"])
+    monkeypatch.setattr(nan_guard, "_MAX_CONSECUTIVE", 3)
+    watch = NanGuard(tmp_path, "a", "skip", lambda step: [f"clip{step}.mp4"])
     for step, value in enumerate((0.0, 0.0, 1.0, 0.0, 0.0), 1):
-        watch.note(step, value)
+        watch.record(step, value)
         watch.check()
-    watch.note(6, 0.0)
+    watch.record(6, 0.0)
     with pytest.raises(
         UserError, match="step 6, .*a_6.json. This happened in 3 consecutive steps: check these"
     ):

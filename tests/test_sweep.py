@@ -126,7 +126,7 @@ def test_the_front_is_what_nothing_cheaper_matches() -> None:
             ("e", 0.3, 10),
         )
     }
-    assert sweep.front(figures, "particles") == ["a", "c"]
+    assert sweep.pareto_front(figures, "particles") == ["a", "c"]
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_run(
@@ -183,18 +183,18 @@ def test_processes_take_each_run_exactly_once(tmp_path: Path) -> None:
     storage, log = str(tmp_path / "journal"), tmp_path / "log"
     if not HAS_OPTUNA:
         with pytest.raises(UserError, match=r"pip install -e .\.\[optuna\]"):
-            optuna_sweep.each(storage, "s", ["a"], lambda i: None)
+            optuna_sweep.run_each(storage, "s", ["a"], lambda i: None)
         return
     with pytest.raises(KeyboardInterrupt):  # one that is interrupted puts its run back
-        optuna_sweep.each(storage, "s", [f"run{i}" for i in range(12)], _interrupt)
+        optuna_sweep.run_each(storage, "s", [f"run{i}" for i in range(12)], _interrupt)
     command = [sys.executable, "-W", "ignore", "-c", TAKE, storage, str(log)]
     several = [spawn(command, cwd=Path(__file__).parents[1]) for _ in range(3)]
     assert [process.wait(timeout=DEADLINE) for process in several] == [0, 0, 0]
     assert Counter(log.read_text().split()) == Counter(str(i) for i in range(12))
     with pytest.raises(UserError, match="holds another sweep"):
-        optuna_sweep.each(storage, "s", ["other"], lambda i: None)
+        optuna_sweep.run_each(storage, "s", ["other"], lambda i: None)
     with pytest.raises(UserError, match="SQLite may give one run to two processes"):
-        optuna_sweep.each("sqlite:///study.db", "s", ["a"], lambda i: None)
+        optuna_sweep.run_each("sqlite:///study.db", "s", ["a"], lambda i: None)
 
 
 def _interrupt(i: int) -> None:
@@ -222,7 +222,7 @@ def test_every_setting_of_the_search_that_is_shipped_is_one_of_an_experiment() -
     config = runpy.run_path("experiments/finetune_sweep.py")["get_config"]("tiny,search")
     changed = {
         path: value
-        for each in sweep.plan(Experiment.of(config.to_dict()))
+        for each in sweep.plan_runs(Experiment.of(config.to_dict()))
         for path, value in tree.flatten(config.sweep.runs[each.name].to_dict()).items()
         if tree.flatten(as_dict(each.experiment))[path] == value
     }

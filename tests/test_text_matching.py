@@ -13,7 +13,7 @@ from test_objectives import BASES, CLASSES, MODEL, SLOTS, WORDS, clip
 
 from particlejax.config.model import TextMatchingSpec
 from particlejax.models import particle_model as models
-from particlejax.models.modality import Payload
+from particlejax.models.modality import ModalitySpec
 from particlejax.objectives import pretext, registry, text_matching, time_utils
 from particlejax.particles import packing
 from particlejax.particles.types import Batch
@@ -51,7 +51,7 @@ def words(text: text_matching.Particles, row: int, segment: int) -> list[int]:
 @pytest.fixture(scope="module")
 def built() -> tuple[models.Model, dict]:
     payloads = {
-        name: Payload(SLOTS[name].size, WORDS * (name == "text"), BASES.get(name, ()))
+        name: ModalitySpec(SLOTS[name].payload_size, WORDS * (name == "text"), BASES.get(name, ()))
         for name in PAIR
     }
     spec = dataclasses.replace(MODEL, width=16, depth=1, num_heads=1)
@@ -75,7 +75,7 @@ def test_another_clips_words_stand_in_the_time_of_its_own(
         heard.update(shown=args[3], label=args[5], asked=args[6])
         return jnp.zeros(()), {}
 
-    monkeypatch.setattr(pretext, "answer", answer)
+    monkeypatch.setattr(pretext, "encode_and_score", answer)
     objective, seen = (
         text_matching.text_matching(TextMatchingSpec(mismatch_prob=0.6, negatives=negatives)),
         set(),
@@ -111,14 +111,18 @@ def test_another_clips_words_stand_in_the_time_of_its_own(
 
 def test_what_may_be_shown() -> None:
     batch = packed()
-    others = jax.jit(lambda b: text_matching.others(text_matching.apart(b.particles["text"], 2), b))
+    others = jax.jit(
+        lambda b: text_matching.valid_negatives(
+            text_matching.unpack_clips(b.particles["text"], 2), b
+        )
+    )
     may = np.asarray(others(batch))
     for i in range(8):
         for j in range(8):  # captions repeat after CLASSES clips
             assert may[i, j] == (i % CLASSES != j % CLASSES and SILENT not in (i, j))
-    assert not others(dataclasses.replace(batch, clip=jnp.full_like(batch.clip, -1))).any(), (
-        "no clip, no negative"
-    )
+    assert not others(
+        dataclasses.replace(batch, clip_index=jnp.full_like(batch.clip_index, -1))
+    ).any(), "no clip, no negative"
 
 
 def test_hard_negatives_are_more_alike_than_random_ones_and_never_of_equal_words(
@@ -129,12 +133,14 @@ def test_hard_negatives_are_more_alike_than_random_ones_and_never_of_equal_words
 
     @jax.jit
     def draws(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        may = text_matching.others(text_matching.apart(batch.particles["text"], 2), batch)
-        alike = text_matching.alike(params, model, batch, "text")
+        may = text_matching.valid_negatives(
+            text_matching.unpack_clips(batch.particles["text"], 2), batch
+        )
+        alike = text_matching.similarity(params, model, batch, "text")
         return (
             alike,
             may,
-            jax.vmap(lambda key: text_matching.draw(key, alike, may))(
+            jax.vmap(lambda key: text_matching.sample_hard_negatives(key, alike, may))(
                 jax.random.split(jax.random.key(0), 200)
             ),
         )
@@ -152,7 +158,7 @@ def test_hard_negatives_are_more_alike_than_random_ones_and_never_of_equal_words
 
 def test_likeness_is_of_clips_not_of_rows(built: tuple) -> None:
     model, params = built
-    together = jax.jit(lambda p, b: text_matching.alike(p, model, b, "text"))
+    together = jax.jit(lambda p, b: text_matching.similarity(p, model, b, "text"))
     alone = together(params, packed(8, 1))
     np.testing.assert_allclose(together(params, packed()), alone, atol=1e-4)
     assert (

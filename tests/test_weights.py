@@ -218,14 +218,16 @@ def test_orbax_folders_of_ours_and_of_others(tmp_path: Path) -> None:
     for folder in ("run", "run/checkpoints/import/latest", "theirs"):
         assert same(formats.read(tmp_path / folder), want), folder
     assert (
-        formats.said_beside(tmp_path / "run") == {"model": "x"}
-        and formats.said_beside(tmp_path / "theirs") == {}
+        formats.saved_metadata(tmp_path / "run") == {"model": "x"}
+        and formats.saved_metadata(tmp_path / "theirs") == {}
     )
 
 
 def tiny() -> tuple[Any, names.Names, dict[str, np.ndarray]]:
     """Shapes and names of the tiny X3D, and its fixture."""
-    shapes = backbones.parameter_shapes(backbones.build(backbones.find("x3d_tiny")))
+    shapes = backbones.parameter_shapes(
+        backbones.build_backbone(backbones.find_backbone("x3d_tiny"))
+    )
     arrays = formats.read(X3D)
     del arrays["answer"]
     return shapes, names.names_of("x3d", shapes), arrays
@@ -370,10 +372,10 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_windows_are_spread_over_the_video(video: Path) -> None:
     spec = PredictSpec(num_frames=10, num_views=3)
-    windows, times = predict.watch(video, spec, 32)
+    windows, times = predict.read_views(video, spec, 32)
     assert [w.shape for w in windows] == [(10, 32, 32, 3)] * 3
     np.testing.assert_allclose([t[0] for t in times], [0.0, 0.8, 1.6], atol=0.021)
-    windows, times = predict.watch(video, PredictSpec(num_frames=100), 32)
+    windows, times = predict.read_views(video, PredictSpec(num_frames=100), 32)
     assert len(windows) == 1 and times[0][0] == 0 and np.array_equal(windows[0][60], windows[0][99])
 
 
@@ -428,13 +430,18 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match="lacks 1 parameters of x3d_tiny .stem_norm/bias, ....: set config.model"
     ):
-        predict.load(PredictSpec(model="x3d_tiny", weights=str(tmp_path / "part.safetensors")))
+        predict.load_predictor(
+            PredictSpec(model="x3d_tiny", weights=str(tmp_path / "part.safetensors"))
+        )
     (tmp_path / "few.txt").write_text("one\ntwo")
     with pytest.raises(UserError, match="has 2 names but the model has 10 classes"):
-        predict.load(
+        predict.load_predictor(
             PredictSpec(model="x3d_tiny", weights=str(X3D), class_names=str(tmp_path / "few.txt"))
         )
-    assert predict.load(PredictSpec(model="x3d_tiny", weights=str(X3D))).labels[9] == "class 9"
+    assert (
+        predict.load_predictor(PredictSpec(model="x3d_tiny", weights=str(X3D))).class_names[9]
+        == "class 9"
+    )
     for text, sentence in (("", "config.videos is empty"), ("/no/such", "/no/such does not exist")):
         with pytest.raises(UserError, match=sentence):
             predict.predict(PredictSpec(videos=text), tmp_path, "")

@@ -67,7 +67,7 @@ def reference(arrays: dict[str, np.ndarray], sound: np.ndarray, net: YAMNet) -> 
 
 
 def test_int8_weights_say_what_their_definition_says_and_go_out_again(tmp_path: Path) -> None:
-    backbone = backbones.build(backbones.find("yamnet_tiny"))
+    backbone = backbones.build_backbone(backbones.find_backbone("yamnet_tiny"))
     known = names.names_of("yamnet", backbones.parameter_shapes(backbone))
     rng, stored, real = np.random.default_rng(0), {}, {}
     for name, array in names.export_params(
@@ -85,7 +85,9 @@ def test_int8_weights_say_what_their_definition_says_and_go_out_again(tmp_path: 
         else:
             stored[name] = real[name] = array
     np.savez(tmp_path / "tiny.npz", **stored)
-    backbone, params, known, report = pretrained.read(str(tmp_path / "tiny.npz"), "yamnet_tiny")
+    backbone, params, known, report = pretrained.load_pretrained(
+        str(tmp_path / "tiny.npz"), "yamnet_tiny"
+    )
     assert not report.missing and not report.unused and not report.reshaped
     sound = rng.normal(size=backbone.spec.net.samples).astype(np.float32) * 0.1
     logits = np.asarray(jax.jit(backbone.apply)(params, sound[None])[0][0])
@@ -93,7 +95,7 @@ def test_int8_weights_say_what_their_definition_says_and_go_out_again(tmp_path: 
         logits, reference(real, sound, backbone.spec.net), rtol=1e-4, atol=1e-4
     )
     formats.write(tmp_path / "out.npz", names.export_params(params, known, report))
-    _, again, _, _ = pretrained.read(str(tmp_path / "out.npz"), "yamnet_tiny")
+    _, again, _, _ = pretrained.load_pretrained(str(tmp_path / "out.npz"), "yamnet_tiny")
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
@@ -103,7 +105,9 @@ def test_real_weights_hear_what_the_original_heard() -> None:
     """
     if not (REAL / "yamnet_int8.npz").exists():
         pytest.skip("no real weights here")
-    backbone, params, _, report = pretrained.read(str(REAL / "yamnet_int8.npz"), "yamnet")
+    backbone, params, _, report = pretrained.load_pretrained(
+        str(REAL / "yamnet_int8.npz"), "yamnet"
+    )
     assert not report.missing and not report.unused
     golden = np.load(REAL / "golden.npz")
     tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(15600) / 16000)
@@ -176,15 +180,17 @@ def test_a_model_learns_from_sound_and_words_that_others_heard_and_read(
         text_features=FeatureSpec(str(tmp_path / "text_features")),
     )
     record = sources.open_source("toybox:tiny", "train", "~/.cache/particlejax")[0]
-    clip = clips.load(record, both, clips.CENTRE)
-    assert not len(clip.frames) and set(clip.kept) == {"audio_features", "text_features"}
+    clip = clips.load(record, both, clips.CENTER_VIEW)
+    assert not len(clip.frames) and set(clip.features) == {"audio_features", "text_features"}
     # of what the network hears at once, each 0.48 s; the last goes from 1.92 past the end
     length = 3600 / 16000
     middle = (1.92 + length - 1.0) / 2
     np.testing.assert_allclose(
-        clip.kept["audio_features"].place[:, 0], np.array([0.96 + length / 2]) - middle, atol=1e-3
+        clip.features["audio_features"].place[:, 0],
+        np.array([0.96 + length / 2]) - middle,
+        atol=1e-3,
     )
-    assert clip.kept["text_features"].payload.shape == (1, 32)
+    assert clip.features["text_features"].payload.shape == (1, 32)
     found = run(
         "finetune_features.py:tiny",
         tmp_path / "run",
@@ -198,12 +204,16 @@ def test_a_model_learns_from_sound_and_words_that_others_heard_and_read(
 
 def test_a_clip_without_sound_has_none_and_is_not_bad() -> None:
     sampling = {"samples": 3600, "rate": 16000, "seconds": 0.225, "stride": 0.225}
-    begins = feature_reader.starts(1.0, 0.225, 0.225)
-    none = job._sound(None, begins, sampling)
+    begins = feature_reader.subclip_starts(1.0, 0.225, 0.225)
+    none = job._sound_inputs(None, begins, sampling)
     assert none.data.shape == (0, 3600)
     # the track ends within the second sub-clip
-    some = job._sound(np.ones(5000, np.float32), begins, sampling)
+    some = job._sound_inputs(np.ones(5000, np.float32), begins, sampling)
     assert some.data.sum(axis=1).tolist() == [3600, 1400]
-    what = feature_reader.Described("", {}, sampling | {"cells": [1, 1, 1]}, (0.0,) * 4, (1.0,) * 4)
-    kept = feature_reader.Kept(np.zeros((0, 6), np.float32), np.zeros((0, 4), np.float32), what)
-    assert kept.length > 0 and not len(kept.during(0.0, 1.0).segment)
+    what = feature_reader.FeatureSet(
+        "", {}, sampling | {"cells": [1, 1, 1]}, (0.0,) * 4, (1.0,) * 4
+    )
+    kept = feature_reader.ClipFeatures(
+        np.zeros((0, 6), np.float32), np.zeros((0, 4), np.float32), what
+    )
+    assert kept.length > 0 and not len(kept.slice_time(0.0, 1.0).segment)

@@ -11,17 +11,19 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from particlejax.data.video.decode import open_file
-from particlejax.train.log import say
+from particlejax.train.log import log_info
 
 # for each clip: file, frame times in seconds
-Wanted = Sequence[tuple[str | bytes, np.ndarray]]
+WantedFrames = Sequence[tuple[str | bytes, np.ndarray]]
 
 
-def others(wanted: Wanted, side: int) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
+def other_decoders(
+    wanted: WantedFrames, side: int
+) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
     """Installed decoders that decode the same frames, each tested on one clip, and the errors of
     those that fail.
     """
-    found: dict[str, Callable[..., Any]] = {}
+    usable: dict[str, Callable[..., Any]] = {}
     unusable: dict[str, str] = {}
     for name, decode in {
         "torchcodec, exact seeks": partial(_torchcodec, mode="exact"),
@@ -32,19 +34,19 @@ def others(wanted: Wanted, side: int) -> tuple[dict[str, Callable[..., Any]], di
             decode = partial(decode, side=side)
             try:
                 decode(*wanted[0])
-                found[f"{name}, decodes and resizes"] = decode
+                usable[f"{name}, decodes and resizes"] = decode
             except Exception as error:  # the other decoders are still measured
-                unusable[name] = why(error)
-                say(f"{name} is installed but does not work ({unusable[name]}): skipped.")
-    return found, unusable
+                unusable[name] = error_summary(error)
+                log_info(f"{name} is installed but does not work ({unusable[name]}): skipped.")
+    return usable, unusable
 
 
-def why(error: Exception) -> str:
+def error_summary(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"
 
 
-def bare(file: str | bytes, times: np.ndarray, drop: bool = False) -> int:
+def decode_only(file: str | bytes, times: np.ndarray, drop: bool = False) -> int:
     """Decodes from the keyframe before the first requested frame to the last; no conversion.
     Returns the number of frames.
 
@@ -65,25 +67,27 @@ def bare(file: str | bytes, times: np.ndarray, drop: bool = False) -> int:
         return count
 
 
-def least(file: str | bytes, times: np.ndarray, side: int) -> list[np.ndarray]:
-    """Decodes as `bare`; converts the requested frames to images of `side` x `side` pixels."""
-    scaler, left, found = VideoReformatter(), list(times), []
+def decode_and_scale(file: str | bytes, times: np.ndarray, side: int) -> list[np.ndarray]:
+    """Decodes as `decode_only`; converts the requested frames to images of `side` x `side`
+    pixels.
+    """
+    scaler, remaining, frames = VideoReformatter(), list(times), []
     with open_file(file) as container:
         stream = container.streams.video[0]
         stream.thread_type = "NONE"
         if times[0] > 1:
             container.seek(int(times[0] / stream.time_base), stream=stream)
         for frame in container.decode(stream):
-            if frame.time >= left[0]:
-                found.append(
+            if frame.time >= remaining[0]:
+                frames.append(
                     scaler.reformat(
                         frame, side, side, "rgb24", interpolation="AREA", threads=1
                     ).to_ndarray()
                 )
-                left = [t for t in left if t > frame.time]
-            if not left:
+                remaining = [t for t in remaining if t > frame.time]
+            if not remaining:
                 break
-    return found
+    return frames
 
 
 def _torchcodec(file: str | bytes, times: np.ndarray, side: int, mode: str) -> Any:
@@ -93,18 +97,18 @@ def _torchcodec(file: str | bytes, times: np.ndarray, side: int, mode: str) -> A
     decoder = VideoDecoder(file, num_ffmpeg_threads=1, seek_mode=mode)
     # torchcodec raises past the end, where we repeat the last frame
     times = np.minimum(times, decoder.metadata.end_stream_seconds - 1e-3)
-    found = decoder.get_frames_played_at(list(times)).data
+    frames = decoder.get_frames_played_at(list(times)).data
     # reads bytes, as our loader
     return torch.nn.functional.interpolate(
-        found, size=(side, side), mode="bilinear", antialias=True
+        frames, size=(side, side), mode="bilinear", antialias=True
     )
 
 
 def _decord(file: str | bytes, times: np.ndarray, side: int) -> Any:
     import decord
 
-    opened = io.BytesIO(file) if isinstance(file, bytes) else file
-    reader = decord.VideoReader(opened, width=side, height=side, num_threads=1)
+    source = io.BytesIO(file) if isinstance(file, bytes) else file
+    reader = decord.VideoReader(source, width=side, height=side, num_threads=1)
     return reader.get_batch(
         [min(int(t * reader.get_avg_fps()), len(reader) - 1) for t in times]
     ).asnumpy()

@@ -31,14 +31,14 @@ from particlejax.distributed import checkpoint
 from particlejax.jobs.train import train
 from particlejax.reports.markdown import table
 from particlejax.train import stage
-from particlejax.train.log import say
+from particlejax.train.log import log_info
 from particlejax.train.run_dir import enter
 
-_PATIENCE = 300.0  # seconds; timeout of a process
-_PAUSE = 0.25  # seconds; a kill comes at a random time up to this after a step
-_DISK = 64  # MiB of the small disk
+_TIMEOUT = 300.0  # seconds; timeout of a process
+_MAX_PAUSE = 0.25  # seconds; a kill comes at a random time up to this after a step
+_DISK_MIB = 64  # MiB of the small disk
 # bytes left on it: enough for metrics, too few for a checkpoint
-_LEFT = 64 * 1024
+_BYTES_LEFT = 64 * 1024
 _TOLERANCE = 1e-4  # relative, of losses summed in another order on other device counts
 _EXPERIMENT = """import json, pathlib
 from ml_collections import ConfigDict
@@ -49,7 +49,7 @@ def get_config(arg=""):
 
 
 @dataclass
-class Row:
+class FaultResult:
     """A kind of fault: how often it was injected, what was lost, what the user saw."""
 
     what: str
@@ -74,8 +74,12 @@ class Bench:
         (self.folder / "victim.py").write_text(_EXPERIMENT, encoding="utf-8")
         io.write_json(self.folder / "victim.json", as_dict(self.experiment))
 
-    def start(
-        self, workdir: Path, *more: str, environment: dict[str, str] | None = None, limit: int = 0
+    def start_process(
+        self,
+        workdir: Path,
+        *arguments: str,
+        environment: dict[str, str] | None = None,
+        limit: int = 0,
     ) -> subprocess.Popen:
         """Starts the command in a child process that logs to WORKDIR.log. limit: maximum file size
         in bytes, 0: none.
@@ -95,19 +99,23 @@ class Bench:
             "--workdir",
             str(workdir),
         ]
-        limited = (
+        set_limit = (
             (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
         )
         with open(_log(workdir), "a", encoding="utf-8") as log:
             return subprocess.Popen(
-                [*command, *more], env=environment, stdout=log, stderr=log, preexec_fn=limited
+                [*command, *arguments],
+                env=environment,
+                stdout=log,
+                stderr=log,
+                preexec_fn=set_limit,
             )
 
     def finish(self, workdir: Path) -> None:
         """Trains or resumes to the end."""
         train(self.experiment, enter(workdir, self.experiment), workdir.name)
 
-    def alone(self) -> Path:
+    def reference_run(self) -> Path:
         """The undisturbed run."""
         if not (self.folder / "alone" / stage.RESULTS).exists():
             self.finish(self.folder / "alone")
@@ -121,32 +129,32 @@ class Bench:
             if line["split"] == "train"
         }
 
-    def lost(self, workdir: Path, tolerance: float = 0.0) -> int:
+    def count_differences(self, workdir: Path, tolerance: float = 0.0) -> int:
         """Lines of metrics that differ from the undisturbed run; tolerance 0: in any byte."""
         if not tolerance:
-            mine, theirs = (
-                (each / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-                for each in (workdir, self.alone())
+            observed, expected = (
+                (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+                for run in (workdir, self.reference_run())
             )
-            return sum(a != b for a, b in zip(mine, theirs, strict=False)) + abs(
-                len(mine) - len(theirs)
+            return sum(a != b for a, b in zip(observed, expected, strict=False)) + abs(
+                len(observed) - len(expected)
             )
-        mine, theirs = self.losses(workdir), self.losses(self.alone())
+        observed, expected = self.losses(workdir), self.losses(self.reference_run())
         return sum(
-            not math.isclose(mine.get(step, math.nan), loss, rel_tol=tolerance)
-            for step, loss in theirs.items()
+            not math.isclose(observed.get(step, math.nan), loss, rel_tol=tolerance)
+            for step, loss in expected.items()
         )
 
-    def after_step(self, workdir: Path, process: subprocess.Popen, new: int = 1) -> bool:
+    def wait_for_steps(self, workdir: Path, process: subprocess.Popen, new: int = 1) -> bool:
         """Waits until the process has written `new` more steps; False if it ended before."""
-        there = len(self.losses(workdir))
-        return _until(lambda: len(self.losses(workdir)) >= there + new, process)
+        num_before = len(self.losses(workdir))
+        return _wait_until(lambda: len(self.losses(workdir)) >= num_before + new, process)
 
-    def saving(self, workdir: Path) -> list[Path]:
+    def unfinished_save(self, workdir: Path) -> list[Path]:
         """Unfinished checkpoint files."""
         folder = stage.checkpoint_folder(workdir, self.stage)
-        begun = list(folder.glob("*-tmp*")) if folder.is_dir() else []
-        return begun or [p for p in _steps(folder) if not (p / "manifest.json").exists()]
+        partial = list(folder.glob("*-tmp*")) if folder.is_dir() else []
+        return partial or [p for p in _steps(folder) if not (p / "manifest.json").exists()]
 
 
 def bench(experiment: Experiment, workdir: Path, name: str) -> None:
@@ -154,18 +162,18 @@ def bench(experiment: Experiment, workdir: Path, name: str) -> None:
     anything was lost.
     """
     del name
-    it = Bench(experiment, workdir, random.Random(experiment.seed))
-    say("faults: the undisturbed run")
-    it.alone()
+    bench_run = Bench(experiment, workdir, random.Random(experiment.seed))
+    log_info("faults: the undisturbed run")
+    bench_run.reference_run()
     rows = []
     for kind in experiment.bench.faults:
-        say(f"faults: {kind}")
-        rows += KINDS[kind](it)
+        log_info(f"faults: {kind}")
+        rows += KINDS[kind](bench_run)
         stage.add_results(
             workdir, "bench_fault_tolerance", {row.what: vars(row) for row in rows}, {}
         )
-        io.write_text(workdir / "report.md", "\n".join(_report(it, rows)))
-    print("\n".join(_report(it, rows)))
+        io.write_text(workdir / "report.md", "\n".join(_report(bench_run, rows)))
+    print("\n".join(_report(bench_run, rows)))
     if any(row.lost for row in rows):
         raise RuntimeError(f"a fault lost data: see {workdir / 'report.md'}")
 
@@ -173,206 +181,250 @@ def bench(experiment: Experiment, workdir: Path, name: str) -> None:
 # -- the faults
 
 
-def kills(it: Bench) -> Iterator[Row]:
+def sigkill(bench_run: Bench) -> Iterator[FaultResult]:
     """SIGKILL, alternately inside a save and at a random moment, to one resumed run."""
-    workdir = it.folder / "killed"
-    inside, between = Row("SIGKILL inside a save"), Row("SIGKILL at a random moment")
-    for i in range(it.experiment.bench.repetitions):
-        row = between if i % 2 else inside
-        process = it.start(workdir)
+    workdir = bench_run.folder / "killed"
+    inside_save, random_moment = (
+        FaultResult("SIGKILL inside a save"),
+        FaultResult("SIGKILL at a random moment"),
+    )
+    for i in range(bench_run.experiment.bench.repetitions):
+        row = random_moment if i % 2 else inside_save
+        process = bench_run.start_process(workdir)
         # partial writes of earlier kills are removed by then
-        alive = it.after_step(workdir, process)
+        was_alive = bench_run.wait_for_steps(workdir, process)
         if i % 2:
-            time.sleep(it.rng.uniform(0, _PAUSE))
+            time.sleep(bench_run.rng.uniform(0, _MAX_PAUSE))
         else:
-            alive = _until(lambda: bool(it.saving(workdir)), process, 0.0005)
+            was_alive = _wait_until(
+                lambda: bool(bench_run.unfinished_save(workdir)), process, 0.0005
+            )
         process.kill()
         row.exit_codes.append(process.wait())
-        row.times += alive
-    ended = it.start(workdir).wait()
-    aside = re.findall(
+        row.times += was_alive
+    exit_code = bench_run.start_process(workdir).wait()
+    damaged = re.findall(
         r"checkpoint \S+/(\d+) failed verification \(([^)]*)\)", _read(_log(workdir))
     )
-    for row in (inside, between):
-        row.lost = it.lost(workdir) + (ended != 0)
-        row.saw = _said(workdir, "continuing at step")
-    reasons = ", ".join(sorted({reason for _, reason in aside})) or "none"
-    inside.more = f"{len(aside)} checkpoints skipped: {reasons}"
-    yield from (row for row in (inside, between) if row.times)
+    for row in (inside_save, random_moment):
+        row.lost = bench_run.count_differences(workdir) + (exit_code != 0)
+        row.saw = _last_line(workdir, "continuing at step")
+    reasons = ", ".join(sorted({reason for _, reason in damaged})) or "none"
+    inside_save.more = f"{len(damaged)} checkpoints skipped: {reasons}"
+    yield from (row for row in (inside_save, random_moment) if row.times)
 
 
-def terms(it: Bench) -> Iterator[Row]:
+def sigterm(bench_run: Bench) -> Iterator[FaultResult]:
     """SIGTERM at a random step."""
-    workdir, row = it.folder / "terminated", Row("SIGTERM")
-    process = it.start(workdir)
-    row.times += it.after_step(workdir, process, it.rng.randint(2, 5))
+    workdir, row = bench_run.folder / "terminated", FaultResult("SIGTERM")
+    process = bench_run.start_process(workdir)
+    row.times += bench_run.wait_for_steps(workdir, process, bench_run.rng.randint(2, 5))
     process.terminate()
     row.exit_codes.append(process.wait())
-    done, saved = len(it.losses(workdir)), _steps(stage.checkpoint_folder(workdir, it.stage))
-    row.saw = _said(workdir, "SIGTERM: ")
-    row.more = f"saved at step {saved[-1].name} of {done} done"
-    it.finish(workdir)
-    row.lost = it.lost(workdir) + abs(done - int(saved[-1].name))
+    num_done, saved = (
+        len(bench_run.losses(workdir)),
+        _steps(stage.checkpoint_folder(workdir, bench_run.stage)),
+    )
+    row.saw = _last_line(workdir, "SIGTERM: ")
+    row.more = f"saved at step {saved[-1].name} of {num_done} done"
+    bench_run.finish(workdir)
+    row.lost = bench_run.count_differences(workdir) + abs(num_done - int(saved[-1].name))
     yield row
 
 
-def damage(it: Bench) -> Iterator[Row]:
+def corrupt_checkpoint(bench_run: Bench) -> Iterator[FaultResult]:
     """Flips a bit in, truncates or removes every file of the newest checkpoint: the older one must
     be used, with a message.
     """
-    folder = stage.checkpoint_folder(it.alone(), it.stage)
+    folder = stage.checkpoint_folder(bench_run.reference_run(), bench_run.stage)
     newest, older = _steps(folder)[-1], _steps(folder)[-2]
-    copy = it.folder / "damaged"
-    expected = _arrays_of(folder, older.name, copy)
+    copy = bench_run.folder / "damaged"
+    expected = _load_step(folder, older.name, copy)
     files = sorted(p.relative_to(folder) for p in newest.rglob("*") if p.is_file())
-    for what, harm in {"a bit flipped": _flip, "cut short": _cut, "removed": os.remove}.items():
-        row = Row(f"each file of a checkpoint {what}")
+    for kind, corrupt in {
+        "a bit flipped": _flip,
+        "cut short": _truncate,
+        "removed": os.remove,
+    }.items():
+        row = FaultResult(f"each file of a checkpoint {kind}")
         for name in files:
-            _copied(folder, copy)
-            harm(copy / name)
-            said: list[str] = []
-            checkpoint.Checkpoints(copy, 2, said.append).close()
-            found = tree.flatten(checkpoint.load_arrays(copy))
-            right = found.keys() == expected.keys() and all(
-                np.array_equal(found[key], expected[key]) for key in expected
+            _copy_folder(folder, copy)
+            corrupt(copy / name)
+            messages: list[str] = []
+            checkpoint.Checkpoints(copy, 2, messages.append).close()
+            restored = tree.flatten(checkpoint.load_arrays(copy))
+            is_correct = restored.keys() == expected.keys() and all(
+                np.array_equal(restored[key], expected[key]) for key in expected
             )
             row.times += 1
             row.lost += not (
-                right and len(said) == 1 and f"/{newest.name} failed verification" in said[0]
+                is_correct
+                and len(messages) == 1
+                and f"/{newest.name} failed verification" in messages[0]
             )
-            row.saw = said[0].replace(str(copy), "FOLDER") if said else ""
+            row.saw = messages[0].replace(str(copy), "FOLDER") if messages else ""
         yield row
     shutil.rmtree(copy)
-    yield _continued(it, newest.name)
+    yield _continue_corrupted(bench_run, newest.name)
 
 
-def _continued(it: Bench, step: str) -> Row:
+def _continue_corrupted(bench_run: Bench, step: str) -> FaultResult:
     """Resumes a run whose newest checkpoint has a flipped bit."""
-    workdir, row = it.folder / "flipped", Row("a bit flipped, then the run continued", times=1)
-    shutil.copytree(it.alone(), workdir)
+    workdir, row = (
+        bench_run.folder / "flipped",
+        FaultResult("a bit flipped, then the run continued", times=1),
+    )
+    shutil.copytree(bench_run.reference_run(), workdir)
     (workdir / stage.RESULTS).unlink()
     largest = max(
-        (stage.checkpoint_folder(workdir, it.stage) / step).rglob("*"),
+        (stage.checkpoint_folder(workdir, bench_run.stage) / step).rglob("*"),
         key=lambda p: p.stat().st_size * p.is_file(),
     )
     _flip(largest)
-    row.exit_codes.append(it.start(workdir).wait())
-    aside = stage.checkpoint_folder(workdir, it.stage) / "damaged" / step
-    row.lost = it.lost(workdir) + (not aside.is_dir())
-    row.saw = _said(workdir, "failed verification").replace(str(aside.parents[1]), "FOLDER")
+    row.exit_codes.append(bench_run.start_process(workdir).wait())
+    moved = stage.checkpoint_folder(workdir, bench_run.stage) / "damaged" / step
+    row.lost = bench_run.count_differences(workdir) + (not moved.is_dir())
+    row.saw = _last_line(workdir, "failed verification").replace(str(moved.parents[1]), "FOLDER")
     return row
 
 
-def disk(it: Bench) -> Iterator[Row]:
+def disk_full(bench_run: Bench) -> Iterator[FaultResult]:
     """Fills the disk during a run: a small mounted one if possible, else a file size limit."""
-    with _small_disk(it.folder / "disk") as real:
-        workdir = it.folder / "disk" / "run"
-        row = Row(
-            "disk full" if real else "file size limit (as a full disk: this user cannot mount one)"
+    with _small_disk(bench_run.folder / "disk") as is_mounted:
+        workdir = bench_run.folder / "disk" / "run"
+        row = FaultResult(
+            "disk full"
+            if is_mounted
+            else "file size limit (as a full disk: this user cannot mount one)"
         )
-        process = it.start(workdir)
-        it.after_step(workdir, process, it.experiment.checkpoint.save_interval_steps + 1)
+        process = bench_run.start_process(workdir)
+        bench_run.wait_for_steps(
+            workdir, process, bench_run.experiment.checkpoint.save_interval_steps + 1
+        )
         process.terminate()
         process.wait()
-        before = [p.name for p in _steps(stage.checkpoint_folder(workdir, it.stage))]
+        steps_before = [p.name for p in _steps(stage.checkpoint_folder(workdir, bench_run.stage))]
         filler = workdir.parent / "filler"
-        if real:
-            room = shutil.disk_usage(workdir).free - _LEFT
-            filler.write_bytes(b"\1" * max(room, 0))
-        row.exit_codes.append(it.start(workdir, limit=0 if real else _LEFT).wait(_PATIENCE))
-        row.times, row.saw = 1, _said(workdir, "particlejax: ").replace(str(workdir), "WORKDIR")
-        kept = [
+        if is_mounted:
+            free_bytes = shutil.disk_usage(workdir).free - _BYTES_LEFT
+            filler.write_bytes(b"\1" * max(free_bytes, 0))
+        row.exit_codes.append(
+            bench_run.start_process(workdir, limit=0 if is_mounted else _BYTES_LEFT).wait(_TIMEOUT)
+        )
+        row.times, row.saw = (
+            1,
+            _last_line(workdir, "particlejax: ").replace(str(workdir), "WORKDIR"),
+        )
+        valid_steps = [
             p.name
-            for p in _steps(stage.checkpoint_folder(workdir, it.stage))
-            if not checkpoint.fault(p)
+            for p in _steps(stage.checkpoint_folder(workdir, bench_run.stage))
+            if not checkpoint.integrity_error(p)
         ]
         filler.unlink(missing_ok=True)
-        it.finish(workdir)
-        row.more = f"steps saved before: {', '.join(before)}; valid after: {', '.join(kept)}"
+        bench_run.finish(workdir)
+        row.more = (
+            f"steps saved before: {', '.join(steps_before)}; valid after: {', '.join(valid_steps)}"
+        )
         row.lost = (
-            it.lost(workdir)
-            + (before[-1] not in kept)
+            bench_run.count_differences(workdir)
+            + (steps_before[-1] not in valid_steps)
             + (row.exit_codes != [2])
             + ("free disk space" not in row.saw)
         )
         yield row
 
 
-def pairs(it: Bench) -> Iterator[Row]:
+def lost_process(bench_run: Bench) -> Iterator[FaultResult]:
     """Kills one of two processes: the other must end; two new processes resume and finish."""
-    yield _pair_terminated(it)
-    for victim, which in enumerate(("first", "second")):
-        workdir, row = it.folder / f"pair_{which}", Row(f"the {which} of two processes killed")
-        two = _pair(it, workdir)
-        row.times += it.after_step(
-            workdir, two[0], it.experiment.checkpoint.save_interval_steps + 1
+    yield _pair_terminated(bench_run)
+    for victim, ordinal in enumerate(("first", "second")):
+        workdir, row = (
+            bench_run.folder / f"pair_{ordinal}",
+            FaultResult(f"the {ordinal} of two processes killed"),
         )
-        two[victim].kill()
-        begun = time.monotonic()
-        row.exit_codes.append(two[1 - victim].wait())
-        seconds = time.monotonic() - begun
-        two[victim].wait()
-        row.saw = _said(workdir, f"process {1 - victim} of 2")
-        ended = [each.wait() for each in _pair(it, workdir)]
-        row.more = f"the other ended after {seconds:.1f} s; exit codes after a restart: {ended}"
+        processes = _start_pair(bench_run, workdir)
+        row.times += bench_run.wait_for_steps(
+            workdir, processes[0], bench_run.experiment.checkpoint.save_interval_steps + 1
+        )
+        processes[victim].kill()
+        start = time.monotonic()
+        row.exit_codes.append(processes[1 - victim].wait())
+        seconds = time.monotonic() - start
+        processes[victim].wait()
+        row.saw = _last_line(workdir, f"process {1 - victim} of 2")
+        exit_codes = [process.wait() for process in _start_pair(bench_run, workdir)]
+        row.more = (
+            f"the other ended after {seconds:.1f} s; exit codes after a restart: {exit_codes}"
+        )
         row.lost = (
-            it.lost(workdir, _TOLERANCE) + any(ended) + (row.exit_codes == [0]) + (not row.saw)
+            bench_run.count_differences(workdir, _TOLERANCE)
+            + any(exit_codes)
+            + (row.exit_codes == [0])
+            + (not row.saw)
         )
-        row.lost += seconds > 1.5 * it.experiment.distributed.heartbeat_timeout_seconds
+        row.lost += seconds > 1.5 * bench_run.experiment.distributed.heartbeat_timeout_seconds
         yield row
 
 
-def _pair_terminated(it: Bench) -> Row:
-    workdir, row = it.folder / "pair_terminated", Row("SIGTERM to one of two processes")
-    two = _pair(it, workdir)
-    row.times += it.after_step(workdir, two[0], 3)
-    two[1].terminate()
-    row.exit_codes += [each.wait() for each in two]
-    row.saw = _said(workdir, "SIGTERM: ")
-    done = len(it.losses(workdir))
-    it.finish(workdir)  # a single process
-    row.more = f"stopped at the same step {done}; continued by one process"
+def _pair_terminated(bench_run: Bench) -> FaultResult:
+    workdir, row = (
+        bench_run.folder / "pair_terminated",
+        FaultResult("SIGTERM to one of two processes"),
+    )
+    processes = _start_pair(bench_run, workdir)
+    row.times += bench_run.wait_for_steps(workdir, processes[0], 3)
+    processes[1].terminate()
+    row.exit_codes += [process.wait() for process in processes]
+    row.saw = _last_line(workdir, "SIGTERM: ")
+    num_done = len(bench_run.losses(workdir))
+    bench_run.finish(workdir)  # a single process
+    row.more = f"stopped at the same step {num_done}; continued by one process"
     row.lost = (
-        it.lost(workdir, _TOLERANCE) + any(row.exit_codes) + (f"at step {done} of" not in row.saw)
+        bench_run.count_differences(workdir, _TOLERANCE)
+        + any(row.exit_codes)
+        + (f"at step {num_done} of" not in row.saw)
     )
     return row
 
 
-KINDS: dict[str, Callable[[Bench], Iterator[Row]]] = {
-    "sigkill": kills,
-    "sigterm": terms,
-    "corrupt_checkpoint": damage,
-    "disk_full": disk,
-    "lost_process": pairs,
+KINDS: dict[str, Callable[[Bench], Iterator[FaultResult]]] = {
+    "sigkill": sigkill,
+    "sigterm": sigterm,
+    "corrupt_checkpoint": corrupt_checkpoint,
+    "disk_full": disk_full,
+    "lost_process": lost_process,
 }
 
 
 # -- what they are made of
 
 
-def _pair(it: Bench, workdir: Path) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {
-            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}",
+def _start_pair(bench_run: Bench, workdir: Path) -> list[subprocess.Popen]:
+    with socket.socket() as probe_socket:
+        probe_socket.bind(("127.0.0.1", 0))
+        environment = {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{probe_socket.getsockname()[1]}",
             "JAX_NUM_PROCESSES": "2",
         }
-    return [it.start(workdir, environment={**place, "JAX_PROCESS_ID": str(i)}) for i in range(2)]
+    return [
+        bench_run.start_process(workdir, environment={**environment, "JAX_PROCESS_ID": str(i)})
+        for i in range(2)
+    ]
 
 
 @contextmanager
 def _small_disk(folder: Path) -> Iterator[bool]:
     """A folder on a small mounted disk, and whether mounting succeeded."""
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={_DISK}m", "tmpfs", str(folder)]
-    real = (
+    command = ["mount", "-t", "tmpfs", "-o", f"size={_DISK_MIB}m", "tmpfs", str(folder)]
+    is_mounted = (
         shutil.which("mount") is not None
         and subprocess.run(command, capture_output=True).returncode == 0
     )
     try:
-        yield real
+        yield is_mounted
     finally:
-        if real:
+        if is_mounted:
             subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
@@ -384,7 +436,7 @@ def _flip(path: Path) -> None:
     return _write(path, bytes(content))
 
 
-def _cut(path: Path) -> None:
+def _truncate(path: Path) -> None:
     content = path.read_bytes()
     _write(path, content[:-1] if content else b"\1")  # an empty file cannot be truncated
 
@@ -393,23 +445,25 @@ def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def _copied(folder: Path, copy: Path) -> None:
+def _copy_folder(folder: Path, copy: Path) -> None:
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(folder, copy)
 
 
-def _arrays_of(folder: Path, step: str, copy: Path) -> dict[str, np.ndarray]:
+def _load_step(folder: Path, step: str, copy: Path) -> dict[str, np.ndarray]:
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(folder / step, copy / step)
     return tree.flatten(checkpoint.load_arrays(copy))
 
 
-def _until(true: Callable[[], bool], process: subprocess.Popen, every: float = 0.01) -> bool:
-    limit = time.monotonic() + _PATIENCE
-    while process.poll() is None and time.monotonic() < limit:
-        if true():
+def _wait_until(
+    condition: Callable[[], bool], process: subprocess.Popen, interval: float = 0.01
+) -> bool:
+    deadline = time.monotonic() + _TIMEOUT
+    while process.poll() is None and time.monotonic() < deadline:
+        if condition():
             return True
-        time.sleep(every)  # progress is only visible in files
+        time.sleep(interval)  # progress is only visible in files
     return False
 
 
@@ -437,19 +491,19 @@ def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-def _said(workdir: Path, words: str) -> str:
-    return next((line for line in reversed(_read(_log(workdir)).splitlines()) if words in line), "")
+def _last_line(workdir: Path, text: str) -> str:
+    return next((line for line in reversed(_read(_log(workdir)).splitlines()) if text in line), "")
 
 
-def _report(it: Bench, rows: list[Row]) -> Iterator[str]:
+def _report(bench_run: Bench, rows: list[FaultResult]) -> Iterator[str]:
     yield from (
         "# Fault tolerance",
         "",
-        f"{len(it.losses(it.alone()))} steps, a checkpoint every "
-        f"{it.experiment.checkpoint.save_interval_steps}, heartbeat "
-        f"{it.experiment.distributed.heartbeat_timeout_seconds} s. Lost: lines of metrics that "
-        "differ in any byte from the undisturbed run (with two processes: losses that differ by "
-        f"more than {_TOLERANCE:g}), and failed checks.",
+        f"{len(bench_run.losses(bench_run.reference_run()))} steps, a checkpoint every "
+        f"{bench_run.experiment.checkpoint.save_interval_steps}, heartbeat "
+        f"{bench_run.experiment.distributed.heartbeat_timeout_seconds} s. Lost: lines of metrics "
+        "that differ in any byte from the undisturbed run (with two processes: losses that differ "
+        f"by more than {_TOLERANCE:g}), and failed checks.",
         "",
     )
     yield from table(

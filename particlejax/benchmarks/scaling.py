@@ -11,7 +11,7 @@ from particlejax.distributed import sharding
 from particlejax.jobs import plan
 from particlejax.reports.markdown import table
 from particlejax.train import stage
-from particlejax.train.log import say
+from particlejax.train.log import log_info
 
 _JOB = "bench_scaling"
 
@@ -24,38 +24,40 @@ def bench(spec: PlanSpec, workdir: Path, name: str) -> None:
     """
     del name
     before = stage.read_results(workdir).get(_JOB, {})
-    found: dict[str, dict[str, Any]] = {k: v for k, v in before.items() if "num_params" in v}
+    results: dict[str, dict[str, Any]] = {k: v for k, v in before.items() if "num_params" in v}
     for topology in plan.topologies(spec):
         devices = plan.devices_of(topology)
         meshes = [
-            sharding.make_mesh(each, devices)
-            for each in spec.meshes or plan.candidates(len(devices))
+            sharding.make_mesh(mesh_spec, devices)
+            for mesh_spec in spec.meshes or plan.candidate_meshes(len(devices))
         ]
         missing = {
             label: mesh
             for mesh in meshes
-            if (label := f"{topology} {plan.title(mesh)}") not in found
+            if (label := f"{topology} {plan.mesh_title(mesh)}") not in results
         }
-        prepared = plan.prepare(spec, devices) if missing else None
+        planned = plan.plan_stage(spec, devices) if missing else None
         for label, mesh in missing.items():
-            found[label] = plan.figures(prepared, mesh, accelerators.of(devices[0], len(devices)))
-            say(
-                f"{label}: {found[label]['bytes'].get('ici_bytes', 0.0) / 2**20:.1f} MiB sent by "
+            results[label] = plan.analyze(
+                planned, mesh, accelerators.chip_of(devices[0], len(devices))
+            )
+            log_info(
+                f"{label}: {results[label]['bytes'].get('ici_bytes', 0.0) / 2**20:.1f} MiB sent by "
                 "each "
                 "device"
             )
-            io.write_json(workdir / stage.RESULTS, {_JOB: found})
-    text = "\n".join(_lines(spec, found)) + "\n"
+            io.write_json(workdir / stage.RESULTS, {_JOB: results})
+    text = "\n".join(_report(spec, results)) + "\n"
     io.write_text(workdir / "report.md", text)
     print(text)
 
 
-def _divided(figures: dict[str, Any]) -> str:
-    return " x ".join(figures["mesh"]) or "alone"
+def _mesh_axes(result: dict[str, Any]) -> str:
+    return " x ".join(result["mesh"]) or "alone"
 
 
-def _lines(spec: PlanSpec, found: dict[str, dict[str, Any]]) -> Iterator[str]:
-    count = next(iter(found.values()))["num_params"]
+def _report(spec: PlanSpec, results: dict[str, dict[str, Any]]) -> Iterator[str]:
+    count = next(iter(results.values()))["num_params"]
     yield from (f"# Scaling of {spec.experiment}: {count / 1e6:.2f} M parameters", "")
     yield from (
         f"{spec.per_device_batch_size or 'The same'} rows "
@@ -64,26 +66,30 @@ def _lines(spec: PlanSpec, found: dict[str, dict[str, Any]]) -> Iterator[str]:
         "or measured ones for a CPU.",
         "",
     )
-    kinds = dict.fromkeys(map(_divided, found.values()))
+    kinds = dict.fromkeys(map(_mesh_axes, results.values()))
     for kind in kinds:
         yield from ("", f"## Sharded over {kind}" if kind != "alone" else "## One device", "")
-        yield from _table({label: each for label, each in found.items() if _divided(each) == kind})
+        yield from _table(
+            {label: result for label, result in results.items() if _mesh_axes(result) == kind}
+        )
 
 
-def _table(found: dict[str, dict[str, Any]]) -> Iterator[str]:
+def _table(results: dict[str, dict[str, Any]]) -> Iterator[str]:
     """One row a mesh; MiB sent per device for each collective, most first."""
-    sent = {
+    bytes_sent = {
         label: {
-            f"{one['op']}, {' x '.join(one['axes'])}": one["sent"]
-            for one in each.get("collectives", ())
+            f"{collective['op']}, {' x '.join(collective['axes'])}": collective["sent"]
+            for collective in result.get("collectives", ())
         }
-        for label, each in found.items()
+        for label, result in results.items()
     }
     exchanges = sorted(
-        {key for each in sent.values() for key in each},
-        key=lambda key: -max(each.get(key, 0.0) for each in sent.values()),
+        {key for bytes_by_exchange in bytes_sent.values() for key in bytes_by_exchange},
+        key=lambda key: (
+            -max(bytes_by_exchange.get(key, 0.0) for bytes_by_exchange in bytes_sent.values())
+        ),
     )
-    head = [
+    header = [
         "",
         "devices",
         "clips a step",
@@ -96,23 +102,23 @@ def _table(found: dict[str, dict[str, Any]]) -> Iterator[str]:
         "bottleneck",
     ]
     rows = []
-    for label, each in found.items():
-        guess = each.get("estimates", {"seconds": {}})
+    for label, result in results.items():
+        guess = result.get("estimates", {"seconds": {}})
         rows.append(
             [
                 label,
-                each["devices"],
-                each["clips_per_step"],
-                f"{each['bytes']['all'] / 2**30:.2f}",
-                "yes" if each["fits"] else "no",
-                *(f"{sent[label].get(key, 0.0) / 2**20:.2f}" for key in exchanges),
-                f"{sum(sent[label].values()) / 2**20:.2f}",
+                result["devices"],
+                result["clips_per_step"],
+                f"{result['bytes']['all'] / 2**30:.2f}",
+                "yes" if result["fits"] else "no",
+                *(f"{bytes_sent[label].get(key, 0.0) / 2**20:.2f}" for key in exchanges),
+                f"{sum(bytes_sent[label].values()) / 2**20:.2f}",
                 _ms(guess["seconds"].get("ici")),
                 _ms(guess.get("step")),
                 guess.get("bottleneck", ""),
             ]
         )
-    yield from table(head, rows)
+    yield from table(header, rows)
 
 
 def _ms(value: float | None) -> str:

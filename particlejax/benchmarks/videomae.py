@@ -23,21 +23,21 @@ from particlejax.particles.types import Batch
 from particlejax.reports.markdown import table
 from particlejax.train import eval, train_step
 from particlejax.train import stage as run
-from particlejax.train.log import say
-from particlejax.train.train_state import initialise, jit_step
+from particlejax.train.log import log_info
+from particlejax.train.train_state import initialize, jit_step
 
 _CLASSES = tuple(map(str, range(10)))
-_PEER, _PRODUCTS = "VideoMAE", "products"
+_PEER, _MATMULS = "VideoMAE", "products"
 
 
-class Work(NamedTuple):
-    """times: runs it n times and waits. operations: FLOPs of a clip, from shapes. parameters: their
+class Workload(NamedTuple):
+    """run: runs it n times and waits. flops: FLOPs of a clip, from shapes. num_params: their
     number.
     """
 
-    times: Callable[[int], Any]
-    operations: int
-    parameters: int
+    run: Callable[[int], Any]
+    flops: int
+    num_params: int
     dtype: str
 
 
@@ -46,42 +46,45 @@ def bench(experiment: Experiment, workdir: Path, name: str) -> None:
     a baseline.
     """
     del name
-    experiment, said = _worthwhile(experiment)
-    figures: dict[str, Any] = {
+    experiment, skipped = _select_dtypes(experiment)
+    results: dict[str, Any] = {
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
-        "left_out": said,
+        "left_out": skipped,
     }
-    for sentence in said:
-        say(sentence)
+    for reason in skipped:
+        log_info(reason)
     for _, stage, train in _tasks(experiment):
-        _task(experiment, stage, train)  # fail early
+        _baseline_task(experiment, stage, train)  # fail early
     for task, stage, train in _tasks(experiment):
-        figures[task] = _measured(
-            experiment, _works(experiment, stage, train), experiment.stages[stage].batch_size, task
+        results[task] = _measure(
+            experiment,
+            _workloads(experiment, stage, train),
+            experiment.stages[stage].batch_size,
+            task,
         )
-        run.add_results(workdir, "bench_videomae", figures, {})  # a task may take minutes
-    text = "\n".join(_report(experiment, figures))
+        run.add_results(workdir, "bench_videomae", results, {})  # a task may take minutes
+    text = "\n".join(_report(experiment, results))
     io.write_text(workdir / "report.md", text)
     print(text)
 
 
-def _worthwhile(experiment: Experiment) -> tuple[Experiment, list[str]]:
+def _select_dtypes(experiment: Experiment) -> tuple[Experiment, list[str]]:
     """The experiment with the dtypes that pay here, and messages about skipped ones.
 
     CPUs without bfloat16 units are slower in bfloat16, with torch many times.
     """
-    said = [sentence for sentence in [linen_videomae.missing()] if sentence]
-    rates = {dtype: _rate(dtype) for dtype in experiment.bench.dtypes}
-    fast = tuple(dtype for dtype, rate in rates.items() if rate >= rates.get("float32", 0.0))
-    said += [
+    skipped = [reason for reason in [linen_videomae.unavailable_reason()] if reason]
+    rates = {dtype: _matmul_rate(dtype) for dtype in experiment.bench.dtypes}
+    fast_dtypes = tuple(dtype for dtype, rate in rates.items() if rate >= rates.get("float32", 0.0))
+    skipped += [
         f"{dtype} is skipped: its matmuls are slower here than in float32 ({rate / 1e9:.0f} "
         f"against {rates['float32'] / 1e9:.0f} GFLOP/s): set config.bench.dtypes=('{dtype}',) to "
         "measure it anyway."
         for dtype, rate in rates.items()
-        if dtype not in fast
+        if dtype not in fast_dtypes
     ]
-    return replace(experiment, bench=replace(experiment.bench, dtypes=fast)), said
+    return replace(experiment, bench=replace(experiment.bench, dtypes=fast_dtypes)), skipped
 
 
 def _tasks(experiment: Experiment) -> list[tuple[str, str, bool]]:
@@ -97,28 +100,30 @@ def _tasks(experiment: Experiment) -> list[tuple[str, str, bool]]:
 # -- what is measured
 
 
-def _works(experiment: Experiment, name: str, train: bool) -> dict[str, Work]:
+def _workloads(experiment: Experiment, name: str, train: bool) -> dict[str, Workload]:
     """particlejax on the grid and, for classifiers, on half as many adaptive particles, and the
     baseline, in each dtype.
     """
-    task, found = _task(experiment, name, train), {}
-    half = replace(experiment.particles, policy="adaptive", budget=task.tokens // 2)
+    task, workloads = _baseline_task(experiment, name, train), {}
+    half_spec = replace(experiment.particles, policy="adaptive", budget=task.tokens // 2)
     for dtype in experiment.bench.dtypes:
         typed = replace(experiment, model=replace(experiment.model, dtype=dtype))
-        found[f"ours, {dtype}"] = _ours(typed, name, train)
-        if not linen_videomae.missing():
-            times, parameters = linen_videomae.build(experiment.model, task, dtype, experiment.seed)
-            found[f"{_PEER}, {dtype}"] = Work(
-                times, linen_videomae.operations(experiment.model, task), parameters, dtype
+        workloads[f"ours, {dtype}"] = _own_workload(typed, name, train)
+        if not linen_videomae.unavailable_reason():
+            run, num_params = linen_videomae.build_runner(
+                experiment.model, task, dtype, experiment.seed
+            )
+            workloads[f"{_PEER}, {dtype}"] = Workload(
+                run, linen_videomae.flops_per_clip(experiment.model, task), num_params, dtype
             )
         if not task.masked:
-            found[f"ours, half as many adaptive particles, {dtype}"] = _ours(
-                replace(typed, particles=half), name, train
+            workloads[f"ours, half as many adaptive particles, {dtype}"] = _own_workload(
+                replace(typed, particles=half_spec), name, train
             )
-    return found
+    return workloads
 
 
-def _task(experiment: Experiment, name: str, train: bool) -> linen_videomae.Task:
+def _baseline_task(experiment: Experiment, name: str, train: bool) -> linen_videomae.Task:
     spec, data = experiment.stages[name], experiment.data
     if set(spec.objectives) not in ({"masked_autoencoder"}, {"classify"}):
         raise UserError(
@@ -140,13 +145,16 @@ def _task(experiment: Experiment, name: str, train: bool) -> linen_videomae.Task
     )
 
 
-def _ours(experiment: Experiment, name: str, train: bool) -> Work:
+def _own_workload(experiment: Experiment, name: str, train: bool) -> Workload:
     """The compiled program of the training loop, on particles as the data pipeline makes them."""
-    stage, mesh = run.build(experiment, name, _CLASSES), sharding.make_mesh(experiment.mesh)
-    made, batch = train_step.of(stage, stage.targets, stage.spec.num_steps), _batch(stage)
-    state = initialise(
+    stage, mesh = run.build_stage(experiment, name, _CLASSES), sharding.make_mesh(experiment.mesh)
+    program, batch = (
+        train_step.build_program(stage, stage.targets, stage.spec.num_steps),
+        _batch(stage),
+    )
+    state = initialize(
         stage.model,
-        made.optimizer,
+        program.optimizer,
         stage.example,
         experiment.seed,
         stage.spec.ema_decay,
@@ -154,33 +162,39 @@ def _ours(experiment: Experiment, name: str, train: bool) -> Work:
         stage.spec.finetune,
     )
     sharding.check_rows(stage.spec.batch_size, mesh, f"config.stages.{name}.batch_size")
-    placed, held = sharding.put(batch, mesh), [state]
-    call = jit_step(made.step, state, mesh) if train else eval.jit_predict(stage.model, mesh)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    operations = _operations(experiment, name, batch) * (3 if train else 1) // stage.spec.batch_size
+    sharded_batch, state_box = sharding.shard_batch(batch, mesh), [state]
+    step = jit_step(program.step, state, mesh) if train else eval.jit_predict(stage.model, mesh)
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    flops_per_clip = (
+        _forward_flops(experiment, name, batch) * (3 if train else 1) // stage.spec.batch_size
+    )
 
-    def times(number: int) -> None:
-        for _ in range(number):
+    def run_repeatedly(count: int) -> None:
+        for _ in range(count):
             if train:
-                held[0], _ = call(held[0], placed)
+                state_box[0], _ = step(state_box[0], sharded_batch)
             else:
-                last = call(held[0].params, placed)
-        jax.block_until_ready(held[0] if train else last)
+                last = step(state_box[0].params, sharded_batch)
+        jax.block_until_ready(state_box[0] if train else last)
 
-    return Work(times, operations, parameters, experiment.model.dtype)
+    return Workload(run_repeatedly, flops_per_clip, num_params, experiment.model.dtype)
 
 
-def _operations(experiment: Experiment, name: str, batch: Batch) -> int:
+def _forward_flops(experiment: Experiment, name: str, batch: Batch) -> int:
     """FLOPs of a forward pass with plain attention, as fused kernels hide or recompute some."""
-    plain = run.build(
+    reference_stage = run.build_stage(
         replace(experiment, model=replace(experiment.model, attention_impl="xla")), name, _CLASSES
     )
-    objective = train_step.of(plain, plain.targets, plain.spec.num_steps).objective
-    params = jax.eval_shape(plain.model.init, jax.random.key(0), plain.example)
+    objective = train_step.build_program(
+        reference_stage, reference_stage.targets, reference_stage.spec.num_steps
+    ).objective
+    params = jax.eval_shape(reference_stage.model.init, jax.random.key(0), reference_stage.example)
     return flops.count(
-        jax.make_jaxpr(lambda p, b, key: objective(p, plain.model, b, key, True))(
-            params, batch, jax.random.key(0)
-        )
+        jax.make_jaxpr(
+            lambda weights, inputs, key: objective(
+                weights, reference_stage.model, inputs, key, True
+            )
+        )(params, batch, jax.random.key(0))
     )
 
 
@@ -195,73 +209,83 @@ def _batch(stage: run.Stage) -> Batch:
         clip = data_clips.Clip(frames, seconds)
         packed.append(
             packing.Clip(
-                data_clips.particles_of(clip, data, stage.particles, rng), i % len(_CLASSES), i
+                data_clips.make_particles(clip, data, stage.particles, rng), i % len(_CLASSES), i
             )
         )
-    row = pipeline.row_of(data, stage.particles)
+    row = pipeline.row_shape(data, stage.particles)
     return packing.pack(packed, range(stage.spec.batch_size), row.slots, stage.spec.batch_size, 1)
 
 
 # -- how it is measured
 
 
-def _measured(
-    experiment: Experiment, works: dict[str, Work], rows: int, task: str
+def _measure(
+    experiment: Experiment, workloads: dict[str, Workload], batch_size: int, task: str
 ) -> dict[str, Any]:
     """Figures by work, from interleaved repetitions, matmuls first."""
-    number = max(1, experiment.bench.num_clips // rows)
-    for name, work in works.items():
-        begun = time.perf_counter()
-        work.times(1)  # compile
-        say(f"{task}: {name} ready in {time.perf_counter() - begun:.1f} s")
-    seconds: dict[str, list[float]] = {name: [] for name in works}
+    count = max(1, experiment.bench.num_clips // batch_size)
+    for name, workload in workloads.items():
+        start = time.perf_counter()
+        workload.run(1)  # compile
+        log_info(f"{task}: {name} ready in {time.perf_counter() - start:.1f} s")
+    seconds: dict[str, list[float]] = {name: [] for name in workloads}
     rates: dict[str, list[float]] = {dtype: [] for dtype in experiment.bench.dtypes}
     for repetition in range(experiment.bench.repetitions):
         for dtype in rates:
-            rates[dtype].append(_rate(dtype))
-        for name, work in works.items():
-            begun = time.perf_counter()
-            work.times(number)
-            seconds[name].append((time.perf_counter() - begun) / (number * rows))
-        say(f"{task}: repetition {repetition + 1} of {experiment.bench.repetitions}")
-    return {_PRODUCTS: {dtype: float(np.median(each)) for dtype, each in rates.items()}} | {
-        name: _figures(work, seconds[name], rates[work.dtype]) | _beside(seconds, name)
-        for name, work in works.items()
+            rates[dtype].append(_matmul_rate(dtype))
+        for name, workload in workloads.items():
+            start = time.perf_counter()
+            workload.run(count)
+            seconds[name].append((time.perf_counter() - start) / (count * batch_size))
+        log_info(f"{task}: repetition {repetition + 1} of {experiment.bench.repetitions}")
+    return {_MATMULS: {dtype: float(np.median(values)) for dtype, values in rates.items()}} | {
+        name: _metrics(workload, seconds[name], rates[workload.dtype]) | _speedups(seconds, name)
+        for name, workload in workloads.items()
     }
 
 
-def _rate(dtype: str) -> float:
+def _matmul_rate(dtype: str) -> float:
     """FLOP/s of all devices: the published bfloat16 rate if known, else measured."""
-    chip = accelerators.known(jax.devices()[0].device_kind)
+    chip = accelerators.find_chip(jax.devices()[0].device_kind)
     return jax.device_count() * (
-        chip.product if chip and dtype == "bfloat16" else accelerators.product(dtype)
+        chip.peak_flops
+        if chip and dtype == "bfloat16"
+        else accelerators.measure_matmul_flops(dtype)
     )
 
 
-def _figures(work: Work, seconds: list[float], rates: list[float]) -> dict[str, float]:
-    share = [work.operations / (each * rate) for each, rate in zip(seconds, rates, strict=True)]
-    each = float(np.median(seconds))
+def _metrics(workload: Workload, seconds: list[float], rates: list[float]) -> dict[str, float]:
+    utilization = [
+        workload.flops / (run_seconds * rate)
+        for run_seconds, rate in zip(seconds, rates, strict=True)
+    ]
+    median = float(np.median(seconds))
     return {
-        "clips_per_second": 1 / each,
-        "flops_per_clip": work.operations,
-        "flops_per_second": work.operations / each,
-        "utilisation": float(np.median(share)),
-        "parameters": work.parameters,
+        "clips_per_second": 1 / median,
+        "flops_per_clip": workload.flops,
+        "flops_per_second": workload.flops / median,
+        "utilisation": float(np.median(utilization)),
+        "parameters": workload.num_params,
     }
 
 
-def _beside(seconds: dict[str, list[float]], name: str) -> dict[str, dict[str, float]]:
+def _speedups(seconds: dict[str, list[float]], name: str) -> dict[str, dict[str, float]]:
     """Speedup over the baseline in each of its dtypes, median over repetitions."""
-    peers = {other: each for other, each in seconds.items() if other.startswith(_PEER)}
+    baselines = {
+        baseline: baseline_seconds
+        for baseline, baseline_seconds in seconds.items()
+        if baseline.startswith(_PEER)
+    }
     return {
         "times": {
-            other: float(np.median(np.divide(each, seconds[name]))) for other, each in peers.items()
+            baseline: float(np.median(np.divide(baseline_seconds, seconds[name])))
+            for baseline, baseline_seconds in baselines.items()
         }
     }
 
 
-def _report(experiment: Experiment, figures: dict[str, Any]) -> Iterator[str]:
-    data, model, base = (
+def _report(experiment: Experiment, results: dict[str, Any]) -> Iterator[str]:
+    data, model, patch_size = (
         experiment.data,
         experiment.model,
         "x".join(map(str, experiment.particles.patch_size)),
@@ -271,12 +295,12 @@ def _report(experiment: Experiment, figures: dict[str, Any]) -> Iterator[str]:
         "",
         f"Width {model.width}, depth {model.depth}, {model.num_heads} heads; decoder "
         f"{model.decoder_width}, {model.decoder_depth}, {model.decoder_num_heads}. Clips of "
-        f"{data.num_frames} x {data.image_size} x "
-        f"{data.image_size} in cuboids of {base}, on {figures['devices']} x {figures['device']}.",
+        f"{data.num_frames} x {data.image_size} x {data.image_size} in cuboids of {patch_size}, on "
+        f"{results['devices']} x {results['device']}.",
         "",
     )
-    for sentence in figures["left_out"]:
-        yield from (sentence, "")
+    for reason in results["left_out"]:
+        yield from (reason, "")
     yield from (
         "Medians of interleaved repetitions. FLOPs are counted from shapes, a training step is "
         "three forward passes; the fraction of peak is of the published bfloat16 rate, else of "
@@ -285,18 +309,18 @@ def _report(experiment: Experiment, figures: dict[str, Any]) -> Iterator[str]:
         "",
     )
     for task, stage, _ in _tasks(experiment):
-        found = dict(figures[task])
+        rows = dict(results[task])
         rates = ", ".join(
-            f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in found.pop(_PRODUCTS).items()
+            f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in rows.pop(_MATMULS).items()
         )
-        peers = [name for name in found if name.startswith(_PEER)]
+        peers = [name for name in rows if name.startswith(_PEER)]
         yield from (
             f"## {task}, {experiment.stages[stage].batch_size} clips",
             "",
             f"Products: {rates}.",
             "",
         )
-        head = [
+        header = [
             "",
             "clips/s",
             *(f"times {peer}" for peer in peers),
@@ -306,18 +330,18 @@ def _report(experiment: Experiment, figures: dict[str, Any]) -> Iterator[str]:
             "share",
         ]
         yield from table(
-            head,
+            header,
             [
                 [
                     name,
-                    f"{each['clips_per_second']:.2f}",
-                    *(f"{each['times'][peer]:.2f}" for peer in peers),
-                    f"{each['parameters'] / 1e6:.2f}",
-                    f"{each['flops_per_clip'] / 1e9:.2f}",
-                    f"{each['flops_per_second'] / 1e9:.0f}",
-                    f"{each['utilisation']:.2f}",
+                    f"{row['clips_per_second']:.2f}",
+                    *(f"{row['times'][peer]:.2f}" for peer in peers),
+                    f"{row['parameters'] / 1e6:.2f}",
+                    f"{row['flops_per_clip'] / 1e9:.2f}",
+                    f"{row['flops_per_second'] / 1e9:.0f}",
+                    f"{row['utilisation']:.2f}",
                 ]
-                for name, each in found.items()
+                for name, row in rows.items()
             ],
         )
         yield ""

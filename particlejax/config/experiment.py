@@ -526,28 +526,28 @@ class Experiment(Spec):
         return replaced(self.model, stage.model, "config.stages.*.model")
 
 
-def _check_lengths(stage: StageSpec, where: str) -> None:
+def _check_lengths(stage: StageSpec, key_path: str) -> None:
     if bool(stage.num_steps) == bool(stage.num_epochs):
         raise UserError(
-            f"{where} has num_steps={stage.num_steps} and num_epochs={stage.num_epochs:g}: set one "
-            "of them, and the other to 0."
+            f"{key_path} has num_steps={stage.num_steps} and num_epochs={stage.num_epochs:g}: set "
+            "one of them, and the other to 0."
         )
     if stage.early_stopping_patience and not stage.best_metric:
         raise UserError(
-            f"{where}.early_stopping_patience={stage.early_stopping_patience} needs best_metric: "
-            "set it to a validation metric such as 'loss' or 'top1', or set "
+            f"{key_path}.early_stopping_patience={stage.early_stopping_patience} needs "
+            "best_metric: set it to a validation metric such as 'loss' or 'top1', or set "
             "early_stopping_patience to 0."
         )
     if stage.batch_size % stage.grad_accum_steps:
         raise UserError(
-            f"{where}.batch_size={stage.batch_size} is not a multiple of "
+            f"{key_path}.batch_size={stage.batch_size} is not a multiple of "
             f"grad_accum_steps={stage.grad_accum_steps}: change one of them."
         )
 
 
-def _check_objectives(experiment: Experiment, stage: StageSpec, where: str) -> None:
+def _check_objectives(experiment: Experiment, stage: StageSpec, key_path: str) -> None:
     if not stage.objectives:
-        raise UserError(f"{where} has no objective: add one of {', '.join(OBJECTIVES)}.")
+        raise UserError(f"{key_path} has no objective: add one of {', '.join(OBJECTIVES)}.")
     data, particles = experiment.data_of(stage), experiment.particles_of(stage)
     model = experiment.model_of(stage)
     sync, words = (
@@ -556,18 +556,18 @@ def _check_objectives(experiment: Experiment, stage: StageSpec, where: str) -> N
     )
     if sync and "vision" in sync.laid and particles.patch_size[0] >= data.num_frames:
         raise UserError(
-            f"{where}.objectives.synchronization needs at least 2 time steps, but "
+            f"{key_path}.objectives.synchronization needs at least 2 time steps, but "
             f"particles.patch_size[0]={particles.patch_size[0]} covers all {data.num_frames} "
             "frames: use a smaller one, such as 2, or synchronization.method 'joint'."
         )
     if words and (stage.finetune.method != "full" or words.modality == "text"):
         raise UserError(
-            f"{where}.objectives.masked_visual_tokens clusters numeric payloads and trains all "
+            f"{key_path}.objectives.masked_visual_tokens clusters numeric payloads and trains all "
             "parameters: set finetune.method to 'full' and use a modality other than text."
         )
     if "jepa" in stage.objectives and (not stage.ema_decay or model.token_reduction_layers):
         raise UserError(
-            f"{where}.objectives.jepa needs an EMA teacher with the same tokens: set "
-            f"{where}.ema_decay, such as to 0.99, and leave model.token_reduction_layers empty."
+            f"{key_path}.objectives.jepa needs an EMA teacher with the same tokens: set "
+            f"{key_path}.ema_decay, such as to 0.99, and leave model.token_reduction_layers empty."
         )
-    check_stage(stage.objectives, stage.finetune, model, where)
+    check_stage(stage.objectives, stage.finetune, model, key_path)

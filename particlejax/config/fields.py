@@ -26,13 +26,13 @@ class Spec:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            where = f"{type(self).__name__}.{field.name}"
+            key_path = f"{type(self).__name__}.{field.name}"
             value = getattr(self, field.name)
             if answer := renames.answer_value(type(self), field, value):
                 raise UserError(answer)
-            value = _converted(field, value, where)
+            value = _converted(field, value, key_path)
             object.__setattr__(self, field.name, value)
-            _check_range(field.metadata, value, where)
+            _check_range(field.metadata, value, key_path)
         self.check()
 
     def check(self) -> None:
@@ -97,7 +97,7 @@ def section(spec: type, **values: Any) -> dict[str, Any]:
     for field in dataclasses.fields(spec):
         given, kept = values.get(field.name), config[field.name]
         if isinstance(given, Mapping) and isinstance(kept, dict):  # stages that do not run stay
-            every = _filled(field, given, f"{spec.__name__}.{field.name}")
+            every = _convert_nested(field, given, f"{spec.__name__}.{field.name}")
             if isinstance(every, Mapping):
                 missing = every.keys() - kept.keys()
                 kept |= {name: as_dict(every[name]) for name in every if name in missing}
@@ -108,13 +108,13 @@ def arguments(text: str, *known: str) -> dict[str, bool]:
     """Parses the words after an experiment file's colon, as in ':tiny,scratch'. Returns {known
     word: given}. Raises UserError for an unknown word.
     """
-    given = [word for word in text.split(",") if word]
-    for word in given:
-        if word not in known:
+    given = [argument for argument in text.split(",") if argument]
+    for argument in given:
+        if argument not in known:
             raise UserError(
-                f"the experiment file has no argument {word!r}: {did_you_mean(word, known)}"
+                f"the experiment file has no argument {argument!r}: {did_you_mean(argument, known)}"
             )
-    return {word: word in given for word in known}
+    return {argument: argument in given for argument in known}
 
 
 def as_dict(spec: Any) -> dict[str, Any]:
@@ -122,24 +122,29 @@ def as_dict(spec: Any) -> dict[str, Any]:
     return dataclasses.asdict(spec)
 
 
-def make(spec: type, values: Mapping[str, Any], where: str) -> Any:
+def make(spec: type, values: Mapping[str, Any], key_path: str) -> Any:
     """Builds `spec(**values)`, including nested sections. Raises UserError for an unknown key or an
-    invalid value, with its path below `where`.
+    invalid value, with its path below `key_path`.
     """
     fields = {field.name: field for field in dataclasses.fields(spec)}
     for key in values:
         if key not in fields:
-            raise UserError(renames.answer_key(spec, key, where) or unknown_key(key, where, fields))
-    inner = {key: _filled(fields[key], value, f"{where}.{key}") for key, value in values.items()}
+            raise UserError(
+                renames.answer_key(spec, key, key_path) or unknown_key(key, key_path, fields)
+            )
+    inner = {
+        key: _convert_nested(fields[key], value, f"{key_path}.{key}")
+        for key, value in values.items()
+    }
     try:
         return spec(**inner)
     except UserError as error:
-        raise UserError(str(error).replace(f"{spec.__name__}.", f"{where}.")) from None
+        raise UserError(str(error).replace(f"{spec.__name__}.", f"{key_path}.")) from None
 
 
-def replaced(spec: Any, changes: Mapping[str, Any], where: str) -> Any:
+def replaced(spec: Any, changes: Mapping[str, Any], key_path: str) -> Any:
     """Returns `spec` with some keys changed; nested sections keep their other keys."""
-    return make(type(spec), _merged(as_dict(spec), changes), where)
+    return make(type(spec), _merged(as_dict(spec), changes), key_path)
 
 
 def _merged(old: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,32 +156,32 @@ def _merged(old: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     return {**old, **changes, **inner}
 
 
-def unknown_key(key: str, where: str, known: Any) -> str:
+def unknown_key(key: str, key_path: str, known: Any) -> str:
     """Returns the error for an unknown key, with the closest match or known synonym."""
     for name in map(last_part, synonyms(key)):
         if name in known:
-            return f"{where} has no key {key!r}: did you mean {where}.{name}?"
-    return f"{where} has no key {key!r}: {did_you_mean(key, known, f'{where}.')}"
+            return f"{key_path} has no key {key!r}: did you mean {key_path}.{name}?"
+    return f"{key_path} has no key {key!r}: {did_you_mean(key, known, f'{key_path}.')}"
 
 
 # -- conversion to field types
 
 
-def _converted(field: dataclasses.Field, value: Any, where: str) -> Any:
+def _converted(field: dataclasses.Field, value: Any, key_path: str) -> Any:
     """Converts a value to its field's type. Raises UserError if it does not fit."""
     if table := field.metadata.get("table"):  # sorted by the table's order
         return {name: value[name] for name in table if name in value} | dict(value)
     if field.type is tuple or get_origin(field.type) is tuple:
-        return _tuple(field, value, where)
+        return _tuple(field, value, key_path)
     names = field.metadata.get("names")
     if names and not _known(value, names):
-        raise UserError(f"{where} is {value!r}: choose one of {', '.join(names)}.")
+        raise UserError(f"{key_path} is {value!r}: choose one of {', '.join(names)}.")
     if field.type is int and isinstance(value, float) and value.is_integer():
         return int(value)
-    wanted = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}.get(field.type)
-    if wanted and not (isinstance(value, wanted) and (bool in wanted or not _is_bool(value))):
+    allowed = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}.get(field.type)
+    if allowed and not (isinstance(value, allowed) and (bool in allowed or not _is_bool(value))):
         kind = {int: "a whole number", float: "a number", str: "a string", bool: "True or False"}
-        raise UserError(f"{where} is {value!r}: write {kind[field.type]}.")
+        raise UserError(f"{key_path} is {value!r}: write {kind[field.type]}.")
     return value
 
 
@@ -191,73 +196,75 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def _tuple(field: dataclasses.Field, value: Any, where: str) -> tuple:
+def _tuple(field: dataclasses.Field, value: Any, key_path: str) -> tuple:
     """Converts a list or tuple to the field's tuple type."""
     inner = get_args(field.type)
     if not isinstance(value, list | tuple):
-        raise UserError(f"{where} is {value!r}: write a tuple, such as {(value,)!r}.")
+        raise UserError(f"{key_path} is {value!r}: write a tuple, such as {(value,)!r}.")
     if inner and inner[-1] is not ... and len(value) != len(inner):
         raise UserError(
-            f"{where} is {tuple(value)!r}: write {len(inner)} values, such as {field.default!r}."
+            f"{key_path} is {tuple(value)!r}: write {len(inner)} values, such as {field.default!r}."
         )
     if inner and inner[0] is int:
-        value = [int(v) if isinstance(v, float) and v.is_integer() else v for v in value]
+        value = [
+            int(item) if isinstance(item, float) and item.is_integer() else item for item in value
+        ]
     names = field.metadata.get("names")
     for name in value if names is not None else ():
         if not _known(name, names):
-            raise UserError(f"{where} has {name!r}: choose from {', '.join(names)}.")
+            raise UserError(f"{key_path} has {name!r}: choose from {', '.join(names)}.")
     if len(value) < field.metadata.get("items", 0):
-        raise UserError(f"{where} is empty: name at least one of {', '.join(names)}.")
+        raise UserError(f"{key_path} is empty: name at least one of {', '.join(names)}.")
     if names and len(set(value)) < len(value):
-        raise UserError(f"{where} is {tuple(value)!r}: remove the duplicates.")
+        raise UserError(f"{key_path} is {tuple(value)!r}: remove the duplicates.")
     return _tuples(value)
 
 
-def _check_range(limits: Mapping[str, Any], value: Any, where: str) -> None:
+def _check_range(limits: Mapping[str, Any], value: Any, key_path: str) -> None:
     """Raises UserError for numbers out of range; NaN is always out of range."""
     if "least" not in limits:
         return
     numbers = list(value) if isinstance(value, tuple) else [value]
-    if not all(_within(number, limits) for number in numbers):
-        few = "numbers" if len(numbers) > 1 else "a number"
-        raise UserError(f"{where} is {value!r}: use {few} {range_text(limits)}.")
+    if not all(_in_range(number, limits) for number in numbers):
+        noun = "numbers" if len(numbers) > 1 else "a number"
+        raise UserError(f"{key_path} is {value!r}: use {noun} {range_text(limits)}.")
     if limits.get("rising") and numbers[0] > numbers[1]:
-        raise UserError(f"{where} is {value!r}: write the smaller number first.")
+        raise UserError(f"{key_path} is {value!r}: write the smaller number first.")
 
 
-def _within(value: Any, limits: Mapping[str, Any]) -> bool:
+def _in_range(value: Any, limits: Mapping[str, Any]) -> bool:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
-    outside = limits.get("open_at", "")
-    over = value > limits["least"] if "least" in outside else value >= limits["least"]
-    under = value < limits["most"] if "most" in outside else value <= limits["most"]
-    return over and under
+    open_bounds = limits.get("open_at", "")
+    above_least = value > limits["least"] if "least" in open_bounds else value >= limits["least"]
+    below_most = value < limits["most"] if "most" in open_bounds else value <= limits["most"]
+    return above_least and below_most
 
 
 def range_text(limits: Mapping[str, Any]) -> str:
     """Describes a field's limits, such as 'of 1 or more'; '' without limits."""
     if "least" not in limits:
         return ""
-    least, most, outside = limits["least"], limits["most"], limits.get("open_at", "")
+    least, most, open_bounds = limits["least"], limits["most"], limits.get("open_at", "")
     if least == -math.inf:
         return "that is finite"
     if most == math.inf:
-        return f"above {least:g}" if "least" in outside else f"of {least:g} or more"
-    if not outside:
+        return f"above {least:g}" if "least" in open_bounds else f"of {least:g} or more"
+    if not open_bounds:
         return f"between {least:g} and {most:g}"
-    low = f"above {least:g}" if "least" in outside else f"of {least:g} or more"
-    return f"{low} and {'below' if 'most' in outside else 'at most'} {most:g}"
+    lower = f"above {least:g}" if "least" in open_bounds else f"of {least:g} or more"
+    return f"{lower} and {'below' if 'most' in open_bounds else 'at most'} {most:g}"
 
 
 # -- nested sections
 
 
-def _filled(field: dataclasses.Field, value: Any, where: str) -> Any:
+def _convert_nested(field: dataclasses.Field, value: Any, key_path: str) -> Any:
     """Converts all mappings in a value to the dataclasses of the field's type."""
     table = field.metadata.get("table")
     if table is not None:
         return {
-            name: _made(_of_table(table, name, where), settings, f"{where}.{name}")
+            name: _make_section(_lookup_spec(table, name, key_path), settings, f"{key_path}.{name}")
             for name, settings in value.items()
         }
     types = (field.type, *get_args(field.type))
@@ -265,23 +272,25 @@ def _filled(field: dataclasses.Field, value: Any, where: str) -> Any:
     if inner is None:
         return value
     if inner is field.type:
-        return _made(inner, value, where)
+        return _make_section(inner, value, key_path)
     if isinstance(value, Mapping):
-        return {name: _made(inner, item, f"{where}.{name}") for name, item in value.items()}
-    return tuple(_made(inner, item, f"{where}[{i}]") for i, item in enumerate(value))
+        return {
+            name: _make_section(inner, item, f"{key_path}.{name}") for name, item in value.items()
+        }
+    return tuple(_make_section(inner, item, f"{key_path}[{i}]") for i, item in enumerate(value))
 
 
-def _made(spec: type, value: Any, where: str) -> Any:
-    return make(spec, value, where) if isinstance(value, Mapping) else value
+def _make_section(spec: type, value: Any, key_path: str) -> Any:
+    return make(spec, value, key_path) if isinstance(value, Mapping) else value
 
 
-def _of_table(table: Mapping[str, type], name: str, where: str) -> type:
+def _lookup_spec(table: Mapping[str, type], name: str, key_path: str) -> type:
     if name not in table:
         new = renames.OBJECTIVES.get(name, "")
         raise UserError(
-            f"{where}.{name} is now {where}.{new}."
+            f"{key_path}.{name} is now {key_path}.{new}."
             if new in table
-            else unknown_key(name, where, table)
+            else unknown_key(name, key_path, table)
         )
     return table[name]
 

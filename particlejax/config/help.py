@@ -82,14 +82,14 @@ def _sections(
             inner += _sections(below, settings, path, top, listed, meaning.get(name, ""))
             continue
         rows.append(Row(name, value, _default(field), allowed(below), meaning.get(name, "")))
-        if below.table is not None or (below.each and below.is_mapping):
+        if below.table is not None or (below.item_spec and below.is_mapping):
             for item in dict.fromkeys([*value, *schema.names(below)]):
                 within = schema.child(below, item, top)
                 if within:
-                    here = listed and item in value
-                    inner += _sections(within, value.get(item, {}), f"{path}.{item}", top, here)
-        elif below.each:
-            inner += _sections(schema.Place(spec=below.each), {}, f"{path}[]", top, False)
+                    is_match = listed and item in value
+                    inner += _sections(within, value.get(item, {}), f"{path}.{item}", top, is_match)
+        elif below.item_spec:
+            inner += _sections(schema.Place(spec=below.item_spec), {}, f"{path}[]", top, False)
     role = f"{role[0].upper()}{role[1:]}." if role else ""
     text = " ".join(part for part in (docstring(place.spec), role) if part)
     yield Section(where, text, tuple(rows), listed)
@@ -111,11 +111,11 @@ def _default(field: dataclasses.Field) -> Any:
 
 def comments(spec: type) -> dict[str, str]:
     """Returns the comments of a spec's fields, including inherited ones; {} without source."""
-    found: dict[str, str] = {}
+    comments_by_key: dict[str, str] = {}
     for base in reversed(spec.__mro__):
         if base is not object:
-            found |= _comments_of_class(base)
-    return found
+            comments_by_key |= _comments_of_class(base)
+    return comments_by_key
 
 
 def docstring(spec: type) -> str:
@@ -142,9 +142,9 @@ def _comments_of_file(file: str) -> dict[str, dict[str, str]]:
         if token.type == tokenize.COMMENT:
             kind = beside if token.line[: token.start[1]].strip() else alone
             kind[token.start[0]] = token.string.lstrip("# ").rstrip()
-    found: dict[str, dict[str, str]] = {}
+    comments_by_class: dict[str, dict[str, str]] = {}
     for name, node in _classes(ast.parse("".join(lines)), ""):
-        fields = found.setdefault(name, {})
+        fields = comments_by_class.setdefault(name, {})
         for item in node.body:
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
                 first = item.lineno
@@ -153,7 +153,7 @@ def _comments_of_file(file: str) -> dict[str, dict[str, str]]:
                 both = {**alone, **beside}
                 text = [both[line] for line in range(first, item.end_lineno + 1) if line in both]
                 fields[item.target.id] = " ".join(text)
-    return found
+    return comments_by_class
 
 
 def _classes(tree: ast.AST, prefix: str) -> Iterator[tuple[str, ast.ClassDef]]:
@@ -174,9 +174,9 @@ def allowed(place: schema.Place) -> str:
     if place.table is not None:
         return f"sections out of {', '.join(place.table)}"
     if place.is_mapping:
-        return "sections of any name" if place.each else "a dict"
-    if place.each:
-        return f"dicts with keys out of {', '.join(schema.fields_of(place.each))}"
+        return "sections of any name" if place.item_spec else "a dict"
+    if place.item_spec:
+        return f"dicts with keys out of {', '.join(schema.fields_of(place.item_spec))}"
     kind, names = field.type, field.metadata.get("names")
     several = kind is tuple or get_origin(kind) is tuple
     if names is not None and not several:
@@ -295,8 +295,8 @@ def unknown_key(all_sections: Sequence[Section], path: str, where: str) -> str:
     if not meant:
         return f"{where} has no key {part!r}: {did_you_mean(part, siblings, f'{where}.')}"
     meant = [place for place in meant if place.rpartition(".")[0] == where] or meant
-    given = set(path.split("."))
-    meant = sorted(meant, key=lambda place: -len(given & set(place.split("."))))
+    parts = set(path.split("."))
+    meant = sorted(meant, key=lambda place: -len(parts & set(place.split("."))))
     more = ", ..." * (len(meant) > _MOST_PLACES)
     places = " or ".join(meant[:_MOST_PLACES])
     return f"{where} has no key {part!r}: did you mean {places}{more}?"
@@ -315,9 +315,9 @@ def _paths(all_sections: Sequence[Section], absent: bool = True) -> dict[str, No
 def _called(places: Mapping[str, None], name: str) -> list[str]:
     """Returns the paths that end with `name`, else those of its first known synonym."""
     for wanted in (name, *synonyms(name)):
-        found = [place for place in places if _ends(place, wanted)]
-        if found:
-            return found
+        matches = [place for place in places if _ends(place, wanted)]
+        if matches:
+            return matches
     return []
 
 

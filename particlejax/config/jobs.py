@@ -173,7 +173,7 @@ def spec_of(job: str) -> type:
     return _OWN.get(renames.JOBS.get(job, job), Experiment)
 
 
-def of(config: Mapping[str, Any]) -> Job:
+def parse_job(config: Mapping[str, Any]) -> Job:
     """Builds the config dataclass. Raises UserError for an invalid key or value."""
     spec = spec_of(config.get("job", ""))
     return Experiment.of(config) if spec is Experiment else make(spec, config, "config")
@@ -193,7 +193,7 @@ def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
 def read(path: Path) -> dict[str, Any]:
     """Reads the config.json of a run, with every key of today."""
     config = upgraded(json.loads(path.read_text(encoding="utf-8")))
-    return json.loads(json.dumps(as_dict(of(config))))
+    return json.loads(json.dumps(as_dict(parse_job(config))))
 
 
 def written(job: Job) -> dict[str, Any]:

@@ -333,22 +333,22 @@ OBJECTIVES = {
 
 
 def check_stage(
-    objectives: Mapping[str, Any], tune: training.FinetuneSpec, model: ModelSpec, where: str
+    objectives: Mapping[str, Any], tune: training.FinetuneSpec, model: ModelSpec, key_path: str
 ) -> None:
     """Raises UserError if objectives or fine-tuning settings contradict the model."""
-    training.check(tune, model.pool_type, where)
+    training.check_finetune(tune, model.pool_type, key_path)
     if (
         tune.method in ("lora", "ia3", "adapter", "prefix", "vpt_shallow", "vpt_deep")
         and not model.share_encoder
     ):
         raise UserError(
-            f"{where}.finetune.method={tune.method!r} needs shared blocks: set "
+            f"{key_path}.finetune.method={tune.method!r} needs shared blocks: set "
             "model.share_encoder=True, or finetune.method to full, bitfit, attentive_probe or "
             "linear_probe."
         )
     if tune.method == "vpt_shallow" and (model.fusion != "early" or model.token_reduction_layers):
         raise UserError(
-            f"{where}.finetune.method='vpt_shallow' needs model.fusion='early' and empty "
+            f"{key_path}.finetune.method='vpt_shallow' needs model.fusion='early' and empty "
             "model.token_reduction_layers: set these, or finetune.method to 'vpt_deep'."
         )
     for name in ("temporal_alignment", "framewise", "synchronization"):
@@ -358,17 +358,17 @@ def check_stage(
             and (name != "synchronization" or objectives[name].laid)
         ):
             raise UserError(
-                f"{where}.objectives.{name} predicts for every particle: leave "
+                f"{key_path}.objectives.{name} predicts for every particle: leave "
                 "model.token_reduction_layers empty."
             )
     if "feature_distillation" in objectives and model.fusion in ("late", "bottleneck"):
         raise UserError(
-            f"{where}.objectives.feature_distillation decodes one modality from another, which "
+            f"{key_path}.objectives.feature_distillation decodes one modality from another, which "
             f"fusion {model.fusion!r} does not support: set model.fusion to 'early' or 'cross'."
         )
     distil = objectives.get("feature_distillation")
     if distil and distil.modality == distil.teacher_modality:
         raise UserError(
-            f"{where}.objectives.feature_distillation has modality and teacher_modality "
+            f"{key_path}.objectives.feature_distillation has modality and teacher_modality "
             f"{distil.teacher_modality!r}: use two different modalities."
         )

@@ -31,8 +31,8 @@ def load(*names: str) -> tuple[str, ...]:
                 f"config.plugins: {name!r} cannot be imported ({error}): install its package, or "
                 "run from the folder that contains it."
             ) from error
-    known = [name for name in os.environ.get(_VARIABLE, "").split(",") if name]
-    os.environ[_VARIABLE] = ",".join(dict.fromkeys([*known, *names]))
+    loaded = [name for name in os.environ.get(_VARIABLE, "").split(",") if name]
+    os.environ[_VARIABLE] = ",".join(dict.fromkeys([*loaded, *names]))
     return names
 
 
@@ -45,8 +45,8 @@ def load_inherited() -> None:
 
 def _import(name: str) -> None:
     """Imports a module, with the working directory on the path, like `python -m`."""
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)
+    if (working_dir := os.getcwd()) not in sys.path:
+        sys.path.append(working_dir)
     importlib.import_module(name)
 
 
@@ -61,5 +61,5 @@ def add(table: MutableMapping[str, T], kind: str, name: str, item: T) -> None:
 
 
 def _origin(item: Any) -> Any:
-    made: Callable[..., Any] = getattr(item, "make", None) or getattr(item, "cut", None) or item
-    return getattr(made, "__module__", None), getattr(made, "__qualname__", None)
+    function: Callable[..., Any] = getattr(item, "make", None) or getattr(item, "cut", None) or item
+    return getattr(function, "__module__", None), getattr(function, "__qualname__", None)

@@ -267,7 +267,7 @@ def upgrade(spec: type, section: Mapping[str, Any], top: type | None = None) -> 
 
     top: the spec of the whole config, whose sections a stage or sweep may override.
     """
-    top, found = top or spec, {}
+    top, upgraded = top or spec, {}
     for old, value in section.items():
         new = key(spec, old)
         if old == "size" and new == "adapter_dim":
@@ -275,39 +275,48 @@ def upgrade(spec: type, section: Mapping[str, Any], top: type | None = None) -> 
             new = "num_virtual_tokens" if vectors else "adapter_dim"
         if new in _CONVERT and (new != old or isinstance(value, str)):
             value = _CONVERT[new](value)
-        found[new] = _upgraded(spec, new, _values(spec, new, value), top)
-    return found
+        upgraded[new] = _upgraded(spec, new, _values(spec, new, value), top)
+    return upgraded
 
 
 def _upgraded(spec: type, name: str, value: Any, top: type) -> Any:
     """Upgrades the subsections in the value of a key."""
-    field = next((each for each in dataclasses.fields(spec) if each.name == name), None)
+    field = next(
+        (candidate for candidate in dataclasses.fields(spec) if candidate.name == name), None
+    )
     if field is None or not isinstance(value, Mapping | list | tuple):
         return value
     table = field.metadata.get("table")
     if table is not None:
-        names = {OBJECTIVES.get(each, each): inner for each, inner in value.items()}
-        return {each: upgrade(table[each], inner, top) for each, inner in names.items()}
+        names = {OBJECTIVES.get(objective, objective): inner for objective, inner in value.items()}
+        return {
+            objective: upgrade(table[objective], inner, top) for objective, inner in names.items()
+        }
     inner = inner_spec(field.type)
     if not isinstance(value, Mapping):
-        return [upgrade(inner, each, top) for each in value] if inner else value
+        return [upgrade(inner, item, top) for item in value] if inner else value
     if inner is not None and inner is not field.type:
-        return {each: upgrade(inner, part, top) for each, part in value.items()}
+        return {key: upgrade(inner, part, top) for key, part in value.items()}
     if inner is None and name == "runs":
-        return {each: upgrade(top, part, top) for each, part in value.items()}
-    changes = next((each.type for each in dataclasses.fields(top) if each.name == name), None)
+        return {key: upgrade(top, part, top) for key, part in value.items()}
+    changes = next(
+        (candidate.type for candidate in dataclasses.fields(top) if candidate.name == name), None
+    )
     inner = inner or (changes if dataclasses.is_dataclass(changes) else None)
     return upgrade(inner, value, top) if inner else value
 
 
 def inner_spec(kind: Any) -> type | None:
     """Returns the dataclass in a field's type; None without one."""
-    return next((each for each in (kind, *get_args(kind)) if dataclasses.is_dataclass(each)), None)
+    return next(
+        (candidate for candidate in (kind, *get_args(kind)) if dataclasses.is_dataclass(candidate)),
+        None,
+    )
 
 
 def _values(spec: type, name: str, value: Any) -> Any:
     if isinstance(value, list | tuple):
-        return [_values(spec, name, each) for each in value]
+        return [_values(spec, name, item) for item in value]
     table = values_of(spec, name)
     return table.get(value, value) if isinstance(value, str) else value
 
@@ -320,8 +329,8 @@ def values_of(spec: type, name: str) -> Mapping[str, str]:
 def key(spec: type, old: str) -> str:
     """Returns today's name of a key."""
     known = {field.name for field in dataclasses.fields(spec)}
-    for each in spec.__mro__:
-        new = KEYS.get(each.__name__, {}).get(old, "")
+    for base in spec.__mro__:
+        new = KEYS.get(base.__name__, {}).get(old, "")
         if new in known:
             return new
     return old
@@ -336,15 +345,15 @@ def answer_key(spec: type, name: str, where: str) -> str:
 def answer_value(spec: type, field: dataclasses.Field, value: Any) -> str:
     """Returns the error for a value of format 1; '' for other values."""
     table, names = values_of(spec, field.name), field.metadata.get("names", ())
-    for each in value if isinstance(value, list | tuple) else (value,):
-        if isinstance(each, str) and each in table and each not in names:
-            return f"{spec.__name__}.{field.name}: {each!r} is now {table[each]!r}."
+    for item in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(item, str) and item in table and item not in names:
+            return f"{spec.__name__}.{field.name}: {item!r} is now {table[item]!r}."
     return ""
 
 
 def path(spec: type | None, text: str) -> str:
     """Renames a dotted path of keys below `spec`; unknown parts stay."""
-    found, table, free = [], None, False
+    parts, table, free = [], None, False
     for part in text.split("."):
         if free or spec is None:
             new, free = part, False
@@ -353,10 +362,12 @@ def path(spec: type | None, text: str) -> str:
             spec, table = table.get(new), None
         else:
             new = key(spec, part)
-            field = next((each for each in dataclasses.fields(spec) if each.name == new), None)
+            field = next(
+                (candidate for candidate in dataclasses.fields(spec) if candidate.name == new), None
+            )
             table = field.metadata.get("table") if field else None
             inner = inner_spec(field.type) if field else None
             free = inner is not None and inner is not field.type
             spec = spec if table is not None else inner
-        found.append(new)
-    return ".".join(found)
+        parts.append(new)
+    return ".".join(parts)

@@ -11,17 +11,16 @@ from particlejax.config.fields import Spec
 class Place(NamedTuple):
     """A node of the config tree.
 
-    field: its spec field; None for the root and for table entries.
-    spec: the dataclass of a section, else None.
-    table: for a mapping with fixed names, its dataclasses by name; else None.
-    each: the dataclass of the items of a mapping with free names (stages) or of a tuple; else None.
-    partial: whether the section only holds overrides of another one, so it has no defaults.
+    field: its spec field; None for the root and for table entries. spec: the dataclass of a
+    section, else None. table: for a mapping with fixed names, its dataclasses by name; else None.
+    item_spec: the dataclass of the items of a mapping with free names (stages) or of a tuple; else
+    None. partial: whether the section only holds overrides of another one, so it has no defaults.
     """
 
     field: dataclasses.Field | None = None
     spec: type | None = None
     table: Mapping[str, type] | None = None
-    each: type | None = None
+    item_spec: type | None = None
     partial: bool = False
 
     @property
@@ -47,8 +46,8 @@ def child(place: Place, name: str, top: type) -> Place | None:
         return field and _of_field(field, place, top)
     if place.table is not None:
         return Place(spec=place.table[name]) if name in place.table else None
-    if place.each and place.is_mapping:
-        return Place(spec=place.each)
+    if place.item_spec and place.is_mapping:
+        return Place(spec=place.item_spec)
     return None
 
 
@@ -62,13 +61,13 @@ def _of_field(field: dataclasses.Field, parent: Place, top: type) -> Place:
         return Place(field, spec=field.type, partial=parent.partial)
     if (table := field.metadata.get("table")) is not None:
         return Place(field, table=table)
-    each = next((kind for kind in get_args(field.type) if _is_spec(kind)), None)
-    place = Place(field, each=each)
+    inner_spec = next((kind for kind in get_args(field.type) if _is_spec(kind)), None)
+    place = Place(field, item_spec=inner_spec)
     # a nested mapping with the name of a top-level section holds its overrides
-    if place.is_mapping and not each and parent.spec is not top:
-        whole = fields_of(top).get(field.name)
-        if whole and _is_spec(whole.type):
-            return Place(field, spec=whole.type, partial=True)
+    if place.is_mapping and not inner_spec and parent.spec is not top:
+        top_field = fields_of(top).get(field.name)
+        if top_field and _is_spec(top_field.type):
+            return Place(field, spec=top_field.type, partial=True)
     return place
 
 

@@ -51,17 +51,17 @@ class FinetuneSpec(Spec):
     gradual_unfreeze_fraction: float = between(0.0, 0, 1)
 
 
-def check(tune: FinetuneSpec, pool: str, where: str) -> None:
+def check_finetune(tune: FinetuneSpec, pool: str, key_path: str) -> None:
     """Raises UserError if the frozen part would stay randomly initialized."""
     if tune.method == "attentive_probe" and pool != "attention":
         raise UserError(
-            f"{where}.finetune.method='attentive_probe' needs attention pooling, but "
+            f"{key_path}.finetune.method='attentive_probe' needs attention pooling, but "
             f"model.pool_type is {pool!r}: set it to 'attention', or finetune.method to "
             "'linear_probe'."
         )
     if tune.method == "linear_probe" and pool != "mean":
         raise UserError(
-            f"{where}.finetune.method='linear_probe' needs mean pooling, but model.pool_type is "
+            f"{key_path}.finetune.method='linear_probe' needs mean pooling, but model.pool_type is "
             f"{pool!r}: set it to 'mean', or finetune.method to 'attentive_probe'."
         )
 

@@ -9,21 +9,21 @@ import jax
 import jax.numpy as jnp
 
 # matmul side on CPUs and on others, bytes of the copy, repetitions
-_SIDE, _LARGE, _PIECE, _BEST_OF = (1024, 8192, 2**26, 5)
+_CPU_MATRIX_SIZE, _ACCELERATOR_MATRIX_SIZE, _COPY_BYTES, _NUM_REPEATS = (1024, 8192, 2**26, 5)
 
 
 class Chip(NamedTuple):
-    """memory: bytes. product: bfloat16 FLOP/s. stream: bytes/s of the main memory.
+    """memory_bytes: bytes. peak_flops: bfloat16 FLOP/s. hbm_bandwidth: bytes/s of the main memory.
 
-    wire: bytes/s sent to other chips over all links. clock: Hz of the compiler's cycles. 0:
-    unknown.
+    ici_bandwidth: bytes/s sent to other chips over all links. clock_hz: Hz of the compiler's
+    cycles. 0: unknown.
     """
 
-    memory: float
-    product: float
-    stream: float
-    wire: float
-    clock: float = 0.0
+    memory_bytes: float
+    peak_flops: float
+    hbm_bandwidth: float
+    ici_bandwidth: float
+    clock_hz: float = 0.0
     measured: bool = False
 
 
@@ -44,45 +44,53 @@ CHIPS: dict[str, Chip] = {
 }
 
 
-def of(device: jax.Device, devices: int) -> Chip | None:
+def chip_of(device: jax.Device, num_devices: int) -> Chip | None:
     """The chip of a device; each CPU device gets an equal share. None for an unknown kind."""
     if device.platform == "cpu":
-        whole = measured()
-        return whole._replace(product=whole.product / devices, stream=whole.stream / devices)
-    return known(device.device_kind)
+        host = measure_host()
+        return host._replace(
+            peak_flops=host.peak_flops / num_devices, hbm_bandwidth=host.hbm_bandwidth / num_devices
+        )
+    return find_chip(device.device_kind)
 
 
-def known(kind: str) -> Chip | None:
+def find_chip(kind: str) -> Chip | None:
     """The chip of a JAX device kind. None if it is not in the table."""
     return next((chip for name, chip in CHIPS.items() if kind.startswith(name)), None)
 
 
-def measured() -> Chip:
+def measure_host() -> Chip:
     """Rates of this machine: the best of several float32 matmuls and copies; its devices
     communicate through memory.
     """
-    piece, copy = jnp.ones(_PIECE // 4), jax.jit(lambda x: x + 1)
-    stream = 2 * piece.nbytes / _seconds(lambda: copy(piece))
-    return Chip(0.0, jax.local_device_count() * product(jnp.float32), stream, 0.0, measured=True)
+    buffer, copy = jnp.ones(_COPY_BYTES // 4), jax.jit(lambda x: x + 1)
+    bandwidth = 2 * buffer.nbytes / _best_seconds(lambda: copy(buffer))
+    return Chip(
+        0.0,
+        jax.local_device_count() * measure_matmul_flops(jnp.float32),
+        bandwidth,
+        0.0,
+        measured=True,
+    )
 
 
-def product(dtype: Any) -> float:
+def measure_matmul_flops(dtype: Any) -> float:
     """FLOP/s of one local device in square matmuls with float32 accumulation, the best of several.
 
     All local devices multiply at once, as in training: they may share cores.
     """
-    side = _SIDE if jax.default_backend() == "cpu" else _LARGE
-    squares = [
-        jax.device_put(jnp.ones((side, side), dtype), device) for device in jax.local_devices()
+    size = _CPU_MATRIX_SIZE if jax.default_backend() == "cpu" else _ACCELERATOR_MATRIX_SIZE
+    matrices = [
+        jax.device_put(jnp.ones((size, size), dtype), device) for device in jax.local_devices()
     ]
     matmul = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
-    return 2.0 * side**3 / _seconds(lambda: [matmul(square) for square in squares])
+    return 2.0 * size**3 / _best_seconds(lambda: [matmul(matrix) for matrix in matrices])
 
 
-def _seconds(run: Callable[[], Any]) -> float:
-    found = []
-    for _ in range(_BEST_OF + 1):  # the first run compiles
-        begun = time.perf_counter()
-        jax.block_until_ready(run())
-        found.append(time.perf_counter() - begun)
-    return min(found)
+def _best_seconds(fn: Callable[[], Any]) -> float:
+    timings = []
+    for _ in range(_NUM_REPEATS + 1):  # the first run compiles
+        start = time.perf_counter()
+        jax.block_until_ready(fn())
+        timings.append(time.perf_counter() - start)
+    return min(timings)

@@ -15,10 +15,10 @@ from jax.extend import core
 
 def count(jaxpr: Any) -> int:
     """FLOPs of a jaxpr (such as `jit(f).trace(*args).jaxpr`), including all that it calls."""
-    return sum(_equation(eqn) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns)
+    return sum(_equation_flops(eqn) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns)
 
 
-def _equation(eqn: Any) -> int:
+def _equation_flops(eqn: Any) -> int:
     name, params = eqn.primitive.name, eqn.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
@@ -29,19 +29,19 @@ def _equation(eqn: Any) -> int:
         return 2 * eqn.outvars[0].aval.size * kernel.size // kernel.shape[numbers.rhs_spec[0]]
     if name == "cond":
         return max(count(branch) for branch in params["branches"])
-    times = params["length"] if name == "scan" else 1
+    repeats = params["length"] if name == "scan" else 1
     if name == "shard_map":  # shapes are per device
         axes = (
             params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]
         )
-        times = math.prod(params["mesh"].shape[axis] for axis in axes)
+        repeats = math.prod(params["mesh"].shape[axis] for axis in axes)
     if name == "pallas_call":  # the body is one grid cell
-        times = math.prod(params["grid_mapping"].grid)
-    return times * sum(count(inner) for inner in _inner(params))
+        repeats = math.prod(params["grid_mapping"].grid)
+    return repeats * sum(count(inner_jaxpr) for inner_jaxpr in _inner_jaxprs(params))
 
 
-def _inner(params: dict[str, Any]) -> Iterator[Any]:
+def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
     for value in params.values():
-        for each in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(each, (core.Jaxpr, core.ClosedJaxpr)):
-                yield each
+        for inner in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(inner, (core.Jaxpr, core.ClosedJaxpr)):
+                yield inner

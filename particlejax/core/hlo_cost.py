@@ -58,7 +58,7 @@ class Instruction(NamedTuple):
     shape: str
     op: str
     operands: tuple[str, ...]
-    rest: str
+    attributes: str
     root: bool
 
 
@@ -77,32 +77,43 @@ class Cost(NamedTuple):
     bytes: float
     cycles: float
     collectives: tuple[Collective, ...]
-    endless: int  # loops of unknown trip count, counted once
+    loops_without_trip_count: int  # loops of unknown trip count, counted once
 
 
 def cost(text: str, mesh: Mapping[str, int]) -> Cost:
     """Cost of a program compiled for a mesh; mesh: axis names to sizes, in device order."""
     program = Program(text)
-    found: dict[tuple[str, tuple[str, ...]], list[float]] = defaultdict(lambda: [0, 0.0])
+    totals: dict[tuple[str, tuple[str, ...]], list[float]] = defaultdict(lambda: [0, 0.0])
     total = cycles = 0.0
-    endless = 0
-    for computation, each, times, fused in program.walk():
-        stem = each.op.removesuffix("-start")
-        if stem in COLLECTIVES:
-            groups = _groups(each.rest, math.prod(mesh.values()))
+    loops_without_trip_count = 0
+    for computation, instruction, repeats, fused in program.walk():
+        base_op = instruction.op.removesuffix("-start")
+        if base_op in COLLECTIVES:
+            groups = _device_groups(instruction.attributes, math.prod(mesh.values()))
             if groups.shape[1] > 1:
-                op = "reduce-scatter" if "all-reduce-scatter" in computation else stem
-                entry = found[op, _axes(groups, mesh)]
-                entry[0] += times
-                entry[1] += times * _sent(op, program.read(computation, each), groups.shape[1])
+                op = "reduce-scatter" if "all-reduce-scatter" in computation else base_op
+                entry = totals[op, _group_axes(groups, mesh)]
+                entry[0] += repeats
+                entry[1] += repeats * _bytes_sent(
+                    op, program.operand_bytes(computation, instruction), groups.shape[1]
+                )
         if fused:
             continue
-        endless += each.op == "while" and not program.trips(each)
-        stated = _CYCLES.search(each.rest)
-        cycles += times * int(stated[1]) if stated else 0
-        total += times * program.traffic(computation, each)
-    collectives = (Collective(*key, int(times), sent) for key, (times, sent) in found.items())
-    return Cost(total, cycles, tuple(sorted(collectives, key=lambda each: -each.sent)), endless)
+        loops_without_trip_count += instruction.op == "while" and not program.trip_count(
+            instruction
+        )
+        cycles_match = _CYCLES.search(instruction.attributes)
+        cycles += repeats * int(cycles_match[1]) if cycles_match else 0
+        total += repeats * program.memory_traffic(computation, instruction)
+    collectives = (
+        Collective(*key, int(repeats), bytes_sent) for key, (repeats, bytes_sent) in totals.items()
+    )
+    return Cost(
+        total,
+        cycles,
+        tuple(sorted(collectives, key=lambda collective: -collective.sent)),
+        loops_without_trip_count,
+    )
 
 
 class Program:
@@ -110,40 +121,40 @@ class Program:
 
     def __init__(self, text: str) -> None:
         self.entry, self.computations = "", {}
-        inside: dict[str, Instruction] = {}
+        instructions: dict[str, Instruction] = {}
         for line in text.splitlines():
             head = _COMPUTATION.match(line)
             if head:
-                inside = self.computations.setdefault(head[2], {})
+                instructions = self.computations.setdefault(head[2], {})
                 self.entry = head[2] if head[1] else self.entry
             elif _INSTRUCTION.match(line):
-                each = _parsed(line)
-                inside[each.name] = each
+                instruction = _parse_instruction(line)
+                instructions[instruction.name] = instruction
 
     def walk(self) -> Iterator[tuple[str, Instruction, int, bool]]:
         """Yields (computation, instruction, how often it runs, whether it is in a fusion) for all
         instructions.
         """
-        waiting = [(self.entry, 1, False)]
-        while waiting:
-            name, times, fused = waiting.pop()
-            for each in self.computations.get(name, {}).values():
-                yield name, each, times, fused
-                if each.op in _INDIRECT or each.op == "fusion":
-                    often = times * (self.trips(each) or 1)
-                    waiting += [
-                        (called, often, fused or each.op == "fusion")
-                        for called in _called(each.rest)
+        stack = [(self.entry, 1, False)]
+        while stack:
+            name, repeats, fused = stack.pop()
+            for instruction in self.computations.get(name, {}).values():
+                yield name, instruction, repeats, fused
+                if instruction.op in _INDIRECT or instruction.op == "fusion":
+                    inner_repeats = repeats * (self.trip_count(instruction) or 1)
+                    stack += [
+                        (called, inner_repeats, fused or instruction.op == "fusion")
+                        for called in _called_computations(instruction.attributes)
                     ]
 
-    def trips(self, each: Instruction) -> int:
+    def trip_count(self, instruction: Instruction) -> int:
         """Trip count of a loop; 0 if unknown. TPU programs give it only as the constant in the
         condition.
         """
-        known = _TRIPS.search(each.rest)
-        if known or each.op != "while":
-            return int(known[1]) if known else 0
-        condition = re.search(r"condition=%?([\w.\-]+)", each.rest)
+        match = _TRIPS.search(instruction.attributes)
+        if match or instruction.op != "while":
+            return int(match[1]) if match else 0
+        condition = re.search(r"condition=%?([\w.\-]+)", instruction.attributes)
         numbers = [
             int(inner.operands[0])
             for inner in self.computations.get(condition[1], {}).values()
@@ -151,39 +162,55 @@ class Program:
         ]
         return numbers[0] if len(numbers) == 1 else 0
 
-    def read(self, computation: str, each: Instruction) -> float:
+    def operand_bytes(self, computation: str, instruction: Instruction) -> float:
         """Bytes of all operands."""
-        known = self.computations[computation]
-        return sum(size(known[name].shape) for name in each.operands if name in known)
+        instructions = self.computations[computation]
+        return sum(
+            shape_bytes(instructions[name].shape)
+            for name in instruction.operands
+            if name in instructions
+        )
 
-    def traffic(self, computation: str, each: Instruction) -> float:
+    def memory_traffic(self, computation: str, instruction: Instruction) -> float:
         """Bytes of main memory that an instruction reads and writes; only the slice for slices."""
-        if each.op in _FREE or each.op.endswith("-done") or _NO_WORK.search(each.rest):
+        if (
+            instruction.op in _FREE
+            or instruction.op.endswith("-done")
+            or _NO_WORK.search(instruction.attributes)
+        ):
             return 0.0
-        known = self.computations[computation]
-        operands = [known[name].shape for name in each.operands if name in known]
-        if each.op in _SLICES:
-            return 2 * size(each.shape, main=True)
-        if each.op == "dynamic-update-slice":
-            return 2 * size(operands[1], main=True)
-        if each.op.endswith("-start"):  # the result includes the operand
-            made = next((found for found in _arrays(each.shape) if found not in operands), "")
-            read = (
-                size(made)
-                if each.op == "slice-start" and _in_main(operands[0])
-                else sum(size(o, main=True) for o in operands)
+        instructions = self.computations[computation]
+        operands = [
+            instructions[name].shape for name in instruction.operands if name in instructions
+        ]
+        if instruction.op in _SLICES:
+            return 2 * shape_bytes(instruction.shape, main_memory_only=True)
+        if instruction.op == "dynamic-update-slice":
+            return 2 * shape_bytes(operands[1], main_memory_only=True)
+        if instruction.op.endswith("-start"):  # the result includes the operand
+            result = next(
+                (shape for shape in _array_shapes(instruction.shape) if shape not in operands), ""
             )
-            return read + size(made, main=True)
-        if each.op == "fusion":
-            return self._fusion(each, operands)
-        return size(each.shape, main=True) + sum(size(shape, main=True) for shape in operands)
+            bytes_read = (
+                shape_bytes(result)
+                if instruction.op == "slice-start" and _in_main(operands[0])
+                else sum(shape_bytes(operand, main_memory_only=True) for operand in operands)
+            )
+            return bytes_read + shape_bytes(result, main_memory_only=True)
+        if instruction.op == "fusion":
+            return self._fusion_traffic(instruction, operands)
+        return shape_bytes(instruction.shape, main_memory_only=True) + sum(
+            shape_bytes(shape, main_memory_only=True) for shape in operands
+        )
 
-    def _fusion(self, each: Instruction, operands: list[str]) -> float:
-        body = self.computations.get(next(iter(_called(each.rest)), ""), {})
+    def _fusion_traffic(self, instruction: Instruction, operands: list[str]) -> float:
+        body = self.computations.get(
+            next(iter(_called_computations(instruction.attributes)), ""), {}
+        )
         users = defaultdict(list)
         for inner in body.values():
-            for place, name in enumerate(inner.operands):
-                users[name].append((inner, place))
+            for position, name in enumerate(inner.operands):
+                users[name].append((inner, position))
         total = 0.0
         for inner in body.values():
             if inner.op != "parameter":
@@ -194,34 +221,34 @@ class Program:
                 else inner.shape
             )
             if _in_main(shape):
-                total += min(size(shape), _needed(inner.name, users))
-        root = next((inner for inner in body.values() if inner.root), each)
-        makers = root.operands if root.op == "tuple" else (root.name,)
-        for made, name in zip(_arrays(each.shape), makers, strict=False):
-            total += _written(body, name, made) if _in_main(made) else 0.0
+                total += min(shape_bytes(shape), _operand_bytes_read(inner.name, users))
+        root = next((inner for inner in body.values() if inner.root), instruction)
+        producers = root.operands if root.op == "tuple" else (root.name,)
+        for result, name in zip(_array_shapes(instruction.shape), producers, strict=False):
+            total += _result_bytes_written(body, name, result) if _in_main(result) else 0.0
         return total
 
 
-def size(shape: str, main: bool = False) -> float:
-    """Bytes of a shape as text, tuples summed; `main`: only arrays in main memory."""
+def shape_bytes(shape: str, main_memory_only: bool = False) -> float:
+    """Bytes of a shape as text, tuples summed; `main_memory_only`: only arrays in main memory."""
     return sum(
-        _bits(kind) / 8 * math.prod(int(n.lstrip("<=")) for n in dims.split(",") if n)
+        _bits(kind) / 8 * math.prod(int(dim.lstrip("<=")) for dim in dims.split(",") if dim)
         for kind, dims, layout in _ARRAY.findall(shape)
-        if not main or "S(" not in layout
+        if not main_memory_only or "S(" not in layout
     )
 
 
-def _needed(name: str, users: Mapping[str, list[tuple[Instruction, int]]]) -> float:
+def _operand_bytes_read(name: str, users: Mapping[str, list[tuple[Instruction, int]]]) -> float:
     """Bytes that a fusion reads of an operand: only slices where it is sliced, none where it is
     overwritten.
     """
     total = 0.0
-    for user, place in users[name]:
-        if user.op in _SLICES and place == 0:
-            total += size(user.shape)
+    for user, position in users[name]:
+        if user.op in _SLICES and position == 0:
+            total += shape_bytes(user.shape)
         elif user.op == "bitcast":
-            total += _needed(user.name, users)
-        elif not (user.op == "dynamic-update-slice" and place == 0):
+            total += _operand_bytes_read(user.name, users)
+        elif not (user.op == "dynamic-update-slice" and position == 0):
             return math.inf
     return total
 
@@ -235,27 +262,29 @@ def _bits(kind: str) -> int:
     return _BITS.get(kind) or (0 if kind in _BITS else int(re.sub(r"^[a-z]+(\d+).*", r"\1", kind)))
 
 
-def _arrays(shape: str) -> list[str]:
-    return [found[0] for found in _ARRAY.finditer(shape)]
+def _array_shapes(shape: str) -> list[str]:
+    return [match[0] for match in _ARRAY.finditer(shape)]
 
 
-def _written(body: Mapping[str, Instruction], name: str, shape: str) -> float:
+def _result_bytes_written(body: Mapping[str, Instruction], name: str, shape: str) -> float:
     """Bytes that a fusion writes of a result: only the slice if updated in place."""
-    made = body.get(name)
-    while made is not None and made.op in ("bitcast", "copy") and made.operands:
-        made = body.get(made.operands[0])
-    if made is not None and made.op == "dynamic-update-slice":
-        return size(body[made.operands[1]].shape)
-    return size(shape)
+    producer = body.get(name)
+    while producer is not None and producer.op in ("bitcast", "copy") and producer.operands:
+        producer = body.get(producer.operands[0])
+    if producer is not None and producer.op == "dynamic-update-slice":
+        return shape_bytes(body[producer.operands[1]].shape)
+    return shape_bytes(shape)
 
 
-def _parsed(line: str) -> Instruction:
+def _parse_instruction(line: str) -> Instruction:
     head = _INSTRUCTION.match(line)
-    stop = _closing(line, head.end()) if line[head.end()] == "(" else line.index(" ", head.end())
+    stop = (
+        _find_closing(line, head.end()) if line[head.end()] == "(" else line.index(" ", head.end())
+    )
     shape = re.sub(r"/\*.*?\*/", "", line[head.end() : stop])
     op, _, _ = line[stop:].strip().partition("(")
     start = line.index("(", stop)
-    end = _closing(line, start)
+    end = _find_closing(line, start)
     inner = line[start + 1 : end - 1]
     operands = (
         (inner,) if op in ("parameter", "constant") else tuple(re.findall(r"%([\w.\-]+)", inner))
@@ -263,29 +292,29 @@ def _parsed(line: str) -> Instruction:
     return Instruction(head[2], shape, op, operands, line[end:], bool(head[1]))
 
 
-def _closing(line: str, start: int) -> int:
+def _find_closing(line: str, start: int) -> int:
     """The position after the bracket that closes the one at `start`."""
     depth = 0
-    for at in range(start, len(line)):
-        depth += (line[at] == "(") - (line[at] == ")")
+    for position in range(start, len(line)):
+        depth += (line[position] == "(") - (line[position] == ")")
         if not depth:
-            return at + 1
+            return position + 1
     return len(line)
 
 
-def _called(rest: str) -> Iterator[str]:
+def _called_computations(attributes: str) -> Iterator[str]:
     for kind, names in re.findall(
         r"\b(calls|body|condition|to_apply|branch_computations|true_computation|false_computation)="
         r"(\{[^}]*\}|%?[\w.\-]+)",
-        rest,
+        attributes,
     ):
         del kind
         yield from re.findall(r"[\w.\-]+", names)
 
 
-def _groups(rest: str, devices: int) -> np.ndarray:
+def _device_groups(attributes: str, num_devices: int) -> np.ndarray:
     """Device groups that communicate, int [groups, members]; pairs for a permutation."""
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
     if iota:
         shape, dims, order = (
             [int(n) for n in part.split(",")] if part else None for part in iota.groups()
@@ -296,41 +325,45 @@ def _groups(rest: str, devices: int) -> np.ndarray:
             .transpose(order or range(len(dims)))
             .reshape(shape[0], -1)
         )
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest)
-    if named:  # axes of the program's mesh, in the same device order
-        sizes = {axis: int(number) for axis, number in re.findall(r"'([^']+)'=(\d+)", named[1])}
-        over = [axis for axis in sizes if f"'{axis}'" in named[2]]
+    named_axes = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
+    if named_axes:  # axes of the program's mesh, in the same device order
+        sizes = {
+            axis: int(number) for axis, number in re.findall(r"'([^']+)'=(\d+)", named_axes[1])
+        }
+        group_axes = [axis for axis in sizes if f"'{axis}'" in named_axes[2]]
         order = [
             list(sizes).index(axis)
-            for axis in (*(axis for axis in sizes if axis not in over), *over)
+            for axis in (*(axis for axis in sizes if axis not in group_axes), *group_axes)
         ]
-        members = math.prod(sizes[axis] for axis in over)
+        members = math.prod(sizes[axis] for axis in group_axes)
         return (
             np.arange(math.prod(sizes.values()))
             .reshape(tuple(sizes.values()))
             .transpose(order)
             .reshape(-1, members)
         )
-    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", rest)
+    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", attributes)
     if not listed:
-        return np.arange(devices)[None]
+        return np.arange(num_devices)[None]
     return np.array(
         [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
     )
 
 
-def _axes(groups: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:
+def _group_axes(groups: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:
     """The mesh axes along which the members of a group differ."""
-    places = np.unravel_index(groups, tuple(mesh.values()))
+    positions = np.unravel_index(groups, tuple(mesh.values()))
     return tuple(
-        axis for axis, place in zip(mesh, places, strict=True) if (place != place[:, :1]).any()
+        axis
+        for axis, position in zip(mesh, positions, strict=True)
+        if (position != position[:, :1]).any()
     )
 
 
-def _sent(op: str, read: float, members: int) -> float:
-    """Bytes that each member sends with ring algorithms; read: bytes it holds."""
+def _bytes_sent(op: str, bytes_held: float, num_members: int) -> float:
+    """Bytes that each member sends with ring algorithms; bytes_held: bytes it holds."""
     if op == "all-gather":
-        return read * (members - 1)
+        return bytes_held * (num_members - 1)
     if op in ("collective-permute", "collective-broadcast"):
-        return read
-    return read * (members - 1) / members * (2 if op == "all-reduce" else 1)
+        return bytes_held
+    return bytes_held * (num_members - 1) / num_members * (2 if op == "all-reduce" else 1)

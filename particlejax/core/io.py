@@ -11,7 +11,7 @@ from typing import Any
 
 
 @contextmanager
-def fresh_file(path: str | os.PathLike[str], sync: bool = False) -> Iterator[Path]:
+def atomic_file(path: str | os.PathLike[str], sync: bool = False) -> Iterator[Path]:
     """A temporary path beside `path`; it replaces `path` if the block succeeds.
 
     If the block raises, `path` is unchanged and the temporary file is removed. sync: fsync before
@@ -19,21 +19,21 @@ def fresh_file(path: str | os.PathLike[str], sync: bool = False) -> Iterator[Pat
     """
     path = Path(path)
     # keeps the suffix, from which some writers choose a format; hidden, as it is incomplete
-    fresh = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
     try:
-        yield fresh
+        yield temporary
         if sync:
-            with open(fresh, "rb+") as file:
+            with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
-        os.replace(fresh, path)
+        os.replace(temporary, path)
     finally:
-        fresh.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str, sync: bool = False) -> None:
     """Writes a UTF-8 text file atomically."""
-    with fresh_file(path, sync) as fresh:
-        fresh.write_text(text, encoding="utf-8", newline="\n")
+    with atomic_file(path, sync) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

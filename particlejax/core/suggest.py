@@ -4,14 +4,14 @@
 import difflib
 from collections.abc import Iterable
 
-_LISTED = 12  # maximum number of listed names
+_MAX_LISTED = 12  # maximum number of listed names
 
 
-def did_you_mean(name: str, known: Iterable[str], prefix: str = "", many: int = 1) -> str:
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "", max_matches: int = 1) -> str:
     """'did you mean X?' with the closest names, each after `prefix`; else some known names."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, many, 0.5)
+    close = difflib.get_close_matches(name, known, max_matches, 0.5)
     if close:
         return f"did you mean {' or '.join(prefix + match for match in close)}?"
-    some = ", ".join(known[:_LISTED]) + ", ..." * (len(known) > _LISTED)
-    return f"choose one of {some}." if known else "there is none."
+    listed = ", ".join(known[:_MAX_LISTED]) + ", ..." * (len(known) > _MAX_LISTED)
+    return f"choose one of {listed}." if known else "there is none."

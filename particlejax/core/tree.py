@@ -24,9 +24,9 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Nested dicts of leaves by path name: the inverse of `flatten` for trees of dicts."""
     root: dict[str, Any] = {}
     for name, leaf in flat.items():
-        *above, last = name.split("/")
+        *parents, last = name.split("/")
         node = root
-        for part in above:
+        for part in parents:
             node = node.setdefault(part, {})
         node[last] = leaf
     return root

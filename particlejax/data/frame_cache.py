@@ -18,7 +18,7 @@ _GIB = 2**30
 class Frames(Protocol):
     """A clip that returns the frames on display at any times (seconds), uint8 [T, H, W, 3].
 
-    size: height and width of frames. parts_at: a crop in one pass, for large clips that are not
+    size: height and width of frames. regions_at: a crop in one pass, for large clips that are not
     cached; None for others.
     """
 
@@ -29,15 +29,15 @@ class Frames(Protocol):
 
     def frames_at(self, times: np.ndarray) -> np.ndarray: ...
 
-    def parts_at(self, times: np.ndarray, part: frame_ops.Part) -> np.ndarray | None: ...
+    def regions_at(self, times: np.ndarray, region: frame_ops.Region) -> np.ndarray | None: ...
 
 
 @dataclass(frozen=True)
-class _Decoding:
+class _DecodedOnDemand:
     video: Video
     side: int
     # whether the cache is on; cached and uncached clips must have identical pixels
-    whole: bool
+    cache_enabled: bool
 
     @property
     def duration(self) -> float:
@@ -53,19 +53,19 @@ class _Decoding:
 
     @property
     def size(self) -> tuple[int, int]:
-        return frame_ops.resized((self.video.height, self.video.width), self.side)
+        return frame_ops.resized_size((self.video.height, self.video.width), self.side)
 
     def frames_at(self, times: np.ndarray) -> np.ndarray:
         return self.video.frames_at(times, self.side)[0]
 
-    def parts_at(self, times: np.ndarray, part: frame_ops.Part) -> np.ndarray | None:
-        if self.whole or not frame_ops.is_fine(self.video.width, self.video.height):
+    def regions_at(self, times: np.ndarray, region: frame_ops.Region) -> np.ndarray | None:
+        if self.cache_enabled or not frame_ops.is_fine(self.video.width, self.video.height):
             return None
-        return self.video.parts_at(times, part)[0]
+        return self.video.regions_at(times, region)[0]
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _CachedFrames:
     frames: np.ndarray
     times: np.ndarray  # float64, so that `frames_at` selects the decoder's frames
     tolerance: float
@@ -77,22 +77,22 @@ class _Kept:
     def size(self) -> tuple[int, int]:
         return self.frames.shape[1:3]
 
-    def parts_at(self, times: np.ndarray, part: frame_ops.Part) -> None:
-        del times, part
+    def regions_at(self, times: np.ndarray, region: frame_ops.Region) -> None:
+        del times, region
 
     def frames_at(self, times: np.ndarray) -> np.ndarray:
-        shown = np.searchsorted(self.times, np.asarray(times) + self.tolerance, side="right") - 1
-        return self.frames[np.clip(shown, 0, len(self.times) - 1)]
+        index = np.searchsorted(self.times, np.asarray(times) + self.tolerance, side="right") - 1
+        return self.frames[np.clip(index, 0, len(self.times) - 1)]
 
 
 # per process; the first clips that fit stay
-_kept: dict[tuple[str | bytes, int], _Kept] = {}
-_heard: dict[tuple[str | bytes, int], np.ndarray | None] = {}  # whole audio tracks
-_used = 0
+_frame_cache: dict[tuple[str | bytes, int], _CachedFrames] = {}
+_sound_cache: dict[tuple[str | bytes, int], np.ndarray | None] = {}  # whole audio tracks
+_used_bytes = 0
 
 
 @contextmanager
-def opened(
+def open_frames(
     source: str | bytes, side: int, gib: float, whole_frames: bool = False
 ) -> Iterator[Frames]:
     """Opens a clip with short side `side` pixels; cached in memory if `gib` leaves room for it.
@@ -100,53 +100,57 @@ def opened(
     whole_frames: full-size RGB frames, without cropping or scaling by the decoder. Raises
     decode.Unreadable.
     """
-    if gib > 0 and (source, side) in _kept:
-        yield _kept[source, side]
+    if gib > 0 and (source, side) in _frame_cache:
+        yield _frame_cache[source, side]
         return
     with Video(source) as video:
         if whole_frames:
-            yield _Decoding(video, min(video.width, video.height), True)
-        elif _room(video, side, gib):
-            yield _keep(source, side, video)
+            yield _DecodedOnDemand(video, min(video.width, video.height), True)
+        elif _fits(video, side, gib):
+            yield _decode_into_cache(source, side, video)
         else:
-            yield _Decoding(video, side, gib > 0)
+            yield _DecodedOnDemand(video, side, gib > 0)
 
 
-def _room(video: Video, side: int, gib: float) -> bool:
+def _fits(video: Video, side: int, gib: float) -> bool:
     aspect = max(video.width, video.height) / max(min(video.width, video.height), 1)
-    return _used + video.duration * video.fps * side * side * aspect * 3 < gib * _GIB
+    return _used_bytes + video.duration * video.fps * side * side * aspect * 3 < gib * _GIB
 
 
-def _keep(source: str | bytes, side: int, video: Video) -> _Kept:
-    global _used
-    pictures, times = zip(*video.each(side), strict=True)
-    frames = np.stack(pictures)
-    kept = _Kept(frames, np.array(times), video.tolerance, video.duration, video.fps, video.origin)
-    _kept[source, side] = kept
-    _used += frames.nbytes
-    return kept
+def _decode_into_cache(source: str | bytes, side: int, video: Video) -> _CachedFrames:
+    global _used_bytes
+    decoded, times = zip(*video.iter_frames(side), strict=True)
+    frames = np.stack(decoded)
+    cached = _CachedFrames(
+        frames, np.array(times), video.tolerance, video.duration, video.fps, video.origin
+    )
+    _frame_cache[source, side] = cached
+    _used_bytes += frames.nbytes
+    return cached
 
 
-def sound(
+def read_sound(
     source: str | bytes,
     origin: float,
     start: float,
     seconds: float,
     rate: int,
     gib: float,
-    whole: float,
+    track_seconds: float,
 ) -> np.ndarray | None:
-    """`audio.read` with a cache, if `gib` leaves room for the whole track of `whole` seconds."""
-    global _used
+    """`audio.read` with a cache, if `gib` leaves room for the whole track of `track_seconds`
+    seconds.
+    """
+    global _used_bytes
     key = (source, rate)
-    if key not in _heard:
-        if _used + whole * rate * 4 >= gib * _GIB:
+    if key not in _sound_cache:
+        if _used_bytes + track_seconds * rate * 4 >= gib * _GIB:
             return audio.read(source, origin, start, seconds, rate)
-        track = _heard[key] = audio.read(source, origin, 0.0, whole, rate)
-        _used += 0 if track is None else track.nbytes
-    track = _heard[key]
+        track = _sound_cache[key] = audio.read(source, origin, 0.0, track_seconds, rate)
+        _used_bytes += 0 if track is None else track.nbytes
+    track = _sound_cache[key]
     if track is None:
         return None
     first = max(0, round(start * rate))
-    part = track[first : first + audio.samples(seconds, rate)]
-    return part if len(part) else None
+    samples = track[first : first + audio.num_samples(seconds, rate)]
+    return samples if len(samples) else None

@@ -10,9 +10,9 @@ import numpy as np
 
 from particlejax.config.experiment import DataSpec
 from particlejax.core.typing import UserError
-from particlejax.data.sources import Listed, Mixed, Record, Source, TfdsSource, parts_of
+from particlejax.data.sources import ListSource, MixtureSource, Record, Source, TfdsSource, parts_of
 
-_SHOTS = 0x5407  # separates this random stream from others of the same seed
+_SHOTS_SEED = 0x5407  # separates this random stream from others of the same seed
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Subset:
     """Some records of a source, with or without labels."""
 
     source: Source
-    numbers: tuple[int, ...]
-    labelled: bool = True
+    indices: tuple[int, ...]
+    labeled: bool = True
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -29,32 +29,34 @@ class Subset:
         return self.source.classes
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.indices)
 
     def __getitem__(self, i: int) -> Record:
-        record = self.source[self.numbers[i]]
-        return record if self.labelled else replace(record, label=-1)
+        record = self.source[self.indices[i]]
+        return record if self.labeled else replace(record, label=-1)
 
 
 def labels(source: Source) -> np.ndarray:
     """Returns the label of every record, int [N], -1 if unlabeled; no video is decoded."""
     if isinstance(source, Subset):
         return (
-            labels(source.source)[list(source.numbers)]
-            if source.labelled
+            labels(source.source)[list(source.indices)]
+            if source.labeled
             else np.full(len(source), -1)
         )
-    if isinstance(source, Mixed):
+    if isinstance(source, MixtureSource):
         return np.concatenate([labels(part) for part in source.parts])
     if isinstance(source, TfdsSource) and "label" not in source.fields:
         return np.full(len(source), -1)
     records = (
-        source.records if isinstance(source, Listed) else (source[i] for i in range(len(source)))
+        source.records
+        if isinstance(source, ListSource)
+        else (source[i] for i in range(len(source)))
     )
     return np.array([record.label for record in records], int)
 
 
-def limit(source: Source, data: DataSpec, seed: int) -> Source:
+def limit_labels(source: Source, data: DataSpec, seed: int) -> Source:
     """Returns the source with the labels of `data.shots` clips per class, drawn by the seed, or of
     the clips in `data.labelled_csv`.
 
@@ -69,54 +71,56 @@ def limit(source: Source, data: DataSpec, seed: int) -> Source:
             f"config.data.train_fraction={data.train_fraction:g} cannot be combined with "
             "data.shots or data.labelled_csv: set it to 1."
         )
-    kept = (
+    labeled_indices = (
         read_list(source, data.labelled_csv)
         if data.labelled_csv
-        else draw(labels(source), data.shots, seed, source.classes)
+        else draw_shots(labels(source), data.shots, seed, source.classes)
     )
     if not data.unlabelled_fraction:
-        return Subset(source, tuple(int(n) for n in kept))
+        return Subset(source, tuple(int(index) for index in labeled_indices))
     parts, weights = [], []
     for first, count, weight in parts_of(source):
-        inside = kept[(kept >= first) & (kept < first + count)]
-        rest = np.setdiff1d(np.arange(first, first + count), inside)
-        for numbers, labelled, share in (
-            (inside, True, 1 - data.unlabelled_fraction),
-            (rest, False, data.unlabelled_fraction),
+        labeled_here = labeled_indices[
+            (labeled_indices >= first) & (labeled_indices < first + count)
+        ]
+        unlabeled_here = np.setdiff1d(np.arange(first, first + count), labeled_here)
+        for indices, labeled, fraction in (
+            (labeled_here, True, 1 - data.unlabelled_fraction),
+            (unlabeled_here, False, data.unlabelled_fraction),
         ):
-            if len(numbers) and share:
-                parts.append(Subset(source, tuple(int(n) for n in numbers), labelled))
-                weights.append(weight * share)
-    firsts = np.cumsum([0, *(len(part) for part in parts)])
-    return Mixed(
+            if len(indices) and fraction:
+                parts.append(Subset(source, tuple(int(index) for index in indices), labeled))
+                weights.append(weight * fraction)
+    offsets = np.cumsum([0, *(len(part) for part in parts)])
+    return MixtureSource(
         source.classes,
         tuple(parts),
         tuple(
             (int(first), len(part), weight)
-            for first, part, weight in zip(firsts, parts, weights, strict=False)
+            for first, part, weight in zip(offsets, parts, weights, strict=False)
         ),
     )
 
 
-def draw(label: np.ndarray, shots: int, seed: int, classes: Sequence[str]) -> np.ndarray:
+def draw_shots(label: np.ndarray, shots: int, seed: int, classes: Sequence[str]) -> np.ndarray:
     """Returns the indices of `shots` clips per class, ascending. Raises UserError if a class has
     fewer.
     """
-    rng, kept = np.random.default_rng((seed % 2**32, _SHOTS)), []
-    for number in np.unique(label[label >= 0]):
+    rng, selected = np.random.default_rng((seed % 2**32, _SHOTS_SEED)), []
+    for class_index in np.unique(label[label >= 0]):
         # a prefix, so that 5 shots include the 1 shot of the same seed
-        mine = rng.permutation(np.flatnonzero(label == number))
-        if len(mine) < shots:
+        class_clips = rng.permutation(np.flatnonzero(label == class_index))
+        if len(class_clips) < shots:
             raise UserError(
-                f"config.data.shots={shots}, but class {classes[number]!r} has {len(mine)} clips: "
-                "use a smaller number."
+                f"config.data.shots={shots}, but class {classes[class_index]!r} has "
+                f"{len(class_clips)} clips: use a smaller number."
             )
-        kept.append(mine[:shots])
-    if not kept:
+        selected.append(class_clips[:shots])
+    if not selected:
         raise UserError(
             f"config.data.shots={shots}, but no clip has a label: add column 'label' to clips.csv."
         )
-    return np.sort(np.concatenate(kept))
+    return np.sort(np.concatenate(selected))
 
 
 def read_list(source: Source, path: str) -> np.ndarray:
@@ -134,11 +138,11 @@ def read_list(source: Source, path: str) -> np.ndarray:
         raise UserError(
             f"config.data.labelled_csv={path!r} has no column 'path' with clips: add it."
         )
-    number = {source[i].name: i for i in range(len(source))}
+    index_by_name = {source[i].name: i for i in range(len(source))}
     for line in lines:
-        if line["path"] not in number:
+        if line["path"] not in index_by_name:
             raise UserError(
                 f"config.data.labelled_csv={path!r} has clip {line['path']!r}, which is not in "
                 "the source: correct the path."
             )
-    return np.unique([number[line["path"]] for line in lines])
+    return np.unique([index_by_name[line["path"]] for line in lines])

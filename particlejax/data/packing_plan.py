@@ -15,16 +15,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from particlejax.data.scale_schedule import Schedule
+from particlejax.data.scale_schedule import ScaleSchedule
 
-_AHEAD = 1.5  # candidate clips of mixed sizes for a batch, in batches
-_PATIENCE = 3  # batches after which a waiting clip has priority
-_KEPT = 512  # cached batches: readers at different positions ask for them again
-_DRAW = 0x5CA1E  # separates the random stream of scales from others
-_BLOCK = 1024  # random numbers per block
+_CANDIDATE_BATCHES = 1.5  # candidate clips of mixed sizes for a batch, in batches
+_MAX_WAIT = 3  # batches after which a waiting clip has priority
+_MAX_CACHED = 512  # cached batches: readers at different positions ask for them again
+_DRAW_SEED = 0x5CA1E  # separates the random stream of scales from others
+_DRAW_BLOCK = 1024  # random numbers per block
 
 
-class Placed(NamedTuple):
+class PlacedClip(NamedTuple):
     """A clip: its position in the order, its row in the batch, the index of its scale."""
 
     position: int
@@ -32,7 +32,7 @@ class Placed(NamedTuple):
     scale: int
 
 
-class Carried(NamedTuple):
+class Pending(NamedTuple):
     """A waiting clip: its position in the order, the index of its scale, the batch it was drawn
     for.
     """
@@ -42,157 +42,178 @@ class Carried(NamedTuple):
     batch: int
 
 
-class Stand(NamedTuple):
+class PlanState(NamedTuple):
     """The plan's state before a batch: the next position in the order, and the waiting clips."""
 
     batch: int
     position: int
-    carried: tuple[Carried, ...] = ()
+    pending: tuple[Pending, ...] = ()
 
     @classmethod
-    def of(cls, saved: list) -> "Stand":
+    def from_json(cls, saved: list) -> "PlanState":
         """Restores a state from JSON."""
-        batch, position, carried = saved
-        return cls(batch, position, tuple(Carried(*each) for each in carried))
+        batch, position, pending = saved
+        return cls(batch, position, tuple(Pending(*fields) for fields in pending))
 
 
 @dataclass
 class Plan:
     """The plan of one stage: of `positions` clips, or endless if that is 0.
 
-    The schedule's progress is a fraction of `positions` or of `steps`. since: the state to resume
-    from.
+    The schedule's progress is a fraction of `positions` or of `steps`. start_state: the state to
+    resume from.
     """
 
-    schedule: Schedule
-    rows: int
+    schedule: ScaleSchedule
+    num_rows: int
     seed: int
     steps: int = 0
     positions: int = 0
-    since: Stand = Stand(0, 0)
-    _stand: Stand = field(init=False)
-    _known: dict[int, list[Placed]] = field(init=False, default_factory=dict)
-    _stands: dict[int, Stand] = field(init=False, default_factory=dict)
+    start_state: PlanState = PlanState(0, 0)
+    _state: PlanState = field(init=False)
+    _batches: dict[int, list[PlacedClip]] = field(init=False, default_factory=dict)
+    _states: dict[int, PlanState] = field(init=False, default_factory=dict)
     _lock: Any = field(init=False, default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self._stand = self.since
+        self._state = self.start_state
 
     def __getstate__(self) -> dict[str, Any]:  # for Grain's workers, each with its own plan
         return {
             name: getattr(self, name)
-            for name in ("schedule", "rows", "seed", "steps", "positions", "since")
+            for name in ("schedule", "num_rows", "seed", "steps", "positions", "start_state")
         }
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__init__(**state)
 
-    def batch(self, k: int) -> list[Placed]:
+    def batch(self, k: int) -> list[PlacedClip]:
         """Returns the clips of batch k of all processes."""
         if len(self.schedule.scales) == 1:  # equal clips need no search
-            clips, row = range(*self._span(k)), self.schedule.row.clips
-            return [Placed(position, i // row, 0) for i, position in enumerate(clips)]
+            positions, clips_per_row = range(*self._span(k)), self.schedule.row.max_clips
+            return [
+                PlacedClip(position, i // clips_per_row, 0) for i, position in enumerate(positions)
+            ]
         with self._lock:
-            if k not in self._known:
-                self._go(k + 1)
-            return self._known[k]
+            if k not in self._batches:
+                self._advance_to(k + 1)
+            return self._batches[k]
 
-    def stand(self, k: int) -> Stand:
+    def data_state(self, k: int) -> PlanState:
         """Returns the state before batch k."""
         if len(self.schedule.scales) == 1:
-            return Stand(k, self._span(k)[0])
+            return PlanState(k, self._span(k)[0])
         with self._lock:
-            if k not in self._stands and k != self._stand.batch:
-                self._go(k)
-            return self._stands.get(k, self._stand)
+            if k not in self._states and k != self._state.batch:
+                self._advance_to(k)
+            return self._states.get(k, self._state)
 
-    def seen(self, k: int) -> int:
+    def clips_before(self, k: int) -> int:
         """Returns the number of clips in the batches before k."""
-        stand = self.stand(k)
-        return stand.position - len(stand.carried)
+        state = self.data_state(k)
+        return state.position - len(state.pending)
 
-    def batches(self) -> int:
+    def num_batches(self) -> int:
         """Returns the number of batches that hold all `positions`."""
         if len(self.schedule.scales) == 1:
-            return -(-self.positions // (self.rows * self.schedule.row.clips))
+            return -(-self.positions // (self.num_rows * self.schedule.row.max_clips))
         k = 0
-        while self.seen(k) < self.positions:
+        while self.clips_before(k) < self.positions:
             k += 1
         return k
 
     def _span(self, k: int) -> tuple[int, int]:
-        number, most = self.rows * self.schedule.row.clips, self.positions or np.inf
-        return int(min(k * number, most)), int(min((k + 1) * number, most))
+        clips_per_batch, total = (
+            self.num_rows * self.schedule.row.max_clips,
+            self.positions or np.inf,
+        )
+        return int(min(k * clips_per_batch, total)), int(min((k + 1) * clips_per_batch, total))
 
-    def _go(self, k: int) -> None:
+    def _advance_to(self, k: int) -> None:
         """Advances to batch k; restarts if batch k is no longer cached."""
-        if k < self._stand.batch or k - 1 not in self._known and k == self._stand.batch:
-            self._stand, self._known, self._stands = (
-                self.since if self.since.batch < k else Stand(0, 0),
+        if k < self._state.batch or k - 1 not in self._batches and k == self._state.batch:
+            self._state, self._batches, self._states = (
+                self.start_state if self.start_state.batch < k else PlanState(0, 0),
                 {},
                 {},
             )
-        while self._stand.batch < k:
-            number = self._stand.batch
-            self._stands[number] = self._stand
-            self._known[number], self._stand = self._fill(self._stand)
-            self._known.pop(number - _KEPT, None)
-            self._stands.pop(number - _KEPT, None)
+        while self._state.batch < k:
+            batch = self._state.batch
+            self._states[batch] = self._state
+            self._batches[batch], self._state = self._fill_batch(self._state)
+            self._batches.pop(batch - _MAX_CACHED, None)
+            self._states.pop(batch - _MAX_CACHED, None)
 
-    def _fill(self, stand: Stand) -> tuple[list[Placed], Stand]:
-        waiting, position = self._draw(stand)
-        row, wanted = self.schedule.row, self._wanted
-        free = np.array([[each.length for each in row.slots.values()]] * self.rows)
-        room = np.full(self.rows, row.clips)
-        placed, left = [], []
+    def _fill_batch(self, state: PlanState) -> tuple[list[PlacedClip], PlanState]:
+        waiting, position = self._draw_clips(state)
+        row, slots_by_scale = self.schedule.row, self._slots_by_scale
+        free_slots = np.array(
+            [[slot_spec.length for slot_spec in row.slots.values()]] * self.num_rows
+        )
+        free_clips = np.full(self.num_rows, row.max_clips)
+        placed, carried_over = [], []
         # Clips that waited long come first, so that none starves; then large ones, because small
         # ones fill gaps.
-        for each in sorted(
+        for clip in sorted(
             waiting,
-            key=lambda each: (each.batch + _PATIENCE > stand.batch, -self._share[each.scale]),
+            key=lambda clip: (
+                clip.batch + _MAX_WAIT > state.batch,
+                -self._row_fractions[clip.scale],
+            ),
         ):
-            fits = (room > 0) & (free >= wanted[each.scale]).all(axis=1)
+            fits = (free_clips > 0) & (free_slots >= slots_by_scale[clip.scale]).all(axis=1)
             if fits.any():
-                best = int(np.where(fits, free.sum(axis=1), np.iinfo(np.int64).max).argmin())
-                free[best] -= wanted[each.scale]
-                room[best] -= 1
-                placed.append(Placed(each.position, best, each.scale))
+                best_row = int(
+                    np.where(fits, free_slots.sum(axis=1), np.iinfo(np.int64).max).argmin()
+                )
+                free_slots[best_row] -= slots_by_scale[clip.scale]
+                free_clips[best_row] -= 1
+                placed.append(PlacedClip(clip.position, best_row, clip.scale))
             else:
-                left.append(each)
-        return sorted(placed), Stand(stand.batch + 1, position, tuple(sorted(left)))
+                carried_over.append(clip)
+        return sorted(placed), PlanState(state.batch + 1, position, tuple(sorted(carried_over)))
 
-    def _draw(self, stand: Stand) -> tuple[list[Carried], int]:
+    def _draw_clips(self, state: PlanState) -> tuple[list[Pending], int]:
         """Returns the candidates of a batch: waiting clips, and new ones until it is more than
         full.
         """
-        waiting, position = list(stand.carried), stand.position
-        held = sum(self._share[each.scale] for each in waiting)
-        now = self.schedule.now(self._progress(stand.batch, position), stand.batch)
-        enough = (
-            self.rows * (_AHEAD if len({self._share[scale] for scale in now}) > 1 else 1.0) - 1e-9
-        )
-        while held < enough and not 0 < self.positions <= position:
-            scale = self.schedule.at(
-                self._progress(stand.batch, position), stand.batch, self._chance(position)
+        waiting, position = list(state.pending), state.position
+        filled = sum(self._row_fractions[clip.scale] for clip in waiting)
+        scales = self.schedule.possible_scales(self._progress(state.batch, position), state.batch)
+        target = (
+            self.num_rows
+            * (
+                _CANDIDATE_BATCHES
+                if len({self._row_fractions[scale] for scale in scales}) > 1
+                else 1.0
             )
-            waiting.append(Carried(position, scale, stand.batch))
-            held += self._share[scale]
+            - 1e-9
+        )
+        while filled < target and not 0 < self.positions <= position:
+            scale = self.schedule.scale_index(
+                self._progress(state.batch, position), state.batch, self._scale_draw(position)
+            )
+            waiting.append(Pending(position, scale, state.batch))
+            filled += self._row_fractions[scale]
             position += 1
         return waiting, position
 
     @cached_property
-    def _wanted(self) -> np.ndarray:
+    def _slots_by_scale(self) -> np.ndarray:
         """Slots per scale and modality."""
         return np.array(
             [[size[name] for name in self.schedule.row.slots] for size in self.schedule.sizes]
         )
 
     @cached_property
-    def _share(self) -> list[float]:
+    def _row_fractions(self) -> list[float]:
         """Fraction of a row that a clip takes, per scale."""
         row = self.schedule.row
         return [
-            max(1 / row.clips, *(size[name] / each.length for name, each in row.slots.items()))
+            max(
+                1 / row.max_clips,
+                *(size[name] / slot_spec.length for name, slot_spec in row.slots.items()),
+            )
             for size in self.schedule.sizes
         ]
 
@@ -201,12 +222,16 @@ class Plan:
             position / self.positions if self.positions else batch / max(self.steps, 1), 1 - 1e-9
         )
 
-    def _chance(self, position: int) -> float:
+    def _scale_draw(self, position: int) -> float:
         """Returns the clip's random number in [0, 1)."""
-        block, i = divmod(position, _BLOCK)
-        return float(_chances(self.seed, block)[i]) if self.schedule.spec.kind == "mixture" else 0.0
+        block, i = divmod(position, _DRAW_BLOCK)
+        return (
+            float(_scale_draws(self.seed, block)[i])
+            if self.schedule.spec.kind == "mixture"
+            else 0.0
+        )
 
 
 @lru_cache(16)
-def _chances(seed: int, block: int) -> np.ndarray:
-    return np.random.default_rng((seed, block, _DRAW)).random(_BLOCK)
+def _scale_draws(seed: int, block: int) -> np.ndarray:
+    return np.random.default_rng((seed, block, _DRAW_SEED)).random(_DRAW_BLOCK)

@@ -19,36 +19,36 @@ from particlejax.config.experiment import DataSpec, ParticleSpec, ScaleScheduleS
 from particlejax.core.typing import UserError
 from particlejax.data import augment, clips
 from particlejax.data.modalities import tokenizer
-from particlejax.data.packing_plan import Plan, Stand
-from particlejax.data.scale_schedule import FIXED, Row, Scale, Schedule
+from particlejax.data.packing_plan import Plan, PlanState
+from particlejax.data.scale_schedule import FIXED_SCHEDULE, RowShape, Scale, ScaleSchedule
 from particlejax.data.sources import Source, parts_of
 from particlejax.data.video.decode import Unreadable
 from particlejax.particles import packing
 from particlejax.particles.types import Batch
 
-_AHEAD = 8  # prefetched batches; they are loaded while the first step compiles
-_CUT_SEED = (
+_PREFETCH = 8  # prefetched batches; they are loaded while the first step compiles
+_SUBSET_SEED = (
     0x5EED  # seed of the `train_fraction` subset, the same for all runs so that they compare
 )
 
 
-class Bad(NamedTuple):
+class UnreadableClip(NamedTuple):
     """A clip that cannot be decoded."""
 
-    number: int
+    index: int
     name: str
     reason: str
 
 
-class Loaded(NamedTuple):
+class LoadedBatch(NamedTuple):
     """A batch and the unreadable clips that are missing from it."""
 
     batch: Batch
-    bad: tuple[Bad, ...]
+    unreadable: tuple[UnreadableClip, ...]
 
 
 @dataclass(frozen=True)
-class Batches:
+class TrainBatches:
     """Training batches: every epoch contains each clip once, in a new order, across all processes.
 
     Each part of a mixture has its own epochs and is drawn by weight. An unreadable clip leaves its
@@ -60,46 +60,46 @@ class Batches:
     data: DataSpec
     particles: ParticleSpec
     seed: int
-    rows: int  # over all processes
-    process: int = 0
-    processes: int = 1
-    scales: ScaleScheduleSpec = FIXED
+    num_rows: int  # over all processes
+    process_index: int = 0
+    num_processes: int = 1
+    scales: ScaleScheduleSpec = FIXED_SCHEDULE
     steps: int = 0  # training steps, for the schedule's progress; 0: use `positions`
     positions: int = 0  # number of clips after which the data ends; 0: never
-    since: Stand = Stand(0, 0)  # state of the plan to resume from
+    start_state: PlanState = PlanState(0, 0)  # state of the plan to resume from
 
     def __len__(self) -> int:
         return 2**62
 
-    def __getitem__(self, k: int) -> Loaded:
-        rows = self.rows // self.processes
-        mine = range(self.process * rows, (self.process + 1) * rows)
+    def __getitem__(self, k: int) -> LoadedBatch:
+        num_rows = self.num_rows // self.num_processes
+        own_rows = range(self.process_index * num_rows, (self.process_index + 1) * num_rows)
         scales = self.plan.schedule.scales
-        wanted = [
-            _Wanted(
-                int(self.order[p]),
-                np.random.default_rng((self.seed, p)),
+        requests = [
+            _ClipRequest(
+                int(self.order[position]),
+                np.random.default_rng((self.seed, position)),
                 scales[scale],
-                row - mine.start,
+                row - own_rows.start,
             )
-            for p, row, scale in self.plan.batch(k)
-            if row in mine
+            for position, row, scale in self.plan.batch(k)
+            if row in own_rows
         ]
-        return _load(self.source, wanted, self.plan.schedule.row, rows)
+        return _load_batch(self.source, requests, self.plan.schedule.row, num_rows)
 
     @cached_property
     def plan(self) -> Plan:
         """The packing plan."""
         return Plan(
-            Schedule(self.scales, self.data, self.particles),
-            self.rows,
+            ScaleSchedule(self.scales, self.data, self.particles),
+            self.num_rows,
             self.seed,
             self.steps,
             self.positions,
-            self.since,
+            self.start_state,
         )
 
-    def clips(self, k: int) -> list[int]:
+    def clip_indices(self, k: int) -> list[int]:
         """Returns the clips of batch k on all processes."""
         return [int(self.order[placed.position]) for placed in self.plan.batch(k)]
 
@@ -108,7 +108,7 @@ class Batches:
         """The endless sequence of clip indices."""
         parts, seed = parts_of(self.source), self.seed % 2**32
         orders = [
-            grain.MapDataset.source(first + chosen_clips(count, self.data.train_fraction))
+            grain.MapDataset.source(first + subset_indices(count, self.data.train_fraction))
             .seed(seed)
             .shuffle()
             .repeat(None)
@@ -122,7 +122,7 @@ class Batches:
 
 
 @dataclass(frozen=True)
-class Views:
+class EvalBatches:
     """Evaluation batches: every view of every clip once; `views` = temporal clips x spatial crops.
     The last batch is padded.
 
@@ -133,44 +133,51 @@ class Views:
     data: DataSpec
     particles: ParticleSpec
     seed: int
-    rows: int
+    num_rows: int
     views: tuple[int, int] = (1, 1)
-    process: int = 0
-    processes: int = 1
+    process_index: int = 0
+    num_processes: int = 1
 
     def __len__(self) -> int:
-        return -(-self._count() // (self.rows * self.data.clips_per_row))
+        return -(-self._num_views() // (self.num_rows * self.data.clips_per_row))
 
-    def __getitem__(self, k: int) -> Loaded:
-        rows = self.rows // self.processes
-        first = (k * self.rows + self.process * rows) * self.data.clips_per_row
-        places = range(first, min(first + rows * self.data.clips_per_row, self._count()))
+    def __getitem__(self, k: int) -> LoadedBatch:
+        num_rows = self.num_rows // self.num_processes
+        first = (k * self.num_rows + self.process_index * num_rows) * self.data.clips_per_row
+        positions = range(first, min(first + num_rows * self.data.clips_per_row, self._num_views()))
         scale = Scale(self.data, self.particles)
-        wanted = [
-            _Wanted(*self._look(p), scale, (p - first) // self.data.clips_per_row) for p in places
+        requests = [
+            _ClipRequest(
+                *self._view(position), scale, (position - first) // self.data.clips_per_row
+            )
+            for position in positions
         ]
-        return _load(self.source, wanted, row_of(self.data, self.particles), rows)
+        return _load_batch(self.source, requests, row_shape(self.data, self.particles), num_rows)
 
-    def _count(self) -> int:
+    def _num_views(self) -> int:
         return len(self.source) * self.views[0] * self.views[1]
 
-    def _look(self, place: int) -> tuple[int, clips.View]:
+    def _view(self, position: int) -> tuple[int, clips.View]:
         times, crops = self.views
-        clip, view = divmod(place, times * crops)
+        clip, view = divmod(position, times * crops)
         return clip, clips.View(view // crops, times, view % crops, crops)
 
 
-def chosen_clips(count: int, fraction: float) -> np.ndarray:
+def subset_indices(count: int, fraction: float) -> np.ndarray:
     """Returns the ascending indices of a `fraction` of `count` clips, at least one."""
     if fraction >= 1:
         return np.arange(count)
-    drawn = np.random.default_rng(_CUT_SEED).permutation(count)[: max(1, round(count * fraction))]
-    return np.sort(drawn)
+    indices = np.random.default_rng(_SUBSET_SEED).permutation(count)[
+        : max(1, round(count * fraction))
+    ]
+    return np.sort(indices)
 
 
-def row_of(data: DataSpec, spec: ParticleSpec, scales: ScaleScheduleSpec = FIXED) -> Row:
+def row_shape(
+    data: DataSpec, spec: ParticleSpec, scales: ScaleScheduleSpec = FIXED_SCHEDULE
+) -> RowShape:
     """Returns the shape of a row. Raises UserError for sizes that do not fit."""
-    return Schedule(scales, data, spec).row
+    return ScaleSchedule(scales, data, spec).row
 
 
 def vocabularies(data: DataSpec) -> dict[str, int]:
@@ -178,20 +185,22 @@ def vocabularies(data: DataSpec) -> dict[str, int]:
     return {clips.TEXT: tokenizer.vocabulary(data.text)} if clips.TEXT in data.modalities else {}
 
 
-def example(row: Row, rows: int) -> Batch:
+def zero_batch(row: RowShape, num_rows: int) -> Batch:
     """Returns a batch of zeros with the shapes and dtypes of every batch."""
-    return packing.pack([], [], row.slots, rows, row.clips)
+    return packing.pack([], [], row.slots, num_rows, row.max_clips)
 
 
-def read(batches: Batches | Views, start: int, stop: int, data: DataSpec) -> Iterator[Loaded]:
+def read_batches(
+    batches: TrainBatches | EvalBatches, start: int, stop: int, data: DataSpec
+) -> Iterator[LoadedBatch]:
     """Yields batches start..stop-1 in order, prefetched by `data.num_threads` threads or
     `data.num_workers` processes.
     """
-    numbers = grain.MapDataset.source(_Slice(batches, start, stop))
+    dataset = grain.MapDataset.source(_BatchRange(batches, start, stop))
     options = grain.ReadOptions(
-        num_threads=data.num_threads, prefetch_buffer_size=data.num_threads + _AHEAD
+        num_threads=data.num_threads, prefetch_buffer_size=data.num_threads + _PREFETCH
     )
-    stream = numbers.to_iter_dataset(options)
+    stream = dataset.to_iter_dataset(options)
     if data.num_workers:
         if not absl.flags.FLAGS.is_parsed():
             # Grain's processes read a flag, but a notebook parses none
@@ -215,63 +224,81 @@ def read(batches: Batches | Views, start: int, stop: int, data: DataSpec) -> Ite
 
 
 @dataclass(frozen=True)
-class _Slice:
-    batches: Batches | Views
+class _BatchRange:
+    batches: TrainBatches | EvalBatches
     start: int
     stop: int
 
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def __getitem__(self, i: int) -> Loaded:
+    def __getitem__(self, i: int) -> LoadedBatch:
         return self.batches[self.start + i]
 
 
-class _Wanted(NamedTuple):
-    number: int
-    look: clips.Look
+class _ClipRequest(NamedTuple):
+    index: int
+    view_or_rng: clips.ViewOrRng
     scale: Scale
     row: int
 
 
-class _Read(NamedTuple):
-    wanted: _Wanted
+class _LoadedClip(NamedTuple):
+    request: _ClipRequest
     clip: clips.Clip
     label: int
 
 
-def _load(source: Source, wanted: list[_Wanted], row: Row, rows: int) -> Loaded:
-    read, bad = [], []
-    for each in wanted:
-        record, data = source[each.number], each.scale.data
+def _load_batch(
+    source: Source, requests: list[_ClipRequest], row: RowShape, num_rows: int
+) -> LoadedBatch:
+    loaded, unreadable = [], []
+    for request in requests:
+        record, data = source[request.index], request.scale.data
         may_flip = (
             record.label < 0 or source.classes[record.label] not in data.augment.no_flip_classes
         )
         try:
-            read.append(_Read(each, clips.load(record, data, each.look, may_flip), record.label))
+            loaded.append(
+                _LoadedClip(
+                    request, clips.load(record, data, request.view_or_rng, may_flip), record.label
+                )
+            )
         except Unreadable as error:
-            bad.append(Bad(each.number, record.name, error.reason))
-    packed = [_packed(read, i) for i in range(len(read))]
-    return Loaded(
-        packing.pack(packed, [each.wanted.row for each in read], row.slots, rows, row.clips),
-        tuple(bad),
+            unreadable.append(UnreadableClip(request.index, record.name, error.reason))
+    packed = [_to_packed_clip(loaded, i) for i in range(len(loaded))]
+    return LoadedBatch(
+        packing.pack(
+            packed,
+            [loaded_clip.request.row for loaded_clip in loaded],
+            row.slots,
+            num_rows,
+            row.max_clips,
+        ),
+        tuple(unreadable),
     )
 
 
-def _packed(read: list[_Read], i: int) -> packing.Clip:
+def _to_packed_clip(loaded: list[_LoadedClip], i: int) -> packing.Clip:
     """Returns clip i as particles, after MixUp or CutMix with the next clip of its size."""
-    (number, look, (data, spec), _), clip, label = read[i]
+    (index, view_or_rng, (data, spec), _), clip, label = loaded[i]
     rng = (
-        look
-        if isinstance(look, np.random.Generator)
-        else np.random.default_rng((_CUT_SEED, number))
+        view_or_rng
+        if isinstance(view_or_rng, np.random.Generator)
+        else np.random.default_rng((_SUBSET_SEED, index))
     )
-    share, other = 1.0, -1
-    if isinstance(look, np.random.Generator) and (
+    label_weight, second_label = 1.0, -1
+    if isinstance(view_or_rng, np.random.Generator) and (
         data.augment.mixup_alpha or data.augment.cutmix_alpha
     ):
-        others = (read[(i + step) % len(read)] for step in range(1, len(read) + 1))
-        partner = next(each for each in others if each.clip.frames.shape == clip.frames.shape)
-        frames, share = augment.mix(clip.frames, partner.clip.frames, data.augment, rng)
-        clip, other = replace(clip, frames=frames), partner.label
-    return packing.Clip(clips.particles_of(clip, data, spec, rng), label, number, share, other)
+        candidates = (loaded[(i + step) % len(loaded)] for step in range(1, len(loaded) + 1))
+        partner = next(
+            candidate
+            for candidate in candidates
+            if candidate.clip.frames.shape == clip.frames.shape
+        )
+        frames, label_weight = augment.mix(clip.frames, partner.clip.frames, data.augment, rng)
+        clip, second_label = replace(clip, frames=frames), partner.label
+    return packing.Clip(
+        clips.make_particles(clip, data, spec, rng), label, index, label_weight, second_label
+    )

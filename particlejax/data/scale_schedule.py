@@ -27,15 +27,15 @@ class Scale(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class RowShape:
     """The fixed shape of a row: slots per modality, and the maximum number of clips."""
 
-    slots: Mapping[str, packing.Slots]
-    clips: int
+    slots: Mapping[str, packing.SlotSpec]
+    max_clips: int
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
+class ScaleSchedule:
     """A ScaleScheduleSpec applied to the data and particles of a stage."""
 
     spec: ScaleScheduleSpec
@@ -45,10 +45,10 @@ class Schedule:
     @functools.cached_property
     def scales(self) -> tuple[Scale, ...]:
         """All possible scales; those of a short cycle are consecutive per scale of the spec."""
-        longs = self.spec.scales or (ScaleSpec(),)
+        base_scales = self.spec.scales or (ScaleSpec(),)
         return tuple(
-            self._scale(each, factor)
-            for each in longs
+            self._scale(base_scale, factor)
+            for base_scale in base_scales
             for factor in self.spec.short_cycle_factors or (1.0,)
         )
 
@@ -56,91 +56,101 @@ class Schedule:
     def sizes(self) -> tuple[dict[str, int], ...]:
         """Maximum slots of a clip per modality, for each scale."""
         return tuple(
-            {name: each.length for name, each in slots(scale).items()} for scale in self.scales
+            {name: slot_spec.length for name, slot_spec in clip_slots(scale).items()}
+            for scale in self.scales
         )
 
     @functools.cached_property
-    def row(self) -> Row:
+    def row(self) -> RowShape:
         """Room for `clips_per_row` clips of the largest scale, or as many smaller ones as fit."""
-        most = {
+        row_slots = {
             name: max(size[name] for size in self.sizes) * self.data.clips_per_row
             for name in self.sizes[0]
         }
-        room = max(min(most[name] // n for name, n in size.items() if n) for size in self.sizes)
-        return Row(
+        max_clips = max(
+            min(row_slots[name] // n for name, n in size.items() if n) for size in self.sizes
+        )
+        return RowShape(
             {
-                name: each._replace(length=most[name])
-                for name, each in slots(self.scales[0]).items()
+                name: slot_spec._replace(length=row_slots[name])
+                for name, slot_spec in clip_slots(self.scales[0]).items()
             },
-            room,
+            max_clips,
         )
 
-    def at(self, progress: float, batch: int, draw: float) -> int:
+    def scale_index(self, progress: float, batch: int, draw: float) -> int:
         """Returns the scale index of a clip, from training progress in [0, 1), its batch, and its
         random number in [0, 1).
         """
-        shorts = len(self.spec.short_cycle_factors) or 1
-        return self._long(progress, draw) * shorts + batch % shorts
+        cycle_length = len(self.spec.short_cycle_factors) or 1
+        return self._base_scale_index(progress, draw) * cycle_length + batch % cycle_length
 
-    def now(self, progress: float, batch: int) -> tuple[int, ...]:
-        """Returns the scale indices that `at` may return now."""
-        draws = self._edges[:-1] if self.spec.kind == "mixture" else (0.0,)
-        return tuple(self.at(progress, batch, draw) for draw in draws)
+    def possible_scales(self, progress: float, batch: int) -> tuple[int, ...]:
+        """Returns the scale indices that `scale_index` may return now."""
+        draws = self._cumulative_shares[:-1] if self.spec.kind == "mixture" else (0.0,)
+        return tuple(self.scale_index(progress, batch, draw) for draw in draws)
 
     @functools.cached_property
-    def _edges(self) -> tuple[float, ...]:
-        shares = np.array([each.weight for each in self.spec.scales or (ScaleSpec(),)])
+    def _cumulative_shares(self) -> tuple[float, ...]:
+        shares = np.array([scale.weight for scale in self.spec.scales or (ScaleSpec(),)])
         return (0.0, *np.cumsum(shares / shares.sum()))
 
-    def _long(self, progress: float, draw: float) -> int:
-        spec, last = self.spec, len(self._edges) - 2
+    def _base_scale_index(self, progress: float, draw: float) -> int:
+        spec, last = self.spec, len(self._cumulative_shares) - 2
         if spec.kind == "mixture":
-            return self._find(draw)
+            return self._index_at(draw)
         if spec.kind == "cycles":
-            moving = 1 - spec.final_fraction
+            moving_fraction = 1 - spec.final_fraction
             return (
-                last if progress >= moving else self._find(progress / moving * spec.num_cycles % 1)
+                last
+                if progress >= moving_fraction
+                else self._index_at(progress / moving_fraction * spec.num_cycles % 1)
             )
-        return self._find(progress) if spec.kind == "progressive" else 0
+        return self._index_at(progress) if spec.kind == "progressive" else 0
 
-    def _find(self, at: float) -> int:
+    def _index_at(self, position: float) -> int:
         # tolerance for rounding errors
-        return min(bisect.bisect_right(self._edges, at + 1e-9) - 1, len(self._edges) - 2)
+        return min(
+            bisect.bisect_right(self._cumulative_shares, position + 1e-9) - 1,
+            len(self._cumulative_shares) - 2,
+        )
 
     def _scale(self, spec: ScaleSpec, factor: float) -> Scale:
         scale = Scale(*spec.applied(self.data, self.particles))
         if factor == 1:
             return scale
-        step = policies.coarsest(scale.particles)[1]
-        size = max(step, round(scale.data.image_size * factor / step) * step)
+        multiple = policies.required_multiple(scale.particles)[1]
+        size = max(multiple, round(scale.data.image_size * factor / multiple) * multiple)
         return scale._replace(data=dataclasses.replace(scale.data, image_size=size))
 
 
-FIXED = ScaleScheduleSpec()
+FIXED_SCHEDULE = ScaleScheduleSpec()
 
 
-def slots(scale: Scale) -> dict[str, packing.Slots]:
+def clip_slots(scale: Scale) -> dict[str, packing.SlotSpec]:
     """Returns the slots of one clip per modality. Raises UserError for sizes that do not fit."""
     for name in scale.data.modalities:
         if name not in MODALITIES:
             raise UserError(
                 f"config.data.modalities has {name!r}: choose from {', '.join(MODALITIES)}."
             )
-    return {name: _SLOTS[name](scale.data, scale.particles) for name in scale.data.modalities}
+    return {
+        name: _SLOT_FUNCTIONS[name](scale.data, scale.particles) for name in scale.data.modalities
+    }
 
 
-def _vision_slots(data: DataSpec, spec: ParticleSpec) -> packing.Slots:
+def _vision_slots(data: DataSpec, spec: ParticleSpec) -> packing.SlotSpec:
     size = (data.num_frames, data.image_size, data.image_size)
     try:
         policies.check(size, spec)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return packing.Slots(
+    return packing.SlotSpec(
         policies.particle_count(size, spec), int(np.prod(spec.patch_size)) * _CHANNELS, "uint8"
     )
 
 
-def _audio_slots(data: DataSpec, spec: ParticleSpec) -> packing.Slots:
+def _audio_slots(data: DataSpec, spec: ParticleSpec) -> packing.SlotSpec:
     del spec
     mels, (spectra, bands) = data.audio.num_mels, data.audio.patch_size
     if mels % bands:
@@ -148,50 +158,55 @@ def _audio_slots(data: DataSpec, spec: ParticleSpec) -> packing.Slots:
             f"config.data.audio.num_mels={mels} is not a multiple of patch_size[1]={bands}: "
             "change one of them."
         )
-    number = audio.spectra(_seconds(data, clips.AUDIO), data.audio) // spectra
-    return packing.Slots(max(1, number) * (mels // bands), spectra * bands)
+    num_patches = audio.num_spectra(_max_seconds(data, clips.AUDIO), data.audio) // spectra
+    return packing.SlotSpec(max(1, num_patches) * (mels // bands), spectra * bands)
 
 
-def _series_slots(data: DataSpec, spec: ParticleSpec) -> packing.Slots:
+def _series_slots(data: DataSpec, spec: ParticleSpec) -> packing.SlotSpec:
     del spec
     if not data.timeseries.channels:
         raise UserError(
             "config.data.timeseries.channels is empty: set it to the CSV columns to read."
         )
-    number = (
-        round(_seconds(data, clips.TIMESERIES) * data.timeseries.sample_rate)
+    num_patches = (
+        round(_max_seconds(data, clips.TIMESERIES) * data.timeseries.sample_rate)
         // data.timeseries.patch_length
     )
-    return packing.Slots(
-        max(1, number), data.timeseries.patch_length * len(data.timeseries.channels)
+    return packing.SlotSpec(
+        max(1, num_patches), data.timeseries.patch_length * len(data.timeseries.channels)
     )
 
 
-def _kept_slots(modality: str, data: DataSpec, spec: ParticleSpec) -> packing.Slots:
+def _feature_slots(modality: str, data: DataSpec, spec: ParticleSpec) -> packing.SlotSpec:
     del spec
-    if not clips.decodes(data):
-        for key, needless in (
+    if not clips.needs_decoding(data):
+        for key, is_set in (
             ("frame_sampling", data.frame_sampling == "dense"),
             ("augment.mixup_alpha", data.augment.mixup_alpha),
             ("augment.cutmix_alpha", data.augment.cutmix_alpha),
         ):
-            if needless:
+            if is_set:
                 raise UserError(
                     f"config.data.{key} needs frames, but "
                     f"config.data.modalities={data.modalities} decodes none: keep its default, or "
                     "add 'vision'."
                 )
-    what = feature_reader.opened(getattr(data, modality), modality)
-    return packing.Slots(what.most(0.0 if what.whole else _seconds(data, modality)), what.width)
+    feature_set = feature_reader.open_features(getattr(data, modality), modality)
+    return packing.SlotSpec(
+        feature_set.max_particles(
+            0.0 if feature_set.covers_whole_clip else _max_seconds(data, modality)
+        ),
+        feature_set.width,
+    )
 
 
-def _text_slots(data: DataSpec, spec: ParticleSpec) -> packing.Slots:
+def _text_slots(data: DataSpec, spec: ParticleSpec) -> packing.SlotSpec:
     del spec
-    return packing.Slots(data.text.max_length, 1, "int32")
+    return packing.SlotSpec(data.text.max_length, 1, "int32")
 
 
-def _seconds(data: DataSpec, modality: str) -> float:
-    seconds = clips.longest(data, getattr(data, modality).max_seconds)
+def _max_seconds(data: DataSpec, modality: str) -> float:
+    seconds = clips.max_seconds(data, getattr(data, modality).max_seconds)
     if not seconds:
         raise UserError(
             f"config.data.{modality}.max_seconds and config.data.clip_seconds are 0, but the row "
@@ -200,10 +215,10 @@ def _seconds(data: DataSpec, modality: str) -> float:
     return seconds
 
 
-_SLOTS = {
+_SLOT_FUNCTIONS = {
     clips.VISION: _vision_slots,
     clips.AUDIO: _audio_slots,
     clips.TEXT: _text_slots,
     clips.TIMESERIES: _series_slots,
-    **{name: functools.partial(_kept_slots, name) for name in clips.FEATURE_MODALITIES},
+    **{name: functools.partial(_feature_slots, name) for name in clips.FEATURE_MODALITIES},
 }

@@ -33,13 +33,13 @@ from particlejax.distributed import cluster
 _MANIFEST = "manifest.json"
 _STATE, _DATA = "state", "data"
 _PARTIAL = "*.orbax-checkpoint-tmp*"  # unfinished Orbax writes
-_READERS = 4  # threads that compute checksums
-_DIVIDED = 2**20  # minimum bytes of a slice that a replica writes in parallel
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_CHECKSUM_THREADS = 4  # threads that compute checksums
+_MIN_SLICE_BYTES = 2**20  # minimum bytes of a slice that a replica writes in parallel
+_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 # TensorStore reports no errno
-_FULL_TEXTS = tuple(os.strerror(number) for number in _FULL) + ("RESOURCE_EXHAUSTED",)
+_DISK_ERROR_TEXTS = tuple(os.strerror(number) for number in _DISK_ERRNOS) + ("RESOURCE_EXHAUSTED",)
 # files of an Orbax checkpoint not written by particlejax
-_FOREIGN = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")
+_ORBAX_FILES = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")
 
 
 def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
@@ -47,7 +47,10 @@ def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
     kinds = [(kind, ocp.type_handlers.ScalarHandler()) for kind in (int, float, np.number)]
     kinds += [
         (np.ndarray, ocp.type_handlers.NumpyHandler()),
-        (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_DIVIDED)),
+        (
+            jax.Array,
+            ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_SLICE_BYTES),
+        ),
     ]
     arrays = ocp.PyTreeCheckpointHandler(
         type_handler_registry=ocp.type_handlers.create_type_handler_registry(*kinds)
@@ -60,8 +63,8 @@ def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
     return registry
 
 
-def _say(sentence: str) -> None:
-    print(sentence, file=sys.stderr, flush=True)
+def _print_stderr(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 class Checkpoints:
@@ -72,19 +75,22 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], keep: int, say: Callable[[str], None] = _say
+        self,
+        folder: str | os.PathLike[str],
+        max_to_keep: int,
+        log_fn: Callable[[str], None] = _print_stderr,
     ) -> None:
         self.folder = Path(folder).absolute()
-        self._say = say
-        self._marking: threading.Thread | None = None
-        self._unmarked: Exception | None = None  # error of the last manifest
-        if cluster.first():
+        self._log_fn = log_fn
+        self._manifest_thread: threading.Thread | None = None
+        self._manifest_error: Exception | None = None  # error of the last manifest
+        if cluster.is_primary():
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._sweep()
-            self._set_aside_damaged()
+            self._remove_partial()
+            self._move_damaged()
         # other processes read after damaged checkpoints are moved
         cluster.barrier(f"open {self.folder}")
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
+        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=False)
         self._manager = ocp.CheckpointManager(
             self.folder, options=options, handler_registry=_handlers()
         )
@@ -101,57 +107,59 @@ class Checkpoints:
         try:
             started = self._manager.save(step, args=ocp.args.Composite(**items))
         except Exception as error:
-            raise self._explained(error) from error
+            raise self._as_user_error(error) from error
         if not started:
             raise RuntimeError(
                 f"Orbax refused to save step {step} in {self.folder}: it holds {self.steps()}"
             )
-        if cluster.first():  # immediately, so that a kill before the next save loses nothing
-            self._marking = threading.Thread(target=self._mark, args=(step,), daemon=True)
-            self._marking.start()
+        if cluster.is_primary():  # immediately, so that a kill before the next save loses nothing
+            self._manifest_thread = threading.Thread(
+                target=self._write_manifest, args=(step,), daemon=True
+            )
+            self._manifest_thread.start()
 
     def finish(self) -> None:
         """Waits until the started save and its manifest are on disk. Raises UserError if that
         failed.
         """
-        if self._marking is not None:
-            self._marking.join()
-            self._marking = None
-        error, self._unmarked = self._unmarked, None
+        if self._manifest_thread is not None:
+            self._manifest_thread.join()
+            self._manifest_thread = None
+        error, self._manifest_error = self._manifest_error, None
         try:
             self._manager.wait_until_finished()
         except Exception as raised:
             error = raised
         if error is not None:
-            raise self._explained(error) from error
+            raise self._as_user_error(error) from error
 
-    def _mark(self, step: int) -> None:
+    def _write_manifest(self, step: int) -> None:
         folder = self.folder / str(step)
         try:
             self._manager.wait_until_finished()
             write_json(folder / _MANIFEST, _checksums(folder))
         except Exception as error:  # raised by `finish`
-            self._unmarked = error
+            self._manifest_error = error
 
-    def _explained(self, error: Exception) -> Exception:
+    def _as_user_error(self, error: Exception) -> Exception:
         """A UserError if the disk caused the error; partial writes are removed to free space."""
-        reason = disk_fault(error)
+        reason = disk_error(error)
         if not reason:
             return error
-        if cluster.first():
-            self._sweep()
-        whole = [p for p in _numbered(self.folder) if (p / _MANIFEST).exists()]
-        kept = (
-            f"step {whole[-1].name} and all before it are kept"
-            if whole
+        if cluster.is_primary():
+            self._remove_partial()
+        valid = [p for p in _step_folders(self.folder) if (p / _MANIFEST).exists()]
+        remaining = (
+            f"step {valid[-1].name} and all before it are kept"
+            if valid
             else "there is no earlier one"
         )
         return UserError(
-            f"a checkpoint cannot be written to {self.folder} ({reason}); {kept}: free disk space "
-            "and run the same command again."
+            f"a checkpoint cannot be written to {self.folder} ({reason}); {remaining}: free disk "
+            "space and run the same command again."
         )
 
-    def _sweep(self) -> None:
+    def _remove_partial(self) -> None:
         for path in self.folder.glob(_PARTIAL):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -177,8 +185,8 @@ class Checkpoints:
             _STATE: ocp.args.PyTreeRestore(item=abstract, restore_args=args),
             _DATA: ocp.args.JsonRestore(),
         }
-        found = self._manager.restore(step, args=ocp.args.Composite(**items))
-        return step, found[_STATE], found[_DATA]
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        return step, restored[_STATE], restored[_DATA]
 
     def _saved_names(self, step: int) -> set[str]:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
@@ -196,17 +204,17 @@ class Checkpoints:
             item=wanted, restore_args=checkpoint_utils.construct_restore_args(wanted)
         )
         items = {_STATE: args, _DATA: ocp.args.JsonRestore()}
-        found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         leaves = {
-            renames.parameter(name): leaf for name, leaf in tree.flatten(found[_STATE]).items()
+            renames.parameter(name): leaf for name, leaf in tree.flatten(restored[_STATE]).items()
         }
-        return tree.map_named(lambda name, _: leaves[name], abstract), found[_DATA]
+        return tree.map_named(lambda name, _: leaves[name], abstract), restored[_DATA]
 
-    def forget_after(self, step: int) -> None:
+    def delete_after(self, step: int) -> None:
         """Deletes checkpoints after `step`: the run resumes before them and writes them again."""
-        for each in self.steps():
-            if each > step:
-                self._manager.delete(each)
+        for saved_step in self.steps():
+            if saved_step > step:
+                self._manager.delete(saved_step)
 
     def close(self) -> None:
         """Finishes and releases Orbax's resources."""
@@ -215,64 +223,66 @@ class Checkpoints:
         finally:
             self._manager.close()
 
-    def _set_aside_damaged(self) -> None:
-        for folder in _numbered(self.folder):
-            wrong = fault(folder)
-            if wrong:
-                aside = self.folder / "damaged" / folder.name
-                aside.parent.mkdir(exist_ok=True)
-                while aside.exists():
-                    aside = aside.with_name(aside.name + "x")
-                shutil.move(folder, aside)
-                self._say(
-                    f"checkpoint {folder} failed verification ({wrong}) and was moved to {aside}; "
-                    "using the one before."
+    def _move_damaged(self) -> None:
+        for folder in _step_folders(self.folder):
+            problem = integrity_error(folder)
+            if problem:
+                destination = self.folder / "damaged" / folder.name
+                destination.parent.mkdir(exist_ok=True)
+                while destination.exists():
+                    destination = destination.with_name(destination.name + "x")
+                shutil.move(folder, destination)
+                self._log_fn(
+                    f"checkpoint {folder} failed verification ({problem}) and was moved to "
+                    f"{destination}; using the one before."
                 )
 
 
 def load_subtree(
-    folder: str | os.PathLike[str], want: Any, branches: tuple[str, ...], step: int | None = None
+    folder: str | os.PathLike[str], wanted: Any, branches: tuple[str, ...], step: int | None = None
 ) -> tuple[Any, dict[str, tuple]]:
-    """Arrays of the newest valid checkpoint, or of `step`, that `want` names, and the shapes of all
-    saved arrays.
+    """Arrays of the newest valid checkpoint, or of `step`, that `wanted` names, and the shapes of
+    all saved arrays.
 
-    want: {path name: ShapeDtypeStruct with sharding}; branches: top-level names of the saved state,
-    the first that exists is read. Missing paths and other shapes are left out; the caller compares.
-    Raises UserError if the folder has no valid checkpoint.
+    wanted: {path name: ShapeDtypeStruct with sharding}; branches: top-level names of the saved
+    state, the first that exists is read. Missing paths and other shapes are left out; the caller
+    compares. Raises UserError if the folder has no valid checkpoint.
     """
-    item = _newest_whole(folder, step) / _STATE
+    item = _newest_valid(folder, step) / _STATE
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         saved = reader.metadata(item).item_metadata.tree
-        branch = next(b for b in branches if saved.get(b))
-        flat = tree.flatten(saved[branch])
+        branch_name = next(name for name in branches if saved.get(name))
+        flat = tree.flatten(saved[branch_name])
         old = {renames.parameter(name): name for name in flat}
         shapes = {name: tuple(flat[old[name]].shape) for name in old}
-        wanted = {
-            old[name]: leaf for name, leaf in want.items() if shapes.get(name) == tuple(leaf.shape)
+        matching = {
+            old[name]: leaf
+            for name, leaf in wanted.items()
+            if shapes.get(name) == tuple(leaf.shape)
         }
 
-        nested = {branch: tree.nest(wanted)}
+        nested = {branch_name: tree.nest(matching)}
         args = checkpoint_utils.construct_restore_args(nested)
-        found = reader.restore(
+        restored = reader.restore(
             item, args=ocp.args.PyTreeRestore(item=nested, restore_args=args, partial_restore=True)
         )
-    return _renamed(found[branch]), shapes
+    return _renamed(restored[branch_name]), shapes
 
 
-def _renamed(found: Any) -> dict[str, Any]:
+def _renamed(restored: Any) -> dict[str, Any]:
     """Leaves by today's path names."""
-    return {renames.parameter(name): leaf for name, leaf in tree.flatten(found).items()}
+    return {renames.parameter(name): leaf for name, leaf in tree.flatten(restored).items()}
 
 
 def load_data(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON data of the newest valid checkpoint. Raises UserError if there is none."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return reader.restore(_newest_whole(folder) / _DATA)
+        return reader.restore(_newest_valid(folder) / _DATA)
 
 
-def mark(folder: str | os.PathLike[str]) -> str:
+def fingerprint(folder: str | os.PathLike[str]) -> str:
     """A fingerprint of the newest valid checkpoint. Raises UserError if there is none."""
-    return _digest(_newest_whole(folder) / _MANIFEST)[:16]
+    return _digest(_newest_valid(folder) / _MANIFEST)[:16]
 
 
 def load_arrays(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -280,57 +290,59 @@ def load_arrays(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     checkpoint, or any Orbax checkpoint. Raises UserError if it is neither.
     """
     folder = Path(folder).absolute()
-    foreign = any((folder / name).exists() for name in _FOREIGN)
-    item = folder if foreign else _newest_whole(folder) / _STATE
+    is_plain_orbax = any((folder / name).exists() for name in _ORBAX_FILES)
+    item = folder if is_plain_orbax else _newest_valid(folder) / _STATE
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         saved = reader.metadata(item).item_metadata.tree
-        branch = (
-            next((b for b in ("average", "params") if saved.get(b)), None) if not foreign else None
+        branch_name = (
+            next((name for name in ("average", "params") if saved.get(name)), None)
+            if not is_plain_orbax
+            else None
         )
-        wanted = saved if branch is None else {branch: saved[branch]}
+        wanted = saved if branch_name is None else {branch_name: saved[branch_name]}
         args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        found = reader.restore(
+        restored = reader.restore(
             item, args=ocp.args.PyTreeRestore(item=wanted, restore_args=args, partial_restore=True)
         )
-    return tree.flatten(found) if branch is None else _renamed(found[branch])
+    return tree.flatten(restored) if branch_name is None else _renamed(restored[branch_name])
 
 
-def whole_steps(folder: str | os.PathLike[str]) -> list[int]:
+def valid_steps(folder: str | os.PathLike[str]) -> list[int]:
     """Steps of the valid checkpoints in a folder, ascending."""
     folder = Path(folder)
     steps = (
         sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
     )
-    return [step for step in steps if not fault(folder / str(step))]
+    return [step for step in steps if not integrity_error(folder / str(step))]
 
 
-def _newest_whole(folder: str | os.PathLike[str], step: int | None = None) -> Path:
+def _newest_valid(folder: str | os.PathLike[str], step: int | None = None) -> Path:
     folder = Path(folder).absolute()
-    there = _numbered(folder) if folder.is_dir() else []
-    for path in reversed(there if step is None else [folder / str(step)]):
-        if not fault(path):
+    candidates = _step_folders(folder) if folder.is_dir() else []
+    for path in reversed(candidates if step is None else [folder / str(step)]):
+        if not integrity_error(path):
             return path
     raise UserError(f"{folder} has no valid checkpoint: use a run that has saved one.")
 
 
-def _numbered(folder: Path) -> list[Path]:
+def _step_folders(folder: Path) -> list[Path]:
     return sorted((p for p in folder.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
 
 
-def disk_fault(error: BaseException | None) -> str:
+def disk_error(error: BaseException | None) -> str:
     """The disk error that caused `error`, or ''."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _FULL:
+        if isinstance(error, OSError) and error.errno in _DISK_ERRNOS:
             return os.strerror(error.errno)
-        if found := next((text for text in _FULL_TEXTS if text in str(error)), ""):
-            return found
+        if text := next((text for text in _DISK_ERROR_TEXTS if text in str(error)), ""):
+            return text
         error = error.__cause__ or error.__context__
     return ""
 
 
 def _checksums(folder: Path) -> dict[str, str]:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(_MANIFEST))
-    with ThreadPoolExecutor(_READERS) as pool:
+    with ThreadPoolExecutor(_CHECKSUM_THREADS) as pool:
         return dict(
             zip(
                 (p.relative_to(folder).as_posix() for p in files),
@@ -345,7 +357,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fault(folder: Path) -> str:
+def integrity_error(folder: Path) -> str:
     """Why a checkpoint is invalid, '' if it is valid."""
     try:
         expected = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
@@ -353,8 +365,8 @@ def fault(folder: Path) -> str:
         return "its writing was interrupted"
     except (OSError, ValueError) as error:
         return f"its manifest cannot be read: {error}"
-    found = _checksums(folder)
-    wrong = sorted(
-        name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+    actual = _checksums(folder)
+    mismatched = sorted(
+        name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name)
     )
-    return f"{wrong[0]} is missing or differs from its checksum" if wrong else ""
+    return f"{mismatched[0]} is missing or differs from its checksum" if mismatched else ""

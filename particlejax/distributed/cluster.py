@@ -23,17 +23,17 @@ from particlejax.config.experiment import DistributedSpec
 from particlejax.core.typing import UserError
 
 # exit code (EX_TEMPFAIL) of a run that its supervisor should restart; 2 is a user's mistake
-AGAIN = 75
-_RANKS = (
+EXIT_RESTART = 75
+_RANK_VARIABLES = (
     "JAX_PROCESS_ID",
     "JOB_COMPLETION_INDEX",
     "OMPI_COMM_WORLD_RANK",
     "PMI_RANK",
     "SLURM_PROCID",
 )
-_SIZES = ("JAX_NUM_PROCESSES", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+_SIZE_VARIABLES = ("JAX_NUM_PROCESSES", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 _ORTE = "OMPI_MCA_orte_hnp_uri"  # of Open MPI up to 4: its launcher's address
-_LOST = (
+_PEER_LOSS_TEXTS = (
     "Gloo",
     "closed by peer",
     "Connection reset",
@@ -46,10 +46,10 @@ _LOST = (
 )
 # Prints the last message of a terminated process: XLA ends a process that lost a peer without
 # returning to Python.
-_WITNESS = (
-    "import os, sys; said = sys.stdin.buffer.read(); said or os.write(2, sys.argv[1].encode())"
+_WATCHDOG_CODE = (
+    "import os, sys; done = sys.stdin.buffer.read(); done or os.write(2, sys.argv[1].encode())"
 )
-_witness: list[subprocess.Popen] = []
+_watchdogs: list[subprocess.Popen] = []
 
 
 def arguments(spec: DistributedSpec, environ: Mapping[str, str]) -> dict[str, Any]:
@@ -64,17 +64,17 @@ def arguments(spec: DistributedSpec, environ: Mapping[str, str]) -> dict[str, An
     if spec.start == "off":
         return {}
     if coordinator:
-        return _explicit(spec, coordinator, environ)
-    if _number(environ, "SLURM_STEP_NUM_TASKS") > 1 and "SLURM_PROCID" in environ:
+        return _explicit_arguments(spec, coordinator, environ)
+    if _int_variable(environ, "SLURM_STEP_NUM_TASKS") > 1 and "SLURM_PROCID" in environ:
         return {"cluster_detection_method": "slurm"}
-    if _number(environ, "OMPI_COMM_WORLD_SIZE") > 1:
+    if _int_variable(environ, "OMPI_COMM_WORLD_SIZE") > 1:
         if _ORTE not in environ:
             raise UserError(
                 "this Open MPI does not give the address of its first process: set "
                 "JAX_COORDINATOR_ADDRESS=HOST:PORT, or config.distributed.coordinator_address."
             )
         return {"cluster_detection_method": "ompi"}
-    if spec.num_processes > 1 or _number(environ, "JAX_NUM_PROCESSES") > 1:
+    if spec.num_processes > 1 or _int_variable(environ, "JAX_NUM_PROCESSES") > 1:
         raise UserError(
             "several processes are configured, but not the address of the first one: set "
             "config.distributed.coordinator_address=HOST:PORT, or JAX_COORDINATOR_ADDRESS."
@@ -82,16 +82,16 @@ def arguments(spec: DistributedSpec, environ: Mapping[str, str]) -> dict[str, An
     return {"cluster_detection_method": None} if _on_tpu(environ) else {}
 
 
-def start(spec: DistributedSpec) -> None:
+def initialize(spec: DistributedSpec) -> None:
     """Joins the other processes, before any device is used. Raises UserError if they do not
     connect.
     """
-    known = arguments(spec, os.environ)
-    if not known or jax.distributed.is_initialized():
+    kwargs = arguments(spec, os.environ)
+    if not kwargs or jax.distributed.is_initialized():
         return
     try:
         jax.distributed.initialize(
-            **known,
+            **kwargs,
             heartbeat_timeout_seconds=spec.heartbeat_timeout_seconds,
             initialization_timeout=spec.initialization_timeout,
         )
@@ -102,39 +102,39 @@ def start(spec: DistributedSpec) -> None:
             "config.distributed, or the environment, gives all the same coordinator."
         ) from error
     if jax.process_count() > 1:
-        me = f"process {jax.process_index()} of {jax.process_count()}"
-        sentence = (
-            f"particlejax: {me} was terminated (a peer was lost, or the system killed it). "
-            f"{_REMEDY}\n"
+        process_name = f"process {jax.process_index()} of {jax.process_count()}"
+        message = (
+            f"particlejax: {process_name} was terminated (a peer was lost, or the system killed "
+            f"it). {_REMEDY}\n"
         )
-        _witness.append(
+        _watchdogs.append(
             subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _WITNESS, sentence],
+                [sys.executable, "-I", "-S", "-c", _WATCHDOG_CODE, message],
                 stdin=subprocess.PIPE,
                 start_new_session=True,
             )
         )
 
 
-def several() -> bool:
+def is_multiprocess() -> bool:
     """Whether this process is one of several."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def first() -> bool:
+def is_primary() -> bool:
     """Whether this process writes the results; queries no device in a single process."""
-    return not several() or jax.process_index() == 0
+    return not is_multiprocess() or jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
     """Waits for all processes."""
-    if several():
+    if is_multiprocess():
         multihost_utils.sync_global_devices(name)
 
 
-def gather(value: Any) -> list[Any]:
+def gather_json(value: Any) -> list[Any]:
     """The JSON values of all processes, in process order; all processes must call it."""
-    if not several():
+    if not is_multiprocess():
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = np.asarray(multihost_utils.process_allgather(np.int32(text.size))).reshape(-1)
@@ -143,21 +143,21 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
-def failed(error: Exception) -> int:
+def report_failure(error: Exception) -> int:
     """Reports the error that ended this process of several; returns the exit code."""
-    if any(text in str(error) for text in _LOST):
-        me = f"process {jax.process_index()} of {jax.process_count()}"
-        print(f"particlejax: {me} lost a peer. {_REMEDY}", file=sys.stderr)
-        return AGAIN
+    if any(text in str(error) for text in _PEER_LOSS_TEXTS):
+        process_name = f"process {jax.process_index()} of {jax.process_count()}"
+        print(f"particlejax: {process_name} lost a peer. {_REMEDY}", file=sys.stderr)
+        return EXIT_RESTART
     traceback.print_exception(error)
     return 1
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """Ends this process; after a failure it does not wait for the others, which then end too."""
-    for witness in _witness:
-        witness.communicate(b"said")
-    if code and several():
+    for watchdog in _watchdogs:
+        watchdog.communicate(b"done")
+    if code and is_multiprocess():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -170,31 +170,33 @@ _REMEDY = (
 )
 
 
-def _explicit(
+def _explicit_arguments(
     spec: DistributedSpec, coordinator: str, environ: Mapping[str, str]
 ) -> dict[str, Any]:
-    processes = spec.num_processes or next(
-        (n for n in (_number(environ, name) for name in _SIZES) if n), 0
+    num_processes = spec.num_processes or next(
+        (size for size in (_int_variable(environ, name) for name in _SIZE_VARIABLES) if size), 0
     )
-    process = spec.process_id or next((environ[name] for name in _RANKS if name in environ), "")
-    if not processes or not process.isdigit() or int(process) >= processes:
+    process_id = spec.process_id or next(
+        (environ[name] for name in _RANK_VARIABLES if name in environ), ""
+    )
+    if not num_processes or not process_id.isdigit() or int(process_id) >= num_processes:
         raise UserError(
-            f"the coordinator is {coordinator}, of {processes or 'an unknown number of'} "
-            f"processes, and this is process {process or 'unknown'}: set "
+            f"the coordinator is {coordinator}, of {num_processes or 'an unknown number of'} "
+            f"processes, and this is process {process_id or 'unknown'}: set "
             "config.distributed.num_processes and config.distributed.process_id (0 for the "
             "first), or JAX_NUM_PROCESSES and JAX_PROCESS_ID."
         )
-    if processes == 1:
+    if num_processes == 1:
         return {}
     return {
         "coordinator_address": coordinator,
-        "num_processes": processes,
-        "process_id": int(process),
+        "num_processes": num_processes,
+        "process_id": int(process_id),
         "cluster_detection_method": "deactivate",
     }
 
 
-def _number(environ: Mapping[str, str], name: str) -> int:
+def _int_variable(environ: Mapping[str, str], name: str) -> int:
     text = environ.get(name, "")
     return int(text) if text.isdigit() else 0
 

@@ -17,11 +17,11 @@ import jax
 
 from particlejax.distributed import cluster
 
-_MAPPED, _TRIM = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of glibc's malloc.h
-_INLINE = "jax_cpu_enable_async_dispatch"
+_M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of glibc's malloc.h
+_ASYNC_DISPATCH = "jax_cpu_enable_async_dispatch"
 
 
-def keep(environ: Mapping[str, str] = os.environ) -> bool:
+def keep_heap(environ: Mapping[str, str] = os.environ) -> bool:
     """Keeps freed memory and runs programs in the calling thread, if applicable; returns whether it
     does. Call before JAX finds devices.
 
@@ -29,17 +29,24 @@ def keep(environ: Mapping[str, str] = os.environ) -> bool:
     thread), if the environment configures malloc (GLIBC_TUNABLES, MALLOC_..., LD_PRELOAD), or
     without glibc.
     """
-    told = any(name.startswith(("GLIBC_TUNABLES", "MALLOC_", "LD_PRELOAD")) for name in environ)
-    if told or _accelerated(environ) or _several(environ) or _INLINE not in jax.config.values:
+    configured = any(
+        name.startswith(("GLIBC_TUNABLES", "MALLOC_", "LD_PRELOAD")) for name in environ
+    )
+    if (
+        configured
+        or _has_accelerator(environ)
+        or _has_several_devices(environ)
+        or _ASYNC_DISPATCH not in jax.config.values
+    ):
         return False
-    tell = getattr(ctypes.CDLL(None), "mallopt", None)  # missing in musl and macOS
-    if tell is None or not all([tell(_MAPPED, 0), tell(_TRIM, 2**31 - 1)]):
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # missing in musl and macOS
+    if mallopt is None or not all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)]):
         return False
-    jax.config.update(_INLINE, False)
+    jax.config.update(_ASYNC_DISPATCH, False)
     return True
 
 
-def _accelerated(environ: Mapping[str, str]) -> bool:
+def _has_accelerator(environ: Mapping[str, str]) -> bool:
     """Whether JAX may find devices other than the CPU."""
     if platforms := environ.get("JAX_PLATFORMS"):
         return platforms != "cpu"
@@ -49,9 +56,9 @@ def _accelerated(environ: Mapping[str, str]) -> bool:
     )
 
 
-def _several(environ: Mapping[str, str]) -> bool:
+def _has_several_devices(environ: Mapping[str, str]) -> bool:
     forced = (
         "device_count" in environ.get("XLA_FLAGS", "")
         or jax.config.values.get("jax_num_cpu_devices", 1) > 1
     )
-    return forced or cluster.several()
+    return forced or cluster.is_multiprocess()

@@ -18,7 +18,7 @@ from particlejax.core import tree
 from particlejax.core.typing import UserError
 
 AXES = ("data", "fsdp", "tensor", "sequence")
-ROWS = ("data", "fsdp")  # axes over which a batch's rows are divided
+BATCH_AXES = ("data", "fsdp")  # axes over which a batch's rows are divided
 
 # Last axes of a parameter (and of its optimizer moments, whose paths have the same ending) -> mesh
 # axes; leading axes of stacked layers are not sharded.
@@ -32,24 +32,24 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
-def make_mesh(spec: MeshSpec, of: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of the four named axes over `of`, by default all devices. Raises UserError if their
-    number does not fit.
+def make_mesh(spec: MeshSpec, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of the four named axes over `devices`, by default all devices. Raises UserError if
+    their number does not fit.
     """
-    sizes, devices = (
+    sizes, num_devices = (
         [getattr(spec, axis) for axis in AXES],
-        jax.device_count() if of is None else len(of),
+        jax.device_count() if devices is None else len(devices),
     )
-    rest, over = divmod(devices, math.prod(size for size in sizes if size != -1))
-    sizes = [rest if size == -1 else size for size in sizes]
-    if over or math.prod(sizes) != devices:
+    remaining, remainder = divmod(num_devices, math.prod(size for size in sizes if size != -1))
+    sizes = [remaining if size == -1 else size for size in sizes]
+    if remainder or math.prod(sizes) != num_devices:
         raise UserError(
-            f"config.mesh is {dict(zip(AXES, sizes, strict=True))}, but there are {devices} "
+            f"config.mesh is {dict(zip(AXES, sizes, strict=True))}, but there are {num_devices} "
             "devices: make the product equal to that number, or set one axis to -1."
         )
     # A mesh axis may use part of a torus axis, else data=8, fsdp=8 fails on 4x4x4 chips.
     grid = mesh_utils.create_device_mesh(
-        sizes, jax.devices() if of is None else of, allow_split_physical_axes=True
+        sizes, jax.devices() if devices is None else devices, allow_split_physical_axes=True
     )
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -64,11 +64,15 @@ def param_shardings(shapes: Any, mesh: Mesh) -> Any:
     )
     if mesh.shape["fsdp"] > 1:
         sizes = tree.flatten(jax.tree.map(lambda leaf: math.prod(leaf.shape), shapes))
-        whole = {name for name, each in tree.flatten(shardings).items() if "fsdp" not in each.spec}
-        share = sum(sizes[name] for name in whole) / max(sum(sizes.values()), 1)
-        if share > 0.5:
+        replicated = {
+            name
+            for name, leaf_sharding in tree.flatten(shardings).items()
+            if "fsdp" not in leaf_sharding.spec
+        }
+        fraction = sum(sizes[name] for name in replicated) / max(sum(sizes.values()), 1)
+        if fraction > 0.5:
             warnings.warn(
-                f"config.mesh.fsdp={mesh.shape['fsdp']} divides no axis of {share:.0%} of the "
+                f"config.mesh.fsdp={mesh.shape['fsdp']} divides no axis of {fraction:.0%} of the "
                 "parameters and their moments, so every device holds a full copy: use a divisor "
                 "of config.model.width, and data for the rest.",
                 stacklevel=2,
@@ -78,22 +82,24 @@ def param_shardings(shapes: Any, mesh: Mesh) -> Any:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows are sharded over data and fsdp, other axes are not."""
-    return NamedSharding(mesh, P(ROWS))
+    return NamedSharding(mesh, P(BATCH_AXES))
 
 
-def on(mesh: Mesh, f: Callable[..., Any]) -> Callable[..., Any]:
+def with_mesh(mesh: Mesh, fn: Callable[..., Any]) -> Callable[..., Any]:
     """f, run with the mesh in context, for sharding constraints and shard_map inside it."""
 
-    @functools.wraps(f)
-    def told(*args: Any) -> Any:
+    @functools.wraps(fn)
+    def wrapped(*args: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return f(*args)
+            return fn(*args)
 
-    return told
+    return wrapped
 
 
-def spread(x_BLD: jax.Array) -> jax.Array:
-    """Shards tokens [B, L, D] over rows and sequence, if the mesh of `on` has a sequence axis."""
+def constrain_sequence(x_BLD: jax.Array) -> jax.Array:
+    """Shards tokens [B, L, D] over rows and sequence, if the mesh of `with_mesh` has a sequence
+    axis.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["sequence"] == 1:
         return x_BLD
@@ -104,8 +110,12 @@ def spread(x_BLD: jax.Array) -> jax.Array:
             stacklevel=2,
         )
         return x_BLD
-    rows = ROWS if x_BLD.shape[0] % math.prod(mesh.shape[axis] for axis in ROWS) == 0 else None
-    return jax.lax.with_sharding_constraint(x_BLD, P(rows, "sequence"))
+    row_axes = (
+        BATCH_AXES
+        if x_BLD.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES) == 0
+        else None
+    )
+    return jax.lax.with_sharding_constraint(x_BLD, P(row_axes, "sequence"))
 
 
 def describe(mesh: Mesh) -> str:
@@ -121,39 +131,43 @@ def describe(mesh: Mesh) -> str:
 
 def row_divisor(mesh: Mesh) -> int:
     """The number of rows of a batch must be a multiple of this."""
-    return math.prod(mesh.shape[axis] for axis in ROWS)
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def check_rows(rows: int, mesh: Mesh, key: str) -> None:
     """Raises UserError if `rows` cannot be divided over the mesh."""
-    parts = row_divisor(mesh)
-    if rows % parts:
+    num_shards = row_divisor(mesh)
+    if rows % num_shards:
         raise UserError(
-            f"{key}={rows} cannot be divided over {parts} devices (mesh data x fsdp): use a "
+            f"{key}={rows} cannot be divided over {num_shards} devices (mesh data x fsdp): use a "
             "multiple."
         )
 
 
-def reader(mesh: Mesh) -> tuple[int, int]:
+def process_slice(mesh: Mesh) -> tuple[int, int]:
     """(i, n): the rows of a batch are loaded in n parts; this process loads part i.
 
     Processes whose devices hold the same rows (tensor or sequence spans processes) load the same
     part. Raises UserError if processes hold partly overlapping rows.
     """
-    held: dict[int, set[int]] = {}
+    rows_by_process: dict[int, set[int]] = {}
     for (data, fsdp, *_), device in np.ndenumerate(mesh.devices):
-        held.setdefault(device.process_index, set()).add(data * mesh.shape["fsdp"] + fsdp)
-    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+        rows_by_process.setdefault(device.process_index, set()).add(
+            data * mesh.shape["fsdp"] + fsdp
+        )
+    parts = sorted({tuple(sorted(rows)) for rows in rows_by_process.values()})
     if len({len(part) for part in parts}) > 1 or len(set().union(*parts)) != sum(map(len, parts)):
         raise UserError(
             f"config.mesh={dict(mesh.shape)} makes processes share only some rows: make tensor x "
             "sequence a divisor or a multiple of the devices of a process."
         )
-    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+    return parts.index(tuple(sorted(rows_by_process[jax.process_index()]))), len(parts)
 
 
-def put(batch: Any, mesh: Mesh) -> Any:
-    """A batch on the mesh; each process passes its own rows (`reader`), numpy [B / n, ...]."""
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """A batch on the mesh; each process passes its own rows (`process_slice`), numpy [B / n,
+    ...].
+    """
     sharding = batch_sharding(mesh)
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
@@ -164,9 +178,9 @@ def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     axes = tree.match(RULES, name)
     if not axes or len(shape) < len(axes):
         return P()
-    whole = (None,) * (len(shape) - len(axes))
-    fits = (
-        a if a and size % mesh.shape[a] == 0 else None
-        for a, size in zip(axes, shape[len(whole) :], strict=True)
+    leading = (None,) * (len(shape) - len(axes))
+    trailing = (
+        axis if axis and size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(axes, shape[len(leading) :], strict=True)
     )
-    return P(*whole, *fits)
+    return P(*leading, *trailing)

@@ -20,23 +20,23 @@ from particlejax.config.training import FinetuneSpec
 from particlejax.core.typing import UserError
 
 Flat = Mapping[str, Array]
-BLOCKS = "encoder/transformer/blocks/"
+BLOCKS_PREFIX = "encoder/transformer/blocks/"
 # where nn/transformer.py looks for additional parameters of its blocks
-TUNED = "encoder/transformer/tuned/"
-PROMPTS = (
+PEFT_PREFIX = "encoder/transformer/tuned/"
+PROMPT_PREFIX = (
     "encoder/prompts/"  # where models/particle_model.py looks for additional tokens of every clip
 )
-_DEEP = f"{TUNED}prompt/token"
+_DEEP_PROMPT = f"{PEFT_PREFIX}prompt/token"
 _EPSILON = 1e-6  # as in linen's norms
 _STD = 0.02  # of new vectors, as for the model's own
 
 
 class Method(NamedTuple):
-    """trains: paths of trainable base parameters. init(key, base, spec): new arrays. merge(base,
+    """trainable: paths of trainable base parameters. init(key, base, spec): new arrays. merge(base,
     extra, spec): the model's parameters.
     """
 
-    trains: str
+    trainable: str
     init: Callable[[Array, Flat, FinetuneSpec], dict[str, Array]]
     merge: Callable[[Flat, Flat, FinetuneSpec], dict[str, Array]]
 
@@ -47,7 +47,7 @@ def no_init(key: Array, base: Flat, spec: FinetuneSpec) -> dict[str, Array]:
     return {}
 
 
-def beside(base: Flat, extra: Flat, spec: FinetuneSpec) -> dict[str, Array]:
+def add_extra(base: Flat, extra: Flat, spec: FinetuneSpec) -> dict[str, Array]:
     """Adds the new parameters beside the base: the blocks find them by name."""
     del spec
     return {**base, **extra}
@@ -58,7 +58,9 @@ def lora_init(key: Array, base: Flat, spec: FinetuneSpec) -> dict[str, Array]:
     zero. Raises UserError if none matches.
     """
     names = [
-        name for name in base if name.startswith(BLOCKS) and re.search(spec.target_modules, name)
+        name
+        for name in base
+        if name.startswith(BLOCKS_PREFIX) and re.search(spec.target_modules, name)
     ]
     if not names:
         raise UserError(
@@ -67,9 +69,11 @@ def lora_init(key: Array, base: Flat, spec: FinetuneSpec) -> dict[str, Array]:
             "'mlp/(up|down)/kernel$'."
         )
     extra = {}
-    for name, each in zip(names, jax.random.split(key, len(names)), strict=True):
-        depth, inputs, outputs = _sides(name, base[name].shape)
-        extra[f"{name}/a"] = jax.random.normal(each, (depth, inputs, spec.lora_rank)) * inputs**-0.5
+    for name, subkey in zip(names, jax.random.split(key, len(names)), strict=True):
+        depth, inputs, outputs = _kernel_dims(name, base[name].shape)
+        extra[f"{name}/a"] = (
+            jax.random.normal(subkey, (depth, inputs, spec.lora_rank)) * inputs**-0.5
+        )
         extra[f"{name}/b"] = jnp.zeros((depth, spec.lora_rank, outputs))
     return extra
 
@@ -78,14 +82,14 @@ def lora_merge(base: Flat, extra: Flat, spec: FinetuneSpec) -> dict[str, Array]:
     """kernel + alpha / rank a b (LoRA, arXiv:2106.09685)."""
     merged = dict(base)
     for name in (path.removesuffix("/a") for path in extra if path.endswith("/a")):
-        change = jnp.einsum("nir,nro->nio", extra[f"{name}/a"], extra[f"{name}/b"]) * (
+        delta = jnp.einsum("nir,nro->nio", extra[f"{name}/a"], extra[f"{name}/b"]) * (
             spec.lora_alpha / spec.lora_rank
         )
-        merged[name] = base[name] + change.reshape(base[name].shape)
+        merged[name] = base[name] + delta.reshape(base[name].shape)
     return merged
 
 
-def _sides(name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
+def _kernel_dims(name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
     """Depth, inputs and outputs of a stacked kernel: [N, D, H, K], but [N, H, K, D] for attention's
     output.
     """
@@ -99,10 +103,10 @@ def ia3_init(key: Array, base: Flat, spec: FinetuneSpec) -> dict[str, Array]:
     """
     del key, spec
     heads = {
-        f"{BLOCKS}attention/{part}": base[f"{BLOCKS}attention/{part}/bias"].shape
+        f"{BLOCKS_PREFIX}attention/{part}": base[f"{BLOCKS_PREFIX}attention/{part}/bias"].shape
         for part in ("key", "value")
     }
-    hidden = {f"{BLOCKS}mlp/down": base[f"{BLOCKS}mlp/down/kernel"].shape[:2]}
+    hidden = {f"{BLOCKS_PREFIX}mlp/down": base[f"{BLOCKS_PREFIX}mlp/down/kernel"].shape[:2]}
     return {f"{name}/factor": jnp.zeros(shape) for name, shape in (heads | hidden).items()}
 
 
@@ -113,11 +117,11 @@ def ia3_merge(base: Flat, extra: Flat, spec: FinetuneSpec) -> dict[str, Array]:
     del spec
     merged = dict(base)
     for part in ("key", "value"):
-        name = f"{BLOCKS}attention/{part}"
+        name = f"{BLOCKS_PREFIX}attention/{part}"
         factor = 1 + extra[f"{name}/factor"]
         merged[f"{name}/kernel"] = base[f"{name}/kernel"] * factor[:, None]
         merged[f"{name}/bias"] = base[f"{name}/bias"] * factor
-    name = f"{BLOCKS}mlp/down"
+    name = f"{BLOCKS_PREFIX}mlp/down"
     merged[f"{name}/kernel"] = base[f"{name}/kernel"] * (1 + extra[f"{name}/factor"])[:, :, None]
     return merged
 
@@ -126,15 +130,17 @@ def adapter_init(key: Array, base: Flat, spec: FinetuneSpec) -> dict[str, Array]
     """Adapters after attention and after the MLP: Dense to [N, Z], GELU, Dense back (initially
     zero).
     """
-    depth, width = base[f"{BLOCKS}mlp/down/bias"].shape
+    depth, width = base[f"{BLOCKS_PREFIX}mlp/down/bias"].shape
     extra = {}
-    for name, each in zip(("attention_adapter", "mlp_adapter"), jax.random.split(key), strict=True):
-        extra[f"{TUNED}{name}/down/kernel"] = (
-            jax.random.normal(each, (depth, width, spec.adapter_dim)) * width**-0.5
+    for name, subkey in zip(
+        ("attention_adapter", "mlp_adapter"), jax.random.split(key), strict=True
+    ):
+        extra[f"{PEFT_PREFIX}{name}/down/kernel"] = (
+            jax.random.normal(subkey, (depth, width, spec.adapter_dim)) * width**-0.5
         )
-        extra[f"{TUNED}{name}/down/bias"] = jnp.zeros((depth, spec.adapter_dim))
-        extra[f"{TUNED}{name}/up/kernel"] = jnp.zeros((depth, spec.adapter_dim, width))
-        extra[f"{TUNED}{name}/up/bias"] = jnp.zeros((depth, width))
+        extra[f"{PEFT_PREFIX}{name}/down/bias"] = jnp.zeros((depth, spec.adapter_dim))
+        extra[f"{PEFT_PREFIX}{name}/up/kernel"] = jnp.zeros((depth, spec.adapter_dim, width))
+        extra[f"{PEFT_PREFIX}{name}/up/bias"] = jnp.zeros((depth, width))
     return extra
 
 
@@ -142,32 +148,34 @@ def prefix_init(key: Array, base: Flat, spec: FinetuneSpec) -> dict[str, Array]:
     """Prefix keys and values [N, Z, H, K] that every token may read in addition to its own
     clip's.
     """
-    depth, heads, width = base[f"{BLOCKS}attention/key/bias"].shape
+    depth, heads, width = base[f"{BLOCKS_PREFIX}attention/key/bias"].shape
     keys = zip(("key", "value"), jax.random.split(key), strict=True)
     return {
-        f"{TUNED}attention/prefix/{name}": jax.random.normal(
-            each, (depth, spec.num_virtual_tokens, heads, width)
+        f"{PEFT_PREFIX}attention/prefix/{name}": jax.random.normal(
+            subkey, (depth, spec.num_virtual_tokens, heads, width)
         )
         * _STD
-        for name, each in keys
+        for name, subkey in keys
     }
 
 
 def prompt_init(key: Array, base: Flat, spec: FinetuneSpec) -> dict[str, Array]:
     """Shallow prompts: tokens [Z, D] that pass through the blocks with those of every clip."""
-    width = base[f"{BLOCKS}mlp/down/bias"].shape[-1]
-    return {f"{PROMPTS}token": jax.random.normal(key, (spec.num_virtual_tokens, width)) * _STD}
+    width = base[f"{BLOCKS_PREFIX}mlp/down/bias"].shape[-1]
+    return {
+        f"{PROMPT_PREFIX}token": jax.random.normal(key, (spec.num_virtual_tokens, width)) * _STD
+    }
 
 
 def prompt_deep_init(key: Array, base: Flat, spec: FinetuneSpec) -> dict[str, Array]:
     """Deep prompts [N, Z, D]: each block has its own tokens."""
     return {
-        _DEEP: jax.random.normal(
+        _DEEP_PROMPT: jax.random.normal(
             key,
             (
-                *base[f"{BLOCKS}mlp/down/bias"].shape[:1],
+                *base[f"{BLOCKS_PREFIX}mlp/down/bias"].shape[:1],
                 spec.num_virtual_tokens,
-                base[f"{BLOCKS}mlp/down/bias"].shape[1],
+                base[f"{BLOCKS_PREFIX}mlp/down/bias"].shape[1],
             ),
         )
         * _STD
@@ -179,42 +187,44 @@ def prompt_deep_merge(base: Flat, extra: Flat, spec: FinetuneSpec) -> dict[str, 
     matters.
     """
     del spec
-    norm = (
-        _normed(extra[_DEEP]) * base[f"{BLOCKS}attention_norm/scale"][:, None]
-        + base[f"{BLOCKS}attention_norm/bias"][:, None]
+    normalized = (
+        _layer_norm(extra[_DEEP_PROMPT]) * base[f"{BLOCKS_PREFIX}attention_norm/scale"][:, None]
+        + base[f"{BLOCKS_PREFIX}attention_norm/bias"][:, None]
     )
     merged = dict(base)
     for name in ("key", "value"):
-        kernel, bias = (base[f"{BLOCKS}attention/{name}/{leaf}"] for leaf in ("kernel", "bias"))
-        merged[f"{TUNED}attention/prefix/{name}"] = (
-            jnp.einsum("nzd,ndhk->nzhk", norm, kernel) + bias[:, None]
+        kernel, bias = (
+            base[f"{BLOCKS_PREFIX}attention/{name}/{leaf}"] for leaf in ("kernel", "bias")
         )
-    if f"{BLOCKS}attention/key_norm/scale" in base:
-        key = merged[f"{TUNED}attention/prefix/key"]
-        root = jnp.sqrt(jnp.mean(jnp.square(key), axis=-1, keepdims=True) + _EPSILON)
-        merged[f"{TUNED}attention/prefix/key"] = (
-            key / root * base[f"{BLOCKS}attention/key_norm/scale"][:, None, None]
+        merged[f"{PEFT_PREFIX}attention/prefix/{name}"] = (
+            jnp.einsum("nzd,ndhk->nzhk", normalized, kernel) + bias[:, None]
+        )
+    if f"{BLOCKS_PREFIX}attention/key_norm/scale" in base:
+        key = merged[f"{PEFT_PREFIX}attention/prefix/key"]
+        rms = jnp.sqrt(jnp.mean(jnp.square(key), axis=-1, keepdims=True) + _EPSILON)
+        merged[f"{PEFT_PREFIX}attention/prefix/key"] = (
+            key / rms * base[f"{BLOCKS_PREFIX}attention/key_norm/scale"][:, None, None]
         )
     return merged
 
 
-def _normed(x_NZD: Array) -> Array:
+def _layer_norm(x_NZD: Array) -> Array:
     """Normalized to mean 0 and variance 1, like linen's LayerNorm."""
     return (x_NZD - x_NZD.mean(axis=-1, keepdims=True)) * jax.lax.rsqrt(
         x_NZD.var(axis=-1, keepdims=True) + _EPSILON
     )
 
 
-_TASK = r"^(?!encoder/)"
-TABLE: dict[str, Method] = {
-    "full": Method("", no_init, beside),
-    "linear_probe": Method(_TASK, no_init, beside),
-    "attentive_probe": Method(_TASK, no_init, beside),
-    "bitfit": Method(f"{_TASK}|/bias$", no_init, beside),
-    "lora": Method(_TASK, lora_init, lora_merge),
-    "ia3": Method(_TASK, ia3_init, ia3_merge),
-    "adapter": Method(_TASK, adapter_init, beside),
-    "prefix": Method(_TASK, prefix_init, beside),
-    "vpt_shallow": Method(_TASK, prompt_init, beside),
-    "vpt_deep": Method(_TASK, prompt_deep_init, prompt_deep_merge),
+_NOT_ENCODER = r"^(?!encoder/)"
+METHODS: dict[str, Method] = {
+    "full": Method("", no_init, add_extra),
+    "linear_probe": Method(_NOT_ENCODER, no_init, add_extra),
+    "attentive_probe": Method(_NOT_ENCODER, no_init, add_extra),
+    "bitfit": Method(f"{_NOT_ENCODER}|/bias$", no_init, add_extra),
+    "lora": Method(_NOT_ENCODER, lora_init, lora_merge),
+    "ia3": Method(_NOT_ENCODER, ia3_init, ia3_merge),
+    "adapter": Method(_NOT_ENCODER, adapter_init, add_extra),
+    "prefix": Method(_NOT_ENCODER, prefix_init, add_extra),
+    "vpt_shallow": Method(_NOT_ENCODER, prompt_init, add_extra),
+    "vpt_deep": Method(_NOT_ENCODER, prompt_deep_init, prompt_deep_merge),
 }

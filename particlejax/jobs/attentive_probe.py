@@ -23,10 +23,10 @@ from particlejax.nn import heads
 from particlejax.train import eval
 from particlejax.train import stage as run
 
-_ROWS, _RATE, _DECAY, _HEADS = 64, 2e-3, 0.05, 8
+_BATCH_SIZE, _LEARNING_RATE, _WEIGHT_DECAY, _MAX_HEADS = 64, 2e-3, 0.05, 8
 
 
-class Tokens(NamedTuple):
+class ClipTokens(NamedTuple):
     """Labels int [N], -1 for unlabelled; x by modality: tokens float16 [N, L, D] and mask int32 [N,
     L].
     """
@@ -35,56 +35,66 @@ class Tokens(NamedTuple):
     x: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def tokens(
+def collect_tokens(
     stage: run.Stage,
     params: Params,
     spec: ProbeSpec,
     split: str,
-    shown: tuple[str, ...],
-    bad: run.BadClips,
-) -> Tokens:
-    """Tokens of every readable clip of a split; shown: single modalities, or 'all' for all
+    inputs: tuple[str, ...],
+    unreadable: run.UnreadableClips,
+) -> ClipTokens:
+    """Tokens of every readable clip of a split; inputs: single modalities, or 'all' for all
     together.
     """
     mesh = sharding.make_mesh(MeshSpec())
     source = sources.open_source(stage.data.source, split, stage.data.cache_dir, stage.classes)
-    names = {"" if name == "all" else name: name for name in shown}
+    names = {"" if name == "all" else name: name for name in inputs}
     compute = eval.jit_tokens(stage.model, mesh, tuple(names))
-    views, kept = stage.views(source, spec.batch_size), {}
-    for loaded in pipeline.read(views, 0, len(views), views.data):
-        bad.note(loaded)
-        found, clips = jax.tree.map(np.asarray, compute(params, sharding.put(loaded.batch, mesh)))
-        for row, place in zip(*np.nonzero(clips >= 0), strict=True):
-            kept[int(clips[row, place])] = {
-                names[name]: x[row][segment[row] == place + 1]
-                for name, (x, segment) in found.items()
+    views, clip_tokens = stage.eval_batches(source, spec.batch_size), {}
+    for loaded in pipeline.read_batches(views, 0, len(views), views.data):
+        unreadable.record(loaded)
+        outputs, clips = jax.tree.map(
+            np.asarray, compute(params, sharding.shard_batch(loaded.batch, mesh))
+        )
+        for row, slot in zip(*np.nonzero(clips >= 0), strict=True):
+            clip_tokens[int(clips[row, slot])] = {
+                names[name]: x[row][segment[row] == slot + 1]
+                for name, (x, segment) in outputs.items()
             }
-    label = np.array([source[number].label for number in kept], int)
-    return Tokens(label, {name: _padded([each[name] for each in kept.values()]) for name in shown})
+    label = np.array([source[index].label for index in clip_tokens], int)
+    return ClipTokens(
+        label,
+        {
+            name: _pad_tokens([tokens_by_name[name] for tokens_by_name in clip_tokens.values()])
+            for name in inputs
+        },
+    )
 
 
-def _padded(each: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    lengths = np.array([len(x) for x in each])
-    x = np.zeros((len(each), max(1, lengths.max()), each[0].shape[-1]), np.float16)
-    for i, own in enumerate(each):
-        x[i, : len(own)] = own
+def _pad_tokens(token_arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.array([len(x) for x in token_arrays])
+    x = np.zeros((len(token_arrays), max(1, lengths.max()), token_arrays[0].shape[-1]), np.float16)
+    for i, tokens in enumerate(token_arrays):
+        x[i, : len(tokens)] = tokens
     return x, (np.arange(x.shape[1])[None] < lengths[:, None]).astype(np.int32)
 
 
-def accuracy(learnt: Tokens, asked: Tokens, spec: ProbeSpec) -> dict[str, float]:
-    """Top-1 accuracy on the labelled clips of `asked`, by modality."""
-    known, there = learnt.label >= 0, asked.label >= 0
-    classes, label = np.unique(learnt.label[known], return_inverse=True)
-    found = {}
-    for name, (x, segment) in learnt.x.items():
-        net = heads.AttentiveProbe(len(classes), math.gcd(_HEADS, x.shape[-1]))
-        params = _trained(net, x[known], segment[known], label, spec)
-        said = np.asarray(_answers(net, params, *(each[there] for each in asked.x[name])))
-        found[name] = float(np.mean(classes[said] == asked.label[there]))
-    return found
+def accuracy(train: ClipTokens, test: ClipTokens, spec: ProbeSpec) -> dict[str, float]:
+    """Top-1 accuracy on the labelled clips of `test`, by modality."""
+    train_labeled, test_labeled = train.label >= 0, test.label >= 0
+    classes, label = np.unique(train.label[train_labeled], return_inverse=True)
+    accuracies = {}
+    for name, (x, segment) in train.x.items():
+        net = heads.AttentiveProbe(len(classes), math.gcd(_MAX_HEADS, x.shape[-1]))
+        params = _train_probe(net, x[train_labeled], segment[train_labeled], label, spec)
+        predicted = np.asarray(
+            _predict(net, params, *(array[test_labeled] for array in test.x[name]))
+        )
+        accuracies[name] = float(np.mean(classes[predicted] == test.label[test_labeled]))
+    return accuracies
 
 
-def _trained(
+def _train_probe(
     net: heads.AttentiveProbe,
     x: np.ndarray,
     segment: np.ndarray,
@@ -93,15 +103,16 @@ def _trained(
 ) -> Params:
     """Trains with AdamW and a cosine learning rate that falls to 0; each step samples new clips."""
     optimizer = optax.adamw(
-        optax.cosine_decay_schedule(_RATE, spec.attentive_steps), weight_decay=_DECAY
+        optax.cosine_decay_schedule(_LEARNING_RATE, spec.attentive_steps),
+        weight_decay=_WEIGHT_DECAY,
     )
-    rows = min(_ROWS, len(label))
+    batch_size = min(_BATCH_SIZE, len(label))
 
     @jax.jit
-    def train(x: Array, segment: Array, label: Array, key: Array) -> Params:
+    def fit(x: Array, segment: Array, label: Array, key: Array) -> Params:
         def step(state: tuple, key: Array) -> tuple:
             params, moments = state
-            index = jax.random.choice(key, len(label), (rows,), replace=False)
+            index = jax.random.choice(key, len(label), (batch_size,), replace=False)
 
             def loss(params: Params) -> Array:
                 logits = net.apply({"params": params}, x[index].astype(jnp.float32), segment[index])
@@ -115,14 +126,16 @@ def _trained(
             step, (params, optimizer.init(params)), jax.random.split(key, spec.attentive_steps)
         )[0][0]
 
-    return train(x, segment, label, jax.random.key(spec.seed))
+    return fit(x, segment, label, jax.random.key(spec.seed))
 
 
-def _answers(
+def _predict(
     net: heads.AttentiveProbe, params: Params, x: np.ndarray, segment: np.ndarray
 ) -> Array:
-    def answer(each: tuple[Array, Array]) -> Array:
-        logits = net.apply({"params": params}, each[0][None].astype(jnp.float32), each[1][None])
+    def predict_clip(clip: tuple[Array, Array]) -> Array:
+        logits = net.apply({"params": params}, clip[0][None].astype(jnp.float32), clip[1][None])
         return logits[0].argmax()
 
-    return jax.jit(lambda *each: jax.lax.map(answer, each, batch_size=_ROWS))(x, segment)
+    return jax.jit(lambda *arrays: jax.lax.map(predict_clip, arrays, batch_size=_BATCH_SIZE))(
+        x, segment
+    )

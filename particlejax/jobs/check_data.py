@@ -20,10 +20,10 @@ from particlejax.data.video.decode import Unreadable
 from particlejax.reports import plots
 from particlejax.reports.markdown import table
 from particlejax.train import stage
-from particlejax.train.log import Progress, say
+from particlejax.train.log import Progress, log_info
 
-_MOST = 20  # lines of a list in the report
-Looks = dict[str, list[inspect.Seen]]
+_MAX_LINES = 20  # lines of a list in the report
+ClipInfos = dict[str, list[inspect.ClipInfo]]
 
 
 def check_data(experiment: Experiment, workdir: Path, name: str) -> None:
@@ -35,77 +35,85 @@ def check_data(experiment: Experiment, workdir: Path, name: str) -> None:
             "config.data.source is empty: name the data to check, as in "
             "--config.data.source=folder:PATH."
         )
-    seen, bad, classes = _look(data)
-    alike = _alike(seen)
-    figures = {split: _figures(clips, classes) for split, clips in seen.items()}
-    figures["near_duplicates"] = [list(pair) for pair in alike]
-    stage.add_results(workdir, "check", figures, bad)
+    clips_by_split, unreadable, classes = _inspect_source(data)
+    duplicates = _near_duplicates(clips_by_split)
+    statistics = {split: _statistics(clips, classes) for split, clips in clips_by_split.items()}
+    statistics["near_duplicates"] = [list(pair) for pair in duplicates]
+    stage.add_results(workdir, "check", statistics, unreadable)
     path = workdir / "report.md"
-    io.write_text(path, "\n".join(_report(data.source, seen, figures, bad, workdir)))
-    if not any(seen.values()):
-        raise UserError(
-            f"none of the {len(bad)} clips of {data.source} can be read "
-            f"({next(iter(bad.values()))}, ...): {path} lists the reasons; repair the files or "
-            "use other data."
-        )
-    say(
-        f"{sum(map(len, seen.values()))} clips are readable, {len(bad)} are not; "
-        f"{len(alike)} near-duplicates across splits"
+    io.write_text(
+        path, "\n".join(_report(data.source, clips_by_split, statistics, unreadable, workdir))
     )
-    say(f"report: {path}")
+    if not any(clips_by_split.values()):
+        raise UserError(
+            f"none of the {len(unreadable)} clips of {data.source} can be read "
+            f"({next(iter(unreadable.values()))}, ...): {path} lists the reasons; repair the files "
+            "or use other data."
+        )
+    log_info(
+        f"{sum(map(len, clips_by_split.values()))} clips are readable, {len(unreadable)} are not; "
+        f"{len(duplicates)} near-duplicates across splits"
+    )
+    log_info(f"report: {path}")
 
 
-def _look(data: DataSpec) -> tuple[Looks, dict[str, str], tuple[str, ...]]:
-    seen: Looks = {}
-    bad: dict[str, str] = {}
+def _inspect_source(data: DataSpec) -> tuple[ClipInfos, dict[str, str], tuple[str, ...]]:
+    clips_by_split: ClipInfos = {}
+    unreadable: dict[str, str] = {}
     classes: tuple[str, ...] = ()
     for split in sources.splits(data.source, data.cache_dir):
         source = sources.open_source(data.source, split, data.cache_dir)
-        seen[split], classes = [], source.classes
+        clips_by_split[split], classes = [], source.classes
         progress = Progress(split, len(source), unit="clip")
-        for found in _read(source, data):
-            if isinstance(found, inspect.Seen):
-                seen[split].append(found)
+        for result in _inspect_clips(source, data):
+            if isinstance(result, inspect.ClipInfo):
+                clips_by_split[split].append(result)
             else:
-                bad[found[0]] = found[1]
-                say(f"clip {found[0]} is unreadable ({found[1]})")
+                unreadable[result[0]] = result[1]
+                log_info(f"clip {result[0]} is unreadable ({result[1]})")
             progress.update()
         progress.close()
-    return seen, bad, classes
+    return clips_by_split, unreadable, classes
 
 
-def _read(source: sources.Source, data: DataSpec) -> Iterator[inspect.Found]:
+def _inspect_clips(source: sources.Source, data: DataSpec) -> Iterator[inspect.InspectionResult]:
     """Yields the findings of each clip in order; consecutive clips of one file are decoded
     together.
     """
-    waiting: deque[Future[list[inspect.Found]]] = deque()
+    pending: deque[Future[list[inspect.InspectionResult]]] = deque()
     with ThreadPoolExecutor(data.num_threads) as pool:
         for _, clips in groupby(
             map(source.__getitem__, range(len(source))), lambda record: record.video
         ):
-            waiting.append(pool.submit(_file, list(clips), data.decode_timeout_seconds))
-            if len(waiting) > 2 * data.num_threads:  # bounds memory: records may hold whole files
-                yield from waiting.popleft().result()
-        for each in waiting:
-            yield from each.result()
+            pending.append(
+                pool.submit(_inspect_clips_of_file, list(clips), data.decode_timeout_seconds)
+            )
+            if len(pending) > 2 * data.num_threads:  # bounds memory: records may hold whole files
+                yield from pending.popleft().result()
+        for future in pending:
+            yield from future.result()
 
 
-def _file(clips: Sequence[sources.Record], limit: float) -> list[inspect.Found]:
+def _inspect_clips_of_file(
+    clips: Sequence[sources.Record], limit: float
+) -> list[inspect.InspectionResult]:
     """Findings of the clips of one file; its time limit is `limit` seconds per minute of video."""
     file = clips[0].video
     try:
-        minutes = timeout.within(limit, partial(inspect.seconds, file), file) / 60
-        return timeout.within(limit * max(1.0, minutes), partial(inspect.look, clips), file)
+        minutes = timeout.run_with_timeout(limit, partial(inspect.duration, file), file) / 60
+        return timeout.run_with_timeout(
+            limit * max(1.0, minutes), partial(inspect.inspect_file, clips), file
+        )
     except Unreadable as error:
         return [(clip.name, error.reason) for clip in clips]
 
 
-def _alike(seen: Looks) -> list[tuple[str, str]]:
-    clips = [(split, each) for split, found in seen.items() for each in found]
+def _near_duplicates(clips_by_split: ClipInfos) -> list[tuple[str, str]]:
+    clips = [(split, info) for split, infos in clips_by_split.items() for info in infos]
     if not clips:
         return []
-    pairs = inspect.look_alikes(
-        np.stack([each.print for _, each in clips]), [split for split, _ in clips]
+    pairs = inspect.near_duplicates(
+        np.stack([info.fingerprint for _, info in clips]), [split for split, _ in clips]
     )
     return [
         (f"{clips[i][0]}: {clips[i][1].name}", f"{clips[j][0]}: {clips[j][1].name}")
@@ -113,26 +121,26 @@ def _alike(seen: Looks) -> list[tuple[str, str]]:
     ]
 
 
-def _figures(clips: Sequence[inspect.Seen], classes: Sequence[str]) -> dict[str, Any]:
+def _statistics(clips: Sequence[inspect.ClipInfo], classes: Sequence[str]) -> dict[str, Any]:
     if not clips:
         return {"num_clips": 0}
-    seconds = np.array([each.seconds for each in clips])
-    labels = Counter(classes[each.label] for each in clips if each.label >= 0)
+    seconds = np.array([clip.seconds for clip in clips])
+    labels = Counter(classes[clip.label] for clip in clips if clip.label >= 0)
     return {
         "num_clips": len(clips),
         "hours": float(seconds.sum() / 3600),
-        "frames": sum(each.frames for each in clips),
+        "frames": sum(clip.frames for clip in clips),
         "seconds": {
             "least": float(seconds.min()),
             "median": float(np.median(seconds)),
             "most": float(seconds.max()),
         },
-        "sizes": _counts(f"{each.width}x{each.height}" for each in clips),
-        "rates": _counts(f"{each.fps:g}" for each in clips),
-        "audio": sum(each.audio for each in clips),
-        "captions": sum(each.captioned for each in clips),
+        "sizes": _counts(f"{clip.width}x{clip.height}" for clip in clips),
+        "rates": _counts(f"{clip.fps:g}" for clip in clips),
+        "audio": sum(clip.audio for clip in clips),
+        "captions": sum(clip.captioned for clip in clips),
         "labels": dict(sorted(labels.items())),
-        "unlabelled": sum(each.label < 0 for each in clips),
+        "unlabelled": sum(clip.label < 0 for clip in clips),
     }
 
 
@@ -141,18 +149,22 @@ def _counts(values: Iterator[str]) -> dict[str, int]:
 
 
 def _report(
-    source: str, seen: Looks, figures: dict[str, Any], bad: dict[str, str], workdir: Path
+    source: str,
+    clips_by_split: ClipInfos,
+    statistics: dict[str, Any],
+    unreadable: dict[str, str],
+    workdir: Path,
 ) -> Iterator[str]:
     yield from (f"# {source}", "")
-    splits = [split for split in seen if figures[split]["num_clips"]]
+    splits = [split for split in clips_by_split if statistics[split]["num_clips"]]
     if splits:
-        yield from _tables(splits, seen, figures, workdir)
-    yield from _lists(figures["near_duplicates"], bad)
+        yield from _tables(splits, clips_by_split, statistics, workdir)
+    yield from _lists(statistics["near_duplicates"], unreadable)
     yield from ("All figures are in [results.json](results.json).", "")
 
 
 def _tables(
-    splits: Sequence[str], seen: Looks, figures: dict[str, Any], workdir: Path
+    splits: Sequence[str], clips_by_split: ClipInfos, statistics: dict[str, Any], workdir: Path
 ) -> Iterator[str]:
     yield from table(
         [
@@ -166,63 +178,65 @@ def _tables(
             "with caption",
             "unlabelled",
         ],
-        [_row(split, figures[split]) for split in splits],
+        [_row(split, statistics[split]) for split in splits],
     )
-    lengths = {split: [each.seconds for each in seen[split]] for split in splits}
+    lengths = {split: [clip.seconds for clip in clips_by_split[split]] for split in splits}
     plots.histograms(lengths, workdir / "report" / "seconds.png", "length of the clips", "seconds")
     yield from ("", "![lengths](report/seconds.png)", "")
-    classes = sorted({label for split in splits for label in figures[split]["labels"]})
+    classes = sorted({label for split in splits for label in statistics[split]["labels"]})
     if classes:
         counts = {
-            split: [figures[split]["labels"].get(label, 0) for label in classes] for split in splits
+            split: [statistics[split]["labels"].get(label, 0) for label in classes]
+            for split in splits
         }
         plots.bars(counts, classes, workdir / "report" / "classes.png", "clips of each class")
         yield from ("![classes](report/classes.png)", "")
-        absent = [
+        missing = [
             f"{label} in {split}"
             for split in splits
             for label in classes
-            if not figures[split]["labels"].get(label)
+            if not statistics[split]["labels"].get(label)
         ]
-        if absent:
-            yield from ("No clip of " + ", ".join(absent[:_MOST]) + ".", "")
+        if missing:
+            yield from ("No clip of " + ", ".join(missing[:_MAX_LINES]) + ".", "")
 
 
-def _lists(pairs: Sequence[Sequence[str]], bad: dict[str, str]) -> Iterator[str]:
+def _lists(pairs: Sequence[Sequence[str]], unreadable: dict[str, str]) -> Iterator[str]:
     yield from (f"## {len(pairs)} near-duplicates across splits", "")
     if pairs:
         yield from (
-            *table(["one", "other"], pairs[:_MOST]),
+            *table(["one", "other"], pairs[:_MAX_LINES]),
             "",
             "Near-duplicates in two splits inflate the accuracy: give them the same `group`, or "
             "move them into one split.",
             "",
         )
-    yield from (f"## {len(bad)} unreadable clips", "")
-    if bad:
+    yield from (f"## {len(unreadable)} unreadable clips", "")
+    if unreadable:
         yield from (
             *table(
-                ["clip", "reason"], [[clip, reason] for clip, reason in list(bad.items())[:_MOST]]
+                ["clip", "reason"],
+                [[clip, reason] for clip, reason in list(unreadable.items())[:_MAX_LINES]],
             ),
             "",
         )
 
 
-def _row(split: str, figures: dict[str, Any]) -> list[Any]:
-    seconds, n = figures["seconds"], figures["num_clips"]
+def _row(split: str, statistics: dict[str, Any]) -> list[Any]:
+    seconds, n = statistics["seconds"], statistics["num_clips"]
     return [
         split,
         n,
-        f"{figures['hours']:.3g}",
+        f"{statistics['hours']:.3g}",
         ", ".join(f"{seconds[key]:.2f}" for key in ("least", "median", "most")),
-        _most(figures["sizes"]),
-        _most(figures["rates"]),
-        f"{figures['audio'] / n:.0%}",
-        f"{figures['captions'] / n:.0%}",
-        figures["unlabelled"],
+        _most_common(statistics["sizes"]),
+        _most_common(statistics["rates"]),
+        f"{statistics['audio'] / n:.0%}",
+        f"{statistics['captions'] / n:.0%}",
+        statistics["unlabelled"],
     ]
 
 
-def _most(counts: dict[str, int]) -> str:
-    shown = [f"{value} ({count})" for value, count in list(counts.items())[:3]]
-    return ", ".join(shown) + (f" and {len(counts) - 3} others" if len(counts) > 3 else "")
+def _most_common(counts: dict[str, int]) -> str:
+    texts = [f"{value} ({count})" for value, count in list(counts.items())[:3]]
+    return ", ".join(texts) + (f" and {len(counts) - 3} others" if len(counts) > 3 else "")

@@ -34,12 +34,12 @@ class UnknownExperiment(UserError):
 
 def folders() -> list[Path]:
     """The folders of experiments: the working directory's, then the checkout's."""
-    here = Path(FOLDER)
-    there = _CHECKOUT / FOLDER
-    found = [here] if here.is_dir() else []
-    if there.is_dir() and not (found and here.samefile(there)):
-        found.append(there)
-    return found
+    local = Path(FOLDER)
+    checkout = _CHECKOUT / FOLDER
+    existing = [local] if local.is_dir() else []
+    if checkout.is_dir() and not (existing and local.samefile(checkout)):
+        existing.append(checkout)
+    return existing
 
 
 def find(name: str) -> Path:
@@ -50,15 +50,15 @@ def find(name: str) -> Path:
     path = Path(name)
     tried = [path, _CHECKOUT / path]
     tried += [folder / file for folder in folders() for file in (name, f"{name}.py")]
-    found = next((file for file in tried if file.is_file()), None)
-    if found is None:
+    file = next((file for file in tried if file.is_file()), None)
+    if file is None:
         raise UnknownExperiment(f"there is no experiment {name!r}: {_closest(name)}")
-    if found.suffix != ".py":
+    if file.suffix != ".py":
         raise UserError(
             f"{name} is not an experiment file: give a Python file with a function get_config, "
             f"such as {FOLDER}/quickstart.py."
         )
-    return found
+    return file
 
 
 def _closest(name: str) -> str:
@@ -109,8 +109,8 @@ def describe(file: str) -> tuple[str, str]:
     path = find(file.partition(":")[0])
     tree = _tree(path)
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    made = next((node for node in functions if node.name == "get_config"), None)
-    arguments = ast.get_docstring(made) if made else ""
+    get_config = next((node for node in functions if node.name == "get_config"), None)
+    arguments = ast.get_docstring(get_config) if get_config else ""
     return _paragraph(ast.get_docstring(tree)), _paragraph(arguments)
 
 
@@ -144,30 +144,30 @@ def load(file: str) -> ml_collections.ConfigDict:
         )
     path = find(name)
     try:
-        make = runpy.run_path(str(path)).get("get_config")
+        get_config = runpy.run_path(str(path)).get("get_config")
     except SyntaxError as error:
         if error.filename != str(path):
             raise
         raise UserError(f"{path}, line {error.lineno}: {error.msg}; correct the file.") from error
-    if not callable(make):
+    if not callable(get_config):
         raise UserError(
             f"{path} is not an experiment file: it has no function get_config that returns a "
             "ConfigDict; add one, or give another file."
         )
-    return make(arg) if arg else make()
+    return get_config(arg) if arg else get_config()
 
 
-def change(config: ml_collections.ConfigDict, settings: Sequence[str]) -> list[str]:
+def apply_overrides(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> list[str]:
     """Applies overrides 'some.key=value' to the config and returns their keys.
 
     Values are Python literals, or plain text parsed by the key's type: 1e3 and 1_000 are integers,
     a,b is a tuple, {'key': value} changes some keys of a section; 'some.key' alone is True. An
     objective that is not in the file starts from its defaults. Raises UserError for an unknown key;
-    `jobs.of` checks values.
+    `jobs.parse_job` checks values.
     """
     changed: list[str] = []
     # plugins first: they register names that other keys use
-    for text in sorted(settings, key=lambda text: not text.startswith("plugins=")):
+    for text in sorted(overrides, key=lambda text: not text.startswith("plugins=")):
         key, equals, value = text.partition("=")
         _put(config, key.strip(), value if equals else None, changed)
         if key == "plugins":
@@ -197,7 +197,7 @@ def _put(config: ml_collections.ConfigDict, key: str, text: str | None, changed:
             raise UserError(f"{where}.{last} has no value: write --{where}.{last}=VALUE.")
         text = "true"
     value = _value(text, below)
-    described = below.spec or below.table is not None or below.each
+    described = below.spec or below.table is not None or below.item_spec
     if described and not below.is_leaf and isinstance(value, Mapping):
         if last not in node:
             _fill(node, last, below)
@@ -225,9 +225,9 @@ def _below(
 ) -> schema.Place:
     """The schema of `part`. Raises UserError if neither the spec nor the config has it."""
     below = schema.child(place, part, spec_of(config))
-    if below is not None and (part in node or not place.each):
+    if below is not None and (part in node or not place.item_spec):
         return below
-    if part in node or (place.is_mapping and not place.each and place.table is None):
+    if part in node or (place.is_mapping and not place.item_spec and place.table is None):
         return _FREE
     raise UserError(_unknown(config, f"{config_help.TOP}.{key}", where))
 
@@ -249,8 +249,8 @@ def _unknown(config: ml_collections.ConfigDict, path: str, where: str) -> str:
     new = renames.path(spec_of(config), key)
     if new != key:
         return f"config.{key} is now config.{new}."
-    found = config_help.sections(spec_of(config), config.to_dict())
-    return config_help.unknown_key(found, path, where)
+    sections = config_help.sections(spec_of(config), config.to_dict())
+    return config_help.unknown_key(sections, path, where)
 
 
 # -- values as they are written

@@ -12,7 +12,7 @@ from particlejax.objectives import label_targets
 from particlejax.reports import markdown
 from particlejax.train import loop
 from particlejax.train import stage as run
-from particlejax.train.log import MetricLog, say
+from particlejax.train.log import MetricLog, log_info
 
 
 def evaluate(experiment: Experiment, workdir: Path, name: str) -> None:
@@ -22,32 +22,36 @@ def evaluate(experiment: Experiment, workdir: Path, name: str) -> None:
     if not experiment.run:
         raise UserError("config.run is empty: set the run to evaluate with --config.run=RUN_DIR.")
     mesh = sharding.make_mesh(experiment.mesh)
-    stage, params = run.load_trained(experiment.run, mesh, run.asked(experiment.data))
+    stage, params = run.load_trained(experiment.run, mesh, run.data_overrides(experiment.data))
     if not stage.classes or "classify" not in stage.spec.objectives:
         raise UserError(
             f"stage {stage.name} of {experiment.run} is not a classifier: name one that is, as "
             "RUN_DIR:STAGE."
         )
     # other losses accept new values and combinations of labels
-    known = stage.classes if stage.targets.loss == "softmax" else None
-    source = sources.open_source(stage.data.source, stage.data.split, stage.data.cache_dir, known)
-    stage = replace(
-        stage, classes=source.classes, targets=label_targets.asked(stage.targets, source.classes)
+    run_classes = stage.classes if stage.targets.loss == "softmax" else None
+    source = sources.open_source(
+        stage.data.source, stage.data.split, stage.data.cache_dir, run_classes
     )
-    bad = run.BadClips(stage.data.max_unreadable)
+    stage = replace(
+        stage,
+        classes=source.classes,
+        targets=label_targets.remap_to_source(stage.targets, source.classes),
+    )
+    unreadable = run.UnreadableClips(stage.data.max_unreadable)
     context = loop.Context(
         experiment, workdir, mesh, MetricLog(workdir, experiment.log, name, as_dict(experiment))
     )
-    figures = loop.classify(stage, params, source, context, "", bad.note)
+    metrics = loop.evaluate_classification(stage, params, source, context, "", unreadable.record)
     context.log.close()
-    run.add_results(workdir, stage.name, {stage.data.split: figures}, bad.all())
-    first = next(
-        ((name, figures[name]) for name in ("top1", "mAP", "mae") if name in figures),
+    run.add_results(workdir, stage.name, {stage.data.split: metrics}, unreadable.gather_all())
+    main_metric = next(
+        ((name, metrics[name]) for name in ("top1", "mAP", "mae") if name in metrics),
         ("no labelled clips", 0),
     )
-    say(
+    log_info(
         f"{stage.name} on {len(source)} clips of {stage.data.source} ({stage.data.split}): "
-        f"{first[0]} {first[1]:.3f}"
+        f"{main_metric[0]} {main_metric[1]:.3f}"
     )
-    if cluster.first():
-        say(f"report: {markdown.write(workdir)}")
+    if cluster.is_primary():
+        log_info(f"report: {markdown.write(workdir)}")

@@ -15,10 +15,10 @@ from particlejax.data import label_subset, sources
 from particlejax.distributed import sharding
 from particlejax.reports import markdown
 from particlejax.train import classification_metrics, eval, sample_selection, stage
-from particlejax.train.log import say
+from particlejax.train.log import log_info
 
 
-class _Trained:
+class _TrainedRun:
     """A trained run, and the source to evaluate it on."""
 
     def __init__(self, experiment: Experiment) -> None:
@@ -27,9 +27,9 @@ class _Trained:
         self.spec, self.mesh = experiment.eval, sharding.make_mesh(experiment.mesh)
         sharding.check_rows(self.spec.batch_size, self.mesh, "config.eval.batch_size")
         self.stage, self.params = stage.load_trained(
-            experiment.run, self.mesh, stage.asked(experiment.data)
+            experiment.run, self.mesh, stage.data_overrides(experiment.data)
         )
-        self.bad = stage.BadClips(self.stage.data.max_unreadable)
+        self.unreadable = stage.UnreadableClips(self.stage.data.max_unreadable)
 
     def open(self, split: str, classes: tuple[str, ...] | None) -> sources.Source:
         """A split of the source."""
@@ -37,12 +37,18 @@ class _Trained:
             self.stage.data.source, split, self.stage.data.cache_dir, classes
         )
 
-    def look(self, source: sources.Source, predict: Any, name: str) -> tuple[np.ndarray, Any]:
+    def evaluate_clips(
+        self, source: sources.Source, predict: Any, name: str
+    ) -> tuple[np.ndarray, Any]:
         """Indices of the readable clips, and the output of `predict` for each, averaged over the
         views.
         """
-        views = self.stage.views(source, self.spec.batch_size, self.spec.views, self.spec.scale)
-        return eval.per_clip(predict, self.params, views, self.mesh, self.bad.note, name)
+        views = self.stage.eval_batches(
+            source, self.spec.batch_size, self.spec.views, self.spec.scale
+        )
+        return eval.mean_per_clip(
+            predict, self.params, views, self.mesh, self.unreadable.record, name
+        )
 
 
 def fewshot_prototypes(experiment: Experiment, workdir: Path, name: str) -> None:
@@ -52,38 +58,42 @@ def fewshot_prototypes(experiment: Experiment, workdir: Path, name: str) -> None
     Evaluates `eval.splits`; writes results.json, predictions_SPLIT.csv and report.md.
     """
     del name
-    trained = _Trained(experiment)
+    trained = _TrainedRun(experiment)
     predict = eval.jit_features(trained.stage.model, trained.mesh)
-    known = label_subset.limit(
+    labeled = label_subset.limit_labels(
         trained.open(experiment.data.split, None), experiment.data, experiment.seed
     )
-    if not known.classes:
+    if not labeled.classes:
         raise UserError(
             f"{trained.stage.data.source} has no labels: give clips.csv a column 'label'."
         )
-    numbers, found = trained.look(known, predict, "features")
-    centres = sample_selection.centres(
-        found[""], label_subset.labels(known)[numbers], len(known.classes)
+    clip_indices, features = trained.evaluate_clips(labeled, predict, "features")
+    centers = sample_selection.class_centers(
+        features[""], label_subset.labels(labeled)[clip_indices], len(labeled.classes)
     )
-    figures: dict[str, Any] = {"known": {"num_clips": len(numbers), "classes": len(known.classes)}}
+    metrics: dict[str, Any] = {
+        "known": {"num_clips": len(clip_indices), "classes": len(labeled.classes)}
+    }
     for split in experiment.eval.splits:
-        asked = trained.open(split, known.classes)
-        numbers, found = trained.look(asked, predict, f"features of {split}")
+        source = trained.open(split, labeled.classes)
+        clip_indices, features = trained.evaluate_clips(source, predict, f"features of {split}")
         probabilities, label = (
-            sample_selection.nearest(found[""], centres),
-            label_subset.labels(asked)[numbers],
+            sample_selection.nearest_center_probs(features[""], centers),
+            label_subset.labels(source)[clip_indices],
         )
-        names = [asked[int(n)].name for n in numbers]
+        names = [source[int(index)].name for index in clip_indices]
         classification_metrics.write_predictions(
-            workdir / f"predictions_{split}.csv", names, label, probabilities, known.classes
+            workdir / f"predictions_{split}.csv", names, label, probabilities, labeled.classes
         )
-        figures[split] = classification_metrics.scores(probabilities, label, known.classes)
-        say(
-            f"prototypes of {figures['known']['num_clips']} clips on {split}: top-1 "
-            f"{figures[split].get('top1', float('nan')):.3f}"
+        metrics[split] = classification_metrics.compute_metrics(
+            probabilities, label, labeled.classes
         )
-    stage.add_results(workdir, "fewshot_prototypes", figures, trained.bad.all())
-    say(f"report: {markdown.write(workdir)}")
+        log_info(
+            f"prototypes of {metrics['known']['num_clips']} clips on {split}: top-1 "
+            f"{metrics[split].get('top1', float('nan')):.3f}"
+        )
+    stage.add_results(workdir, "fewshot_prototypes", metrics, trained.unreadable.gather_all())
+    log_info(f"report: {markdown.write(workdir)}")
 
 
 def active_learning(experiment: Experiment, workdir: Path, name: str) -> None:
@@ -94,30 +104,36 @@ def active_learning(experiment: Experiment, workdir: Path, name: str) -> None:
     `config.data.labelled_csv` of the next round.
     """
     del name
-    trained, spec = _Trained(experiment), experiment.active_learning
+    trained, spec = _TrainedRun(experiment), experiment.active_learning
     if trained.stage.targets is None or trained.stage.targets.loss != "softmax":
         raise UserError(
             f"stage {trained.stage.name} of {experiment.run} is not a single-label classifier: "
             "name one that is, as RUN_DIR:STAGE."
         )
     source = trained.open(experiment.data.split, trained.stage.classes)
-    known = _known(source, experiment)
+    labeled = _labeled_indices(source, experiment)
     model, mesh = trained.stage.model, trained.mesh
-    numbers, found = trained.look(source, eval.jit_features(model, mesh), "features")
-    _, probabilities = trained.look(source, eval.jit_predict(model, mesh), "classes")
-    open_to = ~np.isin(numbers, known)
-    if not open_to.any():
+    clip_indices, features = trained.evaluate_clips(
+        source, eval.jit_features(model, mesh), "features"
+    )
+    _, probabilities = trained.evaluate_clips(source, eval.jit_predict(model, mesh), "classes")
+    candidates = ~np.isin(clip_indices, labeled)
+    if not candidates.any():
         raise UserError(
             f"every clip of {trained.stage.data.source} has a label: list the labelled ones in "
             "config.data.labelled_csv, or set another config.data.split."
         )
-    wanted = sample_selection.SELECT[spec.strategy](
-        probabilities, found[""], open_to, spec.num_clips, experiment.seed
+    selected = sample_selection.STRATEGIES[spec.strategy](
+        probabilities, features[""], candidates, spec.num_clips, experiment.seed
     )
-    best = probabilities.argmax(axis=1)
+    predicted = probabilities.argmax(axis=1)
     rows = [
-        [source[int(numbers[i])].name, source.classes[best[i]], f"{probabilities[i, best[i]]:.4f}"]
-        for i in wanted
+        [
+            source[int(clip_indices[i])].name,
+            source.classes[predicted[i]],
+            f"{probabilities[i, predicted[i]]:.4f}",
+        ]
+        for i in selected
     ]
     classification_metrics.write_table(
         workdir / "next.csv", ["path", "predicted", "probability"], rows
@@ -125,20 +141,22 @@ def active_learning(experiment: Experiment, workdir: Path, name: str) -> None:
     classification_metrics.write_table(
         workdir / "listed.csv",
         ["path"],
-        [[source[int(n)].name] for n in known] + [row[:1] for row in rows],
+        [[source[int(index)].name] for index in labeled] + [row[:1] for row in rows],
     )
-    figures = {"known": len(known), "chosen": len(rows), "left": int(open_to.sum()) - len(rows)}
-    stage.add_results(workdir, "active_learning", {"round": figures}, trained.bad.all())
-    say(f"{len(rows)} clips to label next, by {spec.strategy}: {workdir / 'next.csv'}")
-    say(f"report: {markdown.write(workdir)}")
+    counts = {"known": len(labeled), "chosen": len(rows), "left": int(candidates.sum()) - len(rows)}
+    stage.add_results(
+        workdir, "active_learning", {"round": counts}, trained.unreadable.gather_all()
+    )
+    log_info(f"{len(rows)} clips to label next, by {spec.strategy}: {workdir / 'next.csv'}")
+    log_info(f"report: {markdown.write(workdir)}")
 
 
-def _known(source: sources.Source, experiment: Experiment) -> np.ndarray:
+def _labeled_indices(source: sources.Source, experiment: Experiment) -> np.ndarray:
     data, label = experiment.data, label_subset.labels(source)
     if data.labelled_csv:
         return label_subset.read_list(source, data.labelled_csv)
     return (
-        label_subset.draw(label, data.shots, experiment.seed, source.classes)
+        label_subset.draw_shots(label, data.shots, experiment.seed, source.classes)
         if data.shots
         else np.flatnonzero(label >= 0)
     )

@@ -19,10 +19,10 @@ from particlejax.models.zoo import backbones
 from particlejax.models.zoo.convert import formats, names, packages
 from particlejax.reports.markdown import table
 from particlejax.train import pretrained, stage
-from particlejax.train.log import say
+from particlejax.train.log import log_info
 
 STAGE = "import"  # of the checkpoint
-_MOST = 30  # names listed in the report
+_MAX_LINES = 30  # names listed in the report
 
 
 def import_weights(spec: ImportSpec, workdir: Path, name: str) -> None:
@@ -36,14 +36,14 @@ def import_weights(spec: ImportSpec, workdir: Path, name: str) -> None:
             "--config.model=NAME."
         )
     spec = dataclasses.replace(
-        spec, weights=spec.weights or str(packages.find(spec.model, "weights"))
+        spec, weights=spec.weights or str(packages.find_weights(spec.model, "weights"))
     )
-    backbone, params, known, report = pretrained.read(spec.weights, spec.model, spec)
+    backbone, params, name_map, report = pretrained.load_pretrained(spec.weights, spec.model, spec)
     if report.missing:
-        params = _filled(backbone, params, spec.seed)
-    classes = getattr(backbone.spec.net, "classes", 0)
-    saved = checkpoint.Checkpoints(stage.checkpoint_folder(workdir, STAGE), 2)
-    saved.save(
+        params = _fill_missing(backbone, params, spec.seed)
+    num_classes = getattr(backbone.spec.net, "classes", 0)
+    checkpoints = checkpoint.Checkpoints(stage.checkpoint_folder(workdir, STAGE), 2)
+    checkpoints.save(
         0,
         {"params": params},
         {
@@ -53,14 +53,14 @@ def import_weights(spec: ImportSpec, workdir: Path, name: str) -> None:
             "renamed": report.renamed,
         },
     )
-    saved.close()
+    checkpoints.close()
     if spec.export_path:
-        formats.write(spec.export_path, names.export_params(params, known, report))
-        say(f"exported under the reference's names: {spec.export_path}")
-    figures = {
+        formats.write(spec.export_path, names.export_params(params, name_map, report))
+        log_info(f"exported under the reference's names: {spec.export_path}")
+    summary = {
         "weights": spec.weights,
         "model": spec.model,
-        "num_classes": classes,
+        "num_classes": num_classes,
         "num_params": tree.count(params),
         "matched": len(report.matched),
         "missing": report.missing,
@@ -68,21 +68,25 @@ def import_weights(spec: ImportSpec, workdir: Path, name: str) -> None:
         "reshaped": report.reshaped,
         "cast": report.cast,
     }
-    stage.add_results(workdir, STAGE, figures, {})
+    stage.add_results(workdir, STAGE, summary, {})
     path = workdir / "report.md"
-    io.write_text(path, "\n".join(_lines(spec, backbone, figures)))
-    say(_sentence(report))
-    say(f"report: {path}")
+    io.write_text(path, "\n".join(_report(spec, backbone, summary)))
+    log_info(_summary(report))
+    log_info(f"report: {path}")
 
 
-def _filled(backbone: backbones.Backbone, params: Params, seed: int) -> Params:
-    fresh = jax.jit(backbone.init)(jax.random.key(seed))
+def _fill_missing(backbone: backbones.Backbone, params: Params, seed: int) -> Params:
+    random_params = jax.jit(backbone.init)(jax.random.key(seed))
     return jax.tree.map(
-        lambda ours, new: ours if isinstance(ours, np.ndarray) else np.asarray(new), params, fresh
+        lambda imported, random_leaf: (
+            imported if isinstance(imported, np.ndarray) else np.asarray(random_leaf)
+        ),
+        params,
+        random_params,
     )
 
 
-def _sentence(report: names.Report) -> str:
+def _summary(report: names.Report) -> str:
     text = (
         f"{len(report.matched)} arrays matched, {len(report.missing)} missing, "
         f"{len(report.unused)} unused"
@@ -92,8 +96,8 @@ def _sentence(report: names.Report) -> str:
     )
 
 
-def _lines(
-    spec: ImportSpec, backbone: backbones.Backbone, figures: Mapping[str, Any]
+def _report(
+    spec: ImportSpec, backbone: backbones.Backbone, summary: Mapping[str, Any]
 ) -> Iterator[str]:
     yield from (f"# {spec.model} from {Path(spec.weights).name}", "")
     yield from table(
@@ -101,11 +105,14 @@ def _lines(
         [
             [
                 "model",
-                f"{spec.model}, {figures['num_classes'] or 'no'} classes, input {_taken(backbone)}",
+                (
+                    f"{spec.model}, {summary['num_classes'] or 'no'} classes, input "
+                    f"{_describe_inputs(backbone)}"
+                ),
             ],
-            ["parameters", f"{figures['num_params']:,}"],
-            ["arrays matched", figures["matched"]],
-            ["cast to float32", len(figures["cast"])],
+            ["parameters", f"{summary['num_params']:,}"],
+            ["arrays matched", summary["matched"]],
+            ["cast to float32", len(summary["cast"])],
         ],
     )
     yield ""
@@ -117,16 +124,16 @@ def _lines(
             "arrays with axes of length one added or removed, or interpolated to another size",
         ),
     ):
-        found = figures[key]
-        yield from (f"## {len(found)} {key}: {meaning}", "")
-        yield from (f"- `{name}`" for name in found[:_MOST])
-        if len(found) > _MOST:
-            yield f"- and {len(found) - _MOST} others, in [results.json](results.json)"
+        names = summary[key]
+        yield from (f"## {len(names)} {key}: {meaning}", "")
+        yield from (f"- `{name}`" for name in names[:_MAX_LINES])
+        if len(names) > _MAX_LINES:
+            yield f"- and {len(names) - _MAX_LINES} others, in [results.json](results.json)"
         yield ""
     yield (f"The checkpoint is in `checkpoints/{STAGE}`; `--config.weights` accepts this folder.")
 
 
-def _taken(backbone: backbones.Backbone) -> str:
+def _describe_inputs(backbone: backbones.Backbone) -> str:
     """The network's input shapes and dtypes, as text."""
     return " and ".join(
         f"{' x '.join(map(str, shape))} {dtype}" for shape, dtype in backbone.spec.examples

@@ -26,21 +26,21 @@ from particlejax.models.zoo import backbones
 from particlejax.models.zoo.convert import packages
 from particlejax.reports.markdown import table
 from particlejax.train import pretrained, stage
-from particlejax.train.classification_metrics import scores
-from particlejax.train.log import Progress, say
+from particlejax.train.classification_metrics import compute_metrics
+from particlejax.train.log import Progress, log_info
 
-_STEPS = 2000  # maximum iterations of the regression
+_MAX_STEPS = 2000  # maximum iterations of the regression
 
 
-class Frozen(NamedTuple):
+class FrozenBackbone(NamedTuple):
     """A frozen network, and what identifies it."""
 
     backbone: backbones.Backbone
     params: Params
-    known: dict[str, str]
+    identity: dict[str, str]
 
 
-class Told(NamedTuple):
+class SplitFeatures(NamedTuple):
     """Features float32 [N, D] and labels int [N] of a split's readable clips; how many were
     computed now.
     """
@@ -55,208 +55,240 @@ def linear_probe(spec: LinearProbeSpec, workdir: Path, name: str) -> None:
     `config.test_split`.
     """
     del name
-    begun = time.perf_counter()
-    frozen, bad = load(spec), stage.BadClips(spec.max_unreadable)
+    start = time.perf_counter()
+    frozen, unreadable = load_backbone(spec), stage.UnreadableClips(spec.max_unreadable)
     train = sources.open_source(spec.source, spec.train_split, spec.cache_dir)
     test = sources.open_source(spec.source, spec.test_split, spec.cache_dir, train.classes)
-    learnt, asked = (tell(frozen, source, spec, bad) for source in (train, test))
-    seconds = {"features": time.perf_counter() - begun}
-    figures = scores(
-        answers(learnt, asked.features, len(train.classes), spec.l2), asked.label, train.classes
+    train_features, test_features = (
+        compute_features(frozen, source, spec, unreadable) for source in (train, test)
     )
-    seconds["regression"] = time.perf_counter() - begun - seconds["features"]
-    computed, clips_seen = learnt.computed + asked.computed, len(learnt.label) + len(asked.label)
+    seconds = {"features": time.perf_counter() - start}
+    metrics = compute_metrics(
+        predict_probabilities(train_features, test_features.features, len(train.classes), spec.l2),
+        test_features.label,
+        train.classes,
+    )
+    seconds["regression"] = time.perf_counter() - start - seconds["features"]
+    computed, clips_seen = (
+        train_features.computed + test_features.computed,
+        len(train_features.label) + len(test_features.label),
+    )
     stage.add_results(
         workdir,
         "linear_probe",
         {
             "model": spec.model,
-            spec.test_split: figures,
-            "width": learnt.features.shape[1],
+            spec.test_split: metrics,
+            "width": train_features.features.shape[1],
             "computed": computed,
             "kept": clips_seen - computed,
             "seconds": seconds,
         },
-        bad.all(),
+        unreadable.gather_all(),
     )
-    say(
-        f"{spec.model} on {len(asked.label)} clips of {spec.source} ({spec.test_split}): top-1 "
-        f"{figures.get('top1', float('nan')):.3f}; features of {computed} clips computed, "
+    log_info(
+        f"{spec.model} on {len(test_features.label)} clips of {spec.source} ({spec.test_split}): "
+        f"top-1 {metrics.get('top1', float('nan')):.3f}; features of {computed} clips computed, "
         f"{clips_seen - computed} cached"
     )
     path = workdir / "report.md"
-    io.write_text(path, "\n".join(_lines(spec, figures, learnt, computed)))
-    say(f"report: {path}")
+    io.write_text(path, "\n".join(_report(spec, metrics, train_features, computed)))
+    log_info(f"report: {path}")
 
 
-def load(spec: LinearProbeSpec | ExtractFeaturesSpec) -> Frozen:
+def load_backbone(spec: LinearProbeSpec | ExtractFeaturesSpec) -> FrozenBackbone:
     """The network. Raises UserError if its weights are missing, do not fit or lack more than a
     head.
     """
-    found = backbones.find(spec.model)
-    if not found.video and not (
-        (found.sound or found.text) and isinstance(spec, ExtractFeaturesSpec)
+    published = backbones.find_backbone(spec.model)
+    if not published.video and not (
+        (published.sound or published.text) and isinstance(spec, ExtractFeaturesSpec)
     ):
         raise UserError(
             f"{spec.model} does not take video: choose a video model with config.model, such as "
             "i3d."
         )
     if spec.weights == "random":
-        say("weights are random: the features are of an untrained network.")
-        backbone = backbones.build(found)
+        log_info("weights are random: the features are of an untrained network.")
+        backbone = backbones.build_backbone(published)
         params = jax.jit(backbone.init)(jax.random.key(0))
     else:
-        path = spec.weights or str(packages.find(spec.model, "weights"))
-        backbone, params, _, report = pretrained.read(path, spec.model)
-        lacking = [name for name in report.missing if not name.startswith("head")]
-        if lacking:
+        path = spec.weights or str(packages.find_weights(spec.model, "weights"))
+        backbone, params, _, report = pretrained.load_pretrained(path, spec.model)
+        missing = [name for name in report.missing if not name.startswith("head")]
+        if missing:
             raise UserError(
-                f"{path} lacks {len(lacking)} parameters of {spec.model} ({lacking[0]}, ...): set "
+                f"{path} lacks {len(missing)} parameters of {spec.model} ({missing[0]}, ...): set "
                 "config.model to the model of these weights, or use other config.weights."
             )
         params = jax.tree.map(
             lambda leaf: leaf if isinstance(leaf, np.ndarray) else np.zeros(leaf.shape, leaf.dtype),
             params,
         )
-    return Frozen(
+    return FrozenBackbone(
         backbone,
         jax.device_put(params),
         {
             "model": spec.model,
             "weights": digest(params),
-            "endpoint": spec.endpoint or backbone.spec.last,
+            "endpoint": spec.endpoint or backbone.spec.default_endpoint,
         },
     )
 
 
 def digest(params: Params) -> str:
     """SHA-256 of all parameters except the head's, which do not affect features."""
-    total = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for path, leaf in tree.flatten(params).items():
         if not path.startswith("head"):
-            total.update(path.encode() + np.ascontiguousarray(leaf).tobytes())
-    return total.hexdigest()
+            sha256.update(path.encode() + np.ascontiguousarray(leaf).tobytes())
+    return sha256.hexdigest()
 
 
-def tell(
-    frozen: Frozen, source: sources.Source, spec: LinearProbeSpec, bad: stage.BadClips
-) -> Told:
+def compute_features(
+    frozen: FrozenBackbone,
+    source: sources.Source,
+    spec: LinearProbeSpec,
+    unreadable: stage.UnreadableClips,
+) -> SplitFeatures:
     """Features of every readable, labelled clip of a source, computed unless they are cached."""
-    net, folder = (
+    network, folder = (
         frozen.backbone.spec,
         Path(spec.feature_cache_dir).expanduser() if spec.feature_cache_dir else None,
     )
     # a Transformer has position embeddings for a fixed number of frames
-    number = net.frames if net.inputs or not spec.num_frames else spec.num_frames
-    data = DataSpec(num_frames=number, image_size=net.size, clip_seconds=spec.clip_seconds)
+    num_frames = network.frames if network.inputs or not spec.num_frames else spec.num_frames
+    data = DataSpec(num_frames=num_frames, image_size=network.size, clip_seconds=spec.clip_seconds)
     sampling = {"frames": data.num_frames, "size": data.image_size, "seconds": data.clip_seconds}
     apply = jax.jit(
         lambda params, pixels: backbones.features(frozen.backbone, params, pixels, spec.endpoint)
     )
     labels: dict[int, int] = {}
     keys: dict[int, str] = {}
-    for i in range(len(source)):
-        record = source[i]
-        if record.label >= 0 and (name := key_of(i, record, frozen, sampling, bad)):
-            labels[i], keys[i] = record.label, name
-    found = {
-        i: vector
-        for i, name in keys.items()
-        if folder and (vector := kept(folder, name)) is not None
+    for index in range(len(source)):
+        record = source[index]
+        if record.label >= 0 and (name := feature_key(index, record, frozen, sampling, unreadable)):
+            labels[index], keys[index] = record.label, name
+    features = {
+        index: vector
+        for index, name in keys.items()
+        if folder and (vector := load_stored(folder, name)) is not None
     }
-    waiting = [i for i in keys if i not in found]
-    progress = Progress("features", len(waiting), unit="clip")
-    for first in range(0, len(waiting), spec.batch_size):
-        part = waiting[first : first + spec.batch_size]
-        read = {i: frames for i in part if (frames := _frames(i, source[i], data, bad)) is not None}
-        if read:
+    pending = [index for index in keys if index not in features]
+    progress = Progress("features", len(pending), unit="clip")
+    for start in range(0, len(pending), spec.batch_size):
+        chunk = pending[start : start + spec.batch_size]
+        frames_by_index = {
+            index: frames
+            for index in chunk
+            if (frames := _read_frames(index, source[index], data, unreadable)) is not None
+        }
+        if frames_by_index:
             # fixed shape: compiles once
             pixels = np.stack(
-                [*read.values(), *[next(iter(read.values()))] * (spec.batch_size - len(read))]
+                [
+                    *frames_by_index.values(),
+                    *[next(iter(frames_by_index.values()))]
+                    * (spec.batch_size - len(frames_by_index)),
+                ]
             )
-            found |= dict(
-                zip(read, np.asarray(apply(frozen.params, pixels), np.float32), strict=False)
+            features |= dict(
+                zip(
+                    frames_by_index,
+                    np.asarray(apply(frozen.params, pixels), np.float32),
+                    strict=False,
+                )
             )
-        for i in read if folder else ():
-            feature_store.save(folder, keys[i], found[i])
-        for _ in part:
+        for index in frames_by_index if folder else ():
+            feature_store.save(folder, keys[index], features[index])
+        for _ in chunk:
             progress.update()
     progress.close()
-    if not found:
+    if not features:
         raise UserError(
             f"{spec.source} has no readable, labelled clip in {spec.train_split} or "
             f"{spec.test_split}: set other splits."
         )
-    order = sorted(found)
-    return Told(
-        np.stack([found[i] for i in order]),
-        np.array([labels[i] for i in order]),
-        len(set(waiting) & found.keys()),
+    order = sorted(features)
+    return SplitFeatures(
+        np.stack([features[index] for index in order]),
+        np.array([labels[index] for index in order]),
+        len(set(pending) & features.keys()),
     )
 
 
-def key_of(
-    i: int, record: sources.Record, frozen: Frozen, sampling: dict[str, Any], bad: stage.BadClips
+def feature_key(
+    index: int,
+    record: sources.Record,
+    frozen: FrozenBackbone,
+    sampling: dict[str, Any],
+    unreadable: stage.UnreadableClips,
 ) -> str:
     """Cache key of a clip's features; '' for a missing file, which is recorded."""
     try:
-        return feature_store.key(record, frozen.known, sampling)
+        return feature_store.key(record, frozen.identity, sampling)
     except OSError as error:
-        bad.note(pipeline.Loaded(None, (pipeline.Bad(i, record.name, str(error)),)))
+        unreadable.record(
+            pipeline.LoadedBatch(None, (pipeline.UnreadableClip(index, record.name, str(error)),))
+        )
         return ""
 
 
-def _frames(
-    i: int, record: sources.Record, data: DataSpec, bad: stage.BadClips
+def _read_frames(
+    index: int, record: sources.Record, data: DataSpec, unreadable: stage.UnreadableClips
 ) -> np.ndarray | None:
     try:
-        return clips.load(record, data, clips.CENTRE).frames
+        return clips.load(record, data, clips.CENTER_VIEW).frames
     except Unreadable as error:
-        bad.note(pipeline.Loaded(None, (pipeline.Bad(i, record.name, error.reason),)))
+        unreadable.record(
+            pipeline.LoadedBatch(None, (pipeline.UnreadableClip(index, record.name, error.reason),))
+        )
         return None
 
 
-def answers(learnt: Told, asked_ND: np.ndarray, classes: int, penalty: float) -> np.ndarray:
+def predict_probabilities(
+    train_features: SplitFeatures, test_ND: np.ndarray, num_classes: int, l2: float
+) -> np.ndarray:
     """Class probabilities [N, C] of a logistic regression on standardized features."""
-    scale = StandardScaler().fit(learnt.features)
-    if len(set(learnt.label)) < 2:
+    scaler = StandardScaler().fit(train_features.features)
+    if len(set(train_features.label)) < 2:
         raise UserError(
             "the training clips have a single class: set config.train_split to a split with more "
             "classes."
         )
-    model = LogisticRegression(C=1 / penalty, max_iter=_STEPS).fit(
-        scale.transform(learnt.features), learnt.label
+    model = LogisticRegression(C=1 / l2, max_iter=_MAX_STEPS).fit(
+        scaler.transform(train_features.features), train_features.label
     )
-    found = np.zeros((len(asked_ND), classes))
-    found[:, model.classes_] = model.predict_proba(scale.transform(asked_ND))
-    return found
+    probs = np.zeros((len(test_ND), num_classes))
+    probs[:, model.classes_] = model.predict_proba(scaler.transform(test_ND))
+    return probs
 
 
-def kept(folder: Path | None, name: str) -> np.ndarray | None:
+def load_stored(folder: Path | None, name: str) -> np.ndarray | None:
     """The cached features of a key, or None if they are missing or damaged; damage is logged."""
     try:
         return feature_store.load(folder, name) if folder else None
-    except feature_store.Damaged as error:
-        say(f"{error}: its features are computed again.")
+    except feature_store.DamagedFeatures as error:
+        log_info(f"{error}: its features are computed again.")
         return None
 
 
-def _lines(
-    spec: LinearProbeSpec, figures: dict[str, Any], learnt: Told, computed: int
+def _report(
+    spec: LinearProbeSpec, metrics: dict[str, Any], train_features: SplitFeatures, computed: int
 ) -> Iterator[str]:
     yield from (f"# Linear probe of {spec.model} on {spec.source}", "")
-    shown: Sequence[tuple[str, Any]] = (
-        ("training clips", len(learnt.label)),
-        ("feature width", learnt.features.shape[1]),
-        ("test clips", figures.get("num_clips", 0)),
+    entries: Sequence[tuple[str, Any]] = (
+        ("training clips", len(train_features.label)),
+        ("feature width", train_features.features.shape[1]),
+        ("test clips", metrics.get("num_clips", 0)),
         ("features computed now", computed),
         *(
-            (f"{spec.test_split} {each}", figures[each])
-            for each in ("top1", "top5", "mean_class_accuracy", "ece")
-            if each in figures
+            (f"{spec.test_split} {key}", metrics[key])
+            for key in ("top1", "top5", "mean_class_accuracy", "ece")
+            if key in metrics
         ),
     )
     yield from table(
         ["", ""],
-        [[name, f"{value:.3f}" if isinstance(value, float) else value] for name, value in shown],
+        [[name, f"{value:.3f}" if isinstance(value, float) else value] for name, value in entries],
     )

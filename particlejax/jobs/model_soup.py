@@ -22,10 +22,10 @@ from particlejax.finetune import weight_average
 from particlejax.reports import markdown
 from particlejax.train import eval, predictions
 from particlejax.train import stage as run
-from particlejax.train.log import say
+from particlejax.train.log import log_info
 
 MODEL = "model"  # folder of the resulting run
-_FIGURES = ("top1", "mAP", "r2")  # runs are ranked by the first of these that exists
+_RANKING_METRICS = ("top1", "mAP", "r2")  # runs are ranked by the first of these that exists
 
 
 def model_soup(experiment: Experiment, workdir: Path, name: str) -> None:
@@ -40,30 +40,38 @@ def model_soup(experiment: Experiment, workdir: Path, name: str) -> None:
         )
     mesh = sharding.make_mesh(experiment.mesh)
     sharding.check_rows(experiment.eval.batch_size, mesh, "config.eval.batch_size")
-    kitchen = _Kitchen(
-        experiment, workdir, mesh, *_ingredients(experiment, mesh, run.asked(experiment.data))
+    members = _Members(
+        experiment,
+        workdir,
+        mesh,
+        *_load_members(experiment, mesh, run.data_overrides(experiment.data)),
     )
-    each = {label: kitchen.figures(params, label) for label, params in kitchen.params.items()}
-    together = _TABLE[experiment.model_soup.method](kitchen, each)
-    split = kitchen.stage.data.split
+    member_metrics = {
+        label: members.evaluate(params, label) for label, params in members.params.items()
+    }
+    soup_metrics = _METHODS[experiment.model_soup.method](members, member_metrics)
+    split = members.stage.data.split
     run.add_results(
         workdir,
-        kitchen.stage.name,
-        {split: together, "members": {k: _short(v) for k, v in each.items()}},
-        kitchen.bad.all(),
+        members.stage.name,
+        {
+            split: soup_metrics,
+            "members": {label: _scalars(metrics) for label, metrics in member_metrics.items()},
+        },
+        members.unreadable.gather_all(),
     )
-    say(f"{experiment.model_soup.method} of {len(each)}: {_short(together)}")
-    say(f"report: {markdown.write(workdir)}")
+    log_info(f"{experiment.model_soup.method} of {len(member_metrics)}: {_scalars(soup_metrics)}")
+    log_info(f"report: {markdown.write(workdir)}")
 
 
-def _ingredients(
-    experiment: Experiment, mesh: Any, said: dict[str, Any]
+def _load_members(
+    experiment: Experiment, mesh: Any, overrides: dict[str, Any]
 ) -> tuple[run.Stage, dict[str, Params]]:
     """The stage, and parameters by run and step. Raises UserError if they are incompatible."""
-    stages, found = [], {}
+    stages, params_by_label = [], {}
     for text in experiment.runs:
         folder, stage = run.split_run(text)
-        steps = checkpoint.whole_steps(run.result_folder(folder, stage))[
+        steps = checkpoint.valid_steps(run.result_folder(folder, stage))[
             -experiment.model_soup.last_k_checkpoints :
         ]
         if len(steps) < experiment.model_soup.last_k_checkpoints:
@@ -73,26 +81,26 @@ def _ingredients(
                 "config.checkpoint.max_to_keep, or average fewer."
             )
         for step in steps:
-            made, params = run.load_trained(text, mesh, said, step)
-            stages.append(made)
-            found[f"{text}@{step}"] = params
+            loaded_stage, params = run.load_trained(text, mesh, overrides, step)
+            stages.append(loaded_stage)
+            params_by_label[f"{text}@{step}"] = params
     if stages[0].targets is None:
         raise UserError(
             f"stage {stages[0].name} of {experiment.runs[0]} is not a classifier: name one that "
             "is, as RUN_DIR:STAGE."
         )
-    for text, params in found.items():
-        weight_average.check(next(iter(found.values())), params, text)
-    for text, other in zip(found, stages, strict=True):
-        if other.classes != stages[0].classes:
+    for text, params in params_by_label.items():
+        weight_average.check_same_architecture(next(iter(params_by_label.values())), params, text)
+    for text, member_stage in zip(params_by_label, stages, strict=True):
+        if member_stage.classes != stages[0].classes:
             raise UserError(
                 f"{text} has other classes than {experiment.runs[0]}: a soup needs runs with the "
                 "same labels."
             )
-    return stages[0], found
+    return stages[0], params_by_label
 
 
-class _Kitchen:
+class _Members:
     """Evaluates parameters on one source; clips are decoded again for each model."""
 
     def __init__(
@@ -110,94 +118,104 @@ class _Kitchen:
             params,
             mesh,
         )
-        self.bad = run.BadClips(stage.data.max_unreadable)
+        self.unreadable = run.UnreadableClips(stage.data.max_unreadable)
         self.source = sources.open_source(
             stage.data.source, stage.data.split, stage.data.cache_dir, stage.classes
         )
         spec = experiment.eval
-        self._views = stage.views(self.source, spec.batch_size, spec.views, spec.scale)
-        self._predict = eval.jit_predict(stage.model, mesh, stage.targets.answers)
+        self._views = stage.eval_batches(self.source, spec.batch_size, spec.views, spec.scale)
+        self._predict = eval.jit_predict(stage.model, mesh, stage.targets.activate)
 
-    def said(self, params: Params, name: str) -> tuple[np.ndarray, np.ndarray]:
+    def predict(self, params: Params, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Indices of the clips, and the predictions for them."""
-        return eval.probabilities(
-            self._predict, params, self._views, self.mesh, self.bad.note, name
+        return eval.predict_probabilities(
+            self._predict, params, self._views, self.mesh, self.unreadable.record, name
         )
 
-    def score(self, numbers: np.ndarray, found: np.ndarray) -> dict[str, Any]:
+    def score(self, clip_indices: np.ndarray, probs: np.ndarray) -> dict[str, Any]:
         """Metrics; predictions.csv holds the last scored predictions."""
-        records = [self.source[int(n)] for n in numbers]
+        records = [self.source[int(index)] for index in clip_indices]
         label = np.array([record.label for record in records], int)
         names = [record.name for record in records]
-        return predictions.score(
+        return predictions.score_predictions(
             self.stage.targets,
             self.workdir / "predictions.csv",
             names,
             label,
-            found,
+            probs,
             self.stage.classes,
         )
 
-    def figures(self, params: Params, name: str) -> dict[str, Any]:
+    def evaluate(self, params: Params, name: str) -> dict[str, Any]:
         """Metrics of one model."""
-        return self.score(*self.said(params, name))
+        return self.score(*self.predict(params, name))
 
-    def serve(self, params: Params, names: list[str]) -> dict[str, Any]:
+    def write_model(self, params: Params, names: list[str]) -> dict[str, Any]:
         """Writes the model as a run, and evaluates it."""
         folder, stage = self.workdir / MODEL, self.stage
-        plain = replace(stage.spec, init_from="")
-        made = replace(
-            stage.experiment, stages={stage.name: plain}, stage_order=(stage.name,), init_from=""
+        stage_spec = replace(stage.spec, init_from="")
+        model_experiment = replace(
+            stage.experiment,
+            stages={stage.name: stage_spec},
+            stage_order=(stage.name,),
+            init_from="",
         )
         folder.mkdir(exist_ok=True)
-        io.write_json(folder / run.CONFIG, jobs.written(made))
-        kept = checkpoint.Checkpoints(run.checkpoint_folder(folder, stage.name), 2)
-        kept.save(0, {"params": params}, {"classes": list(stage.classes), "of": names})
-        kept.close()
-        say(
+        io.write_json(folder / run.CONFIG, jobs.written(model_experiment))
+        checkpoints = checkpoint.Checkpoints(run.checkpoint_folder(folder, stage.name), 2)
+        checkpoints.save(0, {"params": params}, {"classes": list(stage.classes), "of": names})
+        checkpoints.close()
+        log_info(
             f"the model: {folder}, {tree.count(params) / 1e6:.2f} M parameters of "
             f"{', '.join(names)}"
         )
-        return self.figures(params, "together") | {"of": names}
+        return self.evaluate(params, "together") | {"of": names}
 
 
-def _average(kitchen: _Kitchen, each: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return kitchen.serve(weight_average.mean(list(kitchen.params.values())), list(each))
+def _average(members: _Members, member_metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return members.write_model(
+        weight_average.mean_params(list(members.params.values())), list(member_metrics)
+    )
 
 
-def _greedy(kitchen: _Kitchen, each: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _greedy(members: _Members, member_metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Adds runs, best first, while the average is no worse (arXiv:2203.05482, recipe 1)."""
-    order = sorted(each, key=lambda name: -_figure(each[name]))
-    chosen, best = order[:1], _figure(each[order[0]])
+    order = sorted(member_metrics, key=lambda name: -_ranking_value(member_metrics[name]))
+    selected, best = order[:1], _ranking_value(member_metrics[order[0]])
     for name in order[1:]:
-        found = _figure(
-            kitchen.figures(
-                weight_average.mean([kitchen.params[k] for k in (*chosen, name)]), f"with {name}"
+        candidate = _ranking_value(
+            members.evaluate(
+                weight_average.mean_params(
+                    [members.params[member] for member in (*selected, name)]
+                ),
+                f"with {name}",
             )
         )
-        if found >= best:
-            chosen, best = [*chosen, name], found
-    return kitchen.serve(weight_average.mean([kitchen.params[name] for name in chosen]), chosen)
+        if candidate >= best:
+            selected, best = [*selected, name], candidate
+    return members.write_model(
+        weight_average.mean_params([members.params[name] for name in selected]), selected
+    )
 
 
-def _ensemble(kitchen: _Kitchen, each: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _ensemble(members: _Members, member_metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Averages predictions; writes no model."""
-    said = [kitchen.said(params, name) for name, params in kitchen.params.items()]
-    return kitchen.score(said[0][0], np.mean([found for _, found in said], axis=0)) | {
-        "of": list(each)
-    }
+    predictions = [members.predict(params, name) for name, params in members.params.items()]
+    return members.score(
+        predictions[0][0], np.mean([probs for _, probs in predictions], axis=0)
+    ) | {"of": list(member_metrics)}
 
 
-_TABLE: dict[str, Callable[[_Kitchen, dict[str, dict[str, Any]]], dict[str, Any]]] = {
+_METHODS: dict[str, Callable[[_Members, dict[str, dict[str, Any]]], dict[str, Any]]] = {
     "uniform": _average,
     "greedy": _greedy,
     "ensemble": _ensemble,
 }
 
 
-def _figure(figures: dict[str, Any]) -> float:
-    return next((figures[key] for key in _FIGURES if key in figures), 0.0)
+def _ranking_value(metrics: dict[str, Any]) -> float:
+    return next((metrics[key] for key in _RANKING_METRICS if key in metrics), 0.0)
 
 
-def _short(figures: dict[str, Any]) -> dict[str, float]:
-    return {key: value for key, value in figures.items() if isinstance(value, int | float)}
+def _scalars(metrics: dict[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in metrics.items() if isinstance(value, int | float)}

@@ -9,12 +9,14 @@ from typing import Any
 
 from particlejax.core.errors import UserError, install_line
 
-_BEAT = 60  # seconds between heartbeats; a run without one for twice as long is reassigned
-_LISTED = 60  # seconds to wait for the process that creates the study
+_HEARTBEAT_SECONDS = (
+    60  # seconds between heartbeats; a run without one for twice as long is reassigned
+)
+_LISTING_TIMEOUT = 60  # seconds to wait for the process that creates the study
 _RUNS = "runs"
 
 
-def each(storage: str, name: str, labels: Sequence[str], work: Callable[[int], Any]) -> None:
+def run_each(storage: str, name: str, labels: Sequence[str], run: Callable[[int], Any]) -> None:
     """Calls work(i) for labels that no other process has taken, until none is left.
 
     Runs are queued in the storage as trials, and taking one is atomic, so each is taken once.
@@ -23,20 +25,20 @@ def each(storage: str, name: str, labels: Sequence[str], work: Callable[[int], A
     journal has none: there, run the same sweep without a storage to finish.
     """
     optuna = _optuna()
-    study = _listed(optuna, _storage(optuna, storage), name, labels)
+    study = _open_study(optuna, _storage(optuna, storage), name, labels)
 
     def objective(trial: Any) -> float:
         if "fixed_params" not in study.get_trials(deepcopy=False)[trial.number].system_attrs:
             raise optuna.TrialPruned  # another process took the last one
         label = trial.suggest_categorical("run", list(labels))
         try:
-            work(labels.index(label))
+            run(labels.index(label))
         except BaseException:
             study.enqueue_trial({"run": label})
             raise
         return 0.0
 
-    while _left(optuna, study):
+    while _has_waiting(optuna, study):
         study.optimize(objective, n_trials=1)
 
 
@@ -63,19 +65,19 @@ def search(
 
     def objective(trial: Any) -> float:
         for key, values in space.items():
-            trial.suggest_categorical(key, [json.dumps(v) for v in values])
+            trial.suggest_categorical(key, [json.dumps(option) for option in values])
         try:
-            return measure(_chosen(trial), trial.number)
+            return measure(_settings_of(trial), trial.number)
         except UserError as error:  # incompatible settings
             raise optuna.TrialPruned(str(error)) from error
 
     states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
     if len(study.get_trials(states=states)) < trials:
         study.optimize(objective, callbacks=[optuna.study.MaxTrialsCallback(trials, states=states)])
-    return {trial.number: _chosen(trial) for trial in study.get_trials(states=states)}
+    return {trial.number: _settings_of(trial) for trial in study.get_trials(states=states)}
 
 
-def _chosen(trial: Any) -> dict[str, Any]:
+def _settings_of(trial: Any) -> dict[str, Any]:
     return {key: json.loads(value) for key, value in trial.params.items()}
 
 
@@ -91,35 +93,35 @@ def _optuna() -> Any:
     return optuna
 
 
-def _storage(optuna: Any, place: str) -> Any:
+def _storage(optuna: Any, location: str) -> Any:
     """A database for a URL, else a journal file, which also works on a network file system.
 
     Both take runs atomically; Optuna with SQLite may give one run to two processes.
     """
-    if place.startswith("sqlite"):
+    if location.startswith("sqlite"):
         raise UserError(
-            f"config.sweep.storage={place!r}: SQLite may give one run to two processes: use a "
+            f"config.sweep.storage={location!r}: SQLite may give one run to two processes: use a "
             "plain file, or a database such as mysql://... or postgresql://..."
         )
     with warnings.catch_warnings(action="ignore"):  # ExperimentalWarning
-        if "://" not in place:
-            backend = optuna.storages.journal.JournalFileBackend(place)
+        if "://" not in location:
+            backend = optuna.storages.journal.JournalFileBackend(location)
             return optuna.storages.JournalStorage(backend)
         retry = optuna.storages.RetryHeartbeatStaleTrialCallback()
         return optuna.storages.RDBStorage(
-            place, heartbeat_interval=_BEAT, heartbeat_stale_trial_callback=retry
+            location, heartbeat_interval=_HEARTBEAT_SECONDS, heartbeat_stale_trial_callback=retry
         )
 
 
-def _listed(optuna: Any, storage: Any, name: str, labels: Sequence[str]) -> Any:
+def _open_study(optuna: Any, storage: Any, name: str, labels: Sequence[str]) -> Any:
     """The study, with every label queued once by the process that created it."""
     try:
         study = optuna.create_study(storage=storage, study_name=name)
     except optuna.exceptions.DuplicatedStudyError:
         study = optuna.load_study(storage=storage, study_name=name)
-        until = time.monotonic() + _LISTED
+        deadline = time.monotonic() + _LISTING_TIMEOUT
         while _RUNS not in study.user_attrs:
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 raise UserError(
                     f"the process that began the sweep {name} stopped before it listed the runs: "
                     "set another config.sweep.storage."
@@ -136,7 +138,7 @@ def _listed(optuna: Any, storage: Any, name: str, labels: Sequence[str]) -> Any:
     return study
 
 
-def _left(optuna: Any, study: Any) -> bool:
+def _has_waiting(optuna: Any, study: Any) -> bool:
     with warnings.catch_warnings(action="ignore"):
         optuna.storages.fail_stale_trials(study)
     return bool(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,)))

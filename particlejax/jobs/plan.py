@@ -32,25 +32,25 @@ from particlejax.particles.types import Batch
 from particlejax.reports.markdown import table
 from particlejax.train import stage as run
 from particlejax.train import train_step
-from particlejax.train.log import say
-from particlejax.train.train_state import TrainState, described, jit_step
+from particlejax.train.log import log_info
+from particlejax.train.train_state import TrainState, abstract_state, jit_step
 
-HERE = "here"
-_STEPS = 1000  # for a stage with num_epochs: only constants of its schedule depend on this
-_SPLIT = 8  # fsdp devices of the mesh with data and fsdp
-_TENSOR = 4  # tensor devices of the mesh with tensor parallelism
-_OVER = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
+LOCAL = "here"
+_NOMINAL_STEPS = 1000  # for a stage with num_epochs: only constants of its schedule depend on this
+_FSDP_SIZE = 8  # fsdp devices of the mesh with data and fsdp
+_TENSOR_SIZE = 4  # tensor devices of the mesh with tensor parallelism
+_OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PlannedStage:
     """A stage as the devices run it, its batch size in rows, and its FLOPs over all devices."""
 
     stage: run.Stage
-    goal: Any  # targets of the labels
-    rows: int
-    operations: int
+    targets: Any  # targets of the labels
+    batch_size: int
+    flops: int
 
 
 def plan(spec: PlanSpec, workdir: Path, name: str) -> None:
@@ -58,38 +58,42 @@ def plan(spec: PlanSpec, workdir: Path, name: str) -> None:
     if a topology is unavailable.
     """
     del name
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for topology in topologies(spec):
         devices = devices_of(topology)
-        chip = accelerators.of(devices[0], len(devices))
-        prepared = prepare(spec, devices)
-        stage = prepared.stage
-        for mesh_spec in spec.meshes or candidates(len(devices)):
+        chip = accelerators.chip_of(devices[0], len(devices))
+        planned = plan_stage(spec, devices)
+        stage = planned.stage
+        for mesh_spec in spec.meshes or candidate_meshes(len(devices)):
             mesh = sharding.make_mesh(mesh_spec, devices)
-            label = f"{topology} {title(mesh)}"
-            begun = time.monotonic()
-            found[label] = figures(prepared, mesh, chip)
-            found[label]["seconds_to_compile"] = round(time.monotonic() - begun, 1)
-            say(f"{label}: {_sentence(found[label])}")
+            label = f"{topology} {mesh_title(mesh)}"
+            start = time.monotonic()
+            results[label] = analyze(planned, mesh, chip)
+            results[label]["seconds_to_compile"] = round(time.monotonic() - start, 1)
+            log_info(f"{label}: {_summary(results[label])}")
             # after each mesh, as one may take minutes
-            io.write_json(workdir / run.RESULTS, {stage.name: found, "best": best(found)})
+            io.write_json(
+                workdir / run.RESULTS, {stage.name: results, "best": best_meshes(results)}
+            )
     path = workdir / "report.md"
-    io.write_text(path, "\n".join(_lines(spec, stage, found)) + "\n")
+    io.write_text(path, "\n".join(_report(spec, stage, results)) + "\n")
     print(path.read_text(encoding="utf-8"))
-    say(f"report: {path}")
+    log_info(f"report: {path}")
 
 
-def prepare(spec: PlanSpec, devices: Sequence[jax.Device]) -> Prepared:
+def plan_stage(spec: PlanSpec, devices: Sequence[jax.Device]) -> PlannedStage:
     """The stage for these devices. FLOPs are of plain attention: fused kernels recompute some."""
-    plain, goal = stage_of(spec, "xla")
-    rows = spec.per_device_batch_size * len(devices) or plain.spec.batch_size
-    alone = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), sharding.AXES)
-    operations = flops.count(_traced(plain, goal, rows, alone)[0].jaxpr)
-    stage, _ = stage_of(spec, "auto")
-    return Prepared(stage, goal, rows, operations)
+    reference_stage, targets = load_stage(spec, "xla")
+    batch_size = spec.per_device_batch_size * len(devices) or reference_stage.spec.batch_size
+    single_device = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), sharding.AXES)
+    step_flops = flops.count(
+        _trace_step(reference_stage, targets, batch_size, single_device)[0].jaxpr
+    )
+    stage, _ = load_stage(spec, "auto")
+    return PlannedStage(stage, targets, batch_size, step_flops)
 
 
-def stage_of(spec: PlanSpec, attention: str) -> tuple[run.Stage, Any]:
+def load_stage(spec: PlanSpec, attention: str) -> tuple[run.Stage, Any]:
     """The stage with its targets; the source is opened only if it defines the classes.
 
     attention: replaces config.model.attention_impl='auto'.
@@ -100,48 +104,48 @@ def stage_of(spec: PlanSpec, attention: str) -> tuple[run.Stage, Any]:
             "--config.experiment=experiments/NAME.py."
         )
     config = config_files.load(spec.experiment)
-    config_files.change(config, spec.overrides)
+    config_files.apply_overrides(config, spec.overrides)
     experiment = Experiment.of(config.to_dict())
     if experiment.model.attention_impl == "auto":
         experiment = replace(experiment, model=replace(experiment.model, attention_impl=attention))
     name = spec.stage or next(iter(experiment.stages), "")
     if name not in experiment.stages:
-        known = ", ".join(experiment.stages) or "none"
+        names = ", ".join(experiment.stages) or "none"
         raise UserError(
-            f"config.stage={spec.stage!r} is not a stage of {spec.experiment}: it has {known}."
+            f"config.stage={spec.stage!r} is not a stage of {spec.experiment}: it has {names}."
         )
-    chosen = experiment.stages[name]
-    if not registry.classifies(chosen.objectives):
-        stage = run.build(experiment, name, ())
+    stage_spec = experiment.stages[name]
+    if not registry.classifies(stage_spec.objectives):
+        stage = run.build_stage(experiment, name, ())
         return stage, stage.targets
-    data = experiment.data_of(chosen)
+    data = experiment.data_of(stage_spec)
     source = sources.open_source(data.source, data.split, data.cache_dir)
-    stage = run.build(experiment, name, source.classes)
-    return stage, run.weighted(stage, source)
+    stage = run.build_stage(experiment, name, source.classes)
+    return stage, run.class_weighted_targets(stage, source)
 
 
 def topologies(spec: PlanSpec) -> list[str]:
     """The topologies of config.topology."""
-    return [each.strip() for each in spec.topology.split(",")]
+    return [name.strip() for name in spec.topology.split(",")]
 
 
 def devices_of(topology: str) -> Sequence[jax.Device]:
     """Local devices for 'here', the first N for 'here:N', else those of a TPU topology. Raises
     UserError if they are unavailable.
     """
-    place, _, number = topology.partition(":")
-    if place == HERE:
+    platform, _, count = topology.partition(":")
+    if platform == LOCAL:
         devices = jax.devices()
-        if number and not (number.isdigit() and 0 < int(number) <= len(devices)):
+        if count and not (count.isdigit() and 0 < int(count) <= len(devices)):
             raise UserError(
                 f"config.topology={topology!r}: use 1 to {len(devices)} local devices, such as "
-                f"{HERE}:1."
+                f"{LOCAL}:1."
             )
-        return devices[: int(number)] if number else devices
+        return devices[: int(count)] if count else devices
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"config.topology={topology!r} needs the TPU compiler: run "
-            f"`{install_line('plan')}`, or plan for {HERE!r}."
+            f"`{install_line('plan')}`, or plan for {LOCAL!r}."
         )
     # else libtpu queries the cloud's metadata server
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -153,9 +157,11 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
     from jax.experimental import topologies  # its TPU part needs libtpu
 
     # default: at least four chips a host
-    alone = {} if set(number.split("x")) - {"1"} else {"chips_per_host_bounds": [1, 1, 1]}
+    options = {} if set(count.split("x")) - {"1"} else {"chips_per_host_bounds": [1, 1, 1]}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **alone).devices
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, **options
+        ).devices
     except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
         raise UserError(
             f"config.topology={topology!r} is not a TPU topology: write it as v5e:16x16, "
@@ -163,101 +169,111 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
         ) from error
 
 
-def candidates(devices: int) -> list[MeshSpec]:
+def candidate_meshes(num_devices: int) -> list[MeshSpec]:
     """Meshes to compare: data, fsdp, both, and fsdp with tensor parallelism."""
-    found = [MeshSpec(), MeshSpec(data=1, fsdp=-1)]
-    if devices > _SPLIT and devices % _SPLIT == 0:
-        found.append(MeshSpec(fsdp=_SPLIT))
-    if devices > _TENSOR and devices % _TENSOR == 0:
-        found.append(MeshSpec(data=1, fsdp=-1, tensor=_TENSOR))
-    return found if devices > 1 else found[:1]
+    meshes = [MeshSpec(), MeshSpec(data=1, fsdp=-1)]
+    if num_devices > _FSDP_SIZE and num_devices % _FSDP_SIZE == 0:
+        meshes.append(MeshSpec(fsdp=_FSDP_SIZE))
+    if num_devices > _TENSOR_SIZE and num_devices % _TENSOR_SIZE == 0:
+        meshes.append(MeshSpec(data=1, fsdp=-1, tensor=_TENSOR_SIZE))
+    return meshes if num_devices > 1 else meshes[:1]
 
 
-def figures(prepared: Prepared, mesh: Mesh, chip: accelerators.Chip | None) -> dict[str, Any]:
+def analyze(planned: PlannedStage, mesh: Mesh, chip: accelerators.Chip | None) -> dict[str, Any]:
     """The figures of the step on a mesh; parameters and batch are abstract shapes."""
-    spec, stage = prepared.stage.spec, prepared.stage
+    spec, stage = planned.stage.spec, planned.stage
     sharding.check_rows(
-        prepared.rows // spec.grad_accum_steps,
+        planned.batch_size // spec.grad_accum_steps,
         mesh,
         f"config.stages.{stage.name}.batch_size / grad_accum_steps",
     )
-    traced, state = _traced(stage, prepared.goal, prepared.rows, mesh)
-    clips = prepared.rows * stage.data.clips_per_row
-    known = {
+    traced, state = _trace_step(stage, planned.targets, planned.batch_size, mesh)
+    num_clips = planned.batch_size * stage.data.clips_per_row
+    summary = {
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
         "devices": mesh.size,
         "kind": mesh.devices.flat[0].device_kind,
-        "clips_per_step": clips,
+        "clips_per_step": num_clips,
         "num_params": sum(x.size for x in jax.tree.leaves((state.params, state.frozen))),
         "bytes": {
-            "parameters": _held((state.params, state.frozen, state.average)),
-            "optimizer": _held(state.opt_state),
+            "parameters": _bytes_per_device((state.params, state.frozen, state.average)),
+            "optimizer": _bytes_per_device(state.opt_state),
         },
-        "flops": prepared.operations / mesh.size,
-        "memory": chip.memory if chip else 0.0,
+        "flops": planned.flops / mesh.size,
+        "memory": chip.memory_bytes if chip else 0.0,
     }
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        over = _OVER.search(str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or not over:
+        match = _OUT_OF_MEMORY.search(str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not match:
             raise
-        wanted, room = float(over[1]) * _UNITS[over[2]], float(over[3]) * _UNITS[over[4]]
-        return known | {"fits": False, "bytes": known["bytes"] | {"all": wanted}, "memory": room}
-    return known | _measured(compiled, known, mesh, chip)
+        needed, available = float(match[1]) * _UNITS[match[2]], float(match[3]) * _UNITS[match[4]]
+        return summary | {
+            "fits": False,
+            "bytes": summary["bytes"] | {"all": needed},
+            "memory": available,
+        }
+    return summary | _compiled_summary(compiled, summary, mesh, chip)
 
 
-def _traced(
-    stage: run.Stage, goal: Any, rows: int, mesh: Mesh
+def _trace_step(
+    stage: run.Stage, targets: Any, batch_size: int, mesh: Mesh
 ) -> tuple[jax.stages.Traced, TrainState]:
     spec = stage.spec
-    made = train_step.of(stage, goal, spec.num_steps or _STEPS)
-    state = described(
-        stage.model, made.optimizer, stage.example, spec.ema_decay, mesh, spec.finetune
+    program = train_step.build_program(stage, targets, spec.num_steps or _NOMINAL_STEPS)
+    state = abstract_state(
+        stage.model, program.optimizer, stage.example, spec.ema_decay, mesh, spec.finetune
     )
-    return jit_step(made.step, state, mesh).trace(state, batch_of(stage, rows)), state
+    return jit_step(program.step, state, mesh).trace(state, batch_shapes(stage, batch_size)), state
 
 
-def batch_of(stage: run.Stage, rows: int) -> Batch:
+def batch_shapes(stage: run.Stage, batch_size: int) -> Batch:
     """Abstract shapes of the data's batches."""
-    row = pipeline.example(
-        pipeline.row_of(stage.data, stage.particles, stage.spec.scale_schedule), 1
+    example = pipeline.zero_batch(
+        pipeline.row_shape(stage.data, stage.particles, stage.spec.scale_schedule), 1
     )
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), row)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), example
+    )
 
 
-def _held(part: Any) -> int:
+def _bytes_per_device(shapes: Any) -> int:
     """Bytes on one device."""
     return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(part)
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(shapes)
     )
 
 
-def _measured(
-    compiled: jax.stages.Compiled, known: dict[str, Any], mesh: Mesh, chip: accelerators.Chip | None
+def _compiled_summary(
+    compiled: jax.stages.Compiled,
+    summary: dict[str, Any],
+    mesh: Mesh,
+    chip: accelerators.Chip | None,
 ) -> dict[str, Any]:
     memory, cost = compiled.memory_analysis(), hlo_cost.cost(_text(compiled), dict(mesh.shape))
-    whole = (
+    total = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes
     )
-    sent = sum(each.sent for each in cost.collectives)
-    found = {
-        "bytes": known["bytes"]
+    bytes_sent = sum(collective.sent for collective in cost.collectives)
+    measured = {
+        "bytes": summary["bytes"]
         | {
             "arguments": memory.argument_size_in_bytes,
             "temporary": memory.temp_size_in_bytes,
-            "all": whole,
+            "all": total,
             "hbm_bytes": cost.bytes,
-            "ici_bytes": sent,
+            "ici_bytes": bytes_sent,
         },
-        "collectives": [each._asdict() for each in cost.collectives],
-        "loops_counted_once": cost.endless,
-        "fits": not (chip and chip.memory) or whole <= chip.memory,
+        "collectives": [collective._asdict() for collective in cost.collectives],
+        "loops_counted_once": cost.loops_without_trip_count,
+        "fits": not (chip and chip.memory_bytes) or total <= chip.memory_bytes,
     }
-    return found | {"estimates": estimates(known["flops"], cost, chip)} if chip else found
+    return measured | {"estimates": estimates(summary["flops"], cost, chip)} if chip else measured
 
 
 def _text(compiled: jax.stages.Compiled) -> str:
@@ -270,71 +286,72 @@ def _text(compiled: jax.stages.Compiled) -> str:
         ) from error
 
 
-def estimates(operations: float, cost: hlo_cost.Cost, chip: accelerators.Chip) -> dict[str, Any]:
+def estimates(step_flops: float, cost: hlo_cost.Cost, chip: accelerators.Chip) -> dict[str, Any]:
     """Estimated seconds of a step: each term at the chip's peak rate, and the compiler's own
     estimate.
 
     The roofline is the longest term, a lower bound of the step that assumes full overlap.
     """
-    sent = sum(each.sent for each in cost.collectives)
-    terms = {"compute": operations / chip.product, "hbm": cost.bytes / chip.stream}
-    if chip.wire:
-        terms["ici"] = sent / chip.wire
-    elif sent:  # devices share one memory
-        terms["hbm"] += sent / chip.stream
-    binds = max(terms, key=terms.get)
-    found = {
+    bytes_sent = sum(collective.sent for collective in cost.collectives)
+    terms = {"compute": step_flops / chip.peak_flops, "hbm": cost.bytes / chip.hbm_bandwidth}
+    if chip.ici_bandwidth:
+        terms["ici"] = bytes_sent / chip.ici_bandwidth
+    elif bytes_sent:  # devices share one memory
+        terms["hbm"] += bytes_sent / chip.hbm_bandwidth
+    bottleneck = max(terms, key=terms.get)
+    estimate = {
         "seconds": terms,
-        "roofline": terms[binds],
-        "bottleneck": binds,
+        "roofline": terms[bottleneck],
+        "bottleneck": bottleneck,
         "rates_measured": chip.measured,
     }
-    if cost.cycles and chip.clock:
-        found["compiler"] = cost.cycles / chip.clock
-    found["step"] = max(found["roofline"], found.get("compiler", 0.0))
-    found["utilization"] = terms["compute"] / found["step"]
-    return found
+    if cost.cycles and chip.clock_hz:
+        estimate["compiler"] = cost.cycles / chip.clock_hz
+    estimate["step"] = max(estimate["roofline"], estimate.get("compiler", 0.0))
+    estimate["utilization"] = terms["compute"] / estimate["step"]
+    return estimate
 
 
-def best(found: dict[str, dict[str, Any]]) -> dict[str, str]:
+def best_meshes(results: dict[str, dict[str, Any]]) -> dict[str, str]:
     """For each topology, the mesh that fits and has the least estimated step time."""
-    chosen: dict[str, tuple[float, str]] = {}
-    for label, each in found.items():
-        if each["fits"] and "estimates" in each:
+    fastest: dict[str, tuple[float, str]] = {}
+    for label, result in results.items():
+        if result["fits"] and "estimates" in result:
             topology, mesh = label.split(" ", 1)
-            chosen[topology] = min(
-                chosen.get(topology, (math.inf, "")), (each["estimates"]["step"], mesh)
+            fastest[topology] = min(
+                fastest.get(topology, (math.inf, "")), (result["estimates"]["step"], mesh)
             )
-    return {topology: mesh for topology, (_, mesh) in chosen.items()}
+    return {topology: mesh for topology, (_, mesh) in fastest.items()}
 
 
-def title(mesh: Mesh) -> str:
+def mesh_title(mesh: Mesh) -> str:
     return " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "alone"
 
 
-def _sentence(each: dict[str, Any]) -> str:
-    wants = f"{each['bytes']['all'] / 2**30:.2f} GiB" + (
-        f" of {each['memory'] / 2**30:.1f}" if each["memory"] else ""
+def _summary(result: dict[str, Any]) -> str:
+    memory = f"{result['bytes']['all'] / 2**30:.2f} GiB" + (
+        f" of {result['memory'] / 2**30:.1f}" if result["memory"] else ""
     )
-    if not each["fits"]:
-        return f"does not fit: needs {wants} per device"
-    if "estimates" not in each:
-        return f"{wants} per device"
-    guess = each["estimates"]
-    milliseconds = guess["step"] * 1e3
+    if not result["fits"]:
+        return f"does not fit: needs {memory} per device"
+    if "estimates" not in result:
+        return f"{memory} per device"
+    estimate = result["estimates"]
+    milliseconds = estimate["step"] * 1e3
     return (
-        f"{wants} per device, about {milliseconds:.3g} ms a step, limited by {guess['bottleneck']}"
+        f"{memory} per device, about {milliseconds:.3g} ms a step, limited by "
+        f"{estimate['bottleneck']}"
     )
 
 
-def _lines(spec: PlanSpec, stage: run.Stage, found: dict[str, dict[str, Any]]) -> Iterator[str]:
-    count = next(iter(found.values()))["num_params"]
+def _report(spec: PlanSpec, stage: run.Stage, results: dict[str, dict[str, Any]]) -> Iterator[str]:
+    count = next(iter(results.values()))["num_params"]
     yield from (f"# {spec.experiment}, stage {stage.name}: {count / 1e6:.2f} M parameters", "")
     yield from (
         "Compiled, not run. Per device, in GiB (2^30); FLOPs from shapes, in T (10^12).",
         "",
     )
-    head = [
+    header = [
         "",
         "clips a step",
         "parameters",
@@ -348,25 +365,25 @@ def _lines(spec: PlanSpec, stage: run.Stage, found: dict[str, dict[str, Any]]) -
         "ICI bytes",
     ]
     yield from table(
-        head,
+        header,
         [
             [
                 label,
-                each["clips_per_step"],
+                result["clips_per_step"],
                 *(
-                    _gib(each["bytes"].get(key))
+                    _gib(result["bytes"].get(key))
                     for key in ("parameters", "optimizer", "temporary", "all")
                 ),
-                _gib(each["memory"]),
-                "yes" if each["fits"] else "no",
-                f"{each['flops'] / 1e12:.4g}",
-                *(_gib(each["bytes"].get(key)) for key in ("hbm_bytes", "ici_bytes")),
+                _gib(result["memory"]),
+                "yes" if result["fits"] else "no",
+                f"{result['flops'] / 1e12:.4g}",
+                *(_gib(result["bytes"].get(key)) for key in ("hbm_bytes", "ici_bytes")),
             ]
-            for label, each in found.items()
+            for label, result in results.items()
         ],
     )
-    yield from ("", *_times(found), "")
-    for topology, mesh in best(found).items():
+    yield from ("", *_estimate_table(results), "")
+    for topology, mesh in best_meshes(results).items():
         yield f"Best for {topology}by estimate: {mesh}."
     yield from ("", "Collectives of a step, most bytes first:", "")
     yield from table(
@@ -374,25 +391,25 @@ def _lines(spec: PlanSpec, stage: run.Stage, found: dict[str, dict[str, Any]]) -
         [
             [
                 label,
-                each["op"],
-                " x ".join(each["axes"]),
-                each["times"],
-                f"{each['sent'] / 2**20:.3f}",
+                collective["op"],
+                " x ".join(collective["axes"]),
+                collective["times"],
+                f"{collective['sent'] / 2**20:.3f}",
             ]
-            for label, one in found.items()
-            for each in one.get("collectives", ())
+            for label, result in results.items()
+            for collective in result.get("collectives", ())
         ],
     )
 
 
-def _times(found: dict[str, dict[str, Any]]) -> Iterator[str]:
-    timed = {label: each for label, each in found.items() if "estimates" in each}
-    if not timed:
+def _estimate_table(results: dict[str, dict[str, Any]]) -> Iterator[str]:
+    estimated = {label: result for label, result in results.items() if "estimates" in result}
+    if not estimated:
         yield "This device kind is not in core/accelerators.py, so no time is estimated."
         return
     rates = (
         "measured on this machine in float32"
-        if next(iter(timed.values()))["estimates"]["rates_measured"]
+        if next(iter(estimated.values()))["estimates"]["rates_measured"]
         else "as published"
     )
     yield from (
@@ -402,20 +419,20 @@ def _times(found: dict[str, dict[str, Any]]) -> Iterator[str]:
         "",
     )
     rows = []
-    for label, each in timed.items():
-        guess = each["estimates"]
+    for label, result in estimated.items():
+        estimate = result["estimates"]
         rows.append(
             [
                 label,
-                *(_ms(guess["seconds"].get(key)) for key in ("compute", "hbm", "ici")),
-                guess["bottleneck"],
-                _ms(guess["roofline"]),
-                _ms(guess.get("compiler")),
-                f"{guess['utilization']:.2f}",
-                f"{each['clips_per_step'] / guess['step'] / each['devices']:.4g}",
+                *(_ms(estimate["seconds"].get(key)) for key in ("compute", "hbm", "ici")),
+                estimate["bottleneck"],
+                _ms(estimate["roofline"]),
+                _ms(estimate.get("compiler")),
+                f"{estimate['utilization']:.2f}",
+                f"{result['clips_per_step'] / estimate['step'] / result['devices']:.4g}",
             ]
         )
-    head = [
+    header = [
         "",
         "compute",
         "hbm",
@@ -426,7 +443,7 @@ def _times(found: dict[str, dict[str, Any]]) -> Iterator[str]:
         "share of peak",
         "clips/s a device",
     ]
-    yield from table(head, rows)
+    yield from table(header, rows)
 
 
 def _gib(value: float | None) -> str:

@@ -23,7 +23,7 @@ from particlejax.models.zoo.convert import packages
 from particlejax.reports import plots
 from particlejax.reports.markdown import table
 from particlejax.train import pretrained, stage
-from particlejax.train.log import Progress, say
+from particlejax.train.log import Progress, log_info
 
 # Kinetics-400's class names in the order of its published label map, which is alphabetical.
 _KINETICS = Path(zoo.__file__).with_name("kinetics400.txt")
@@ -31,18 +31,18 @@ _LABELS = "label_map.txt"
 _MOST_PICTURES = 50
 
 
-class Recogniser(NamedTuple):
+class Predictor(NamedTuple):
     """A network, its parameters and class names."""
 
     backbone: backbones.Backbone
     params: Params
-    labels: tuple[str, ...]
+    class_names: tuple[str, ...]
 
 
-class Seen(NamedTuple):
+class VideoPrediction(NamedTuple):
     """Top classes of a video with their probabilities, and a picture in the workdir or ''."""
 
-    answer: dict[str, float]
+    probs: dict[str, float]
     picture: str
 
 
@@ -50,100 +50,112 @@ def predict(spec: PredictSpec, workdir: Path, name: str) -> None:
     """Job 'predict': the top classes of every video of `config.videos`."""
     del name
     files = _files(spec.videos)
-    recogniser = load(spec)
+    predictor = load_predictor(spec)
     # a Transformer has position embeddings for a fixed number of frames
-    if recogniser.backbone.spec.inputs:
-        spec = dataclasses.replace(spec, num_frames=recogniser.backbone.spec.frames)
+    if predictor.backbone.spec.inputs:
+        spec = dataclasses.replace(spec, num_frames=predictor.backbone.spec.frames)
     classify = jax.jit(
-        lambda params, pixels: backbones.classify(recogniser.backbone, params, pixels)
+        lambda params, pixels: backbones.classify(predictor.backbone, params, pixels)
     )
-    seen: dict[str, Seen] = {}
-    bad: dict[str, str] = {}
+    predictions: dict[str, VideoPrediction] = {}
+    unreadable: dict[str, str] = {}
     progress = Progress("predict", len(files), unit="video")
     for i, path in enumerate(files):
         try:
-            windows, times = watch(path, spec, recogniser.backbone.spec.size)
+            views, times = read_views(path, spec, predictor.backbone.spec.size)
         except Unreadable as error:
-            bad[str(path)] = error.reason
-            say(f"{path} is unreadable ({error.reason}): skipped.")
+            unreadable[str(path)] = error.reason
+            log_info(f"{path} is unreadable ({error.reason}): skipped.")
         else:
-            each = [
-                jax.nn.softmax(classify(recogniser.params, window[None]))[0] for window in windows
+            view_probs = [
+                jax.nn.softmax(classify(predictor.params, view[None]))[0] for view in views
             ]
-            answer = _best(np.mean(each, axis=0), recogniser.labels, spec.top_k)
-            say(f"{path}: " + ", ".join(f"{label} {p:.3f}" for label, p in answer.items()))
-            middle, picture = len(windows) // 2, f"report/{i:03d}_{path.stem}.png"
+            probs = _top_classes(np.mean(view_probs, axis=0), predictor.class_names, spec.top_k)
+            log_info(f"{path}: " + ", ".join(f"{label} {p:.3f}" for label, p in probs.items()))
+            middle_view, picture = len(views) // 2, f"report/{i:03d}_{path.stem}.png"
             if i < _MOST_PICTURES:
-                plots.answers(windows[middle], times[middle], answer, workdir / picture)
-            seen[str(path)] = Seen(answer, picture if i < _MOST_PICTURES else "")
+                plots.plot_prediction(
+                    views[middle_view], times[middle_view], probs, workdir / picture
+                )
+            predictions[str(path)] = VideoPrediction(probs, picture if i < _MOST_PICTURES else "")
         progress.update()
     progress.close()
-    stage.add_results(workdir, "predict", {path: each.answer for path, each in seen.items()}, bad)
+    stage.add_results(
+        workdir,
+        "predict",
+        {path: prediction.probs for path, prediction in predictions.items()},
+        unreadable,
+    )
     report = workdir / "report.md"
-    io.write_text(report, "\n".join(_lines(spec, seen, bad)))
-    say(f"report: {report}")
+    io.write_text(report, "\n".join(_report(spec, predictions, unreadable)))
+    log_info(f"report: {report}")
 
 
-def load(spec: PredictSpec) -> Recogniser:
+def load_predictor(spec: PredictSpec) -> Predictor:
     """The network with its weights. Raises UserError if they are missing or incomplete, or if it
     does not classify actions.
     """
-    if not backbones.find(spec.model).video or not getattr(
-        backbones.find(spec.model).net, "classes", 0
+    if not backbones.find_backbone(spec.model).video or not getattr(
+        backbones.find_backbone(spec.model).net, "classes", 0
     ):
         raise UserError(
             f"{spec.model} does not classify actions: choose another config.model, such as i3d."
         )
     if spec.weights == "random":
-        say("weights are random: predictions are meaningless.")
-        backbone = backbones.build(backbones.find(spec.model))
+        log_info("weights are random: predictions are meaningless.")
+        backbone = backbones.build_backbone(backbones.find_backbone(spec.model))
         params = jax.jit(backbone.init)(jax.random.key(0))
-        return Recogniser(backbone, params, _labels(spec, None, params))
+        return Predictor(backbone, params, _class_names(spec, None, params))
     path = find_weights(spec)
-    backbone, params, _, report = pretrained.read(str(path), spec.model)
+    backbone, params, _, report = pretrained.load_pretrained(str(path), spec.model)
     if report.missing:
         raise UserError(
             f"{path} lacks {len(report.missing)} parameters of {spec.model} ({report.missing[0]}, "
             "...): set config.model to the model of these weights, or use other config.weights."
         )
-    return Recogniser(backbone, jax.device_put(params), _labels(spec, path, params))
+    return Predictor(backbone, jax.device_put(params), _class_names(spec, path, params))
 
 
 def find_weights(spec: PredictSpec) -> Path:
     """config.weights, else those of the installed package. Raises UserError if neither exists."""
     if spec.weights:
         return Path(spec.weights).expanduser()
-    return packages.find(spec.model, "weights")
+    return packages.find_weights(spec.model, "weights")
 
 
-def watch(path: Path, spec: PredictSpec, size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def read_views(
+    path: Path, spec: PredictSpec, size: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Evenly spaced windows of a video, each uint8 [T, size, size, 3] center crops, and frame times
     [T] in seconds.
 
     A video shorter than a window repeats its last frame.
     """
-    span = spec.num_frames / spec.fps
+    view_seconds = spec.num_frames / spec.fps
     with Video(str(path)) as video:
-        count = min(spec.num_views, max(1, round(video.duration / span)))
+        num_views = min(spec.num_views, max(1, round(video.duration / view_seconds)))
         starts = (
-            np.linspace(0, max(video.duration - span, 0), count)
-            if count > 1
-            else ([max(video.duration - span, 0) / 2])
+            np.linspace(0, max(video.duration - view_seconds, 0), num_views)
+            if num_views > 1
+            else ([max(video.duration - view_seconds, 0) / 2])
         )
-        taken = [
+        clips = [
             video.frames_at(start + np.arange(spec.num_frames) / spec.fps, size) for start in starts
         ]
-    return [_centre(frames, size) for frames, _ in taken], [times for _, times in taken]
+    return [_center_crop(frames, size) for frames, _ in clips], [times for _, times in clips]
 
 
-def _centre(frames_THWC: np.ndarray, size: int) -> np.ndarray:
+def _center_crop(frames_THWC: np.ndarray, size: int) -> np.ndarray:
     top, left = ((n - size) // 2 for n in frames_THWC.shape[1:3])
     return frames_THWC[:, top : top + size, left : left + size]
 
 
-def _best(probabilities: np.ndarray, labels: Sequence[str], top: int) -> dict[str, float]:
+def _top_classes(
+    probabilities: np.ndarray, class_names: Sequence[str], top_k: int
+) -> dict[str, float]:
     return {
-        labels[i]: float(probabilities[i]) for i in np.argsort(-probabilities, kind="stable")[:top]
+        class_names[i]: float(probabilities[i])
+        for i in np.argsort(-probabilities, kind="stable")[:top_k]
     }
 
 
@@ -163,44 +175,46 @@ def _files(text: str) -> list[Path]:
     return [path]
 
 
-def _labels(spec: PredictSpec, weights: Path | None, params: Params) -> tuple[str, ...]:
-    classes = tree.flatten(params)["head/bias"].size
-    beside = weights.parent / _LABELS if weights else _KINETICS
+def _class_names(spec: PredictSpec, weights: Path | None, params: Params) -> tuple[str, ...]:
+    num_classes = tree.flatten(params)["head/bias"].size
+    default_path = weights.parent / _LABELS if weights else _KINETICS
     path = (
         Path(spec.class_names).expanduser()
         if spec.class_names
-        else beside
-        if beside.is_file()
+        else default_path
+        if default_path.is_file()
         else _KINETICS
     )
     if not path.is_file():
         raise UserError(f"{path} does not exist: check config.class_names.")
-    labels = tuple(
+    class_names = tuple(
         line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
     )
-    if len(labels) == classes:
-        return labels
+    if len(class_names) == num_classes:
+        return class_names
     if spec.class_names:
         raise UserError(
-            f"{path} has {len(labels)} names but the model has {classes} classes: use its label "
-            "map."
+            f"{path} has {len(class_names)} names but the model has {num_classes} classes: use its "
+            "label map."
         )
-    return tuple(f"class {i}" for i in range(classes))
+    return tuple(f"class {i}" for i in range(num_classes))
 
 
-def _lines(spec: PredictSpec, seen: dict[str, Seen], bad: dict[str, str]) -> Iterator[str]:
+def _report(
+    spec: PredictSpec, predictions: dict[str, VideoPrediction], unreadable: dict[str, str]
+) -> Iterator[str]:
     yield from (f"# Predictions of {spec.model}", "")
     if spec.weights == "random":
         yield from ("The weights are random: predictions are meaningless.", "")
-    for path, (answer, picture) in seen.items():
+    for path, (probs, picture) in predictions.items():
         yield from (f"## {path}", "")
-        rows: list[list[Any]] = [[label, f"{p:.3f}"] for label, p in answer.items()]
+        rows: list[list[Any]] = [[label, f"{p:.3f}"] for label, p in probs.items()]
         yield from (*table(["action", "probability"], rows), "")
         if picture:
-            yield from (f"![{next(iter(answer))}](<{picture}>)", "")
-    if bad:
-        yield from (f"## {len(bad)} unreadable videos", "")
+            yield from (f"![{next(iter(probs))}](<{picture}>)", "")
+    if unreadable:
+        yield from (f"## {len(unreadable)} unreadable videos", "")
         yield from (
-            *table(["video", "reason"], [[path, reason] for path, reason in bad.items()]),
+            *table(["video", "reason"], [[path, reason] for path, reason in unreadable.items()]),
             "",
         )

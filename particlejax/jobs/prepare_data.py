@@ -12,14 +12,14 @@ from particlejax.config.experiment import Experiment
 from particlejax.core.errors import UserError, install_line
 from particlejax.data import tfds_export as data
 from particlejax.train import stage
-from particlejax.train.log import Progress, say
+from particlejax.train.log import Progress, log_info
 
 
 def prepare_data(experiment: Experiment, workdir: Path, name: str) -> None:
     """Job 'prepare_data': writes `config.data.source` to OUT/NAME/1.0.0; keeps existing shards."""
     del name
     spec = experiment.prepare
-    plan = data.plan(
+    plan = data.make_plan(
         experiment.data.source,
         spec.data_dir or str(workdir),
         spec.name,
@@ -27,44 +27,46 @@ def prepare_data(experiment: Experiment, workdir: Path, name: str) -> None:
         spec.clips_per_shard,
         experiment.data.decode_timeout_seconds,
     )
-    left, whole = plan.left, len(plan.shards)
-    say(
-        f"prepare: {whole} shards into {plan.folder}"
-        + (f", {whole - len(left)} exist" if len(left) < whole else "")
+    remaining, num_shards = plan.remaining, len(plan.shards)
+    log_info(
+        f"prepare: {num_shards} shards into {plan.folder}"
+        + (f", {num_shards - len(remaining)} exist" if len(remaining) < num_shards else "")
     )
-    progress = Progress("prepare_data", whole, whole - len(left), unit="shard")
-    for _ in _beam(left, spec.num_workers) if spec.beam else _pool(left, spec.num_workers):
+    progress = Progress("prepare_data", num_shards, num_shards - len(remaining), unit="shard")
+    for _ in (
+        _beam(remaining, spec.num_workers) if spec.beam else _pool(remaining, spec.num_workers)
+    ):
         progress.update()
     progress.close()
-    figures = data.finish(plan)
-    bad = figures.pop("bad")
-    for clip, reason in bad.items():
-        say(f"clip {clip} is unreadable ({reason}): skipped.")
-    stage.add_results(workdir, "prepare_data", figures, bad)
-    if len(bad) > experiment.data.max_unreadable:
+    summary = data.finish(plan)
+    unreadable = summary.pop("bad")
+    for clip, reason in unreadable.items():
+        log_info(f"clip {clip} is unreadable ({reason}): skipped.")
+    stage.add_results(workdir, "prepare_data", summary, unreadable)
+    if len(unreadable) > experiment.data.max_unreadable:
         raise UserError(
-            f"{len(bad)} clips are unreadable, more than "
+            f"{len(unreadable)} clips are unreadable, more than "
             f"config.data.max_unreadable={experiment.data.max_unreadable}: see "
             f"{workdir / stage.RESULTS}, repair them or raise the limit."
         )
-    for split, count in figures["num_clips"].items():
+    for split, count in summary["num_clips"].items():
         if not count:
-            say(f"split {split} has no readable clips: skipped.")
-    if not any(figures["num_clips"].values()):
+            log_info(f"split {split} has no readable clips: skipped.")
+    if not any(summary["num_clips"].values()):
         raise UserError(
             f"no clip of {experiment.data.source} is readable, so no data set is written: "
             f"{workdir / stage.RESULTS} lists the reasons."
         )
-    say(f"prepared {figures['num_clips']} clips: use --config.data.source=tfds:{plan.folder}")
+    log_info(f"prepared {summary['num_clips']} clips: use --config.data.source=tfds:{plan.folder}")
 
 
-def _pool(shards: Iterable[data.Shard], workers: int) -> Iterator[Any]:
+def _pool(shards: Iterable[data.Shard], num_workers: int) -> Iterator[Any]:
     try:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            waiting = [pool.submit(data.write, shard) for shard in shards]
+        with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn")) as pool:
+            futures = [pool.submit(data.write_shard, shard) for shard in shards]
             try:
-                for done in as_completed(waiting):
-                    yield done.result()
+                for future in as_completed(futures):
+                    yield future.result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -75,7 +77,7 @@ def _pool(shards: Iterable[data.Shard], workers: int) -> Iterator[Any]:
         ) from error
 
 
-def _beam(shards: Iterable[data.Shard], workers: int) -> Iterator[Any]:
+def _beam(shards: Iterable[data.Shard], num_workers: int) -> Iterator[Any]:
     try:
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
@@ -85,10 +87,10 @@ def _beam(shards: Iterable[data.Shard], workers: int) -> Iterator[Any]:
             "False."
         ) from error
     options = PipelineOptions(
-        ["--direct_num_workers", str(workers), "--direct_running_mode", "multi_processing"]
+        ["--direct_num_workers", str(num_workers), "--direct_running_mode", "multi_processing"]
     )
     shards = list(shards)
     if shards:
         with beam.Pipeline(options=options) as pipeline:
-            _ = pipeline | beam.Create(shards) | beam.Reshuffle() | beam.Map(data.write)
+            _ = pipeline | beam.Create(shards) | beam.Reshuffle() | beam.Map(data.write_shard)
     yield from shards

@@ -29,13 +29,13 @@ from particlejax.objectives import registry
 from particlejax.reports.markdown import table
 from particlejax.train import eval
 from particlejax.train import stage as run
-from particlejax.train.log import say
+from particlejax.train.log import log_info
 
-_ITERATIONS = 2000  # maximum iterations of the regression
-_RANKS = (1, 5, 10)
+_MAX_ITERATIONS = 2000  # maximum iterations of the regression
+_RECALL_RANKS = (1, 5, 10)
 
 
-class Told(NamedTuple):
+class SplitFeatures(NamedTuple):
     """Labels int [N] of a split, -1 for unlabelled, and features float64 [N, D] by the names of
     `eval.jit_features`.
     """
@@ -52,89 +52,103 @@ def probe(spec: ProbeSpec, workdir: Path, name: str) -> None:
             "config.run is empty: set the run whose encoder is probed with --config.run=RUN_DIR."
         )
     mesh = sharding.make_mesh(MeshSpec())
-    said = {
+    overrides = {
         key: value
         for key, value in (("source", spec.source), ("cache_dir", spec.cache_dir))
         if value
     }
-    stage, params = run.load_trained(spec.run, mesh, said)
+    stage, params = run.load_trained(spec.run, mesh, overrides)
     if spec.weights == "random":
         params = jax.jit(stage.model.init)(jax.random.key(spec.seed), stage.example)
-    bad = run.BadClips(spec.max_unreadable)
-    learnt, asked = (
-        tell(stage, params, spec, split, bad) for split in (spec.train_split, spec.test_split)
+    unreadable = run.UnreadableClips(spec.max_unreadable)
+    train_features, test_features = (
+        compute_features(stage, params, spec, split, unreadable)
+        for split in (spec.train_split, spec.test_split)
     )
-    answers = classes(learnt, asked, spec)
-    if answers and spec.attentive_steps:
+    accuracies = classify_probes(train_features, test_features, spec)
+    if accuracies and spec.attentive_steps:
         tokens = (
-            attentive_probe.tokens(stage, params, spec, split, tuple(answers), bad)
+            attentive_probe.collect_tokens(
+                stage, params, spec, split, tuple(accuracies), unreadable
+            )
             for split in (spec.train_split, spec.test_split)
         )
-        for shown, top1 in attentive_probe.accuracy(*tokens, spec).items():
-            answers[shown]["attentive"] = top1
-    figures = {
-        "classes": answers,
-        "retrieval": retrieval(asked.features),
-        "objectives": measured(stage, params, spec, bad),
+        for inputs, top1 in attentive_probe.accuracy(*tokens, spec).items():
+            accuracies[inputs]["attentive"] = top1
+    metrics = {
+        "classes": accuracies,
+        "retrieval": retrieval(test_features.features),
+        "objectives": objective_metrics(stage, params, spec, unreadable),
     }
     run.add_results(
         workdir,
         "probe",
-        {"run": spec.run, "weights": spec.weights, "num_clips": len(asked.label), **figures},
-        bad.all(),
+        {
+            "run": spec.run,
+            "weights": spec.weights,
+            "num_clips": len(test_features.label),
+            **metrics,
+        },
+        unreadable.gather_all(),
     )
-    lines = list(_lines(spec, figures))
-    say("\n".join(lines[2:]))
+    lines = list(_report(spec, metrics))
+    log_info("\n".join(lines[2:]))
     io.write_text(workdir / "report.md", "\n".join(lines))
-    say(f"report: {workdir / 'report.md'}")
+    log_info(f"report: {workdir / 'report.md'}")
 
 
-def tell(stage: run.Stage, params: Params, spec: ProbeSpec, split: str, bad: run.BadClips) -> Told:
+def compute_features(
+    stage: run.Stage, params: Params, spec: ProbeSpec, split: str, unreadable: run.UnreadableClips
+) -> SplitFeatures:
     """Features of every readable clip of a split. Raises UserError if there is none."""
     mesh = sharding.make_mesh(MeshSpec())
     source = sources.open_source(stage.data.source, split, stage.data.cache_dir, stage.classes)
     names = ordered(stage.example.particles)
-    shown = ("", *(names if spec.per_modality and len(names) > 1 else ()))
+    inputs = ("", *(names if spec.per_modality and len(names) > 1 else ()))
     heads = registry.heads(stage.spec.objectives)
     compared = heads["projection"].modalities if "projection" in heads else ()
-    compute = eval.jit_features(stage.model, mesh, shown, compared)
-    numbers, found = eval.per_clip(
+    compute = eval.jit_features(stage.model, mesh, inputs, compared)
+    clip_indices, features = eval.mean_per_clip(
         compute,
         params,
-        stage.views(source, spec.batch_size),
+        stage.eval_batches(source, spec.batch_size),
         mesh,
-        bad.note,
+        unreadable.record,
         f"features of {split}",
     )
-    if found is None:
+    if features is None:
         raise UserError(
             f"no clip of {stage.data.source} ({split}) is readable: set other splits with "
             "config.train_split and config.test_split."
         )
-    return Told(np.array([source[int(n)].label for n in numbers], int), found)
+    return SplitFeatures(
+        np.array([source[int(index)].label for index in clip_indices], int), features
+    )
 
 
-def classes(learnt: Told, asked: Told, spec: ProbeSpec) -> dict[str, dict[str, float]]:
+def classify_probes(
+    train: SplitFeatures, test: SplitFeatures, spec: ProbeSpec
+) -> dict[str, dict[str, float]]:
     """Accuracy of each probe, by modality; {} if the clips have fewer than two classes."""
-    known, there = learnt.label >= 0, asked.label >= 0
-    if len(set(learnt.label[known])) < 2 or not there.any():
+    train_labeled, test_labeled = train.label >= 0, test.label >= 0
+    if len(set(train.label[train_labeled])) < 2 or not test_labeled.any():
         return {}
     probes = {
         "linear": make_pipeline(
-            StandardScaler(), LogisticRegression(C=1 / spec.l2, max_iter=_ITERATIONS)
+            StandardScaler(), LogisticRegression(C=1 / spec.l2, max_iter=_MAX_ITERATIONS)
         ),
-        "knn": KNeighborsClassifier(min(spec.knn_k, int(known.sum())), metric="cosine"),
+        "knn": KNeighborsClassifier(min(spec.knn_k, int(train_labeled.sum())), metric="cosine"),
     }
     return {
         name or "all": {
-            how: float(
-                each.fit(learnt.features[name][known], learnt.label[known]).score(
-                    asked.features[name][there], asked.label[there]
-                )
+            method: float(
+                probe_model.fit(
+                    train.features[name][train_labeled], train.label[train_labeled]
+                ).score(test.features[name][test_labeled], test.label[test_labeled])
             )
-            for how, each in probes.items()
+            for method, probe_model in probes.items()
         }
-        for name in learnt.features
+        for name in train.features
         if not name.startswith("embed/")
     }
 
@@ -144,56 +158,58 @@ def retrieval(features: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
 
     A clip without a modality has the embedding of empty input, and so counts as not found.
     """
-    units = {
-        name.removeprefix("embed/"): each
-        for name, each in features.items()
+    embeddings = {
+        name.removeprefix("embed/"): embedding
+        for name, embedding in features.items()
         if name.startswith("embed/")
     }
-    found = {}
-    for one, other in itertools.permutations(units, 2):
-        alike = units[one] @ units[other].T
+    metrics = {}
+    for query, target in itertools.permutations(embeddings, 2):
+        similarity = embeddings[query] @ embeddings[target].T
         # ties rank the correct clip last
-        rank = (alike >= np.diag(alike)[:, None]).sum(axis=1)
-        found[f"{one} to {other}"] = {f"R@{k}": float((rank <= k).mean()) for k in _RANKS} | {
-            "median rank": float(np.median(rank))
-        }
-    return found
+        rank = (similarity >= np.diag(similarity)[:, None]).sum(axis=1)
+        metrics[f"{query} to {target}"] = {
+            f"R@{rank_limit}": float((rank <= rank_limit).mean()) for rank_limit in _RECALL_RANKS
+        } | {"median rank": float(np.median(rank))}
+    return metrics
 
 
-def measured(
-    stage: run.Stage, params: Params, spec: ProbeSpec, bad: run.BadClips
+def objective_metrics(
+    stage: run.Stage, params: Params, spec: ProbeSpec, unreadable: run.UnreadableClips
 ) -> dict[str, float]:
     """The objectives' own metrics on the test split."""
     mesh = sharding.make_mesh(MeshSpec())
     source = sources.open_source(
         stage.data.source, spec.test_split, stage.data.cache_dir, stage.classes
     )
-    measure = eval.jit_measure(registry.combine(stage.spec.objectives), stage.model, mesh)
-    return eval.metrics_of(measure, params, stage.views(source, spec.batch_size), mesh, bad.note)
+    eval_step = eval.jit_eval_step(registry.combine(stage.spec.objectives), stage.model, mesh)
+    return eval.evaluate_metrics(
+        eval_step, params, stage.eval_batches(source, spec.batch_size), mesh, unreadable.record
+    )
 
 
-def _lines(spec: ProbeSpec, figures: dict[str, Any]) -> Iterator[str]:
+def _report(spec: ProbeSpec, metrics: dict[str, Any]) -> Iterator[str]:
     yield from (f"# Probes of the encoder of {spec.run} ({spec.weights} weights)", "")
-    if figures["classes"]:
+    if metrics["classes"]:
         yield from table(
-            ["input", *next(iter(figures["classes"].values()))],
+            ["input", *next(iter(metrics["classes"].values()))],
             [
-                [shown, *(f"{value:.3f}" for value in each.values())]
-                for shown, each in figures["classes"].items()
+                [name, *(f"{value:.3f}" for value in row.values())]
+                for name, row in metrics["classes"].items()
             ],
         )
         yield ""
-    if figures["retrieval"]:
+    if metrics["retrieval"]:
         yield from table(
-            ["from, to", *next(iter(figures["retrieval"].values()))],
+            ["from, to", *next(iter(metrics["retrieval"].values()))],
             [
-                [way, *(f"{value:.3f}" for value in each.values())]
-                for way, each in figures["retrieval"].items()
+                [direction, *(f"{value:.3f}" for value in row.values())]
+                for direction, row in metrics["retrieval"].items()
             ],
         )
         yield ""
     yield from table(
         ["objective on unseen clips", ""],
-        [[name, f"{value:.4f}"] for name, value in figures["objectives"].items()],
+        [[name, f"{value:.4f}"] for name, value in metrics["objectives"].items()],
     )
     yield ""

@@ -25,7 +25,7 @@ from particlejax.reports import plots
 from particlejax.reports.markdown import table
 from particlejax.train import loop, run_dir
 from particlejax.train import stage as run
-from particlejax.train.log import say
+from particlejax.train.log import log_info
 
 _COSTS = {
     "particles": "particles a clip",
@@ -34,19 +34,19 @@ _COSTS = {
 }
 
 
-class Run(NamedTuple):
+class SweepRun(NamedTuple):
     """One run of a sweep."""
 
     name: str
     seed: int
     experiment: Experiment
 
-    def folder(self, top: Path) -> Path:
+    def folder(self, sweep_dir: Path) -> Path:
         """The run's folder."""
-        return top / "runs" / self.name / f"seed{self.seed}"
+        return sweep_dir / "runs" / self.name / f"seed{self.seed}"
 
 
-def sweep(experiment: Experiment, top: Path, name: str) -> None:
+def sweep(experiment: Experiment, sweep_dir: Path, name: str) -> None:
     """Job 'sweep': all runs of config.sweep, or config.sweep.num_trials trials; results.json,
     report.md.
     """
@@ -54,56 +54,58 @@ def sweep(experiment: Experiment, top: Path, name: str) -> None:
     spec = experiment.sweep
     if not spec.runs:
         raise UserError("config.sweep.runs is empty: give runs, each a name with its settings.")
-    runs = plan(experiment)  # check all runs before the first starts
+    runs = plan_runs(experiment)  # check all runs before the first starts
     _check_metric(runs, spec.metric)
     if spec.num_trials:
-        runs = _search(experiment, top)
+        runs = _search(experiment, sweep_dir)
     elif spec.storage:
-        names = [f"{each.name}/seed{each.seed}" for each in runs]
-        optuna_sweep.each(spec.storage, str(top.absolute()), names, lambda i: _one(runs[i], top))
+        names = [f"{sweep_run.name}/seed{sweep_run.seed}" for sweep_run in runs]
+        optuna_sweep.run_each(
+            spec.storage, str(sweep_dir.absolute()), names, lambda i: _run_one(runs[i], sweep_dir)
+        )
     else:
-        for i, each in enumerate(runs):
-            say(f"sweep: run {i + 1} of {len(runs)}, {each.name}, seed {each.seed}")
-            _one(each, top)
-    figures = collect(runs, spec.metric, top)
-    run.add_results(top, "sweep", figures, {})
-    io.write_text(top / "report.md", "\n".join(_report(experiment, figures, top)))
-    say(f"report: {top / 'report.md'}")
-    failed = [f"{key} ({row['error']})" for key, row in figures.items() if row["error"]]
+        for i, sweep_run in enumerate(runs):
+            log_info(f"sweep: run {i + 1} of {len(runs)}, {sweep_run.name}, seed {sweep_run.seed}")
+            _run_one(sweep_run, sweep_dir)
+    metrics = collect(runs, spec.metric, sweep_dir)
+    run.add_results(sweep_dir, "sweep", metrics, {})
+    io.write_text(sweep_dir / "report.md", "\n".join(_report(experiment, metrics, sweep_dir)))
+    log_info(f"report: {sweep_dir / 'report.md'}")
+    failed = [f"{key} ({row['error']})" for key, row in metrics.items() if row["error"]]
     if failed:
         raise UserError(
-            f"{len(failed)} of {len(figures)} have failed runs: {'; '.join(failed[:3])}: fix the "
+            f"{len(failed)} of {len(metrics)} have failed runs: {'; '.join(failed[:3])}: fix the "
             "cause and run the same command again."
         )
 
 
-def _check_metric(runs: list[Run], metric: str) -> None:
+def _check_metric(runs: list[SweepRun], metric: str) -> None:
     """Raises UserError if a run will not have the metric of the sweep."""
     parts = metric.split("/", 2)
     if len(parts) < 3:
         raise UserError(f"config.sweep.metric={metric!r}: write it as stage/split/figure.")
-    name, split, figure = parts
-    for made in runs:
-        stages = made.experiment.stages
+    name, split, metric_name = parts
+    for sweep_run in runs:
+        stages = sweep_run.experiment.stages
         if name not in stages:
             raise UserError(
-                f"config.sweep.metric={metric!r} is of stage {name!r}, which run {made.name} does "
-                f"not have: {did_you_mean(name, stages)}"
+                f"config.sweep.metric={metric!r} is of stage {name!r}, which run {sweep_run.name} "
+                f"does not have: {did_you_mean(name, stages)}"
             )
-        known = loop.figures_of(made.experiment, name)
-        if split not in known:
+        expected = loop.expected_metrics(sweep_run.experiment, name)
+        if split not in expected:
             raise UserError(
                 f"config.sweep.metric={metric!r} is of split {split!r}, which stage {name} does "
-                f"not measure: {did_you_mean(split, known)}"
+                f"not measure: {did_you_mean(split, expected)}"
             )
-        if known[split] and figure not in known[split]:
+        if expected[split] and metric_name not in expected[split]:
             raise UserError(
                 f"config.sweep.metric={metric!r} is not measured: "
-                f"{did_you_mean(figure, known[split])}"
+                f"{did_you_mean(metric_name, expected[split])}"
             )
 
 
-def plan(experiment: Experiment) -> list[Run]:
+def plan_runs(experiment: Experiment) -> list[SweepRun]:
     """All runs, ordered by seed, so that a stopped sweep has complete seeds. Raises UserError if
     one is invalid.
     """
@@ -114,91 +116,91 @@ def plan(experiment: Experiment) -> list[Run]:
     ]
 
 
-def _run(experiment: Experiment, name: str, changes: Mapping[str, Any], seed: int) -> Run:
+def _run(experiment: Experiment, name: str, changes: Mapping[str, Any], seed: int) -> SweepRun:
     settings = as_dict(dataclasses.replace(experiment, job="train", seed=seed))
     del settings["sweep"]
-    return Run(name, seed, Experiment.of(_merged(settings, changes)))
+    return SweepRun(name, seed, Experiment.of(_merge_settings(settings, changes)))
 
 
-def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def _merge_settings(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     inner = {
-        key: _merged(settings.get(key) or {}, value)
+        key: _merge_settings(settings.get(key) or {}, value)
         for key, value in changes.items()
         if isinstance(value, Mapping)
     }
     return {**settings, **changes, **inner}
 
 
-def _search(experiment: Experiment, top: Path) -> list[Run]:
+def _search(experiment: Experiment, sweep_dir: Path) -> list[SweepRun]:
     """Trials that combine all values which each differing setting has in any of the runs."""
     spec = experiment.sweep
     space: dict[str, list[Any]] = {}
     for changes in spec.runs.values():
-        for key, value in _flat(changes):
+        for key, value in _flatten_settings(changes):
             if value not in space.setdefault(key, []):
                 space[key].append(value)
 
-    def trial(chosen: dict[str, Any], number: int) -> Run:
-        return _run(experiment, f"trial{number:03d}", tree.nest(chosen), spec.seeds[0])
+    def make_trial(settings: dict[str, Any], trial_number: int) -> SweepRun:
+        return _run(experiment, f"trial{trial_number:03d}", tree.nest(settings), spec.seeds[0])
 
-    def measure(chosen: dict[str, Any], number: int) -> float:
-        made = trial(chosen, number)
-        _one(made, top)
-        row = collect([made], spec.metric, top)[made.name]
+    def measure(settings: dict[str, Any], trial_number: int) -> float:
+        trial = make_trial(settings, trial_number)
+        _run_one(trial, sweep_dir)
+        row = collect([trial], spec.metric, sweep_dir)[trial.name]
         if row["error"]:
             raise UserError(row["error"])
         return row["mean"]
 
-    tried = optuna_sweep.search(
-        spec.storage or str(top.absolute() / "search.journal"),
-        str(top.absolute()),
+    trials = optuna_sweep.search(
+        spec.storage or str(sweep_dir.absolute() / "search.journal"),
+        str(sweep_dir.absolute()),
         spec.num_trials,
         experiment.seed,
         space,
         measure,
     )
-    began = {
-        number: chosen
-        for number, chosen in tried.items()
-        if (top / "runs" / f"trial{number:03d}").exists()
+    started = {
+        number: settings
+        for number, settings in trials.items()
+        if (sweep_dir / "runs" / f"trial{number:03d}").exists()
     }
     # the others had incompatible settings
-    return [trial(chosen, number) for number, chosen in began.items()]
+    return [make_trial(settings, number) for number, settings in started.items()]
 
 
-def _flat(changes: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten_settings(changes: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in changes.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{where}{key}/")
+            yield from _flatten_settings(value, f"{prefix}{key}/")
         else:
-            yield f"{where}{key}", value
+            yield f"{prefix}{key}", value
 
 
-def _one(each: Run, top: Path) -> Path:
+def _run_one(sweep_run: SweepRun, sweep_dir: Path) -> Path:
     """Trains or resumes one run; a UserError is written to error.txt in its folder."""
-    folder = each.folder(top)
+    folder = sweep_run.folder(sweep_dir)
     stages = run.read_results(folder)
-    if all("train" in stages.get(stage, {}) for stage in each.experiment.stages):
-        say(f"{folder}: already done")
+    if all("train" in stages.get(stage, {}) for stage in sweep_run.experiment.stages):
+        log_info(f"{folder}: already done")
         return folder
-    run_dir.enter(folder, each.experiment)
+    run_dir.enter(folder, sweep_run.experiment)
     error = folder / "error.txt"
     error.unlink(missing_ok=True)
     try:
-        train(each.experiment, folder, f"{each.name}-seed{each.seed}")
+        train(sweep_run.experiment, folder, f"{sweep_run.name}-seed{sweep_run.seed}")
     except UserError as problem:
-        say(f"{folder}: {problem}")
+        log_info(f"{folder}: {problem}")
         error.write_text(str(problem), encoding="utf-8")
     return folder
 
 
-def collect(runs: list[Run], metric: str, top: Path) -> dict[str, dict[str, Any]]:
+def collect(runs: list[SweepRun], metric: str, sweep_dir: Path) -> dict[str, dict[str, Any]]:
     """For each name the figures of all finished seeds, with mean and standard deviation."""
-    stage, split, figure = metric.split("/", 2)
-    found: dict[str, dict[str, Any]] = {}
-    for each in runs:
-        row = found.setdefault(
-            each.name,
+    stage, split, metric_name = metric.split("/", 2)
+    rows: dict[str, dict[str, Any]] = {}
+    for sweep_run in runs:
+        row = rows.setdefault(
+            sweep_run.name,
             {
                 "seeds": [],
                 "values": [],
@@ -207,36 +209,38 @@ def collect(runs: list[Run], metric: str, top: Path) -> dict[str, dict[str, Any]
                 "clips_per_second": [],
             },
         )
-        folder = each.folder(top)
+        folder = sweep_run.folder(sweep_dir)
         if (folder / "error.txt").exists():
             row["error"] = (folder / "error.txt").read_text(encoding="utf-8")
         results = run.read_results(folder).get(stage, {})
         if "train" not in results:
             continue
-        if figure not in results.get(split, {}):
+        if metric_name not in results.get(split, {}):
             raise UserError(
                 f"config.sweep.metric={metric!r} is not in {folder / run.RESULTS}: it has, for "
                 f"{stage}, "
-                f"{', '.join(f'{s}/{f}' for s, each in results.items() for f in each)[:200]}."
+                f"{', '.join(f'{s}/{f}' for s, keys in results.items() for f in keys)[:200]}."
             )
-        train_figures = results["train"]
-        row["seeds"].append(each.seed)
-        row["values"].append(float(results[split][figure]))
-        row["particles"].append(train_figures["particles_per_clip"])
-        row["gflops"].append(train_figures["flops_per_clip"] / 1e9)
-        row["seconds"].append(train_figures["train_seconds"])
-        row["clips_per_second"].append(train_figures["clips_per_second"])
-    for row in found.values():
+        train_metrics = results["train"]
+        row["seeds"].append(sweep_run.seed)
+        row["values"].append(float(results[split][metric_name]))
+        row["particles"].append(train_metrics["particles_per_clip"])
+        row["gflops"].append(train_metrics["flops_per_clip"] / 1e9)
+        row["seconds"].append(train_metrics["train_seconds"])
+        row["clips_per_second"].append(train_metrics["clips_per_second"])
+    for row in rows.values():
         row["mean"] = float(np.mean(row["values"])) if row["values"] else None
         row["std"] = float(np.std(row["values"], ddof=1)) if len(row["values"]) > 1 else 0.0
-    return found
+    return rows
 
 
-def _report(experiment: Experiment, figures: dict[str, dict[str, Any]], top: Path) -> Iterator[str]:
+def _report(
+    experiment: Experiment, metrics: dict[str, dict[str, Any]], sweep_dir: Path
+) -> Iterator[str]:
     spec = experiment.sweep
-    done = {name: row for name, row in figures.items() if row["values"]}
+    finished = {name: row for name, row in metrics.items() if row["values"]}
     yield from (
-        f"# {top.name}",
+        f"# {sweep_dir.name}",
         "",
         f"`{spec.metric}` over {len(spec.seeds)} seeds: mean and standard deviation. Costs are of "
         "training: particles and FLOPs are computed from shapes, clips/s and seconds are "
@@ -263,34 +267,39 @@ def _report(experiment: Experiment, figures: dict[str, dict[str, Any]], top: Pat
                 f"{np.mean(row['gflops']):.2f}",
                 f"{np.mean(row['clips_per_second']):.1f}",
                 f"{np.mean(row['seconds']):.0f}",
-                "yes" if name in front(done, "particles") else "",
+                "yes" if name in pareto_front(finished, "particles") else "",
             ]
-            for name, row in done.items()
+            for name, row in finished.items()
         ],
     )
-    missing = [name for name, row in figures.items() if not row["values"]]
+    missing = [name for name, row in metrics.items() if not row["values"]]
     if missing:
         yield from ("", f"No result yet: {', '.join(missing)}.")
-    if done:
+    if finished:
         for cost, label in _COSTS.items():
             points = {
                 name: (float(np.mean(row[cost])), row["mean"], row["std"])
-                for name, row in done.items()
+                for name, row in finished.items()
             }
             plots.pareto(
-                points, front(done, cost), top / "report" / f"pareto_{cost}.png", label, spec.metric
+                points,
+                pareto_front(finished, cost),
+                sweep_dir / "report" / f"pareto_{cost}.png",
+                label,
+                spec.metric,
             )
             yield from ("", f"![{spec.metric} against {label}](report/pareto_{cost}.png)")
     yield from ("", "Each run has its own report in [runs](runs).", "")
 
 
-def front(figures: Mapping[str, Mapping[str, Any]], cost: str) -> list[str]:
+def pareto_front(metrics: Mapping[str, Mapping[str, Any]], cost: str) -> list[str]:
     """Names on the Pareto front, from cheap to expensive: no cheaper run is at least as good."""
-    best, found = -np.inf, []
+    best, names = -np.inf, []
     for name in sorted(
-        figures, key=lambda each: (np.mean(figures[each][cost]), -figures[each]["mean"])
+        metrics,
+        key=lambda candidate: (np.mean(metrics[candidate][cost]), -metrics[candidate]["mean"]),
     ):
-        if figures[name]["mean"] > best:
-            best = figures[name]["mean"]
-            found.append(name)
-    return found
+        if metrics[name]["mean"] > best:
+            best = metrics[name]["mean"]
+            names.append(name)
+    return names

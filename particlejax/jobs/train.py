@@ -7,22 +7,22 @@ from particlejax.config.experiment import Experiment, as_dict
 from particlejax.distributed import cluster, sharding
 from particlejax.reports import markdown, visualize
 from particlejax.train import loop
-from particlejax.train.log import MetricLog, say
+from particlejax.train.log import MetricLog, log_info
 from particlejax.train.stage import read_results
 
 
 def train(experiment: Experiment, workdir: Path, name: str) -> None:
     """Job 'train': trains all stages, writes pictures and report.md, prints the main figures."""
     mesh = sharding.make_mesh(experiment.mesh)
-    say(f"devices: {sharding.describe(mesh)}")
+    log_info(f"devices: {sharding.describe(mesh)}")
     log = MetricLog(workdir, experiment.log, name, as_dict(experiment))
     try:
         loop.train(loop.Context(experiment, workdir, mesh, log))
     finally:
         log.close()
     for stage in experiment.stages:
-        visualize.draw(workdir, stage, mesh)
-    if cluster.first():
-        say(f"report: {markdown.write(workdir)}")
+        visualize.draw_reconstructions(workdir, stage, mesh)
+    if cluster.is_primary():
+        log_info(f"report: {markdown.write(workdir)}")
         for line in markdown.headlines(read_results(workdir)):
-            say(line)
+            log_info(line)

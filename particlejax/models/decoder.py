@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from particlejax.config.model import ModelSpec
-from particlejax.models.modality import Payload
+from particlejax.models.modality import ModalitySpec
 from particlejax.nn import attention, embed, precision, transformer
 from particlejax.nn.dense import Dense
 from particlejax.nn.token_reduction import Tokens
@@ -25,7 +25,7 @@ class Decoder(nn.Module):
     """
 
     spec: ModelSpec
-    payloads: tuple[tuple[str, Payload], ...]
+    payloads: tuple[tuple[str, ModalitySpec], ...]
     features: bool = False
 
     @nn.compact
@@ -33,32 +33,34 @@ class Decoder(nn.Module):
         spec, dtype = self.spec, precision.PRECISIONS[self.spec.dtype].compute
         width = spec.decoder_width
         names = tuple(name for name, _ in self.payloads)
-        if tokens.kind is not None and spec.fusion in ("late", "bottleneck"):
+        if tokens.modality_id is not None and spec.fusion in ("late", "bottleneck"):
             tokens = tokens._replace(
-                segment=jnp.where(tokens.kind == names.index(modality), tokens.segment, 0)
+                segment=jnp.where(tokens.modality_id == names.index(modality), tokens.segment, 0)
             )
         context = Dense(width, dtype=dtype, name="context")(tokens.x)
-        x = embed.Place(width, dtype, name="place")(query.place, query.extent)
-        x = (x + embed.Learned(width, 1, name=f"modality_{modality}")()[None]).astype(dtype)
+        x = embed.PositionEmbed(width, dtype, name="place")(query.place, query.extent)
+        x = (x + embed.LearnedTokens(width, 1, name=f"modality_{modality}")()[None]).astype(dtype)
         body = transformer.Transformer(
             spec.decoder_depth,
             spec.decoder_num_heads,
             spec.mlp_ratio * width,
-            style_of(spec)._replace(dropout=0.0),
-            unroll=spec.unroll_layers,
-            remat=spec.remat_policy,
+            block_config(spec)._replace(dropout=0.0),
+            unroll_layers=spec.unroll_layers,
+            remat_policy=spec.remat_policy,
             name="transformer",
         )
-        answers, _ = body(Tokens(x, query.place, query.segment), tokens._replace(x=context))
+        decoded, _ = body(Tokens(x, query.place, query.segment), tokens._replace(x=context))
         if self.features:
-            return Dense(spec.width, name="features")(answers.x)
+            return Dense(spec.width, name="features")(decoded.x)
         payload = dict(self.payloads)[modality]
-        return Dense(payload.vocabulary or payload.size, name=f"payload_{modality}")(answers.x)
+        return Dense(payload.vocabulary or payload.payload_size, name=f"payload_{modality}")(
+            decoded.x
+        )
 
 
-def style_of(spec: ModelSpec) -> attention.Style:
+def block_config(spec: ModelSpec) -> attention.BlockConfig:
     """Block settings of a model."""
-    return attention.Style(
+    return attention.BlockConfig(
         spec.distance_bias,
         spec.rope,
         spec.qk_norm,

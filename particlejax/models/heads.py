@@ -17,9 +17,9 @@ from jax import Array
 from particlejax.config.modalities import ordered
 from particlejax.config.model import ModelSpec
 from particlejax.models.decoder import Decoder
-from particlejax.models.modality import Payload
+from particlejax.models.modality import ModalitySpec
 from particlejax.nn import precision
-from particlejax.nn.heads import Codebook, Embed, Moment, Question
+from particlejax.nn.heads import Codebook, FramewiseMlp, LinearHead, Projection
 from particlejax.nn.token_reduction import Tokens
 from particlejax.particles.types import Particles
 
@@ -27,13 +27,14 @@ from particlejax.particles.types import Particles
 class Sample(NamedTuple):
     """Example inputs, used once to initialize the heads' parameters.
 
-    particles: those that the encoder saw, by modality; given: includes the unseen modalities.
+    particles: those that the encoder saw, by modality; all_particles: includes the unseen
+    modalities.
     """
 
     tokens: Tokens
-    clips: int
+    num_clips: int
     particles: Mapping[str, Particles]
-    given: Mapping[str, Particles]
+    all_particles: Mapping[str, Particles]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class HeadSpec:
 
     pools = False
 
-    def build(self, spec: ModelSpec, payloads: Mapping[str, Payload]) -> nn.Module:
+    def build(self, spec: ModelSpec, payloads: Mapping[str, ModalitySpec]) -> nn.Module:
         """Builds the linen module."""
         raise NotImplementedError
 
@@ -59,7 +60,7 @@ class HeadSpec:
 class NormHead(HeadSpec):
     """(vectors [..., D]) -> layer-normalized vectors."""
 
-    def build(self, spec: ModelSpec, payloads: Mapping[str, Payload]) -> nn.Module:
+    def build(self, spec: ModelSpec, payloads: Mapping[str, ModalitySpec]) -> nn.Module:
         """Builds a layer norm."""
         del payloads
         return nn.LayerNorm(dtype=_dtype(spec))
@@ -83,19 +84,19 @@ class ClassifierHead(HeadSpec):
     outputs: int
     pools = True
 
-    def build(self, spec: ModelSpec, payloads: Mapping[str, Payload]) -> nn.Module:
+    def build(self, spec: ModelSpec, payloads: Mapping[str, ModalitySpec]) -> nn.Module:
         """Builds a linear layer, float32."""
         del spec, payloads
         return nn.Dense(self.outputs, kernel_init=nn.initializers.normal(0.02))
 
-    def apply(self, model: Any, module: nn.Module, tokens: Tokens, clips: int) -> Array:
+    def apply(self, model: Any, module: nn.Module, tokens: Tokens, num_clips: int) -> Array:
         """Computes the logits."""
-        normed = model.apply_head("head_norm", model.pooled(tokens, clips))
-        return module(normed).astype(jnp.float32)
+        normalized = model.apply_head("head_norm", model.pool_clips(tokens, num_clips))
+        return module(normalized).astype(jnp.float32)
 
     def examples(self, sample: Sample) -> Iterator[tuple[Any, ...]]:
         """One example call."""
-        yield sample.tokens, sample.clips
+        yield sample.tokens, sample.num_clips
 
 
 @dataclass(frozen=True)
@@ -105,18 +106,18 @@ class ClipHead(HeadSpec):
     outputs: int
     pools = True
 
-    def build(self, spec: ModelSpec, payloads: Mapping[str, Payload]) -> nn.Module:
+    def build(self, spec: ModelSpec, payloads: Mapping[str, ModalitySpec]) -> nn.Module:
         """Builds a linear layer on the normalized vector of a clip."""
         del payloads
-        return Question(self.outputs, _dtype(spec))
+        return LinearHead(self.outputs, _dtype(spec))
 
-    def apply(self, model: Any, module: nn.Module, tokens: Tokens, clips: int) -> Array:
+    def apply(self, model: Any, module: nn.Module, tokens: Tokens, num_clips: int) -> Array:
         """Computes the logits."""
-        return module(model.pooled(tokens, clips))
+        return module(model.pool_clips(tokens, num_clips))
 
     def examples(self, sample: Sample) -> Iterator[tuple[Any, ...]]:
         """One example call."""
-        yield sample.tokens, sample.clips
+        yield sample.tokens, sample.num_clips
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,10 @@ class ParticleHead(HeadSpec):
 
     outputs: int
 
-    def build(self, spec: ModelSpec, payloads: Mapping[str, Payload]) -> nn.Module:
+    def build(self, spec: ModelSpec, payloads: Mapping[str, ModalitySpec]) -> nn.Module:
         """Builds a linear layer on the normalized token."""
         del payloads
-        return Question(self.outputs, _dtype(spec))
+        return LinearHead(self.outputs, _dtype(spec))
 
     def apply(
         self,
@@ -143,7 +144,7 @@ class ParticleHead(HeadSpec):
     ) -> Array:
         """Computes the logits."""
         del model
-        return module(part_of(tokens, particles, modality))
+        return module(modality_tokens(tokens, particles, modality))
 
     def examples(self, sample: Sample) -> Iterator[tuple[Any, ...]]:
         """One example call."""
@@ -160,10 +161,10 @@ class QueryHead(HeadSpec):
 
     outputs: int
 
-    def build(self, spec: ModelSpec, payloads: Mapping[str, Payload]) -> nn.Module:
+    def build(self, spec: ModelSpec, payloads: Mapping[str, ModalitySpec]) -> nn.Module:
         """Builds a linear layer on the normalized feature."""
         del payloads
-        return Question(self.outputs, _dtype(spec))
+        return LinearHead(self.outputs, _dtype(spec))
 
     def apply(
         self, model: Any, module: nn.Module, tokens: Tokens, query: Particles, modality: str
@@ -184,7 +185,7 @@ class DecoderHead(HeadSpec):
     Ignores the queries' own payload.
     """
 
-    def build(self, spec: ModelSpec, payloads: Mapping[str, Payload]) -> nn.Module:
+    def build(self, spec: ModelSpec, payloads: Mapping[str, ModalitySpec]) -> nn.Module:
         """Builds the decoder."""
         return Decoder(spec, tuple((name, payloads[name]) for name in ordered(payloads)))
 
@@ -197,7 +198,7 @@ class DecoderHead(HeadSpec):
 
     def examples(self, sample: Sample) -> Iterator[tuple[Any, ...]]:
         """One example call per modality."""
-        for name, particles in sample.given.items():
+        for name, particles in sample.all_particles.items():
             yield sample.tokens, particles, name
 
 
@@ -205,7 +206,7 @@ class DecoderHead(HeadSpec):
 class FeatureDecoderHead(DecoderHead):
     """(tokens, query, modality) -> predicted encoder features [B, Q, D] of the unmasked clip."""
 
-    def build(self, spec: ModelSpec, payloads: Mapping[str, Payload]) -> nn.Module:
+    def build(self, spec: ModelSpec, payloads: Mapping[str, ModalitySpec]) -> nn.Module:
         """Builds the decoder with the encoder's width as its output."""
         return Decoder(
             spec, tuple((name, payloads[name]) for name in ordered(payloads)), features=True
@@ -221,21 +222,21 @@ class ProjectionHead(HeadSpec):
     modalities: tuple[str, ...]
     pools = True
 
-    def build(self, spec: ModelSpec, payloads: Mapping[str, Payload]) -> nn.Module:
+    def build(self, spec: ModelSpec, payloads: Mapping[str, ModalitySpec]) -> nn.Module:
         """Builds one projection per modality."""
         del payloads
-        return Embed(spec.embed_dim, self.modalities, _dtype(spec))
+        return Projection(spec.embed_dim, self.modalities, _dtype(spec))
 
     def apply(
-        self, model: Any, module: nn.Module, tokens: Tokens, clips: int, modality: str
+        self, model: Any, module: nn.Module, tokens: Tokens, num_clips: int, modality: str
     ) -> tuple[Array, Array, Array]:
         """Computes embeddings, scale and bias."""
-        return module(model.pooled(tokens, clips), modality)
+        return module(model.pool_clips(tokens, num_clips), modality)
 
     def examples(self, sample: Sample) -> Iterator[tuple[Any, ...]]:
         """One example call per modality."""
         for name in self.modalities:
-            yield sample.tokens, sample.clips, name
+            yield sample.tokens, sample.num_clips, name
 
 
 @dataclass(frozen=True)
@@ -246,10 +247,12 @@ class TokenProjectionHead(HeadSpec):
 
     modalities: tuple[str, ...]
 
-    def build(self, spec: ModelSpec, payloads: Mapping[str, Payload]) -> nn.Module:
+    def build(self, spec: ModelSpec, payloads: Mapping[str, ModalitySpec]) -> nn.Module:
         """Builds one projection per modality, without unit length."""
         del payloads
-        return Embed(spec.embed_dim, self.modalities, _dtype(spec), unit=False, bias=0.0)
+        return Projection(
+            spec.embed_dim, self.modalities, _dtype(spec), normalize=False, init_bias=0.0
+        )
 
     def apply(
         self, model: Any, module: nn.Module, tokens: Tokens, modality: str
@@ -271,15 +274,15 @@ class CodebookHead(HeadSpec):
     modality: str
     codes: int
 
-    def build(self, spec: ModelSpec, payloads: Mapping[str, Payload]) -> nn.Module:
+    def build(self, spec: ModelSpec, payloads: Mapping[str, ModalitySpec]) -> nn.Module:
         """Builds the codebook."""
         del spec
-        return Codebook(self.codes, payloads[self.modality].size)
+        return Codebook(self.codes, payloads[self.modality].payload_size)
 
     def apply(self, model: Any, module: nn.Module, payload: Array) -> Array:
         """Computes the indices."""
-        known = dict(model.payloads)[self.modality]
-        return module(known.normalize(payload))
+        payload_spec = dict(model.payloads)[self.modality]
+        return module(payload_spec.normalize(payload))
 
     def examples(self, sample: Sample) -> Iterator[tuple[Any, ...]]:
         """One example call."""
@@ -296,10 +299,12 @@ class FramewiseHead(HeadSpec):
 
     modality: str
 
-    def build(self, spec: ModelSpec, payloads: Mapping[str, Payload]) -> nn.Module:
+    def build(self, spec: ModelSpec, payloads: Mapping[str, ModalitySpec]) -> nn.Module:
         """Builds a small network on the mean of the covering tokens."""
-        known = payloads[self.modality]
-        return Moment(spec.width, known.size // known.base[0], _dtype(spec))
+        payload_spec = payloads[self.modality]
+        return FramewiseMlp(
+            spec.width, payload_spec.payload_size // payload_spec.patch_size[0], _dtype(spec)
+        )
 
     def apply(
         self,
@@ -328,7 +333,7 @@ def _dtype(spec: ModelSpec) -> Any:
     return precision.PRECISIONS[spec.dtype].compute
 
 
-def part_of(tokens: Tokens, particles: Mapping[str, Particles], modality: str) -> Array:
+def modality_tokens(tokens: Tokens, particles: Mapping[str, Particles], modality: str) -> Array:
     """The tokens [B, l, D] of one modality, if no token reduction ran: modalities follow the order
     of `config.modalities`.
     """

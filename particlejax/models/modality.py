@@ -9,22 +9,23 @@ from particlejax.core.typing import Array
 from particlejax.particles.normalize import PixelScale
 
 
-class Payload(NamedTuple):
-    """Payloads of a modality: `size` numbers, or token ids below `vocabulary` if that is not 0.
+class ModalitySpec(NamedTuple):
+    """Payloads of a modality: `payload_size` numbers, or token ids below `vocabulary` if that is
+    not 0.
 
-    base: frames, rows and columns of the cuboid behind the numbers, in the order (t, h, w,
+    patch_size: frames, rows and columns of the cuboid behind the numbers, in the order (t, h, w,
     channel); () if there is none. pixels: normalization of uint8 pixels; None without pixels.
     """
 
-    size: int
+    payload_size: int
     vocabulary: int = 0
-    base: tuple[int, ...] = ()
+    patch_size: tuple[int, ...] = ()
     pixels: PixelScale | None = None
 
     @property
-    def still(self) -> float:
+    def temporal_mean_scale(self) -> float:
         """Factor of the mean over a cuboid's frames."""
-        return self.pixels.still if self.pixels else 1.0
+        return self.pixels.temporal_mean_scale if self.pixels else 1.0
 
     def normalize(self, payload: Array) -> Array:
         """Normalizes uint8 pixels to float32 and leaves other payloads unchanged.

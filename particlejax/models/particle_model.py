@@ -20,9 +20,9 @@ from particlejax.config.modalities import ordered
 from particlejax.config.model import ModelSpec
 from particlejax.core.typing import Params
 from particlejax.models import cnn_stem
-from particlejax.models.decoder import style_of
+from particlejax.models.decoder import block_config
 from particlejax.models.heads import HeadSpec, Sample
-from particlejax.models.modality import Payload
+from particlejax.models.modality import ModalitySpec
 from particlejax.nn import embed, fusion, precision, token_reduction, transformer
 from particlejax.nn.heads import AttentivePool
 from particlejax.nn.token_reduction import Tokens
@@ -38,7 +38,7 @@ class Model(NamedTuple):
 
     init: Callable[[Array, Batch], Params]
     apply: Callable[..., Any]
-    payloads: Mapping[str, Payload]
+    payloads: Mapping[str, ModalitySpec]
 
     def encode(
         self,
@@ -64,7 +64,7 @@ class Model(NamedTuple):
 
 def build(
     spec: ModelSpec,
-    payloads: Mapping[str, Payload],
+    payloads: Mapping[str, ModalitySpec],
     heads: Mapping[str, HeadSpec] | None = None,
     unseen: tuple[str, ...] = (),
 ) -> Model:
@@ -74,8 +74,8 @@ def build(
     stage without them. Raises UserError if the stem cannot read the payloads.
     """
     if spec.stem.model:
-        cnn_stem.check(
-            spec.stem, payloads[cnn_stem.VISION].base if cnn_stem.VISION in payloads else ()
+        cnn_stem.check_stem(
+            spec.stem, payloads[cnn_stem.VISION].patch_size if cnn_stem.VISION in payloads else ()
         )
     module = ParticleModel(
         spec,
@@ -95,7 +95,7 @@ def build(
 
 
 def normalize(
-    particles: Mapping[str, Particles], payloads: Mapping[str, Payload]
+    particles: Mapping[str, Particles], payloads: Mapping[str, ModalitySpec]
 ) -> dict[str, Particles]:
     """Particles with uint8 pixels normalized to float32; idempotent."""
     return {
@@ -108,7 +108,7 @@ class ParticleModel(nn.Module):
     """Particles of any modalities -> one token sequence -> Transformer -> heads."""
 
     spec: ModelSpec
-    payloads: tuple[tuple[str, Payload], ...]
+    payloads: tuple[tuple[str, ModalitySpec], ...]
     heads: tuple[tuple[str, HeadSpec], ...]
     unseen: tuple[str, ...] = ()
 
@@ -124,12 +124,16 @@ class ParticleModel(nn.Module):
 
     def __call__(self, batch: Batch) -> None:
         """Touches every parameter once, for `init`."""
-        clips = batch.label.shape[1]
-        given = normalize(batch.particles, dict(self.payloads))
-        seen = {name: each for name, each in given.items() if name not in self.unseen}
-        tokens, _ = self.encode(seen, clips)
+        num_clips = batch.label.shape[1]
+        all_particles = normalize(batch.particles, dict(self.payloads))
+        visible = {
+            name: modality_particles
+            for name, modality_particles in all_particles.items()
+            if name not in self.unseen
+        }
+        tokens, _ = self.encode(visible, num_clips)
         for name, head in self.heads:
-            for args in head.examples(Sample(tokens, clips, seen, given)):
+            for args in head.examples(Sample(tokens, num_clips, visible, all_particles)):
                 self.apply_head(name, *args)
 
     def apply_head(self, name: str, *args: Any) -> Any:
@@ -137,117 +141,135 @@ class ParticleModel(nn.Module):
         return dict(self.heads)[name].apply(self, getattr(self, name), *args)
 
     def encode(
-        self, particles: Mapping[str, Particles], clips: int | None = None
+        self, particles: Mapping[str, Particles], num_clips: int | None = None
     ) -> tuple[Tokens, dict[str, tuple[Array, ...]]]:
         """Tokens of all particles, and under 'blocks' the outputs of all blocks, as `Transformer`
         returns them.
 
-        Normalizes uint8 pixels; float32 pixels must come from `Model.normalize`. clips: S, needed
-        by bottleneck tokens, class tokens and modality dropout.
+        Normalizes uint8 pixels; float32 pixels must come from `Model.normalize`. num_clips: S,
+        needed by bottleneck tokens, class tokens and modality dropout.
         """
-        return self.encoder(normalize(particles, dict(self.payloads)), clips)
+        return self.encoder(normalize(particles, dict(self.payloads)), num_clips)
 
-    def pooled(self, tokens: Tokens, clips: int) -> Array:
+    def pool_clips(self, tokens: Tokens, num_clips: int) -> Array:
         """One vector per clip, float32 [B, S, D], pooled as the spec says."""
         if self.spec.pool_type == "cls":
-            return tokens.whole.astype(jnp.float32)
+            return tokens.cls.astype(jnp.float32)
         if self.spec.pool_type == "attention":
-            return self.pool(tokens.x, tokens.segment, clips)
+            return self.pool(tokens.x, tokens.segment, num_clips)
         return losses.clip_mean(
-            tokens.x.astype(jnp.float32), tokens.segment, clips, self._mass(tokens, clips)
+            tokens.x.astype(jnp.float32),
+            tokens.segment,
+            num_clips,
+            self._token_weight(tokens, num_clips),
         )
 
-    def _mass(self, tokens: Tokens, clips: int) -> Array | None:
+    def _token_weight(self, tokens: Tokens, num_clips: int) -> Array | None:
         """Weights for pooling; under late fusion each modality has equal weight, whatever its token
         count.
         """
-        if tokens.kind is None or self.spec.fusion != "late":
-            return tokens.mass
-        kinds = jax.nn.one_hot(tokens.kind, len(self.payloads))
-        member = losses.membership(tokens.segment, clips)
-        number = jnp.einsum("bls,blk->bsk", member, kinds)
-        return 1 / jnp.maximum(jnp.einsum("bls,blk,bsk->bl", member, kinds, number), 1.0)
+        if tokens.modality_id is None or self.spec.fusion != "late":
+            return tokens.size
+        modality_one_hot = jax.nn.one_hot(tokens.modality_id, len(self.payloads))
+        membership = losses.membership(tokens.segment, num_clips)
+        tokens_per_modality = jnp.einsum("bls,blk->bsk", membership, modality_one_hot)
+        return 1 / jnp.maximum(
+            jnp.einsum("bls,blk,bsk->bl", membership, modality_one_hot, tokens_per_modality), 1.0
+        )
 
 
 class Encoder(nn.Module):
     """Embeds the particles of every modality and runs the Transformer over all of them."""
 
     spec: ModelSpec
-    payloads: tuple[tuple[str, Payload], ...]
+    payloads: tuple[tuple[str, ModalitySpec], ...]
 
     @nn.compact
     def __call__(
-        self, particles: Mapping[str, Particles], clips: int | None = None
+        self, particles: Mapping[str, Particles], num_clips: int | None = None
     ) -> tuple[Tokens, dict[str, tuple[Array, ...]]]:
         spec, dtype = self.spec, precision.PRECISIONS[self.spec.dtype].compute
-        place = embed.Place(spec.width, dtype, name="place")
-        content = []
+        place = embed.PositionEmbed(spec.width, dtype, name="place")
+        embeddings = []
         for name, payload in self.payloads:
             if name in particles:
-                p = particles[name]
+                modality_particles = particles[name]
                 if spec.stem.model and name == cnn_stem.VISION:
-                    read = cnn_stem.Stem(
-                        spec.stem, payload.base, spec.width, dtype, name=f"payload_{name}"
+                    payload_embed = cnn_stem.CNNStem(
+                        spec.stem, payload.patch_size, spec.width, dtype, name=f"payload_{name}"
                     )
                 else:
-                    read = embed.Payload(
+                    payload_embed = embed.PayloadEmbed(
                         spec.width, payload.vocabulary, dtype, name=f"payload_{name}"
                     )
-                each = read(p.payload)
+                embedded = payload_embed(modality_particles.payload)
                 # A parameter per modality name, so that a stage may start from a run with other
                 # modalities.
-                kind = embed.Learned(spec.width, 1, name=f"modality_{name}")()
-                content.append((each + place(p.place, p.extent) + kind[None]).astype(dtype))
+                modality_vector = embed.LearnedTokens(spec.width, 1, name=f"modality_{name}")()
+                embeddings.append(
+                    (
+                        embedded
+                        + place(modality_particles.place, modality_particles.extent)
+                        + modality_vector[None]
+                    ).astype(dtype)
+                )
         names = tuple(name for name, _ in self.payloads if name in particles)
         places = jnp.concatenate([particles[name].place for name in names], axis=1)
         segments = [particles[name].segment for name in names]
         if spec.modality_dropout and self.has_rng("dropout"):
-            segments = fusion.hide(
-                self.make_rng("dropout"), segments, self._known(clips), spec.modality_dropout
+            segments = fusion.drop_modalities(
+                self.make_rng("dropout"),
+                segments,
+                self._require_num_clips(num_clips),
+                spec.modality_dropout,
             )
-        tokens = Tokens(jnp.concatenate(content, axis=1), places, jnp.concatenate(segments, axis=1))
-        parts = self._parts(names, [each.shape[1] for each in segments])
+        tokens = Tokens(
+            jnp.concatenate(embeddings, axis=1), places, jnp.concatenate(segments, axis=1)
+        )
+        parts = self._row_parts(names, [segment.shape[1] for segment in segments])
         prompts = self.get_variable("params", "prompts")  # present only if fine-tuning added it
-        first = count = 0
+        num_special = num_prompts = 0
         if prompts is not None:
-            tokens, count = self._prompted(tokens, prompts["token"], clips)
-            parts = parts and parts._replace(lengths=(parts.lengths[0] + count, *parts.lengths[1:]))
+            tokens, num_prompts = self._prepend_learned(tokens, prompts["token"], num_clips)
+            parts = parts and parts._replace(
+                lengths=(parts.lengths[0] + num_prompts, *parts.lengths[1:])
+            )
         if parts:
-            tokens, parts, first = self._lead(tokens, parts, clips)
+            tokens, parts, num_special = self._prepend_special_tokens(tokens, parts, num_clips)
         reduction = (
-            token_reduction.Reduction(
+            token_reduction.TokenReduction(
                 spec.token_reduction, spec.token_reduction_layers, spec.token_keep_rate
             )
             if spec.token_reduction_layers
             else None
         )
-        body = transformer.Transformer(
+        stack = transformer.Transformer(
             spec.depth,
             spec.num_heads,
             spec.mlp_ratio * spec.width,
-            style_of(spec),
+            block_config(spec),
             spec.drop_path_rate,
             spec.unroll_layers,
             reduction,
             spec.remat_policy,
             name="transformer",
         )
-        tokens, blocks = body(tokens, parts=parts)
+        tokens, blocks = stack(tokens, parts=parts)
         if parts:
             tokens, blocks = (
-                self._without(tokens, first, clips),
-                tuple(each[:, :, first:] for each in blocks),
+                self._strip_special_tokens(tokens, num_special, num_clips),
+                tuple(block[:, :, num_special:] for block in blocks),
             )
-        if count:
+        if num_prompts:
             tokens = tokens._replace(
-                **{key: getattr(tokens, key)[:, count:] for key in ("x", "place", "segment")}
+                **{key: getattr(tokens, key)[:, num_prompts:] for key in ("x", "place", "segment")}
             )
-            blocks = tuple(each[:, :, count:] for each in blocks)
+            blocks = tuple(block[:, :, num_prompts:] for block in blocks)
         if parts:
-            tokens = tokens._replace(kind=self._kinds(names, segments))
+            tokens = tokens._replace(modality_id=self._modality_ids(names, segments))
         return tokens, {"blocks": blocks}
 
-    def _parts(self, names: tuple[str, ...], lengths: list[int]) -> fusion.Parts | None:
+    def _row_parts(self, names: tuple[str, ...], lengths: list[int]) -> fusion.Parts | None:
         """The parts of the row; None if all tokens attend to all and share their blocks."""
         spec = self.spec
         if spec.fusion == "early" and spec.share_encoder:
@@ -258,68 +280,80 @@ class Encoder(nn.Module):
             names, tuple(lengths), spec.fusion, spec.fusion_layer, not spec.share_encoder
         )
 
-    def _lead(
-        self, tokens: Tokens, parts: fusion.Parts, clips: int | None
+    def _prepend_special_tokens(
+        self, tokens: Tokens, parts: fusion.Parts, num_clips: int | None
     ) -> tuple[Tokens, fusion.Parts, int]:
         """Prepends class and bottleneck tokens of each clip, positioned at the clip's mean."""
         counts = {
             fusion.CLASS: self.spec.pool_type == "cls",
-            fusion.LATENTS: self.spec.num_bottlenecks * (self.spec.fusion == "bottleneck"),
+            fusion.BOTTLENECKS: self.spec.num_bottlenecks * (self.spec.fusion == "bottleneck"),
         }
-        first, names, lengths = 0, (), ()
+        num_special, names, lengths = 0, (), ()
         for name, count in counts.items():
             if count:
-                learned = embed.Learned(self.spec.width, int(count), name=name)()
-                tokens, more = self._prompted(tokens, learned, clips)
-                first, names, lengths = first + more, (name, *names), (more, *lengths)
+                learned = embed.LearnedTokens(self.spec.width, int(count), name=name)()
+                tokens, num_added = self._prepend_learned(tokens, learned, num_clips)
+                num_special, names, lengths = (
+                    num_special + num_added,
+                    (name, *names),
+                    (num_added, *lengths),
+                )
         return (
             tokens,
             parts._replace(names=names + parts.names, lengths=lengths + parts.lengths),
-            first,
+            num_special,
         )
 
-    def _prompted(self, tokens: Tokens, learned_ZD: Array, clips: int | None) -> tuple[Tokens, int]:
+    def _prepend_learned(
+        self, tokens: Tokens, learned_ZD: Array, num_clips: int | None
+    ) -> tuple[Tokens, int]:
         """Prepends learned tokens to each clip, positioned at the clip's mean; also returns their
         number.
         """
-        number, count = self._known(clips), len(learned_ZD)
-        member = losses.membership(tokens.segment, number)
-        middle = losses.clip_mean(tokens.place, tokens.segment, number)
-        segment = jnp.where(member.any(axis=1), jnp.arange(1, number + 1)[None], 0)
+        num_clips_, tokens_per_clip = self._require_num_clips(num_clips), len(learned_ZD)
+        membership = losses.membership(tokens.segment, num_clips_)
+        center = losses.clip_mean(tokens.place, tokens.segment, num_clips_)
+        segment = jnp.where(membership.any(axis=1), jnp.arange(1, num_clips_ + 1)[None], 0)
         x = jnp.broadcast_to(
-            jnp.tile(learned_ZD, (number, 1)), (tokens.x.shape[0], number * count, self.spec.width)
+            jnp.tile(learned_ZD, (num_clips_, 1)),
+            (tokens.x.shape[0], num_clips_ * tokens_per_clip, self.spec.width),
         )
-        lead = Tokens(
+        learned_tokens = Tokens(
             x.astype(tokens.x.dtype),
-            *(jnp.repeat(each, count, axis=1) for each in (middle, segment)),
+            *(jnp.repeat(values, tokens_per_clip, axis=1) for values in (center, segment)),
         )
         return Tokens(
-            *(jnp.concatenate(pair, axis=1) for pair in zip(lead[:3], tokens[:3], strict=True))
-        ), number * count
+            *(
+                jnp.concatenate(pair, axis=1)
+                for pair in zip(learned_tokens[:3], tokens[:3], strict=True)
+            )
+        ), num_clips_ * tokens_per_clip
 
-    def _without(self, tokens: Tokens, first: int, clips: int | None) -> Tokens:
+    def _strip_special_tokens(
+        self, tokens: Tokens, num_special: int, num_clips: int | None
+    ) -> Tokens:
         """The particles' tokens without prepended ones, with the class tokens beside them."""
-        whole = (
-            tokens.x[:, first - self._known(clips) : first]
+        cls = (
+            tokens.x[:, num_special - self._require_num_clips(num_clips) : num_special]
             if self.spec.pool_type == "cls"
             else None
         )
-        x, place, segment = (each[:, first:] for each in tokens[:3])
-        return Tokens(x, place, segment, whole=whole)
+        x, place, segment = (values[:, num_special:] for values in tokens[:3])
+        return Tokens(x, place, segment, cls=cls)
 
-    def _kinds(self, names: tuple[str, ...], segments: list[Array]) -> Array:
-        known = [name for name, _ in self.payloads]
+    def _modality_ids(self, names: tuple[str, ...], segments: list[Array]) -> Array:
+        names_ = [name for name, _ in self.payloads]
         return jnp.concatenate(
             [
-                jnp.full_like(each, known.index(name))
-                for name, each in zip(names, segments, strict=True)
+                jnp.full_like(segment, names_.index(name))
+                for name, segment in zip(names, segments, strict=True)
             ],
             axis=1,
         )
 
-    def _known(self, clips: int | None) -> int:
-        assert clips is not None, "encode needs `clips`, the maximum number of clips in a row"
-        return clips
+    def _require_num_clips(self, num_clips: int | None) -> int:
+        assert num_clips is not None, "encode needs `clips`, the maximum number of clips in a row"
+        return num_clips
 
 
 def parameter_shapes(model: Model, batch: Batch) -> Any:

@@ -13,16 +13,16 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from particlejax.distributed.sharding import ROWS
+from particlejax.distributed.sharding import BATCH_AXES
 
 _LANE = 128  # block sizes are multiples of this
-_BLOCK = 512  # largest block size
-_FEW = 256  # up to this many keys XLA is faster on TPUs
-_EIGHT = 8  # cuDNN needs head widths that are multiples of this
+_MAX_BLOCK = 512  # largest block size
+_MAX_KEYS_FOR_XLA = 256  # up to this many keys XLA is faster on TPUs
+_CUDNN_WIDTH_MULTIPLE = 8  # cuDNN needs head widths that are multiples of this
 _BACKENDS = {"tpu": "splash", "gpu": "cudnn"}
 
 
-def chosen(attention: str, dtype: jnp.dtype, keys: int) -> str:
+def select_implementation(attention_impl: str, dtype: jnp.dtype, num_keys: int) -> str:
     """'xla', 'splash' or 'cudnn': as given, or for 'auto' the best one for the mesh's (or default)
     devices.
 
@@ -30,22 +30,27 @@ def chosen(attention: str, dtype: jnp.dtype, keys: int) -> str:
     plan for the 157 visible cubes of VideoMAE-B, a third of the step went into padding and layout
     changes for splash attention.
     """
-    if attention != "auto":
-        return attention
+    if attention_impl != "auto":
+        return attention_impl
     device = jax.sharding.get_abstract_mesh().abstract_device
     best = _BACKENDS.get(device.platform if device else jax.default_backend(), "xla")
     # cuDNN has no float32 kernel
-    if best == "splash" and keys <= _FEW or best == "cudnn" and dtype == jnp.float32:
+    if (
+        best == "splash"
+        and num_keys <= _MAX_KEYS_FOR_XLA
+        or best == "cudnn"
+        and dtype == jnp.float32
+    ):
         return "xla"
     return best
 
 
-def fold(
+def fold_bias_into_qk(
     query_BHLK: Array,
     key_BHMK: Array,
     places: tuple[Array, Array],
     sharpness_H3: Array | None,
-    mass_BM: Array | None,
+    size_BM: Array | None,
 ) -> tuple[Array, Array]:
     """Augments queries and keys so that their product includes the distance bias and token-size
     terms.
@@ -53,49 +58,53 @@ def fold(
     places: of queries [B, L, 3] and keys [B, M, 3]. These terms need more than bfloat16 precision,
     so each number is split into parts whose sum is exact to 16 bits.
     """
-    dtype, heads = query_BHLK.dtype, query_BHLK.shape[1]
-    asked, told, alone = (
+    dtype, num_heads = query_BHLK.dtype, query_BHLK.shape[1]
+    query_terms, key_terms, key_bias = (
         [],
         [],
-        jnp.zeros((key_BHMK.shape[0], heads, key_BHMK.shape[2]), jnp.float32),
+        jnp.zeros((key_BHMK.shape[0], num_heads, key_BHMK.shape[2]), jnp.float32),
     )
     if sharpness_H3 is not None:
-        asked = _parts(2 * places[0][:, None] * sharpness_H3[None, :, None], dtype, 2)
-        told = _parts(jnp.broadcast_to(places[1][:, None], (*alone.shape, 3)), dtype, 2)
-        asked, told = (
-            [asked[i] for i, _ in _PAIRS[len(asked)]],
-            [told[j] for _, j in _PAIRS[len(told)]],
+        query_terms = _split_precision(
+            2 * places[0][:, None] * sharpness_H3[None, :, None], dtype, 2
         )
-        alone -= jnp.einsum("hk,bmk->bhm", sharpness_H3, places[1] ** 2)
-    if mass_BM is not None:
-        alone += jnp.log(jnp.maximum(mass_BM, 1.0))[:, None]
-    if sharpness_H3 is None and mass_BM is None:
+        key_terms = _split_precision(
+            jnp.broadcast_to(places[1][:, None], (*key_bias.shape, 3)), dtype, 2
+        )
+        query_terms, key_terms = (
+            [query_terms[i] for i, _ in _SPLIT_PAIRS[len(query_terms)]],
+            [key_terms[j] for _, j in _SPLIT_PAIRS[len(key_terms)]],
+        )
+        key_bias -= jnp.einsum("hk,bmk->bhm", sharpness_H3, places[1] ** 2)
+    if size_BM is not None:
+        key_bias += jnp.log(jnp.maximum(size_BM, 1.0))[:, None]
+    if sharpness_H3 is None and size_BM is None:
         return query_BHLK, key_BHMK
-    alone = _parts(alone[..., None], dtype, 3)
-    ones = jnp.ones((*query_BHLK.shape[:3], len(alone)), dtype)
-    return jnp.concatenate([query_BHLK, *asked, ones], axis=-1), jnp.concatenate(
-        [key_BHMK, *told, *alone], axis=-1
+    key_bias = _split_precision(key_bias[..., None], dtype, 3)
+    ones = jnp.ones((*query_BHLK.shape[:3], len(key_bias)), dtype)
+    return jnp.concatenate([query_BHLK, *query_terms, ones], axis=-1), jnp.concatenate(
+        [key_BHMK, *key_terms, *key_bias], axis=-1
     )
 
 
 # (query, key) pairs of split parts whose products matter
-_PAIRS = {1: ((0, 0),), 2: ((0, 0), (1, 0), (0, 1))}
+_SPLIT_PAIRS = {1: ((0, 0),), 2: ((0, 0), (1, 0), (0, 1))}
 
 
-def _parts(x: Array, dtype: jnp.dtype, number: int) -> list[Array]:
+def _split_precision(x: Array, dtype: jnp.dtype, num_parts: int) -> list[Array]:
     """Splits x into arrays of `dtype` that sum to x: one for float32, else from high to low
     bits.
     """
     if dtype == jnp.float32:
         return [x]
-    found = []
-    for _ in range(number):
-        info = jnp.finfo(dtype)
+    parts = []
+    for _ in range(num_parts):
+        finfo = jnp.finfo(dtype)
         # XLA would remove a cast and its inverse
-        first = jax.lax.reduce_precision(x, info.nexp, info.nmant)
-        found.append(first.astype(dtype))
+        first = jax.lax.reduce_precision(x, finfo.nexp, finfo.nmant)
+        parts.append(first.astype(dtype))
         x = x - first
-    return found
+    return parts
 
 
 def splash(
@@ -113,24 +122,36 @@ def splash(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return _splash(query_BHLK, key_BHMK, value_BHMK, *segments, interpret=interpret)
-    rows = ROWS if query_BHLK.shape[0] % math.prod(mesh.shape[axis] for axis in ROWS) == 0 else None
-    heads = "tensor" if query_BHLK.shape[1] % mesh.shape["tensor"] == 0 else None
-    parts = mesh.shape["sequence"]
-    along = (
+    row_axes = (
+        BATCH_AXES
+        if query_BHLK.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES) == 0
+        else None
+    )
+    head_axis = "tensor" if query_BHLK.shape[1] % mesh.shape["tensor"] == 0 else None
+    num_shards = mesh.shape["sequence"]
+    sequence_axis = (
         "sequence"
-        if parts > 1 and query_BHLK.shape[2] % parts == key_BHMK.shape[2] % parts == 0
+        if num_shards > 1
+        and query_BHLK.shape[2] % num_shards == key_BHMK.shape[2] % num_shards == 0
         else None
     )
 
-    def local(query: Array, key: Array, value: Array, asking: Array, told: Array) -> Array:
-        if along:
-            key, value = (jax.lax.all_gather(x, along, axis=2, tiled=True) for x in (key, value))
-            told = jax.lax.all_gather(told, along, axis=1, tiled=True)
-        return _splash(query, key, value, asking, told, interpret=interpret)
+    def local(
+        query: Array, key: Array, value: Array, query_segment: Array, key_segment: Array
+    ) -> Array:
+        if sequence_axis:
+            key, value = (
+                jax.lax.all_gather(x, sequence_axis, axis=2, tiled=True) for x in (key, value)
+            )
+            key_segment = jax.lax.all_gather(key_segment, sequence_axis, axis=1, tiled=True)
+        return _splash(query, key, value, query_segment, key_segment, interpret=interpret)
 
-    whole, ids = P(rows, heads, along), P(rows, along)
+    qkv_spec, segment_spec = P(row_axes, head_axis, sequence_axis), P(row_axes, sequence_axis)
     return jax.shard_map(
-        local, in_specs=(whole, whole, whole, ids, ids), out_specs=whole, check_vma=False
+        local,
+        in_specs=(qkv_spec, qkv_spec, qkv_spec, segment_spec, segment_spec),
+        out_specs=qkv_spec,
+        check_vma=False,
     )(query_BHLK, key_BHMK, value_BHMK, *segments)
 
 
@@ -147,40 +168,57 @@ def _splash(
         splash_attention as kernels,  # takes seconds to import, needed on TPUs only
     )
 
-    length, (q, k) = query.shape[2], (_block(x.shape[2]) for x in (query, key))
-    query, key, value = _padded(query, q, 2), _padded(key, k, 2), _padded(value, k, 2)
-    query_segment, key_segment = _padded(query_segment, q, 1), _padded(key_segment, k, 1)
-    sizes = kernels.BlockSizes(
-        block_q=q, block_kv=k, block_q_dkv=q, block_kv_dkv=k, block_q_dq=q, block_kv_dq=k
+    length, (query_block, key_block) = (
+        query.shape[2],
+        (_block_size(x.shape[2]) for x in (query, key)),
+    )
+    query, key, value = (
+        _pad_to_multiple(query, query_block, 2),
+        _pad_to_multiple(key, key_block, 2),
+        _pad_to_multiple(value, key_block, 2),
+    )
+    query_segment, key_segment = (
+        _pad_to_multiple(query_segment, query_block, 1),
+        _pad_to_multiple(key_segment, key_block, 1),
+    )
+    block_sizes = kernels.BlockSizes(
+        block_q=query_block,
+        block_kv=key_block,
+        block_q_dkv=query_block,
+        block_kv_dkv=key_block,
+        block_q_dq=query_block,
+        block_kv_dq=key_block,
     )
     mask = kernels.MultiHeadMask(
         [kernels.FullMask((query.shape[2], key.shape[2]))] * query.shape[1]
     )
     kernel = kernels.make_splash_mha(
-        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+        mask, block_sizes=block_sizes, head_shards=1, q_seq_shards=1, interpret=interpret
     )
-    read = jax.vmap(kernel)(query, key, value, kernels.SegmentIds(query_segment, key_segment))
-    return read[:, :, :length].astype(value.dtype)
+    attended = jax.vmap(kernel)(query, key, value, kernels.SegmentIds(query_segment, key_segment))
+    return attended[:, :, :length].astype(value.dtype)
 
 
-def _block(length: int) -> int:
+def _block_size(length: int) -> int:
     """Block size: as few blocks as possible with at most one lane of padding."""
-    lanes = -(-length // _LANE)
-    return _LANE * next(n for n in range(min(lanes, _BLOCK // _LANE), 0, -1) if lanes % n == 0)
+    num_lanes = -(-length // _LANE)
+    return _LANE * next(
+        n for n in range(min(num_lanes, _MAX_BLOCK // _LANE), 0, -1) if num_lanes % n == 0
+    )
 
 
-def _padded(x: Array, block: int, axis: int) -> Array:
+def _pad_to_multiple(x: Array, multiple: int, axis: int) -> Array:
     """Pads x with zeros to a multiple of the block; zero is the empty segment."""
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % block)
-    return jnp.pad(x, widths) if widths[axis][1] else x
+    pad_widths = [(0, 0)] * x.ndim
+    pad_widths[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, pad_widths) if pad_widths[axis][1] else x
 
 
 def cudnn(
     query_BHLK: Array,
     key_BHMK: Array,
     value_BHMK: Array,
-    may_BLM: Array,
+    mask_BLM: Array,
     implementation: str = "cudnn",
 ) -> Array:
     """softmax(query key^T) value under the mask, [B, H, L, K]; bfloat16 or float16, head width up
@@ -189,13 +227,13 @@ def cudnn(
     cuDNN needs equal widths of values and keys, in multiples of eight: pads all, slices the output.
     """
     width = value_BHMK.shape[3]
-    wide = query_BHLK.shape[3] + -query_BHLK.shape[3] % _EIGHT
-    each = (
-        jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, wide - x.shape[3])))
+    padded_width = query_BHLK.shape[3] + -query_BHLK.shape[3] % _CUDNN_WIDTH_MULTIPLE
+    padded = (
+        jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, padded_width - x.shape[3])))
         for x in (query_BHLK, key_BHMK, value_BHMK)
     )
-    q, k, v = (x.swapaxes(1, 2) for x in each)
-    read = jax.nn.dot_product_attention(
-        q, k, v, mask=may_BLM[:, None], scale=1.0, implementation=implementation
+    q, k, v = (x.swapaxes(1, 2) for x in padded)
+    attended = jax.nn.dot_product_attention(
+        q, k, v, mask=mask_BLM[:, None], scale=1.0, implementation=implementation
     )
-    return read[..., :width].swapaxes(1, 2)
+    return attended[..., :width].swapaxes(1, 2)

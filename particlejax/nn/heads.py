@@ -27,18 +27,22 @@ class AttentivePool(nn.Module):
     gives zeros.
     """
 
-    heads: int
+    num_heads: int
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x_BLD: Array, segment_BL: Array, clips: int) -> Array:
+    def __call__(self, x_BLD: Array, segment_BL: Array, num_clips: int) -> Array:
         width = x_BLD.shape[-1]
-        logits = Dense(self.heads, dtype=self.dtype, name="score")(x_BLD).astype(jnp.float32)
-        value = DenseGeneral((self.heads, width // self.heads), dtype=self.dtype, name="value")(
-            x_BLD
+        logits = Dense(self.num_heads, dtype=self.dtype, name="score")(x_BLD).astype(jnp.float32)
+        value = DenseGeneral(
+            (self.num_heads, width // self.num_heads), dtype=self.dtype, name="value"
+        )(x_BLD)
+        membership = losses.membership(segment_BL, num_clips).swapaxes(1, 2)[
+            ..., None
+        ]  # [B, S, L, 1]
+        weights = (
+            jax.nn.softmax(jnp.where(membership > 0, logits[:, None], -1e9), axis=2) * membership
         )
-        member = losses.membership(segment_BL, clips).swapaxes(1, 2)[..., None]  # [B, S, L, 1]
-        weights = jax.nn.softmax(jnp.where(member > 0, logits[:, None], -1e9), axis=2) * member
         pooled = jnp.einsum("bslh,blhk->bshk", weights, value.astype(jnp.float32))
         return pooled.reshape(*pooled.shape[:2], width)
 
@@ -46,52 +50,52 @@ class AttentivePool(nn.Module):
 class AttentiveProbe(nn.Module):
     """Attentive probe: logits float32 [B, C] of clips of one row each, from frozen tokens."""
 
-    classes: int
-    heads: int
+    num_classes: int
+    num_heads: int
 
     @nn.compact
     def __call__(self, x_BLD: Array, segment_BL: Array) -> Array:
-        pooled = AttentivePool(self.heads, name="pool")(
+        pooled = AttentivePool(self.num_heads, name="pool")(
             nn.LayerNorm(name="norm")(x_BLD), segment_BL, 1
         )
-        return Question(self.classes, name="question")(pooled)[:, 0]
+        return LinearHead(self.num_classes, name="question")(pooled)[:, 0]
 
 
-class Question(nn.Module):
+class LinearHead(nn.Module):
     """Clip-level classifier: logits float32 [B, S, C]."""
 
-    answers: int
+    num_outputs: int
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, pooled_BSD: Array) -> Array:
-        normed = nn.LayerNorm(dtype=self.dtype, name="norm")(pooled_BSD)
-        return Dense(self.answers, kernel_init=nn.initializers.normal(0.02), name="out")(
-            normed
+        normalized = nn.LayerNorm(dtype=self.dtype, name="norm")(pooled_BSD)
+        return Dense(self.num_outputs, kernel_init=nn.initializers.normal(0.02), name="out")(
+            normalized
         ).astype(jnp.float32)
 
 
-class Embed(nn.Module):
+class Projection(nn.Module):
     """Projections [B, N, E] of clips or tokens, one per modality, with a learned logit scale and
     bias.
 
-    unit: normalize to unit length. bias: initial value, by default as in SigLIP.
+    normalize: normalize to unit length. init_bias: initial value, by default as in SigLIP.
     """
 
-    width: int
+    embed_dim: int
     modalities: tuple[str, ...]
     dtype: Any = jnp.float32
-    unit: bool = True
-    bias: float = -10.0
+    normalize: bool = True
+    init_bias: float = -10.0
 
     @nn.compact
     def __call__(self, x_BND: Array, modality: str) -> tuple[Array, Array, Array]:
         # as in SigLIP (arXiv:2303.15343)
         log_sharpness = self.param("log_sharpness", nn.initializers.constant(np.log(10.0)), ())
-        bias = self.param("bias", nn.initializers.constant(self.bias), ())
-        normed = nn.LayerNorm(dtype=self.dtype, name=f"norm_{modality}")(x_BND)
-        x = Dense(self.width, dtype=jnp.float32, name=f"project_{modality}")(normed)
-        if self.unit:
+        bias = self.param("bias", nn.initializers.constant(self.init_bias), ())
+        normalized = nn.LayerNorm(dtype=self.dtype, name=f"norm_{modality}")(x_BND)
+        x = Dense(self.embed_dim, dtype=jnp.float32, name=f"project_{modality}")(normalized)
+        if self.normalize:
             x = x / jnp.sqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-6)
         return x, jnp.exp(jnp.minimum(log_sharpness, np.log(100.0))), bias
 
@@ -101,22 +105,22 @@ class Codebook(nn.Module):
     from gradients.
     """
 
-    codes: int
-    size: int
+    num_codes: int
+    payload_size: int
 
     @nn.compact
     def __call__(self, payload_BLP: Array) -> Array:
-        centres = jax.lax.stop_gradient(
-            self.param("centres", nn.initializers.normal(0.02), (self.codes, self.size))
+        centers = jax.lax.stop_gradient(
+            self.param("centres", nn.initializers.normal(0.02), (self.num_codes, self.payload_size))
         )
-        near = (
-            jnp.einsum("blp,cp->blc", payload_BLP.astype(jnp.float32), centres)
-            - jnp.square(centres).sum(-1)[None, None] / 2
+        similarity = (
+            jnp.einsum("blp,cp->blc", payload_BLP.astype(jnp.float32), centers)
+            - jnp.square(centers).sum(-1)[None, None] / 2
         )
-        return near.argmax(axis=-1)
+        return similarity.argmax(axis=-1)
 
 
-class Moment(nn.Module):
+class FramewiseMlp(nn.Module):
     """Channels float32 [B, M, C] at each query time, from the mean of the tokens that cover it, and
     a mask bool [B, M].
 
@@ -124,7 +128,7 @@ class Moment(nn.Module):
     """
 
     width: int
-    channels: int
+    num_channels: int
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -133,20 +137,22 @@ class Moment(nn.Module):
         tokens: Tokens,
         extent_BL3: Array,
         place_BM3: Array,
-        size_BM3: Array,
+        query_extent_BM3: Array,
         segment_BM: Array,
     ) -> tuple[Array, Array]:
-        away = jnp.abs(place_BM3[..., None, 0] - tokens.place[:, None, :, 0])
-        own = (segment_BM[..., None] == tokens.segment[:, None]) & (segment_BM > 0)[..., None]
-        covers = (own & (away <= extent_BL3[:, None, :, 0] / 2)).astype(jnp.float32)  # [B, M, L]
-        number = covers.sum(axis=-1)
-        seen = (
-            jnp.einsum("bml,bld->bmd", covers, tokens.x.astype(jnp.float32))
-            / jnp.maximum(number, 1.0)[..., None]
-        )
-        x = nn.LayerNorm(dtype=self.dtype, name="norm")(seen)
-        x += embed.Place(self.width, self.dtype, name="place")(place_BM3, size_BM3)
-        x = jax.nn.gelu(Dense(self.width, dtype=self.dtype, name="hidden")(x))
-        return Dense(self.channels, kernel_init=nn.initializers.normal(0.02), name="out")(x).astype(
+        time_distance = jnp.abs(place_BM3[..., None, 0] - tokens.place[:, None, :, 0])
+        same_clip = (segment_BM[..., None] == tokens.segment[:, None]) & (segment_BM > 0)[..., None]
+        covers = (same_clip & (time_distance <= extent_BL3[:, None, :, 0] / 2)).astype(
             jnp.float32
-        ), number > 0
+        )  # [B, M, L]
+        num_covering = covers.sum(axis=-1)
+        mean_token = (
+            jnp.einsum("bml,bld->bmd", covers, tokens.x.astype(jnp.float32))
+            / jnp.maximum(num_covering, 1.0)[..., None]
+        )
+        x = nn.LayerNorm(dtype=self.dtype, name="norm")(mean_token)
+        x += embed.PositionEmbed(self.width, self.dtype, name="place")(place_BM3, query_extent_BM3)
+        x = jax.nn.gelu(Dense(self.width, dtype=self.dtype, name="hidden")(x))
+        return Dense(self.num_channels, kernel_init=nn.initializers.normal(0.02), name="out")(
+            x
+        ).astype(jnp.float32), num_covering > 0

@@ -14,7 +14,7 @@ from jax import Array
 from particlejax.nn import dense
 
 
-def adapted(x_BLD: Array, params: Mapping[str, Mapping[str, Array]] | None) -> Array:
+def apply_adapter(x_BLD: Array, params: Mapping[str, Mapping[str, Array]] | None) -> Array:
     """x + up(GELU(down(x))), the bottleneck of arXiv:1902.00751; x if there are no parameters."""
     if params is None:
         return x_BLD

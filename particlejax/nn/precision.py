@@ -24,7 +24,7 @@ PRECISIONS = {name: Precision(jnp.dtype(name)) for name in ("float32", "bfloat16
 
 # Values that the backward pass recomputes instead of storing: 'full' everything within a block,
 # 'dots_no_batch' all but products with parameters, 'dots' all but products.
-REMATS: dict[str, Callable[..., bool] | None] = {
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -37,5 +37,5 @@ def remat(name: str, step: Callable, unrolled: bool) -> Callable:
 
     An unrolled loop must prevent CSE, or the compiler undoes the recomputation.
     """
-    policy = REMATS[name]
+    policy = REMAT_POLICIES[name]
     return step if policy is None else jax.checkpoint(step, policy=policy, prevent_cse=unrolled)

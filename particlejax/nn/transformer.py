@@ -16,39 +16,44 @@ from jax import Array
 from particlejax.core import tree
 from particlejax.distributed import sharding
 from particlejax.nn import fusion, peft_hooks, precision, token_reduction
-from particlejax.nn.attention import Attention, Between, Style, between
+from particlejax.nn.attention import (
+    Attention,
+    AttentionContext,
+    BlockConfig,
+    make_attention_context,
+)
 from particlejax.nn.dense import Dense
 from particlejax.nn.token_reduction import Tokens
 
 
 class Mlp(nn.Module):
-    """MLP: two Dense layers with GELU between them; gated: SwiGLU at two thirds of the width, for
-    equal cost.
+    """MLP: two Dense layers with GELU between them; gated_mlp: SwiGLU at two thirds of the width,
+    for equal cost.
     """
 
-    hidden: int
+    mlp_dim: int
     dtype: Any = jnp.float32
-    gated: bool = False
+    gated_mlp: bool = False
 
     @nn.compact
     def __call__(self, x_BLD: Array) -> Array:
-        number = self.hidden * 2 // 3 if self.gated else self.hidden
-        hidden = Dense(number, dtype=self.dtype, name="up")(x_BLD)
-        if self.gated:
-            hidden *= nn.silu(Dense(number, dtype=self.dtype, name="gate")(x_BLD))
+        hidden_dim = self.mlp_dim * 2 // 3 if self.gated_mlp else self.mlp_dim
+        hidden = Dense(hidden_dim, dtype=self.dtype, name="up")(x_BLD)
+        if self.gated_mlp:
+            hidden *= nn.silu(Dense(hidden_dim, dtype=self.dtype, name="gate")(x_BLD))
         else:
             hidden = nn.gelu(hidden)
         return Dense(x_BLD.shape[-1], dtype=self.dtype, name="down")(hidden)
 
 
-class Scale(nn.Module):
+class LayerScale(nn.Module):
     """LayerScale: a learned factor per channel with a small initial value."""
 
-    start: float
+    init_value: float
 
     @nn.compact
     def __call__(self, x_BLD: Array) -> Array:
-        scale = self.param("scale", nn.initializers.constant(self.start), x_BLD.shape[-1:])
+        scale = self.param("scale", nn.initializers.constant(self.init_value), x_BLD.shape[-1:])
         return (x_BLD * scale[None, None]).astype(x_BLD.dtype)
 
 
@@ -60,77 +65,85 @@ class Block(nn.Module):
     """
 
     width: int
-    heads: int
-    hidden: int
-    style: Style = Style()
+    num_heads: int
+    mlp_dim: int
+    config: BlockConfig = BlockConfig()
 
     def setup(self) -> None:
-        style = self.style
-        self.attention_norm = nn.LayerNorm(dtype=style.dtype)
-        self.attention = Attention(self.width, self.heads, style)
-        if style.layer_scale:
-            self.attention_scale = Scale(style.layer_scale)
-        if self.hidden:
-            self.mlp_norm = nn.LayerNorm(dtype=style.dtype)
-            self.mlp = Mlp(self.hidden, style.dtype, style.gated)
-            if style.layer_scale:
-                self.mlp_scale = Scale(style.layer_scale)
-        self.dropout = nn.Dropout(style.dropout, deterministic=False)
+        config = self.config
+        self.attention_norm = nn.LayerNorm(dtype=config.dtype)
+        self.attention = Attention(self.width, self.num_heads, config)
+        if config.layer_scale:
+            self.attention_scale = LayerScale(config.layer_scale)
+        if self.mlp_dim:
+            self.mlp_norm = nn.LayerNorm(dtype=config.dtype)
+            self.mlp = Mlp(self.mlp_dim, config.dtype, config.gated_mlp)
+            if config.layer_scale:
+                self.mlp_scale = LayerScale(config.layer_scale)
+        self.dropout = nn.Dropout(config.dropout, deterministic=False)
 
     def __call__(
         self,
         x_BLD: Array,
-        where: Between,
+        attention_context: AttentionContext,
         context: Array | None = None,
         drop_path: Array | float = 0.0,
     ) -> Array:
-        norm = self.attention_norm(x_BLD)
-        read = norm if context is None else context
-        return self._add(x_BLD, self.attention(norm, read, where), drop_path)
+        normalized = self.attention_norm(x_BLD)
+        source = normalized if context is None else context
+        return self._add_residuals(
+            x_BLD, self.attention(normalized, source, attention_context), drop_path
+        )
 
-    def project(self, x_BLD: Array, place: Array) -> tuple[Array, Array, Array]:
+    def project_qkv(self, x_BLD: Array, place: Array) -> tuple[Array, Array, Array]:
         """Queries, keys and values of a part of a row."""
-        norm = self.attention_norm(x_BLD)
-        return self.attention.ask(norm, place), *self.attention.tell(norm, place)
+        normalized = self.attention_norm(x_BLD)
+        return self.attention.project_q(normalized, place), *self.attention.project_kv(
+            normalized, place
+        )
 
-    def finish(
+    def attend_projected(
         self,
         x_BLD: Array,
         query: Array,
         key: Array,
         value: Array,
-        where: Between,
+        attention_context: AttentionContext,
         drop_path: Array | float,
     ) -> Array:
         """The block's output for a part of a row, given the keys and values of all parts that it
         attends to.
         """
-        return self._add(x_BLD, self.attention.answer(query, key, value, where), drop_path)
-
-    def _add(self, x_BLD: Array, read: Array, drop_path: Array | float) -> Array:
-        read = peft_hooks.adapted(read, self.get_variable("params", "attention_adapter"))
-        x_BLD += self._drop(
-            self.attention_scale(read) if self.style.layer_scale else read, drop_path
+        return self._add_residuals(
+            x_BLD, self.attention.attend(query, key, value, attention_context), drop_path
         )
-        if not self.hidden:
+
+    def _add_residuals(self, x_BLD: Array, attended: Array, drop_path: Array | float) -> Array:
+        attended = peft_hooks.apply_adapter(
+            attended, self.get_variable("params", "attention_adapter")
+        )
+        x_BLD += self._drop_path(
+            self.attention_scale(attended) if self.config.layer_scale else attended, drop_path
+        )
+        if not self.mlp_dim:
             return x_BLD
-        made = peft_hooks.adapted(
+        mlp_output = peft_hooks.apply_adapter(
             self.mlp(self.mlp_norm(x_BLD)), self.get_variable("params", "mlp_adapter")
         )
-        return x_BLD + self._drop(
-            self.mlp_scale(made) if self.style.layer_scale else made, drop_path
+        return x_BLD + self._drop_path(
+            self.mlp_scale(mlp_output) if self.config.layer_scale else mlp_output, drop_path
         )
 
-    def _drop(self, x_BLD: Array, drop_path: Array | float) -> Array:
+    def _drop_path(self, x_BLD: Array, drop_path: Array | float) -> Array:
         if not self.has_rng("dropout"):  # a dropout key means training
             return x_BLD
         x_BLD = self.dropout(x_BLD)
-        keep = 1.0 - jnp.asarray(drop_path, jnp.float32)
-        alive = jax.random.bernoulli(self.make_rng("dropout"), keep, (x_BLD.shape[0], 1, 1))
-        return jnp.where(alive, x_BLD / keep, 0.0).astype(x_BLD.dtype)
+        keep_prob = 1.0 - jnp.asarray(drop_path, jnp.float32)
+        kept = jax.random.bernoulli(self.make_rng("dropout"), keep_prob, (x_BLD.shape[0], 1, 1))
+        return jnp.where(kept, x_BLD / keep_prob, 0.0).astype(x_BLD.dtype)
 
 
-class Layers(NamedTuple):
+class LayerParams(NamedTuple):
     """Stacked [layers, ...]: parameters of the blocks and of the preceding cross-attention, by
     part, or '' for all parts.
     """
@@ -151,22 +164,22 @@ class Transformer(nn.Module):
     """
 
     depth: int
-    heads: int
-    mlp: int
-    style: Style = Style()
+    num_heads: int
+    mlp_dim: int
+    config: BlockConfig = BlockConfig()
     drop_path: float = 0.0
-    unroll: bool = True
-    reduction: token_reduction.Reduction | None = None
-    remat: str = "none"
+    unroll_layers: bool = True
+    reduction: token_reduction.TokenReduction | None = None
+    remat_policy: str = "none"
 
     @nn.compact
     def __call__(
         self, tokens: Tokens, context: Tokens | None = None, parts: fusion.Parts | None = None
     ) -> tuple[Tokens, tuple[Array, ...]]:
-        block = Block(tokens.x.shape[-1], self.heads, self.mlp, self.style, parent=None)
-        inputs = (
+        block = Block(tokens.x.shape[-1], self.num_heads, self.mlp_dim, self.config, parent=None)
+        init_inputs = (
             tokens.x,
-            between(tokens, context or tokens),
+            make_attention_context(tokens, context or tokens),
             None if context is None else context.x,
         )
         keys = (
@@ -174,31 +187,38 @@ class Transformer(nn.Module):
             if self.has_rng("dropout")
             else None
         )
-        own = parts.names if parts and parts.separate else None
-        layers = Layers(
-            self._stacked("blocks", block, self.depth, inputs, own),
+        part_names = parts.names if parts and parts.separate_encoders else None
+        layers = LayerParams(
+            self._stacked_params("blocks", block, self.depth, init_inputs, part_names),
             {},
             jnp.linspace(0.0, self.drop_path, self.depth),
             keys,
         )
-        tokens = tokens._replace(x=sharding.spread(tokens.x))
-        outputs, edges = [], [*(self.reduction.after if self.reduction else ()), self.depth]
+        tokens = tokens._replace(x=sharding.constrain_sequence(tokens.x))
+        outputs, boundaries = (
+            [],
+            [*(self.reduction.after_blocks if self.reduction else ()), self.depth],
+        )
         if parts and 0 < parts.fuse_from < self.depth:
-            edges = [parts.fuse_from, self.depth]
-        for start, stop in zip([0, *edges[:-1]], edges, strict=True):
-            part = jax.tree.map(lambda leaf, a=start, b=stop: leaf[a:b], layers)
+            boundaries = [parts.fuse_from, self.depth]
+        for start, stop in zip([0, *boundaries[:-1]], boundaries, strict=True):
+            layer_slice = jax.tree.map(lambda leaf, a=start, b=stop: leaf[a:b], layers)
             if parts is None:
-                tokens, each = self._run(block, tokens, context, part, stop - start)
+                tokens, block_outputs = self._run_blocks(
+                    block, tokens, context, layer_slice, stop - start
+                )
             else:
-                tokens, each = self._run_parts(block, tokens, parts, part, start >= parts.fuse_from)
-            outputs.append(each)
+                tokens, block_outputs = self._run_parts(
+                    block, tokens, parts, layer_slice, start >= parts.fuse_from
+                )
+            outputs.append(block_outputs)
             if self.reduction and stop < self.depth:
                 tokens = self.reduction(tokens)
         return tokens._replace(
-            x=nn.LayerNorm(dtype=self.style.dtype, name="norm")(tokens.x)
+            x=nn.LayerNorm(dtype=self.config.dtype, name="norm")(tokens.x)
         ), tuple(outputs)
 
-    def _stacked(
+    def _stacked_params(
         self, name: str, block: Block, depth: int, inputs: tuple, parts: Sequence[str] | None
     ) -> dict[str, Any]:
         def init(key: Array) -> Any:
@@ -217,59 +237,93 @@ class Transformer(nn.Module):
             else tree.nest({**tree.flatten(stacked), **tree.flatten(extra)})
         }
 
-    def _run(
-        self, block: Block, tokens: Tokens, context: Tokens | None, layers: Layers, number: int
+    def _run_blocks(
+        self,
+        block: Block,
+        tokens: Tokens,
+        context: Tokens | None,
+        layers: LayerParams,
+        num_blocks: int,
     ) -> tuple[Tokens, Array]:
-        where = between(tokens, context or tokens)
+        attention_context = make_attention_context(tokens, context or tokens)
 
-        def step(x: Array, layer: Layers) -> tuple[Array, Array]:
+        def step(x: Array, layer: LayerParams) -> tuple[Array, Array]:
             rngs = {} if layer.key is None else {"dropout": layer.key}
-            read = None if context is None else context.x
+            source = None if context is None else context.x
             x = block.apply(
-                {"params": layer.blocks[""]}, x, where, read, layer.drop_path, rngs=rngs
+                {"params": layer.blocks[""]},
+                x,
+                attention_context,
+                source,
+                layer.drop_path,
+                rngs=rngs,
             )
             return x, x
 
-        step = precision.remat(self.remat, step, self.unroll)
-        x, each = jax.lax.scan(step, tokens.x, layers, unroll=number if self.unroll else 1)
-        return tokens._replace(x=x), each
+        step = precision.remat(self.remat_policy, step, self.unroll_layers)
+        x, block_outputs = jax.lax.scan(
+            step, tokens.x, layers, unroll=num_blocks if self.unroll_layers else 1
+        )
+        return tokens._replace(x=x), block_outputs
 
     def _run_parts(
-        self, block: Block, tokens: Tokens, parts: fusion.Parts, layers: Layers, fused: bool
+        self, block: Block, tokens: Tokens, parts: fusion.Parts, layers: LayerParams, fused: bool
     ) -> tuple[Tokens, Array]:
-        where, number = between(tokens, tokens), layers.drop_path.shape[0]
-        cross = Block(block.width, self.heads, 0, self.style, parent=None)
-        others = parts.others() if fused else None
-        if others:
-            own = (
-                [name for name, read in zip(parts.names, others, strict=True) if read]
-                if parts.separate
+        attention_context, num_blocks = (
+            make_attention_context(tokens, tokens),
+            layers.drop_path.shape[0],
+        )
+        cross = Block(block.width, self.num_heads, 0, self.config, parent=None)
+        cross_attended = parts.cross_attended_parts() if fused else None
+        if cross_attended:
+            part_names = (
+                [
+                    name
+                    for name, attended in zip(parts.names, cross_attended, strict=True)
+                    if attended
+                ]
+                if parts.separate_encoders
                 else None
             )
             layers = layers._replace(
-                cross=self._stacked("cross", cross, number, (tokens.x, where), own)
+                cross=self._stacked_params(
+                    "cross", cross, num_blocks, (tokens.x, attention_context), part_names
+                )
             )
 
-        def step(x: Array, layer: Layers) -> tuple[Array, Array]:
-            if others:
-                x = over_parts(cross, layer.cross, x, where, parts, others, layer, 1)
-            x = over_parts(block, layer.blocks, x, where, parts, parts.reads(fused), layer, 0)
+        def step(x: Array, layer: LayerParams) -> tuple[Array, Array]:
+            if cross_attended:
+                x = run_block_over_parts(
+                    cross, layer.cross, x, attention_context, parts, cross_attended, layer, 1
+                )
+            x = run_block_over_parts(
+                block,
+                layer.blocks,
+                x,
+                attention_context,
+                parts,
+                parts.attended_parts(fused),
+                layer,
+                0,
+            )
             return x, x
 
-        step = precision.remat(self.remat, step, self.unroll)
-        x, each = jax.lax.scan(step, tokens.x, layers, unroll=number if self.unroll else 1)
-        return tokens._replace(x=x), each
+        step = precision.remat(self.remat_policy, step, self.unroll_layers)
+        x, block_outputs = jax.lax.scan(
+            step, tokens.x, layers, unroll=num_blocks if self.unroll_layers else 1
+        )
+        return tokens._replace(x=x), block_outputs
 
 
-def over_parts(
+def run_block_over_parts(
     block: Block,
     params: Mapping[str, Any],
     x: Array,
-    where: Between,
+    attention_context: AttentionContext,
     parts: fusion.Parts,
-    reads: tuple[tuple[int, ...], ...],
-    layer: Layers,
-    salt: int,
+    attended_parts: tuple[tuple[int, ...], ...],
+    layer: LayerParams,
+    rng_offset: int,
 ) -> Array:
     """A block over the parts of a row: part i attends to the parts `reads[i]`; other products are
     never formed.
@@ -278,37 +332,50 @@ def over_parts(
     stays unchanged.
     """
     spans = parts.spans()
-    own = [{"params": params[name] if name in params else params.get("")} for name in parts.names]
-    made = [
-        block.apply(p, x[:, s], where.query[:, s], method="project") if r else None
-        for p, s, r in zip(own, spans, reads, strict=True)
+    part_params = [
+        {"params": params[name] if name in params else params.get("")} for name in parts.names
+    ]
+    projections = [
+        block.apply(p, x[:, s], attention_context.query_place[:, s], method="project_qkv")
+        if attended
+        else None
+        for p, s, attended in zip(part_params, spans, attended_parts, strict=True)
     ]
     outputs = []
-    for i, (p, span) in enumerate(zip(own, spans, strict=True)):
-        if not reads[i]:
+    for i, (p, span) in enumerate(zip(part_params, spans, strict=True)):
+        if not attended_parts[i]:
             outputs.append(x[:, span])
             continue
-        key, value = (jnp.concatenate([made[j][k] for j in reads[i]], axis=2) for k in (1, 2))
-        rows = [spans[j] for j in reads[i]]
-        asking, told = where.segments
-        there = Between(
-            where.query[:, span],
-            jnp.concatenate([where.key[:, s] for s in rows], axis=1),
-            jnp.concatenate([where.may[:, span, s] for s in rows], axis=2),
-            segments=(asking[:, span], jnp.concatenate([told[:, s] for s in rows], axis=1)),
+        key, value = (
+            jnp.concatenate([projections[j][k] for j in attended_parts[i]], axis=2) for k in (1, 2)
         )
-        rngs = {} if layer.key is None else {"dropout": jax.random.fold_in(layer.key, 2 * i + salt)}
+        attended_spans = [spans[j] for j in attended_parts[i]]
+        query_segment, key_segment = attention_context.segments
+        part_context = AttentionContext(
+            attention_context.query_place[:, span],
+            jnp.concatenate([attention_context.key_place[:, s] for s in attended_spans], axis=1),
+            jnp.concatenate([attention_context.mask[:, span, s] for s in attended_spans], axis=2),
+            segments=(
+                query_segment[:, span],
+                jnp.concatenate([key_segment[:, s] for s in attended_spans], axis=1),
+            ),
+        )
+        rngs = (
+            {}
+            if layer.key is None
+            else {"dropout": jax.random.fold_in(layer.key, 2 * i + rng_offset)}
+        )
         outputs.append(
             block.apply(
                 p,
                 x[:, span],
-                made[i][0],
+                projections[i][0],
                 key,
                 value,
-                there,
+                part_context,
                 layer.drop_path,
                 rngs=rngs,
-                method="finish",
+                method="attend_projected",
             )
         )
     return jnp.concatenate(outputs, axis=1)

@@ -28,71 +28,78 @@ def classify(spec: ClassifySpec, targets: Targets | None = None) -> Objective:
     def objective(
         params: Params, model: Model, batch: Batch, key: Array, train: bool
     ) -> tuple[Array, Metrics]:
-        def logits_of(key: Array) -> Array:
+        def compute_logits(key: Array) -> Array:
             tokens, _ = model.apply(
-                params, "encode", batch.particles, batch.clip.shape[1], key=key if train else None
+                params,
+                "encode",
+                batch.particles,
+                batch.clip_index.shape[1],
+                key=key if train else None,
             )
             return model.head(params, "head", tokens, batch.label.shape[1])
 
-        logits, labelled = logits_of(key), batch.label >= 0
-        loss = losses.mean(_error(spec, targets, logits, batch), labelled)
-        metrics = _figures(targets, logits, batch.label, labelled)
+        logits, labeled = compute_logits(key), batch.label >= 0
+        loss = losses.mean(_mixed_loss(spec, targets, logits, batch), labeled)
+        metrics = _metrics(targets, logits, batch.label, labeled)
         if spec.rdrop_weight and train:
-            other = logits_of(jax.random.fold_in(key, 1))
-            apart = losses.mean(_apart(spec, logits, other), labelled)
+            second_logits = compute_logits(jax.random.fold_in(key, 1))
+            kl = losses.mean(_rdrop_divergence(spec, logits, second_logits), labeled)
             loss = (
-                loss + losses.mean(_error(spec, targets, other, batch), labelled)
-            ) / 2 + spec.rdrop_weight * apart
-            metrics["rdrop_kl"] = apart
+                loss + losses.mean(_mixed_loss(spec, targets, second_logits, batch), labeled)
+            ) / 2 + spec.rdrop_weight * kl
+            metrics["rdrop_kl"] = kl
         return loss, {"loss": loss} | metrics
 
     return objective
 
 
-def _error(spec: ClassifySpec, targets: Targets | None, logits: Array, batch: Batch) -> Array:
+def _mixed_loss(spec: ClassifySpec, targets: Targets | None, logits: Array, batch: Batch) -> Array:
     """Loss of each clip [B, S]; for mixed clips, weighted by their shares."""
     first, second = (
-        _error_of(spec, targets, logits, jnp.maximum(label, 0)) * (label >= 0)
-        for label in (batch.label, batch.other)
+        _clip_loss(spec, targets, logits, jnp.maximum(label, 0)) * (label >= 0)
+        for label in (batch.label, batch.second_label)
     )
-    return batch.share * first + (1 - batch.share) * second
+    return batch.label_weight * first + (1 - batch.label_weight) * second
 
 
-def _error_of(spec: ClassifySpec, targets: Targets | None, logits: Array, label: Array) -> Array:
-    outputs = logits.shape[-1]
-    table = jnp.eye(outputs) if targets is None else jnp.asarray(targets.table)
+def _clip_loss(spec: ClassifySpec, targets: Targets | None, logits: Array, label: Array) -> Array:
+    num_outputs = logits.shape[-1]
+    table = jnp.eye(num_outputs) if targets is None else jnp.asarray(targets.table)
     target = table[label]
     if spec.loss == "regression":
-        each = losses.squared_error(logits, target)
+        loss = losses.squared_error(logits, target)
     elif spec.loss == "sigmoid":
-        smooth = target * (1 - spec.label_smoothing) + spec.label_smoothing / 2
-        each = losses.binary_cross_entropy(logits, smooth, spec.focal_gamma)
+        smoothed = target * (1 - spec.label_smoothing) + spec.label_smoothing / 2
+        loss = losses.binary_cross_entropy(logits, smoothed, spec.focal_gamma)
     else:
-        each = losses.soft_cross_entropy(
+        loss = losses.soft_cross_entropy(
             logits, optax.smooth_labels(target, spec.label_smoothing), spec.focal_gamma
         )
-    return each if targets is None else each * jnp.asarray(targets.weight)[label]
+    return loss if targets is None else loss * jnp.asarray(targets.weight)[label]
 
 
-def _apart(spec: ClassifySpec, one: Array, other: Array) -> Array:
+def _rdrop_divergence(spec: ClassifySpec, first_logits: Array, second_logits: Array) -> Array:
     """Divergence between two predictions for a clip, [B, S]."""
     if spec.loss == "regression":
-        return losses.squared_error(one, other)
+        return losses.squared_error(first_logits, second_logits)
     if spec.loss == "sigmoid":  # each class is a binary choice
-        pair = (jnp.stack([each, jnp.zeros_like(each)], axis=-1) for each in (one, other))
-        return losses.disagreement(*pair).mean(axis=-1)
-    return losses.disagreement(one, other)
+        binary_logits = (
+            jnp.stack([logits, jnp.zeros_like(logits)], axis=-1)
+            for logits in (first_logits, second_logits)
+        )
+        return losses.symmetric_kl(*binary_logits).mean(axis=-1)
+    return losses.symmetric_kl(first_logits, second_logits)
 
 
-def _figures(targets: Targets | None, logits: Array, label: Array, labelled: Array) -> Metrics:
-    safe = jnp.maximum(label, 0)
+def _metrics(targets: Targets | None, logits: Array, label: Array, labeled: Array) -> Metrics:
+    safe_label = jnp.maximum(label, 0)
     if targets is not None and targets.loss != "softmax":
-        target = jnp.asarray(targets.table)[safe]
+        target = jnp.asarray(targets.table)[safe_label]
         if targets.loss == "regression":
-            return {"mae": losses.mean(jnp.abs(logits - target)[..., 0] * targets.spread, labelled)}
-        return {"exact_match": losses.mean(((logits > 0) == (target > 0.5)).all(axis=-1), labelled)}
-    rank = jnp.sum(logits > jnp.take_along_axis(logits, safe[..., None], -1), axis=-1)
-    return {"top1": losses.mean(rank < 1, labelled), "top5": losses.mean(rank < 5, labelled)}
+            return {"mae": losses.mean(jnp.abs(logits - target)[..., 0] * targets.std, labeled)}
+        return {"exact_match": losses.mean(((logits > 0) == (target > 0.5)).all(axis=-1), labeled)}
+    rank = jnp.sum(logits > jnp.take_along_axis(logits, safe_label[..., None], -1), axis=-1)
+    return {"top1": losses.mean(rank < 1, labeled), "top5": losses.mean(rank < 5, labeled)}
 
 
 CLASSIFY = ObjectiveType(

@@ -35,32 +35,35 @@ def temporal_alignment(spec: TemporalAlignmentSpec) -> Objective:
     def objective(
         params: Params, model: Model, batch: Batch, key: Array, train: bool
     ) -> tuple[Array, Metrics]:
-        whole, clips = batch.particles[spec.modality], batch.clip.shape[1]
+        particles, num_clips = batch.particles[spec.modality], batch.clip_index.shape[1]
         first, last = (
-            time_utils.of_particle(each, whole) for each in time_utils.span(whole, clips)
+            time_utils.gather_clip_value(bound, particles)
+            for bound in time_utils.span(particles, num_clips)
         )
-        time, length = whole.place[..., 0], jnp.maximum(last - first, time_utils.SLACK)
+        time, length = particles.place[..., 0], jnp.maximum(last - first, time_utils.TIME_EPS)
         label = jnp.clip(
             jnp.floor((time - first) / length * spec.num_bins), 0, spec.num_bins - 1
         ).astype(jnp.int32)
-        extent = jnp.concatenate([length[..., None], whole.extent[..., 1:]], axis=-1)
-        hidden = replace(time_utils.moved(whole, (first + last) / 2), extent=extent)
-        particles = {**batch.particles, spec.modality: hidden}
-        tokens, _ = model.apply(params, "encode", particles, clips, key=key if train else None)
-        logits = model.head(params, ALIGNMENT, tokens, particles, spec.modality)
-        asked = jnp.where(whole.extent[..., 0] <= length / 2 + time_utils.SLACK, whole.segment, 0)
-        there = losses.membership(asked, clips).any(axis=1) & (batch.clip >= 0)
-        said = logits.argmax(axis=-1)
-        off = jnp.abs(first + (said + 0.5) / spec.num_bins * length - time)
-        loss, right, seconds = (
-            losses.mean(losses.clip_mean(each, asked, clips), there)
-            for each in (
+        extent = jnp.concatenate([length[..., None], particles.extent[..., 1:]], axis=-1)
+        hidden = replace(time_utils.with_time(particles, (first + last) / 2), extent=extent)
+        inputs = {**batch.particles, spec.modality: hidden}
+        tokens, _ = model.apply(params, "encode", inputs, num_clips, key=key if train else None)
+        logits = model.head(params, ALIGNMENT, tokens, inputs, spec.modality)
+        query_segment = jnp.where(
+            particles.extent[..., 0] <= length / 2 + time_utils.TIME_EPS, particles.segment, 0
+        )
+        valid = losses.membership(query_segment, num_clips).any(axis=1) & (batch.clip_index >= 0)
+        predicted_bin = logits.argmax(axis=-1)
+        error_seconds = jnp.abs(first + (predicted_bin + 0.5) / spec.num_bins * length - time)
+        loss, accuracy, seconds = (
+            losses.mean(losses.clip_mean(values, query_segment, num_clips), valid)
+            for values in (
                 losses.cross_entropy(logits, label),
-                (said == label).astype(jnp.float32),
-                off,
+                (predicted_bin == label).astype(jnp.float32),
+                error_seconds,
             )
         )
-        return loss, {"loss": loss, "top1": right, "mae_seconds": seconds}
+        return loss, {"loss": loss, "top1": accuracy, "mae_seconds": seconds}
 
     return objective
 
@@ -79,31 +82,33 @@ def contrastive(spec: ContrastiveSpec) -> Objective:
     ) -> tuple[Array, Metrics]:
         view_key, *keys = jax.random.split(key, 3)
         views = _views(spec, batch, view_key)
-        clips = batch.clip.shape[1]
-        units = []
-        for name, view, each in zip(spec.modalities, views, keys, strict=True):
+        num_clips = batch.clip_index.shape[1]
+        embeddings = []
+        for name, view, dropout_key in zip(spec.modalities, views, keys, strict=True):
             tokens, _ = model.apply(
-                params, "encode", {name: view}, clips, key=each if train else None
+                params, "encode", {name: view}, num_clips, key=dropout_key if train else None
             )
-            unit, sharpness, bias = model.head(params, PROJECTION, tokens, clips, name)
-            units.append(unit.reshape(-1, unit.shape[-1]))
-        both = (
-            time_utils.present(views[0], clips)
-            & time_utils.present(views[1], clips)
-            & (batch.clip >= 0)
+            embedding, logit_scale, bias = model.head(params, PROJECTION, tokens, num_clips, name)
+            embeddings.append(embedding.reshape(-1, embedding.shape[-1]))
+        both_present = (
+            time_utils.present(views[0], num_clips)
+            & time_utils.present(views[1], num_clips)
+            & (batch.clip_index >= 0)
         )
-        alike = jnp.einsum("ne,me->nm", *units)
-        there = both.reshape(-1)
+        similarity = jnp.einsum("ne,me->nm", *embeddings)
+        valid = both_present.reshape(-1)
         loss = (
-            infonce(alike * sharpness, there)
+            infonce(similarity * logit_scale, valid)
             if spec.loss == "infonce"
-            else sigmoid(alike * sharpness + bias, there)
+            else sigmoid(similarity * logit_scale + bias, valid)
         )
-        nearest = jnp.where(there[None], alike, -jnp.inf).argmax(axis=1) == jnp.arange(len(there))
+        correct = jnp.where(valid[None], similarity, -jnp.inf).argmax(axis=1) == jnp.arange(
+            len(valid)
+        )
         return loss, {
             "loss": loss,
-            "batch_recall_at_1": losses.mean(nearest, there),
-            "logit_scale": sharpness,
+            "batch_recall_at_1": losses.mean(correct, valid),
+            "logit_scale": logit_scale,
         }
 
     return objective
@@ -113,28 +118,28 @@ def _views(spec: ContrastiveSpec, batch: Batch, key: Array) -> tuple[Particles, 
     first, second = (batch.particles[name] for name in spec.modalities)
     if spec.modalities[0] != spec.modalities[1]:
         return first, second
-    share = masks.share_rank(masks.random_scores(key, first.place), first.segment)
+    rank = masks.rank_fraction(masks.random_scores(key, first.place), first.segment)
     visible = masks.visible_ratio(spec.mask_ratio)
-    return time_utils.keep(first, share < visible), time_utils.keep(
-        first, (share > 1 - visible) & (share < 1)
+    return time_utils.drop_where_not(first, rank < visible), time_utils.drop_where_not(
+        first, (rank > 1 - visible) & (rank < 1)
     )
 
 
-def infonce(logits_NM: Array, there: Array) -> Array:
+def infonce(logits_NM: Array, valid: Array) -> Array:
     """InfoNCE: cross-entropy of finding each clip's own pair, both ways, mean over valid clips."""
-    logits = jnp.where(there[:, None] & there[None], logits_NM, -1e9)
-    own = jnp.arange(len(there))
-    both = (losses.cross_entropy(logits, own) + losses.cross_entropy(logits.T, own)) / 2
-    return losses.mean(both, there)
+    logits = jnp.where(valid[:, None] & valid[None], logits_NM, -1e9)
+    labels = jnp.arange(len(valid))
+    loss = (losses.cross_entropy(logits, labels) + losses.cross_entropy(logits.T, labels)) / 2
+    return losses.mean(loss, valid)
 
 
-def sigmoid(logits_NM: Array, there: Array) -> Array:
+def sigmoid(logits_NM: Array, valid: Array) -> Array:
     """Sigmoid loss: each pair is a binary choice; the sum over a clip's pairs, mean over valid
     clips.
     """
-    sign = 2 * jnp.eye(len(there)) - 1
-    each = -jax.nn.log_sigmoid(sign * logits_NM) * (there[:, None] & there[None])
-    return losses.mean(each.sum(axis=1), there)
+    signs = 2 * jnp.eye(len(valid)) - 1
+    pair_loss = -jax.nn.log_sigmoid(signs * logits_NM) * (valid[:, None] & valid[None])
+    return losses.mean(pair_loss.sum(axis=1), valid)
 
 
 CONTRASTIVE = ObjectiveType(

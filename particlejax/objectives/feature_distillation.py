@@ -14,7 +14,7 @@ from particlejax.objectives import masked
 from particlejax.objectives.base import Objective, ObjectiveType
 from particlejax.particles.types import Batch, Particles
 
-_KNEE = 1.0  # error in standard deviations above which the loss is linear
+_HUBER_DELTA = 1.0  # error in standard deviations above which the loss is linear
 
 
 def feature_distillation(spec: FeatureDistillationSpec) -> Objective:
@@ -29,37 +29,50 @@ def feature_distillation(spec: FeatureDistillationSpec) -> Objective:
         params: Params, model: Model, batch: Batch, key: Array, train: bool
     ) -> tuple[Array, Metrics]:
         mask_key, dropout_key = jax.random.split(key)
-        query, clips = batch.particles[spec.teacher_modality], batch.clip.shape[1]
-        seen = {
-            name: each for name, each in batch.particles.items() if name != spec.teacher_modality
+        query, num_clips = batch.particles[spec.teacher_modality], batch.clip_index.shape[1]
+        inputs = {
+            name: particles
+            for name, particles in batch.particles.items()
+            if name != spec.teacher_modality
         }
-        seen[spec.modality] = visible(spec, model, seen[spec.modality], mask_key)
-        predicted = masked.ask(
-            params, model, seen, query, spec.teacher_modality, batch, dropout_key if train else None
+        inputs[spec.modality] = visible_particles(spec, model, inputs[spec.modality], mask_key)
+        predicted = masked.encode_and_decode(
+            params,
+            model,
+            inputs,
+            query,
+            spec.teacher_modality,
+            batch,
+            dropout_key if train else None,
         )
-        alike = optax.cosine_similarity(predicted, query.payload, epsilon=1e-6)
+        cosine = optax.cosine_similarity(predicted, query.payload, epsilon=1e-6)
         error = (
-            1 - alike
+            1 - cosine
             if spec.loss == "cosine"
-            else optax.huber_loss(predicted, query.payload, delta=_KNEE).mean(axis=-1)
+            else optax.huber_loss(predicted, query.payload, delta=_HUBER_DELTA).mean(axis=-1)
         )
-        there = losses.membership(query.segment, clips).any(axis=1) & (batch.clip >= 0)
+        valid = losses.membership(query.segment, num_clips).any(axis=1) & (batch.clip_index >= 0)
 
-        def of_clips(values: Array) -> Array:
-            return losses.mean(losses.clip_mean(values, query.segment, clips), there)
+        def mean_over_clips(values: Array) -> Array:
+            return losses.mean(losses.clip_mean(values, query.segment, num_clips), valid)
 
-        return of_clips(error), {"loss": of_clips(error), "cosine_similarity": of_clips(alike)}
+        return mean_over_clips(error), {
+            "loss": mean_over_clips(error),
+            "cosine_similarity": mean_over_clips(cosine),
+        }
 
     return objective
 
 
-def visible(spec: FeatureDistillationSpec, model: Model, whole: Particles, key: Array) -> Particles:
+def visible_particles(
+    spec: FeatureDistillationSpec, model: Model, particles: Particles, key: Array
+) -> Particles:
     """The particles of `modality` that the encoder sees."""
     if not spec.mask_ratio:
-        return whole
-    return masked.part(
-        masked.SCORES[spec.mask_type](key, whole, model.payloads[spec.modality].base),
-        whole,
+        return particles
+    return masked.split_by_score(
+        masked.SCORES[spec.mask_type](key, particles, model.payloads[spec.modality].patch_size),
+        particles,
         masks.visible_ratio(spec.mask_ratio),
         0.0,
     )[0]

@@ -34,28 +34,32 @@ def framewise(spec: FramewiseSpec) -> Objective:
     def objective(
         params: Params, model: Model, batch: Batch, key: Array, train: bool
     ) -> tuple[Array, Metrics]:
-        told, target, asked = predict(spec, params, model, batch, key if train else None)
-        clips = batch.clip.shape[1]
-        there = losses.membership(asked, clips).any(axis=1) & (batch.clip >= 0)
+        predicted, target, segment = predict_framewise(
+            spec, params, model, batch, key if train else None
+        )
+        num_clips = batch.clip_index.shape[1]
+        valid = losses.membership(segment, num_clips).any(axis=1) & (batch.clip_index >= 0)
         if spec.loss == "sigmoid":
-            error = losses.binary_cross_entropy(told, target)
-            figure = {"accuracy": ((told > 0) == (target > 0.5)).astype(jnp.float32).mean(axis=-1)}
+            error = losses.binary_cross_entropy(predicted, target)
+            metric = {
+                "accuracy": ((predicted > 0) == (target > 0.5)).astype(jnp.float32).mean(axis=-1)
+            }
         else:
-            error, figure = (
-                losses.squared_error(told, target),
-                {"mae": jnp.abs(told - target).mean(axis=-1)},
+            error, metric = (
+                losses.squared_error(predicted, target),
+                {"mae": jnp.abs(predicted - target).mean(axis=-1)},
             )
-        figures = {"loss": error, **figure}
+        frame_metrics = {"loss": error, **metric}
         metrics = {
-            name: losses.mean(losses.clip_mean(each, asked, clips), there)
-            for name, each in figures.items()
+            name: losses.mean(losses.clip_mean(values, segment, num_clips), valid)
+            for name, values in frame_metrics.items()
         }
         return metrics["loss"], metrics
 
     return objective
 
 
-def predict(
+def predict_framewise(
     spec: FramewiseSpec, params: Params, model: Model, batch: Batch, key: Array | None
 ) -> tuple[Array, Array, Array]:
     """Prediction and target of each frame, [B, M, C], and its segment, [B, M], 0 where it is
@@ -63,32 +67,46 @@ def predict(
 
     Raises UserError if there is no other modality.
     """
-    rest = {name: each for name, each in batch.particles.items() if name != spec.modality}
-    if not rest:
+    inputs = {
+        name: particles for name, particles in batch.particles.items() if name != spec.modality
+    }
+    if not inputs:
         raise UserError(
             f"objective framewise predicts {spec.modality} from the other modalities but "
             "config.data.modalities has none: add one there, such as 'vision'."
         )
-    each, target = moments(batch.particles[spec.modality], model.payloads[spec.modality].base[0])
-    tokens, _ = model.apply(params, "encode", rest, batch.clip.shape[1], key=key)
-    told, covered = model.head(params, head_name(spec.modality), tokens, rest, each)
-    return told, target, jnp.where(covered, each.segment, 0)
-
-
-def moments(series: Particles, count: int) -> tuple[Particles, Array]:
-    """Each value of a series as a particle of its own without payload, and its channels [B, M, C];
-    count: W.
-    """
-    rows, length, size = series.payload.shape
-    step = series.extent[..., :1] / count
-    # [B, L, W]
-    time = time_utils.start(series)[..., None] + step * (jnp.arange(count) + 0.5)[None, None]
-    repeated = [jnp.repeat(x, count, axis=1) for x in (series.place, series.extent, series.segment)]
-    place, extent = (
-        jnp.concatenate([x.reshape(rows, -1, 1), other[..., 1:]], axis=-1)
-        for x, other in zip((time, jnp.broadcast_to(step, time.shape)), repeated[:2], strict=True)
+    frames, target = to_frames(
+        batch.particles[spec.modality], model.payloads[spec.modality].patch_size[0]
     )
-    target = series.payload.reshape(rows, length * count, size // count)
+    tokens, _ = model.apply(params, "encode", inputs, batch.clip_index.shape[1], key=key)
+    predicted, covered = model.head(params, head_name(spec.modality), tokens, inputs, frames)
+    return predicted, target, jnp.where(covered, frames.segment, 0)
+
+
+def to_frames(series: Particles, frames_per_particle: int) -> tuple[Particles, Array]:
+    """Each value of a series as a particle of its own without payload, and its channels [B, M, C];
+    frames_per_particle: W.
+    """
+    batch_size, num_slots, payload_size = series.payload.shape
+    frame_duration = series.extent[..., :1] / frames_per_particle
+    # [B, L, W]
+    time = (
+        time_utils.start(series)[..., None]
+        + frame_duration * (jnp.arange(frames_per_particle) + 0.5)[None, None]
+    )
+    repeated = [
+        jnp.repeat(x, frames_per_particle, axis=1)
+        for x in (series.place, series.extent, series.segment)
+    ]
+    place, extent = (
+        jnp.concatenate([x.reshape(batch_size, -1, 1), field[..., 1:]], axis=-1)
+        for x, field in zip(
+            (time, jnp.broadcast_to(frame_duration, time.shape)), repeated[:2], strict=True
+        )
+    )
+    target = series.payload.reshape(
+        batch_size, num_slots * frames_per_particle, payload_size // frames_per_particle
+    )
     return Particles(jnp.zeros((*place.shape[:2], 0)), place, extent, repeated[2]), target
 
 

@@ -16,14 +16,14 @@ from particlejax import losses
 from particlejax.config.model import ClassifySpec
 from particlejax.core.typing import Array, UserError
 
-SEVERAL = "|"  # separator of the classes of a multi-label clip
+MULTI_LABEL_SEPARATOR = "|"  # separator of the classes of a multi-label clip
 
 
 class Targets(NamedTuple):
     """names: of the outputs. table: float32 [L, O], targets of each label. weight: float32 [L],
     loss weight.
 
-    middle, spread: mean and standard deviation of regression targets, which the head predicts
+    mean, std: mean and standard deviation of regression targets, which the head predicts
     normalized.
     """
 
@@ -31,32 +31,32 @@ class Targets(NamedTuple):
     names: tuple[str, ...]
     table: np.ndarray
     weight: np.ndarray
-    middle: float = 0.0
-    spread: float = 1.0
+    mean: float = 0.0
+    std: float = 1.0
 
-    def answers(self, logits: Array) -> Array:
+    def activate(self, logits: Array) -> Array:
         """Class probabilities [..., O], or the denormalized number [..., 1]."""
         if self.loss == "regression":
-            return logits * self.spread + self.middle
+            return logits * self.std + self.mean
         return jax.nn.sigmoid(logits) if self.loss == "sigmoid" else jax.nn.softmax(logits)
 
 
-def of(spec: ClassifySpec, labels: tuple[str, ...]) -> Targets:
+def build_targets(spec: ClassifySpec, labels: tuple[str, ...]) -> Targets:
     """The targets of all labels. Raises UserError for a regression label that is not a number."""
-    even = np.ones(len(labels), np.float32)
+    uniform_weight = np.ones(len(labels), np.float32)
     if spec.loss == "softmax":
-        return Targets(spec.loss, labels, np.eye(len(labels), dtype=np.float32), even)
+        return Targets(spec.loss, labels, np.eye(len(labels), dtype=np.float32), uniform_weight)
     if spec.loss == "regression":
-        values = np.array([_number(label) for label in labels], np.float32)
-        middle, spread = float(values.mean()), float(values.std()) or 1.0
+        values = np.array([_parse_number(label) for label in labels], np.float32)
+        mean, std = float(values.mean()), float(values.std()) or 1.0
         return Targets(
-            spec.loss, ("value",), ((values - middle) / spread)[:, None], even, middle, spread
+            spec.loss, ("value",), ((values - mean) / std)[:, None], uniform_weight, mean, std
         )
-    names = tuple(sorted(set().union(*(_parts(label) for label in labels))))
-    return Targets(spec.loss, names, _several(labels, names), even)
+    names = tuple(sorted(set().union(*(_split_label(label) for label in labels))))
+    return Targets(spec.loss, names, _multi_hot(labels, names), uniform_weight)
 
 
-def asked(targets: Targets, labels: tuple[str, ...]) -> Targets:
+def remap_to_source(targets: Targets, labels: tuple[str, ...]) -> Targets:
     """The same head's targets for labels of another source: other numbers, other combinations of
     classes.
 
@@ -64,32 +64,32 @@ def asked(targets: Targets, labels: tuple[str, ...]) -> Targets:
     """
     if targets.loss == "softmax":
         return targets
-    even = np.ones(len(labels), np.float32)
+    uniform_weight = np.ones(len(labels), np.float32)
     if targets.loss == "regression":
-        values = np.array([_number(label) for label in labels], np.float32)
+        values = np.array([_parse_number(label) for label in labels], np.float32)
         return targets._replace(
-            table=((values - targets.middle) / targets.spread)[:, None], weight=even
+            table=((values - targets.mean) / targets.std)[:, None], weight=uniform_weight
         )
     for label in labels:
-        if _parts(label) - set(targets.names):
+        if _split_label(label) - set(targets.names):
             raise UserError(
                 f"label {label!r} is not made of the trained run's classes "
                 f"({', '.join(targets.names)}): rename it, or remove these clips."
             )
-    return targets._replace(table=_several(labels, targets.names), weight=even)
+    return targets._replace(table=_multi_hot(labels, targets.names), weight=uniform_weight)
 
 
-def _parts(label: str) -> set[str]:
-    return {part.strip() for part in label.split(SEVERAL)} - {""}
+def _split_label(label: str) -> set[str]:
+    return {part.strip() for part in label.split(MULTI_LABEL_SEPARATOR)} - {""}
 
 
-def _several(labels: Sequence[str], names: Sequence[str]) -> np.ndarray:
+def _multi_hot(labels: Sequence[str], names: Sequence[str]) -> np.ndarray:
     return np.array(
-        [[float(name in _parts(label)) for name in names] for label in labels], np.float32
+        [[float(name in _split_label(label)) for name in names] for label in labels], np.float32
     )
 
 
-def weighted(targets: Targets, spec: ClassifySpec, counts: Sequence[int]) -> Targets:
+def with_class_weights(targets: Targets, spec: ClassifySpec, counts: Sequence[int]) -> Targets:
     """Adds class-balanced weights from label frequencies, if the spec asks for them."""
     if not spec.class_balance_beta:
         return targets
@@ -100,7 +100,7 @@ def weighted(targets: Targets, spec: ClassifySpec, counts: Sequence[int]) -> Tar
     )
 
 
-def _number(label: str) -> float:
+def _parse_number(label: str) -> float:
     try:
         return float(label)
     except ValueError:

@@ -16,7 +16,7 @@ from particlejax import losses, masks
 from particlejax.config.model import FuturePredictionSpec, MaskedAutoencoderSpec, MaskSpec
 from particlejax.core.typing import Metrics, Params
 from particlejax.models.heads import DecoderHead
-from particlejax.models.modality import Payload
+from particlejax.models.modality import ModalitySpec
 from particlejax.models.particle_model import Model
 from particlejax.objectives import time_utils
 from particlejax.objectives.base import Objective, ObjectiveType
@@ -42,7 +42,7 @@ def masked_autoencoder(spec: MaskedAutoencoderSpec) -> Objective:
     def objective(
         params: Params, model: Model, batch: Batch, key: Array, train: bool
     ) -> tuple[Array, Metrics]:
-        loss = error_of(predict_masked(spec, params, model, batch, key, train), batch)
+        loss = masked_mse(predict_masked(spec, params, model, batch, key, train), batch)
         return loss, {"loss": loss}
 
     return objective
@@ -56,19 +56,20 @@ def future_prediction(spec: FuturePredictionSpec) -> Objective:
     def objective(
         params: Params, model: Model, batch: Batch, key: Array, train: bool
     ) -> tuple[Array, Metrics]:
-        loss = error_of(predict_next(spec, params, model, batch, key, train), batch)
+        loss = masked_mse(predict_future(spec, params, model, batch, key, train), batch)
         return loss, {"loss": loss}
 
     return objective
 
 
-def error_of(found: Prediction, batch: Batch) -> Array:
+def masked_mse(prediction: Prediction, batch: Batch) -> Array:
     """Squared error of the predicted particles, averaged over clips that have any."""
-    clips = batch.clip.shape[1]
-    error = losses.squared_error(found.predicted, found.target)
-    asked = losses.membership(found.query.segment, clips).any(axis=1)
+    num_clips = batch.clip_index.shape[1]
+    error = losses.squared_error(prediction.predicted, prediction.target)
+    has_query = losses.membership(prediction.query.segment, num_clips).any(axis=1)
     return losses.mean(
-        losses.clip_mean(error, found.query.segment, clips), asked & (batch.clip >= 0)
+        losses.clip_mean(error, prediction.query.segment, num_clips),
+        has_query & (batch.clip_index >= 0),
     )
 
 
@@ -77,62 +78,68 @@ def predict_masked(
 ) -> Prediction:
     """Masks a batch, encodes the visible particles and predicts the rest; reports plot this too."""
     mask_key, dropout_key = jax.random.split(key)
-    whole = batch.particles[spec.modality]
-    seen, asked = hide(spec, model, whole, mask_key)
-    query = whole.take(asked)
-    particles = {**batch.particles, spec.modality: seen}
-    predicted = ask(
-        params, model, particles, query, spec.modality, batch, dropout_key if train else None
+    particles = batch.particles[spec.modality]
+    visible, query_slots = mask_particles(spec, model, particles, mask_key)
+    query = particles.take(query_slots)
+    inputs = {**batch.particles, spec.modality: visible}
+    predicted = encode_and_decode(
+        params, model, inputs, query, spec.modality, batch, dropout_key if train else None
     )
-    return Prediction(query, predicted, _target(query, spec.norm_pix_loss), seen)
+    return Prediction(query, predicted, _make_target(query, spec.norm_pix_loss), visible)
 
 
-def hide(spec: MaskSpec, model: Model, whole: Particles, key: Array) -> tuple[Particles, Array]:
+def mask_particles(
+    spec: MaskSpec, model: Model, particles: Particles, key: Array
+) -> tuple[Particles, Array]:
     """The visible particles of one modality, and the masked slots [B, Q] to predict."""
-    return part(
-        SCORES[spec.mask_type](key, whole, model.payloads[spec.modality].base),
-        whole,
+    return split_by_score(
+        SCORES[spec.mask_type](key, particles, model.payloads[spec.modality].patch_size),
+        particles,
         masks.visible_ratio(spec.mask_ratio),
         spec.target_ratio,
     )
 
 
-def part(scores: Array, whole: Particles, keep: float, predict: float) -> tuple[Particles, Array]:
-    """The fraction `keep` with the lowest scores [B, L], and the slots [B, Q] of the fraction
-    `predict` with the highest.
+def split_by_score(
+    scores: Array, particles: Particles, keep_ratio: float, target_ratio: float
+) -> tuple[Particles, Array]:
+    """The fraction `keep_ratio` with the lowest scores [B, L], and the slots [B, Q] of the fraction
+    `target_ratio` with the highest.
     """
-    visible, asked, segment = masks.split(scores, whole.segment, keep, predict)
-    return replace(whole.take(visible), segment=segment), asked
+    visible, query_slots, segment = masks.split(scores, particles.segment, keep_ratio, target_ratio)
+    return replace(particles.take(visible), segment=segment), query_slots
 
 
-def change(particles: Particles, base: tuple[int, ...]) -> Array:
+def motion_score(particles: Particles, patch_size: tuple[int, ...]) -> Array:
     """Mean temporal change of each particle, [B, L]; for single-frame payloads, the deviation from
     the clip's mean.
     """
     payload = particles.payload
-    if base and base[0] > 1:
-        moments = payload.reshape(*payload.shape[:2], base[0], -1)
-        return jnp.abs(jnp.diff(moments, axis=2)).mean(axis=(2, 3))
-    same = (particles.segment[:, :, None] == particles.segment[:, None]).astype(jnp.float32)
-    mean = jnp.einsum("blm,bmp->blp", same, payload) / same.sum(axis=-1, keepdims=True)
+    if patch_size and patch_size[0] > 1:
+        frames = payload.reshape(*payload.shape[:2], patch_size[0], -1)
+        return jnp.abs(jnp.diff(frames, axis=2)).mean(axis=(2, 3))
+    same_clip = (particles.segment[:, :, None] == particles.segment[:, None]).astype(jnp.float32)
+    mean = jnp.einsum("blm,bmp->blp", same_clip, payload) / same_clip.sum(axis=-1, keepdims=True)
     return jnp.abs(payload - mean).mean(axis=-1)
 
 
 SCORES: dict[
     str, Callable[[Array, Particles, tuple[int, ...]], Array]
 ] = {  # higher scores are masked more often
-    "random": lambda key, whole, base: masks.random_scores(key, whole.place),
-    "tube": lambda key, whole, base: masks.tube_scores(key, whole.place),
-    "motion": lambda key, whole, base: masks.ranked_scores(key, change(whole, base), whole.segment),
+    "random": lambda key, particles, patch_size: masks.random_scores(key, particles.place),
+    "tube": lambda key, particles, patch_size: masks.tube_scores(key, particles.place),
+    "motion": lambda key, particles, patch_size: masks.ranked_scores(
+        key, motion_score(particles, patch_size), particles.segment
+    ),
     # High-variance particles stay visible more often, as AdaMAE learns to sample
     # (arXiv:2211.09120).
-    "low_variance": lambda key, whole, base: masks.ranked_scores(
-        key, -whole.payload.std(axis=-1), whole.segment
+    "low_variance": lambda key, particles, patch_size: masks.ranked_scores(
+        key, -particles.payload.std(axis=-1), particles.segment
     ),
 }
 
 
-def ask(
+def encode_and_decode(
     params: Params,
     model: Model,
     particles: Mapping[str, Particles],
@@ -142,11 +149,11 @@ def ask(
     key: Array | None,
 ) -> Array:
     """Encodes the particles and decodes predictions [B, Q, ...] for the queries."""
-    tokens, _ = model.apply(params, "encode", particles, batch.clip.shape[1], key=key)
+    tokens, _ = model.apply(params, "encode", particles, batch.clip_index.shape[1], key=key)
     return model.head(params, "decoder", tokens, query, modality)
 
 
-def predict_next(
+def predict_future(
     spec: FuturePredictionSpec, params: Params, model: Model, batch: Batch, key: Array, train: bool
 ) -> Prediction:
     """Draws a split time for each clip, encodes what ended before it and predicts what begins after
@@ -156,94 +163,121 @@ def predict_next(
     predicted, so that no future information leaks.
     """
     moment_key, dropout_key = jax.random.split(key)
-    whole, clips = batch.particles[spec.modality], batch.clip.shape[1]
-    first, last = time_utils.span(whole, clips)
-    moment = first + (last - first) * jax.random.uniform(
+    particles, num_clips = batch.particles[spec.modality], batch.clip_index.shape[1]
+    first, last = time_utils.span(particles, num_clips)
+    split_time = first + (last - first) * jax.random.uniform(
         moment_key, first.shape, jnp.float32, *spec.split_range
     )
     past = {
-        name: time_utils.keep(
-            p, time_utils.end(p) <= time_utils.of_particle(moment, p) + time_utils.SLACK
+        name: time_utils.drop_where_not(
+            p,
+            time_utils.end(p) <= time_utils.gather_clip_value(split_time, p) + time_utils.TIME_EPS,
         )
         for name, p in batch.particles.items()
     }
-    since = time_utils.start(whole) - time_utils.of_particle(moment, whole)
-    query = time_utils.keep(
-        whole, (since >= -time_utils.SLACK) & (since < (spec.horizon or jnp.inf))
+    time_after_split = time_utils.start(particles) - time_utils.gather_clip_value(
+        split_time, particles
     )
-    predicted = ask(
+    query = time_utils.drop_where_not(
+        particles,
+        (time_after_split >= -time_utils.TIME_EPS) & (time_after_split < (spec.horizon or jnp.inf)),
+    )
+    predicted = encode_and_decode(
         params, model, past, query, spec.modality, batch, dropout_key if train else None
     )
-    target = _target(query, spec.target == "norm_pix")
+    target = _make_target(query, spec.target == "norm_pix")
     if spec.target == "residual":
-        target = target - last_known(past[spec.modality], query, model.payloads[spec.modality])
+        target = target - copy_last_frame(past[spec.modality], query, model.payloads[spec.modality])
     return Prediction(query, predicted, target, past[spec.modality])
 
 
-def last_known(past: Particles, query: Particles, what: Payload) -> Array:
+def copy_last_frame(past: Particles, query: Particles, modality_spec: ModalitySpec) -> Array:
     """The last known frame as the payload [B, Q, P] of each query: from the latest past particle of
     the same location, size and clip; 0 if there is none.
     """
-    there = time_utils.same_spot(query, past)
-    latest = jnp.where(there, time_utils.end(past)[:, None], -jnp.inf).argmax(axis=2)
+    same_location = time_utils.same_location(query, past)
+    latest = jnp.where(same_location, time_utils.end(past)[:, None], -jnp.inf).argmax(axis=2)
     payload = jnp.take_along_axis(past.payload, latest[..., None], axis=1)
-    if what.base:
-        frames = payload.reshape(*payload.shape[:2], what.base[0], -1)
-        last = what.still * frames[:, :, -1:] + (1 - what.still) * frames.mean(
-            axis=2, keepdims=True
-        )
+    if modality_spec.patch_size:
+        frames = payload.reshape(*payload.shape[:2], modality_spec.patch_size[0], -1)
+        last = modality_spec.temporal_mean_scale * frames[:, :, -1:] + (
+            1 - modality_spec.temporal_mean_scale
+        ) * frames.mean(axis=2, keepdims=True)
         payload = jnp.broadcast_to(last, frames.shape).reshape(payload.shape)
-    return jnp.where(there.any(axis=2)[..., None], payload, 0)
+    return jnp.where(same_location.any(axis=2)[..., None], payload, 0)
 
 
 def rollout(
-    spec: FuturePredictionSpec, params: Params, model: Model, batch: Batch, share: float, steps: int
+    spec: FuturePredictionSpec,
+    params: Params,
+    model: Model,
+    batch: Batch,
+    observed_fraction: float,
+    num_steps: int,
 ) -> tuple[Array, Array, Array]:
-    """Autoregressive prediction of what follows the first `share` of each clip, in `steps` steps.
+    """Autoregressive prediction of what follows the first `observed_fraction` of each clip, in
+    `num_steps` steps.
 
     Returns payloads [B, L, P] (the past unchanged) and two masks bool [B, L]: past and predicted. A
     step is as long as the clip's longest particle. Normalized predictions are rescaled with each
     particle's true mean and standard deviation.
     """
-    whole, clips = batch.particles[spec.modality], batch.clip.shape[1]
-    first, last = time_utils.span(whole, clips)
-    step = time_utils.of_particle(time_utils.longest(whole, last - first), whole)
-    begin = (
-        time_utils.of_particle(first, whole)
-        + jnp.round(share * time_utils.of_particle(last - first, whole) / step) * step
+    particles, num_clips = batch.particles[spec.modality], batch.clip_index.shape[1]
+    first, last = time_utils.span(particles, num_clips)
+    step = time_utils.gather_clip_value(
+        time_utils.longest_duration(particles, last - first), particles
+    )
+    start_time = (
+        time_utils.gather_clip_value(first, particles)
+        + jnp.round(
+            observed_fraction * time_utils.gather_clip_value(last - first, particles) / step
+        )
+        * step
     )
     past = {
-        name: time_utils.keep(
-            p, time_utils.end(p) <= time_utils.of_particle(first + share * (last - first), p)
+        name: time_utils.drop_where_not(
+            p,
+            time_utils.end(p)
+            <= time_utils.gather_clip_value(first + observed_fraction * (last - first), p),
         )
         for name, p in batch.particles.items()
     }
-    payload, asked = whole.payload, jnp.zeros(whole.segment.shape, bool)
-    for number in range(steps):
-        moment = begin + number * step
-        known = time_utils.keep(
-            replace(whole, payload=payload), time_utils.end(whole) <= moment + time_utils.SLACK
+    payload, is_predicted = particles.payload, jnp.zeros(particles.segment.shape, bool)
+    for step_index in range(num_steps):
+        split_time = start_time + step_index * step
+        observed = time_utils.drop_where_not(
+            replace(particles, payload=payload),
+            time_utils.end(particles) <= split_time + time_utils.TIME_EPS,
         )
-        since = time_utils.start(whole) - moment
-        query = time_utils.keep(
-            whole, (since >= -time_utils.SLACK) & (since < step - time_utils.SLACK)
+        time_after_split = time_utils.start(particles) - split_time
+        query = time_utils.drop_where_not(
+            particles,
+            (time_after_split >= -time_utils.TIME_EPS)
+            & (time_after_split < step - time_utils.TIME_EPS),
         )
-        predicted = ask(
-            params, model, {**past, spec.modality: known}, query, spec.modality, batch, None
+        predicted = encode_and_decode(
+            params, model, {**past, spec.modality: observed}, query, spec.modality, batch, None
         )
         if spec.target == "residual":
-            predicted = predicted + last_known(known, query, model.payloads[spec.modality])
+            predicted = predicted + copy_last_frame(observed, query, model.payloads[spec.modality])
         if spec.target == "norm_pix":
-            predicted = predicted * whole.payload.std(axis=-1, keepdims=True) + whole.payload.mean(
+            predicted = predicted * particles.payload.std(
                 axis=-1, keepdims=True
-            )
-        now = query.segment > 0
-        payload, asked = jnp.where(now[..., None], predicted, payload), asked | now
-    return payload, (time_utils.end(whole) <= begin + time_utils.SLACK) & (whole.segment > 0), asked
+            ) + particles.payload.mean(axis=-1, keepdims=True)
+        is_current = query.segment > 0
+        payload, is_predicted = (
+            jnp.where(is_current[..., None], predicted, payload),
+            is_predicted | is_current,
+        )
+    return (
+        payload,
+        (time_utils.end(particles) <= start_time + time_utils.TIME_EPS) & (particles.segment > 0),
+        is_predicted,
+    )
 
 
-def _target(query: Particles, normalise: bool) -> Array:
-    return losses.normalise_payload(query.payload) if normalise else query.payload
+def _make_target(query: Particles, normalize: bool) -> Array:
+    return losses.normalize_payload(query.payload) if normalize else query.payload
 
 
 MASKED_AUTOENCODER = ObjectiveType(

@@ -13,7 +13,12 @@ from particlejax.core.typing import Metrics, Params
 from particlejax.models.heads import CodebookHead, DecoderHead, FeatureDecoderHead, QueryHead
 from particlejax.models.particle_model import Model
 from particlejax.objectives.base import Objective, ObjectiveType
-from particlejax.objectives.masked import Prediction, ask, hide, part
+from particlejax.objectives.masked import (
+    Prediction,
+    encode_and_decode,
+    mask_particles,
+    split_by_score,
+)
 from particlejax.particles.types import Batch
 
 HEAD = "masked_visual_tokens_head"
@@ -34,36 +39,40 @@ def masked_lm(spec: MaskedLmSpec) -> Objective:
         params: Params, model: Model, batch: Batch, key: Array, train: bool
     ) -> tuple[Array, Metrics]:
         mask_key, dropout_key = jax.random.split(key)
-        whole = batch.particles[spec.modality]
+        particles = batch.particles[spec.modality]
         visible = masks.visible_ratio(spec.mask_ratio)
-        seen, asked = part(masks.random_scores(mask_key, whole.place), whole, visible, 1 - visible)
-        query = whole.take(asked)
-        logits = ask(
+        shown, query_slots = split_by_score(
+            masks.random_scores(mask_key, particles.place), particles, visible, 1 - visible
+        )
+        query = particles.take(query_slots)
+        logits = encode_and_decode(
             params,
             model,
-            {**batch.particles, spec.modality: seen},
+            {**batch.particles, spec.modality: shown},
             query,
             spec.modality,
             batch,
             dropout_key if train else None,
         )
-        return _told(Prediction(query, logits, query.payload[..., 0], seen), batch)
+        return _token_loss(Prediction(query, logits, query.payload[..., 0], shown), batch)
 
     return objective
 
 
 def masked_visual_tokens(spec: MaskedVisualTokensSpec) -> Objective:
     """Predicts the cluster of masked particles; metrics: loss, top1, codebook_perplexity (see
-    `used`).
+    `perplexity`).
     """
 
     def objective(
         params: Params, model: Model, batch: Batch, key: Array, train: bool
     ) -> tuple[Array, Metrics]:
-        found = predict_codes(spec, params, model, batch, key, train)
-        loss, metrics = _told(found, batch)
+        prediction = predict_codes(spec, params, model, batch, key, train)
+        loss, metrics = _token_loss(prediction, batch)
         return loss, metrics | {
-            "codebook_perplexity": used(found.target, found.query.segment, spec.codebook_size)
+            "codebook_perplexity": perplexity(
+                prediction.target, prediction.query.segment, spec.codebook_size
+            )
         }
 
     return objective
@@ -81,43 +90,47 @@ def predict_codes(
     as logits [B, Q, C].
     """
     mask_key, dropout_key = jax.random.split(key)
-    whole = batch.particles[spec.modality]
-    seen, asked = hide(spec, model, whole, mask_key)
-    query = whole.take(asked)
+    particles = batch.particles[spec.modality]
+    visible, query_slots = mask_particles(spec, model, particles, mask_key)
+    query = particles.take(query_slots)
     tokens, _ = model.apply(
         params,
         "encode",
-        {**batch.particles, spec.modality: seen},
-        batch.clip.shape[1],
+        {**batch.particles, spec.modality: visible},
+        batch.clip_index.shape[1],
         key=dropout_key if train else None,
     )
     logits = model.head(params, HEAD, tokens, query, spec.modality)
     return Prediction(
-        query, logits, model.head(params, codebook_name(spec.modality), query.payload), seen
+        query, logits, model.head(params, codebook_name(spec.modality), query.payload), visible
     )
 
 
-def used(codes_BQ: Array, segment: Array, count: int) -> Array:
+def perplexity(codes_BQ: Array, segment: Array, num_codes: int) -> Array:
     """Perplexity of the code distribution, exp(entropy): the effective number of codes, 1 on
     collapse.
     """
-    number = jnp.einsum(
-        "bqc,bq->c", jax.nn.one_hot(codes_BQ, count), (segment > 0).astype(jnp.float32)
+    counts = jnp.einsum(
+        "bqc,bq->c", jax.nn.one_hot(codes_BQ, num_codes), (segment > 0).astype(jnp.float32)
     )
-    share = number / jnp.maximum(number.sum(), 1)
-    return jnp.exp(-jnp.sum(jax.scipy.special.xlogy(share, share)))
+    probs = counts / jnp.maximum(counts.sum(), 1)
+    return jnp.exp(-jnp.sum(jax.scipy.special.xlogy(probs, probs)))
 
 
-def _told(found: Prediction, batch: Batch) -> tuple[Array, Metrics]:
+def _token_loss(prediction: Prediction, batch: Batch) -> tuple[Array, Metrics]:
     """Cross-entropy of the masked tokens; metrics: loss, top1."""
-    segment, clips = found.query.segment, batch.clip.shape[1]
-    each = losses.clip_mean(losses.cross_entropy(found.predicted, found.target), segment, clips)
-    right = losses.clip_mean(
-        (found.predicted.argmax(axis=-1) == found.target).astype(jnp.float32), segment, clips
+    segment, num_clips = prediction.query.segment, batch.clip_index.shape[1]
+    clip_loss = losses.clip_mean(
+        losses.cross_entropy(prediction.predicted, prediction.target), segment, num_clips
     )
-    there = losses.membership(segment, clips).any(axis=1) & (batch.clip >= 0)
-    loss = losses.mean(each, there)
-    return loss, {"loss": loss, "top1": losses.mean(right, there)}
+    accuracy = losses.clip_mean(
+        (prediction.predicted.argmax(axis=-1) == prediction.target).astype(jnp.float32),
+        segment,
+        num_clips,
+    )
+    valid = losses.membership(segment, num_clips).any(axis=1) & (batch.clip_index >= 0)
+    loss = losses.mean(clip_loss, valid)
+    return loss, {"loss": loss, "top1": losses.mean(accuracy, valid)}
 
 
 MASKED_LM = ObjectiveType(masked_lm, heads=lambda spec, classes: {"decoder": DecoderHead()})

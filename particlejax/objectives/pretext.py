@@ -14,45 +14,48 @@ from particlejax.models.particle_model import Model
 from particlejax.particles.types import Batch, Particles
 
 
-def answer(
-    question: str,
+def encode_and_score(
+    head: str,
     params: Params,
     model: Model,
     particles: Mapping[str, Particles],
     batch: Batch,
     label: Array,
-    asked: Array,
+    valid: Array,
     key: Array | None,
-    ordered: int = 0,
+    num_ordered: int = 0,
 ) -> tuple[Array, Metrics]:
-    """Encodes the particles, applies the head `question`, and returns the loss and metrics of
-    `score`.
+    """Encodes the particles, applies the head `head`, and returns the loss and metrics of
+    `classification_loss`.
     """
-    clips = batch.clip.shape[1]
-    tokens, _ = model.apply(params, "encode", particles, clips, key=key)
-    return score(model.head(params, question, tokens, clips), batch, label, asked, ordered)
+    num_clips = batch.clip_index.shape[1]
+    tokens, _ = model.apply(params, "encode", particles, num_clips, key=key)
+    return classification_loss(
+        model.head(params, head, tokens, num_clips), batch, label, valid, num_ordered
+    )
 
 
-def score(
-    logits: Array, batch: Batch, label: Array, asked: Array, ordered: int = 0
+def classification_loss(
+    logits: Array, batch: Batch, label: Array, valid: Array, num_ordered: int = 0
 ) -> tuple[Array, Metrics]:
     """Cross-entropy of the label [B, S] over valid clips; metrics: loss, top1, valid_fraction (of
     all clips).
 
-    If the first `ordered` classes are ordinal: acc_within_1, the fraction of the clips with such a
-    label whose prediction is at most one class off.
+    If the first `num_ordered` classes are ordinal: acc_within_1, the fraction of the clips with
+    such a label whose prediction is at most one class off.
     """
-    there = batch.clip >= 0
-    asked &= there
-    loss = losses.mean(losses.cross_entropy(logits, label), asked)
-    said = logits.argmax(axis=-1)
+    is_clip = batch.clip_index >= 0
+    valid &= is_clip
+    loss = losses.mean(losses.cross_entropy(logits, label), valid)
+    predicted = logits.argmax(axis=-1)
     metrics = {
         "loss": loss,
-        "top1": losses.mean(said == label, asked),
-        "valid_fraction": losses.mean(asked, there),
+        "top1": losses.mean(predicted == label, valid),
+        "valid_fraction": losses.mean(valid, is_clip),
     }
-    if ordered:
+    if num_ordered:
         metrics["acc_within_1"] = losses.mean(
-            (said < ordered) & (jnp.abs(said - label) <= 1), asked & (label < ordered)
+            (predicted < num_ordered) & (jnp.abs(predicted - label) <= 1),
+            valid & (label < num_ordered),
         )
     return loss, metrics

@@ -31,47 +31,53 @@ def pseudo_label(spec: PseudoLabelSpec, targets: Targets | None = None) -> Objec
         params: Params, model: Model, batch: Batch, key: Array, train: bool
     ) -> tuple[Array, Metrics]:
         view_key, dropout_key = jax.random.split(key)
-        clips = batch.label.shape[1]
+        num_clips = batch.label.shape[1]
         teacher = params.get(TEACHER, params) if spec.teacher == "ema" else params
-        tokens, _ = model.apply(jax.lax.stop_gradient(teacher), "encode", batch.particles, clips)
-        said = jax.nn.softmax(jax.lax.stop_gradient(model.head(teacher, "head", tokens, clips)))
-        seen = disturbed(spec, batch.particles, view_key)
-        tokens, _ = model.apply(params, "encode", seen, clips, key=dropout_key if train else None)
-        logits = model.head(params, "head", tokens, clips)
+        tokens, _ = model.apply(
+            jax.lax.stop_gradient(teacher), "encode", batch.particles, num_clips
+        )
+        teacher_probs = jax.nn.softmax(
+            jax.lax.stop_gradient(model.head(teacher, "head", tokens, num_clips))
+        )
+        augmented = augmented_view(spec, batch.particles, view_key)
+        tokens, _ = model.apply(
+            params, "encode", augmented, num_clips, key=dropout_key if train else None
+        )
+        logits = model.head(params, "head", tokens, num_clips)
         if spec.target == "soft":
-            each = jnp.square(jax.nn.softmax(logits) - said).mean(axis=-1)
+            clip_loss = jnp.square(jax.nn.softmax(logits) - teacher_probs).mean(axis=-1)
         else:
-            each = losses.cross_entropy(logits, said.argmax(axis=-1))
-        asked = (batch.label < 0) & (batch.clip >= 0)
-        sure = (said.max(axis=-1) >= spec.threshold).astype(jnp.float32)
-        loss = losses.mean(each * sure, asked)
-        return loss, {"loss": loss, "confident_fraction": losses.mean(sure, asked)}
+            clip_loss = losses.cross_entropy(logits, teacher_probs.argmax(axis=-1))
+        unlabeled = (batch.label < 0) & (batch.clip_index >= 0)
+        confident = (teacher_probs.max(axis=-1) >= spec.threshold).astype(jnp.float32)
+        loss = losses.mean(clip_loss * confident, unlabeled)
+        return loss, {"loss": loss, "confident_fraction": losses.mean(confident, unlabeled)}
 
     return objective
 
 
-def disturbed(
+def augmented_view(
     spec: PseudoLabelSpec, particles: Mapping[str, Particles], key: Array
 ) -> dict[str, Particles]:
     """A random subset of each clip's particles per modality, with noise on numeric payloads."""
-    seen = {}
+    view = {}
     for i, name in enumerate(ordered(particles)):
-        whole = particles[name]
+        modality_particles = particles[name]
         mask_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
         visible, _, segment = masks.split(
-            masks.random_scores(mask_key, whole.place),
-            whole.segment,
+            masks.random_scores(mask_key, modality_particles.place),
+            modality_particles.segment,
             masks.visible_ratio(spec.mask_ratio),
             0.0,
         )
-        part = whole.take(visible)
-        payload = part.payload
+        visible_particles = modality_particles.take(visible)
+        payload = visible_particles.payload
         if jnp.issubdtype(payload.dtype, jnp.floating):
             payload = payload + spec.noise_std * jax.random.normal(
                 noise_key, payload.shape, payload.dtype
             )
-        seen[name] = replace(part, payload=payload, segment=segment)
-    return seen
+        view[name] = replace(visible_particles, payload=payload, segment=segment)
+    return view
 
 
 PSEUDO_LABEL = ObjectiveType(

@@ -84,8 +84,8 @@ def register_objective(
                 f"objective {name!r}: annotate the argument of {make.__qualname__} with the "
                 "class of its settings, a frozen dataclass that inherits particlejax.Spec."
             )
-        made = ObjectiveType(make, heads, modalities, labelled, unseen)
-        plugins.add(TABLE, "objective", name, made)
+        objective_type = ObjectiveType(make, heads, modalities, labelled, unseen)
+        plugins.add(TABLE, "objective", name, objective_type)
         OBJECTIVES[name] = settings
         return make
 
@@ -97,7 +97,7 @@ def combine(specs: Mapping[str, Any], targets: Targets | None = None) -> Objecti
 
     targets: maps labels to head targets; None: each label is a class.
     """
-    made = {
+    objectives = {
         name: TABLE[name].make(spec, *([targets] if TABLE[name].labelled else []))
         for name, spec in specs.items()
     }
@@ -107,11 +107,13 @@ def combine(specs: Mapping[str, Any], targets: Targets | None = None) -> Objecti
         params: Params, model: Model, batch: Batch, key: Array, train: bool
     ) -> tuple[Array, Metrics]:
         total, metrics, batch = jnp.zeros(()), {}, model.normalize(batch)
-        for i, (name, each) in enumerate(made.items()):
-            read = _without(batch, hidden - set(TABLE[name].unseen(specs[name])))
-            loss, more = each(params, model, read, jax.random.fold_in(key, i), train)
+        for i, (name, objective_fn) in enumerate(objectives.items()):
+            inputs = _without(batch, hidden - set(TABLE[name].unseen(specs[name])))
+            loss, objective_metrics = objective_fn(
+                params, model, inputs, jax.random.fold_in(key, i), train
+            )
             total += specs[name].weight * loss
-            metrics |= {f"{name}/{metric}": value for metric, value in more.items()}
+            metrics |= {f"{name}/{metric}": value for metric, value in objective_metrics.items()}
         return total, {"loss": total} | metrics
 
     return objective
@@ -119,15 +121,15 @@ def combine(specs: Mapping[str, Any], targets: Targets | None = None) -> Objecti
 
 def heads(specs: Mapping[str, Any], classes: int = 0) -> dict[str, HeadSpec]:
     """The heads of the objectives. Raises ValueError if two declarations of a name differ."""
-    found: dict[str, HeadSpec] = {}
+    declared: dict[str, HeadSpec] = {}
     for name, spec in specs.items():
         for key, head in TABLE[name].heads(spec, classes).items():
-            if found.setdefault(key, head) != head:
+            if declared.setdefault(key, head) != head:
                 raise ValueError(
                     f"objective {name} declares a head {key!r} that another objective "
-                    f"declares differently ({head} and {found[key]}): give it another name."
+                    f"declares differently ({head} and {declared[key]}): give it another name."
                 )
-    return found
+    return declared
 
 
 def unseen(specs: Mapping[str, Any]) -> tuple[str, ...]:
@@ -138,7 +140,9 @@ def unseen(specs: Mapping[str, Any]) -> tuple[str, ...]:
 def _without(batch: Batch, modalities: Collection[str]) -> Batch:
     return replace(
         batch,
-        particles={name: each for name, each in batch.particles.items() if name not in modalities},
+        particles={
+            name: particles for name, particles in batch.particles.items() if name not in modalities
+        },
     )
 
 
@@ -150,10 +154,12 @@ def classifies(specs: Mapping[str, Any]) -> bool:
 def check(specs: Mapping[str, Any], modalities: Mapping[str, Any]) -> None:
     """Raises UserError if an objective reads a modality that the data lack."""
     for name, spec in specs.items():
-        lacking = [each for each in TABLE[name].modalities(spec) if each not in modalities]
-        if lacking:
+        missing = [
+            modality for modality in TABLE[name].modalities(spec) if modality not in modalities
+        ]
+        if missing:
             raise UserError(
-                f"objective {name} reads {lacking[0]}, which "
+                f"objective {name} reads {missing[0]}, which "
                 f"config.data.modalities={tuple(modalities)} lacks: add it there, or remove "
                 "the objective."
             )

@@ -20,7 +20,7 @@ from particlejax.objectives.base import Objective, ObjectiveType
 from particlejax.particles.types import Batch, Particles
 
 HEAD, PROJECTION = "synchronization_head", "synchronization_projection"
-_STILL = 1e-6  # added to a product of two variances, against division by 0
+_MIN_VARIANCE = 1e-6  # added to a product of two variances, against division by 0
 
 
 def synchronization(spec: SynchronizationSpec) -> Objective:
@@ -37,37 +37,41 @@ def synchronization(spec: SynchronizationSpec) -> Objective:
     def objective(
         params: Params, model: Model, batch: Batch, key: Array, train: bool
     ) -> tuple[Array, Metrics]:
-        label_key, swap_key, key = jax.random.split(key, 3)
-        clips = batch.clip.shape[1]
-        fixed, moving = _sides(spec, batch)
-        label = jax.random.randint(label_key, batch.clip.shape, 0, 2 * spec.max_shift + 1)
-        shown, asked = shift(moving, label - spec.max_shift, spec.max_shift, spec.shift_stride)
+        label_key, mismatch_key, key = jax.random.split(key, 3)
+        num_clips = batch.clip_index.shape[1]
+        fixed, moving = _split_pair(spec, batch)
+        label = jax.random.randint(label_key, batch.clip_index.shape, 0, 2 * spec.max_shift + 1)
+        shifted, valid = shift_in_time(
+            moving, label - spec.max_shift, spec.max_shift, spec.shift_stride
+        )
         if spec.mismatch_prob:
-            swapped = _swapped(swap_key, batch, spec.mismatch_prob)
-            shown = _choose(swapped, shown, _next(shown))
-            label = jnp.where(swapped, 2 * spec.max_shift + 1, label)
-            asked = time_utils.present(shown, clips) & (
-                ~swapped | (batch.clip != _next(batch.clip))
+            mismatched = _draw_mismatch(mismatch_key, batch, spec.mismatch_prob)
+            shifted = _select_rows(mismatched, shifted, _roll_rows(shifted))
+            label = jnp.where(mismatched, 2 * spec.max_shift + 1, label)
+            valid = time_utils.present(shifted, num_clips) & (
+                ~mismatched | (batch.clip_index != _roll_rows(batch.clip_index))
             )
-        asked &= time_utils.present(fixed, clips)
+        valid &= time_utils.present(fixed, num_clips)
         if spec.method == "correlation":
-            logits = _agreement(spec, params, model, fixed, shown, clips, key if train else None)
-            return pretext.score(logits, batch, label, asked, 2 * spec.max_shift + 1)
-        pair = {spec.modalities[0]: fixed, spec.modalities[1]: shown}
+            logits = _shift_logits(
+                spec, params, model, fixed, shifted, num_clips, key if train else None
+            )
+            return pretext.classification_loss(logits, batch, label, valid, 2 * spec.max_shift + 1)
+        inputs = {spec.modalities[0]: fixed, spec.modalities[1]: shifted}
         if spec.modalities[0] == spec.modalities[1]:
-            pair = {
+            inputs = {
                 spec.modalities[0]: jax.tree.map(
-                    lambda *both: jnp.concatenate(both, axis=1), fixed, shown
+                    lambda *both: jnp.concatenate(both, axis=1), fixed, shifted
                 )
             }
-        return pretext.answer(
+        return pretext.encode_and_score(
             HEAD,
             params,
             model,
-            pair,
+            inputs,
             batch,
             label,
-            asked,
+            valid,
             key if train else None,
             2 * spec.max_shift + 1,
         )
@@ -75,123 +79,145 @@ def synchronization(spec: SynchronizationSpec) -> Objective:
     return objective
 
 
-def _sides(spec: SynchronizationSpec, batch: Batch) -> tuple[Particles, Particles]:
+def _split_pair(spec: SynchronizationSpec, batch: Batch) -> tuple[Particles, Particles]:
     first, second = (batch.particles[name] for name in spec.modalities)
     if spec.modalities[0] != spec.modalities[1]:
         return first, second
     right = first.place[..., 2] > 0.5
-    return time_utils.keep(first, ~right), time_utils.keep(first, right)
+    return time_utils.drop_where_not(first, ~right), time_utils.drop_where_not(first, right)
 
 
-def _agreement(
+def _shift_logits(
     spec: SynchronizationSpec,
     params: Params,
     model: Model,
     fixed: Particles,
-    shown: Particles,
-    clips: int,
+    shifted: Particles,
+    num_clips: int,
     key: Array | None,
 ) -> Array:
     """Logits [B, S, A]: correlation of the two after undoing each shift, and a learned bias for the
     mismatch class.
     """
     keys = (None, None) if key is None else jax.random.split(key)
-    made = []
-    for name, particles, each in zip(spec.modalities, (fixed, shown), keys, strict=True):
-        tokens, _ = model.apply(params, "encode", {name: particles}, clips, key=each)
-        said, sharpness, bias = model.head(params, PROJECTION, tokens, name)
-        made.append(said)
-    first, last = time_utils.span(shown, clips)
-    unit = time_utils.longest(shown, last - first) * spec.shift_stride
+    features = []
+    for name, particles, dropout_key in zip(spec.modalities, (fixed, shifted), keys, strict=True):
+        tokens, _ = model.apply(params, "encode", {name: particles}, num_clips, key=dropout_key)
+        projected, logit_scale, bias = model.head(params, PROJECTION, tokens, name)
+        features.append(projected)
+    first, last = time_utils.span(shifted, num_clips)
+    step_seconds = time_utils.longest_duration(shifted, last - first) * spec.shift_stride
     logits = jnp.stack(
         [
-            correlation(*made, fixed, shown, unit * by)
-            for by in range(-spec.max_shift, spec.max_shift + 1)
+            correlation(*features, fixed, shifted, step_seconds * num_steps)
+            for num_steps in range(-spec.max_shift, spec.max_shift + 1)
         ],
         axis=-1,
     )
     if spec.mismatch_prob:
         logits = jnp.concatenate([logits, jnp.broadcast_to(bias, (*logits.shape[:2], 1))], axis=-1)
-    return logits * sharpness
+    return logits * logit_scale
 
 
 def correlation(
-    fixed_BME: Array, shown_BLE: Array, fixed: Particles, shown: Particles, by_BS: Array
+    fixed_BME: Array, shifted_BLE: Array, fixed: Particles, shifted: Particles, shift_BS: Array
 ) -> Array:
-    """Correlation over time of a clip's two inputs, the second shifted by `by_BS` seconds; float32
-    [B, S] in [-1, 1].
+    """Correlation over time of a clip's two inputs, the second shifted by `shift_BS` seconds;
+    float32 [B, S] in [-1, 1].
 
     Each particle of the second is paired with the mean of the first's particles that cover its
     time. 0 where one input is constant.
     """
-    clips = by_BS.shape[1]
-    time = shown.place[..., 0] + time_utils.of_particle(by_BS, shown)
-    own = (shown.segment[:, :, None] == fixed.segment[:, None]) & (shown.segment > 0)[:, :, None]
-    reach = fixed.extent[:, None, :, 0] / 2 + time_utils.SLACK
-    covers = (own & (jnp.abs(time[..., None] - fixed.place[:, None, :, 0]) <= reach)).astype(
+    num_clips = shift_BS.shape[1]
+    time = shifted.place[..., 0] + time_utils.gather_clip_value(shift_BS, shifted)
+    same_clip = (shifted.segment[:, :, None] == fixed.segment[:, None]) & (shifted.segment > 0)[
+        :, :, None
+    ]
+    reach = fixed.extent[:, None, :, 0] / 2 + time_utils.TIME_EPS
+    covers = (same_clip & (jnp.abs(time[..., None] - fixed.place[:, None, :, 0]) <= reach)).astype(
         jnp.float32
     )
-    number = covers.sum(axis=-1)
-    met = jnp.einsum("blm,bme->ble", covers, fixed_BME) / jnp.maximum(number, 1.0)[..., None]
-    meets = jnp.where(number > 0, shown.segment, 0)
-    one, other = (_varies(each, meets, clips) for each in (met, shown_BLE))
-    pairs = ((one, other), (one, one), (other, other))
-    together, first, second = (
-        losses.clip_mean((a * b).sum(axis=-1), meets, clips) for a, b in pairs
+    num_covering = covers.sum(axis=-1)
+    fixed_mean = (
+        jnp.einsum("blm,bme->ble", covers, fixed_BME) / jnp.maximum(num_covering, 1.0)[..., None]
     )
-    return together / jnp.sqrt(first * second + _STILL)
+    covered_segment = jnp.where(num_covering > 0, shifted.segment, 0)
+    fixed_centered, shifted_centered = (
+        _remove_clip_mean(features, covered_segment, num_clips)
+        for features in (fixed_mean, shifted_BLE)
+    )
+    pairs = (
+        (fixed_centered, shifted_centered),
+        (fixed_centered, fixed_centered),
+        (shifted_centered, shifted_centered),
+    )
+    covariance, first, second = (
+        losses.clip_mean((a * b).sum(axis=-1), covered_segment, num_clips) for a, b in pairs
+    )
+    return covariance / jnp.sqrt(first * second + _MIN_VARIANCE)
 
 
-def _varies(x_BLE: Array, segment_BL: Array, clips: int) -> Array:
+def _remove_clip_mean(x_BLE: Array, segment_BL: Array, num_clips: int) -> Array:
     """Removes the clip's mean."""
     return x_BLE - jnp.einsum(
         "bls,bse->ble",
-        losses.membership(segment_BL, clips),
-        losses.clip_mean(x_BLE, segment_BL, clips),
+        losses.membership(segment_BL, num_clips),
+        losses.clip_mean(x_BLE, segment_BL, num_clips),
     )
 
 
-def shift(sound: Particles, by_BS: Array, most: int, step: int) -> tuple[Particles, Array]:
-    """Shifts audio against video by `by_BS` steps; also returns which clips are long enough. A step
-    is `step` audio patches.
+def shift_in_time(
+    particles: Particles, shift_BS: Array, max_shift: int, stride: int
+) -> tuple[Particles, Array]:
+    """Shifts audio against video by `shift_BS` steps; also returns which clips are long enough. A
+    step is `stride` audio patches.
 
     For every shift the same part of the clip is filled with the same patches: only content differs.
     """
-    clips = by_BS.shape[1]
-    first, last = time_utils.span(sound, clips)
-    unit = time_utils.longest(sound, last - first)
-    steps = jnp.floor((last - first + time_utils.SLACK) / jnp.maximum(unit, time_utils.SLACK))
-    heard = (steps - 2 * most * step) * unit
-    by = by_BS * step * unit
-    begin = time_utils.of_particle(first + most * step * unit + by, sound)
-    inside = (time_utils.start(sound) >= begin - time_utils.SLACK) & (
-        time_utils.end(sound) <= begin + time_utils.of_particle(heard, sound) + time_utils.SLACK
+    num_clips = shift_BS.shape[1]
+    first, last = time_utils.span(particles, num_clips)
+    patch_seconds = time_utils.longest_duration(particles, last - first)
+    num_patches = jnp.floor(
+        (last - first + time_utils.TIME_EPS) / jnp.maximum(patch_seconds, time_utils.TIME_EPS)
     )
-    shown = time_utils.keep(
-        time_utils.moved(sound, sound.place[..., 0] - time_utils.of_particle(by, sound)),
-        inside & (sound.segment > 0),
+    shown_seconds = (num_patches - 2 * max_shift * stride) * patch_seconds
+    offset = shift_BS * stride * patch_seconds
+    window_start = time_utils.gather_clip_value(
+        first + max_shift * stride * patch_seconds + offset, particles
     )
-    return shown, time_utils.present(shown, clips)
+    inside = (time_utils.start(particles) >= window_start - time_utils.TIME_EPS) & (
+        time_utils.end(particles)
+        <= window_start
+        + time_utils.gather_clip_value(shown_seconds, particles)
+        + time_utils.TIME_EPS
+    )
+    shifted = time_utils.drop_where_not(
+        time_utils.with_time(
+            particles, particles.place[..., 0] - time_utils.gather_clip_value(offset, particles)
+        ),
+        inside & (particles.segment > 0),
+    )
+    return shifted, time_utils.present(shifted, num_clips)
 
 
-def _next(tree: Particles | Array) -> Particles | Array:
+def _roll_rows(tree: Particles | Array) -> Particles | Array:
     """Rolls the rows by one."""
     return jax.tree.map(lambda x: jnp.roll(x, -1, axis=0), tree)
 
 
-def _swapped(key: Array, batch: Batch, share: float) -> Array:
+def _draw_mismatch(key: Array, batch: Batch, prob: float) -> Array:
     """Draws the rows whose clips [B, S] are replaced by the next row's; one draw per row, none if
     there is only one row.
     """
-    rows, clips = batch.clip.shape
-    drawn = jax.random.bernoulli(key, share if rows > 1 else 0.0, (rows, 1))
-    return jnp.broadcast_to(drawn, (rows, clips))
+    num_rows, num_clips = batch.clip_index.shape
+    draws = jax.random.bernoulli(key, prob if num_rows > 1 else 0.0, (num_rows, 1))
+    return jnp.broadcast_to(draws, (num_rows, num_clips))
 
 
-def _choose(swapped_BS: Array, own: Particles, other: Particles) -> Particles:
-    row = swapped_BS[:, 0]
+def _select_rows(mismatched_BS: Array, own: Particles, other: Particles) -> Particles:
+    use_other = mismatched_BS[:, 0]
     return jax.tree.map(
-        lambda a, b: jnp.where(row.reshape(-1, *(1,) * (a.ndim - 1)), b, a), own, other
+        lambda a, b: jnp.where(use_other.reshape(-1, *(1,) * (a.ndim - 1)), b, a), own, other
     )
 
 

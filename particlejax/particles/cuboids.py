@@ -13,7 +13,7 @@ from einops import rearrange, reduce, repeat
 from jaxtyping import Float, Int, Num
 
 from particlejax.core.typing import Array
-from particlejax.particles.types import Particles, numpy_of
+from particlejax.particles.types import Particles, array_namespace
 
 Shape = tuple[int, int, int]  # frames, rows, columns
 
@@ -38,47 +38,49 @@ def lattice(size: Shape, tube: Tube) -> Int[np.ndarray, "N 3"]:
     return corners
 
 
-def cut(
-    video_THWC: Num[Array, "T H W C"], times_T: Float[Array, " T"], tube: Tube, base: Shape
+def cut_cuboids(
+    video_THWC: Num[Array, "T H W C"], times_T: Float[Array, " T"], tube: Tube, patch_size: Shape
 ) -> Particles:
-    """Cuts all cuboids of a tube and resamples them to `base`: longer axes are averaged, shorter
-    ones repeated.
+    """Cuts all cuboids of a tube and resamples them to `patch_size`: longer axes are averaged,
+    shorter ones repeated.
 
     times_T: start of each frame in seconds; a frame lasts until the next one, the last as long as
     the one before. Payloads have the dtype of the pixels; averages of integers are rounded. Segment
     is 1. Raises ValueError if an axis of tube.shape is neither a multiple nor a divisor of base.
     """
-    _check(tube.shape, base)
-    xp = numpy_of(video_THWC)
+    _check_divisible(tube.shape, patch_size)
+    xp = array_namespace(video_THWC)
     size = video_THWC.shape[:3]
     corners = lattice(size, tube)
     cuboids = _gather(video_THWC, corners, tube)
-    place, extent = _where(times_T, corners, tube, size)
+    place, extent = _place_and_extent(times_T, corners, tube, size)
     segment = xp.ones(len(corners), np.int32)
-    return Particles(_resample(cuboids, base), place, extent, segment)
+    return Particles(_resample(cuboids, patch_size), place, extent, segment)
 
 
-def uncut(payload_NP: Num[Array, "N P"], size: Shape, base: Shape) -> Num[Array, "T H W C"]:
-    """Returns the video of a complete grid of `base` cuboids: the inverse of `cut` with shape =
-    stride = base.
+def join_cuboids(
+    payload_NP: Num[Array, "N P"], size: Shape, patch_size: Shape
+) -> Num[Array, "T H W C"]:
+    """Returns the video of a complete grid of `patch_size` cuboids: the inverse of `cut_cuboids`
+    with shape = stride = base.
     """
-    t, h, w = (n // b for n, b in zip(size, base, strict=True))
+    t, h, w = (n // b for n, b in zip(size, patch_size, strict=True))
     return rearrange(
         payload_NP,
         "(t h w) (a b d c) -> (t a) (h b) (w d) c",
         t=t,
         h=h,
         w=w,
-        a=base[0],
-        b=base[1],
-        d=base[2],
+        a=patch_size[0],
+        b=patch_size[1],
+        d=patch_size[2],
     )
 
 
-def _check(shape: Shape, base: Shape) -> None:
-    if any(s % b and b % s for s, b in zip(shape, base, strict=True)):
+def _check_divisible(shape: Shape, patch_size: Shape) -> None:
+    if any(s % b and b % s for s, b in zip(shape, patch_size, strict=True)):
         raise ValueError(
-            f"a cuboid of {shape} cannot be resampled to patch_size {base}: make each axis a "
+            f"a cuboid of {shape} cannot be resampled to patch_size {patch_size}: make each axis a "
             "multiple or a divisor of patch_size."
         )
 
@@ -86,12 +88,14 @@ def _check(shape: Shape, base: Shape) -> None:
 def _gather(video_THWC: Array, corners: np.ndarray, tube: Tube) -> Array:
     # fast path: a tiling is a reshape
     if tube.stride == tube.shape and tube.offset == (0, 0, 0):
-        s = tube.shape
-        t, h, w = (n // d for n, d in zip(video_THWC.shape[:3], s, strict=True))
-        whole = video_THWC[: t * s[0], : h * s[1], : w * s[2]]
-        if numpy_of(video_THWC) is np:
-            return _tiles(whole, (t, h, w), s)
-        return rearrange(whole, "(t a) (h b) (w d) c -> (t h w) a b d c", a=s[0], b=s[1], d=s[2])
+        shape = tube.shape
+        t, h, w = (n // d for n, d in zip(video_THWC.shape[:3], shape, strict=True))
+        tiled = video_THWC[: t * shape[0], : h * shape[1], : w * shape[2]]
+        if array_namespace(video_THWC) is np:
+            return _tiles(tiled, (t, h, w), shape)
+        return rearrange(
+            tiled, "(t a) (h b) (w d) c -> (t h w) a b d c", a=shape[0], b=shape[1], d=shape[2]
+        )
     t, h, w = (corners[:, i, None] + np.arange(tube.shape[i]) for i in range(3))
     return video_THWC[t[:, :, None, None], h[:, None, :, None], w[:, None, None, :]]
 
@@ -105,32 +109,34 @@ def _tiles(video: np.ndarray, count: Shape, shape: Shape) -> np.ndarray:
     return tiles.reshape(t * h * w, a, b, d, channels)
 
 
-def _resample(cuboids: Array, base: Shape) -> Array:
-    if cuboids.shape[1:4] == base:
+def _resample(cuboids: Array, patch_size: Shape) -> Array:
+    if cuboids.shape[1:4] == patch_size:
         return rearrange(cuboids, "n t h w c -> n (t h w c)")
-    a, b, d = (max(s // n, 1) for s, n in zip(cuboids.shape[1:4], base, strict=True))
+    a, b, d = (max(s // n, 1) for s, n in zip(cuboids.shape[1:4], patch_size, strict=True))
     if a * b * d > 1:
         mean = reduce(
             cuboids.astype(np.float32), "n (t a) (h b) (w d) c -> n t h w c", "mean", a=a, b=b, d=d
         )
-        whole = np.issubdtype(cuboids.dtype, np.integer)
-        cuboids = numpy_of(mean).round(mean).astype(cuboids.dtype) if whole else mean
-    a, b, d = (n // s for s, n in zip(cuboids.shape[1:4], base, strict=True))
+        is_integer = np.issubdtype(cuboids.dtype, np.integer)
+        cuboids = array_namespace(mean).round(mean).astype(cuboids.dtype) if is_integer else mean
+    a, b, d = (n // s for s, n in zip(cuboids.shape[1:4], patch_size, strict=True))
     return repeat(cuboids, "n t h w c -> n (t a h b w d c)", a=a, b=b, d=d)
 
 
-def _where(times_T: Array, corners: np.ndarray, tube: Tube, size: Shape) -> tuple[Array, Array]:
+def _place_and_extent(
+    times_T: Array, corners: np.ndarray, tube: Tube, size: Shape
+) -> tuple[Array, Array]:
     """Returns place and extent, float32 [N, 3], of a tube's cuboids at `corners` of a clip of
     `size`.
     """
-    xp, edge = numpy_of(times_T), edges(times_T)
+    xp, edge = array_namespace(times_T), edges(times_T)
     start, end = edge[corners[:, 0]], edge[corners[:, 0] + tube.shape[0]]
     frame = np.asarray(size[1:], np.float32)
     half = np.asarray(tube.shape[1:], np.float32) / 2
-    centre = xp.asarray((corners[:, 1:] + half) / frame, np.float32)
-    spread = xp.asarray(np.broadcast_to(2 * half / frame, centre.shape), np.float32)
-    place = xp.concatenate([(start + end)[:, None] / 2, centre], axis=-1)
-    extent = xp.concatenate([(end - start)[:, None], spread], axis=-1)
+    center = xp.asarray((corners[:, 1:] + half) / frame, np.float32)
+    relative_size = xp.asarray(np.broadcast_to(2 * half / frame, center.shape), np.float32)
+    place = xp.concatenate([(start + end)[:, None] / 2, center], axis=-1)
+    extent = xp.concatenate([(end - start)[:, None], relative_size], axis=-1)
     return place.astype(np.float32), extent.astype(np.float32)
 
 
@@ -138,6 +144,6 @@ def edges(times_T: Float[Array, " T"]) -> Float[Array, " T+1"]:
     """Returns the start of each frame and the end of the last, which lasts as long as the one
     before.
     """
-    xp = numpy_of(times_T)
+    xp = array_namespace(times_T)
     last = times_T[-1:] - times_T[-2:-1] if len(times_T) > 1 else xp.zeros(1, np.float32)
     return xp.concatenate([times_T, times_T[-1:] + last])

@@ -81,10 +81,10 @@ def paint(
     Coarse particles are drawn with larger pixels. canvas: background without particles; None:
     zeros. particles: from `patchify`, leading axis N, RGB.
     """
-    there = np.asarray(particles.segment) > 0
-    payload = np.asarray(particles.payload)[there]
+    occupied = np.asarray(particles.segment) > 0
+    payload = np.asarray(particles.payload)[occupied]
     if canvas is None:
         canvas = np.zeros((*shape[:3], 3), payload.dtype)
     times = (np.arange(shape[0]) / fps).astype(np.float32)
-    place, extent = np.asarray(particles.place)[there], np.asarray(particles.extent)[there]
+    place, extent = np.asarray(particles.place)[occupied], np.asarray(particles.extent)[occupied]
     return painting.paint(payload, place, extent, times, shape[1:3], patch_size, canvas)

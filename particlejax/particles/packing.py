@@ -17,72 +17,76 @@ class Clip(NamedTuple):
 
     particles: Mapping[str, Particles]
     label: int
-    number: int  # index in the source
-    share: float = 1.0  # weight of its label after MixUp or CutMix
-    other: int = -1  # label of the mixed-in clip
+    index: int  # index in the source
+    label_weight: float = 1.0  # weight of its label after MixUp or CutMix
+    second_label: int = -1  # label of the mixed-in clip
 
 
-class Slots(NamedTuple):
+class SlotSpec(NamedTuple):
     """The slots of a row for one modality: their number, payload size and dtype."""
 
     length: int
-    size: int
+    payload_size: int
     dtype: str = "float32"
 
 
 def pack(
     clips: Sequence[Clip],
-    chosen: Sequence[int],
-    slots: Mapping[str, Slots],
-    rows: int,
+    assigned_rows: Sequence[int],
+    slots: Mapping[str, SlotSpec],
+    num_rows: int,
     clips_per_row: int,
 ) -> Batch:
     """Packs each clip into its chosen row; unused slots have segment 0, clip -1 and label -1.
 
     Raises ValueError if a row's clips do not fit.
     """
-    label = np.full((rows, clips_per_row), -1, np.int32)
-    number, other = label.copy(), label.copy()
-    share = np.ones((rows, clips_per_row), np.float32)
-    packed = {m: _blank(rows, each) for m, each in slots.items()}
-    used = {m: [0] * rows for m in slots}
-    held = [0] * rows
-    for clip, row in zip(clips, chosen, strict=True):
-        at = row, held[row]
-        if held[row] == clips_per_row:
+    label = np.full((num_rows, clips_per_row), -1, np.int32)
+    index, second_label = label.copy(), label.copy()
+    label_weight = np.ones((num_rows, clips_per_row), np.float32)
+    packed = {modality: _empty_fields(num_rows, slot_spec) for modality, slot_spec in slots.items()}
+    used_slots = {modality: [0] * num_rows for modality in slots}
+    clips_in_row = [0] * num_rows
+    for clip, row in zip(clips, assigned_rows, strict=True):
+        position = row, clips_in_row[row]
+        if clips_in_row[row] == clips_per_row:
             raise ValueError(f"row {row} has more than {clips_per_row} clips")
-        label[at], number[at], share[at], other[at] = (
+        label[position], index[position], label_weight[position], second_label[position] = (
             clip.label,
-            clip.number,
-            clip.share,
-            clip.other,
+            clip.index,
+            clip.label_weight,
+            clip.second_label,
         )
-        held[row] += 1
+        clips_in_row[row] += 1
         for modality, particles in clip.particles.items():
-            start = used[modality][row]
-            used[modality][row] = stop = start + len(particles.segment)
+            start = used_slots[modality][row]
+            used_slots[modality][row] = stop = start + len(particles.segment)
             if stop > slots[modality].length:
                 raise ValueError(
                     f"row {row} has {slots[modality].length} {modality} slots, but its clips have "
                     f"{stop} particles"
                 )
-            _write(packed[modality], (row, slice(start, stop)), particles, held[row])
+            _write(packed[modality], (row, slice(start, stop)), particles, clips_in_row[row])
     return Batch(
-        {m: Particles(**fields) for m, fields in packed.items()}, label, number, share, other
+        {modality: Particles(**fields) for modality, fields in packed.items()},
+        label,
+        index,
+        label_weight,
+        second_label,
     )
 
 
-def _blank(rows: int, slots: Slots) -> dict[str, np.ndarray]:
-    shape = (rows, slots.length)
+def _empty_fields(num_rows: int, slots: SlotSpec) -> dict[str, np.ndarray]:
+    shape = (num_rows, slots.length)
     return dict(
-        payload=np.zeros((*shape, slots.size), slots.dtype),
+        payload=np.zeros((*shape, slots.payload_size), slots.dtype),
         place=np.zeros((*shape, 3), np.float32),
         extent=np.zeros((*shape, 3), np.float32),
         segment=np.zeros(shape, np.int32),
     )
 
 
-def _write(fields: dict[str, np.ndarray], where: tuple, particles: Particles, segment: int) -> None:
+def _write(fields: dict[str, np.ndarray], index: tuple, particles: Particles, segment: int) -> None:
     for name in ("payload", "place", "extent"):
-        fields[name][where] = getattr(particles, name)
-    fields["segment"][where] = segment
+        fields[name][index] = getattr(particles, name)
+    fields["segment"][index] = segment

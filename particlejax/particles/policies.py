@@ -15,8 +15,8 @@ from particlejax.config import plugins
 from particlejax.config.experiment import POLICIES, ParticleSpec
 from particlejax.core.typing import Array
 from particlejax.particles import adaptive, run_length
-from particlejax.particles.cuboids import Tube, cut, lattice
-from particlejax.particles.types import Particles, numpy_of
+from particlejax.particles.cuboids import Tube, cut_cuboids, lattice
+from particlejax.particles.types import Particles, array_namespace
 
 Shape = tuple[int, int, int]
 Cut = TypeVar("Cut", bound=Callable[..., Particles])
@@ -61,15 +61,15 @@ class Policy(NamedTuple):
     spends_budget: bool = False
 
 
-def _of_tubes(tubes_of: Callable[[ParticleSpec, Shape], tuple[Tube, ...]]) -> Policy:
+def _lattice_policy(tubes_of: Callable[[ParticleSpec, Shape], tuple[Tube, ...]]) -> Policy:
     """Returns the policy that cuts all cuboids of fixed lattices."""
 
     def cut_all(video_THWC: Array, times_T: Array, spec: ParticleSpec) -> Particles:
         tubes = tubes_of(spec, video_THWC.shape[:3])
-        parts = [cut(video_THWC, times_T, tube, spec.patch_size) for tube in tubes]
+        parts = [cut_cuboids(video_THWC, times_T, tube, spec.patch_size) for tube in tubes]
         if len(parts) == 1:
             return parts[0]
-        xp = numpy_of(video_THWC)
+        xp = array_namespace(video_THWC)
         fields = ("payload", "place", "extent", "segment")
         return Particles(
             **{name: xp.concatenate([getattr(p, name) for p in parts]) for name in fields}
@@ -84,9 +84,9 @@ def _of_tubes(tubes_of: Callable[[ParticleSpec, Shape], tuple[Tube, ...]]) -> Po
     return Policy(cut_all, count, check_tubes)
 
 
-def _adapting(cut: Callable[[Array, Array, ParticleSpec], Particles]) -> Policy:
+def _adaptive_policy(cut: Callable[[Array, Array, ParticleSpec], Particles]) -> Policy:
     """Returns a policy that starts from the grid and uses the budget adaptively."""
-    return Policy(cut, GRID.count, _check_adapting, spends_budget=True)
+    return Policy(cut, GRID.count, _check_adaptive, spends_budget=True)
 
 
 def cut_clip(
@@ -100,14 +100,14 @@ def cut_clip(
 
     rng: NumPy generator or JAX key for the random subset; None: a fixed subset.
     """
-    policy = find(spec.policy)
+    policy = find_policy(spec.policy)
     particles = policy.cut(video_THWC, times_T, spec)
     if not spec.budget or policy.spends_budget:
         return particles
     count = len(particles.segment)
     if rng is None or isinstance(rng, np.random.Generator):
         scores = (rng or np.random.default_rng(0)).random(count)
-        scores = numpy_of(video_THWC).asarray(scores)
+        scores = array_namespace(video_THWC).asarray(scores)
     else:
         scores = jax.random.uniform(rng, (count,))
     return thin(particles, scores, spec.budget)
@@ -117,26 +117,26 @@ def thin(particles: Particles, scores: Array, budget: int) -> Particles:
     """Keeps the `budget` particles with the smallest scores [L], in order; random scores give a
     random subset.
     """
-    xp = numpy_of(scores)
+    xp = array_namespace(scores)
     return particles.take(xp.sort(xp.argsort(scores)[:budget]))
 
 
-def coarsest(spec: ParticleSpec) -> Shape:
+def required_multiple(spec: ParticleSpec) -> Shape:
     """Returns frames, rows and columns that a clip's size must be a multiple of."""
     if spec.policy == "adaptive":
-        return adaptive.root(spec)
+        return adaptive.coarsest_shape(spec)
     return pyramid(spec, spec.patch_size)[-1].shape if spec.policy == "pyramid" else spec.patch_size
 
 
 def particle_count(size: Shape, spec: ParticleSpec) -> int:
     """Returns the maximum number of particles of a clip of `size` (frames, rows, columns)."""
-    whole = find(spec.policy).count(size, spec)
-    return min(whole, spec.budget) if spec.budget else whole
+    total = find_policy(spec.policy).count(size, spec)
+    return min(total, spec.budget) if spec.budget else total
 
 
 def check(size: Shape, spec: ParticleSpec) -> None:
     """Raises ValueError if the policy does not cover the whole clip."""
-    find(spec.policy).check(size, spec)
+    find_policy(spec.policy).check(size, spec)
 
 
 def _check_tubes(size: Shape, spec: ParticleSpec, tubes: tuple[Tube, ...]) -> None:
@@ -155,39 +155,39 @@ def _check_tubes(size: Shape, spec: ParticleSpec, tubes: tuple[Tube, ...]) -> No
             )
 
 
-def _check_adapting(size: Shape, spec: ParticleSpec) -> None:
+def _check_adaptive(size: Shape, spec: ParticleSpec) -> None:
     GRID.check(size, spec)
     if spec.policy == "adaptive":
-        least = int(np.prod(adaptive.tree(size, spec).counts[0]))
-        if spec.budget < least:
+        min_budget = int(np.prod(adaptive.build_tree(size, spec).counts[0]))
+        if spec.budget < min_budget:
             raise ValueError(
-                f"particles.budget={spec.budget} is less than the {least} coarsest particles of a "
-                "clip: raise it or particles.num_levels."
+                f"particles.budget={spec.budget} is less than the {min_budget} coarsest particles "
+                "of a clip: raise it or particles.num_levels."
             )
         return
-    least = (size[1] // spec.patch_size[1]) * (size[2] // spec.patch_size[2])
+    min_budget = (size[1] // spec.patch_size[1]) * (size[2] // spec.patch_size[2])
     if not (spec.budget or spec.run_threshold):
         raise ValueError(
             "particles.policy is 'run_length' but budget and run_threshold are 0: set one of them."
         )
-    if 0 < spec.budget < least:
+    if 0 < spec.budget < min_budget:
         raise ValueError(
-            f"particles.budget={spec.budget} is less than the {least} runs of the first frames: "
-            "raise it."
+            f"particles.budget={spec.budget} is less than the {min_budget} runs of the first "
+            "frames: raise it."
         )
 
 
-GRID = _of_tubes(grid)
+GRID = _lattice_policy(grid)
 TABLE: dict[str, Policy] = {
     "grid": GRID,
-    "tubes": _of_tubes(tubes),
-    "pyramid": _of_tubes(pyramid),
-    "adaptive": _adapting(adaptive.adaptive),
-    "run_length": _adapting(run_length.runs),
+    "tubes": _lattice_policy(tubes),
+    "pyramid": _lattice_policy(pyramid),
+    "adaptive": _adaptive_policy(adaptive.adaptive),
+    "run_length": _adaptive_policy(run_length.run_length),
 }
 
 
-def find(name: str) -> Policy:
+def find_policy(name: str) -> Policy:
     """Returns a policy by name; data workers import plugins only if it is not built in."""
     if name not in TABLE:
         plugins.load_inherited()

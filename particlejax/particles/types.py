@@ -35,12 +35,12 @@ class Particles:
 
     def take(self, index: Array) -> "Particles":
         """Returns the particles at `index` [..., K] of each row."""
-        xp = numpy_of(index)
-        rows = {
+        xp = array_namespace(index)
+        fields = {
             name: xp.take_along_axis(getattr(self, name), index[..., None], axis=-2)
             for name in ("payload", "place", "extent")
         }
-        return replace(self, **rows, segment=xp.take_along_axis(self.segment, index, axis=-1))
+        return replace(self, **fields, segment=xp.take_along_axis(self.segment, index, axis=-1))
 
 
 @jax.tree_util.register_dataclass
@@ -48,18 +48,18 @@ class Particles:
 class Batch:
     """The input of one step: `particles` by modality, and data per clip [B, S].
 
-    label: int32, -1 if unlabeled. clip: int32 index in the source, -1 for an empty position. share,
-    other: float32 and int32, for mixed clips: label has weight `share` and label `other` the rest;
-    else 1 and -1.
+    label: int32, -1 if unlabeled. clip_index: int32 index in the source, -1 for an empty position.
+    share, second_label: float32 and int32, for mixed clips: label has weight `label_weight` and
+    label `second_label` the rest; else 1 and -1.
     """
 
     particles: Mapping[str, Particles]
     label: Leaf
-    clip: Leaf
-    share: Leaf
-    other: Leaf
+    clip_index: Leaf
+    label_weight: Leaf
+    second_label: Leaf
 
 
-def numpy_of(x: Array) -> object:
+def array_namespace(x: Array) -> object:
     """Returns numpy for host arrays, jax.numpy for device arrays and tracers."""
     return np if isinstance(x, (np.ndarray, np.generic)) else jnp

@@ -13,8 +13,8 @@ from particlejax.core import io
 from particlejax.reports import plots
 from particlejax.train import classification_metrics
 
-_MOST_BAD, _PAIRS = 20, 5  # maximum lengths of lists
-_ANSWERS = {
+_MAX_UNREADABLE, _MAX_CONFUSED = 20, 5  # maximum lengths of lists
+_METRIC_TITLES = {
     "mAP": "mean average precision",
     "f1_micro": "F1 (micro)",
     "f1_macro": "F1 (macro)",
@@ -24,7 +24,7 @@ _ANSWERS = {
     "r2": "variance explained",
 }
 # objective metrics that are plotted
-_SHARES = ("top1", "acc_within_1", "batch_recall_at_1", "feature_std")
+_CURVE_METRICS = ("top1", "acc_within_1", "batch_recall_at_1", "feature_std")
 _CAPTIONS = {
     "kept": "Input of the encoder: visible particles are outlined, masked ones dimmed.",
     "reconstruction": "Masked particles as predicted by the decoder. Objects should be in "
@@ -41,15 +41,15 @@ def write(workdir: Path) -> Path:
     """Writes report.md and its curves into workdir, replacing older ones; returns its path."""
     workdir = Path(workdir)
     results = _read(workdir / "results.json")
-    bad = results.pop("unreadable", [])
+    unreadable = results.pop("unreadable", [])
     lines = _metric_lines(workdir)
     summary = [f"- {line}" for line in headlines(results)] or ["No stage has finished yet."]
     text = [f"# {workdir.name}", "", *summary, "", *_stage_table(results)]
-    for stage, figures in results.items():
-        text += ["", f"## {stage}", "", *_stage(workdir, stage, figures, lines)]
+    for stage, metrics in results.items():
+        text += ["", f"## {stage}", "", *_stage(workdir, stage, metrics, lines)]
     text += [
         "",
-        *_bad(bad),
+        *_unreadable_table(unreadable),
         "The config is [config.json](config.json); all metrics over time are in "
         "`metrics.jsonl` and `tensorboard/`.",
         "",
@@ -69,47 +69,65 @@ def _metric_lines(workdir: Path) -> list[dict[str, Any]]:
     return [renames.figures(json.loads(line)) for line in text.split("\n") if line.endswith("}")]
 
 
-def _evaluated(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {split: each for split, each in figures.items() if "confusion" in each}
+def _classified_splits(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        split: split_metrics
+        for split, split_metrics in metrics.items()
+        if "confusion" in split_metrics
+    }
 
 
-def _answered(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _other_splits(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Splits with multi-label or regression metrics."""
-    return {split: each for split, each in figures.items() if "mAP" in each or "rmse" in each}
+    return {
+        split: split_metrics
+        for split, split_metrics in metrics.items()
+        if "mAP" in split_metrics or "rmse" in split_metrics
+    }
 
 
 def headlines(results: dict[str, Any]) -> list[str]:
     """One line for each stage and evaluated split of results.json: the main figure."""
     return [
         f"`{stage}`: {line}"
-        for stage, figures in results.items()
+        for stage, metrics in results.items()
         if stage != "unreadable"
-        for line in _headlines_of_stage(figures)
+        for line in _headlines_of_stage(metrics)
     ]
 
 
-def _headlines_of_stage(figures: dict[str, Any]) -> Iterator[str]:
-    evaluated, answered = _evaluated(figures), _answered(figures)
-    for split, each in evaluated.items():
-        count = each["num_clips"]
-        low, high = classification_metrics.wilson_interval(round(each["top1"] * count), count)
-        yield (
-            f"top-1 accuracy {100 * each['top1']:.1f} % (95 % interval {100 * low:.1f} to "
-            f"{100 * high:.1f}) on `{split}` ({count} clips, chance {100 * each['chance']:.1f} %)"
+def _headlines_of_stage(metrics: dict[str, Any]) -> Iterator[str]:
+    evaluated, answered = _classified_splits(metrics), _other_splits(metrics)
+    for split, split_metrics in evaluated.items():
+        count = split_metrics["num_clips"]
+        low, high = classification_metrics.wilson_interval(
+            round(split_metrics["top1"] * count), count
         )
-    for split, each in answered.items():
-        key = next(key for key in _ANSWERS if key in each)
-        yield f"{_ANSWERS[key]} {each[key]:.3f} on `{split}` ({each['num_clips']} clips)"
+        yield (
+            f"top-1 accuracy {100 * split_metrics['top1']:.1f} % (95 % interval {100 * low:.1f} to "
+            f"{100 * high:.1f}) on `{split}` ({count} clips, chance "
+            f"{100 * split_metrics['chance']:.1f} %)"
+        )
+    for split, split_metrics in answered.items():
+        key = next(key for key in _METRIC_TITLES if key in split_metrics)
+        yield (
+            f"{_METRIC_TITLES[key]} {split_metrics[key]:.3f} on `{split}` "
+            f"({split_metrics['num_clips']} clips)"
+        )
     if not evaluated and not answered:
-        losses = {split: each["loss"] for split, each in figures.items() if "loss" in each}
+        losses = {
+            split: split_metrics["loss"]
+            for split, split_metrics in metrics.items()
+            if "loss" in split_metrics
+        }
         yield from (f"loss {_number(loss)} on `{split}`" for split, loss in losses.items())
 
 
 def _stage_table(results: dict[str, Any]) -> Iterator[str]:
     rows = {
-        stage: figures["train"]
-        for stage, figures in results.items()
-        if "steps" in figures.get("train", {})
+        stage: metrics["train"]
+        for stage, metrics in results.items()
+        if "steps" in metrics.get("train", {})
     }
     if rows:
         yield from table(
@@ -130,47 +148,52 @@ def _stage_table(results: dict[str, Any]) -> Iterator[str]:
 
 
 def _stage(
-    workdir: Path, stage: str, figures: dict[str, Any], lines: list[dict[str, Any]]
+    workdir: Path, stage: str, metrics: dict[str, Any], lines: list[dict[str, Any]]
 ) -> Iterator[str]:
-    mine = {
+    lines_by_split = {
         split: [line for line in lines if (line["stage"], line["split"]) == (stage, split)]
         for split in ("train", "val")
     }
     series = {
-        split: ([line["step"] for line in each], [float(line["loss"]) for line in each])
-        for split, each in mine.items()
-        if each
+        split: (
+            [line["step"] for line in split_lines],
+            [float(line["loss"]) for line in split_lines],
+        )
+        for split, split_lines in lines_by_split.items()
+        if split_lines
     }
     if series:
         plots.curves(series, workdir / "report" / f"{stage}_loss.png", stage)
         yield from (f"![loss of {stage}](report/{stage}_loss.png)", "")
-    if shares := {
+    if curves := {
         f"{name}, {split}": curve
-        for split, each in mine.items()
-        for name, curve in _shares(each).items()
+        for split, split_lines in lines_by_split.items()
+        for name, curve in _metric_curves(split_lines).items()
     }:
-        plots.curves(shares, workdir / "report" / f"{stage}_shares.png", stage, shares=True)
+        plots.curves(curves, workdir / "report" / f"{stage}_shares.png", stage, is_fraction=True)
         yield from (f"![accuracy and feature std during training](report/{stage}_shares.png)", "")
     for kind, caption in _CAPTIONS.items():
         if (workdir / "report" / f"{stage}_{kind}.png").exists():
             yield from (f"![{stage}, {kind}](report/{stage}_{kind}.png)", "", caption, "")
-    for split, each in _evaluated(figures).items():
-        yield from _evaluation(workdir, f"{stage}_{split}", split, each)
-    for split, each in _answered(figures).items():
+    for split, split_metrics in _classified_splits(metrics).items():
+        yield from _evaluation(workdir, f"{stage}_{split}", split, split_metrics)
+    for split, split_metrics in _other_splits(metrics).items():
         yield from (f"### Measured on `{split}`", "")
-        shown = [key for key in _ANSWERS if key in each]
+        keys = [key for key in _METRIC_TITLES if key in split_metrics]
         yield from table(
-            ["clips", *(_ANSWERS[key] for key in shown)],
-            [[each["num_clips"], *(_number(each[key]) for key in shown)]],
+            ["clips", *(_METRIC_TITLES[key] for key in keys)],
+            [[split_metrics["num_clips"], *(_number(split_metrics[key]) for key in keys)]],
         )
         yield ""
 
 
-def _shares(lines: list[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
+def _metric_curves(lines: list[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
     """Steps and values of metrics between 0 and 1, and of feature_std, which falls to 0 in a
     collapse.
     """
-    keys = dict.fromkeys(key for line in lines for key in line if key.split("/")[-1] in _SHARES)
+    keys = dict.fromkeys(
+        key for line in lines for key in line if key.split("/")[-1] in _CURVE_METRICS
+    )
     return {
         key: (
             [line["step"] for line in lines if key in line],
@@ -180,22 +203,22 @@ def _shares(lines: list[dict[str, Any]]) -> dict[str, tuple[list[int], list[floa
     }
 
 
-def _evaluation(workdir: Path, name: str, split: str, figures: dict[str, Any]) -> Iterator[str]:
-    classes = list(figures["per_class"])
+def _evaluation(workdir: Path, name: str, split: str, metrics: dict[str, Any]) -> Iterator[str]:
+    classes = list(metrics["per_class"])
     yield from (f"### Measured on `{split}`", "")
     yield from table(
         ["clips", "top-1", "top-5", "mean class accuracy", "calibration error", "chance"],
         [
             [
-                figures["num_clips"],
+                metrics["num_clips"],
                 *(
-                    _number(figures[key])
+                    _number(metrics[key])
                     for key in ("top1", "top5", "mean_class_accuracy", "ece", "chance")
                 ),
             ]
         ],
     )
-    plots.confusion(figures["confusion"], classes, workdir / "report" / f"{name}_confusion.png")
+    plots.confusion(metrics["confusion"], classes, workdir / "report" / f"{name}_confusion.png")
     yield from (
         "",
         f"![confusion on {split}](report/{name}_confusion.png)",
@@ -203,45 +226,46 @@ def _evaluation(workdir: Path, name: str, split: str, figures: dict[str, Any]) -
         "Classes, lowest F1 first:",
         "",
     )
-    order = sorted(classes, key=lambda each: figures["per_class"][each]["f1"])
+    order = sorted(classes, key=lambda class_name: metrics["per_class"][class_name]["f1"])
     yield from table(
         ["class", "precision", "recall", "F1", "clips"],
         [
             [
-                each,
+                class_name,
                 *(
-                    _number(figures["per_class"][each][key])
+                    _number(metrics["per_class"][class_name][key])
                     for key in ("precision", "recall", "f1")
                 ),
-                figures["per_class"][each]["support"],
+                metrics["per_class"][class_name]["support"],
             ]
-            for each in order
+            for class_name in order
         ],
     )
-    pairs = _confused(np.asarray(figures["confusion"]), classes)
+    pairs = _confused(np.asarray(metrics["confusion"]), classes)
     if pairs:
         yield from ("", "Most often confused: " + ", ".join(pairs) + ".", "")
 
 
 def _confused(counts: np.ndarray, classes: list[str]) -> list[str]:
-    off = counts * (1 - np.eye(len(classes), dtype=int))
-    order = np.argsort(-off, axis=None, kind="stable")[:_PAIRS]
-    found = [np.unravel_index(i, off.shape) for i in order]
-    return [f"{classes[i]} as {classes[j]} ({off[i, j]})" for i, j in found if off[i, j]]
+    errors = counts * (1 - np.eye(len(classes), dtype=int))
+    order = np.argsort(-errors, axis=None, kind="stable")[:_MAX_CONFUSED]
+    pairs = [np.unravel_index(i, errors.shape) for i in order]
+    return [f"{classes[i]} as {classes[j]} ({errors[i, j]})" for i, j in pairs if errors[i, j]]
 
 
-def _bad(bad: list[dict[str, str]]) -> Iterator[str]:
-    if bad:
-        yield from (f"## {len(bad)} clips were unreadable and skipped", "")
+def _unreadable_table(unreadable: list[dict[str, str]]) -> Iterator[str]:
+    if unreadable:
+        yield from (f"## {len(unreadable)} clips were unreadable and skipped", "")
         yield from table(
-            ["clip", "reason"], [[each["path"], each["reason"]] for each in bad[:_MOST_BAD]]
+            ["clip", "reason"],
+            [[clip["path"], clip["reason"]] for clip in unreadable[:_MAX_UNREADABLE]],
         )
         yield ""
 
 
-def table(head: list[str], rows: list[list[Any]]) -> Iterator[str]:
+def table(header: list[str], rows: list[list[Any]]) -> Iterator[str]:
     """Yields the lines of a Markdown table."""
-    for row in (head, ["---"] * len(head), *rows):
+    for row in (header, ["---"] * len(header), *rows):
         yield "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |"
 
 

@@ -13,80 +13,90 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from particlejax.particles.painting import TICK, inside
+from particlejax.particles.painting import TIME_EPS, inside
 
-_FRAMES = 8  # in a strip
+_MAX_FRAMES = 8  # in a strip
 _DPI = 100
 _MOST_CLASSES = 25  # a confusion matrix shows counts up to this many classes
 _DIMMED = 0.25  # brightness outside all particles
 
 
-def kept_strip(
+def visible_strip(
     frames: np.ndarray, times: np.ndarray, place: np.ndarray, extent: np.ndarray, path: Path
 ) -> None:
     """Up to eight of frames uint8 [T, H, W, 3] in a row; particles place, extent [K, 3] are
     outlined and the rest is dimmed.
     """
     height, width = frames.shape[1:3]
-    shown = _pick(len(frames))
-    figure, axes = _row_of_axes(1, len(shown))
-    for ax, t in zip(axes[0], shown, strict=True):
+    indices = _frame_indices(len(frames))
+    figure, axes = _row_of_axes(1, len(indices))
+    for ax, index in zip(axes[0], indices, strict=True):
         covering = [
-            (p, e)
-            for p, e in zip(place, extent, strict=True)
-            if len(inside(times[t : t + 1], p[0], e[0], TICK))
+            (center, size)
+            for center, size in zip(place, extent, strict=True)
+            if len(inside(times[index : index + 1], center[0], size[0], TIME_EPS))
         ]
-        bright = np.full((height, width, 1), _DIMMED)
-        for p, e in covering:
-            top, left = (p[1] - e[1] / 2) * height, (p[2] - e[2] / 2) * width
-            high, wide = e[1] * height, e[2] * width
-            bright[round(top) : round(top + high), round(left) : round(left + wide)] = 1
+        brightness = np.full((height, width, 1), _DIMMED)
+        for center, size in covering:
+            top, left = (center[1] - size[1] / 2) * height, (center[2] - size[2] / 2) * width
+            box_height, box_width = size[1] * height, size[2] * width
+            brightness[
+                round(top) : round(top + box_height), round(left) : round(left + box_width)
+            ] = 1
             ax.add_patch(
                 Rectangle(
                     (left - 0.5, top - 0.5),
-                    wide,
-                    high,
+                    box_width,
+                    box_height,
                     fill=False,
                     edgecolor="yellow",
                     linewidth=0.8,
                 )
             )
-        ax.imshow((frames[t] * bright).astype(np.uint8), interpolation="nearest")
-        ax.set_xlabel(f"{times[t]:.2f} s", fontsize=8)
+        ax.imshow((frames[index] * brightness).astype(np.uint8), interpolation="nearest")
+        ax.set_xlabel(f"{times[index]:.2f} s", fontsize=8)
     _save(figure, path)
 
 
 def reconstruction(rows: Mapping[str, np.ndarray], times: np.ndarray, path: Path) -> None:
     """One labelled row of up to eight frames for each video uint8 [T, H, W, 3]."""
-    shown = _pick(len(times))
-    figure, axes = _row_of_axes(len(rows), len(shown))
-    for line, (name, video) in zip(axes, rows.items(), strict=True):
-        line[0].set_ylabel(name, fontsize=8)
-        for ax, t in zip(line, shown, strict=True):
-            ax.imshow(video[t], interpolation="nearest")
-    for ax, t in zip(axes[-1], shown, strict=True):
-        ax.set_xlabel(f"{times[t]:.2f} s", fontsize=8)
+    indices = _frame_indices(len(times))
+    figure, axes = _row_of_axes(len(rows), len(indices))
+    for row_axes, (name, video) in zip(axes, rows.items(), strict=True):
+        row_axes[0].set_ylabel(name, fontsize=8)
+        for ax, index in zip(row_axes, indices, strict=True):
+            ax.imshow(video[index], interpolation="nearest")
+    for ax, index in zip(axes[-1], indices, strict=True):
+        ax.set_xlabel(f"{times[index]:.2f} s", fontsize=8)
     _save(figure, path)
 
 
-def answers(frames: np.ndarray, times: np.ndarray, found: Mapping[str, float], path: Path) -> None:
+def plot_prediction(
+    frames: np.ndarray, times: np.ndarray, probs: Mapping[str, float], path: Path
+) -> None:
     """Up to eight of frames uint8 [T, H, W, 3] titled with the top class, and a bar for each
     probability.
     """
-    shown = _pick(len(frames))
+    indices = _frame_indices(len(frames))
     figure = Figure(
-        figsize=(1.35 * len(shown) + 0.4, 2.2 + 0.25 * len(found)), layout="constrained"
+        figsize=(1.35 * len(indices) + 0.4, 2.2 + 0.25 * len(probs)), layout="constrained"
     )
-    strip, below = figure.subfigures(2, 1, height_ratios=(1.5, 0.7 + 0.25 * len(found)))
-    for ax, t in zip(strip.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        _bare(ax)
-        ax.imshow(frames[t], interpolation="nearest")
-        ax.set_xlabel(f"{times[t]:.2f} s", fontsize=8)
-    best = max(found, key=found.__getitem__)
-    strip.suptitle(f"{best}, {found[best]:.1%}", fontsize=11)
-    ax = below.subplots()
-    ax.barh(range(len(found)), list(found.values()))
-    ax.set_yticks(range(len(found)), [f"{name} {p:.3f}" for name, p in found.items()], fontsize=8)
+    frames_figure, bars_figure = figure.subfigures(
+        2, 1, height_ratios=(1.5, 0.7 + 0.25 * len(probs))
+    )
+    for ax, index in zip(
+        frames_figure.subplots(1, len(indices), squeeze=False)[0], indices, strict=True
+    ):
+        _hide_ticks(ax)
+        ax.imshow(frames[index], interpolation="nearest")
+        ax.set_xlabel(f"{times[index]:.2f} s", fontsize=8)
+    best = max(probs, key=probs.__getitem__)
+    frames_figure.suptitle(f"{best}, {probs[best]:.1%}", fontsize=11)
+    ax = bars_figure.subplots()
+    ax.barh(range(len(probs)), list(probs.values()))
+    ax.set_yticks(
+        range(len(probs)), [f"{name} {prob:.3f}" for name, prob in probs.items()], fontsize=8
+    )
     ax.set(xlim=(0, 1), xlabel="probability")
     ax.invert_yaxis()
     _save(figure, path)
@@ -96,19 +106,19 @@ def curves(
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     path: Path,
     title: str,
-    shares: bool = False,
+    is_fraction: bool = False,
 ) -> None:
     """A line for each series of (steps, values): losses, or metrics from 0 to 1."""
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     ax = figure.subplots()
     for name, (steps, values) in series.items():
         ax.plot(steps, values, marker="o" if len(steps) < 15 else None, markersize=3, label=name)
-    values = [v for _, each in series.values() for v in each]
-    if shares:
+    values = [value for _, series_values in series.values() for value in series_values]
+    if is_fraction:
         ax.set_ylim(0, max(1, *values) + 0.02)
     elif values and min(values) > 0 and max(values) > 10 * min(values):
         ax.set_yscale("log")
-    ax.set(title=title, xlabel="step", ylabel="share" if shares else "loss")
+    ax.set(title=title, xlabel="step", ylabel="share" if is_fraction else "loss")
     ax.grid(alpha=0.3)
     ax.legend()
     _save(figure, path)
@@ -117,11 +127,11 @@ def curves(
 def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], path: Path) -> None:
     """Counts [C, C], rows are true classes, colored by fraction of the row."""
     counts = np.asarray(matrix, float)
-    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    row_fraction = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = 2.0 + 0.32 * len(classes)
     figure = Figure(figsize=(side + 0.6, side), layout="constrained")
     ax = figure.subplots()
-    ax.imshow(share, vmin=0, vmax=1, cmap="Blues")
+    ax.imshow(row_fraction, vmin=0, vmax=1, cmap="Blues")
     ax.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
     ax.set_yticks(range(len(classes)), classes, fontsize=7)
     ax.set(xlabel="predicted", ylabel="true")
@@ -136,33 +146,37 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], path: Pat
                 ha="center",
                 va="center",
                 fontsize=7,
-                color="white" if share[i, j] > 0.5 else "k",
+                color="white" if row_fraction[i, j] > 0.5 else "k",
             )
     _save(figure, path)
 
 
 def pareto(
     points: Mapping[str, tuple[float, float, float]],
-    best: Sequence[str],
+    front_names: Sequence[str],
     path: Path,
     cost: str,
     figure: str,
 ) -> None:
     """Points (cost, mean, std) with error bars, one color per family (the name before the first
-    '-'); `best` are joined.
+    '-'); `front_names` are joined.
     """
     canvas = Figure(figsize=(7, 4.5), layout="constrained")
     ax = canvas.subplots()
     families = list(dict.fromkeys(name.split("-")[0] for name in points))
     for i, family in enumerate(families):
-        mine = {name: point for name, point in points.items() if name.split("-")[0] == family}
-        x, y, spread = np.array(list(mine.values())).T
+        family_points = {
+            name: point for name, point in points.items() if name.split("-")[0] == family
+        }
+        x, y, spread = np.array(list(family_points.values())).T
         ax.errorbar(x, y, spread, fmt="o", capsize=3, color=f"C{i}", label=family)
-        for name, (at, mean, _) in mine.items():
-            ax.annotate(name, (at, mean), fontsize=7, xytext=(4, 4), textcoords="offset points")
+        for name, (cost_value, mean, _) in family_points.items():
+            ax.annotate(
+                name, (cost_value, mean), fontsize=7, xytext=(4, 4), textcoords="offset points"
+            )
     ax.plot(
-        [points[name][0] for name in best],
-        [points[name][1] for name in best],
+        [points[name][0] for name in front_names],
+        [points[name][1] for name in front_names],
         color="0.6",
         zorder=0,
         label="front",
@@ -177,8 +191,8 @@ def histograms(series: Mapping[str, Sequence[float]], path: Path, title: str, un
     """Histograms of the series, as outlines."""
     figure = Figure(figsize=(6, 3), layout="constrained")
     ax = figure.subplots()
-    every = np.concatenate([np.asarray(values, float) for values in series.values()])
-    edges = np.histogram_bin_edges(every, bins=30)
+    all_values = np.concatenate([np.asarray(values, float) for values in series.values()])
+    edges = np.histogram_bin_edges(all_values, bins=30)
     for name, values in series.items():
         ax.hist(values, edges, histtype="step", label=f"{name} ({len(values)})")
     ax.set(title=title, xlabel=unit, ylabel="clips")
@@ -191,10 +205,10 @@ def bars(series: Mapping[str, Sequence[int]], names: Sequence[str], path: Path, 
     """A stacked bar of counts for each name."""
     figure = Figure(figsize=(6, 1.0 + 0.22 * len(names)), layout="constrained")
     ax = figure.subplots()
-    before = np.zeros(len(names))
+    left = np.zeros(len(names))
     for name, counts in series.items():
-        ax.barh(range(len(names)), counts, left=before, label=name)
-        before += np.asarray(counts)
+        ax.barh(range(len(names)), counts, left=left, label=name)
+        left += np.asarray(counts)
     ax.set_yticks(range(len(names)), names, fontsize=8)
     ax.invert_yaxis()
     ax.set(title=title, xlabel="clips")
@@ -202,19 +216,19 @@ def bars(series: Mapping[str, Sequence[int]], names: Sequence[str], path: Path, 
     _save(figure, path)
 
 
-def _pick(count: int) -> np.ndarray:
-    return np.unique(np.linspace(0, count - 1, min(count, _FRAMES)).round().astype(int))
+def _frame_indices(count: int) -> np.ndarray:
+    return np.unique(np.linspace(0, count - 1, min(count, _MAX_FRAMES)).round().astype(int))
 
 
 def _row_of_axes(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
     figure = Figure(figsize=(1.35 * columns + 0.4, 1.5 * rows + 0.1), layout="constrained")
     axes: np.ndarray = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
-        _bare(ax)
+        _hide_ticks(ax)
     return figure, axes
 
 
-def _bare(ax: Axes) -> None:
+def _hide_ticks(ax: Axes) -> None:
     ax.set_xticks([])
     ax.set_yticks([])
 

@@ -20,11 +20,11 @@ from particlejax.particles.types import Batch, Particles
 from particlejax.reports import plots
 from particlejax.train import stage as run
 
-_CLIP = 1  # index in the split of the first clip to try
-_LATER = 0.5  # fraction of the clip that a rollout predicts
+_CLIP_INDEX = 1  # index in the split of the first clip to try
+_ROLLOUT_FRACTION = 0.5  # fraction of the clip that a rollout predicts
 
 
-class _Shown(NamedTuple):
+class _StageClip(NamedTuple):
     """A trained stage and one clip: frames uint8 [T, H, W, 3], times [T] in seconds, and a batch of
     the clip.
     """
@@ -36,85 +36,92 @@ class _Shown(NamedTuple):
     batch: Batch
 
 
-def draw(workdir: Path, name: str, mesh: Mesh) -> None:
+def draw_reconstructions(workdir: Path, name: str, mesh: Mesh) -> None:
     """Writes pictures of a stage on pixel particles to report/; none if no clip is readable."""
     stage, params = run.load_trained(f"{workdir}:{name}", mesh, {})
-    ways = {
-        objective: way
-        for objective, way in (
+    drawers = {
+        objective: drawer
+        for objective, drawer in (
             ("masked_autoencoder", _draw_masked),
-            ("future_prediction", _draw_next),
+            ("future_prediction", _draw_rollout),
         )
         if objective in stage.spec.objectives
         and stage.spec.objectives[objective].modality == clips.VISION
     }
-    if not ways:  # pictures of other modalities say nothing
+    if not drawers:  # pictures of other modalities say nothing
         return
     split = stage.spec.val_split or stage.data.split
     source = sources.open_source(stage.data.source, split, stage.data.cache_dir)
-    found = _first_readable(source, stage.data)
-    if found is None:
+    clip = _first_readable(source, stage.data)
+    if clip is None:
         return
-    particles = clips.particles_of(found, stage.data, stage.particles, np.random.default_rng(0))
-    row = pipeline.row_of(stage.data, stage.particles)
+    particles = clips.make_particles(clip, stage.data, stage.particles, np.random.default_rng(0))
+    row = pipeline.row_shape(stage.data, stage.particles)
     batch = stage.model.normalize(
-        packing.pack([packing.Clip(particles, -1, 0)], [0], row.slots, 1, row.clips)
+        packing.pack([packing.Clip(particles, -1, 0)], [0], row.slots, 1, row.max_clips)
     )
     folder = Path(workdir) / "report"
     folder.mkdir(exist_ok=True)
-    for way in ways.values():
-        way(
-            _Shown(stage, params, found.frames, found.starts, jax.tree.map(np.asarray, batch)),
+    for drawer in drawers.values():
+        drawer(
+            _StageClip(
+                stage, params, clip.frames, clip.frame_starts, jax.tree.map(np.asarray, batch)
+            ),
             folder,
             mesh,
         )
 
 
-def _draw_masked(shown: _Shown, folder: Path, mesh: Mesh) -> None:
+def _draw_masked(stage_clip: _StageClip, folder: Path, mesh: Mesh) -> None:
     """Writes NAME_kept.png and NAME_reconstruction.png."""
-    stage, params, frames, times, batch = shown
+    stage, params, frames, times, batch = stage_clip
     spec, name = stage.spec.objectives["masked_autoencoder"], stage.name
     # predict all masked particles
-    shape = type(spec)(**{**vars(spec), "target_ratio": spec.mask_ratio})
+    full_spec = type(spec)(**{**vars(spec), "target_ratio": spec.mask_ratio})
     predict = jax.jit(
-        sharding.on(
+        sharding.with_mesh(
             mesh,
-            lambda p, b: masked.predict_masked(shape, p, stage.model, b, jax.random.key(0), False),
+            lambda p, b: masked.predict_masked(
+                full_spec, p, stage.model, b, jax.random.key(0), False
+            ),
         ),
         out_shardings=NamedSharding(mesh, PartitionSpec()),
     )
-    answer = jax.tree.map(lambda x: np.asarray(x[0]), predict(params, batch))
-    if not cluster.first():
+    prediction = jax.tree.map(lambda x: np.asarray(x[0]), predict(params, batch))
+    if not cluster.is_primary():
         return
-    seen = answer.visible
-    plots.kept_strip(frames, times, seen.place, seen.extent, folder / f"{name}_kept.png")
-    rows = _rows(frames, times, answer, stage, spec.norm_pix_loss)
+    visible = prediction.visible
+    plots.visible_strip(frames, times, visible.place, visible.extent, folder / f"{name}_kept.png")
+    rows = _reconstruction_rows(frames, times, prediction, stage, spec.norm_pix_loss)
     plots.reconstruction(rows, times, folder / f"{name}_reconstruction.png")
 
 
-def _draw_next(shown: _Shown, folder: Path, mesh: Mesh) -> None:
+def _draw_rollout(stage_clip: _StageClip, folder: Path, mesh: Mesh) -> None:
     """Writes NAME_rollout.png: the second half of the clip, predicted step by step."""
-    stage, params, frames, times, batch = shown
-    spec, whole = stage.spec.objectives["future_prediction"], batch.particles[clips.VISION]
-    duration = whole.extent[whole.segment > 0][:, 0].max()
-    steps = max(1, round(float((times[-1] - times[0]) * _LATER / duration)))
-    roll = jax.jit(
-        sharding.on(mesh, lambda p, b: masked.rollout(spec, p, stage.model, b, 1 - _LATER, steps)),
+    stage, params, frames, times, batch = stage_clip
+    spec, particles = stage.spec.objectives["future_prediction"], batch.particles[clips.VISION]
+    duration = particles.extent[particles.segment > 0][:, 0].max()
+    num_steps = max(1, round(float((times[-1] - times[0]) * _ROLLOUT_FRACTION / duration)))
+    rollout = jax.jit(
+        sharding.with_mesh(
+            mesh,
+            lambda p, b: masked.rollout(spec, p, stage.model, b, 1 - _ROLLOUT_FRACTION, num_steps),
+        ),
         out_shardings=NamedSharding(mesh, PartitionSpec()),
     )
-    payload, seen, made = (np.asarray(x[0]) for x in roll(params, batch))
-    if not cluster.first():
+    payload, is_observed, is_predicted = (np.asarray(x[0]) for x in rollout(params, batch))
+    if not cluster.is_primary():
         return
-    row = jax.tree.map(lambda x: x[0], whole)
+    row = jax.tree.map(lambda x: x[0], particles)
     past = _paint(
-        replace(row, segment=np.where(seen, row.segment, 0)),
+        replace(row, segment=np.where(is_observed, row.segment, 0)),
         payload,
         np.full(frames.shape, 0.5),
         stage,
         times,
     )
     future = _paint(
-        replace(row, segment=np.where(made, row.segment, 0)), payload, past, stage, times
+        replace(row, segment=np.where(is_predicted, row.segment, 0)), payload, past, stage, times
     )
     pixels = {"original": frames / 255, "context": past, "rollout": future}
     plots.reconstruction(
@@ -135,12 +142,12 @@ def _paint(
     times: np.ndarray,
 ) -> np.ndarray:
     """Paints these particles on the canvas [T, H, W, 3], pixels in [0, 1]."""
-    real = particles.segment > 0
-    pixels = clips.pixel_scale(stage.data, stage.particles).to_pixels(payload[real])
+    occupied = particles.segment > 0
+    pixels = clips.pixel_scale(stage.data, stage.particles).to_pixels(payload[occupied])
     return painting.paint(
         pixels,
-        particles.place[real],
-        particles.extent[real],
+        particles.place[occupied],
+        particles.extent[occupied],
         times,
         canvas.shape[1:3],
         stage.particles.patch_size,
@@ -149,30 +156,32 @@ def _paint(
 
 
 def _first_readable(source: sources.Source, data: DataSpec) -> clips.Clip | None:
-    for i in list(range(_CLIP, len(source))) + list(range(min(_CLIP, len(source)))):
+    for i in list(range(_CLIP_INDEX, len(source))) + list(range(min(_CLIP_INDEX, len(source)))):
         try:
-            return clips.load(source[i], data, clips.CENTRE)
+            return clips.load(source[i], data, clips.CENTER_VIEW)
         except Unreadable:
             continue
     return None
 
 
-def _rows(
+def _reconstruction_rows(
     frames: np.ndarray,
     times: np.ndarray,
-    answer: masked.Prediction,
+    prediction: masked.Prediction,
     stage: run.Stage,
-    normalised: bool,
+    normalized: bool,
 ) -> dict[str, np.ndarray]:
-    payload = answer.predicted
+    payload = prediction.predicted
     # with norm_pix_loss the model predicts normalized pixels: use the target's mean and std
-    if normalised:
-        true = answer.query.payload
-        payload = payload * true.std(-1, keepdims=True) + true.mean(-1, keepdims=True)
+    if normalized:
+        target = prediction.query.payload
+        payload = payload * target.std(-1, keepdims=True) + target.mean(-1, keepdims=True)
 
-    seen = _paint(answer.visible, answer.visible.payload, np.full(frames.shape, 0.5), stage, times)
-    made = _paint(answer.query, payload, seen, stage, times)
-    pixels = {"original": frames / 255, "visible": seen, "reconstruction": made}
+    visible = _paint(
+        prediction.visible, prediction.visible.payload, np.full(frames.shape, 0.5), stage, times
+    )
+    reconstructed = _paint(prediction.query, payload, visible, stage, times)
+    pixels = {"original": frames / 255, "visible": visible, "reconstruction": reconstructed}
     # the static part has little weight in the loss: show the moving part alone
     if stage.data.temporal_mean_scale < 1:
         pixels |= {

@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 from sklearn import metrics
 
-from particlejax.core.io import fresh_file
+from particlejax.core.io import atomic_file
 
 _BINS = 15  # of confidence, as in Guo et al. 2017 (arXiv:1706.04599)
 _Z95 = 1.959964  # the 97.5 % quantile of the standard normal distribution
 
 
-def scores(probabilities: np.ndarray, label: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
+def compute_metrics(
+    probabilities: np.ndarray, label: np.ndarray, classes: Sequence[str]
+) -> dict[str, Any]:
     """Figures for results.json from probabilities float [N, C] and labels int [N]; label -1 means
     unlabelled, and such clips are left out.
 
@@ -31,22 +33,22 @@ def scores(probabilities: np.ndarray, label: np.ndarray, classes: Sequence[str])
     if not (label >= 0).any():
         return {"num_clips": 0}
     probabilities, label = np.asarray(probabilities)[label >= 0], label[label >= 0]
-    every = range(len(classes))
+    class_indices = range(len(classes))
     predicted = probabilities.argmax(axis=1)
-    better = (probabilities > probabilities[np.arange(len(label)), label][:, None]).sum(axis=1)
-    confusion = metrics.confusion_matrix(label, predicted, labels=every)
+    num_higher = (probabilities > probabilities[np.arange(len(label)), label][:, None]).sum(axis=1)
+    confusion = metrics.confusion_matrix(label, predicted, labels=class_indices)
     occurs = confusion.sum(axis=1) > 0
     report = metrics.classification_report(
         label,
         predicted,
-        labels=every,
+        labels=class_indices,
         target_names=list(classes),
         output_dict=True,
         zero_division=0,
     )
     return {
         "top1": float((predicted == label).mean()),
-        "top5": float((better < 5).mean()),
+        "top5": float((num_higher < 5).mean()),
         "mean_class_accuracy": float(
             (np.diag(confusion)[occurs] / confusion.sum(axis=1)[occurs]).mean()
         ),
@@ -70,15 +72,16 @@ def wilson_interval(successes: int, count: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
+def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
     """Expected calibration error over 15 bins of |accuracy - confidence|; confidence float [N],
     right bool [N].
     """
     bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
     gaps = [
-        abs(right[bins == b].mean() - confidence[bins == b].mean()) * (bins == b).mean()
-        for b in range(_BINS)
-        if (bins == b).any()
+        abs(correct[bins == index].mean() - confidence[bins == index].mean())
+        * (bins == index).mean()
+        for index in range(_BINS)
+        if (bins == index).any()
     ]
     return float(sum(gaps))
 
@@ -97,24 +100,24 @@ def write_predictions(
         [
             name,
             classes[int(true)] if true >= 0 else "",
-            classes[int(each.argmax())],
-            *(f"{p:.6g}" for p in each),
+            classes[int(probs.argmax())],
+            *(f"{p:.6g}" for p in probs),
         ]
-        for name, true, each in zip(names, label, probabilities, strict=True)
+        for name, true, probs in zip(names, label, probabilities, strict=True)
     )
     write_table(path, ["path", "label", "predicted", *(f"p:{name}" for name in classes)], rows)
 
 
-def write_table(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Writes a CSV atomically."""
-    with fresh_file(path) as fresh, open(fresh, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([head, *rows])
+    with atomic_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
 
 
-def _per_class(line: dict[str, float]) -> dict[str, float]:
+def _per_class(class_report: dict[str, float]) -> dict[str, float]:
     return {
-        "precision": float(line["precision"]),
-        "recall": float(line["recall"]),
-        "f1": float(line["f1-score"]),
-        "support": int(line["support"]),
+        "precision": float(class_report["precision"]),
+        "recall": float(class_report["recall"]),
+        "f1": float(class_report["f1-score"]),
+        "support": int(class_report["support"]),
     }

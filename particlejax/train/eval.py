@@ -25,35 +25,39 @@ from particlejax.train.stage import Stage
 
 _KEY = 17  # seed of the evaluation masks, the same at every step so that curves compare
 # called with every batch: records unreadable clips, stops the run on request
-Watch = Callable[[pipeline.Loaded], None]
+BatchCallback = Callable[[pipeline.LoadedBatch], None]
 
 
-def jit_measure(
+def jit_eval_step(
     objective: Objective, model: Model, mesh: Mesh
 ) -> Callable[[Params, Batch, int], tuple[Metrics, Any]]:
     """(params, batch, number) -> (metrics, clips in the batch), replicated over all processes."""
 
-    def measure(params: Params, batch: Batch, number: int) -> tuple[Metrics, Any]:
-        key = jax.random.fold_in(jax.random.key(_KEY), number)
+    def eval_step(params: Params, batch: Batch, batch_index: int) -> tuple[Metrics, Any]:
+        key = jax.random.fold_in(jax.random.key(_KEY), batch_index)
         _, metrics = objective(params, model, batch, key, False)
-        return metrics, jnp.sum(batch.clip >= 0)
+        return metrics, jnp.sum(batch.clip_index >= 0)
 
-    return jax.jit(sharding.on(mesh, measure), out_shardings=NamedSharding(mesh, P()))
+    return jax.jit(sharding.with_mesh(mesh, eval_step), out_shardings=NamedSharding(mesh, P()))
 
 
-def metrics_of(
-    measure: Callable, params: Params, views: pipeline.Views, mesh: Mesh, watch: Watch
+def evaluate_metrics(
+    eval_step: Callable,
+    params: Params,
+    views: pipeline.EvalBatches,
+    mesh: Mesh,
+    on_batch: BatchCallback,
 ) -> dict[str, float]:
     """Means of all metrics over the clips of a split, with the same masks every time."""
     totals: dict[str, float] = {}
-    clips = 0.0
-    for k, loaded in enumerate(pipeline.read(views, 0, len(views), views.data)):
-        watch(loaded)
-        metrics, count = measure(params, sharding.put(loaded.batch, mesh), k)
-        clips += float(count)
+    num_clips = 0.0
+    for batch_index, loaded in enumerate(pipeline.read_batches(views, 0, len(views), views.data)):
+        on_batch(loaded)
+        metrics, count = eval_step(params, sharding.shard_batch(loaded.batch, mesh), batch_index)
+        num_clips += float(count)
         for name, value in metrics.items():
             totals[name] = totals.get(name, 0.0) + float(value) * float(count)
-    return {name: value / max(clips, 1.0) for name, value in totals.items()}
+    return {name: value / max(num_clips, 1.0) for name, value in totals.items()}
 
 
 def metric_names(stage: Stage) -> tuple[str, ...]:
@@ -68,17 +72,19 @@ def metric_names(stage: Stage) -> tuple[str, ...]:
 
 
 def jit_predict(
-    model: Model, mesh: Mesh, answers: Callable[[Any], Any] = jax.nn.softmax
+    model: Model, mesh: Mesh, activate: Callable[[Any], Any] = jax.nn.softmax
 ) -> Callable[[Params, Batch], Any]:
-    """(params, batch) -> (`answers` of the logits [B, S, C], clips [B, S]), replicated over all
+    """(params, batch) -> (`activate` of the logits [B, S, C], clips [B, S]), replicated over all
     processes.
     """
 
     def predict(params: Params, batch: Batch) -> tuple[Any, Any]:
-        tokens, _ = model.apply(params, "encode", batch.particles, batch.clip.shape[1])
-        return answers(model.head(params, "head", tokens, batch.clip.shape[1])), batch.clip
+        tokens, _ = model.apply(params, "encode", batch.particles, batch.clip_index.shape[1])
+        return activate(
+            model.head(params, "head", tokens, batch.clip_index.shape[1])
+        ), batch.clip_index
 
-    return jax.jit(sharding.on(mesh, predict), out_shardings=NamedSharding(mesh, P()))
+    return jax.jit(sharding.with_mesh(mesh, predict), out_shardings=NamedSharding(mesh, P()))
 
 
 def jit_features(
@@ -91,20 +97,24 @@ def jit_features(
     length).
     """
 
-    def features(params: Params, batch: Batch) -> tuple[dict[str, Any], Any]:
-        clips = batch.clip.shape[1]
-        found = {}
+    def compute_features(params: Params, batch: Batch) -> tuple[dict[str, Any], Any]:
+        num_clips = batch.clip_index.shape[1]
+        features = {}
         for name in dict.fromkeys((*modalities, *compared)):
             tokens = _tokens(model, params, batch, name)
             if name in modalities:
-                found[name] = losses.clip_mean(
-                    tokens.x.astype(jnp.float32), tokens.segment, clips, tokens.mass
+                features[name] = losses.clip_mean(
+                    tokens.x.astype(jnp.float32), tokens.segment, num_clips, tokens.size
                 )
             if name in compared:
-                found[f"embed/{name}"], *_ = model.head(params, "projection", tokens, clips, name)
-        return found, batch.clip
+                features[f"embed/{name}"], *_ = model.head(
+                    params, "projection", tokens, num_clips, name
+                )
+        return features, batch.clip_index
 
-    return jax.jit(sharding.on(mesh, features), out_shardings=NamedSharding(mesh, P()))
+    return jax.jit(
+        sharding.with_mesh(mesh, compute_features), out_shardings=NamedSharding(mesh, P())
+    )
 
 
 def jit_tokens(
@@ -116,33 +126,44 @@ def jit_tokens(
     """
 
     def compute(params: Params, batch: Batch) -> tuple[dict[str, Any], Any]:
-        each = {name: _tokens(model, params, batch, name) for name in modalities}
+        tokens_by_modality = {name: _tokens(model, params, batch, name) for name in modalities}
         return {
-            name: (tokens.x.astype(jnp.float16), tokens.segment) for name, tokens in each.items()
-        }, batch.clip
+            name: (tokens.x.astype(jnp.float16), tokens.segment)
+            for name, tokens in tokens_by_modality.items()
+        }, batch.clip_index
 
-    return jax.jit(sharding.on(mesh, compute), out_shardings=NamedSharding(mesh, P()))
+    return jax.jit(sharding.with_mesh(mesh, compute), out_shardings=NamedSharding(mesh, P()))
 
 
 def _tokens(model: Model, params: Params, batch: Batch, modality: str) -> Tokens:
     """Encodes one modality alone, or all if `modality` is ''."""
-    shown = {modality: batch.particles[modality]} if modality else batch.particles
-    return model.apply(params, "encode", shown, batch.clip.shape[1])[0]
+    particles = {modality: batch.particles[modality]} if modality else batch.particles
+    return model.apply(params, "encode", particles, batch.clip_index.shape[1])[0]
 
 
-def probabilities(
-    predict: Callable, params: Params, views: pipeline.Views, mesh: Mesh, watch: Watch, name: str
+def predict_probabilities(
+    predict: Callable,
+    params: Params,
+    views: pipeline.EvalBatches,
+    mesh: Mesh,
+    on_batch: BatchCallback,
+    name: str,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Numbers [N] of the readable clips and their probabilities [N, C], averaged over views.
 
     predict: from `jit_predict`.
     """
-    numbers, found = per_clip(predict, params, views, mesh, watch, name)
-    return numbers, np.zeros((0, 0)) if found is None else found
+    clip_indices, probs = mean_per_clip(predict, params, views, mesh, on_batch, name)
+    return clip_indices, np.zeros((0, 0)) if probs is None else probs
 
 
-def per_clip(
-    compute: Callable, params: Params, views: pipeline.Views, mesh: Mesh, watch: Watch, name: str
+def mean_per_clip(
+    compute: Callable,
+    params: Params,
+    views: pipeline.EvalBatches,
+    mesh: Mesh,
+    on_batch: BatchCallback,
+    name: str,
 ) -> tuple[np.ndarray, Any]:
     """Numbers [N] of the readable clips and a tree of [N, ...]: the results, averaged over views.
 
@@ -152,18 +173,24 @@ def per_clip(
     sums: dict[int, Any] = {}
     counts: dict[int, int] = {}
     progress = Progress(name, len(views), unit="batch")
-    for loaded in pipeline.read(views, 0, len(views), views.data):
-        watch(loaded)
-        found, clips = jax.tree.map(np.asarray, compute(params, sharding.put(loaded.batch, mesh)))
-        for row, place in zip(*np.nonzero(clips >= 0), strict=True):
-            clip = int(clips[row, place])
-            each = jax.tree.map(lambda x, at=(row, place): x[at].astype(np.float64), found)
-            sums[clip] = jax.tree.map(np.add, sums[clip], each) if clip in sums else each
+    for loaded in pipeline.read_batches(views, 0, len(views), views.data):
+        on_batch(loaded)
+        outputs, clips = jax.tree.map(
+            np.asarray, compute(params, sharding.shard_batch(loaded.batch, mesh))
+        )
+        for row, slot in zip(*np.nonzero(clips >= 0), strict=True):
+            clip = int(clips[row, slot])
+            view_output = jax.tree.map(
+                lambda x, position=(row, slot): x[position].astype(np.float64), outputs
+            )
+            sums[clip] = (
+                jax.tree.map(np.add, sums[clip], view_output) if clip in sums else view_output
+            )
             counts[clip] = counts.get(clip, 0) + 1
         progress.update()
     progress.close()
-    numbers = sorted(sums)
-    if not numbers:
+    clip_indices = sorted(sums)
+    if not clip_indices:
         return np.zeros(0, int), None
-    means = [jax.tree.map(lambda x, n=n: x / counts[n], sums[n]) for n in numbers]
-    return np.array(numbers), jax.tree.map(lambda *each: np.stack(each), *means)
+    means = [jax.tree.map(lambda x, n=n: x / counts[n], sums[n]) for n in clip_indices]
+    return np.array(clip_indices), jax.tree.map(lambda *leaves: np.stack(leaves), *means)

@@ -21,11 +21,11 @@ from particlejax.core import io
 from particlejax.core.errors import UserError, install_line
 from particlejax.distributed import cluster
 
-_PLAIN_EVERY = 15.0  # seconds between lines if the output is no terminal
+_PRINT_INTERVAL_SECONDS = 15.0  # seconds between lines if the output is no terminal
 
 
 class MetricLog:
-    """Writes the metrics of one run; `cut` removes lines that a resumed run will write again.
+    """Writes the metrics of one run; `truncate` removes lines that a resumed run will write again.
 
     metrics.jsonl holds only what the seed determines, so two runs compare byte by byte; throughput
     and wait times are in timing.jsonl. Only the first process writes; all processes keep the
@@ -34,45 +34,47 @@ class MetricLog:
 
     def __init__(self, workdir: Path, spec: LogSpec, name: str, config: Mapping[str, Any]) -> None:
         self._metrics, self._timing = workdir / "metrics.jsonl", workdir / "timing.jsonl"
-        self._kept: list[dict[str, Any]] = list(_lines(self._metrics))
-        self._first = cluster.first()
+        self._records: list[dict[str, Any]] = list(_read_lines(self._metrics))
+        self._is_primary = cluster.is_primary()
         self._wandb = (
-            _wandb_run(spec, name, config, workdir) if spec.wandb_project and self._first else None
+            _wandb_run(spec, name, config, workdir)
+            if spec.wandb_project and self._is_primary
+            else None
         )
-        self._board = _Board(workdir / "tensorboard") if self._first else None
+        self._board = _TensorBoard(workdir / "tensorboard") if self._is_primary else None
 
     def write(self, stage: str, step: int, split: str, values: Mapping[str, float]) -> None:
         """Writes one line of metrics; NaN and infinities become strings, which JSON can hold."""
-        self._kept.append({"stage": stage, "step": step, "split": split, **_json_ready(values)})
-        self._append(self._metrics, self._kept[-1])
+        self._records.append({"stage": stage, "step": step, "split": split, **_json_ready(values)})
+        self._append(self._metrics, self._records[-1])
         self._show(f"{stage}/{split}", step, values)
 
-    def time(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+    def write_timing(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Writes one line of timings."""
         self._append(self._timing, {"stage": stage, "step": step, **_json_ready(values)})
         self._show(f"{stage}/timing", step, values)
 
-    def lines(self, stage: str, split: str) -> list[dict[str, Any]]:
+    def read_metrics(self, stage: str, split: str) -> list[dict[str, Any]]:
         """The lines of one stage and split so far, in order."""
-        return [line for line in self._kept if line["stage"] == stage and line["split"] == split]
+        return [line for line in self._records if line["stage"] == stage and line["split"] == split]
 
-    def timings(self, stage: str) -> list[dict[str, Any]]:
+    def read_timings(self, stage: str) -> list[dict[str, Any]]:
         """The timing lines of one stage so far, in order."""
-        return [line for line in _lines(self._timing) if line["stage"] == stage]
+        return [line for line in _read_lines(self._timing) if line["stage"] == stage]
 
-    def cut(self, stage: str, step: int, later_stages: tuple[str, ...]) -> None:
+    def truncate(self, stage: str, step: int, later_stages: tuple[str, ...]) -> None:
         """Removes lines of `stage` after `step`, all lines of `later_stages`, and an incomplete
         last line.
         """
 
-        def stays(line: Mapping[str, Any]) -> bool:
+        def is_kept(line: Mapping[str, Any]) -> bool:
             return line["stage"] not in later_stages and (
                 line["stage"] != stage or line["step"] <= step
             )
 
-        self._kept = [line for line in self._kept if stays(line)]
-        for path in (self._metrics, self._timing) if self._first else ():
-            kept = [line for line in _lines(path) if stays(line)]
+        self._records = [line for line in self._records if is_kept(line)]
+        for path in (self._metrics, self._timing) if self._is_primary else ():
+            kept = [line for line in _read_lines(path) if is_kept(line)]
             io.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def close(self) -> None:
@@ -83,7 +85,7 @@ class MetricLog:
             self._wandb.finish()
 
     def _append(self, path: Path, line: dict[str, Any]) -> None:
-        if not self._first:
+        if not self._is_primary:
             return
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -97,7 +99,7 @@ class MetricLog:
             )
 
 
-class _Board:
+class _TensorBoard:
     """Writes TensorBoard's file synchronously: the library's writer thread dies on a full disk and
     its queue then blocks.
     """
@@ -120,35 +122,36 @@ class _Board:
 class Progress:
     """A progress bar with rate and remaining time on a terminal, plain lines elsewhere."""
 
-    def __init__(self, name: str, total: int, done: int = 0, unit: str = "step") -> None:
+    def __init__(self, name: str, total: int, initial: int = 0, unit: str = "step") -> None:
         self._bar = tqdm.tqdm(
-            total=total, initial=done, desc=name, unit=unit, disable=None, dynamic_ncols=True
+            total=total, initial=initial, desc=name, unit=unit, disable=None, dynamic_ncols=True
         )
         self._name, self._total, self._unit = name, total, unit
-        self._first, self._done, self._begun = done, done, time.monotonic()
+        self._initial, self._done, self._start_time = initial, initial, time.monotonic()
         self._compiled = False
-        self._said = self._begun
+        self._last_print = self._start_time
         self._note = ""
 
     def update(self, note: str = "") -> None:
         """Counts one more item; shows `note` after the bar."""
         self._done += 1
         if not self._compiled:  # the first one compiles: it tells nothing of the others
-            self._compiled, self._first, self._begun = True, self._done, time.monotonic()
+            self._compiled, self._initial, self._start_time = True, self._done, time.monotonic()
             self._bar.initial, self._bar.start_t = self._done, time.time()
         self._note = note or self._note
         self._bar.update()
         if not self._bar.disable:
             self._bar.set_postfix_str(self._note, refresh=False)
-        elif cluster.first() and (
-            time.monotonic() - self._said > _PLAIN_EVERY or self._done == self._total
+        elif cluster.is_primary() and (
+            time.monotonic() - self._last_print > _PRINT_INTERVAL_SECONDS
+            or self._done == self._total
         ):
-            self._said = time.monotonic()
-            rate = (self._done - self._first) / max(self._said - self._begun, 1e-6)
-            left = (self._total - self._done) / max(rate, 1e-6)
-            say(
+            self._last_print = time.monotonic()
+            rate = (self._done - self._initial) / max(self._last_print - self._start_time, 1e-6)
+            remaining = (self._total - self._done) / max(rate, 1e-6)
+            log_info(
                 f"{self._name}: {self._unit} {self._done}/{self._total}, {rate:.2f}/s, "
-                f"{_clock(left)} left  {self._note}"
+                f"{_format_duration(remaining)} left  {self._note}"
             )
 
     def close(self) -> None:
@@ -156,23 +159,23 @@ class Progress:
         self._bar.close()
 
 
-def say(sentence: str) -> None:
+def log_info(message: str) -> None:
     """Prints a line above any progress bar; only the first process prints."""
-    if cluster.first():
-        say_here(sentence)
+    if cluster.is_primary():
+        log_info_local(message)
 
 
-def say_here(sentence: str) -> None:
+def log_info_local(message: str) -> None:
     """Prints a line from any process, for messages about that process alone."""
-    tqdm.tqdm.write(sentence, file=sys.stderr)
+    tqdm.tqdm.write(message, file=sys.stderr)
     sys.stderr.flush()
 
 
-def _clock(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
     if path.exists():
         for text in path.read_text(encoding="utf-8").split("\n"):
             # the last line of a killed run may be incomplete

@@ -22,17 +22,17 @@ from particlejax.config.experiment import EvalSpec, Experiment
 from particlejax.core import tree
 from particlejax.core.typing import UserError
 from particlejax.data import pipeline, sources
-from particlejax.data.packing_plan import Stand
+from particlejax.data.packing_plan import PlanState
 from particlejax.distributed import cluster, sharding
 from particlejax.distributed.checkpoint import Checkpoints
 from particlejax.finetune import partition, restore
 from particlejax.train import codebook, eval, optim, predictions, pretrained
 from particlejax.train import stage as run
-from particlejax.train.log import MetricLog, Progress, say
-from particlejax.train.nan_guard import Finite
+from particlejax.train.log import MetricLog, Progress, log_info
+from particlejax.train.nan_guard import NanGuard
 from particlejax.train.setup import Setup, set_up
-from particlejax.train.telemetry import Compilations, Gauge, Trace, peak_of
-from particlejax.train.train_state import TrainState, abstract, saved
+from particlejax.train.telemetry import Profiler, RecompileWarning, StepTimer, peak_flops
+from particlejax.train.train_state import TrainState, as_abstract, without_frozen
 
 
 class Stopped(Exception):
@@ -41,14 +41,16 @@ class Stopped(Exception):
 
 @dataclass
 class Context:
-    """State shared by all stages of a run. `asked` names the stop signal received, '' if none."""
+    """State shared by all stages of a run. `stop_signal` names the stop signal received, '' if
+    none.
+    """
 
     experiment: Experiment
     workdir: Path
     mesh: Mesh
     log: MetricLog
-    asked: str = ""
-    looks: int = 0  # number of checks for a stop signal, equal in all processes
+    stop_signal: str = ""
+    sync_count: int = 0  # number of checks for a stop signal, equal in all processes
 
     @contextmanager
     def signals(self) -> Iterator[None]:
@@ -58,46 +60,52 @@ class Context:
         SIGTERM.
         """
 
-        def ask(number: int, frame: Any) -> None:
+        def request_stop(number: int, frame: Any) -> None:
             del frame
-            if self.asked and number == signal.SIGINT:
+            if self.stop_signal and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.asked = signal.Signals(number).name
-            if cluster.several():
+            self.stop_signal = signal.Signals(number).name
+            if cluster.is_multiprocess():
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        heard = (signal.SIGINT,) if cluster.several() else (signal.SIGTERM, signal.SIGINT)
-        before = {number: signal.signal(number, ask) for number in heard}
+        handled_signals = (
+            (signal.SIGINT,) if cluster.is_multiprocess() else (signal.SIGTERM, signal.SIGINT)
+        )
+        previous_handlers = {
+            number: signal.signal(number, request_stop) for number in handled_signals
+        }
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous_handlers.items():
                 signal.signal(number, handler)
 
-    def must_stop(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether to stop here; with several processes, all of them agree on the step."""
-        self.looks += 1
-        if cluster.several() and multihost_utils.reached_preemption_sync_point(self.looks):
-            self.asked = self.asked or "SIGTERM"
+        self.sync_count += 1
+        if cluster.is_multiprocess() and multihost_utils.reached_preemption_sync_point(
+            self.sync_count
+        ):
+            self.stop_signal = self.stop_signal or "SIGTERM"
             return True
-        return bool(self.asked) and not cluster.several()
+        return bool(self.stop_signal) and not cluster.is_multiprocess()
 
 
 def train(context: Context) -> None:
     """Runs all stages missing from results.json, in order. Raises Stopped after saving."""
     for name in context.experiment.stages:
         if _is_done(context, name):
-            say(f"{name}: already done, see {context.workdir / run.RESULTS}")
+            log_info(f"{name}: already done, see {context.workdir / run.RESULTS}")
             continue
         _train_stage(context, name)
 
 
 def _is_done(context: Context, name: str) -> bool:
     """Whether results.json has the stage's figures, those of every split that is asked for."""
-    found = run.read_results(context.workdir).get(name, {})
+    results = run.read_results(context.workdir).get(name, {})
     classifies = "classify" in context.experiment.stages[name].objectives
     wanted = context.experiment.eval.splits if classifies else ()
-    return "train" in found and all(split in found for split in wanted)
+    return "train" in results and all(split in results for split in wanted)
 
 
 @dataclass
@@ -109,7 +117,7 @@ class _Position:
 
     state: TrainState
     done: int
-    bad: run.BadClips
+    bad: run.UnreadableClips
     base: dict[str, Any]
 
 
@@ -135,35 +143,37 @@ def _train_stage(context: Context, name: str) -> None:
     position, batches = _restore(context, setup, store)
     _announce(setup, position)
     loop = _Loop(context, setup, store, position, batches)
-    begun = time.monotonic()
+    start = time.monotonic()
     with context.signals(), closing(store.best), closing(store.latest):
         loop.steps()
         loop.save()
         store.best.finish()
         store.latest.finish()
-        _write_figures(loop, time.monotonic() - begun)
+        _write_figures(loop, time.monotonic() - start)
 
 
-def _restore(context: Context, setup: Setup, store: _Store) -> tuple[_Position, pipeline.Batches]:
+def _restore(
+    context: Context, setup: Setup, store: _Store
+) -> tuple[_Position, pipeline.TrainBatches]:
     """The position to continue from, and the batches that follow."""
-    state, bad = setup.init_state(), run.BadClips(setup.stage.data.max_unreadable)
-    found = store.latest.restore(abstract(saved(state)))
+    state, unreadable = setup.init_state(), run.UnreadableClips(setup.stage.data.max_unreadable)
+    restored = store.latest.restore(as_abstract(without_frozen(state)))
     batches = setup.batches
-    if found:
-        done, kept, data = found
-        base = {restore.BASE: data[restore.BASE]} if restore.BASE in data else {}
+    if restored:
+        done, kept, data = restored
+        base = {restore.BASE_KEY: data[restore.BASE_KEY]} if restore.BASE_KEY in data else {}
         frozen = _initialize(context, setup, state, base)[0].frozen if base else ()
-        bad.reasons.update(data["bad"])
-        position = _Position(replace(kept, frozen=frozen), done, bad, base)
-        batches = replace(batches, since=Stand.of(data["stand"]))
+        unreadable.reasons.update(data["bad"])
+        position = _Position(replace(kept, frozen=frozen), done, unreadable, base)
+        batches = replace(batches, start_state=PlanState.from_json(data["stand"]))
     else:
-        state = codebook.fitted(state, setup.stage, batches)
+        state = codebook.fit_codebook(state, setup.stage, batches)
         state, base = _initialize(context, setup, state, {})
-        position = _Position(state, 0, bad, base)
-    store.best.forget_after(position.done)
+        position = _Position(state, 0, unreadable, base)
+    store.best.delete_after(position.done)
     stages = list(context.experiment.stages)
     later = tuple(stages[stages.index(setup.name) + 1 :])
-    context.log.cut(setup.name, position.done, later)
+    context.log.truncate(setup.name, position.done, later)
     return position, batches
 
 
@@ -182,22 +192,24 @@ def _initialize(
             "an earlier stage."
         )
     if folder is None:
-        return pretrained.begun(state, setup.stage), {}
+        return pretrained.with_stem_weights(state, setup.stage), {}
     reference = base
     if tuning.method != "full":
-        here = run.checkpoint_folder(context.workdir, name)
-        reference = base or {restore.BASE: restore.reference(folder, here, tuning)}
-        folder = restore.base_folder(here, reference[restore.BASE])
-    start, sentence = restore.from_checkpoint(partition.base(state.params, state.frozen), folder)
-    say(f"{name}: {'builds on' if base else 'loaded'} {sentence}")
-    params, frozen = partition.rebased(state.params, state.frozen, start)
+        own_folder = run.checkpoint_folder(context.workdir, name)
+        reference = base or {restore.BASE_KEY: restore.reference(folder, own_folder, tuning)}
+        folder = restore.base_folder(own_folder, reference[restore.BASE_KEY])
+    start, summary = restore.from_checkpoint(
+        partition.base_params(state.params, state.frozen), folder
+    )
+    log_info(f"{name}: {'builds on' if base else 'loaded'} {summary}")
+    params, frozen = partition.replace_values(state.params, state.frozen, start)
     average = jax.tree.map(lambda x: x.copy(), params) if setup.stage.spec.ema_decay else ()
     return replace(state, params=params, average=average, frozen=frozen), reference
 
 
 def _announce(setup: Setup, position: _Position) -> None:
     tuning, state = setup.stage.spec.finetune, position.state
-    trained = partition.training(tuning, state.params)
+    trained = partition.count_trainable(tuning, state.params)
     total = tree.count((state.params, state.frozen))
     part = f" ({trained / 1e6:.3g} M trainable: {tuning.method})" if trained < total else ""
     measured = {"val": setup.val} if setup.val else {}
@@ -205,13 +217,13 @@ def _announce(setup: Setup, position: _Position) -> None:
         splits = setup.stage.experiment.eval.splits
         measured |= {split: setup.open(split) for split in splits if split != "val"}
     counts = ", ".join(f"{len(source)} of {split}" for split, source in measured.items())
-    say(
+    log_info(
         f"{setup.name}: {setup.clips} clips to train on"
         + (f", {counts} to measure" if counts else "")
         + (f", {len(setup.stage.classes)} classes" if setup.stage.classes else "")
     )
-    per_step = setup.batches.plan.seen(setup.steps) / setup.steps
-    say(
+    per_step = setup.batches.plan.clips_before(setup.steps) / setup.steps
+    log_info(
         f"{setup.name}: {total / 1e6:.2f} M parameters{part}, {setup.clips} clips, {setup.steps} "
         f"steps of {per_step:.4g} clips"
         + (f", continuing at step {position.done}" if position.done else "")
@@ -227,14 +239,14 @@ class _Loop:
         setup: Setup,
         store: _Store,
         position: _Position,
-        batches: pipeline.Batches,
+        batches: pipeline.TrainBatches,
     ) -> None:
         self.context, self.setup, self.store = context, setup, store
         self.position, self.batches = position, batches
         experiment, stage = context.experiment, setup.stage
-        self.finite = Finite(context.workdir, setup.name, experiment.on_nan, self._clip_names)
-        peak = peak_of(experiment.log.peak_flops, experiment.model_of(stage.spec).dtype)
-        self.gauge = Gauge(setup.operations, peak, stage.reader[1])
+        self.finite = NanGuard(context.workdir, setup.name, experiment.on_nan, self._clip_names)
+        peak = peak_flops(experiment.log.peak_flops, experiment.model_of(stage.spec).dtype)
+        self.gauge = StepTimer(setup.operations, peak, stage.process_slice[1])
         # (step, metrics) in flight: read one step late, so that the device never waits
         self.pending: tuple[int, Any] | None = None
 
@@ -246,28 +258,28 @@ class _Loop:
             self._measure()  # a stop interrupted the evaluation
         if self._is_patience_over():
             return
-        stream = pipeline.read(self.batches, position.done, setup.steps, setup.stage.data)
+        stream = pipeline.read_batches(self.batches, position.done, setup.steps, setup.stage.data)
         progress = Progress(setup.name, setup.steps, position.done)
-        trace = Trace(context.workdir, experiment.profile_steps)
-        compilations = Compilations(setup.name, setup.step)
+        trace = Profiler(context.workdir, experiment.profile_steps)
+        compilations = RecompileWarning(setup.name, setup.step)
         loss = None  # of the most recently started step
-        self.gauge.begin()
+        self.gauge.reset()
         try:
             while position.done < setup.steps and not self._is_patience_over():
-                with self.gauge.spent("data", unless=partial(_is_running, loss)):
+                with self.gauge.measure_time("data", skip_if=partial(_is_running, loss)):
                     loaded = self._next(stream)
-                position.bad.note(loaded)
-                trace.before(position.done + 1)
-                batch = sharding.put(loaded.batch, context.mesh)
+                position.bad.record(loaded)
+                trace.before_step(position.done + 1)
+                batch = sharding.shard_batch(loaded.batch, context.mesh)
                 position.state, metrics = setup.step(position.state, batch)
                 position.done += 1
                 loss = metrics["loss"]
                 compilations.check(position.done)
                 self.finite.check()  # of the previous step
-                self.finite.note(position.done, metrics.pop("finite"))
+                self.finite.record(position.done, metrics.pop("finite"))
                 note = self._flush()
-                self.gauge.add(loaded.batch)
-                trace.after(position.done, loss)
+                self.gauge.add_batch(loaded.batch)
+                trace.after_step(position.done, loss)
                 last = position.done == setup.steps
                 if position.done % experiment.log.every_steps == 0 or last:
                     self.pending = (position.done, metrics)
@@ -284,21 +296,23 @@ class _Loop:
             progress.close()
             trace.stop(loss)
 
-    def _next(self, stream: Iterator[pipeline.Loaded]) -> pipeline.Loaded:
+    def _next(self, stream: Iterator[pipeline.LoadedBatch]) -> pipeline.LoadedBatch:
         try:
             return next(stream)
         except UserError:  # a decoding worker was killed: save the training done so far
-            if not cluster.several():  # other processes do not know, and saving needs all of them
+            if (
+                not cluster.is_multiprocess()
+            ):  # other processes do not know, and saving needs all of them
                 self.save()
             raise
 
     def _stop_if_told(self) -> None:
         """Saves and raises Stopped if a stop was requested."""
-        if self.context.must_stop():
+        if self.context.should_stop():
             self.save()
             self.store.latest.finish()
             raise Stopped(
-                f"{self.context.asked}: {self.setup.name} is saved at step "
+                f"{self.context.stop_signal}: {self.setup.name} is saved at step "
                 f"{self.position.done} of {self.setup.steps}; the same command continues from "
                 "there."
             )
@@ -311,29 +325,31 @@ class _Loop:
         setup, log = self.setup, self.context.log
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         values["learning_rate"] = float(
-            optim.schedule(setup.stage.spec.optim, setup.steps)(step - 1)
+            optim.learning_rate_schedule(setup.stage.spec.optim, setup.steps)(step - 1)
         )
         log.write(setup.name, step, "train", values)
-        log.time(setup.name, step, self.gauge.figures())
+        log.write_timing(setup.name, step, self.gauge.summarize())
         return f"loss {values['loss']:.4f}"
 
     def _clip_names(self, step: int) -> list[str]:
-        return [self.setup.source[number].name for number in self.batches.clips(step - 1)]
+        return [self.setup.source[number].name for number in self.batches.clip_indices(step - 1)]
 
     def save(self) -> None:
         """Saves the state, which is finite, and all that is needed to resume from it."""
         self.finite.check()
         self._flush()
-        with self.gauge.spent("save"):
+        with self.gauge.measure_time("save"):
             # evaluate first: a run resumed from this step does not repeat that evaluation
             self.store.best.finish()
-            self.store.latest.save(self.position.done, saved(self.position.state), self._data())
+            self.store.latest.save(
+                self.position.done, without_frozen(self.position.state), self._data()
+            )
 
     def _data(self) -> dict[str, Any]:
         return {
-            "stand": self.batches.plan.stand(self.position.done),
+            "stand": self.batches.plan.data_state(self.position.done),
             "seed": self.context.experiment.seed,
-            "bad": self.position.bad.all(),
+            "bad": self.position.bad.gather_all(),
             "classes": list(self.setup.stage.classes),
             **self.position.base,
         }
@@ -346,31 +362,31 @@ class _Loop:
         return step == self.setup.steps or step % self.setup.val_every == 0
 
     def _is_measured(self, step: int) -> bool:
-        lines = self.context.log.lines(self.setup.name, "val")
+        lines = self.context.log.read_metrics(self.setup.name, "val")
         return any(line["step"] == step for line in lines)
 
     def _measure(self) -> None:
-        with self.gauge.spent("measure"):
+        with self.gauge.measure_time("measure"):
             self._measure_now()
 
     def _measure_now(self) -> None:
         setup, position = self.setup, self.position
-        views = setup.stage.views(setup.val, setup.stage.spec.batch_size)
+        views = setup.stage.eval_batches(setup.val, setup.stage.spec.batch_size)
         params = setup.eval_params(position.state)
-        values = eval.metrics_of(setup.measure, params, views, self.context.mesh, self.watch)
+        values = eval.evaluate_metrics(setup.measure, params, views, self.context.mesh, self.watch)
         self.context.log.write(setup.name, position.done, "val", values)
         if self.selected() and self._best_step() == position.done:
-            self.store.best.save(position.done, saved(position.state), self._data())
+            self.store.best.save(position.done, without_frozen(position.state), self._data())
 
-    def watch(self, loaded: pipeline.Loaded) -> None:
+    def watch(self, loaded: pipeline.LoadedBatch) -> None:
         """Records unreadable clips during evaluation, and stops on request."""
-        self.position.bad.note(loaded)
+        self.position.bad.record(loaded)
         self._stop_if_told()
 
     def selected(self) -> list[tuple[float, int]]:
         """(value, step) of every evaluation of the selected metric; larger is better."""
         spec = self.setup.stage.spec
-        lines = self.context.log.lines(self.setup.name, "val") if spec.best_metric else []
+        lines = self.context.log.read_metrics(self.setup.name, "val") if spec.best_metric else []
         sign = 1.0 if spec.best_mode == "max" else -1.0
         return [(sign * float(line[spec.best_metric]), line["step"]) for line in lines]
 
@@ -383,7 +399,7 @@ class _Loop:
             return False
         if sum(step > self._best_step() for _, step in values) < spec.early_stopping_patience:
             return False
-        say(
+        log_info(
             f"{self.setup.name}: {spec.best_metric} has not improved in "
             f"{spec.early_stopping_patience} evaluations, stopping at step "
             f"{self.position.done}"
@@ -403,27 +419,29 @@ def _write_figures(loop: _Loop, seconds: float) -> None:
     """Evaluates the result on the splits of config.eval and writes results.json."""
     context, setup, position = loop.context, loop.setup, loop.position
     name, state, stage = setup.name, position.state, setup.stage
-    last = {split: context.log.lines(name, split)[-1:] for split in ("train", "val")}
-    figures: dict[str, Any] = {split: _figures(lines[0]) for split, lines in last.items() if lines}
+    last = {split: context.log.read_metrics(name, split)[-1:] for split in ("train", "val")}
+    figures: dict[str, Any] = {
+        split: _metric_values(lines[0]) for split, lines in last.items() if lines
+    }
     figures["train"] = figures.get("train", {}) | {
         "steps": position.done,
         "wall_seconds": round(seconds, 1),
-        "clips_seen": setup.batches.plan.seen(position.done),
+        "clips_seen": setup.batches.plan.clips_before(position.done),
         "num_clips": setup.clips,
-        "num_params": tree.count(partition.base(state.params, state.frozen)),
-        "num_trainable_params": partition.training(stage.spec.finetune, state.params),
-        "num_saved_params": tree.count(saved(state).best_params),
+        "num_params": tree.count(partition.base_params(state.params, state.frozen)),
+        "num_trainable_params": partition.count_trainable(stage.spec.finetune, state.params),
+        "num_saved_params": tree.count(without_frozen(state).eval_params),
         "compilations": setup.step._cache_size(),
         **_costs(context, setup, position.done),
     }
     if "classify" in stage.spec.objectives:
         params = _result_params(loop)
         for split in context.experiment.eval.splits:
-            found = classify(
+            classification = evaluate_classification(
                 stage, params, setup.open(split), context, f"{name}_{split}", loop.watch
             )
-            figures[split] = figures.get(split, {}) | found
-    run.add_results(context.workdir, name, figures, position.bad.all())
+            figures[split] = figures.get(split, {}) | classification
+    run.add_results(context.workdir, name, figures, position.bad.gather_all())
     # the other processes read what the first one has written
     cluster.barrier(f"{name} is done")
 
@@ -432,7 +450,7 @@ def _costs(context: Context, setup: Setup, done: int) -> dict[str, float]:
     """Training costs: timings are medians over the whole run, resumed or not; FLOPs follow from
     shapes.
     """
-    lines = context.log.timings(setup.name)
+    lines = context.log.read_timings(setup.name)
     if not lines:
         return {}
     columns = {
@@ -450,30 +468,39 @@ def _costs(context: Context, setup: Setup, done: int) -> dict[str, float]:
         "train_seconds": medians.pop("seconds_per_step") * done,
         **medians,
         "particles_per_clip": float(np.mean([line["particles_per_clip"] for line in lines])),
-        "flops_per_clip": setup.operations() * done / max(setup.batches.plan.seen(done), 1),
+        "flops_per_clip": setup.operations() * done / max(setup.batches.plan.clips_before(done), 1),
     }
 
 
 def _result_params(loop: _Loop) -> Any:
     """The parameters of the stage's result: the best if a metric is selected, else the last."""
     setup, state = loop.setup, loop.position.state
-    found = loop.store.best.restore(abstract(saved(state))) if loop.selected() else None
-    return setup.eval_params(replace(found[1], frozen=state.frozen) if found else state)
+    restored = (
+        loop.store.best.restore(as_abstract(without_frozen(state))) if loop.selected() else None
+    )
+    return setup.eval_params(replace(restored[1], frozen=state.frozen) if restored else state)
 
 
-def classify(
+def evaluate_classification(
     stage: run.Stage,
     params: Any,
     source: sources.Source,
     context: Context,
     name: str,
-    watch: eval.Watch,
+    on_batch: eval.BatchCallback,
 ) -> dict[str, Any]:
     """Metrics over all views of a source; writes class probabilities to predictions_NAME.csv."""
     path = context.workdir / (f"predictions_{name}.csv" if name else "predictions.csv")
     spec = context.experiment.eval
     return score(
-        stage, params, source, context.mesh, spec, watch, name, path if cluster.first() else None
+        stage,
+        params,
+        source,
+        context.mesh,
+        spec,
+        on_batch,
+        name,
+        path if cluster.is_primary() else None,
     )
 
 
@@ -483,22 +510,24 @@ def score(
     source: sources.Source,
     mesh: Mesh,
     spec: EvalSpec,
-    watch: eval.Watch,
+    watch: eval.BatchCallback,
     name: str,
     path: Path | None,
 ) -> dict[str, Any]:
-    """Like `classify`, with the CSV at `path` (None: no CSV)."""
+    """Like `evaluate_classification`, with the CSV at `path` (None: no CSV)."""
     sharding.check_rows(spec.batch_size, mesh, "config.eval.batch_size")
-    views = stage.views(source, spec.batch_size, spec.views, spec.scale)
-    predict = eval.jit_predict(stage.model, mesh, stage.targets.answers)
-    numbers, found = eval.probabilities(predict, params, views, mesh, watch, f"evaluate {name}")
-    records = [source[int(n)] for n in numbers]
+    views = stage.eval_batches(source, spec.batch_size, spec.views, spec.scale)
+    predict = eval.jit_predict(stage.model, mesh, stage.targets.activate)
+    clip_indices, probs = eval.predict_probabilities(
+        predict, params, views, mesh, watch, f"evaluate {name}"
+    )
+    records = [source[int(index)] for index in clip_indices]
     label = np.array([record.label for record in records], int)
     names = [record.name for record in records]
-    return predictions.score(stage.targets, path, names, label, found, stage.classes)
+    return predictions.score_predictions(stage.targets, path, names, label, probs, stage.classes)
 
 
-def figures_of(experiment: Experiment, name: str) -> dict[str, tuple[str, ...]]:
+def expected_metrics(experiment: Experiment, name: str) -> dict[str, tuple[str, ...]]:
     """Names of the metrics that a stage will write to results.json, by split, known before it runs.
 
     The `train` split holds step metrics and costs; () means any name.
@@ -506,16 +535,16 @@ def figures_of(experiment: Experiment, name: str) -> dict[str, tuple[str, ...]]:
     spec = experiment.stages[name]
     data = experiment.data_of(spec)
     source = sources.open_source(data.source, data.split, data.cache_dir)
-    stage = run.build(experiment, name, source.classes)
-    found: dict[str, tuple[str, ...]] = {"train": ()}
+    stage = run.build_stage(experiment, name, source.classes)
+    names: dict[str, tuple[str, ...]] = {"train": ()}
     if spec.val_split:
-        found[spec.val_split] = found["val"] = eval.metric_names(stage)
+        names[spec.val_split] = names["val"] = eval.metric_names(stage)
     if "classify" in spec.objectives:
         for split in experiment.eval.splits:
-            scored = predictions.FIGURES[stage.targets.loss]
-            found[split] = (*found.get(split, ()), *scored)
-    return found
+            classification_names = predictions.METRIC_NAMES[stage.targets.loss]
+            names[split] = (*names.get(split, ()), *classification_names)
+    return names
 
 
-def _figures(line: dict[str, Any]) -> dict[str, Any]:
+def _metric_values(line: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in line.items() if key not in ("stage", "split", "step")}

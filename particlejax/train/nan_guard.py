@@ -9,63 +9,71 @@ from typing import Any
 from particlejax.core import io
 from particlejax.core.typing import UserError
 from particlejax.distributed import cluster
-from particlejax.train.log import say
+from particlejax.train.log import log_info
 
-_IN_A_ROW = 20  # consecutive skipped steps after which the run stops
+_MAX_CONSECUTIVE = 20  # consecutive skipped steps after which the run stops
 
 
 @dataclass
-class Finite:
+class NanGuard:
     """Checks every step one step late, so that the device never waits.
 
-    clips: step (from 1) -> names of its clips in all processes, written to nan/STAGE_STEP.json.
+    clip_names: step (from 1) -> names of its clips in all processes, written to
+    nan/STAGE_STEP.json.
     """
 
     workdir: Path
     stage: str
     on_nan: str
-    clips: Callable[[int], list[str]]
-    waiting: tuple[int, Any] | None = None
-    in_a_row: int = field(init=False, default=0)
+    clip_names: Callable[[int], list[str]]
+    pending: tuple[int, Any] | None = None
+    num_consecutive: int = field(init=False, default=0)
 
-    def note(self, step: int, finite: Any) -> None:
+    def record(self, step: int, finite: Any) -> None:
         """Stores the 'finite' flag (on the device) of a step that was started."""
-        self.waiting = (step, finite)
+        self.pending = (step, finite)
 
     def check(self) -> None:
         """Waits for the stored step. Raises UserError if it is not finite and the run must stop."""
-        if self.waiting is None:
+        if self.pending is None:
             return
-        (step, finite), self.waiting = self.waiting, None
+        (step, finite), self.pending = self.pending, None
         if bool(finite):
-            self.in_a_row = 0
+            self.num_consecutive = 0
             return
-        self.in_a_row += 1
+        self.num_consecutive += 1
         path = self._write(step)
-        what = (
+        problem = (
             f"{self.stage}: NaN or Inf in the loss at step {step}, or in its gradient or "
             f"parameters; the batch's clips are listed in {path}"
         )
-        if self.on_nan == "skip" and self.in_a_row < _IN_A_ROW:
-            say(f"{what}. The step is skipped.")
+        if self.on_nan == "skip" and self.num_consecutive < _MAX_CONSECUTIVE:
+            log_info(f"{problem}. The step is skipped.")
             return
-        again = (
+        remedy = (
             f"check these clips, lower config.stages.{self.stage}.optim.learning_rate or set "
             "optim.grad_clip_norm in a new --workdir"
         )
         if self.on_nan == "skip":
-            raise UserError(f"{what}. This happened in {self.in_a_row} consecutive steps: {again}.")
+            raise UserError(
+                f"{problem}. This happened in {self.num_consecutive} consecutive steps: {remedy}."
+            )
         raise UserError(
-            f"{what}. To fix it, {again}, or set --config.on_nan=skip to skip such steps; "
+            f"{problem}. To fix it, {remedy}, or set --config.on_nan=skip to skip such steps; "
             "otherwise the same command replays the step from the last checkpoint."
         )
 
     def _write(self, step: int) -> Path:
         path = self.workdir / "nan" / f"{self.stage}_{step}.json"
-        if cluster.first():
+        if cluster.is_primary():
             path.parent.mkdir(exist_ok=True)
             io.write_json(
                 path,
-                {"stage": self.stage, "step": step, "batch": step - 1, "clips": self.clips(step)},
+                {
+                    "stage": self.stage,
+                    "step": step,
+                    "batch": step - 1,
+                    "clips": self.clip_names(step),
+                },
             )
         return path

@@ -16,17 +16,19 @@ from particlejax.core.typing import Array, Params
 
 # No weight decay for norms, biases and single vectors, whose scale does not limit capacity
 # (arXiv:1706.05350), nor for statistics (mean, var) and codebook centers, which are fixed.
-_STACKED = re.compile(r"(^|/)encoder/transformer/(blocks|tuned)/")  # [blocks from the bottom, ...]
-_BELOW = re.compile(r"(^|/)encoder/(?!transformer/)")  # the embedding layers
-_SPARED = re.compile(r"(^|/)(bias|scale|token|log_sharpness|centres|mean|var)$")
+_BLOCK_PARAMS = re.compile(
+    r"(^|/)encoder/transformer/(blocks|tuned)/"
+)  # [blocks from the bottom, ...]
+_BELOW_BLOCKS = re.compile(r"(^|/)encoder/(?!transformer/)")  # the embedding layers
+_NO_DECAY = re.compile(r"(^|/)(bias|scale|token|log_sharpness|centres|mean|var)$")
 
 
 def decay_mask(params: Params) -> Params:
     """Mask of the parameters with weight decay, a tree of bool."""
-    return tree.map_named(lambda name, leaf: not _SPARED.search(name), params)
+    return tree.map_named(lambda name, leaf: not _NO_DECAY.search(name), params)
 
 
-def schedule(spec: OptimSpec, steps: int) -> optax.Schedule:
+def learning_rate_schedule(spec: OptimSpec, steps: int) -> optax.Schedule:
     """Linear warm-up over the first share of the steps, then a cosine to `final` of the peak."""
     steps = spec.schedule_steps or steps
     warmup = round(spec.warmup_ratio * steps)
@@ -54,43 +56,53 @@ def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
     def update(updates: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
         flat = in_order(updates)
         clipped, state = clip.update(list(flat.values()), state, params)
-        found = dict(zip(flat, clipped, strict=True))
-        return tree.map_named(lambda name, _: found[name], updates), state
+        clipped_by_path = dict(zip(flat, clipped, strict=True))
+        return tree.map_named(lambda name, _: clipped_by_path[name], updates), state
 
     return optax.GradientTransformation(clip.init, update)
 
 
-def build(
-    spec: OptimSpec, steps: int, after: optax.GradientTransformation | None = None, freeze: str = ""
+def build_optimizer(
+    spec: OptimSpec,
+    steps: int,
+    final_transform: optax.GradientTransformation | None = None,
+    freeze: str = "",
 ) -> optax.GradientTransformation:
     """Gradient clipping, then AdamW or SGD with decoupled weight decay over `steps` steps, then
-    `after`.
+    `final_transform`.
 
     freeze: regular expression of paths with zero updates and no optimizer moments; '': none.
     """
-    rate = schedule(spec, steps)
+    rate = learning_rate_schedule(spec, steps)
     clip = clip_by_global_norm(spec.grad_clip_norm) if spec.grad_clip_norm else optax.identity()
     decay = optax.add_decayed_weights(spec.weight_decay, decay_mask)
-    direction = (
+    update_rule = (
         optax.trace(spec.momentum) if spec.name == "sgd" else optax.scale_by_adam(spec.b1, spec.b2)
     )
     chain = optax.chain(
-        clip, direction, decay, optax.scale_by_learning_rate(rate), *([after] if after else [])
+        clip,
+        update_rule,
+        decay,
+        optax.scale_by_learning_rate(rate),
+        *([final_transform] if final_transform else []),
     )
     if not freeze:
         return chain
 
-    def named(wanted: bool) -> Callable[[Params], Params]:
+    def match_freeze(frozen: bool) -> Callable[[Params], Params]:
         return lambda params: tree.map_named(
-            lambda name, _: bool(re.search(freeze, name)) == wanted, params
+            lambda name, _: bool(re.search(freeze, name)) == frozen, params
         )
 
     return optax.chain(
-        optax.masked(chain, named(False)), optax.masked(optax.set_to_zero(), named(True))
+        optax.masked(chain, match_freeze(False)),
+        optax.masked(optax.set_to_zero(), match_freeze(True)),
     )
 
 
-def layered(tune: FinetuneSpec, depth: int, steps: int) -> optax.GradientTransformation | None:
+def layerwise_decay(
+    tune: FinetuneSpec, depth: int, steps: int
+) -> optax.GradientTransformation | None:
     """Scales updates per layer: layer decay (arXiv:2106.08254) and gradual unfreezing
     (arXiv:1801.06146).
 
@@ -100,21 +112,23 @@ def layered(tune: FinetuneSpec, depth: int, steps: int) -> optax.GradientTransfo
     """
     if tune.layer_decay == 1 and not tune.gradual_unfreeze_fraction:
         return None
-    under = jnp.arange(depth, 0, -1)  # number of layers above each block, including the head
+    layers_above = jnp.arange(depth, 0, -1)  # number of layers above each block, including the head
 
-    def factor(number: Array, step: Array) -> Array:
-        begins = jnp.ceil(tune.gradual_unfreeze_fraction * steps * number / (depth + 1))
-        return jnp.where(step >= begins, tune.layer_decay ** number.astype(jnp.float32), 0.0)
+    def factor(layer: Array, step: Array) -> Array:
+        start_step = jnp.ceil(tune.gradual_unfreeze_fraction * steps * layer / (depth + 1))
+        return jnp.where(step >= start_step, tune.layer_decay ** layer.astype(jnp.float32), 0.0)
 
     def update(updates: Params, step: Array, params: Params | None = None) -> tuple[Params, Array]:
         del params
 
-        def scaled(name: str, leaf: Array) -> Array:
-            if _STACKED.search(name):
-                return leaf * factor(under, step).reshape(depth, *(1,) * (leaf.ndim - 1))
-            return leaf * factor(jnp.asarray(depth + 1), step) if _BELOW.search(name) else leaf
+        def scale_leaf(name: str, leaf: Array) -> Array:
+            if _BLOCK_PARAMS.search(name):
+                return leaf * factor(layers_above, step).reshape(depth, *(1,) * (leaf.ndim - 1))
+            return (
+                leaf * factor(jnp.asarray(depth + 1), step) if _BELOW_BLOCKS.search(name) else leaf
+            )
 
-        return tree.map_named(scaled, updates), step + 1
+        return tree.map_named(scale_leaf, updates), step + 1
 
     def init(params: Params) -> Any:
         del params

@@ -12,23 +12,23 @@ from typing import Any
 import numpy as np
 from sklearn import metrics
 
-from particlejax.objectives.label_targets import SEVERAL, Targets
+from particlejax.objectives.label_targets import MULTI_LABEL_SEPARATOR, Targets
 from particlejax.train import classification_metrics
 
-# metrics that `score` returns for labeled clips, by the loss of the head
-FIGURES = {
+# metrics that `score_predictions` returns for labeled clips, by the loss of the head
+METRIC_NAMES = {
     "softmax": ("top1", "top5", "mean_class_accuracy", "ece", "chance", "num_clips"),
     "sigmoid": ("num_clips", "mAP", "f1_micro", "f1_macro", "exact_match"),
     "regression": ("num_clips", "mae", "rmse", "r2"),
 }
 
 
-def score(
+def score_predictions(
     targets: Targets,
     path: Path | None,
     names: Sequence[str],
     label: np.ndarray,
-    answers: np.ndarray,
+    outputs: np.ndarray,
     classes: tuple[str, ...],
 ) -> dict[str, Any]:
     """Metrics of outputs float [N, O] for labels int [N] (-1: unlabeled); writes one CSV line per
@@ -36,65 +36,69 @@ def score(
     """
     if targets.loss == "softmax":
         if path is not None:
-            classification_metrics.write_predictions(path, names, label, answers, classes)
-        return classification_metrics.scores(answers, label, classes)
+            classification_metrics.write_predictions(path, names, label, outputs, classes)
+        return classification_metrics.compute_metrics(outputs, label, classes)
     if path is not None:
-        _write(targets, path, names, [classes[n] if n >= 0 else "" for n in label], answers)
-    known = np.asarray(label) >= 0
-    if not known.any():
+        _write(targets, path, names, [classes[n] if n >= 0 else "" for n in label], outputs)
+    labeled = np.asarray(label) >= 0
+    if not labeled.any():
         return {"num_clips": 0}
-    table = targets.table[np.asarray(label)[known]]
+    table = targets.table[np.asarray(label)[labeled]]
     if targets.loss == "sigmoid":
-        return several(answers[known], table > 0.5, targets.names)
-    return numbers(answers[known, 0], table[:, 0] * targets.spread + targets.middle)
+        return multilabel_metrics(outputs[labeled], table > 0.5, targets.names)
+    return regression_metrics(outputs[labeled, 0], table[:, 0] * targets.std + targets.mean)
 
 
-def several(probabilities: np.ndarray, true: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+def multilabel_metrics(
+    probabilities: np.ndarray, target: np.ndarray, names: Sequence[str]
+) -> dict[str, Any]:
     """Multi-label metrics of [N, O]: mean average precision (over classes that occur), F1 at
     threshold 0.5, exact match.
     """
-    said, occurs = probabilities > 0.5, true.any(axis=0)
+    predicted, occurs = probabilities > 0.5, target.any(axis=0)
     precision = {
-        name: float(metrics.average_precision_score(true[:, i], probabilities[:, i]))
+        name: float(metrics.average_precision_score(target[:, i], probabilities[:, i]))
         for i, name in enumerate(names)
         if occurs[i]
     }
     return {
-        "num_clips": len(true),
+        "num_clips": len(target),
         "mAP": float(np.mean(list(precision.values()))) if precision else 0.0,
-        "f1_micro": float(metrics.f1_score(true, said, average="micro", zero_division=0)),
-        "f1_macro": float(metrics.f1_score(true, said, average="macro", zero_division=0)),
-        "exact_match": float((said == true).all(axis=1).mean()),
+        "f1_micro": float(metrics.f1_score(target, predicted, average="micro", zero_division=0)),
+        "f1_macro": float(metrics.f1_score(target, predicted, average="macro", zero_division=0)),
+        "exact_match": float((predicted == target).all(axis=1).mean()),
         "average_precision": precision,
     }
 
 
-def numbers(found: np.ndarray, true: np.ndarray) -> dict[str, Any]:
+def regression_metrics(predicted: np.ndarray, target: np.ndarray) -> dict[str, Any]:
     """Regression metrics of [N]: mean absolute error, root mean squared error, and R^2."""
-    variance = float(np.var(true))
-    squared = float(np.mean((found - true) ** 2))
+    variance = float(np.var(target))
+    squared = float(np.mean((predicted - target) ** 2))
     return {
-        "num_clips": len(true),
-        "mae": float(np.abs(found - true).mean()),
+        "num_clips": len(target),
+        "mae": float(np.abs(predicted - target).mean()),
         "rmse": squared**0.5,
         "r2": 1 - squared / variance if variance else 0.0,
     }
 
 
 def _write(
-    targets: Targets, path: Path, names: Sequence[str], label: Sequence[str], answers: np.ndarray
+    targets: Targets, path: Path, names: Sequence[str], label: Sequence[str], outputs: np.ndarray
 ) -> None:
     rows = []
-    for name, true, each in zip(names, label, answers, strict=True):
+    for name, target, output in zip(names, label, outputs, strict=True):
         if targets.loss == "sigmoid":
-            said = SEVERAL.join(one for one, p in zip(targets.names, each, strict=True) if p > 0.5)
-            rows.append([name, true, said, *(f"{p:.6g}" for p in each)])
+            predicted = MULTI_LABEL_SEPARATOR.join(
+                class_name for class_name, p in zip(targets.names, output, strict=True) if p > 0.5
+            )
+            rows.append([name, target, predicted, *(f"{p:.6g}" for p in output)])
         else:
-            rows.append([name, true, f"{each[0]:.6g}"])
-    head = [
+            rows.append([name, target, f"{output[0]:.6g}"])
+    header = [
         "path",
         "label",
         "predicted",
         *(f"p:{name}" for name in targets.names if targets.loss == "sigmoid"),
     ]
-    classification_metrics.write_table(path, head, rows)
+    classification_metrics.write_table(path, header, rows)

@@ -13,13 +13,13 @@ from particlejax.models import cnn_stem
 from particlejax.models.zoo import backbones
 from particlejax.models.zoo.convert import formats, names, packages
 from particlejax.train import stage as run
-from particlejax.train.log import say
+from particlejax.train.log import log_info
 from particlejax.train.train_state import TrainState
 
 _AS_PUBLISHED = ImportSpec()
 
 
-def read(
+def load_pretrained(
     source: str, model: str, spec: ImportSpec = _AS_PUBLISHED
 ) -> tuple[backbones.Backbone, Params, names.Names, names.Report]:
     """A backbone with the parameters from a file or folder; missing ones are left as shapes.
@@ -27,24 +27,26 @@ def read(
     spec: num_classes, sizes and grid; unset values are as published. Raises UserError if the
     weights do not fit.
     """
-    found = backbones.find(model)
+    published = backbones.find_backbone(model)
     arrays = formats.read(source)
-    backbone = backbones.build(found, spec.num_classes, spec.num_frames, spec.image_size)
+    backbone = backbones.build_backbone(
+        published, spec.num_classes, spec.num_frames, spec.image_size
+    )
     shapes = backbones.parameter_shapes(backbone)
-    known = names.names_of(found.kind, shapes, backbones.grids(backbone))
-    classes = spec.num_classes or names.head_classes(arrays, known)
+    name_map = names.names_of(published.kind, shapes, backbones.position_grids(backbone))
+    classes = spec.num_classes or names.head_classes(arrays, name_map)
     if classes != getattr(backbone.spec.net, "classes", 0):
-        backbone = backbones.build(found, classes, spec.num_frames, spec.image_size)
+        backbone = backbones.build_backbone(published, classes, spec.num_frames, spec.image_size)
         shapes = backbones.parameter_shapes(backbone)
-    params, report = names.import_params(shapes, arrays, known, spec.source_grid)
-    before = formats.said_beside(source)
-    report.cast.update(before.get("cast", {}))
-    report.counters.update(before.get("counters", {}))
-    report.renamed.update(before.get("renamed", {}))
-    return backbone, params, known, report
+    params, report = names.import_params(shapes, arrays, name_map, spec.source_grid)
+    metadata = formats.saved_metadata(source)
+    report.cast.update(metadata.get("cast", {}))
+    report.counters.update(metadata.get("counters", {}))
+    report.renamed.update(metadata.get("renamed", {}))
+    return backbone, params, name_map, report
 
 
-def begun(state: TrainState, stage: run.Stage) -> TrainState:
+def with_stem_weights(state: TrainState, stage: run.Stage) -> TrainState:
     """The initial state of a stage, with published weights in its stem unless they are random.
 
     Raises UserError if the weights are not found, are incomplete, or expect another normalization.
@@ -52,37 +54,39 @@ def begun(state: TrainState, stage: run.Stage) -> TrainState:
     spec = stage.experiment.model_of(stage.spec).stem
     if not spec.model or spec.weights == "random":
         return state
-    found = backbones.find(spec.model)
-    ours, theirs = (
+    published = backbones.find_backbone(spec.model)
+    run_stats, published_stats = (
         (stage.data.image_mean, stage.data.image_std, stage.data.temporal_mean_scale),
-        (found.mean, found.std, 1.0),
+        (published.mean, published.std, 1.0),
     )
-    if ours != theirs:
+    if run_stats != published_stats:
         raise UserError(
             f"the weights of {spec.model} need config.data.image_mean, image_std and "
-            f"temporal_mean_scale = {theirs}, but they are {ours}: set these values, or "
-            "config.model.stem.weights='random'."
+            f"temporal_mean_scale = {published_stats}, but they are {run_stats}: set these values, "
+            "or config.model.stem.weights='random'."
         )
-    path = spec.weights or str(packages.find(spec.model, "model.stem.weights"))
-    _, params, _, _ = read(path, spec.model)
+    path = spec.weights or str(packages.find_weights(spec.model, "model.stem.weights"))
+    _, params, _, _ = load_pretrained(path, spec.model)
     flat = {
         cnn_stem.PATH + name: leaf
         for name, leaf in tree.flatten(params).items()
         if isinstance(leaf, np.ndarray)
     }
-    own = [name for name in tree.flatten(state.params) if name.startswith(cnn_stem.PATH)]
-    lacking = [name for name in own if name not in flat]
-    if lacking:
+    stem_names = [name for name in tree.flatten(state.params) if name.startswith(cnn_stem.PATH)]
+    missing = [name for name in stem_names if name not in flat]
+    if missing:
         raise UserError(
-            f"{path} lacks {len(lacking)} parameters of {spec.model} "
-            f"({lacking[0].removeprefix(cnn_stem.PATH)}, ...): set config.model.stem.model to "
+            f"{path} lacks {len(missing)} parameters of {spec.model} "
+            f"({missing[0].removeprefix(cnn_stem.PATH)}, ...): set config.model.stem.model to "
             "the model of these weights, or give other weights."
         )
     params = tree.map_named(
-        lambda name, leaf: jax.device_put(flat[name], leaf.sharding) if name in own else leaf,
+        lambda name, leaf: (
+            jax.device_put(flat[name], leaf.sharding) if name in stem_names else leaf
+        ),
         state.params,
     )
-    say(f"{stage.name}: loaded {len(own)} arrays of {spec.model} from {path}")
+    log_info(f"{stage.name}: loaded {len(stem_names)} arrays of {spec.model} from {path}")
     return replace(
         state,
         params=params,

@@ -11,11 +11,11 @@ from particlejax.config.jobs import Job
 from particlejax.core import io
 from particlejax.core.typing import UserError
 from particlejax.distributed import cluster
-from particlejax.train.log import say
+from particlejax.train.log import log_info
 from particlejax.train.stage import CONFIG, RESULTS, read_results
 
 # What may change when a run goes on: measuring, logging and speed, which no parameter depends on.
-_FREE = frozenset(
+_MAY_CHANGE = frozenset(
     {
         "format",
         "num_workers",
@@ -46,7 +46,7 @@ def enter(workdir: Path, experiment: Job) -> Path:
 
     With several processes the first one creates the folder and the others check it.
     """
-    if not cluster.first():
+    if not cluster.is_primary():
         cluster.barrier(f"enter {workdir}")
         if not (workdir / CONFIG).exists():
             raise UserError(
@@ -56,7 +56,7 @@ def enter(workdir: Path, experiment: Job) -> Path:
     try:
         return _enter(workdir, experiment)
     finally:
-        if cluster.first():
+        if cluster.is_primary():
             cluster.barrier(f"enter {workdir}")
 
 
@@ -69,10 +69,10 @@ def _enter(workdir: Path, experiment: Job) -> Path:
         longer = _longer_stages(old, new)
         if changed:
             raise UserError(_refusal(workdir, changed))
-        if old != new and cluster.first():
+        if old != new and cluster.is_primary():
             io.write_json(path, jobs.written(experiment))
         if longer:
-            say(f"{workdir}: {', '.join(longer)} is longer now and goes on from its last step")
+            log_info(f"{workdir}: {', '.join(longer)} is longer now and goes on from its last step")
             _reopen(workdir, longer)
         return workdir
     try:
@@ -82,7 +82,7 @@ def _enter(workdir: Path, experiment: Job) -> Path:
         raise UserError(
             f"workdir {workdir} cannot be written ({error.strerror}): give another --workdir."
         ) from error
-    say(f"workdir: {workdir}")
+    log_info(f"workdir: {workdir}")
     return workdir
 
 
@@ -121,7 +121,7 @@ def _reopen(workdir: Path, names: list[str]) -> None:
     anew. The file of before stays as results.before.json.
     """
     results = read_results(workdir)
-    if not cluster.first() or not any(name in results for name in names):
+    if not cluster.is_primary() or not any(name in results for name in names):
         return
     io.write_json(workdir / "results.before.json", results)
     for name in names:
@@ -129,22 +129,22 @@ def _reopen(workdir: Path, names: list[str]) -> None:
     io.write_json(workdir / RESULTS, results)
 
 
-def _differences(old: Any, new: Any, where: str = "config") -> list[str]:
+def _differences(old: Any, new: Any, key_path: str = "config") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted((old.keys() | new.keys()) - _FREE)
+        keys = sorted((old.keys() | new.keys()) - _MAY_CHANGE)
         longer = any(new.get(key, 0) > old.get(key, 0) for key in _LONGER if key in old)
-        found = [
-            text
+        differences = [
+            difference
             for key in keys
             if not (longer and (key in _LONGER or key == "optim"))
-            for text in _differences(old.get(key), new.get(key), f"{where}.{key}")
+            for difference in _differences(old.get(key), new.get(key), f"{key_path}.{key}")
         ]
         if longer:
             optim = [
                 {k: v for k, v in side["optim"].items() if k != _SCHEDULE} for side in (old, new)
             ]
-            found += _differences(*optim, f"{where}.optim")
-        return found
-    if where.endswith(".ram_cache_gib") and (old > 0) == (new > 0):
+            differences += _differences(*optim, f"{key_path}.optim")
+        return differences
+    if key_path.endswith(".ram_cache_gib") and (old > 0) == (new > 0):
         return []  # results depend on whether clips are cached, not on how many
-    return [] if old == new else [f"{where} was {old!r}, is {new!r}"]
+    return [] if old == new else [f"{key_path} was {old!r}, is {new!r}"]

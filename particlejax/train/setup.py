@@ -20,9 +20,9 @@ from particlejax.train import stage as run
 from particlejax.train.train_state import (
     Step,
     TrainState,
-    abstract,
-    described,
-    initialise,
+    abstract_state,
+    as_abstract,
+    initialize,
     jit_step,
 )
 
@@ -34,7 +34,7 @@ class Setup:
     """A stage with its data, its compiled programs and its length.
 
     batches: from the first step on. step: (state, batch) -> (state, metrics), jitted, state
-    donated. measure: from `eval.jit_measure`. merge: (trained, frozen) -> the model's parameters.
+    donated. measure: from `eval.jit_eval_step`. merge: (trained, frozen) -> the model's parameters.
     shapes: of the state, with shardings.
     """
 
@@ -43,10 +43,10 @@ class Setup:
     source: sources.Source
     val: sources.Source | None
     clips: int  # number of training clips
-    batches: pipeline.Batches
+    batches: pipeline.TrainBatches
     steps: int
     targets: Targets | None
-    program: train_step.Program
+    program: train_step.TrainProgram
     shapes: TrainState
     step: Step
     measure: Any
@@ -66,7 +66,7 @@ class Setup:
         """A fresh state: parameters drawn from the experiment's seed, sharded over the mesh."""
         stage = self.stage
         spec = stage.spec
-        return initialise(
+        return initialize(
             stage.model,
             self.program.optimizer,
             stage.example,
@@ -79,8 +79,8 @@ class Setup:
     def eval_params(self, state: TrainState) -> Params:
         """The model's parameters for evaluation: the EMA if the stage keeps one."""
         if self.stage.spec.finetune.method == "full":
-            return state.best_params
-        return self.merge(state.best_params, state.frozen)
+            return state.eval_params
+        return self.merge(state.eval_params, state.frozen)
 
     def open(self, split: str) -> sources.Source:
         """A split of the stage's source, with labels indexed by the stage's classes."""
@@ -90,21 +90,21 @@ class Setup:
     def operations(self) -> int:
         """Model FLOPs of a step, from shapes; recomputation by remat does not count."""
         stage = self.stage
-        row = pipeline.example(self.batches.plan.schedule.row, 1)
+        row = pipeline.zero_batch(self.batches.plan.schedule.row, 1)
         # called like the step itself, so that it is not traced again
         rows, divided = stage.spec.batch_size, sharding.batch_sharding(self.mesh)
         batch = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=divided), row
         )
-        state = abstract(self.shapes)
+        state = as_abstract(self.shapes)
         if stage.experiment.model_of(stage.spec).remat_policy == "none":
             return flops.count(self.step.trace(state, batch).jaxpr)
         spec = replace(stage.spec, model={**stage.spec.model, "remat": "none"})
         plain_experiment = replace(
             stage.experiment, stages={self.name: spec}, stage_order=(self.name,), init_from=""
         )
-        plain = run.build(plain_experiment, self.name, stage.classes)
-        step = train_step.of(plain, self.targets, self.steps).step
+        plain = run.build_stage(plain_experiment, self.name, stage.classes)
+        step = train_step.build_program(plain, self.targets, self.steps).step
         return flops.count(jax.make_jaxpr(step)(state, batch))
 
 
@@ -117,19 +117,19 @@ def set_up(experiment: Experiment, name: str, mesh: Mesh) -> Setup:
         mesh,
         f"config.stages.{name}.batch_size / accumulate",
     )
-    source = label_subset.limit(
+    source = label_subset.limit_labels(
         sources.open_source(data.source, data.split, data.cache_dir), data, experiment.seed
     )
-    stage = run.build(experiment, name, source.classes, mesh)
-    clips = len(pipeline.chosen_clips(len(source), data.train_fraction))
-    batches = stage.batches(source, math.ceil(clips * spec.num_epochs))
-    steps = spec.num_steps or batches.plan.batches()
-    targets = run.weighted(stage, source)
-    program = train_step.of(stage, targets, steps)
-    shapes = described(
+    stage = run.build_stage(experiment, name, source.classes, mesh)
+    clips = len(pipeline.subset_indices(len(source), data.train_fraction))
+    batches = stage.train_batches(source, math.ceil(clips * spec.num_epochs))
+    steps = spec.num_steps or batches.plan.num_batches()
+    targets = run.class_weighted_targets(stage, source)
+    program = train_step.build_program(stage, targets, steps)
+    shapes = abstract_state(
         stage.model, program.optimizer, stage.example, spec.ema_decay, mesh, spec.finetune
     )
-    found = Setup(
+    setup = Setup(
         stage,
         mesh,
         source,
@@ -141,11 +141,11 @@ def set_up(experiment: Experiment, name: str, mesh: Mesh) -> Setup:
         program,
         shapes,
         jit_step(program.step, shapes, mesh),
-        eval.jit_measure(program.objective, stage.model, mesh),
-        jax.jit(lambda params, frozen: partition.whole(spec.finetune, params, frozen)),
+        eval.jit_eval_step(program.objective, stage.model, mesh),
+        jax.jit(lambda params, frozen: partition.merge(spec.finetune, params, frozen)),
     )
-    _check_measuring(found)
-    return replace(found, val=found.open(spec.val_split) if spec.val_split else None)
+    _check_measuring(setup)
+    return replace(setup, val=setup.open(spec.val_split) if spec.val_split else None)
 
 
 def _check_measuring(setup: Setup) -> None:

@@ -21,15 +21,15 @@ from particlejax.data import clips, label_subset, pipeline, sources
 from particlejax.distributed import checkpoint, cluster, sharding
 from particlejax.finetune import partition, restore
 from particlejax.models import particle_model as models
-from particlejax.models.modality import Payload
+from particlejax.models.modality import ModalitySpec
 from particlejax.objectives import label_targets, registry
 from particlejax.particles.types import Batch
-from particlejax.train.log import say, say_here
+from particlejax.train.log import log_info, log_info_local
 
 CONFIG, RESULTS = "config.json", "results.json"
 # data settings that may differ from those of the training run
-_ASKED = ("split", "cache_dir", "max_unreadable", "num_threads", "num_workers")
-_AS_THERE = {
+_OVERRIDABLE_DATA_KEYS = ("split", "cache_dir", "max_unreadable", "num_threads", "num_workers")
+_INHERITED = {
     "model": ("width", "depth", "num_heads", "distance_bias", "mlp_ratio", "stem"),
     "data": ("image_mean", "image_std", "temporal_mean_scale"),
     "particles": ("patch_size",),
@@ -37,31 +37,33 @@ _AS_THERE = {
 
 
 @dataclass
-class BadClips:
+class UnreadableClips:
     """Unreadable clips so far; more than `limit` of them end the run."""
 
     limit: int
     reasons: dict[str, str] = field(default_factory=dict)
 
-    def note(self, loaded: pipeline.Loaded) -> None:
+    def record(self, loaded: pipeline.LoadedBatch) -> None:
         """Reports each new clip once. Raises UserError past the limit."""
-        for bad in loaded.bad:
-            if bad.name not in self.reasons:
-                self.reasons[bad.name] = bad.reason
-                say_here(f"clip {bad.name} cannot be read ({bad.reason}) and is skipped.")
+        for clip in loaded.unreadable:
+            if clip.name not in self.reasons:
+                self.reasons[clip.name] = clip.reason
+                log_info_local(f"clip {clip.name} cannot be read ({clip.reason}) and is skipped.")
         if len(self.reasons) > self.limit:
-            some = ", ".join(
+            examples = ", ".join(
                 f"{name} ({reason})" for name, reason in list(self.reasons.items())[:3]
             )
             raise UserError(
-                f"{len(self.reasons)} clips cannot be read ({some}, ...), more than "
+                f"{len(self.reasons)} clips cannot be read ({examples}, ...), more than "
                 f"config.data.max_unreadable={self.limit}: repair the data or raise the limit."
             )
 
-    def all(self) -> dict[str, str]:
+    def gather_all(self) -> dict[str, str]:
         """The unreadable clips of all processes; every process must call it."""
         return {
-            path: reason for each in cluster.gather(self.reasons) for path, reason in each.items()
+            path: reason
+            for reasons in cluster.gather_json(self.reasons)
+            for path, reason in reasons.items()
         }
 
 
@@ -80,37 +82,37 @@ class Stage:
     model: models.Model
     example: Batch  # zeros, shaped like a batch of one row
     # (i, n): this process reads the i-th of n parts of each batch's rows
-    reader: tuple[int, int]
+    process_slice: tuple[int, int]
 
-    def views(
+    def eval_batches(
         self,
         source: sources.Source,
         rows: int,
         views: tuple[int, int] = (1, 1),
         scale: ScaleSpec | None = None,
-    ) -> pipeline.Views:
+    ) -> pipeline.EvalBatches:
         """All clips of a source once, for evaluation; `scale` overrides the default scale."""
         data, particles = (scale or ScaleSpec()).applied(self.data, self.particles)
-        return pipeline.Views(
-            source, data, particles, self.experiment.seed, rows, views, *self.reader
+        return pipeline.EvalBatches(
+            source, data, particles, self.experiment.seed, rows, views, *self.process_slice
         )
 
-    def batches(self, source: sources.Source, clips: int) -> pipeline.Batches:
+    def train_batches(self, source: sources.Source, clips: int) -> pipeline.TrainBatches:
         """Training batches of a source with `clips` clips in all; endless if 0."""
-        return pipeline.Batches(
+        return pipeline.TrainBatches(
             source,
             self.data,
             self.particles,
             self.experiment.seed,
             self.spec.batch_size,
-            *self.reader,
+            *self.process_slice,
             self.spec.scale_schedule,
             self.spec.num_steps,
             clips,
         )
 
 
-def build(
+def build_stage(
     experiment: Experiment, name: str, classes: tuple[str, ...], mesh: Mesh | None = None
 ) -> Stage:
     """Builds the stage and its model; without a mesh it reads all rows. Raises UserError if labels
@@ -119,39 +121,39 @@ def build(
     spec = experiment.stages[name]
     data, particles = experiment.data_of(spec), experiment.particles_of(spec)
     _check_directed(data, classes)
-    row = pipeline.row_of(data, particles, spec.scale_schedule)
+    row = pipeline.row_shape(data, particles, spec.scale_schedule)
     registry.check(spec.objectives, row.slots)
-    labelled = registry.classifies(spec.objectives)
-    if labelled and not classes:
+    needs_labels = registry.classifies(spec.objectives)
+    if needs_labels and not classes:
         raise UserError(
             f"stage {name} classifies but {data.source} has no labels: give clips.csv a "
             "column 'label', or put the clips into one folder per class."
         )
-    ids = pipeline.vocabularies(data)
-    bases = {
+    vocabulary_sizes = pipeline.vocabularies(data)
+    patch_sizes = {
         clips.VISION: particles.patch_size,
         clips.AUDIO: (*data.audio.patch_size, 1),
         clips.TIMESERIES: (data.timeseries.patch_length, 1, 1),
     }
     payloads = {
-        modality: Payload(
-            each.size,
-            ids.get(modality, 0),
-            bases.get(modality, ()),
+        modality: ModalitySpec(
+            slot_spec.payload_size,
+            vocabulary_sizes.get(modality, 0),
+            patch_sizes.get(modality, ()),
             clips.pixel_scale(data, particles) if modality == clips.VISION else None,
         )
-        for modality, each in row.slots.items()
+        for modality, slot_spec in row.slots.items()
     }
     _check_objectives(spec, experiment.model_of(spec), f"config.stages.{name}")
-    goal = (
-        label_targets.of(spec.objectives.get("classify", ClassifySpec()), classes)
-        if labelled
+    targets = (
+        label_targets.build_targets(spec.objectives.get("classify", ClassifySpec()), classes)
+        if needs_labels
         else None
     )
     model = models.build(
         experiment.model_of(spec),
         payloads,
-        registry.heads(spec.objectives, len(goal.names) if goal else 0),
+        registry.heads(spec.objectives, len(targets.names) if targets else 0),
         registry.unseen(spec.objectives),
     )
     return Stage(
@@ -161,47 +163,47 @@ def build(
         data,
         particles,
         classes,
-        goal,
+        targets,
         model,
-        pipeline.example(row, 1),
-        sharding.reader(mesh) if mesh else (0, 1),
+        pipeline.zero_batch(row, 1),
+        sharding.process_slice(mesh) if mesh else (0, 1),
     )
 
 
-def _check_objectives(spec: StageSpec, model: ModelSpec, where: str) -> None:
+def _check_objectives(spec: StageSpec, model: ModelSpec, key_path: str) -> None:
     """Raises UserError if an objective's settings would silently have no effect."""
     pseudo, classify = spec.objectives.get("pseudo_label"), spec.objectives.get("classify")
     if pseudo and pseudo.teacher == "ema" and not spec.ema_decay:
         raise UserError(
-            f"{where}.objectives.pseudo_label.teacher is 'ema' but the stage keeps no EMA: "
+            f"{key_path}.objectives.pseudo_label.teacher is 'ema' but the stage keeps no EMA: "
             "set its ema_decay, such as 0.99, or teacher to 'self'."
         )
     if pseudo and classify and classify.loss != "softmax":
         raise UserError(
-            f"{where}.objectives.pseudo_label needs one class per clip but classify.loss is "
+            f"{key_path}.objectives.pseudo_label needs one class per clip but classify.loss is "
             f"{classify.loss!r}: remove one of the two."
         )
     if classify and classify.class_balance_beta and classify.loss != "softmax":
         raise UserError(
-            f"{where}.objectives.classify.class_balance_beta needs loss='softmax' but it is "
+            f"{key_path}.objectives.classify.class_balance_beta needs loss='softmax' but it is "
             f"{classify.loss!r}: set it to 0."
         )
     if classify and classify.rdrop_weight and not (model.dropout or model.drop_path_rate):
         raise UserError(
-            f"{where}.objectives.classify.rdrop_weight compares two dropout samples but there "
+            f"{key_path}.objectives.classify.rdrop_weight compares two dropout samples but there "
             "is no dropout: set config.model.dropout or drop_path_rate, or rdrop_weight to 0."
         )
 
 
-def weighted(stage: Stage, source: sources.Source) -> label_targets.Targets | None:
+def class_weighted_targets(stage: Stage, source: sources.Source) -> label_targets.Targets | None:
     """The stage's targets, weighted by training label frequencies if the spec asks for it."""
     spec = stage.spec.objectives.get("classify")
     if stage.targets is None or spec is None or not spec.class_balance_beta:
         return stage.targets
     label = label_subset.labels(source)[
-        pipeline.chosen_clips(len(source), stage.data.train_fraction)
+        pipeline.subset_indices(len(source), stage.data.train_fraction)
     ]
-    return label_targets.weighted(
+    return label_targets.with_class_weights(
         stage.targets, spec, np.bincount(label[label >= 0], minlength=len(stage.classes))
     )
 
@@ -246,26 +248,27 @@ def find_init(experiment: Experiment, name: str, workdir: Path) -> Path | None:
     return result_folder(run, name)
 
 
-def adopt(experiment: Experiment, said: Collection[str] = ()) -> Experiment:
+def inherit_settings(experiment: Experiment, overridden: Collection[str] = ()) -> Experiment:
     """The experiment with the payload and encoder settings of the run that `init_from` names.
 
-    said: settings given explicitly, such as 'model.width', which are kept.
+    overridden: settings given explicitly, such as 'model.width', which are kept.
     """
     if not experiment.init_from:
         return experiment
     run, _ = split_run(experiment.init_from)
-    there, changed = read_experiment(run), []
-    for section, names in _AS_THERE.items():
-        ours, theirs = getattr(experiment, section), getattr(there, section)
+    source_experiment, changed = read_experiment(run), []
+    for section, names in _INHERITED.items():
+        current, source = getattr(experiment, section), getattr(source_experiment, section)
         new = {
-            name: getattr(theirs, name)
+            name: getattr(source, name)
             for name in names
-            if getattr(theirs, name) != getattr(ours, name) and f"{section}.{name}" not in said
+            if getattr(source, name) != getattr(current, name)
+            and f"{section}.{name}" not in overridden
         }
         changed += [f"{section}.{name}={value}" for name, value in new.items()]
-        experiment = replace(experiment, **{section: replace(ours, **new)})
+        experiment = replace(experiment, **{section: replace(current, **new)})
     if changed:
-        say(f"settings taken from {run}: {', '.join(changed)}")
+        log_info(f"settings taken from {run}: {', '.join(changed)}")
     return experiment
 
 
@@ -300,23 +303,27 @@ def read_results(workdir: Path) -> dict[str, Any]:
 
 
 def add_results(
-    workdir: Path, stage: str, figures: Mapping[str, Any], bad: Mapping[str, str]
+    workdir: Path, stage: str, metrics: Mapping[str, Any], new_unreadable: Mapping[str, str]
 ) -> None:
     """Adds a stage's metrics and the unreadable clips to results.json; only the first process
     writes.
     """
-    if not cluster.first():
+    if not cluster.is_primary():
         return
     results = read_results(workdir)
-    known = {each["path"]: each["reason"] for each in results.pop("unreadable", [])} | dict(bad)
-    results[stage] = results.get(stage, {}) | dict(figures)
-    results["unreadable"] = [{"path": path, "reason": reason} for path, reason in known.items()]
+    unreadable = {entry["path"]: entry["reason"] for entry in results.pop("unreadable", [])} | dict(
+        new_unreadable
+    )
+    results[stage] = results.get(stage, {}) | dict(metrics)
+    results["unreadable"] = [
+        {"path": path, "reason": reason} for path, reason in unreadable.items()
+    ]
     io.write_json(Path(workdir) / RESULTS, results)
 
 
-def asked(data: DataSpec) -> dict[str, Any]:
+def data_overrides(data: DataSpec) -> dict[str, Any]:
     """Data settings for `load_trained`: another source, if one is named."""
-    return {key: getattr(data, key) for key in _ASKED} | (
+    return {key: getattr(data, key) for key in _OVERRIDABLE_DATA_KEYS} | (
         {"source": data.source} if data.source else {}
     )
 
@@ -332,7 +339,7 @@ def load_trained(
     folder = result_folder(run, name)
     experiment = read_experiment(run)
     classes = tuple(checkpoint.load_data(folder)["classes"])
-    stage = build(experiment, name, classes, mesh)
+    stage = build_stage(experiment, name, classes, mesh)
     stage = replace(stage, data=replace(stage.data, **source))
     shapes = models.parameter_shapes(stage.model, stage.example)
     shardings = sharding.param_shardings(shapes, mesh)
@@ -341,9 +348,9 @@ def load_trained(
     )
     data = checkpoint.load_data(folder)
     # merged: includes adapters and prefixes
-    if restore.BASE not in data and stage.spec.finetune.method != "full":
+    if restore.BASE_KEY not in data and stage.spec.finetune.method != "full":
         merged = jax.eval_shape(
-            lambda p: partition.whole(
+            lambda p: partition.merge(
                 stage.spec.finetune, *partition.split(stage.spec.finetune, p, jax.random.key(0))
             ),
             params,

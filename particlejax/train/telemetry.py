@@ -14,133 +14,136 @@ import jax
 
 from particlejax.core import accelerators
 from particlejax.particles.types import Batch
-from particlejax.train.log import say
+from particlejax.train.log import log_info
 
 _MIB = 2**20
 
 
 @dataclass
-class Gauge:
+class StepTimer:
     """Counts between two lines of timing.jsonl on this process; all processes are alike.
 
-    operations: FLOPs of one step over all devices; called once, after the step is compiled. peak:
-    FLOP/s of one device, 0 if unknown. parts: number of parts of a batch; this process counts one.
+    step_flops: FLOPs of one step over all devices; called once, after the step is compiled. peak:
+    FLOP/s of one device, 0 if unknown. num_parts: number of parts of a batch; this process counts
+    one.
     """
 
-    operations: Callable[[], float]
-    peak: float
-    parts: int = 1
-    clock: float = field(default_factory=time.monotonic)
+    step_flops: Callable[[], float]
+    peak_flops: float
+    num_parts: int = 1
+    start_time: float = field(default_factory=time.monotonic)
     seconds: dict[str, float] = field(default_factory=dict)
-    batches: int = 0
-    clips: int = 0
-    slots: int = 0  # filled slots
-    whole: int = 0  # all slots
-    _operations: float | None = None
+    num_batches: int = 0
+    num_clips: int = 0
+    filled_slots: int = 0  # filled slots
+    total_slots: int = 0  # all slots
+    _step_flops: float | None = None
 
-    def begin(self) -> None:
+    def reset(self) -> None:
         """Resets all counters."""
-        self.clock, self.seconds, self.batches, self.clips, self.slots, self.whole = (
-            time.monotonic(),
-            {},
-            0,
-            0,
-            0,
-            0,
-        )
+        (
+            self.start_time,
+            self.seconds,
+            self.num_batches,
+            self.num_clips,
+            self.filled_slots,
+            self.total_slots,
+        ) = (time.monotonic(), {}, 0, 0, 0, 0)
 
     @contextmanager
-    def spent(self, on: str, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    def measure_time(
+        self, category: str, skip_if: Callable[[], bool] = lambda: False
+    ) -> Iterator[None]:
         """Adds the seconds within to 'data', 'save' or 'measure', unless the device was busy
         throughout.
         """
-        begun = time.monotonic()
+        start = time.monotonic()
         try:
             yield
         finally:
-            if not unless():
-                self.seconds[on] = self.seconds.get(on, 0.0) + time.monotonic() - begun
+            if not skip_if():
+                self.seconds[category] = self.seconds.get(category, 0.0) + time.monotonic() - start
 
-    def add(self, batch: Batch) -> None:
+    def add_batch(self, batch: Batch) -> None:
         """Counts a batch of this process."""
-        self.batches += 1
-        self.clips += int((batch.clip >= 0).sum())
-        self.slots += sum(
+        self.num_batches += 1
+        self.num_clips += int((batch.clip_index >= 0).sum())
+        self.filled_slots += sum(
             int((particles.segment > 0).sum()) for particles in batch.particles.values()
         )
-        self.whole += sum(particles.segment.size for particles in batch.particles.values())
+        self.total_slots += sum(particles.segment.size for particles in batch.particles.values())
 
-    def figures(self) -> dict[str, float]:
+    def summarize(self) -> dict[str, float]:
         """The counts, with seconds per step by cause; resets the counters. Evaluation is not
         training time.
         """
-        spent, batches = self.seconds, self.batches
-        elapsed = max(time.monotonic() - self.clock - spent.get("measure", 0.0), 1e-9)
-        each = elapsed / batches
-        data, save = (spent.get(on, 0.0) / batches for on in ("data", "save"))
-        found = {
-            "seconds_per_step": each,
+        spent, batches = self.seconds, self.num_batches
+        elapsed = max(time.monotonic() - self.start_time - spent.get("measure", 0.0), 1e-9)
+        seconds_per_step = elapsed / batches
+        data, save = (spent.get(category, 0.0) / batches for category in ("data", "save"))
+        metrics = {
+            "seconds_per_step": seconds_per_step,
             "seconds_data": data,
             "seconds_save": save,
-            "seconds_compute": max(each - data - save, 0.0),
-            "data_wait_fraction": data / each,
-            "clips_per_second": self.clips * self.parts / elapsed,
-            "particles_per_second": self.slots * self.parts / elapsed,
-            "packing_efficiency": self.slots / self.whole,
-            "particles_per_clip": self.slots / max(self.clips, 1),
+            "seconds_compute": max(seconds_per_step - data - save, 0.0),
+            "data_wait_fraction": data / seconds_per_step,
+            "clips_per_second": self.num_clips * self.num_parts / elapsed,
+            "particles_per_second": self.filled_slots * self.num_parts / elapsed,
+            "packing_efficiency": self.filled_slots / self.total_slots,
+            "particles_per_clip": self.filled_slots / max(self.num_clips, 1),
         }
-        found |= self._utilisation(each) | memory()
-        self.begin()
-        return found
+        metrics |= self._model_flops_utilization(seconds_per_step) | memory_usage()
+        self.reset()
+        return metrics
 
-    def _utilisation(self, seconds: float) -> dict[str, float]:
+    def _model_flops_utilization(self, seconds: float) -> dict[str, float]:
         """Model FLOPs utilization, the fraction of all devices' peak (MFU; arXiv:2204.02311,
         appendix B).
         """
-        if not self.peak:
+        if not self.peak_flops:
             return {}
-        if self._operations is None:
-            self._operations = self.operations()
-        return {"mfu": self._operations / (seconds * self.peak * jax.device_count())}
+        if self._step_flops is None:
+            self._step_flops = self.step_flops()
+        return {"mfu": self._step_flops / (seconds * self.peak_flops * jax.device_count())}
 
 
-def memory() -> dict[str, float]:
+def memory_usage() -> dict[str, float]:
     """Peak memory in MiB of this process, and of its fullest device if the backend reports it."""
     unit = 1 if sys.platform == "darwin" else 1024
-    found = {"host_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _MIB}
-    used = [
+    usage = {"host_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _MIB}
+    device_peaks = [
         stats["peak_bytes_in_use"]
         for stats in (device.memory_stats() for device in jax.local_devices())
         if stats
     ]
-    return found | ({"device_peak_mib": max(used) / _MIB} if used else {})
+    return usage | ({"device_peak_mib": max(device_peaks) / _MIB} if device_peaks else {})
 
 
-def peak_of(how: str, dtype: Any) -> float:
+def peak_flops(mode: str, dtype: Any) -> float:
     """Peak FLOP/s of one device: 'table' looks up its kind (0 if unknown), 'measured' times
     products of `dtype`.
     """
-    if how == "measured":
-        return accelerators.product(dtype)
-    chip = accelerators.known(jax.devices()[0].device_kind)
-    return chip.product if chip else 0.0
+    if mode == "measured":
+        return accelerators.measure_matmul_flops(dtype)
+    chip = accelerators.find_chip(jax.devices()[0].device_kind)
+    return chip.peak_flops if chip else 0.0
 
 
 @dataclass
-class Trace:
+class Profiler:
     """A profiler trace of the first to last step of `steps`, in WORKDIR/profile; (0, 0): none."""
 
     workdir: Path
     steps: tuple[int, int]
     running: bool = False
 
-    def before(self, step: int) -> None:
+    def before_step(self, step: int) -> None:
         """Call before a step starts."""
         if step == self.steps[0] and not self.running:
             jax.profiler.start_trace(str(self.workdir / "profile"))
             self.running = True
 
-    def after(self, step: int, result: Any) -> None:
+    def after_step(self, step: int, result: Any) -> None:
         """Call after a step has started; waits for the last traced one."""
         if step >= self.steps[1]:
             self.stop(result)
@@ -151,23 +154,23 @@ class Trace:
             jax.block_until_ready(result)
             jax.profiler.stop_trace()
             self.running = False
-            say(f"profile: {self.workdir / 'profile'} (open it in TensorBoard or Perfetto)")
+            log_info(f"profile: {self.workdir / 'profile'} (open it in TensorBoard or Perfetto)")
 
 
 @dataclass
-class Compilations:
+class RecompileWarning:
     """Warns when the compiled step is compiled again, which should not happen."""
 
     stage: str
     step: Any
-    seen: int = 1
+    num_compiled: int = 1
 
-    def check(self, number: int) -> None:
+    def check(self, step_number: int) -> None:
         """Call after a step has started."""
-        now = self.step._cache_size()
-        if now > self.seen:
-            say(
-                f"{self.stage}: step {number} triggered a recompilation: a shape, dtype or "
+        cache_size = self.step._cache_size()
+        if cache_size > self.num_compiled:
+            log_info(
+                f"{self.stage}: step {step_number} triggered a recompilation: a shape, dtype or "
                 "sharding changed."
             )
-            self.seen = now
+            self.num_compiled = cache_size

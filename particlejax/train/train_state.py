@@ -20,10 +20,13 @@ from particlejax.models.particle_model import Model
 from particlejax.objectives.base import TEACHER, Objective
 from particlejax.particles.types import Batch
 from particlejax.train import optim
-from particlejax.train.gradient import gradient_of
+from particlejax.train.gradient import make_gradient
 
 Step = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
-_ALL, _PLAIN = FinetuneSpec(), RobustSpec()  # all parameters train, with the plain gradient
+_FULL_FINETUNE, _NO_ROBUST = (
+    FinetuneSpec(),
+    RobustSpec(),
+)  # all parameters train, with the plain gradient
 
 
 @jax.tree_util.register_dataclass
@@ -32,7 +35,7 @@ class TrainState:
     """step: int32, steps done. seed: uint32; an array, so that all seeds share a compiled program.
 
     params: trainable parameters. average: their EMA, () if the stage keeps none. frozen: the other
-    parameters, () if all train; `partition.whole` merges both into the model's parameters.
+    parameters, () if all train; `partition.merge` merges both into the model's parameters.
     """
 
     step: Array
@@ -43,51 +46,51 @@ class TrainState:
     frozen: Params | tuple[()] = ()
 
     @property
-    def best_params(self) -> Params:
+    def eval_params(self) -> Params:
         """The parameters to evaluate: the EMA if there is one."""
         return self.average or self.params
 
 
-def initialise(
+def initialize(
     model: Model,
     optimizer: optax.GradientTransformation,
     batch: Batch,
     seed: int,
     ema: float,
     mesh: Mesh,
-    tuning: FinetuneSpec = _ALL,
+    tuning: FinetuneSpec = _FULL_FINETUNE,
 ) -> TrainState:
     """A state created sharded: no device ever holds more than its shard."""
-    born = _born(model, optimizer, batch, ema, tuning)
+    init_fn = _init_fn(model, optimizer, batch, ema, tuning)
     with jax.set_mesh(mesh):
-        shardings = jax.tree.map(lambda x: x.sharding, _placed(born, mesh))
-        return jax.jit(born, out_shardings=shardings)(np.uint32(seed % 2**32))
+        shardings = jax.tree.map(lambda x: x.sharding, _with_shardings(init_fn, mesh))
+        return jax.jit(init_fn, out_shardings=shardings)(np.uint32(seed % 2**32))
 
 
-def described(
+def abstract_state(
     model: Model,
     optimizer: optax.GradientTransformation,
     batch: Batch,
     ema: float,
     mesh: Mesh,
-    tuning: FinetuneSpec = _ALL,
+    tuning: FinetuneSpec = _FULL_FINETUNE,
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state that `initialise` makes; needs no computation and
+    """Shapes, dtypes and shardings of the state that `initialize` makes; needs no computation and
     no device.
     """
-    return _placed(_born(model, optimizer, batch, ema, tuning), mesh)
+    return _with_shardings(_init_fn(model, optimizer, batch, ema, tuning), mesh)
 
 
-def _placed(born: Callable[[Array], TrainState], mesh: Mesh) -> TrainState:
-    shapes = jax.eval_shape(born, np.uint32(0))
+def _with_shardings(init_fn: Callable[[Array], TrainState], mesh: Mesh) -> TrainState:
+    shapes = jax.eval_shape(init_fn, np.uint32(0))
     return jax.tree.map(
-        lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to),
+        lambda x, target: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=target),
         shapes,
         sharding.param_shardings(shapes, mesh),
     )
 
 
-def _born(
+def _init_fn(
     model: Model,
     optimizer: optax.GradientTransformation,
     batch: Batch,
@@ -105,14 +108,14 @@ def _born(
     return init
 
 
-def abstract(state: TrainState) -> TrainState:
+def as_abstract(state: TrainState) -> TrainState:
     """Shapes, dtypes and shardings of a state, for restoring."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
 
 
-def saved(state: TrainState) -> TrainState:
+def without_frozen(state: TrainState) -> TrainState:
     """The state that a checkpoint holds: without the frozen parameters, which the base run has."""
     return replace(state, frozen=())
 
@@ -124,8 +127,8 @@ def make_step(
     *,
     ema: float,
     accumulate: int,
-    tuning: FinetuneSpec = _ALL,
-    robust: RobustSpec = _PLAIN,
+    tuning: FinetuneSpec = _FULL_FINETUNE,
+    robust: RobustSpec = _NO_ROBUST,
     on_nan: str = "stop",
 ) -> Step:
     """(state, batch) -> (state, metrics), pure; the random key is fold_in(seed, step).
@@ -138,23 +141,23 @@ def make_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def loss(params: Params, batch: Batch, key: Array) -> tuple[Array, Metrics]:
-            read = partition.whole(tuning, params, state.frozen)
+            model_params = partition.merge(tuning, params, state.frozen)
             if ema:  # for objectives with an EMA teacher
-                read = {
-                    **read,
-                    TEACHER: partition.whole(
+                model_params = {
+                    **model_params,
+                    TEACHER: partition.merge(
                         tuning, jax.lax.stop_gradient(state.average), state.frozen
                     ),
                 }
-            return objective(read, model, batch, key, True)
+            return objective(model_params, model, batch, key, True)
 
         def gradient(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
             if robust.attack != "none":  # attacks perturb normalized pixels
                 batch = model.normalize(batch)
-            return gradient_of(loss, robust)(params, batch, key)
+            return make_gradient(loss, robust)(params, batch, key)
 
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-        grads, metrics = accumulated(gradient, accumulate)(state.params, batch, key)
+        grads, metrics = accumulate_gradients(gradient, accumulate)(state.params, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = state.average
@@ -168,14 +171,14 @@ def make_step(
             & jnp.isfinite(metrics["grad_norm"])
             & jnp.isfinite(metrics["param_norm"])
         )
-        new = replace(
+        new_state = replace(
             state, step=state.step + 1, params=params, opt_state=opt_state, average=average
         )
         if on_nan == "skip":
-            new = jax.tree.map(
-                lambda a, b: jnp.where(finite, a, b), new, replace(state, step=new.step)
+            new_state = jax.tree.map(
+                lambda a, b: jnp.where(finite, a, b), new_state, replace(state, step=new_state.step)
             )
-        return new, metrics | {"finite": finite.astype(jnp.float32)}
+        return new_state, metrics | {"finite": finite.astype(jnp.float32)}
 
     return step
 
@@ -199,38 +202,41 @@ def norms(name: str, params: Params) -> Metrics:
     }
 
 
-def accumulated(gradient: Callable, parts: int) -> Callable:
-    """`gradient` averaged over `parts` micro-batches of the rows, weighted by their number of
-    clips.
+def accumulate_gradients(gradient: Callable, num_micro_batches: int) -> Callable:
+    """`gradient` averaged over `num_micro_batches` micro-batches of the rows, weighted by their
+    number of clips.
     """
-    if parts == 1:
+    if num_micro_batches == 1:
         return gradient
 
-    def total(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
+    def accumulated_gradient(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
         # Row r goes to part r mod parts, so that rows stay on their devices.
-        split = jax.tree.map(
-            lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
+        micro_batches = jax.tree.map(
+            lambda x: x.reshape(
+                x.shape[0] // num_micro_batches, num_micro_batches, *x.shape[1:]
+            ).swapaxes(0, 1),
+            batch,
         )
-        clips = jnp.sum(split.clip >= 0, axis=(1, 2)).astype(jnp.float32)
-        weights = clips / jnp.maximum(clips.sum(), 1.0)
+        num_clips = jnp.sum(micro_batches.clip_index >= 0, axis=(1, 2)).astype(jnp.float32)
+        weights = num_clips / jnp.maximum(num_clips.sum(), 1.0)
 
-        def add(total: Any, part: tuple[Batch, Array, Array]) -> tuple[Any, None]:
-            rows, weight, i = part
-            new = gradient(params, rows, jax.random.fold_in(key, i))
-            return jax.tree.map(lambda t, x: t + weight * x, total, new), None
+        def add(totals: Any, micro_batch: tuple[Batch, Array, Array]) -> tuple[Any, None]:
+            rows, weight, i = micro_batch
+            gradient_and_metrics = gradient(params, rows, jax.random.fold_in(key, i))
+            return jax.tree.map(lambda t, x: t + weight * x, totals, gradient_and_metrics), None
 
-        shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], split), key)
+        shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], micro_batches), key)
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(add, zero, (split, weights, jnp.arange(parts)))[0]
+        return jax.lax.scan(add, zero, (micro_batches, weights, jnp.arange(num_micro_batches)))[0]
 
-    return total
+    return accumulated_gradient
 
 
 def jit_step(step: Step, state: TrainState, mesh: Mesh) -> Step:
     """The step compiled for the mesh, with its state donated."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(
-        sharding.on(mesh, step),
+        sharding.with_mesh(mesh, step),
         in_shardings=(shardings, sharding.batch_sharding(mesh)),
         out_shardings=(shardings, None),
         donate_argnums=0,

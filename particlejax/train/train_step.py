@@ -12,7 +12,7 @@ from particlejax.train.stage import Stage
 from particlejax.train.train_state import Step, make_step
 
 
-class Program(NamedTuple):
+class TrainProgram(NamedTuple):
     """objective: applied to a batch as it comes from the data.
 
     step: pure, (state, batch) -> (state, metrics).
@@ -23,13 +23,16 @@ class Program(NamedTuple):
     step: Step
 
 
-def of(stage: Stage, goal: label_targets.Targets | None, steps: int) -> Program:
-    """The stage's program for `steps` steps; goal: head targets, None without labels."""
+def build_program(stage: Stage, targets: label_targets.Targets | None, steps: int) -> TrainProgram:
+    """The stage's program for `steps` steps; targets: head targets, None without labels."""
     spec = stage.spec
-    objective = registry.combine(spec.objectives, goal)
-    layered = optim.layered(spec.finetune, stage.experiment.model_of(spec).depth, steps)
-    optimizer = optim.build(
-        spec.optim, steps, layered, spec.finetune.freeze if spec.finetune.method == "full" else ""
+    objective = registry.combine(spec.objectives, targets)
+    layer_decay = optim.layerwise_decay(spec.finetune, stage.experiment.model_of(spec).depth, steps)
+    optimizer = optim.build_optimizer(
+        spec.optim,
+        steps,
+        layer_decay,
+        spec.finetune.freeze if spec.finetune.method == "full" else "",
     )
     step = make_step(
         stage.model,
@@ -41,4 +44,4 @@ def of(stage: Stage, goal: label_targets.Targets | None, steps: int) -> Program:
         robust=spec.robust,
         on_nan=stage.experiment.on_nan,
     )
-    return Program(objective, optimizer, step)
+    return TrainProgram(objective, optimizer, step)

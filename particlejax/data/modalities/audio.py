@@ -14,9 +14,9 @@ from av.audio.resampler import AudioResampler
 from particlejax.config.experiment import AudioSpec
 from particlejax.data.video.decode import Unreadable, open_file
 
-_SEEK = 2.0  # start in seconds above which seeking is faster
-_BEFORE = 0.5  # seconds to decode before the start: a decoder needs some packets to settle
-_FLOOR = 1e-6  # added to the power before the logarithm
+_MIN_SEEK_SECONDS = 2.0  # start in seconds above which seeking is faster
+_PREROLL_SECONDS = 0.5  # seconds to decode before the start: a decoder needs some packets to settle
+_POWER_FLOOR = 1e-6  # added to the power before the logarithm
 
 
 def read(
@@ -31,13 +31,20 @@ def read(
     """
     try:
         with open_file(source) as container:
-            stream = next((s for s in container.streams.audio if s.codec_context is not None), None)
+            stream = next(
+                (
+                    candidate
+                    for candidate in container.streams.audio
+                    if candidate.codec_context is not None
+                ),
+                None,
+            )
             if stream is None:
                 return None
-            first = origin + start
-            if start > _SEEK:
-                _seek(container, stream, first - _BEFORE)
-            return _collect(container, stream, first, seconds, rate)
+            start_time = origin + start
+            if start > _MIN_SEEK_SECONDS:
+                _seek(container, stream, start_time - _PREROLL_SECONDS)
+            return _collect(container, stream, start_time, seconds, rate)
     except (Unreadable, av.FFmpegError):
         return None
 
@@ -54,12 +61,12 @@ def _seek(
 def _collect(
     container: av.container.InputContainer,
     stream: av.audio.stream.AudioStream,
-    first: float,
+    start_time: float,
     seconds: float,
     rate: int,
 ) -> np.ndarray | None:
     resampler = AudioResampler(format="flt", layout="mono", rate=rate)
-    sound = np.zeros(samples(seconds, rate), np.float32)
+    sound = np.zeros(num_samples(seconds, rate), np.float32)
     end = 0  # end of the written samples
     clock: float | None = None
     # a truncated track: keep the samples before the error
@@ -68,35 +75,37 @@ def _collect(
             # at the start or after a gap, take the frame's own time
             if clock is None or (frame.time is not None and abs(frame.time - clock) > 0.05):
                 clock = frame.time if frame.time is not None else 0.0 if clock is None else clock
-            for part in resampler.resample(frame):
-                heard = part.to_ndarray().reshape(-1)
-                end = max(end, _place(sound, heard, round((clock - first) * rate)))
-                clock += len(heard) / rate
-            if clock - first >= seconds:
+            for resampled in resampler.resample(frame):
+                chunk = resampled.to_ndarray().reshape(-1)
+                end = max(end, _write_samples(sound, chunk, round((clock - start_time) * rate)))
+                clock += len(chunk) / rate
+            if clock - start_time >= seconds:
                 break
     except av.FFmpegError:
         pass
     return sound[:end] if end else None
 
 
-def _place(sound: np.ndarray, heard: np.ndarray, at: int) -> int:
-    """Writes the part of `heard` that overlaps `sound`, starting at index `at`; returns its end."""
-    start, stop = max(at, 0), min(at + len(heard), len(sound))
+def _write_samples(sound: np.ndarray, chunk: np.ndarray, offset: int) -> int:
+    """Writes the part of `chunk` that overlaps `sound`, starting at index `offset`; returns its
+    end.
+    """
+    start, stop = max(offset, 0), min(offset + len(chunk), len(sound))
     if stop <= start:
         return 0
-    sound[start:stop] = heard[start - at : stop - at]
+    sound[start:stop] = chunk[start - offset : stop - offset]
     return stop
 
 
-def samples(seconds: float, rate: int) -> int:
+def num_samples(seconds: float, rate: int) -> int:
     """Returns the maximum number of samples of `read`."""
     return math.ceil(seconds * rate - 1e-6)
 
 
-def spectra(seconds: float, spec: AudioSpec) -> int:
+def num_spectra(seconds: float, spec: AudioSpec) -> int:
     """Returns the number of spectrogram frames that `log_mel` computes for a duration."""
     window, hop = _steps(spec)
-    return max(0, samples(seconds, spec.sample_rate) - window) // hop + 1
+    return max(0, num_samples(seconds, spec.sample_rate) - window) // hop + 1
 
 
 def _steps(spec: AudioSpec) -> tuple[int, int]:
@@ -113,8 +122,8 @@ def log_mel(sound: np.ndarray, spec: AudioSpec) -> np.ndarray:
     window, hop = _steps(spec)
     sound = np.pad(sound, (0, max(0, window - len(sound))))
     frames = np.lib.stride_tricks.sliding_window_view(sound, window)[::hop]
-    power = np.abs(np.fft.rfft(frames * _hann(window), _length(window), axis=-1)) ** 2
-    return np.log(power.astype(np.float32) @ mel_filters(spec) + _FLOOR).astype(np.float32)
+    power = np.abs(np.fft.rfft(frames * _hann(window), _fft_length(window), axis=-1)) ** 2
+    return np.log(power.astype(np.float32) @ mel_filters(spec) + _POWER_FLOOR).astype(np.float32)
 
 
 @functools.cache
@@ -122,7 +131,7 @@ def mel_filters(spec: AudioSpec) -> np.ndarray:
     """Returns triangular filters [frequencies, M] that overlap by half on the scale 2595 log10(1 +
     f / 700).
     """
-    length = _length(_steps(spec)[0])
+    length = _fft_length(_steps(spec)[0])
     frequencies = np.arange(length // 2 + 1) * spec.sample_rate / length
     edges = _hertz(
         np.linspace(
@@ -139,7 +148,7 @@ def _hann(length: int) -> np.ndarray:
     return (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(length) / length)).astype(np.float32)
 
 
-def _length(window: int) -> int:
+def _fft_length(window: int) -> int:
     return 2 ** math.ceil(math.log2(window))
 
 

@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from particlejax.core.io import fresh_file
+from particlejax.core.io import atomic_file
 from particlejax.data.sources.records import Record
 
 _DIGEST = 32  # bytes of SHA-256 before the array
 # NumPy parses headers with `ast`, which is not thread-safe in CPython 3.11 (python/cpython#106905)
-_PARSING = threading.Lock()
+_NUMPY_HEADER_LOCK = threading.Lock()
 
 
-class Damaged(ValueError):
+class DamagedFeatures(ValueError):
     """A file does not match its checksum."""
 
 
@@ -34,8 +34,8 @@ def key(record: Record, network: Mapping[str, Any], sampling: Mapping[str, Any])
     if isinstance(record.video, bytes):
         file: Any = hashlib.sha256(record.video).hexdigest()
     else:
-        found = os.stat(record.video)
-        file = [os.path.realpath(record.video), found.st_size, found.st_mtime_ns]
+        file_stat = os.stat(record.video)
+        file = [os.path.realpath(record.video), file_stat.st_size, file_stat.st_mtime_ns]
     caption = [record.caption] if "words" in sampling else []
     text = json.dumps(
         [file, record.start, record.end, dict(network), dict(sampling), *caption], sort_keys=True
@@ -50,8 +50,8 @@ def load(folder: Path, name: str) -> np.ndarray | None:
         return None
     data = path.read_bytes()
     if hashlib.sha256(data[_DIGEST:]).digest() != data[:_DIGEST]:
-        raise Damaged(f"{path} is damaged")
-    with _PARSING:
+        raise DamagedFeatures(f"{path} is damaged")
+    with _NUMPY_HEADER_LOCK:
         return np.load(io.BytesIO(data[_DIGEST:]), allow_pickle=False)
 
 
@@ -61,8 +61,8 @@ def save(folder: Path, name: str, features: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     np.save(buffer, features, allow_pickle=False)
-    with fresh_file(path) as fresh:
-        fresh.write_bytes(hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
 
 
 def _path(folder: Path, name: str) -> Path:

@@ -43,8 +43,8 @@ def read(
     time, values = time[order], values[order]
     if not len(time) or time[-1] < start:
         return None
-    wanted = start + np.arange(round(seconds * spec.sample_rate)) / spec.sample_rate
-    wanted = wanted[wanted <= time[-1] + 0.5 / spec.sample_rate]
-    return np.stack([np.interp(wanted, time, channel) for channel in values.T], axis=-1).astype(
-        np.float32
-    )
+    sample_times = start + np.arange(round(seconds * spec.sample_rate)) / spec.sample_rate
+    sample_times = sample_times[sample_times <= time[-1] + 0.5 / spec.sample_rate]
+    return np.stack(
+        [np.interp(sample_times, time, channel) for channel in values.T], axis=-1
+    ).astype(np.float32)

@@ -9,15 +9,15 @@ import numpy as np
 from particlejax.config.experiment import TextSpec
 from particlejax.core.errors import UserError, install_line
 
-MASK, _FIRST = 1, 2  # 0 is padding; byte ids start at _FIRST
+MASK, _FIRST_ID = 1, 2  # 0 is padding; byte ids start at _FIRST
 
 
 def vocabulary(spec: TextSpec) -> int:
     """Returns the vocabulary size."""
     return (
-        256 + _FIRST
+        256 + _FIRST_ID
         if spec.tokenizer == "bytes"
-        else _tokenizer(spec.tokenizer, spec.max_length).get_vocab_size()
+        else _load_tokenizer(spec.tokenizer, spec.max_length).get_vocab_size()
     )
 
 
@@ -26,14 +26,14 @@ def encode(text: str, spec: TextSpec) -> np.ndarray:
     tokens, also when truncating.
     """
     if spec.tokenizer == "bytes":
-        return (np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) + _FIRST)[
+        return (np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) + _FIRST_ID)[
             : spec.max_length
         ]
-    return np.array(_tokenizer(spec.tokenizer, spec.max_length).encode(text).ids, np.int32)
+    return np.array(_load_tokenizer(spec.tokenizer, spec.max_length).encode(text).ids, np.int32)
 
 
 @functools.cache
-def _tokenizer(path: str, length: int) -> "object":
+def _load_tokenizer(path: str, length: int) -> "object":
     """Loads a tokenizer file, with truncation to `length` tokens and without padding."""
     try:
         import tokenizers
@@ -48,18 +48,18 @@ def _tokenizer(path: str, length: int) -> "object":
             "tokenizer.json, or 'bytes'."
         )
     try:
-        found = tokenizers.Tokenizer.from_file(os.path.expanduser(path))
+        tokenizer = tokenizers.Tokenizer.from_file(os.path.expanduser(path))
     except Exception as error:  # the package raises Exception itself
         raise UserError(
             f"config.data.text.tokenizer={path!r} is not a tokenizer file ({error}): use a "
             "tokenizer.json, or 'bytes'."
         ) from error
-    special = found.num_special_tokens_to_add(False)
-    if length <= special:
+    num_special = tokenizer.num_special_tokens_to_add(False)
+    if length <= num_special:
         raise UserError(
-            f"config.data.text.max_length={length} leaves no room beside the {special} special "
-            f"tokens of {path}: use {special + 1} or more."
+            f"config.data.text.max_length={length} leaves no room beside the {num_special} special "
+            f"tokens of {path}: use {num_special + 1} or more."
         )
-    found.no_padding()
-    found.enable_truncation(length)
-    return found
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(length)
+    return tokenizer

@@ -13,11 +13,20 @@ import numpy as np
 from particlejax.config import plugins
 from particlejax.core.typing import UserError
 from particlejax.data.sources import folder, mixture, tfds
-from particlejax.data.sources.mixture import Mixed, parts_of
-from particlejax.data.sources.records import SPLIT_NAMES, Listed, Record, Source, match_classes
+from particlejax.data.sources.mixture import MixtureSource, parts_of
+from particlejax.data.sources.records import SPLIT_NAMES, ListSource, Record, Source, match_classes
 from particlejax.data.sources.tfds import TfdsSource
 
-__all__ = ("Listed", Mixed, "Record", "Source", "TfdsSource", "open_source", "parts_of", "splits")
+__all__ = (
+    "ListSource",
+    MixtureSource,
+    "Record",
+    "Source",
+    "TfdsSource",
+    "open_source",
+    "parts_of",
+    "splits",
+)
 
 
 def open_source(
@@ -33,32 +42,38 @@ def open_source(
     cache_dir: its folder 'tfds' holds prepared data sets. classes: of a trained run; labels are
     mapped to them by name. Raises UserError for an unknown source, split or label.
     """
-    kind, _, rest = source.partition(":")
+    kind, _, location = source.partition(":")
     data_dir = os.path.join(os.path.expanduser(cache_dir), "tfds")
-    if kind == "folder" and rest:
-        return folder.open_folder(rest, split, classes)
+    if kind == "folder" and location:
+        return folder.open_folder(location, split, classes)
     if kind == "toybox":
-        return tfds.open_builder(tfds.toybox(rest or "default", data_dir), source, split, classes)
-    if kind == "tfds" and rest:
+        return tfds.open_builder(
+            tfds.toybox(location or "default", data_dir), source, split, classes
+        )
+    if kind == "tfds" and location:
         try:
-            return tfds.open_builder(tfds.find_builder(rest, data_dir), source, split, classes)
+            return tfds.open_builder(tfds.find_builder(location, data_dir), source, split, classes)
         except ImportError as error:
             raise tfds.needs_tensorflow(source, error) from error
-    if kind == "mix" and rest:
+    if kind == "mix" and location:
         return _open_mix(source, split, cache_dir, classes)
     if kind in CUSTOM:
-        return _of_classes(CUSTOM[kind].open(rest, split), classes, source)
+        return _with_classes(CUSTOM[kind].open(location, split), classes, source)
     raise _unknown(source)
 
 
-def _of_classes(opened: Source, classes: tuple[str, ...] | None, source: str) -> Source:
+def _with_classes(own_source: Source, classes: tuple[str, ...] | None, source: str) -> Source:
     """Maps a source's labels to the classes of a trained run, if given."""
-    if classes is None or not opened.classes or opened.classes == classes:
-        return opened
-    index = match_classes(opened.classes, classes, source)
-    records = (opened[i] for i in range(len(opened)))
-    return Listed(
-        classes, tuple(replace(r, label=index[r.label]) if r.label >= 0 else r for r in records)
+    if classes is None or not own_source.classes or own_source.classes == classes:
+        return own_source
+    index = match_classes(own_source.classes, classes, source)
+    records = (own_source[i] for i in range(len(own_source)))
+    return ListSource(
+        classes,
+        tuple(
+            replace(record, label=index[record.label]) if record.label >= 0 else record
+            for record in records
+        ),
     )
 
 
@@ -84,27 +99,27 @@ def register_source(
     if kind in ("toybox", "folder", "tfds", "mix"):
         raise ValueError(f"source {kind!r} exists already: register yours under another name.")
 
-    def register(open_it: Open) -> Open:
-        plugins.add(CUSTOM, "source", kind, CustomSource(open_it, splits))
-        return open_it
+    def register(fn: Open) -> Open:
+        plugins.add(CUSTOM, "source", kind, CustomSource(fn, splits))
+        return fn
 
     return register
 
 
 def splits(source: str, cache_dir: str) -> tuple[str, ...]:
     """Returns the names of a source's splits. Raises UserError as `open_source` does."""
-    kind, _, rest = source.partition(":")
+    kind, _, location = source.partition(":")
     data_dir = os.path.join(os.path.expanduser(cache_dir), "tfds")
-    if kind == "folder" and rest:
-        return folder.folder_splits(rest)
-    if kind == "mix" and rest:
-        each = [set(splits(part, cache_dir)) for _, part in mixture.parse(source)]
-        return tuple(sorted(set.intersection(*each)))
+    if kind == "folder" and location:
+        return folder.folder_splits(location)
+    if kind == "mix" and location:
+        split_sets = [set(splits(part, cache_dir)) for _, part in mixture.parse(source)]
+        return tuple(sorted(set.intersection(*split_sets)))
     if kind in ("toybox", "tfds"):
         builder = (
-            tfds.toybox(rest or "default", data_dir)
+            tfds.toybox(location or "default", data_dir)
             if kind == "toybox"
-            else tfds.find_builder(rest, data_dir)
+            else tfds.find_builder(location, data_dir)
         )
         return tuple(SPLIT_NAMES.get(name, name) for name in builder.info.splits)
     if kind in CUSTOM:
@@ -112,22 +127,24 @@ def splits(source: str, cache_dir: str) -> tuple[str, ...]:
     raise _unknown(source)
 
 
-def _open_mix(source: str, split: str, cache_dir: str, classes: tuple[str, ...] | None) -> Mixed:
-    weighted = mixture.parse(source)
+def _open_mix(
+    source: str, split: str, cache_dir: str, classes: tuple[str, ...] | None
+) -> MixtureSource:
+    weighted_sources = mixture.parse(source)
     if classes is None:
-        each = [open_source(name, split, cache_dir).classes for _, name in weighted]
+        class_lists = [open_source(name, split, cache_dir).classes for _, name in weighted_sources]
         classes = (
-            each[0]
-            if all(names == each[0] for names in each)
-            else tuple(sorted({n for names in each for n in names}))
+            class_lists[0]
+            if all(names == class_lists[0] for names in class_lists)
+            else tuple(sorted({name for names in class_lists for name in names}))
         )
-    parts = tuple(open_source(name, split, cache_dir, classes) for _, name in weighted)
-    firsts = np.cumsum([0, *(len(part) for part in parts)])
+    parts = tuple(open_source(name, split, cache_dir, classes) for _, name in weighted_sources)
+    offsets = np.cumsum([0, *(len(part) for part in parts)])
     spans = tuple(
         (int(first), len(part), weight)
-        for first, part, (weight, _) in zip(firsts, parts, weighted, strict=False)
+        for first, part, (weight, _) in zip(offsets, parts, weighted_sources, strict=False)
     )
-    return Mixed(classes, parts, spans)
+    return MixtureSource(classes, parts, spans)
 
 
 def _unknown(source: str) -> UserError:

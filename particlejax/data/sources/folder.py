@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from particlejax.core.typing import UserError
-from particlejax.data.sources.records import SPLIT_NAMES, Listed, Record, match_classes
+from particlejax.data.sources.records import SPLIT_NAMES, ListSource, Record, match_classes
 
 VIDEO_SUFFIXES = frozenset(
     ".264 .265 .3g2 .3gp .amv .asf .avi .divx .dv .f4v .flv .gif .h264 .h265 .hevc .ivf .m1v .m2p "
@@ -21,18 +21,18 @@ VIDEO_SUFFIXES = frozenset(
     ".tp .ts .vob .webm .wmv .wtv .xvid .y4m".split()
 )
 _SPLITS = frozenset({"train", "val", "valid", "validation", "test"})
-_TRAIN = 0.8  # fraction of training groups if the folder has no splits
+_TRAIN_FRACTION = 0.8  # fraction of training groups if the folder has no splits
 
 
 @dataclass(frozen=True)
-class _Row:
+class _ClipRow:
     record: Record  # with label -1
     path: str  # as in clips.csv, relative to the folder
     label: str
     split: str  # '': unknown
 
 
-def open_folder(path: str, split: str, classes: tuple[str, ...] | None = None) -> Listed:
+def open_folder(path: str, split: str, classes: tuple[str, ...] | None = None) -> ListSource:
     """Returns the clips of one split, in the order of clips.csv or of their paths.
 
     If the folder has no splits, 80 % of the groups (or clips without a group) are 'train' and 20 %
@@ -41,13 +41,13 @@ def open_folder(path: str, split: str, classes: tuple[str, ...] | None = None) -
     path, column = _column(os.path.expanduser(path))
     rows = _rows(path, column)
     names = tuple(sorted({row.label for row in rows} - {""}))
-    chosen = _choose(rows, split, path)
+    selected = _select_split(rows, split, path)
     if classes is None:
         classes = names
-    labels = sorted({row.label for row in chosen} - {""})
+    labels = sorted({row.label for row in selected} - {""})
     index = dict(zip(labels, match_classes(labels, classes, f"folder:{path}"), strict=True))
-    return Listed(
-        classes, tuple(replace(row.record, label=index.get(row.label, -1)) for row in chosen)
+    return ListSource(
+        classes, tuple(replace(row.record, label=index.get(row.label, -1)) for row in selected)
     )
 
 
@@ -58,11 +58,11 @@ def folder_splits(path: str) -> tuple[str, ...]:
 
 def _column(path: str) -> tuple[str, str]:
     """Parses PATH or PATH#COLUMN into the folder and the label column of clips.csv."""
-    folder, mark, column = path.rpartition("#")
-    return (folder, column) if mark and not os.path.isdir(path) else (path, "label")
+    folder, separator, column = path.rpartition("#")
+    return (folder, column) if separator and not os.path.isdir(path) else (path, "label")
 
 
-def _rows(path: str, column: str) -> list[_Row]:
+def _rows(path: str, column: str) -> list[_ClipRow]:
     if not os.path.isdir(path):
         raise UserError(f"folder:{path} does not exist: check the path.")
     table = os.path.join(path, "clips.csv")
@@ -76,7 +76,7 @@ def _rows(path: str, column: str) -> list[_Row]:
     )
 
 
-def _read_table(folder: str, table: str, column: str) -> list[_Row]:
+def _read_table(folder: str, table: str, column: str) -> list[_ClipRow]:
     try:
         # -sig, because spreadsheets write a byte order mark
         with open(table, encoding="utf-8-sig", newline="") as file:
@@ -105,32 +105,32 @@ def _read_table(folder: str, table: str, column: str) -> list[_Row]:
         raise UserError(
             f"{table} lists no clip: add a line per clip, or delete it to use folder names."
         )
-    silent = [row for row in rows if not row.split]
-    if silent and len(silent) < len(rows):
+    without_split = [row for row in rows if not row.split]
+    if without_split and len(without_split) < len(rows):
         raise UserError(
-            f"{table} has no split for {silent[0].record.name}, but for other clips: fill in the "
-            "column for all clips or for none."
+            f"{table} has no split for {without_split[0].record.name}, but for other clips: fill "
+            "in the column for all clips or for none."
         )
-    return _with_names(rows)
+    return _unique_names(rows)
 
 
-def _with_names(rows: list[_Row]) -> list[_Row]:
+def _unique_names(rows: list[_ClipRow]) -> list[_ClipRow]:
     """Makes the names of clips of one file unique by start and end, then by a number."""
-    often = Counter(row.path for row in rows)
-    seen: Counter[str] = Counter()
+    counts = Counter(row.path for row in rows)
+    num_seen: Counter[str] = Counter()
     named = []
     for row in rows:
         name = row.path
-        if often[name] > 1:
+        if counts[name] > 1:
             end = "" if row.record.end is None else f"{row.record.end:.10g}"
             name = f"{name}@{row.record.start:.10g}-{end}"
-            seen[name] += 1
-            name += f"#{seen[name]}" * (seen[name] > 1)
+            num_seen[name] += 1
+            name += f"#{num_seen[name]}" * (num_seen[name] > 1)
         named.append(replace(row, record=replace(row.record, name=name)))
     return named
 
 
-def _table_row(folder: str, column: str, fields: dict[str, str | None], line: str) -> _Row:
+def _table_row(folder: str, column: str, fields: dict[str, str | None], line: str) -> _ClipRow:
     fields = {
         name: (value or "").strip()
         for name, value in fields.items()
@@ -154,7 +154,7 @@ def _table_row(folder: str, column: str, fields: dict[str, str | None], line: st
         group=fields.get("group", ""),
     )
     split = fields.get("split", "")
-    return _Row(record, path, fields.get(column, ""), SPLIT_NAMES.get(split, split))
+    return _ClipRow(record, path, fields.get(column, ""), SPLIT_NAMES.get(split, split))
 
 
 def _series(folder: str, path: str) -> str:
@@ -176,30 +176,30 @@ def _seconds(fields: dict[str, str], column: str, line: str) -> float | None:
     return value
 
 
-def _read_tree(folder: str) -> list[_Row]:
+def _read_tree(folder: str) -> list[_ClipRow]:
     paths = sorted(_video_paths(folder))
     if not paths:
         raise UserError(
             f"folder:{folder} holds no clips.csv and no video (a file such as .mp4, .avi or "
             ".webm): add videos as class/clip.mp4 or split/class/clip.mp4, or a clips.csv."
         )
-    tops = {path.split("/")[0] for path in paths if "/" in path}
+    top_folders = {path.split("/")[0] for path in paths if "/" in path}
     # a class may be called 'train' too, but then there are other classes
-    has_splits = bool(tops) and tops <= _SPLITS
-    loose = [path for path in paths if "/" not in path]
-    if has_splits and loose:
+    has_splits = bool(top_folders) and top_folders <= _SPLITS
+    top_level_videos = [path for path in paths if "/" not in path]
+    if has_splits and top_level_videos:
         raise UserError(
-            f"folder:{folder} holds {loose[0]} beside the splits {', '.join(sorted(tops))}: move "
-            "it into one of them."
+            f"folder:{folder} holds {top_level_videos[0]} beside the splits "
+            f"{', '.join(sorted(top_folders))}: move it into one of them."
         )
     return [_tree_row(folder, path, has_splits) for path in paths]
 
 
-def _tree_row(folder: str, path: str, has_splits: bool) -> _Row:
-    above = path.split("/")[:-1]
-    split = SPLIT_NAMES.get(above[0], above[0]) if has_splits else ""
-    label = above[int(has_splits)] if len(above) > int(has_splits) else ""
-    return _Row(
+def _tree_row(folder: str, path: str, has_splits: bool) -> _ClipRow:
+    parents = path.split("/")[:-1]
+    split = SPLIT_NAMES.get(parents[0], parents[0]) if has_splits else ""
+    label = parents[int(has_splits)] if len(parents) > int(has_splits) else ""
+    return _ClipRow(
         Record(path, os.path.join(folder, path), series=_series(folder, path)), path, label, split
     )
 
@@ -208,22 +208,24 @@ def _video_paths(folder: str) -> Iterator[str]:
     """Yields paths relative to `folder`, with slashes; enters linked folders once and skips hidden
     ones.
     """
-    seen = set()
-    for here, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(here)
+    visited = set()
+    for directory, folders, files in os.walk(folder, followlinks=True):
+        real_path = os.path.realpath(directory)
         folders[:] = (
             []
-            if real in seen
+            if real_path in visited
             else sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
         )
-        if real not in seen:
+        if real_path not in visited:
             for file in files:
                 if os.path.splitext(file)[1].lower() in VIDEO_SUFFIXES and not file.startswith("."):
-                    yield os.path.relpath(os.path.join(here, file), folder).replace(os.sep, "/")
-        seen.add(real)
+                    yield os.path.relpath(os.path.join(directory, file), folder).replace(
+                        os.sep, "/"
+                    )
+        visited.add(real_path)
 
 
-def _group(row: _Row) -> str:
+def _group(row: _ClipRow) -> str:
     return row.record.group or row.path
 
 
@@ -235,29 +237,29 @@ def _hash(text: str) -> float:
     )
 
 
-def _with_splits(rows: list[_Row]) -> list[_Row]:
+def _with_splits(rows: list[_ClipRow]) -> list[_ClipRow]:
     if rows[0].split:
         return rows
     groups = sorted({_group(row) for row in rows}, key=_hash)
-    train = {group for group in groups if _hash(group) < _TRAIN}
+    train = {group for group in groups if _hash(group) < _TRAIN_FRACTION}
     if len(groups) > 1:  # few groups may all fall on one side: give both splits at least one
         train = (train | {groups[0]}) - ({groups[-1]} if len(train) == len(groups) else set())
     return [replace(row, split="train" if _group(row) in train else "val") for row in rows]
 
 
-def _choose(rows: Sequence[_Row], split: str, folder: str) -> list[_Row]:
+def _select_split(rows: Sequence[_ClipRow], split: str, folder: str) -> list[_ClipRow]:
     """Returns the rows of a split expression: NAME or NAME[from:to], joined by +."""
-    chosen: set[int] = set()
+    selected: set[int] = set()
     for part in split.replace(" ", "").split("+"):
-        chosen |= _part(rows, part, folder)
-    if not chosen:
+        selected |= _split_part(rows, part, folder)
+    if not selected:
         raise UserError(
             f"split {split!r} of folder:{folder} selects no clip: widen the range in brackets."
         )
-    return [rows[i] for i in sorted(chosen)]
+    return [rows[i] for i in sorted(selected)]
 
 
-def _part(rows: Sequence[_Row], part: str, folder: str) -> set[int]:
+def _split_part(rows: Sequence[_ClipRow], part: str, folder: str) -> set[int]:
     match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", part)
     if not match:
         raise UserError(

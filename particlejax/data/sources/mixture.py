@@ -9,7 +9,7 @@ from particlejax.data.sources.records import Record, Source
 
 
 @dataclass(frozen=True)
-class Mixed:
+class MixtureSource:
     """Concatenated sources; training samples each by its weight. Classes are merged by name."""
 
     classes: tuple[str, ...]
@@ -28,14 +28,14 @@ class Mixed:
 
 def parts_of(source: Source) -> tuple[tuple[int, int, float], ...]:
     """Returns (first clip, number of clips, weight) per part; other sources are one part."""
-    return source.spans if isinstance(source, Mixed) else ((0, len(source), 1.0),)
+    return source.spans if isinstance(source, MixtureSource) else ((0, len(source), 1.0),)
 
 
 def parse(source: str) -> list[tuple[float, str]]:
     """Parses 'mix:0.7*folder:A,0.3*toybox' into (weight, source) pairs. Raises UserError if
     malformed.
     """
-    found = []
+    parts = []
     for part in source.partition(":")[2].split(","):
         weight, star, name = part.strip().rpartition("*")
         try:
@@ -47,5 +47,5 @@ def parse(source: str) -> list[tuple[float, str]]:
                 f"data source {source!r}: {part!r} is not WEIGHT*SOURCE with a weight above 0: "
                 "write it like 'mix:0.7*folder:A,0.3*folder:B'."
             )
-        found.append((value, name))
-    return found
+        parts.append((value, name))
+    return parts

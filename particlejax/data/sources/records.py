@@ -50,7 +50,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListSource:
     """A source from a list of records."""
 
     classes: tuple[str, ...]
@@ -70,6 +70,7 @@ def match_classes(labels: Sequence[str], classes: tuple[str, ...], source: str) 
         if label not in index:
             raise UserError(
                 f"label {label!r} of {source} is not a class of the trained run: "
-                f"{did_you_mean(label, classes, many=3)} Rename it, or leave these clips out."
+                f"{did_you_mean(label, classes, max_matches=3)} Rename it, or leave these clips "
+                "out."
             )
     return tuple(index[label] for label in labels)

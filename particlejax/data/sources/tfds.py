@@ -50,29 +50,29 @@ class TfdsSource:
             example = self.examples[i]
         except ImportError as error:
             raise needs_tensorflow(self.split, error) from error
-        words = {
-            k: _text(example[self.fields[k]])
-            for k in ("caption", "name", "group")
-            if k in self.fields
+        record_fields = {
+            key: _text(example[self.fields[key]])
+            for key in ("caption", "name", "group")
+            if key in self.fields
         }
         if "series" in self.fields:
-            words["series"] = example[self.fields["series"]]
+            record_fields["series"] = example[self.fields["series"]]
         if "start" in self.fields and "end" in self.fields:
-            start, end = (float(example[self.fields[k]]) for k in ("start", "end"))
-            words |= {"start": start, "end": end if end >= 0 else None}
+            start, end = (float(example[self.fields[key]]) for key in ("start", "end"))
+            record_fields |= {"start": start, "end": end if end >= 0 else None}
         label = int(example[self.fields["label"]]) if "label" in self.fields else -1
-        words["name"] = words.get("name") or f"{self.split}/{i:05d}"
+        record_fields["name"] = record_fields.get("name") or f"{self.split}/{i:05d}"
         label = self.labels[label] if label >= 0 else -1
-        return Record(video=_file(example[self.fields["video"]]), label=label, **words)
+        return Record(video=_file(example[self.fields["video"]]), label=label, **record_fields)
 
 
 def toybox(config: str, data_dir: str) -> Any:
     from particlejax.data.sources.toybox import builder
 
-    known = [each.name for each in builder.Toybox.BUILDER_CONFIGS]
-    if config not in known:
+    names = [builder_config.name for builder_config in builder.Toybox.BUILDER_CONFIGS]
+    if config not in names:
         raise UserError(
-            f"'toybox:{config}' has no configuration {config!r}: use one of {', '.join(known)}."
+            f"'toybox:{config}' has no configuration {config!r}: use one of {', '.join(names)}."
         )
     return builder.prepare(config=config, data_dir=data_dir)
 
@@ -89,24 +89,24 @@ def find_builder(name: str, data_dir: str) -> Any:
         )
     # this import registers the builders of video data sets
     importlib.import_module("tensorflow_datasets.video")
-    places = (data_dir, os.path.expanduser(tfds.core.constants.DATA_DIR))
-    known = False
-    for place in places:
+    data_dirs = (data_dir, os.path.expanduser(tfds.core.constants.DATA_DIR))
+    is_known = False
+    for candidate_dir in data_dirs:
         try:
-            builder = tfds.builder(name, data_dir=place)
+            builder = tfds.builder(name, data_dir=candidate_dir)
         except tfds.core.registered.DatasetNotFoundError:
             continue
-        known = True
+        is_known = True
         if builder.info.splits:
             return builder
-    where = f"under {' or '.join(places)}"
-    if known:
+    searched = f"under {' or '.join(data_dirs)}"
+    if is_known:
         raise UserError(
-            f"tfds:{name} is not prepared {where}: run `tfds build {name} --data_dir {data_dir} "
+            f"tfds:{name} is not prepared {searched}: run `tfds build {name} --data_dir {data_dir} "
             "--file_format array_record` first."
         )
     raise UserError(
-        f"tfds:{name} is neither a folder, nor known to TFDS, nor prepared {where}: correct the "
+        f"tfds:{name} is neither a folder, nor known to TFDS, nor prepared {searched}: correct the "
         "name, or use the path of a prepared data set."
     )
 
@@ -115,13 +115,13 @@ def _prepared_folder(path: str) -> str:
     """Returns `path` or the one folder below it (config, version) that holds a prepared data set.
     Raises UserError if there is none or several.
     """
-    found = [folder for folder, _, files in os.walk(path) if "dataset_info.json" in files]
-    if len(found) == 1:
-        return found[0]
-    several = f"holds several prepared data sets ({', '.join(sorted(found)[:5])})"
-    what = several if found else "holds no dataset_info.json"
+    folders = [folder for folder, _, files in os.walk(path) if "dataset_info.json" in files]
+    if len(folders) == 1:
+        return folders[0]
+    several_found = f"holds several prepared data sets ({', '.join(sorted(folders)[:5])})"
+    problem = several_found if folders else "holds no dataset_info.json"
     raise UserError(
-        f"tfds:{path} {what}: use the folder of one prepared version, with dataset_info.json."
+        f"tfds:{path} {problem}: use the folder of one prepared version, with dataset_info.json."
     )
 
 
@@ -131,7 +131,7 @@ def open_builder(
     fields = _fields(builder.info.features, source)
     names = tuple(builder.info.features[fields["label"]].names) if "label" in fields else ()
     labels = tuple(range(len(names))) if classes is None else match_classes(names, classes, source)
-    split = _known_split(split, list(builder.info.splits), source)
+    split = _translate_split(split, list(builder.info.splits), source)
     try:
         examples = builder.as_data_source(split=split)
     except NotImplementedError as error:
@@ -146,15 +146,19 @@ def open_builder(
     return TfdsSource(names if classes is None else classes, examples, fields, labels, split)
 
 
-def _known_split(split: str, known: list[str], source: str) -> str:
+def _translate_split(split: str, split_names: list[str], source: str) -> str:
     """Translates `split` to the data set's own split names."""
-    own = {SPLIT_NAMES.get(name, name): name for name in known} | {name: name for name in known}
+    own_names = {SPLIT_NAMES.get(name, name): name for name in split_names} | {
+        name: name for name in split_names
+    }
 
     def translate(match: re.Match[str]) -> str:
-        name = SPLIT_NAMES.get(match[0], match[0]) if match[0] not in own else match[0]
-        if name not in own:
-            raise UserError(f"{source} has no split {match[0]!r}: use one of {', '.join(known)}.")
-        return own[name]
+        name = SPLIT_NAMES.get(match[0], match[0]) if match[0] not in own_names else match[0]
+        if name not in own_names:
+            raise UserError(
+                f"{source} has no split {match[0]!r}: use one of {', '.join(split_names)}."
+            )
+        return own_names[name]
 
     return re.sub(r"(?:(?<=^)|(?<=\+))\w+", translate, split.replace(" ", ""))
 
@@ -181,11 +185,11 @@ def _fields(features: Mapping[str, Any], source: str) -> dict[str, str]:
     if caption := [name for name in _CAPTION_NAMES if name in texts]:
         fields["caption"] = caption[0]
     # a data set of job prepare_data
-    ours = {"start", "end"} if {"start", "end", "series"} <= set(features) else set()
+    export_fields = {"start", "end"} if {"start", "end", "series"} <= set(features) else set()
     return (
         fields
         | {name: name for name in ("name", "group", "series") if name in texts}
-        | {name: name for name in ours}
+        | {name: name for name in export_fields}
     )
 
 
@@ -193,8 +197,8 @@ def _may_be_video(name: str, feature: Any) -> bool:
     kind, shape = type(feature).__name__, getattr(feature, "shape", None)
     if kind == "Video" or (shape is not None and len(shape) == 4 and shape[-1] in (1, 3)):
         return True
-    scalar = shape == () and getattr(feature, "np_dtype", None) in (np.object_, object)
-    return name in _VIDEO_NAMES and (kind == "Text" or scalar)
+    is_scalar_bytes = shape == () and getattr(feature, "np_dtype", None) in (np.object_, object)
+    return name in _VIDEO_NAMES and (kind == "Text" or is_scalar_bytes)
 
 
 def _file(video: Any) -> bytes:

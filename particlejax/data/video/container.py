@@ -17,10 +17,10 @@ MP4 = "mov,mp4,m4a,3gp,3g2,mj2"  # FFmpeg's name of the demuxer
 # maximum reordering of packets; H.264 and HEVC reorder by at most 16
 REORDER = 32
 NO_RATE = 25.0  # default frames per second
-_TAIL = 10.0  # seconds before the end to search for the last packet
+_TAIL_SECONDS = 10.0  # seconds before the end to search for the last packet
 # no network access, for example by a playlist with a video's file name
 _IO = {"protocol_whitelist": "file"}
-_STILLS = ("_pipe", "image2")  # suffixes of demuxers for still images
+_IMAGE_DEMUXERS = ("_pipe", "image2")  # suffixes of demuxers for still images
 
 
 class Unreadable(Exception):
@@ -53,14 +53,14 @@ def open_file(source: str | bytes) -> av.container.InputContainer:
     except IsADirectoryError:
         raise Unreadable("a folder, not a file") from None
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise Unreadable(diagnose.why(source, error)) from None
+        raise Unreadable(diagnose.open_failure_reason(source, error)) from None
 
 
 def video_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream:
     """Returns the video stream, ready for decoding, ignoring cover art. Raises Unreadable."""
     streams = container.streams.video
     films = [s for s in streams if not s.disposition & Disposition.attached_pic]  # cover art
-    if streams and not films or container.format.name.endswith(_STILLS):
+    if streams and not films or container.format.name.endswith(_IMAGE_DEMUXERS):
         raise Unreadable("only a picture")
     if not films:
         raise Unreadable("no video stream")
@@ -73,7 +73,7 @@ def video_stream(container: av.container.InputContainer) -> av.video.stream.Vide
     return stream
 
 
-def emptiness(stream: av.video.stream.VideoStream) -> str:
+def empty_reason(stream: av.video.stream.VideoStream) -> str:
     """Returns the reason why a stream has no packets, from the container's metadata."""
     container = stream.container
     if not (
@@ -85,16 +85,16 @@ def emptiness(stream: av.video.stream.VideoStream) -> str:
     return "truncated: it ends before its first frame"
 
 
-def rate(stream: av.video.stream.VideoStream) -> float:
+def frame_rate(stream: av.video.stream.VideoStream) -> float:
     """Returns nominal frames per second."""
     return float(stream.average_rate or stream.guessed_rate or stream.base_rate or NO_RATE)
 
 
-def length(stream: av.video.stream.VideoStream, source: str | bytes, start: float) -> float:
+def duration(stream: av.video.stream.VideoStream, source: str | bytes, start: float) -> float:
     """Returns seconds from the start of the first frame, at `start` on the container's clock, to
     the end of the last.
     """
-    frame = 1 / rate(stream)
+    frame = 1 / frame_rate(stream)
     # In these containers, the muxer writes the duration of each stream; elsewhere FFmpeg estimates
     # it from the bit rate, or it is the audio's.
     if stream.duration and stream.container.format.name in (MP4, "avi", "gif"):
@@ -110,11 +110,14 @@ def index_length(stream: av.video.stream.VideoStream) -> float:
     100,000 entries.
     """
     count = len(stream.index_entries)
-    head, tail = _entries(stream, range(count)), _entries(stream, range(count - 1, -1, -1))
+    head, tail = (
+        _first_timestamps(stream, range(count)),
+        _first_timestamps(stream, range(count - 1, -1, -1)),
+    )
     return (max(tail) - min(head)) * float(stream.time_base) if head else 0.0
 
 
-def _entries(stream: av.video.stream.VideoStream, order: Sequence[int]) -> list[int]:
+def _first_timestamps(stream: av.video.stream.VideoStream, order: Sequence[int]) -> list[int]:
     """Returns the timestamps of the first entries in this order that belong to a frame."""
     entries = map(stream.index_entries.__getitem__, order)
     return list(islice((entry.timestamp for entry in entries if not entry.is_discard), 2 * REORDER))
@@ -125,10 +128,12 @@ def _last_end(source: str | bytes, index: int, fps: float) -> float:
     with open_file(source) as container:
         stream = container.streams[index]
         length = (container.duration or 0) / av.time_base
-        if length > 2 * _TAIL:
-            container.seek(int((length - _TAIL) * av.time_base) + (container.start_time or 0))
+        if length > 2 * _TAIL_SECONDS:
+            container.seek(
+                int((length - _TAIL_SECONDS) * av.time_base) + (container.start_time or 0)
+            )
         end = _packets_end(container, stream, fps)
-    if end is not None or length <= 2 * _TAIL:
+    if end is not None or length <= 2 * _TAIL_SECONDS:
         return end or 0.0
     with open_file(source) as container:  # no packet of this stream near the end
         return _packets_end(container, container.streams[index], fps) or 0.0

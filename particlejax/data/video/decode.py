@@ -20,35 +20,35 @@ from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from particlejax.data.video import container as opening
 from particlejax.data.video.container import Unreadable, open_file
 from particlejax.data.video.frame_ops import (
-    Cutter,
-    Part,
+    Region,
+    RegionExtractor,
     display_matrix,
     pixels,
-    resized,
-    square,
+    resized_size,
+    square_pixel_size,
     upright,
 )
-from particlejax.data.video.packet_lookahead import Ahead
+from particlejax.data.video.packet_lookahead import PacketLookahead
 
 # Verified against decoding from the start. AVI and MPEG program streams lack presentation times, so
 # frames after a seek may be off by one: these and all other containers are read from the start.
 _SEEKABLE = frozenset({opening.MP4, "matroska,webm", "mpegts"})
 _SEEK_GAIN = 0.5  # seconds of decoding that a seek must save: it resets the decoder
-_BLIND_GAIN = 4.0  # the same if keyframes are unknown: longer than most GOPs
+_UNINDEXED_SEEK_GAIN = 4.0  # the same if keyframes are unknown: longer than most GOPs
 # seconds to seek before the requested time; in MPEG-TS a seek may land after it
-_RETRIES = (0.0, 2.0, 8.0)
+_SEEK_RETRIES = (0.0, 2.0, 8.0)
 # Codecs whose decoders skip non-reference frames exactly; others decode every frame.
-_DROPPING = frozenset({"h264", "hevc"})
+_FRAME_DROPPING_CODECS = frozenset({"h264", "hevc"})
 # A list for explanations of slow decoding, set by the thread that waits.
-excuses: ContextVar[list[str] | None] = ContextVar("excuses", default=None)
+slow_reasons: ContextVar[list[str] | None] = ContextVar("excuses", default=None)
 
 
-class _Timed(NamedTuple):
+class _TimedFrame(NamedTuple):
     time: float  # seconds on the container's clock
     frame: av.VideoFrame | None
 
 
-_LATER = _Timed(0.0, None)  # placeholder of a frame that is not decoded yet
+_NOT_DECODED = _TimedFrame(0.0, None)  # placeholder of a frame that is not decoded yet
 
 
 class Video:
@@ -64,23 +64,23 @@ class Video:
     def __init__(self, source: str | bytes) -> None:
         self._source = source
         self._container: av.container.InputContainer | None = None
-        self._damage = ""
-        self._wanted: np.ndarray | None = (
+        self._error_reason = ""
+        self._wanted_times: np.ndarray | None = (
             None  # ascending, on the container's clock; other frames may be skipped
         )
         self._interlaced = False  # interlaced frames may be two packets, so none is skipped
         self._scaler = VideoReformatter()
         self._rewind()
-        first = self._shown
+        first = self._current
         self._interlaced = first.frame.interlaced_frame
-        self._drops &= not self._interlaced
+        self._can_drop &= not self._interlaced
         self._start = first.time
-        self._turn = display_matrix(first.frame)
+        self._display_matrix = display_matrix(first.frame)
         aspect = float(self._stream.sample_aspect_ratio or 1) or 1.0
-        self._size = square(first.frame.width, first.frame.height, aspect)
-        self.fps = opening.rate(self._stream)
-        turned = abs(self._turn[0, 1]) > abs(self._turn[0, 0])
-        self.width, self.height = self._size[::-1] if turned else self._size
+        self._size = square_pixel_size(first.frame.width, first.frame.height, aspect)
+        self.fps = opening.frame_rate(self._stream)
+        is_transposed = abs(self._display_matrix[0, 1]) > abs(self._display_matrix[0, 0])
+        self.width, self.height = self._size[::-1] if is_transposed else self._size
 
     def __enter__(self) -> Self:
         return self
@@ -106,7 +106,7 @@ class Video:
         """Seconds from the start of the first frame to the end of the last, as announced by the
         container.
         """
-        return opening.length(self._stream, self._source, self._start)
+        return opening.duration(self._stream, self._source, self._start)
 
     @property
     def tolerance(self) -> float:
@@ -125,53 +125,53 @@ class Video:
         frame by half a tick of the container's clock (at most 0.5 ms), so k / fps selects frame k
         although Matroska rounds timestamps.
         """
-        size = resized(self._size, short_side)
-        pictures, stamps = self._at(times, lambda frame: self._convert(frame, size))
-        return self._stack(pictures, size), stamps
+        size = resized_size(self._size, short_side)
+        frames, timestamps = self._frames_at(times, lambda frame: self._convert(frame, size))
+        return self._stack(frames, size), timestamps
 
-    def parts_at(self, times: Sequence[float], part: Part) -> tuple[np.ndarray, np.ndarray]:
+    def regions_at(self, times: Sequence[float], region: Region) -> tuple[np.ndarray, np.ndarray]:
         """Returns a crop of each frame of `frames_at`, uint8 [T, size, size, 3], and their own
         times, float32 [T].
 
         Cropping, scaling and conversion to RGB are one pass over the crop. Its edges are rounded to
         even pixels.
         """
-        pictures, stamps = self._at(times, Cutter(part, self._turn))
-        return np.stack(pictures), stamps
+        frames, timestamps = self._frames_at(times, RegionExtractor(region, self._display_matrix))
+        return np.stack(frames), timestamps
 
-    def _at(
+    def _frames_at(
         self, times: Sequence[float], convert: Callable[[av.VideoFrame], np.ndarray]
     ) -> tuple[list[np.ndarray], np.ndarray]:
         times = np.asarray(times, np.float64)
-        pictures: list[np.ndarray] = [None] * len(times)
-        stamps = np.zeros(len(times), np.float32)
-        before = picture = None
-        if self._wanted is not None:  # frames of this call may have been skipped
-            self._wanted = None
+        frames: list[np.ndarray] = [None] * len(times)
+        timestamps = np.zeros(len(times), np.float32)
+        previous = converted = None
+        if self._wanted_times is not None:  # frames of this call may have been skipped
+            self._wanted_times = None
             self._rewind()
         clock = self._clock(times)
-        self._want(np.sort(clock))
+        self._set_wanted(np.sort(clock))
         for i in np.argsort(times, kind="stable"):
-            self._show(float(clock[i]))
-            if self._shown is not before:
-                before, picture = self._shown, convert(self._shown.frame)
-            pictures[i], stamps[i] = picture, before.time - self._start
-        return pictures, stamps
+            self._seek_to(float(clock[i]))
+            if self._current is not previous:
+                previous, converted = self._current, convert(self._current.frame)
+            frames[i], timestamps[i] = converted, previous.time - self._start
+        return frames, timestamps
 
-    def each(self, short_side: int | None = None) -> Iterator[tuple[np.ndarray, float]]:
+    def iter_frames(self, short_side: int | None = None) -> Iterator[tuple[np.ndarray, float]]:
         """Yields every frame, uint8 [H, W, 3], and its time in seconds, one at a time."""
-        self._wanted = None
+        self._wanted_times = None
         self._rewind()
-        size = resized(self._size, short_side)
+        size = resized_size(self._size, short_side)
         while True:
-            yield self._convert(self._shown.frame, size), self._shown.time - self._start
+            yield self._convert(self._current.frame, size), self._current.time - self._start
             if not self._advance():
                 return
 
     def read_all(self, short_side: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Returns all frames: uint8 [T, H, W, 3] and times in seconds, float32 [T]."""
-        pictures, stamps = zip(*self.each(short_side), strict=True)
-        return np.stack(pictures), np.asarray(stamps, np.float32)
+        frames, timestamps = zip(*self.iter_frames(short_side), strict=True)
+        return np.stack(frames), np.asarray(timestamps, np.float32)
 
     def _rewind(self) -> None:
         # Reopening is the only way back to the first frame that works for all containers.
@@ -179,62 +179,64 @@ class Video:
         self._container = open_file(self._source)
         self._stream = opening.video_stream(self._container)
         self._tick = float(self._stream.time_base)
-        self._drops = (
+        self._can_drop = (
             self._container.format.name in _SEEKABLE
-            and self._stream.codec_context.name in _DROPPING
+            and self._stream.codec_context.name in _FRAME_DROPPING_CODECS
         )
-        self._drops &= not self._interlaced
+        self._can_drop &= not self._interlaced
         self._frames = self._decode()
         first = next(self._frames, None)
         if first is None:
-            raise Unreadable(self._damage or opening.emptiness(self._stream))
-        self._shown, self._next = first, _LATER
+            raise Unreadable(self._error_reason or opening.empty_reason(self._stream))
+        self._current, self._next = first, _NOT_DECODED
 
-    def _coming(self) -> _Timed | None:
+    def _peek(self) -> _TimedFrame | None:
         """Returns the frame after the displayed one, decoded on demand; None at the end."""
-        if self._next is _LATER:
+        if self._next is _NOT_DECODED:
             self._next = next(self._frames, None)
         return self._next
 
     def _advance(self) -> bool:
-        if self._coming() is None:
+        if self._peek() is None:
             return False
-        self._shown, self._next = self._next, _LATER
+        self._current, self._next = self._next, _NOT_DECODED
         return True
 
-    def _want(self, clock: np.ndarray | None) -> None:
-        self._wanted = clock
-        self._ahead.wanted = clock if self._drops else None
+    def _set_wanted(self, clock: np.ndarray | None) -> None:
+        self._wanted_times = clock
+        self._lookahead.wanted = clock if self._can_drop else None
 
-    def _decode(self) -> Iterator[_Timed]:
+    def _decode(self) -> Iterator[_TimedFrame]:
         """Yields frames in presentation order; packets that fail to decode are skipped."""
-        tick, step = self._tick, 1 / opening.rate(self._stream)
+        tick, step = self._tick, 1 / opening.frame_rate(self._stream)
         decoder, last, skipping, locked = self._stream.codec_context, None, None, False
-        self._ahead = Ahead(self._packets(), tick, self._wanted if self._drops else None)
-        for packet, shown in self._ahead:
+        self._lookahead = PacketLookahead(
+            self._packets(), tick, self._wanted_times if self._can_drop else None
+        )
+        for packet, is_shown in self._lookahead:
             # keyframes only: the query is as slow as converting a small frame
             if packet is not None and packet.is_keyframe:
                 locked = packet.has_sidedata("encryption_info")
             if locked:  # a decoder may return garbage
-                self._damage = self._damage or "encrypted"
+                self._error_reason = self._error_reason or "encrypted"
                 continue
             try:
-                if self._drops and skipping is not (not shown):
-                    skipping = not shown
+                if self._can_drop and skipping is not (not is_shown):
+                    skipping = not is_shown
                     decoder.skip_frame = "NONREF" if skipping else "DEFAULT"
                 frames = decoder.decode(packet)
             except av.FFmpegError as error:
-                self._damage = self._damage or f"damaged: {error.strerror}"
+                self._error_reason = self._error_reason or f"damaged: {error.strerror}"
                 continue
             for frame in frames:
-                stamp = frame.pts if frame.pts is not None else frame.dts
-                if stamp is not None:
-                    time = stamp * tick
+                timestamp = frame.pts if frame.pts is not None else frame.dts
+                if timestamp is not None:
+                    time = timestamp * tick
                 else:
                     time = 0.0 if last is None else last + step
                 # keep times monotonic if the clock jumps back
                 last = time if last is None else max(time, last)
-                yield _Timed(last, frame)
+                yield _TimedFrame(last, frame)
 
     def _clock(self, times: np.ndarray) -> np.ndarray:
         """Converts times from the first frame to the container's clock, with the tolerance of
@@ -247,76 +249,85 @@ class Video:
         try:
             yield from self._container.demux(self._stream)
         except av.FFmpegError as error:  # a truncated file: keep the frames before the error
-            self._damage = self._damage or f"damaged: {error.strerror}"
+            self._error_reason = self._error_reason or f"damaged: {error.strerror}"
             yield None
 
-    def _show(self, wanted: float) -> None:
-        if self._start < self._shown.time > wanted:
+    def _seek_to(self, wanted_time: float) -> None:
+        if self._start < self._current.time > wanted_time:
             self._rewind()
-        if wanted - self._shown.time > _BLIND_GAIN and self._container.format.name not in _SEEKABLE:
-            self._excuse()
-        if self._seek_saves(wanted) and not any(self._land(wanted, back) for back in _RETRIES):
+        if (
+            wanted_time - self._current.time > _UNINDEXED_SEEK_GAIN
+            and self._container.format.name not in _SEEKABLE
+        ):
+            self._note_slow_container()
+        if self._seek_saves(wanted_time) and not any(
+            self._try_seek(wanted_time, retry) for retry in _SEEK_RETRIES
+        ):
             self._rewind()
-        while (coming := self._coming()) is not None and coming.time <= wanted:
+        while (next_frame := self._peek()) is not None and next_frame.time <= wanted_time:
             self._advance()
 
-    def _excuse(self) -> None:
-        said = excuses.get()
-        if said is not None:
-            said.append(
+    def _note_slow_container(self) -> None:
+        reasons = slow_reasons.get()
+        if reasons is not None:
+            reasons.append(
                 f"{self._container.format.name} files can only be read from their start, so "
                 "convert it to mp4 or raise config.data.decode_timeout_seconds"
             )
 
-    def _seek_saves(self, wanted: float) -> bool:
-        ahead = wanted - self._shown.time
-        if ahead < _SEEK_GAIN or self._container.format.name not in _SEEKABLE:
+    def _seek_saves(self, wanted_time: float) -> bool:
+        distance = wanted_time - self._current.time
+        if distance < _SEEK_GAIN or self._container.format.name not in _SEEKABLE:
             return False
-        index, goal = self._stream.index_entries, int(wanted / self._tick)
-        if len(index) == 0 or index[len(index) - 1].timestamp < goal:
-            return ahead > _BLIND_GAIN
-        key = index.search_timestamp(goal)
-        saved = index[key].timestamp * self._tick - self._shown.time if key >= 0 else 0.0
-        return saved > _SEEK_GAIN
+        index, target = self._stream.index_entries, int(wanted_time / self._tick)
+        if len(index) == 0 or index[len(index) - 1].timestamp < target:
+            return distance > _UNINDEXED_SEEK_GAIN
+        keyframe = index.search_timestamp(target)
+        saved_seconds = (
+            index[keyframe].timestamp * self._tick - self._current.time if keyframe >= 0 else 0.0
+        )
+        return saved_seconds > _SEEK_GAIN
 
-    def _land(self, wanted: float, back: float) -> bool:
-        """Seeks to `back` seconds before `wanted`. Returns whether it found an intact frame no
-        later than `wanted`.
+    def _try_seek(self, wanted_time: float, retry: float) -> bool:
+        """Seeks to `retry` seconds before `wanted_time`. Returns whether it found an intact frame
+        no later than `wanted_time`.
         """
-        goal = int((wanted - back) / self._tick)
+        target = int((wanted_time - retry) / self._tick)
         try:
-            self._container.seek(goal, stream=self._stream)
+            self._container.seek(target, stream=self._stream)
         except av.FFmpegError:
             return False
         # Frames before the first keyframe depend on frames that were not decoded.
         frames = dropwhile(
-            lambda timed: not timed.frame.key_frame or timed.frame.is_corrupt, self._decode()
+            lambda timed_frame: not timed_frame.frame.key_frame or timed_frame.frame.is_corrupt,
+            self._decode(),
         )
         first = next(frames, None)
-        if first is None or first.frame.pts is None or first.time > wanted:
+        if first is None or first.frame.pts is None or first.time > wanted_time:
             return False
-        self._frames, self._shown, self._next = frames, first, _LATER
+        self._frames, self._current, self._next = frames, first, _NOT_DECODED
         return True
 
     def _convert(self, frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
         width, height = size
-        how = Interpolation.AREA if width < frame.width else Interpolation.BILINEAR
-        small = self._scaler.reformat(
+        interpolation = Interpolation.AREA if width < frame.width else Interpolation.BILINEAR
+        scaled = self._scaler.reformat(
             frame,
             width,
             height,
             "rgb24",
-            interpolation=how,
+            interpolation=interpolation,
             dst_color_range=ColorRange.JPEG,
             threads=1,
         )
-        return upright(pixels(small), self._turn)
+        return upright(pixels(scaled), self._display_matrix)
 
-    def _stack(self, pictures: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
-        if pictures:
-            return np.stack(pictures)
+    def _stack(self, frames: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+        if frames:
+            return np.stack(frames)
         return np.zeros(
-            (0, *upright(np.zeros((size[1], size[0], 3), np.uint8), self._turn).shape), np.uint8
+            (0, *upright(np.zeros((size[1], size[0], 3), np.uint8), self._display_matrix).shape),
+            np.uint8,
         )
 
 

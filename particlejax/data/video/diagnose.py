@@ -28,7 +28,7 @@ _BOXES = frozenset(
         b"uuid",
     }
 )
-_STARTS = (  # magic numbers of video and audio files
+_SIGNATURES = (  # magic numbers of video and audio files
     b"\x1aE\xdf\xa3",  # Matroska, WebM
     b"RIFF",
     b"OggS",
@@ -51,9 +51,9 @@ _STARTS = (  # magic numbers of video and audio files
 _TS_PACKETS = ((0, 188), (4, 192))
 
 
-def why(source: str | bytes, error: Exception) -> str:
+def open_failure_reason(source: str | bytes, error: Exception) -> str:
     """Returns a short reason why a path or a file's bytes cannot be opened."""
-    said = f"damaged: {getattr(error, 'strerror', None) or error}"
+    default_reason = f"damaged: {getattr(error, 'strerror', None) or error}"
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -62,21 +62,26 @@ def why(source: str | bytes, error: Exception) -> str:
             if isinstance(error, EOFError) or getattr(error, "errno", None) == errno.EIO:
                 return CUT_HEADER  # a demuxer recognized the file, but it ended early
             if head[4:8] in _BOXES:
-                return _index_fault(file, size) or said
+                return _index_problem(file, size) or default_reason
             if head.startswith(b"RIFF") and 8 + int.from_bytes(head[4:8], "little") > size:
                 return CUT_HEADER
-            return said if head.startswith(_STARTS) or _is_transport(head) else "not a media file"
+            return (
+                default_reason
+                if head.startswith(_SIGNATURES) or _is_transport_stream(head)
+                else "not a media file"
+            )
     except OSError:  # the file cannot be read at all
-        return said
+        return default_reason
 
 
-def _is_transport(head: bytes) -> bool:
+def _is_transport_stream(head: bytes) -> bool:
     return any(
-        head[at : at + 1] == head[at + step : at + step + 1] == b"G" for at, step in _TS_PACKETS
+        head[offset : offset + 1] == head[offset + step : offset + step + 1] == b"G"
+        for offset, step in _TS_PACKETS
     )
 
 
-def _index_fault(file: BinaryIO, size: int) -> str:
+def _index_problem(file: BinaryIO, size: int) -> str:
     """Returns the problem of an MP4's index; '' if it is complete."""
     ends = [end for kind, end in _boxes(file, size) if kind == b"moov"]
     if not ends:
@@ -86,14 +91,14 @@ def _index_fault(file: BinaryIO, size: int) -> str:
 
 def _boxes(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int]]:
     """Yields the type of each top-level box of an MP4, and its end according to its length."""
-    at = 0
-    while at + 8 <= size:
-        file.seek(at)
+    offset = 0
+    while offset + 8 <= size:
+        file.seek(offset)
         head = file.read(16)
         length = int.from_bytes(head[:4], "big")
         if length < 2:  # 0: to the end of the file; 1: a longer number follows
-            length = int.from_bytes(head[8:16], "big") if length else size - at
-        yield head[4:8], at + length
+            length = int.from_bytes(head[8:16], "big") if length else size - offset
+        yield head[4:8], offset + length
         if length < 8:
             return
-        at += length
+        offset += length

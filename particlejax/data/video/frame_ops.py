@@ -12,65 +12,76 @@ import numpy as np
 
 # minimum short side in pixels at which rounding a box to even pixels (chroma subsampling) is
 # negligible
-_FINE = 128
+_MIN_FINE_SIDE = 128
 # FFmpeg's code for unspecified transfer curve or primaries; scaling must not convert between them
-_UNKNOWN = 2
+_UNSPECIFIED = 2
 
 
-class Part(NamedTuple):
-    """A square crop of the displayed frame, resized to `size` pixels, optionally `mirrored` left to
+class Region(NamedTuple):
+    """A square crop of the displayed frame, resized to `size` pixels, optionally `flip` left to
     right.
     """
 
     # left, top, right, bottom as fractions of the frame's width and height
     box: tuple[float, float, float, float]
     size: int
-    mirrored: bool = False
+    flip: bool = False
 
 
 def is_fine(width: int, height: int) -> bool:
     """Whether a frame is large enough to be cropped at even pixels."""
-    return min(width, height) >= _FINE
+    return min(width, height) >= _MIN_FINE_SIDE
 
 
-class Cutter:
+class RegionExtractor:
     """Takes the same crop of many frames; `turn` is their display matrix [2, 2]."""
 
-    def __init__(self, part: Part, turn: np.ndarray) -> None:
-        self._part, self._turn = part, turn
-        self._form: tuple = ()
+    def __init__(self, region: Region, matrix: np.ndarray) -> None:
+        self._region, self._matrix = region, matrix
+        self._format: tuple = ()
         self._graph = self._source = self._sink = None
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        form = (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range)
-        if form != self._form:  # the format may change within a video
-            self._build(*form)
-        frame.color_trc = frame.color_primaries = _UNKNOWN
+        frame_format = (
+            frame.width,
+            frame.height,
+            frame.format.name,
+            frame.colorspace,
+            frame.color_range,
+        )
+        if frame_format != self._format:  # the format may change within a video
+            self._build(*frame_format)
+        frame.color_trc = frame.color_primaries = _UNSPECIFIED
         self._source.push(frame)
-        picture = upright(pixels(self._sink.pull()), self._turn)
+        image = upright(pixels(self._sink.pull()), self._matrix)
         # otherwise FFmpeg's hflip does it, faster
-        return picture[:, ::-1] if self._part.mirrored and _lies(self._turn) else picture
+        return image[:, ::-1] if self._region.flip and _is_transposed(self._matrix) else image
 
-    def _build(self, width: int, height: int, kind: str, space: int, span: int) -> None:
-        self._form, self._graph = (width, height, kind, space, span), av.filter.Graph()
+    def _build(
+        self, width: int, height: int, pixel_format: str, color_space: int, color_range: int
+    ) -> None:
+        self._format, self._graph = (
+            (width, height, pixel_format, color_space, color_range),
+            av.filter.Graph(),
+        )
         self._graph.threads = 1  # the pipeline already runs a decoder per core
-        add, size = self._graph.add, self._part.size
-        left, top, right, bottom = stored_box(self._part.box, self._turn, width, height)
-        how = "area" if size < right - left else "bilinear"
+        add, size = self._graph.add, self._region.size
+        left, top, right, bottom = stored_box(self._region.box, self._matrix, width, height)
+        interpolation = "area" if size < right - left else "bilinear"
         # Via planar RGB, for which FFmpeg's scaler has vector code and full chroma.
         steps = [
             (
                 "buffer",
-                f"video_size={width}x{height}:pix_fmt={kind}:time_base=1/1:"
-                f"colorspace={space}:range={span}",
+                f"video_size={width}x{height}:pix_fmt={pixel_format}:time_base=1/1:"
+                f"colorspace={color_space}:range={color_range}",
             ),
             ("crop", f"{right - left}:{bottom - top}:{left}:{top}"),
-            ("scale", f"{size}:{size}:flags={how}:out_range=full:interl=-1"),
+            ("scale", f"{size}:{size}:flags={interpolation}:out_range=full:interl=-1"),
             ("format", "gbrp"),
-            ("scale", f"flags={how}:interl=-1"),
+            ("scale", f"flags={interpolation}:interl=-1"),
             ("format", "rgb24"),
         ]
-        if self._part.mirrored and not _lies(self._turn):
+        if self._region.flip and not _is_transposed(self._matrix):
             steps.append(("hflip", None))
         nodes = [add(name, args) for name, args in steps] + [add("buffersink")]
         self._graph.link_nodes(*nodes).configure()
@@ -92,25 +103,25 @@ def stored_box(
     the stored frame, all even.
     """
     left, top, right, bottom = box
-    lies = _lies(matrix)
-    matrix = matrix[::-1] if lies else matrix
+    transposed = _is_transposed(matrix)
+    matrix = matrix[::-1] if transposed else matrix
     if matrix[0, 0] < 0:
         left, right = 1 - right, 1 - left
     if matrix[1, 1] < 0:
         top, bottom = 1 - bottom, 1 - top
-    if lies:
+    if transposed:
         left, top, right, bottom = top, left, bottom, right
-    (left, right), (top, bottom) = _whole(left, right, width), _whole(top, bottom, height)
+    (left, right), (top, bottom) = _even_span(left, right, width), _even_span(top, bottom, height)
     return left, top, right, bottom
 
 
-def _whole(start: float, stop: float, length: int) -> tuple[int, int]:
+def _even_span(start: float, stop: float, length: int) -> tuple[int, int]:
     first = min(2 * round(start * length / 2), max(length - 2, 0))
     last = length if stop * length > length - 1 else max(2 * round(stop * length / 2), first + 2)
     return first, last
 
 
-def _lies(matrix: np.ndarray) -> bool:
+def _is_transposed(matrix: np.ndarray) -> bool:
     return abs(matrix[0, 1]) > abs(matrix[0, 0])
 
 
@@ -130,13 +141,13 @@ def display_matrix(frame: av.VideoFrame) -> np.ndarray:
 
 def upright(image_HWC: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     # Quarter turns and flips, as cameras write them; other angles are rounded to the nearest.
-    if _lies(matrix):
+    if _is_transposed(matrix):
         image_HWC, matrix = image_HWC.transpose(1, 0, 2), matrix[::-1]
     columns, rows = (-1 if matrix[0, 0] < 0 else 1), (-1 if matrix[1, 1] < 0 else 1)
     return image_HWC[::rows, ::columns]
 
 
-def square(width: int, height: int, aspect: float) -> tuple[int, int]:
+def square_pixel_size(width: int, height: int, aspect: float) -> tuple[int, int]:
     """Returns the size with square pixels; `aspect` is a stored pixel's width / height. It only
     enlarges.
     """
@@ -145,7 +156,7 @@ def square(width: int, height: int, aspect: float) -> tuple[int, int]:
     return (_even(width * aspect), height) if aspect > 1 else (width, _even(height / aspect))
 
 
-def resized(size: tuple[int, int], short_side: int | None) -> tuple[int, int]:
+def resized_size(size: tuple[int, int], short_side: int | None) -> tuple[int, int]:
     if short_side is None:
         return size
     short = min(size)

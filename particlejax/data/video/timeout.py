@@ -14,9 +14,9 @@ T = TypeVar("T")
 
 
 # per process: files that timed out, with the reason
-_hung: dict[str | bytes, str] = {}
+_timed_out: dict[str | bytes, str] = {}
 # one worker per waiting thread, because a thread per clip is slow
-_mine = threading.local()
+_thread_state = threading.local()
 
 
 class _Worker:
@@ -24,44 +24,46 @@ class _Worker:
 
     def __init__(self) -> None:
         self.tasks: SimpleQueue = SimpleQueue()
-        self.answers: SimpleQueue = SimpleQueue()
-        threading.Thread(target=_work, args=(self.tasks, self.answers), daemon=True).start()
+        self.results: SimpleQueue = SimpleQueue()
+        threading.Thread(target=_work, args=(self.tasks, self.results), daemon=True).start()
 
     def __del__(self) -> None:
         self.tasks.put(None)
 
 
-def _work(tasks: SimpleQueue, answers: SimpleQueue) -> None:
+def _work(tasks: SimpleQueue, results: SimpleQueue) -> None:
     while (task := tasks.get()) is not None:
-        work, excuses = task
-        decode.excuses.set(excuses)
+        fn, slow_reasons = task
+        decode.slow_reasons.set(slow_reasons)
         try:
-            answers.put((work(), None))
+            results.put((fn(), None))
         except BaseException as error:  # noqa: BLE001 - passed to the caller
-            answers.put((None, error))
-        del work, task  # frees the decoded data
+            results.put((None, error))
+        del fn, task  # frees the decoded data
 
 
-def within(seconds: float, work: Callable[[], T], of: str | bytes) -> T:
+def run_with_timeout(seconds: float, fn: Callable[[], T], file: str | bytes) -> T:
     """Returns `work()`, or raises Unreadable if it takes longer than `seconds` (0: no limit).
 
-    of: the file being read, as a path or bytes. A file that timed out is not tried again, because
+    file: the file being read, as a path or bytes. A file that timed out is not tried again, because
     each try waits as long and leaves another thread running until the process ends.
     """
     if not seconds:
-        return work()
+        return fn()
     # hash a file's bytes only if some file timed out
-    if _hung and _key(of) in _hung:
-        raise Unreadable(_hung[_key(of)])
-    worker, excuses = _worker(), []
-    worker.tasks.put((work, excuses))
+    if _timed_out and _key(file) in _timed_out:
+        raise Unreadable(_timed_out[_key(file)])
+    worker, slow_reasons = _worker(), []
+    worker.tasks.put((fn, slow_reasons))
     try:
-        value, error = worker.answers.get(timeout=seconds)
-    except BaseException as late:
-        _mine.worker = None  # it may be busy forever
-        if not isinstance(late, Empty):
+        value, error = worker.results.get(timeout=seconds)
+    except BaseException as interruption:
+        _thread_state.worker = None  # it may be busy forever
+        if not isinstance(interruption, Empty):
             raise
-        reason = _hung[_key(of)] = ": ".join([f"not decoded after {seconds:g} s", *excuses[:1]])
+        reason = _timed_out[_key(file)] = ": ".join(
+            [f"not decoded after {seconds:g} s", *slow_reasons[:1]]
+        )
         raise Unreadable(reason) from None
     if error is not None:
         raise error
@@ -69,9 +71,9 @@ def within(seconds: float, work: Callable[[], T], of: str | bytes) -> T:
 
 
 def _worker() -> Any:
-    if getattr(_mine, "worker", None) is None:
-        _mine.worker = _Worker()
-    return _mine.worker
+    if getattr(_thread_state, "worker", None) is None:
+        _thread_state.worker = _Worker()
+    return _thread_state.worker
 
 
 def _key(file: str | bytes) -> str | bytes:

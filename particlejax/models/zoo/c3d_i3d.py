@@ -27,22 +27,22 @@ class C3D(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTHWC: Array) -> tuple[Array, Endpoints]:
-        x, ends = x_BTHWC.astype(self.dtype), {}
+        x, endpoints = x_BTHWC.astype(self.dtype), {}
         for i, widths in enumerate(self.groups, 1):
             for j, width in enumerate(widths):
                 name = f"conv{i}" + ("" if len(widths) == 1 else "ab"[j])
-                x = ends[name] = nn.relu(
+                x = endpoints[name] = nn.relu(
                     Conv(width, (3, 3, 3), bias=True, dtype=self.dtype, name=name)(x)
                 )
             pool = (1, 2, 2) if i == 1 else (2, 2, 2)
             if i == len(self.groups):  # 7 rows become 4, as Caffe rounds
                 # exact, because ReLU leaves no negative values
                 x = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
-            x = ends[f"pool{i}"] = max_pool(x, pool, pool, "none")
+            x = endpoints[f"pool{i}"] = max_pool(x, pool, pool, "none")
         x = x.reshape(x.shape[0], -1)
         for name in ("fc6", "fc7"):
-            x = ends[name] = nn.relu(nn.Dense(self.hidden, dtype=self.dtype, name=name)(x))
-        return nn.Dense(self.classes, name="head")(x.astype(jnp.float32)), ends
+            x = endpoints[name] = nn.relu(nn.Dense(self.hidden, dtype=self.dtype, name=name)(x))
+        return nn.Dense(self.classes, name="head")(x.astype(jnp.float32)), endpoints
 
 
 # For each Inception block: the widths of its four branches; 3x3x3 convolutions with their
@@ -109,13 +109,13 @@ class Mixed(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTHWC: Array) -> Array:
-        one, two, three, four = self.widths
-        branches = [Branch((("Conv3d_0a_1x1", one, 1),), dtype=self.dtype, name="Branch_0")]
-        for i, (reduced, wide) in enumerate((two, three), 1):
-            units = (("Conv3d_0a_1x1", reduced, 1), ("Conv3d_0b_3x3", wide, 3))
+        width_0, widths_1, widths_2, width_3 = self.widths
+        branches = [Branch((("Conv3d_0a_1x1", width_0, 1),), dtype=self.dtype, name="Branch_0")]
+        for i, (reduced, width) in enumerate((widths_1, widths_2), 1):
+            units = (("Conv3d_0a_1x1", reduced, 1), ("Conv3d_0b_3x3", width, 3))
             branches.append(Branch(units, dtype=self.dtype, name=f"Branch_{i}"))
         branches.append(
-            Branch((("Conv3d_0b_1x1", four, 1),), pooled=True, dtype=self.dtype, name="Branch_3")
+            Branch((("Conv3d_0b_1x1", width_3, 1),), pooled=True, dtype=self.dtype, name="Branch_3")
         )
         return jnp.concatenate([branch(x_BTHWC) for branch in branches], axis=-1)
 
@@ -128,28 +128,36 @@ class I3D(nn.Module):
     """
 
     classes: int
-    share: int = 1  # divisor of all widths, for tests
+    width_divisor: int = 1  # divisor of all widths, for tests
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x_BTHWC: Array) -> tuple[Array, Endpoints]:
-        x, ends, dtype = x_BTHWC.astype(self.dtype), {}, self.dtype
-        x = ends["Conv3d_1a_7x7"] = Unit(64 // self.share, 7, 2, dtype, name="Conv3d_1a_7x7")(x)
-        x = ends["MaxPool3d_2a_3x3"] = max_pool(x, (1, 3, 3), (1, 2, 2), "same")
-        x = ends["Conv3d_2b_1x1"] = Unit(64 // self.share, 1, dtype=dtype, name="Conv3d_2b_1x1")(x)
-        x = ends["Conv3d_2c_3x3"] = Unit(192 // self.share, 3, dtype=dtype, name="Conv3d_2c_3x3")(x)
+        x, endpoints, dtype = x_BTHWC.astype(self.dtype), {}, self.dtype
+        x = endpoints["Conv3d_1a_7x7"] = Unit(
+            64 // self.width_divisor, 7, 2, dtype, name="Conv3d_1a_7x7"
+        )(x)
+        x = endpoints["MaxPool3d_2a_3x3"] = max_pool(x, (1, 3, 3), (1, 2, 2), "same")
+        x = endpoints["Conv3d_2b_1x1"] = Unit(
+            64 // self.width_divisor, 1, dtype=dtype, name="Conv3d_2b_1x1"
+        )(x)
+        x = endpoints["Conv3d_2c_3x3"] = Unit(
+            192 // self.width_divisor, 3, dtype=dtype, name="Conv3d_2c_3x3"
+        )(x)
         for name, widths in _BLOCKS.items():
             if name in _POOL_BEFORE:
                 pool, window, stride = _POOL_BEFORE[name]
-                x = ends[pool] = max_pool(x, window, stride, "same")
-            x = ends[name] = Mixed(_divided(widths, self.share), dtype, name=name)(x)
+                x = endpoints[pool] = max_pool(x, window, stride, "same")
+            x = endpoints[name] = Mixed(
+                _divide_widths(widths, self.width_divisor), dtype, name=name
+            )(x)
         x = mean_pool(x, (2, 7, 7)).astype(jnp.float32)
-        return mean_logits(nn.Dense(self.classes, name="head")(x), probabilities=False), ends
+        return mean_logits(nn.Dense(self.classes, name="head")(x), probabilities=False), endpoints
 
 
-def _divided(widths: Any, share: int) -> Any:
+def _divide_widths(widths: Any, divisor: int) -> Any:
     return (
-        tuple(_divided(w, share) for w in widths)
+        tuple(_divide_widths(width, divisor) for width in widths)
         if isinstance(widths, tuple)
-        else max(1, widths // share)
+        else max(1, widths // divisor)
     )

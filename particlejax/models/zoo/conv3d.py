@@ -22,19 +22,19 @@ from jax import Array, lax
 
 Triple = tuple[int, int, int]
 Pads = tuple[tuple[int, int], ...]  # before and after, along time, rows and columns
-_EVERYWHERE = ("NDHWC", "DHWIO", "NDHWC")
-_PLANE = ("NHWC", "HWIO", "NHWC")
+_CONV3D_DIMS = ("NDHWC", "DHWIO", "NDHWC")
+_CONV2D_DIMS = ("NHWC", "HWIO", "NHWC")
 
 
-def pads(how: str, size: Sequence[int], kernel: Triple, stride: Triple) -> Pads:
+def padding_widths(padding: str, size: Sequence[int], kernel: Triple, stride: Triple) -> Pads:
     """Padding along each axis. 'same': as in TensorFlow, odd padding at the end; 'half': k // 2 at
     both sides; 'none'.
     """
-    if how == "none":
+    if padding == "none":
         return ((0, 0),) * 3
-    if how == "half":
+    if padding == "half":
         return tuple((k // 2, k // 2) for k in kernel)
-    assert how == "same", how
+    assert padding == "same", padding
     return tuple(
         (total // 2, total - total // 2)
         for total in (
@@ -50,42 +50,46 @@ def convolve(x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads, groups: i
     channel).
     """
 
-    def here(x: Array, k: Array) -> Array:
-        return (shifted if groups > 1 else planes)(x, k, stride, pad, groups)
+    def cpu_convolve(x: Array, k: Array) -> Array:
+        return (convolve_taps if groups > 1 else convolve_planes)(x, k, stride, pad, groups)
 
-    def elsewhere(x: Array, k: Array) -> Array:
-        return direct(x, k, stride, pad, groups)
+    def accelerator_convolve(x: Array, k: Array) -> Array:
+        return convolve_xla(x, k, stride, pad, groups)
 
-    return lax.platform_dependent(x_BTHWC, kernel, cpu=here, default=elsewhere)
+    return lax.platform_dependent(x_BTHWC, kernel, cpu=cpu_convolve, default=accelerator_convolve)
 
 
-def direct(x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads, groups: int = 1) -> Array:
+def convolve_xla(
+    x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads, groups: int = 1
+) -> Array:
     """XLA's own 3D convolution, fast on accelerators."""
     return lax.conv_general_dilated(
-        x_BTHWC, kernel, stride, pad, dimension_numbers=_EVERYWHERE, feature_group_count=groups
+        x_BTHWC, kernel, stride, pad, dimension_numbers=_CONV3D_DIMS, feature_group_count=groups
     )
 
 
-def planes(x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads, groups: int = 1) -> Array:
+def convolve_planes(
+    x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads, groups: int = 1
+) -> Array:
     """Sum of 2D convolutions over the kernel's time planes, with frames as rows of the batch."""
     x_BTHWC = jnp.pad(x_BTHWC, ((0, 0), pad[0], (0, 0), (0, 0), (0, 0)))
     frames = (x_BTHWC.shape[1] - kernel.shape[0]) // stride[0] + 1
     total = None
     for t in range(kernel.shape[0]):
-        taken = x_BTHWC[:, t : t + (frames - 1) * stride[0] + 1 : stride[0]]
+        plane = x_BTHWC[:, t : t + (frames - 1) * stride[0] + 1 : stride[0]]
         y = lax.conv_general_dilated(
-            taken.reshape(-1, *taken.shape[2:]),
+            plane.reshape(-1, *plane.shape[2:]),
             kernel[t],
             stride[1:],
             pad[1:],
-            dimension_numbers=_PLANE,
+            dimension_numbers=_CONV2D_DIMS,
             feature_group_count=groups,
         )
         total = y if total is None else total + y
     return total.reshape(-1, frames, *total.shape[1:])
 
 
-def shifted(x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads, groups: int) -> Array:
+def convolve_taps(x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads, groups: int) -> Array:
     """Sum over the kernel's taps of shifted input times tap: fast for few inputs per group."""
     if kernel.shape[3:] == (1, groups):
         return _depthwise(x_BTHWC, kernel, stride, pad)
@@ -94,10 +98,10 @@ def shifted(x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads, groups: in
 
 def _sum_of_taps(x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads, groups: int) -> Array:
     x = jnp.pad(x_BTHWC, ((0, 0), *pad, (0, 0)))
-    size = _size(x_BTHWC, kernel, stride, pad)
+    size = _output_size(x_BTHWC, kernel, stride, pad)
     total = None
-    for at in np.ndindex(*kernel.shape[:3]):
-        y = _tap(_taken(x, at, size, stride), kernel[at], groups)
+    for tap in np.ndindex(*kernel.shape[:3]):
+        y = _tap(_tap_view(x, tap, size, stride), kernel[tap], groups)
         total = y if total is None else total + y
     return total
 
@@ -110,7 +114,7 @@ def _tap(x_BTHWC: Array, tap_IO: Array, groups: int) -> Array:
     return y.reshape(*x_BTHWC.shape[:4], -1)
 
 
-def _size(x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads) -> Triple:
+def _output_size(x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads) -> Triple:
     """Frames, rows and columns of the output."""
     return tuple(
         (n + sum(p) - k) // s + 1
@@ -118,11 +122,11 @@ def _size(x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads) -> Triple:
     )
 
 
-def _taken(x_BTHWC: Array, at: Triple, size: Triple, stride: Triple) -> Array:
-    """The part of the padded input under the kernel tap `at`, which may be traced."""
+def _tap_view(x_BTHWC: Array, tap: Triple, size: Triple, stride: Triple) -> Array:
+    """The part of the padded input under the kernel tap `tap`, which may be traced."""
     span = tuple((n - 1) * s + 1 for n, s in zip(size, stride, strict=True))
-    seen = lax.dynamic_slice(x_BTHWC, (0, *at, 0), (x_BTHWC.shape[0], *span, x_BTHWC.shape[4]))
-    return seen[:, :: stride[0], :: stride[1], :: stride[2]]
+    window = lax.dynamic_slice(x_BTHWC, (0, *tap, 0), (x_BTHWC.shape[0], *span, x_BTHWC.shape[4]))
+    return window[:, :: stride[0], :: stride[1], :: stride[2]]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -130,19 +134,19 @@ def _depthwise(x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads) -> Arra
     return _sum_of_taps(x_BTHWC, kernel, stride, pad, kernel.shape[4])
 
 
-def _depthwise_forward(
+def _depthwise_fwd(
     x_BTHWC: Array, kernel: Array, stride: Triple, pad: Pads
 ) -> tuple[Array, tuple[Array, Array]]:
     return _depthwise(x_BTHWC, kernel, stride, pad), (x_BTHWC, kernel)
 
 
-def _depthwise_backward(
-    stride: Triple, pad: Pads, kept: tuple[Array, Array], grad: Array
+def _depthwise_bwd(
+    stride: Triple, pad: Pads, residuals: tuple[Array, Array], grad: Array
 ) -> tuple[Array, Array]:
     """Custom derivative: XLA takes seconds to compile that of each sum of 27 slices; this halves it
     and runs faster.
     """
-    x, kernel = kept
+    x, kernel = residuals
     k = kernel.shape[:3]
     before = [n - 1 - p[0] for n, p in zip(k, pad, strict=True)]
     spans = [(n - 1) * s + 1 for n, s in zip(grad.shape[1:4], stride, strict=True)]
@@ -150,22 +154,24 @@ def _depthwise_backward(
         n + q - 1 - b - span for n, q, b, span in zip(x.shape[1:4], k, before, spans, strict=True)
     ]
     between = [s - 1 for s in stride]
-    spread = lax.pad(
+    dilated = lax.pad(
         grad,
         jnp.zeros((), grad.dtype),
         [(0, 0, 0), *zip(before, after, between, strict=True), (0, 0, 0)],
     )
-    dx = _sum_of_taps(spread, kernel[::-1, ::-1, ::-1], (1, 1, 1), ((0, 0),) * 3, kernel.shape[4])
+    dx = _sum_of_taps(dilated, kernel[::-1, ::-1, ::-1], (1, 1, 1), ((0, 0),) * 3, kernel.shape[4])
     padded = jnp.pad(x, ((0, 0), *pad, (0, 0)))
 
     def tap(i: Array) -> Array:
-        at = (i // (k[1] * k[2]), i // k[2] % k[1], i % k[2])
-        return jnp.sum(_taken(padded, at, grad.shape[1:4], stride) * grad, axis=(0, 1, 2, 3))
+        position = (i // (k[1] * k[2]), i // k[2] % k[1], i % k[2])
+        return jnp.sum(
+            _tap_view(padded, position, grad.shape[1:4], stride) * grad, axis=(0, 1, 2, 3)
+        )
 
     return dx, lax.map(tap, jnp.arange(math.prod(k))).reshape(kernel.shape)
 
 
-_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+_depthwise.defvjp(_depthwise_fwd, _depthwise_bwd)
 
 
 class Conv(nn.Module):
@@ -183,7 +189,7 @@ class Conv(nn.Module):
     def __call__(self, x_BTHWC: Array) -> Array:
         shape = (*self.kernel, x_BTHWC.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", nn.initializers.he_normal(), shape).astype(self.dtype)
-        pad = pads(self.padding, x_BTHWC.shape[1:4], self.kernel, self.stride)
+        pad = padding_widths(self.padding, x_BTHWC.shape[1:4], self.kernel, self.stride)
         y = convolve(x_BTHWC.astype(self.dtype), kernel, self.stride, pad, self.groups)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
@@ -213,13 +219,18 @@ class Norm(nn.Module):
         if self.scale:
             factor *= self.param("scale", nn.initializers.ones, shape)
         offset = bias - mean * factor
-        at = (None,) * 4
-        return x_BTHWC * factor.astype(self.dtype)[at] + offset.astype(self.dtype)[at]
+        channel_axis = (None,) * 4
+        return (
+            x_BTHWC * factor.astype(self.dtype)[channel_axis]
+            + offset.astype(self.dtype)[channel_axis]
+        )
 
 
 def max_pool(x_BTHWC: Array, window: Triple, stride: Triple, padding: str) -> Array:
     """Max pooling; padding never is the maximum."""
-    return nn.max_pool(x_BTHWC, window, stride, pads(padding, x_BTHWC.shape[1:4], window, stride))
+    return nn.max_pool(
+        x_BTHWC, window, stride, padding_widths(padding, x_BTHWC.shape[1:4], window, stride)
+    )
 
 
 def mean_pool(x_BTHWC: Array, window: Triple) -> Array:

@@ -29,7 +29,7 @@ from particlejax.models.zoo.video_transformers import (
     ViViT,
     VJEPA2Pretraining,
 )
-from particlejax.models.zoo.vit_blocks import Size, Style
+from particlejax.models.zoo.vit_blocks import BlockStyle, StackSize
 from particlejax.models.zoo.yamnet import YAMNet
 
 Describe = TypeVar("Describe", bound=Callable[[], "BackboneSpec"])
@@ -44,7 +44,7 @@ class BackboneSpec:
     net: nn.Module
     frames: int
     size: int  # rows and columns
-    last: str  # default endpoint of `features`
+    default_endpoint: str  # default endpoint of `features`
     mean: Channels = 0.45  # of pixels in [0, 1]
     std: Channels = 0.225
     # shapes and dtypes of one example's inputs, if it takes more than a clip
@@ -71,17 +71,17 @@ class BackboneSpec:
         return [(len(shape), dtype) for shape, dtype in self.examples] == [(1, "int32")] * 2
 
 
-def resized(spec: BackboneSpec, frames: int, size: int) -> BackboneSpec:
+def with_size(spec: BackboneSpec, frames: int, size: int) -> BackboneSpec:
     """The same spec for other example sizes; 0: unchanged. Raises UserError if it has none."""
     if not spec.inputs:
         return dataclasses.replace(spec, frames=frames or spec.frames, size=size or spec.size)
-    if not hasattr(spec.net, "at"):
+    if not hasattr(spec.net, "with_size"):
         raise UserError(
             f"a {spec.kind} takes neither frames nor sizes: leave config.num_frames and "
             "config.image_size at "
             "0."
         )
-    return _transformer(spec.kind, spec.net.at(frames, size), spec.mean, spec.std)
+    return _transformer(spec.kind, spec.net.with_size(frames, size), spec.mean, spec.std)
 
 
 def _transformer(
@@ -110,7 +110,7 @@ _CNNS: dict[str, BackboneSpec] = {
     "c3d_tiny": BackboneSpec(
         "c3d", C3D(10, ((4,), (4,), (4, 4), (8, 8), (8, 8)), 16), 16, 32, "fc6"
     ),
-    "i3d_tiny": BackboneSpec("i3d", I3D(400, share=16), 16, 32, "Mixed_5c", 0.5, 0.5),
+    "i3d_tiny": BackboneSpec("i3d", I3D(400, width_divisor=16), 16, 32, "Mixed_5c", 0.5, 0.5),
     "i3d_r50_tiny": BackboneSpec("resnet", ResNet(10, 2, window=(2, 1, 1)), 4, 32, "stage4"),
     "x3d_tiny": BackboneSpec(
         "x3d",
@@ -121,29 +121,31 @@ _CNNS: dict[str, BackboneSpec] = {
     ),
 }
 
-_SMALL, _NARROW = Size(32, 2, 4, 64), Size(16, 1, 2, 32)  # of tiny models
+_TINY, _TINY_DECODER = StackSize(32, 2, 4, 64), StackSize(16, 1, 2, 32)  # of tiny models
 _CLIP_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-_TEXT, _SIGLIP = Size(512, 12, 8, 2048), Size(768, 12, 12, 3072)
-_SIGLIP_STYLE = Style(1e-6, "gelu_tanh")
+_TEXT, _SIGLIP = StackSize(512, 12, 8, 2048), StackSize(768, 12, 12, 3072)
+_SIGLIP_STYLE = BlockStyle(1e-6, "gelu_tanh")
 
 
-def _tiny(net: type[nn.Module], patch: tuple[int, int, int] = (2, 8, 8), **more: Any) -> nn.Module:
-    return net(
+def _tiny(
+    network: type[nn.Module], patch: tuple[int, int, int] = (2, 8, 8), **overrides: Any
+) -> nn.Module:
+    return network(
         **{
             "classes": 5,
             "frames": 4,
             "rows": 16,
             "columns": 16,
             "patch": patch,
-            "size": _SMALL,
-            **more,
+            "size": _TINY,
+            **overrides,
         }
     )
 
 
 _TRANSFORMERS: dict[str, BackboneSpec] = {
     "videomae_base": _transformer("videomae", VideoMAE(400)),
-    "videomae_large": _transformer("videomae", VideoMAE(400, size=Size(1024, 24, 16, 4096))),
+    "videomae_large": _transformer("videomae", VideoMAE(400, size=StackSize(1024, 24, 16, 4096))),
     "videomae_pretraining_base": _transformer("videomae_pretraining", VideoMAEPretraining()),
     "vivit_base": _transformer("vivit", ViViT(400), 0.5, 0.5),
     "timesformer_base": _transformer("timesformer", TimeSformer(400), 0.45, 0.225),
@@ -155,7 +157,7 @@ _TRANSFORMERS: dict[str, BackboneSpec] = {
     ),
     "ast_base": _transformer("ast", AST()),
     "bert_base": _transformer("bert", Bert()),
-    "minilm": _transformer("bert", Bert(size=Size(384, 6, 12, 1536))),
+    "minilm": _transformer("bert", Bert(size=StackSize(384, 6, 12, 1536))),
     "clip_base_32": _transformer("clip", ImageText(ImageTower(), TextTower()), *_CLIP_PIXELS),
     "clip_base_16": _transformer(
         "clip", ImageText(ImageTower(patch=16), TextTower()), *_CLIP_PIXELS
@@ -172,38 +174,36 @@ _TRANSFORMERS: dict[str, BackboneSpec] = {
     ),
     "videomae_tiny": _transformer("videomae", _tiny(VideoMAE)),
     "videomae_pretraining_tiny": _transformer(
-        "videomae_pretraining", _tiny(VideoMAEPretraining, classes=0, decoder_size=_NARROW)
+        "videomae_pretraining", _tiny(VideoMAEPretraining, classes=0, decoder_size=_TINY_DECODER)
     ),
     "vivit_tiny": _transformer("vivit", _tiny(ViViT), 0.5, 0.5),
     "timesformer_tiny": _transformer("timesformer", _tiny(TimeSformer, (1, 8, 8)), 0.45, 0.225),
     "vjepa2_tiny": _transformer("vjepa2", _tiny(VJEPA2, pooler_depth=1)),
     "vjepa2_pretraining_tiny": _transformer(
         "vjepa2_pretraining",
-        _tiny(VJEPA2Pretraining, classes=0, predictor_size=Size(24, 1, 2, 48), mask_tokens=3),
+        _tiny(VJEPA2Pretraining, classes=0, predictor_size=StackSize(24, 1, 2, 48), mask_tokens=3),
     ),
     "videoprism_tiny": _transformer(
         "videoprism", _tiny(VideoPrism, (1, 8, 8), time_depth=1), 0.0, 1.0
     ),
     "videoprism_text_tiny": _transformer(
         "videoprism_text",
-        VideoText(
-            _tiny(VideoPrism, (1, 8, 8), classes=0, time_depth=1, auxiliary=1), 40, 8, _SMALL
-        ),
+        VideoText(_tiny(VideoPrism, (1, 8, 8), classes=0, time_depth=1, auxiliary=1), 40, 8, _TINY),
         0.0,
         1.0,
     ),
-    "ast_tiny": _transformer("ast", AST(5, 24, 16, 8, 5, _SMALL)),
-    "bert_tiny": _transformer("bert", Bert(40, 12, 2, _SMALL)),
+    "ast_tiny": _transformer("ast", AST(5, 24, 16, 8, 5, _TINY)),
+    "bert_tiny": _transformer("bert", Bert(40, 12, 2, _TINY)),
     "clip_tiny": _transformer(
         "clip",
-        ImageText(ImageTower(16, 16, 16, 8, _SMALL), TextTower(16, 40, 8, 39, size=_SMALL)),
+        ImageText(ImageTower(16, 16, 16, 8, _TINY), TextTower(16, 40, 8, 39, size=_TINY)),
         *_CLIP_PIXELS,
     ),
     "siglip_tiny": _transformer(
         "siglip",
         ImageText(
-            ImageTower(0, 16, 16, 8, _SMALL, _SIGLIP_STYLE),
-            TextTower(32, 40, 8, -1, True, _SMALL, _SIGLIP_STYLE),
+            ImageTower(0, 16, 16, 8, _TINY, _SIGLIP_STYLE),
+            TextTower(32, 40, 8, -1, True, _TINY, _SIGLIP_STYLE),
             bias=True,
         ),
         0.5,

@@ -46,7 +46,7 @@ class Bottleneck(nn.Module):
     b: Triple
     groups: int = 1
     squeeze: int = 0  # hidden width of squeeze and excitation; 0: none
-    between: Callable[[Array], Array] = nn.relu
+    activation: Callable[[Array], Array] = nn.relu
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -59,7 +59,7 @@ class Bottleneck(nn.Module):
         if self.squeeze:
             x = Squeeze(self.squeeze, dtype, name="squeeze")(x)
         x = self._norm("norm_c")(
-            Conv(self.width, (1, 1, 1), dtype=dtype, name="c")(self.between(x))
+            Conv(self.width, (1, 1, 1), dtype=dtype, name="c")(self.activation(x))
         )
         shortcut = x_BTHWC
         if x_BTHWC.shape[-1] != self.width or self.stride > 1:
@@ -87,10 +87,10 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTHWC: Array) -> tuple[Array, Endpoints]:
-        x, ends, dtype = x_BTHWC.astype(self.dtype), {}, self.dtype
+        x, endpoints, dtype = x_BTHWC.astype(self.dtype), {}, self.dtype
         x = Conv(self.stem, (5, 7, 7), (1, 2, 2), dtype=dtype, name="stem")(x)
         x = nn.relu(Norm(_EPSILON, dtype=dtype, name="stem_norm")(x))
-        x = ends["stem"] = max_pool(x, (1, 3, 3), (1, 2, 2), "half")
+        x = endpoints["stem"] = max_pool(x, (1, 3, 3), (1, 2, 2), "half")
         for i, (depth, spans) in enumerate(zip(self.depths, self.spans, strict=True)):
             inner = self.stem * 2**i
             for j in range(depth):
@@ -103,11 +103,11 @@ class ResNet(nn.Module):
                     dtype=dtype,
                     name=f"stage{i + 1}_block{j}",
                 )(x)
-            ends[f"stage{i + 1}"] = x
+            endpoints[f"stage{i + 1}"] = x
             if i == 0:
                 x = max_pool(x, (2, 1, 1), (2, 1, 1), "none")
         x = mean_pool(x, self.window).astype(jnp.float32)
-        return mean_logits(nn.Dense(self.classes, name="head")(x), probabilities=False), ends
+        return mean_logits(nn.Dense(self.classes, name="head")(x), probabilities=False), endpoints
 
 
 class X3D(nn.Module):
@@ -126,10 +126,10 @@ class X3D(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTHWC: Array) -> tuple[Array, Endpoints]:
-        x, ends, dtype = x_BTHWC.astype(self.dtype), {}, self.dtype
+        x, endpoints, dtype = x_BTHWC.astype(self.dtype), {}, self.dtype
         x = Conv(self.widths[0], (1, 3, 3), (1, 2, 2), dtype=dtype, name="stem_space")(x)
         x = Conv(self.widths[0], (5, 1, 1), groups=self.widths[0], dtype=dtype, name="stem_time")(x)
-        x = ends["stem"] = nn.relu(Norm(_EPSILON, dtype=dtype, name="stem_norm")(x))
+        x = endpoints["stem"] = nn.relu(Norm(_EPSILON, dtype=dtype, name="stem_norm")(x))
         for i, depth in enumerate(self.depths):
             for j in range(depth):
                 x = Bottleneck(
@@ -144,10 +144,10 @@ class X3D(nn.Module):
                     dtype,
                     name=f"stage{i + 1}_block{j}",
                 )(x)
-            ends[f"stage{i + 1}"] = x
+            endpoints[f"stage{i + 1}"] = x
         x = Conv(self.inner[-1], (1, 1, 1), dtype=dtype, name="last")(x)
-        x = ends["last"] = nn.relu(Norm(_EPSILON, dtype=dtype, name="last_norm")(x))
+        x = endpoints["last"] = nn.relu(Norm(_EPSILON, dtype=dtype, name="last_norm")(x))
         x = Conv(self.hidden, (1, 1, 1), dtype=dtype, name="project")(mean_pool(x, self.window))
-        x = ends["project"] = nn.relu(x)
+        x = endpoints["project"] = nn.relu(x)
         logits = nn.Dense(self.classes, name="head")(x.astype(jnp.float32))
-        return mean_logits(logits, probabilities=True), ends
+        return mean_logits(logits, probabilities=True), endpoints

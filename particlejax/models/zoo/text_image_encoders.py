@@ -11,24 +11,24 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from particlejax.models.zoo.video_transformers import Grids, Inputs, VideoPrism, unit
+from particlejax.models.zoo.video_transformers import Grids, Inputs, VideoPrism, l2_normalize
 from particlejax.models.zoo.vit_blocks import (
     Attention,
+    BlockStack,
+    BlockStyle,
     Mlp,
     Norm,
-    Patches,
-    Size,
-    Stack,
-    Style,
+    PatchEmbed,
+    StackSize,
     endpoints,
-    sinusoids,
+    sinusoidal_positions,
 )
 
 Endpoints = dict[str, Array]
-_SMALL = nn.initializers.truncated_normal(0.02)
-_BASE = Size(768, 12, 12, 3072)
-_CLIP = Style(1e-5, "quick_gelu")
-_SIGLIP = Style(1e-6, "gelu_tanh")
+_INIT = nn.initializers.truncated_normal(0.02)
+_BASE = StackSize(768, 12, 12, 3072)
+_CLIP = BlockStyle(1e-5, "quick_gelu")
+_SIGLIP = BlockStyle(1e-6, "gelu_tanh")
 
 
 class Bert(nn.Module):
@@ -39,36 +39,36 @@ class Bert(nn.Module):
     (arXiv:1908.10084); `pooled` [B, D] is BERT's own, from the first token.
     """
 
-    words: int = 30522
-    positions: int = 512
-    kinds: int = 2  # of segments; all tokens are in the first
-    size: Size = _BASE
-    style: Style = Style(1e-12, norm_after=True)
+    vocab_size: int = 30522
+    max_positions: int = 512
+    num_segment_types: int = 2  # of segments; all tokens are in the first
+    size: StackSize = _BASE
+    style: BlockStyle = BlockStyle(1e-12, post_norm=True)
     dtype: Any = jnp.float32
 
     @property
     def inputs(self) -> Inputs:
         """Shapes and dtypes of one text's inputs."""
-        return ((self.positions,), "int32"), ((self.positions,), "int32")
+        return ((self.max_positions,), "int32"), ((self.max_positions,), "int32")
 
     @nn.compact
     def __call__(self, ids_BL: Array, mask_BL: Array) -> tuple[Array, Endpoints]:
         width, length = self.size.width, ids_BL.shape[1]
-        x = nn.Embed(self.words, width, dtype=self.dtype, embedding_init=_SMALL, name="table")(
+        x = nn.Embed(self.vocab_size, width, dtype=self.dtype, embedding_init=_INIT, name="table")(
             ids_BL
         )
-        x += self.param("kinds", _SMALL, (self.kinds, width))[None, :1]
-        x += self.param("positions", _SMALL, (self.positions, width))[None, :length]
+        x += self.param("kinds", _INIT, (self.num_segment_types, width))[None, :1]
+        x += self.param("positions", _INIT, (self.max_positions, width))[None, :length]
         x = Norm(self.style.epsilon, name="embed_norm")(x)
-        x, blocks = Stack(self.size, self.style, dtype=self.dtype, name="encoder")(
+        x, blocks = BlockStack(self.size, self.style, dtype=self.dtype, name="encoder")(
             x, (mask_BL > 0)[:, None]
         )
         weight = (mask_BL > 0).astype(jnp.float32)[..., None]
         mean = jnp.sum(x * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1e-9)
         pooled = jnp.tanh(
-            nn.Dense(width, dtype=self.dtype, kernel_init=_SMALL, name="pooler")(x[:, 0])
+            nn.Dense(width, dtype=self.dtype, kernel_init=_INIT, name="pooler")(x[:, 0])
         )
-        return unit(mean, 1e-24), endpoints(blocks, x, pooled=pooled)
+        return l2_normalize(mean, 1e-24), endpoints(blocks, x, pooled=pooled)
 
 
 class TextTower(nn.Module):
@@ -79,33 +79,33 @@ class TextTower(nn.Module):
     position, padding or not.
     """
 
-    out: int = 512
-    words: int = 49408
-    positions: int = 77
-    end: int = 49407  # id of the end token; -1: reads out the last position, bidirectional
+    embed_dim: int = 512
+    vocab_size: int = 49408
+    max_positions: int = 77
+    end_token_id: int = 49407  # id of the end token; -1: reads out the last position, bidirectional
     bias: bool = False  # of the projection
-    size: Size = Size(512, 12, 8, 2048)
-    style: Style = _CLIP
+    size: StackSize = StackSize(512, 12, 8, 2048)
+    style: BlockStyle = _CLIP
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, ids_BL: Array) -> tuple[Array, Endpoints]:
         width, length = self.size.width, ids_BL.shape[1]
-        x = nn.Embed(self.words, width, dtype=self.dtype, embedding_init=_SMALL, name="table")(
+        x = nn.Embed(self.vocab_size, width, dtype=self.dtype, embedding_init=_INIT, name="table")(
             ids_BL
         )
-        x += self.param("positions", _SMALL, (self.positions, width))[None, :length]
-        may = jnp.tril(jnp.ones((1, length, length), bool)) if self.end >= 0 else None
-        x, blocks = Stack(self.size, self.style, dtype=self.dtype, name="encoder")(x, may)
+        x += self.param("positions", _INIT, (self.max_positions, width))[None, :length]
+        mask = jnp.tril(jnp.ones((1, length, length), bool)) if self.end_token_id >= 0 else None
+        x, blocks = BlockStack(self.size, self.style, dtype=self.dtype, name="encoder")(x, mask)
         x = Norm(self.style.epsilon, name="norm")(x)
-        at = (
-            jnp.argmax(ids_BL == self.end, axis=1)
-            if self.end >= 0
+        position = (
+            jnp.argmax(ids_BL == self.end_token_id, axis=1)
+            if self.end_token_id >= 0
             else jnp.full(ids_BL.shape[:1], length - 1)
         )
-        pooled = jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0]
+        pooled = jnp.take_along_axis(x, position[:, None, None], axis=1)[:, 0]
         y = nn.Dense(
-            self.out, use_bias=self.bias, dtype=self.dtype, kernel_init=_SMALL, name="project"
+            self.embed_dim, use_bias=self.bias, dtype=self.dtype, kernel_init=_INIT, name="project"
         )(pooled)
         return y, endpoints(blocks, x)
 
@@ -117,12 +117,12 @@ class ImageTower(nn.Module):
     0).
     """
 
-    out: int = 512
+    embed_dim: int = 512
     rows: int = 224
     columns: int = 224
     patch: int = 32
-    size: Size = _BASE
-    style: Style = _CLIP
+    size: StackSize = _BASE
+    style: BlockStyle = _CLIP
     dtype: Any = jnp.float32
 
     @property
@@ -130,7 +130,7 @@ class ImageTower(nn.Module):
         """Learned position tables, for import at another size."""
         return {
             "positions": (
-                1 if self.out else 0,
+                1 if self.embed_dim else 0,
                 (1, self.rows // self.patch, self.columns // self.patch),
                 True,
             )
@@ -138,31 +138,31 @@ class ImageTower(nn.Module):
 
     @nn.compact
     def __call__(self, x_BHWC: Array) -> tuple[Array, Endpoints]:
-        width, style, clip = self.size.width, self.style, self.out > 0
-        number = (self.rows // self.patch) * (self.columns // self.patch)
-        patches = Patches(
-            width, (1, self.patch, self.patch), bias=not clip, dtype=self.dtype, name="patches"
+        width, style, is_clip = self.size.width, self.style, self.embed_dim > 0
+        num_patches = (self.rows // self.patch) * (self.columns // self.patch)
+        patches = PatchEmbed(
+            width, (1, self.patch, self.patch), bias=not is_clip, dtype=self.dtype, name="patches"
         )
         x = patches(x_BHWC[:, None]).reshape(x_BHWC.shape[0], -1, width)
-        if clip:
-            token = self.param("class_token", _SMALL, (width,))
+        if is_clip:
+            token = self.param("class_token", _INIT, (width,))
             x = jnp.concatenate(
                 [jnp.broadcast_to(token[None, None], (x.shape[0], 1, width)).astype(x.dtype), x],
                 axis=1,
             )
-        x += self.param("positions", _SMALL, (number + clip, width))[None]
-        if clip:
+        x += self.param("positions", _INIT, (num_patches + is_clip, width))[None]
+        if is_clip:
             x = Norm(style.epsilon, name="embed_norm")(x)
-        x, blocks = Stack(self.size, style, dtype=self.dtype, name="encoder")(x)
-        if clip:
+        x, blocks = BlockStack(self.size, style, dtype=self.dtype, name="encoder")(x)
+        if is_clip:
             pooled = Norm(style.epsilon, name="norm")(x[:, 0])
             y = nn.Dense(
-                self.out, use_bias=False, dtype=self.dtype, kernel_init=_SMALL, name="project"
+                self.embed_dim, use_bias=False, dtype=self.dtype, kernel_init=_INIT, name="project"
             )(pooled)
             return y, endpoints(blocks, x)
         x = Norm(style.epsilon, name="norm")(x)
         query = jnp.broadcast_to(
-            self.param("pool_query", _SMALL, (width,))[None, None], (x.shape[0], 1, width)
+            self.param("pool_query", _INIT, (width,))[None, None], (x.shape[0], 1, width)
         )
         y = Attention(self.size.heads, style, dtype=self.dtype, name="pool")(query, x)
         y += Mlp(self.size.mlp, style, self.dtype, name="pool_mlp")(
@@ -192,11 +192,11 @@ class ImageText(nn.Module):
     def inputs(self) -> Inputs:
         """Shapes and dtypes of the inputs for one image and one text."""
         return ((self.image.rows, self.image.columns, 3), "float32"), (
-            (self.text.positions,),
+            (self.text.max_positions,),
             "int32",
         )
 
-    def at(self, frames: int, size: int) -> "ImageText":
+    def with_size(self, frames: int, size: int) -> "ImageText":
         """The same spec for another image size; 0: unchanged."""
         del frames
         return self.clone(
@@ -205,7 +205,10 @@ class ImageText(nn.Module):
 
     @nn.compact
     def __call__(self, x_BHWC: Array, ids_CL: Array) -> tuple[Array, Endpoints]:
-        image, text = unit(self.image(x_BHWC)[0], 0.0), unit(self.text(ids_CL)[0], 0.0)
+        image, text = (
+            l2_normalize(self.image(x_BHWC)[0], 0.0),
+            l2_normalize(self.text(ids_CL)[0], 0.0),
+        )
         # 1 / 0.07, CLIP's initial value
         scale = self.param("logit_scale", nn.initializers.constant(2.66), ())
         logits = jnp.exp(scale) * (image @ text.T)
@@ -223,10 +226,10 @@ class VideoText(nn.Module):
     """
 
     video: VideoPrism
-    words: int = 32000
-    positions: int = 64  # text length in training
-    size: Size = _BASE
-    style: Style = Style(1e-6, "relu", gain=True, softcap=50.0)
+    vocab_size: int = 32000
+    max_positions: int = 64  # text length in training
+    size: StackSize = _BASE
+    style: BlockStyle = BlockStyle(1e-6, "relu", gain=True, softcap=50.0)
     dtype: Any = jnp.float32
 
     @property
@@ -237,35 +240,39 @@ class VideoText(nn.Module):
     @property
     def inputs(self) -> Inputs:
         """Shapes and dtypes of the inputs for one video and one text."""
-        return *self.video.inputs, ((self.positions,), "int32"), ((self.positions,), "int32")
+        return (
+            *self.video.inputs,
+            ((self.max_positions,), "int32"),
+            ((self.max_positions,), "int32"),
+        )
 
-    def at(self, frames: int, size: int) -> "VideoText":
+    def with_size(self, frames: int, size: int) -> "VideoText":
         """The same spec for other clip sizes; 0: unchanged."""
-        return self.clone(video=self.video.at(frames, size))
+        return self.clone(video=self.video.with_size(frames, size))
 
     @nn.compact
     def __call__(self, x_BTHWC: Array, ids_CL: Array, mask_CL: Array) -> tuple[Array, Endpoints]:
-        video, ends = self.video(x_BTHWC)
+        video, endpoints = self.video(x_BTHWC)
         width, (c, length) = self.size.width, ids_CL.shape
         x = (
-            nn.Embed(self.words, width, dtype=self.dtype, embedding_init=_SMALL, name="table")(
+            nn.Embed(self.vocab_size, width, dtype=self.dtype, embedding_init=_INIT, name="table")(
                 ids_CL
             )
             * width**0.5
         )
-        token = self.param("end_token", _SMALL, (width,)) * width**0.5
+        token = self.param("end_token", _INIT, (width,)) * width**0.5
         x = jnp.concatenate(
             [
-                x + sinusoids(length, width, halves=True)[None],
+                x + sinusoidal_positions(length, width, sines_first=True)[None],
                 jnp.broadcast_to(token[None, None], (c, 1, width)),
             ],
             axis=1,
         )
-        real = jnp.pad(mask_CL > 0, ((0, 0), (0, 1)), constant_values=True)
-        may = jnp.tril(jnp.ones((1, length + 1, length + 1), bool)) & real[:, None]
-        x, _ = Stack(self.size, self.style, dtype=self.dtype, name="text")(x, may)
-        text = unit(Norm(self.style.epsilon, self.style.gain, name="text_norm")(x)[:, -1])
-        return video @ text.T, {**ends, "video": video, "text": text}
+        is_token = jnp.pad(mask_CL > 0, ((0, 0), (0, 1)), constant_values=True)
+        mask = jnp.tril(jnp.ones((1, length + 1, length + 1), bool)) & is_token[:, None]
+        x, _ = BlockStack(self.size, self.style, dtype=self.dtype, name="text")(x, mask)
+        text = l2_normalize(Norm(self.style.epsilon, self.style.gain, name="text_norm")(x)[:, -1])
+        return video @ text.T, {**endpoints, "video": video, "text": text}
 
 
 class AST(nn.Module):
@@ -276,44 +283,47 @@ class AST(nn.Module):
     """
 
     classes: int = 527  # AudioSet
-    frames: int = 1024  # of 10 ms
-    bands: int = 128
+    num_frames: int = 1024  # of 10 ms
+    num_bands: int = 128
     patch: int = 16
     stride: int = 10
-    size: Size = _BASE
-    style: Style = Style(1e-12)
+    size: StackSize = _BASE
+    style: BlockStyle = BlockStyle(1e-12)
     dtype: Any = jnp.float32
 
     @property
     def grids(self) -> Grids:
         """Learned position tables, for import at another length."""
-        rows, columns = ((n - self.patch) // self.stride + 1 for n in (self.bands, self.frames))
+        rows, columns = (
+            (n - self.patch) // self.stride + 1 for n in (self.num_bands, self.num_frames)
+        )
         return {"positions": (2, (1, rows, columns), False)}  # one row per band
 
     @property
     def inputs(self) -> Inputs:
         """Shapes and dtypes of one sound's inputs."""
-        return (((self.frames, self.bands), "float32"),)
+        return (((self.num_frames, self.num_bands), "float32"),)
 
-    def at(self, frames: int, size: int) -> "AST":
+    def with_size(self, frames: int, size: int) -> "AST":
         """The same spec for another length and number of bands; 0: unchanged."""
-        return self.clone(frames=frames or self.frames, bands=size or self.bands)
+        return self.clone(frames=frames or self.num_frames, bands=size or self.num_bands)
 
     @nn.compact
     def __call__(self, x_BTF: Array) -> tuple[Array, Endpoints]:
         width, step = self.size.width, (1, self.stride, self.stride)
-        patches = Patches(
+        patches = PatchEmbed(
             width, (1, self.patch, self.patch), step, dtype=self.dtype, name="patches"
         )
         x = patches(x_BTF.swapaxes(1, 2)[:, None, ..., None]).reshape(x_BTF.shape[0], -1, width)
-        two = jnp.stack(
-            [self.param(name, _SMALL, (width,)) for name in ("class_token", "distillation_token")]
+        special_tokens = jnp.stack(
+            [self.param(name, _INIT, (width,)) for name in ("class_token", "distillation_token")]
         )
         x = jnp.concatenate(
-            [jnp.broadcast_to(two[None], (x.shape[0], 2, width)).astype(x.dtype), x], axis=1
+            [jnp.broadcast_to(special_tokens[None], (x.shape[0], 2, width)).astype(x.dtype), x],
+            axis=1,
         )
-        x += self.param("positions", _SMALL, (x.shape[1], width))[None]
-        x, blocks = Stack(self.size, self.style, dtype=self.dtype, name="encoder")(x)
+        x += self.param("positions", _INIT, (x.shape[1], width))[None]
+        x, blocks = BlockStack(self.size, self.style, dtype=self.dtype, name="encoder")(x)
         x = Norm(self.style.epsilon, name="norm")(x)
         pooled = Norm(self.style.epsilon, name="head_norm")((x[:, 0] + x[:, 1]) / 2)
-        return nn.Dense(self.classes, kernel_init=_SMALL, name="head")(pooled), endpoints(blocks, x)
+        return nn.Dense(self.classes, kernel_init=_INIT, name="head")(pooled), endpoints(blocks, x)

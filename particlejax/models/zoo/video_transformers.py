@@ -17,16 +17,16 @@ from jax import Array
 from particlejax.core.typing import UserError
 from particlejax.models.zoo.vit_blocks import (
     Attention,
+    BlockStack,
+    BlockStyle,
     Mlp,
     Norm,
-    Patches,
-    Size,
-    Stack,
-    Style,
-    Turn,
+    PatchEmbed,
+    Rotation,
+    StackSize,
     cuboids,
     endpoints,
-    sinusoids,
+    sinusoidal_positions,
 )
 
 Endpoints = dict[str, Array]
@@ -34,12 +34,12 @@ Triple = tuple[int, int, int]
 Inputs = tuple[tuple[tuple[int, ...], str], ...]
 # path of a position table: number of tokens before its grid, the grid, whether square
 Grids = dict[str, tuple[int, Triple, bool]]
-_SMALL = nn.initializers.truncated_normal(0.02)
-_BASE = Size(768, 12, 12, 3072)
-_NO_KEY_BIAS = Style(1e-12, bias=(True, False, True))  # VideoMAE's
+_INIT = nn.initializers.truncated_normal(0.02)
+_BASE = StackSize(768, 12, 12, 3072)
+_NO_KEY_BIAS = BlockStyle(1e-12, bias=(True, False, True))  # VideoMAE's
 
 
-class Video(nn.Module):
+class VideoTransformer(nn.Module):
     """Common settings: classes, clip size and cuboid size."""
 
     classes: int
@@ -47,8 +47,8 @@ class Video(nn.Module):
     rows: int = 224
     columns: int = 224
     patch: Triple = (2, 16, 16)
-    size: Size = _BASE
-    style: Style = Style()
+    size: StackSize = _BASE
+    style: BlockStyle = BlockStyle()
     dtype: Any = jnp.float32
 
     @property
@@ -70,7 +70,7 @@ class Video(nn.Module):
         """Shapes and dtypes of one clip's inputs."""
         return (((self.frames, self.rows, self.columns, 3), "float32"),)
 
-    def at(self, frames: int, size: int) -> "Video":
+    def with_size(self, frames: int, size: int) -> "VideoTransformer":
         """The same spec for other clip sizes; 0: unchanged. Raises UserError if they are not
         multiples of its cuboids.
         """
@@ -87,20 +87,20 @@ class Video(nn.Module):
 
     def tokens(self, x_BTHWC: Array) -> Array:
         """Cuboid embeddings [B, N, D] without positions, for `__call__` of the subclasses."""
-        return _flat(
-            Patches(self.size.width, self.patch, dtype=self.dtype, name="patches")(x_BTHWC)
+        return _flatten_grid(
+            PatchEmbed(self.size.width, self.patch, dtype=self.dtype, name="patches")(x_BTHWC)
         )
 
-    def stack(self, name: str = "encoder") -> Stack:
+    def stack(self, name: str = "encoder") -> BlockStack:
         """The Transformer blocks."""
-        return Stack(self.size, self.style, dtype=self.dtype, name=name)
+        return BlockStack(self.size, self.style, dtype=self.dtype, name=name)
 
     def logits(self, x_BD: Array) -> Array:
         """The classifier."""
-        return nn.Dense(self.classes, kernel_init=_SMALL, name="head")(x_BD.astype(jnp.float32))
+        return nn.Dense(self.classes, kernel_init=_INIT, name="head")(x_BD.astype(jnp.float32))
 
 
-def _flat(x_BTHWD: Array) -> Array:
+def _flatten_grid(x_BTHWD: Array) -> Array:
     return x_BTHWD.reshape(x_BTHWD.shape[0], -1, x_BTHWD.shape[-1])
 
 
@@ -111,20 +111,20 @@ def _with_token(token_D: Array, x_BND: Array) -> Array:
     return jnp.concatenate([token, x_BND], axis=1)
 
 
-class VideoMAE(Video):
+class VideoMAE(VideoTransformer):
     """arXiv:2203.12602, fine-tuned: fixed positions, classifies the mean token."""
 
-    style: Style = _NO_KEY_BIAS
+    style: BlockStyle = _NO_KEY_BIAS
 
     @nn.compact
     def __call__(self, x_BTHWC: Array) -> tuple[Array, Endpoints]:
         x = self.tokens(x_BTHWC)
-        x, blocks = self.stack()(x + sinusoids(x.shape[1], self.size.width)[None])
+        x, blocks = self.stack()(x + sinusoidal_positions(x.shape[1], self.size.width)[None])
         pooled = Norm(name="head_norm")(jnp.mean(x, axis=1))
         return self.logits(pooled), endpoints(blocks, x)
 
 
-class Pretraining(Video):
+class Pretraining(VideoTransformer):
     """Predicts masked cuboids from visible ones: takes the indices of both in addition to the
     clip.
     """
@@ -146,51 +146,57 @@ class VideoMAEPretraining(Pretraining):
     [B, M, P] of `pixel_targets`, and the encoder's features of the visible cuboids.
     """
 
-    style: Style = _NO_KEY_BIAS
-    decoder_size: Size = Size(384, 4, 6, 1536)
+    style: BlockStyle = _NO_KEY_BIAS
+    decoder_size: StackSize = StackSize(384, 4, 6, 1536)
 
     @nn.compact
     def __call__(
         self, x_BTHWC: Array, visible_BV: Array, hidden_BM: Array
     ) -> tuple[Array, Endpoints]:
         x = self.tokens(x_BTHWC)
-        x = _taken(x + sinusoids(x.shape[1], self.size.width)[None], visible_BV)
+        x = _take_tokens(x + sinusoidal_positions(x.shape[1], self.size.width)[None], visible_BV)
         x, blocks = self.stack()(x)
         x = Norm(self.style.epsilon, name="norm")(x)
-        small, number = self.decoder_size, np.prod(self.grid)
-        table = sinusoids(int(number), small.width)
-        seen = nn.Dense(
-            small.width, use_bias=False, dtype=self.dtype, kernel_init=_SMALL, name="to_decoder"
+        decoder_size, num_tokens = self.decoder_size, np.prod(self.grid)
+        table = sinusoidal_positions(int(num_tokens), decoder_size.width)
+        visible = nn.Dense(
+            decoder_size.width,
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=_INIT,
+            name="to_decoder",
         )(x)
-        token = self.param("mask_token", _SMALL, (small.width,))
-        both = jnp.concatenate(
-            [seen + table[visible_BV], token[None, None] + table[hidden_BM]], axis=1
+        token = self.param("mask_token", _INIT, (decoder_size.width,))
+        decoder_input = jnp.concatenate(
+            [visible + table[visible_BV], token[None, None] + table[hidden_BM]], axis=1
         )
-        y, _ = Stack(small, self.style, dtype=self.dtype, name="decoder")(both)
+        y, _ = BlockStack(decoder_size, self.style, dtype=self.dtype, name="decoder")(decoder_input)
         y = Norm(name="decoder_norm")(y[:, visible_BV.shape[1] :])
-        cells = int(np.prod(self.patch)) * x_BTHWC.shape[-1]
-        return nn.Dense(cells, kernel_init=_SMALL, name="decoder_head")(y), endpoints(blocks, x)
+        patch_dim = int(np.prod(self.patch)) * x_BTHWC.shape[-1]
+        return nn.Dense(patch_dim, kernel_init=_INIT, name="decoder_head")(y), endpoints(blocks, x)
 
 
 def pixel_targets(pixels_BTHWC: Array, patch: Triple) -> Array:
     """VideoMAE's targets for pixels in [0, 1], [B, N, P]: each cuboid normalized per channel."""
-    cut = cuboids(pixels_BTHWC, patch)
-    cut = cut.reshape(cut.shape[0], -1, int(np.prod(patch)), cut.shape[-1])
-    deviation = jnp.std(cut, axis=2, keepdims=True, ddof=1) + 1e-6
-    return ((cut - jnp.mean(cut, axis=2, keepdims=True)) / deviation).reshape(*cut.shape[:2], -1)
+    patches = cuboids(pixels_BTHWC, patch)
+    patches = patches.reshape(patches.shape[0], -1, int(np.prod(patch)), patches.shape[-1])
+    std = jnp.std(patches, axis=2, keepdims=True, ddof=1) + 1e-6
+    return ((patches - jnp.mean(patches, axis=2, keepdims=True)) / std).reshape(
+        *patches.shape[:2], -1
+    )
 
 
-def _taken(x_BND: Array, at_BL: Array) -> Array:
-    return jnp.take_along_axis(x_BND, at_BL[..., None], axis=1)
+def _take_tokens(x_BND: Array, index_BL: Array) -> Array:
+    return jnp.take_along_axis(x_BND, index_BL[..., None], axis=1)
 
 
-class ViViT(Video):
+class ViViT(VideoTransformer):
     """arXiv:2103.15691, model 1: joint attention of all tokens and a class token; learned
     positions.
     """
 
     frames: int = 32
-    style: Style = Style(activation="gelu_tanh")
+    style: BlockStyle = BlockStyle(activation="gelu_tanh")
 
     @property
     def grids(self) -> Grids:
@@ -199,14 +205,14 @@ class ViViT(Video):
 
     @nn.compact
     def __call__(self, x_BTHWC: Array) -> tuple[Array, Endpoints]:
-        x = _with_token(self.param("class_token", _SMALL, (self.size.width,)), self.tokens(x_BTHWC))
-        positions = self.param("positions", _SMALL, (1 + int(np.prod(self.grid)), self.size.width))
+        x = _with_token(self.param("class_token", _INIT, (self.size.width,)), self.tokens(x_BTHWC))
+        positions = self.param("positions", _INIT, (1 + int(np.prod(self.grid)), self.size.width))
         x, blocks = self.stack()(x + positions[None])
         x = Norm(self.style.epsilon, name="norm")(x)
         return self.logits(x[:, 0]), endpoints(blocks, x)
 
 
-class TimeSformer(Video):
+class TimeSformer(VideoTransformer):
     """arXiv:2102.05095 with divided attention: in each block over time, then over space."""
 
     frames: int = 8
@@ -224,19 +230,19 @@ class TimeSformer(Video):
     def __call__(self, x_BTHWC: Array) -> tuple[Array, Endpoints]:
         width, (t, h, w) = self.size.width, self.grid
         x = self.tokens(x_BTHWC).reshape(-1, t, h * w, width)
-        positions = self.param("positions", _SMALL, (1 + h * w, width))
+        positions = self.param("positions", _INIT, (1 + h * w, width))
         x += (
             positions[None, None, 1:]
-            + self.param("time_positions", _SMALL, (t, width))[None, :, None]
+            + self.param("time_positions", _INIT, (t, width))[None, :, None]
         )
-        token = self.param("class_token", _SMALL, (width,)) + positions[0]
+        token = self.param("class_token", _INIT, (width,)) + positions[0]
         x = _with_token(token, x.reshape(x.shape[0], -1, width))
-        x, blocks = Stack(self.size, self.style, t, dtype=self.dtype, name="encoder")(x)
+        x, blocks = BlockStack(self.size, self.style, t, dtype=self.dtype, name="encoder")(x)
         x = Norm(self.style.epsilon, name="norm")(x)
         return self.logits(x[:, 0]), endpoints(blocks, x)
 
 
-class VJEPA2(Video):
+class VJEPA2(VideoTransformer):
     """arXiv:2506.09985 with its attentive classifier: rotary positions in time, rows and
     columns.
     """
@@ -244,23 +250,25 @@ class VJEPA2(Video):
     frames: int = 64
     rows: int = 256
     columns: int = 256
-    size: Size = Size(1024, 24, 16, 4096)
+    size: StackSize = StackSize(1024, 24, 16, 4096)
     pooler_depth: int = 3
 
     @nn.compact
     def __call__(self, x_BTHWC: Array) -> tuple[Array, Endpoints]:
-        every = np.arange(np.prod(self.grid))[None]
-        x, blocks = self.stack()(self.tokens(x_BTHWC), None, _turn(every, self.grid, self.size))
+        indices = np.arange(np.prod(self.grid))[None]
+        x, blocks = self.stack()(
+            self.tokens(x_BTHWC), None, _rotary_angles(indices, self.grid, self.size)
+        )
         x = last = Norm(self.style.epsilon, name="norm")(x)
         width, heads = self.size.width, self.size.heads
-        pooler = Size(width, self.pooler_depth, heads, 4 * width)
-        x, _ = Stack(pooler, self.style, dtype=self.dtype, name="pooler")(x)
+        pooler = StackSize(width, self.pooler_depth, heads, 4 * width)
+        x, _ = BlockStack(pooler, self.style, dtype=self.dtype, name="pooler")(x)
         query = jnp.broadcast_to(
-            self.param("pool_query", _SMALL, (width,))[None, None], (x.shape[0], 1, width)
+            self.param("pool_query", _INIT, (width,))[None, None], (x.shape[0], 1, width)
         )
-        read = Norm(self.style.epsilon, name="pool_norm")(x)
+        normalized = Norm(self.style.epsilon, name="pool_norm")(x)
         y = query + Attention(heads, self.style, out=False, dtype=self.dtype, name="pool")(
-            query, read
+            query, normalized
         )
         y += Mlp(4 * width, self.style, self.dtype, name="pool_mlp")(
             Norm(self.style.epsilon, name="pool_mlp_norm")(y)
@@ -279,53 +287,59 @@ class VJEPA2Pretraining(Pretraining):
     frames: int = 64
     rows: int = 256
     columns: int = 256
-    size: Size = Size(1024, 24, 16, 4096)
-    predictor_size: Size = Size(384, 12, 12, 1536)
+    size: StackSize = StackSize(1024, 24, 16, 4096)
+    predictor_size: StackSize = StackSize(384, 12, 12, 1536)
     mask_tokens: int = 10  # only the second is used
 
     @nn.compact
     def __call__(
         self, x_BTHWC: Array, visible_BV: Array, hidden_BM: Array
     ) -> tuple[Array, Endpoints]:
-        every = np.arange(np.prod(self.grid))[None]
-        x, blocks = self.stack()(self.tokens(x_BTHWC), None, _turn(every, self.grid, self.size))
-        x = Norm(self.style.epsilon, name="norm")(x)
-        small = self.predictor_size
-        seen = nn.Dense(small.width, dtype=self.dtype, kernel_init=_SMALL, name="to_predictor")(
-            _taken(x, visible_BV)
+        indices = np.arange(np.prod(self.grid))[None]
+        x, blocks = self.stack()(
+            self.tokens(x_BTHWC), None, _rotary_angles(indices, self.grid, self.size)
         )
-        token = self.param("mask_tokens", _SMALL, (self.mask_tokens, small.width))[
+        x = Norm(self.style.epsilon, name="norm")(x)
+        predictor_size = self.predictor_size
+        visible = nn.Dense(
+            predictor_size.width, dtype=self.dtype, kernel_init=_INIT, name="to_predictor"
+        )(_take_tokens(x, visible_BV))
+        token = self.param("mask_tokens", _INIT, (self.mask_tokens, predictor_size.width))[
             1 % self.mask_tokens
         ]
-        hidden = jnp.broadcast_to(token[None, None], (*hidden_BM.shape, small.width)).astype(
-            seen.dtype
+        hidden = jnp.broadcast_to(
+            token[None, None], (*hidden_BM.shape, predictor_size.width)
+        ).astype(visible.dtype)
+        rotation = _rotary_angles(
+            jnp.concatenate([visible_BV, hidden_BM], axis=1), self.grid, predictor_size
         )
-        turn = _turn(jnp.concatenate([visible_BV, hidden_BM], axis=1), self.grid, small)
-        y, _ = Stack(small, self.style, dtype=self.dtype, name="predictor")(
-            jnp.concatenate([seen, hidden], axis=1), None, turn
+        y, _ = BlockStack(predictor_size, self.style, dtype=self.dtype, name="predictor")(
+            jnp.concatenate([visible, hidden], axis=1), None, rotation
         )
         y = Norm(self.style.epsilon, name="predictor_norm")(y)[:, visible_BV.shape[1] :]
-        return nn.Dense(self.size.width, kernel_init=_SMALL, name="predictor_head")(y), endpoints(
+        return nn.Dense(self.size.width, kernel_init=_INIT, name="predictor_head")(y), endpoints(
             blocks, x
         )
 
 
-def _turn(at_BL: Array | np.ndarray, grid: Triple, size: Size) -> Turn:
+def _rotary_angles(index_BL: Array | np.ndarray, grid: Triple, size: StackSize) -> Rotation:
     """Rotary positions of cuboids by index: a third of each head for time, rows and columns, the
     rest unrotated.
     """
     _, h, w = grid
-    head = size.width // size.heads
-    part = 2 * (head // 3 // 2)
+    head_dim = size.width // size.heads
+    axis_dim = 2 * (head_dim // 3 // 2)
     # as published: tiled, not repeated
-    rate = np.tile(10000.0 ** (-2 * np.arange(part // 2) / part), 2).astype(np.float32)
-    where = jnp.stack([at_BL // (h * w), at_BL // w % h, at_BL % w], axis=-1).astype(jnp.float32)
-    angle = (where[..., None] * rate[None, None, None]).reshape(*where.shape[:2], -1)
-    angle = jnp.pad(angle, ((0, 0), (0, 0), (0, head - 3 * part)))
+    rate = np.tile(10000.0 ** (-2 * np.arange(axis_dim // 2) / axis_dim), 2).astype(np.float32)
+    position = jnp.stack([index_BL // (h * w), index_BL // w % h, index_BL % w], axis=-1).astype(
+        jnp.float32
+    )
+    angle = (position[..., None] * rate[None, None, None]).reshape(*position.shape[:2], -1)
+    angle = jnp.pad(angle, ((0, 0), (0, 0), (0, head_dim - 3 * axis_dim)))
     return jnp.cos(angle), jnp.sin(angle)
 
 
-class VideoPrism(Video):
+class VideoPrism(VideoTransformer):
     """arXiv:2402.13217: each frame alone, then each position over time; an attention pool
     classifies.
 
@@ -336,7 +350,7 @@ class VideoPrism(Video):
     rows: int = 288
     columns: int = 288
     patch: Triple = (1, 18, 18)
-    style: Style = Style(gain=True, softcap=50.0)
+    style: BlockStyle = BlockStyle(gain=True, softcap=50.0)
     time_depth: int = 4
     auxiliary: int = 0
 
@@ -351,15 +365,15 @@ class VideoPrism(Video):
     @nn.compact
     def __call__(self, x_BTHWC: Array) -> tuple[Array, Endpoints]:
         size, style, (t, h, w) = self.size, self.style, self.grid
-        positions = self.param("positions", _SMALL, (h * w, size.width))
+        positions = self.param("positions", _INIT, (h * w, size.width))
         # frames as rows of the batch
         x = self.tokens(x_BTHWC).reshape(-1, h * w, size.width) + positions[None]
         x, blocks = self.stack()(x)
         blocks = blocks.reshape(size.depth, -1, t * h * w, size.width)
         x = Norm(style.epsilon, style.gain, name="norm")(x).reshape(-1, t, h * w, size.width)
-        x += self.param("time_positions", _SMALL, (t, size.width))[None, :, None]
+        x += self.param("time_positions", _INIT, (t, size.width))[None, :, None]
         x = x.swapaxes(1, 2).reshape(-1, t, size.width)
-        x, _ = Stack(
+        x, _ = BlockStack(
             dataclasses.replace(size, depth=self.time_depth), style, dtype=self.dtype, name="time"
         )(x)
         x = Norm(style.epsilon, style.gain, name="time_norm")(x)
@@ -367,20 +381,25 @@ class VideoPrism(Video):
             x.reshape(-1, h * w, t, size.width).swapaxes(1, 2).reshape(-1, t * h * w, size.width)
         )
         if self.auxiliary:
-            more = dataclasses.replace(size, depth=self.auxiliary)
-            x, _ = Stack(more, style, dtype=self.dtype, name="auxiliary")(x)
+            auxiliary_size = dataclasses.replace(size, depth=self.auxiliary)
+            x, _ = BlockStack(auxiliary_size, style, dtype=self.dtype, name="auxiliary")(x)
         query = jnp.broadcast_to(
-            self.param("pool_query", _SMALL, (size.width,))[None, None], (x.shape[0], 1, size.width)
+            self.param("pool_query", _INIT, (size.width,))[None, None], (x.shape[0], 1, size.width)
         )
         pool = Attention(
-            size.heads, Style(style.epsilon), size.mlp, scaled=True, dtype=self.dtype, name="pool"
+            size.heads,
+            BlockStyle(style.epsilon),
+            size.mlp,
+            learned_scale=True,
+            dtype=self.dtype,
+            name="pool",
         )
         pooled = Norm(style.epsilon, style.gain, name="pool_norm")(pool(query, x))[:, 0]
-        ends = endpoints(blocks, last)
-        return self.logits(pooled) if self.classes else unit(pooled), ends
+        feature_maps = endpoints(blocks, last)
+        return self.logits(pooled) if self.classes else l2_normalize(pooled), feature_maps
 
 
-def unit(x_BD: Array, epsilon: float = 1e-6) -> Array:
+def l2_normalize(x_BD: Array, epsilon: float = 1e-6) -> Array:
     """Vectors normalized to unit length."""
     x_BD = x_BD.astype(jnp.float32)
     return x_BD / jnp.sqrt(jnp.sum(x_BD * x_BD, axis=-1, keepdims=True) + epsilon)

@@ -18,10 +18,10 @@ import numpy as np
 from jax import Array
 
 from particlejax.nn import attention
-from particlejax.nn.dense import Dense, DenseGeneral, product
+from particlejax.nn.dense import Dense, DenseGeneral, matmul
 
-Turn = tuple[Array, Array]  # cosines and sines [B or 1, L, K] that rotate queries and keys
-_SMALL = nn.initializers.truncated_normal(0.02)
+Rotation = tuple[Array, Array]  # cosines and sines [B or 1, L, K] that rotate queries and keys
+_INIT = nn.initializers.truncated_normal(0.02)
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -32,19 +32,19 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Style:
+class BlockStyle:
     """Block settings of one architecture."""
 
     epsilon: float = 1e-6  # of norms
     activation: str = "gelu"  # of ACTIVATIONS
     bias: tuple[bool, bool, bool] = (True, True, True)  # of query, key and value
-    norm_after: bool = False  # post-norm as in BERT: norm(x + f(x)) instead of x + f(norm(x))
+    post_norm: bool = False  # post-norm as in BERT: norm(x + f(x)) instead of x + f(norm(x))
     gain: bool = False  # norms scale by 1 + parameter instead of parameter
     softcap: float = 0.0  # tanh soft cap of logits; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
-class Size:
+class StackSize:
     """Dimensions of a stack of blocks."""
 
     width: int
@@ -64,7 +64,7 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = x.astype(jnp.float32)
-        shape, lead = (x.shape[-1],), (None,) * (x.ndim - 1)
+        shape, leading_axes = (x.shape[-1],), (None,) * (x.ndim - 1)
         scale = (
             1 + self.param("gain", nn.initializers.zeros, shape)
             if self.gain
@@ -73,7 +73,7 @@ class Norm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, shape)
         x = x - jnp.mean(x, axis=-1, keepdims=True)
         x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-        return x * scale[lead] + bias[lead]
+        return x * scale[leading_axes] + bias[leading_axes]
 
 
 class Attention(nn.Module):
@@ -84,67 +84,71 @@ class Attention(nn.Module):
     """
 
     heads: int
-    style: Style = Style()
+    style: BlockStyle = BlockStyle()
     inner: int = 0  # width of all heads together; 0: that of the tokens
     out: bool = True  # whether an output projection follows
-    scaled: bool = False  # learned scale per head channel, as in VideoPrism's pooling
+    learned_scale: bool = False  # learned scale per head channel, as in VideoPrism's pooling
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x_BLD: Array, y_BMD: Array, may: Array | None = None, turn: Turn | None = None
+        self,
+        x_BLD: Array,
+        y_BMD: Array,
+        mask: Array | None = None,
+        rotation: Rotation | None = None,
     ) -> Array:
         inner = self.inner or x_BLD.shape[-1]
-        split = (self.heads, inner // self.heads)
+        head_shape = (self.heads, inner // self.heads)
         query, key, value = (
-            DenseGeneral(split, use_bias=bias, dtype=self.dtype, kernel_init=_SMALL, name=name)(
-                of
+            DenseGeneral(head_shape, use_bias=bias, dtype=self.dtype, kernel_init=_INIT, name=name)(
+                inputs
             ).swapaxes(1, 2)
-            for name, of, bias in zip(
+            for name, inputs, bias in zip(
                 ("query", "key", "value"), (x_BLD, y_BMD, y_BMD), self.style.bias, strict=True
             )
         )
-        if turn is not None:
-            query, key = rotated(query, turn), rotated(key, turn)
-        query *= split[1] ** -0.5
-        if self.scaled:
+        if rotation is not None:
+            query, key = apply_rotation(query, rotation), apply_rotation(key, rotation)
+        query *= head_shape[1] ** -0.5
+        if self.learned_scale:
             factor = jax.nn.softplus(
-                self.param("per_dim_scale", nn.initializers.zeros, split[1:])
+                self.param("per_dim_scale", nn.initializers.zeros, head_shape[1:])
             ) / np.log(2)
             query *= factor.astype(self.dtype)[None, None, None]
         logits = jnp.einsum("bhlk,bhmk->bhlm", query, key, preferred_element_type=jnp.float32)
         if self.style.softcap:
             logits = self.style.softcap * jnp.tanh(logits / self.style.softcap)
-        if may is not None:
-            logits = jnp.where(may[:, None], logits, attention.FAR)
-        read = attention.mixed(logits, value).swapaxes(1, 2)
+        if mask is not None:
+            logits = jnp.where(mask[:, None], logits, attention.MASK_VALUE)
+        attended = attention.softmax_matmul(logits, value).swapaxes(1, 2)
         if not self.out:
-            return read.reshape(*read.shape[:2], -1)
+            return attended.reshape(*attended.shape[:2], -1)
         return DenseGeneral(
-            x_BLD.shape[-1], axis=(-2, -1), dtype=self.dtype, kernel_init=_SMALL, name="out"
-        )(read)
+            x_BLD.shape[-1], axis=(-2, -1), dtype=self.dtype, kernel_init=_INIT, name="out"
+        )(attended)
 
 
-def rotated(x_BHLK: Array, turn: Turn) -> Array:
+def apply_rotation(x_BHLK: Array, rotation: Rotation) -> Array:
     """Rotates pairs of neighboring channels (arXiv:2104.09864)."""
-    cos, sin = (each[:, None].astype(x_BHLK.dtype) for each in turn)
+    cos, sin = (table[:, None].astype(x_BHLK.dtype) for table in rotation)
     pairs = x_BHLK.reshape(*x_BHLK.shape[:-1], -1, 2)
-    across = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x_BHLK.shape)
-    return x_BHLK * cos + across * sin
+    rotated_pairs = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x_BHLK.shape)
+    return x_BHLK * cos + rotated_pairs * sin
 
 
 class Mlp(nn.Module):
     """Two Dense layers with the style's activation between them."""
 
     hidden: int
-    style: Style = Style()
+    style: BlockStyle = BlockStyle()
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x_BLD: Array) -> Array:
-        hidden = Dense(self.hidden, dtype=self.dtype, kernel_init=_SMALL, name="up")(x_BLD)
+        hidden = Dense(self.hidden, dtype=self.dtype, kernel_init=_INIT, name="up")(x_BLD)
         hidden = ACTIVATIONS[self.style.activation](hidden)
-        return Dense(x_BLD.shape[-1], dtype=self.dtype, kernel_init=_SMALL, name="down")(hidden)
+        return Dense(x_BLD.shape[-1], dtype=self.dtype, kernel_init=_INIT, name="down")(hidden)
 
 
 class Block(nn.Module):
@@ -152,25 +156,27 @@ class Block(nn.Module):
 
     heads: int
     mlp: int
-    style: Style = Style()
+    style: BlockStyle = BlockStyle()
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x_BLD: Array, may: Array | None = None, turn: Turn | None = None) -> Array:
+    def __call__(
+        self, x_BLD: Array, mask: Array | None = None, rotation: Rotation | None = None
+    ) -> Array:
         style = self.style
         attention_norm = Norm(style.epsilon, style.gain, name="attention_norm")
         mlp_norm = Norm(style.epsilon, style.gain, name="mlp_norm")
         attention = Attention(self.heads, style, dtype=self.dtype, name="attention")
         mlp = Mlp(self.mlp, style, self.dtype, name="mlp")
-        if style.norm_after:
-            x_BLD = attention_norm(x_BLD + attention(x_BLD, x_BLD, may, turn))
+        if style.post_norm:
+            x_BLD = attention_norm(x_BLD + attention(x_BLD, x_BLD, mask, rotation))
             return mlp_norm(x_BLD + mlp(x_BLD))
-        read = attention_norm(x_BLD)
-        x_BLD += attention(read, read, may, turn)
+        normalized = attention_norm(x_BLD)
+        x_BLD += attention(normalized, normalized, mask, rotation)
         return x_BLD + mlp(mlp_norm(x_BLD))
 
 
-class Divided(nn.Module):
+class DividedBlock(nn.Module):
     """Divided attention: over time at each position, then over each frame and the class token
     (arXiv:2102.05095).
 
@@ -181,7 +187,7 @@ class Divided(nn.Module):
     frames: int
     heads: int
     mlp: int
-    style: Style = Style()
+    style: BlockStyle = BlockStyle()
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -189,49 +195,51 @@ class Divided(nn.Module):
         (b, _, d), t, style = x_BLD.shape, self.frames, self.style
         token, grid = x_BLD[:, :1], x_BLD[:, 1:].reshape(b, t, -1, d)
         s = grid.shape[2]
-        read = Norm(style.epsilon, name="time_norm")(grid.swapaxes(1, 2).reshape(b * s, t, d))
-        seen = Attention(self.heads, style, dtype=self.dtype, name="time_attention")(read, read)
-        seen = Dense(d, dtype=self.dtype, kernel_init=_SMALL, name="time_project")(seen)
-        grid += seen.reshape(b, s, t, d).swapaxes(1, 2)
+        normalized = Norm(style.epsilon, name="time_norm")(grid.swapaxes(1, 2).reshape(b * s, t, d))
+        attended = Attention(self.heads, style, dtype=self.dtype, name="time_attention")(
+            normalized, normalized
+        )
+        attended = Dense(d, dtype=self.dtype, kernel_init=_INIT, name="time_project")(attended)
+        grid += attended.reshape(b, s, t, d).swapaxes(1, 2)
         frame = jnp.concatenate([jnp.repeat(token, t, axis=1)[:, :, None], grid], axis=2).reshape(
             b * t, s + 1, d
         )
-        read = Norm(style.epsilon, name="attention_norm")(frame)
-        seen = Attention(self.heads, style, dtype=self.dtype, name="attention")(read, read).reshape(
-            b, t, s + 1, d
-        )
-        token += jnp.mean(seen[:, :, 0], axis=1, keepdims=True)
-        x_BLD = jnp.concatenate([token, (grid + seen[:, :, 1:]).reshape(b, t * s, d)], axis=1)
+        normalized = Norm(style.epsilon, name="attention_norm")(frame)
+        attended = Attention(self.heads, style, dtype=self.dtype, name="attention")(
+            normalized, normalized
+        ).reshape(b, t, s + 1, d)
+        token += jnp.mean(attended[:, :, 0], axis=1, keepdims=True)
+        x_BLD = jnp.concatenate([token, (grid + attended[:, :, 1:]).reshape(b, t * s, d)], axis=1)
         return x_BLD + Mlp(self.mlp, style, self.dtype, name="mlp")(
             Norm(style.epsilon, name="mlp_norm")(x_BLD)
         )
 
 
-class Stack(nn.Module):
+class BlockStack(nn.Module):
     """Blocks with stacked parameters [depth, ...], run by a scan; divided attention if `frames` is
     given.
 
     Returns the tokens and every block's output [depth, B, L, D].
     """
 
-    size: Size
-    style: Style = Style()
+    size: StackSize
+    style: BlockStyle = BlockStyle()
     frames: int = 0
     unroll: bool = True
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x_BLD: Array, may: Array | None = None, turn: Turn | None = None
+        self, x_BLD: Array, mask: Array | None = None, rotation: Rotation | None = None
     ) -> tuple[Array, Array]:
         size = self.size
-        more = {"style": self.style, "dtype": self.dtype, "parent": None}
+        options = {"style": self.style, "dtype": self.dtype, "parent": None}
         block = (
-            Divided(self.frames, size.heads, size.mlp, **more)
+            DividedBlock(self.frames, size.heads, size.mlp, **options)
             if self.frames
-            else Block(size.heads, size.mlp, **more)
+            else Block(size.heads, size.mlp, **options)
         )
-        inputs = () if self.frames else (may, turn)
+        inputs = () if self.frames else (mask, rotation)
         stacked = self.param(
             "blocks",
             lambda key: jax.vmap(lambda k: block.init(k, x_BLD, *inputs)["params"])(
@@ -248,11 +256,11 @@ class Stack(nn.Module):
         )
 
 
-def endpoints(blocks: Array, last: Array, **more: Array) -> dict[str, Array]:
+def endpoints(blocks: Array, last: Array, **extra: Array) -> dict[str, Array]:
     """Features by name: `block0`, ... [B, L, D] after each block, `last` after the final norm, if
     any.
     """
-    return {f"block{i}": block for i, block in enumerate(blocks)} | {"last": last} | more
+    return {f"block{i}": block for i, block in enumerate(blocks)} | {"last": last} | extra
 
 
 def cuboids(
@@ -262,23 +270,23 @@ def cuboids(
     stride is smaller.
     """
     if stride is None or stride == size:
-        (b, *whole, c), (t, h, w) = x_BTHWC.shape, size
-        grid = [n // s for n, s in zip(whole, size, strict=True)]
+        (b, *input_size, c), (t, h, w) = x_BTHWC.shape, size
+        grid = [n // s for n, s in zip(input_size, size, strict=True)]
         x = x_BTHWC[:, : grid[0] * t, : grid[1] * h, : grid[2] * w]
         return x.reshape(b, grid[0], t, grid[1], h, grid[2], w, c).transpose(0, 1, 3, 5, 2, 4, 6, 7)
-    at = [
+    indices = [
         np.arange(0, n - k + 1, s)[:, None] + np.arange(k)
         for n, k, s in zip(x_BTHWC.shape[1:4], size, stride, strict=True)
     ]
     return x_BTHWC[
         :,
-        at[0][:, None, None, :, None, None],
-        at[1][None, :, None, None, :, None],
-        at[2][None, None, :, None, None, :],
+        indices[0][:, None, None, :, None, None],
+        indices[1][None, :, None, None, :, None],
+        indices[2][None, None, :, None, None, :],
     ]
 
 
-class Patches(nn.Module):
+class PatchEmbed(nn.Module):
     """Cuboid embeddings [B, frames, rows, columns, D]: the product with a kernel [t, h, w, C,
     D].
     """
@@ -291,19 +299,21 @@ class Patches(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTHWC: Array) -> Array:
-        kernel = self.param("kernel", _SMALL, (*self.size, x_BTHWC.shape[-1], self.width))
-        cut = cuboids(x_BTHWC.astype(self.dtype), self.size, self.stride)
-        y = product(cut.reshape(*cut.shape[:4], -1), kernel.reshape(-1, self.width), 1)
+        kernel = self.param("kernel", _INIT, (*self.size, x_BTHWC.shape[-1], self.width))
+        patches = cuboids(x_BTHWC.astype(self.dtype), self.size, self.stride)
+        y = matmul(patches.reshape(*patches.shape[:4], -1), kernel.reshape(-1, self.width), 1)
         if self.bias:
             y += self.param("bias", nn.initializers.zeros, (self.width,))[(None,) * 4]
         return y.astype(self.dtype)
 
 
-def sinusoids(number: int, width: int, halves: bool = False) -> Array:
+def sinusoidal_positions(num_positions: int, width: int, sines_first: bool = False) -> Array:
     """Sinusoidal positions 0, 1, ... [number, width]: sines and cosines alternate, or all sines
     precede all cosines.
     """
     rate = 10000.0 ** (-2 * np.arange((width + 1) // 2) / width)
-    angle = np.arange(number)[:, None] * rate
-    table = np.stack([np.sin(angle), np.cos(angle)], axis=1 if halves else 2).reshape(number, -1)
+    angle = np.arange(num_positions)[:, None] * rate
+    table = np.stack([np.sin(angle), np.cos(angle)], axis=1 if sines_first else 2).reshape(
+        num_positions, -1
+    )
     return jnp.asarray(table[:, :width], jnp.float32)

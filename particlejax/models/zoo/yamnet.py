@@ -54,14 +54,14 @@ class YAMNet(nn.Module):
 
     @nn.compact
     def __call__(self, sound_BN: Array) -> tuple[Array, dict[str, Array]]:
-        ends: dict[str, Array] = {}
+        endpoints: dict[str, Array] = {}
 
-        def keep(name: str, x_B1TMC: Array) -> Array:
-            ends[name] = x_B1TMC[:, 0, :, :, None]
+        def record(name: str, x_B1TMC: Array) -> Array:
+            endpoints[name] = x_B1TMC[:, 0, :, :, None]
             return x_B1TMC
 
-        x = keep("spectra", self._spectra(sound_BN)[:, None, :, :, None])
-        x = keep(
+        x = record("spectra", self._spectra(sound_BN)[:, None, :, :, None])
+        x = record(
             "stem",
             nn.relu(Conv(self.width, (1, 3, 3), (1, 2, 2), "same", bias=True, name="stem")(x)),
         )
@@ -78,9 +78,9 @@ class YAMNet(nn.Module):
                     name=f"depth{i}",
                 )(x)
             )
-            x = keep(f"block{i}", nn.relu(nn.Dense(width, name=f"point{i}")(x)))
-        ends["last"] = ends[f"block{len(self.blocks)}"]
-        return nn.Dense(self.classes, name="head")(jnp.mean(x, axis=(1, 2, 3))), ends
+            x = record(f"block{i}", nn.relu(nn.Dense(width, name=f"point{i}")(x)))
+        endpoints["last"] = endpoints[f"block{len(self.blocks)}"]
+        return nn.Dense(self.classes, name="head")(jnp.mean(x, axis=(1, 2, 3))), endpoints
 
     def _spectra(self, sound_BN: Array) -> Array:
         """Log-mel magnitudes [B, T, M]."""

@@ -28,53 +28,53 @@ class Pose:
     radians).
     """
 
-    centres: np.ndarray
+    centers: np.ndarray
     scale: np.ndarray
     angle: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Motion:
-    """One drawn motion: `at` gives its pose (around any origin) at times [T].
+    """One drawn motion: `pose_at` gives its pose (around any origin) at times [T].
 
     moment: the key time of the action, None when it depends on the frame (slide: nearest to the
-    middle). lively: a time at which standing still would be seen, None when any would do. floored:
-    origin stands on a floor.
+    middle). visible_time: a time at which standing still would be seen, None when any would do.
+    floored: origin stands on a floor.
     """
 
-    at: Callable[[np.ndarray], Pose]
+    pose_at: Callable[[np.ndarray], Pose]
     moment: float | None
     contacts: tuple[float, ...] = ()
-    lively: float | None = None
-    floored: bool = False
+    visible_time: float | None = None
+    on_floor: bool = False
 
 
 def _pose(
-    *centres: np.ndarray, scale: np.ndarray | float = 1.0, angle: np.ndarray | float = 0.0
+    *centers: np.ndarray, scale: np.ndarray | float = 1.0, angle: np.ndarray | float = 0.0
 ) -> Pose:
-    stacked = np.stack(centres)
-    t = stacked.shape[1]
-    return Pose(stacked, np.broadcast_to(scale, (t,)), np.broadcast_to(angle, (t,)))
+    stacked_centers = np.stack(centers)
+    t = stacked_centers.shape[1]
+    return Pose(stacked_centers, np.broadcast_to(scale, (t,)), np.broadcast_to(angle, (t,)))
 
 
 def _direction(rng: np.random.Generator) -> np.ndarray:
-    turn = rng.uniform(0, 2 * np.pi)
-    return np.array([np.sin(turn), np.cos(turn)])
+    angle = rng.uniform(0, 2 * np.pi)
+    return np.array([np.sin(angle), np.cos(angle)])
 
 
 def _sign(rng: np.random.Generator) -> float:
     return float(rng.choice([-1.0, 1.0]))
 
 
-def _still(t: np.ndarray) -> np.ndarray:
+def _at_rest(t: np.ndarray) -> np.ndarray:
     return np.zeros((len(t), 2))
 
 
 def slide(rng: np.random.Generator, radii: np.ndarray) -> Motion:
     """A straight line at constant speed."""
     del radii
-    way = rng.uniform(24, 36) * _direction(rng)  # pixels in the whole clip
-    return Motion(lambda t: _pose(np.outer(t / SECONDS, way)), None)
+    displacement = rng.uniform(24, 36) * _direction(rng)  # pixels in the whole clip
+    return Motion(lambda t: _pose(np.outer(t / SECONDS, displacement)), None)
 
 
 def bounce(rng: np.random.Generator, radii: np.ndarray) -> Motion:
@@ -86,12 +86,12 @@ def bounce(rng: np.random.Generator, radii: np.ndarray) -> Motion:
     period, height, drift = rng.uniform(0.5, 0.8), rng.uniform(14, 22), rng.uniform(-6, 6)
     first = rng.uniform(0.15, 0.65)
 
-    def at(t: np.ndarray) -> Pose:
+    def pose_at(t: np.ndarray) -> Pose:
         u = (t - first) / period % 1
         return _pose(np.stack([-4 * height * u * (1 - u), drift * t], -1))
 
     earliest = first - period if first > period else first
-    return Motion(at, first, tuple(np.arange(earliest, SECONDS, period)), floored=True)
+    return Motion(pose_at, first, tuple(np.arange(earliest, SECONDS, period)), on_floor=True)
 
 
 def spin(rng: np.random.Generator, radii: np.ndarray) -> Motion:
@@ -100,21 +100,21 @@ def spin(rng: np.random.Generator, radii: np.ndarray) -> Motion:
     # at most 30 degrees a frame: no aliasing
     rate, moment = (_sign(rng) * rng.uniform(2.4, 3.9), rng.uniform(0.4, 1.5))
     return Motion(
-        lambda t: _pose(_still(t), angle=rate * (t + 0.6 / np.pi * np.sin(np.pi * (t - moment)))),
+        lambda t: _pose(_at_rest(t), angle=rate * (t + 0.6 / np.pi * np.sin(np.pi * (t - moment)))),
         moment,
     )
 
 
-def _resize(rng: np.random.Generator, radius: float, sense: int) -> Motion:
+def _resize(rng: np.random.Generator, radius: float, direction: int) -> Motion:
     # between 5 and 10.5 pixels whichever way: the sizes of all other actors, so one frame tells
     # nothing
     low, high, moment = rng.uniform(4.6, 5.4), rng.uniform(9.8, 11.2), rng.uniform(0.5, 1.4)
 
-    def at(t: np.ndarray) -> Pose:
-        done = 1 / (1 + np.exp(-sense * (t - moment) / 0.18))
-        return _pose(_still(t), scale=low * (high / low) ** done / radius)
+    def pose_at(t: np.ndarray) -> Pose:
+        progress = 1 / (1 + np.exp(-direction * (t - moment) / 0.18))
+        return _pose(_at_rest(t), scale=low * (high / low) ** progress / radius)
 
-    return Motion(at, moment, lively=moment)
+    return Motion(pose_at, moment, visible_time=moment)
 
 
 def grow(rng: np.random.Generator, radii: np.ndarray) -> Motion:
@@ -130,14 +130,14 @@ def shrink(rng: np.random.Generator, radii: np.ndarray) -> Motion:
 def orbit(rng: np.random.Generator, radii: np.ndarray) -> Motion:
     """Goes round a circle; the moment is its first passage of the highest point."""
     del radii
-    radius, speed, sense = rng.uniform(10, 14), rng.uniform(4.2, 5.5), _sign(rng)
+    radius, speed, direction = rng.uniform(10, 14), rng.uniform(4.2, 5.5), _sign(rng)
     moment = rng.uniform(0.05, 2 * np.pi / speed)
 
-    def at(t: np.ndarray) -> Pose:
-        turn = speed * (t - moment)
-        return _pose(radius * np.stack([-np.cos(turn), sense * np.sin(turn)], -1))
+    def pose_at(t: np.ndarray) -> Pose:
+        angle = speed * (t - moment)
+        return _pose(radius * np.stack([-np.cos(angle), direction * np.sin(angle)], -1))
 
-    return Motion(at, moment)
+    return Motion(pose_at, moment)
 
 
 def shake(rng: np.random.Generator, radii: np.ndarray) -> Motion:
@@ -147,11 +147,11 @@ def shake(rng: np.random.Generator, radii: np.ndarray) -> Motion:
     # hertz, safely below the 6 of 12 frames a second
     rate, phase = (rng.uniform(3.0, 4.2), rng.uniform(0, 2 * np.pi))
 
-    def at(t: np.ndarray) -> Pose:
-        swell = width * (0.45 + 0.55 * np.exp(-(((t - moment) / 0.4) ** 2)))
-        return _pose(np.outer(swell * np.sin(2 * np.pi * rate * t + phase), axis))
+    def pose_at(t: np.ndarray) -> Pose:
+        amplitude = width * (0.45 + 0.55 * np.exp(-(((t - moment) / 0.4) ** 2)))
+        return _pose(np.outer(amplitude * np.sin(2 * np.pi * rate * t + phase), axis))
 
-    return Motion(at, moment)
+    return Motion(pose_at, moment)
 
 
 def collide(rng: np.random.Generator, radii: np.ndarray) -> Motion:
@@ -159,16 +159,16 @@ def collide(rng: np.random.Generator, radii: np.ndarray) -> Motion:
     axis, hit, travel = _direction(rng), rng.uniform(0.6, 1.3), rng.uniform(5, 8)
     # outlines are not all discs: overlap a little rather than recoil from nothing
     gap = 0.85 * radii.sum()
-    way = min(rng.uniform(15, 22), SIZE - 2 * MARGIN - radii.sum() - gap - travel)
+    approach = min(rng.uniform(15, 22), SIZE - 2 * MARGIN - radii.sum() - gap - travel)
 
-    def at(t: np.ndarray) -> Pose:
+    def pose_at(t: np.ndarray) -> Pose:
         after = 1 - np.exp(-np.maximum(t - hit, 0) / 0.4)
         return _pose(
-            np.outer(np.minimum(t / hit - 1, 0) * way - 0.8 * travel * after, axis),
+            np.outer(np.minimum(t / hit - 1, 0) * approach - 0.8 * travel * after, axis),
             np.outer(gap + travel * after, axis),
         )
 
-    return Motion(at, hit, (hit,), lively=hit - 0.15)
+    return Motion(pose_at, hit, (hit,), visible_time=hit - 0.15)
 
 
 def drop(rng: np.random.Generator, radii: np.ndarray) -> Motion:
@@ -177,11 +177,13 @@ def drop(rng: np.random.Generator, radii: np.ndarray) -> Motion:
     start, fall, height = rng.uniform(0.1, 0.6), rng.uniform(0.45, 0.6), rng.uniform(20, 32)
     drift = rng.uniform(-8, 8)  # pixels moved sideways during the fall
 
-    def at(t: np.ndarray) -> Pose:
+    def pose_at(t: np.ndarray) -> Pose:
         u = np.clip((t - start) / fall, 0, 1)
         return _pose(np.stack([height * (u**2 - 1), drift * u], -1))
 
-    return Motion(at, start + fall, (start + fall,), lively=start + 0.7 * fall, floored=True)
+    return Motion(
+        pose_at, start + fall, (start + fall,), visible_time=start + 0.7 * fall, on_floor=True
+    )
 
 
 def swing(rng: np.random.Generator, radii: np.ndarray) -> Motion:
@@ -194,11 +196,11 @@ def swing(rng: np.random.Generator, radii: np.ndarray) -> Motion:
     )
     moment = rng.uniform(0.05, period / 2)
 
-    def at(t: np.ndarray) -> Pose:
+    def pose_at(t: np.ndarray) -> Pose:
         lean = width * np.sin(2 * np.pi * (t - moment) / period)
         return _pose(rope * np.stack([np.cos(lean), np.sin(lean)], -1), angle=-lean)
 
-    return Motion(at, moment)
+    return Motion(pose_at, moment)
 
 
 def zigzag(rng: np.random.Generator, radii: np.ndarray) -> Motion:
@@ -206,27 +208,33 @@ def zigzag(rng: np.random.Generator, radii: np.ndarray) -> Motion:
     first turn.
     """
     del radii
-    ahead, width, period = _direction(rng), rng.uniform(6, 9), rng.uniform(0.6, 0.9)
-    way, moment, sense = rng.uniform(20, 30), rng.uniform(0.05, period / 2), _sign(rng)
+    heading, width, period = _direction(rng), rng.uniform(6, 9), rng.uniform(0.6, 0.9)
+    distance, moment, direction = rng.uniform(20, 30), rng.uniform(0.05, period / 2), _sign(rng)
 
-    def at(t: np.ndarray) -> Pose:
-        side = sense * width * (4 * np.abs((t - moment) / period % 1 - 0.5) - 1)
-        return _pose(np.outer(way * t / SECONDS, ahead) + np.outer(side, ahead[::-1] * [1, -1]))
+    def pose_at(t: np.ndarray) -> Pose:
+        side = direction * width * (4 * np.abs((t - moment) / period % 1 - 0.5) - 1)
+        return _pose(
+            np.outer(distance * t / SECONDS, heading) + np.outer(side, heading[::-1] * [1, -1])
+        )
 
-    return Motion(at, moment)
+    return Motion(pose_at, moment)
 
 
 def split(rng: np.random.Generator, radii: np.ndarray) -> Motion:
     """Drifts as one, then comes apart into two equal bodies with a click."""
     del radii
-    axis, drift, apart = _direction(rng), rng.uniform(3, 6) * _direction(rng), rng.uniform(11, 15)
-    when = rng.uniform(0.5, 1.4)
+    axis, drift, separation = (
+        _direction(rng),
+        rng.uniform(3, 6) * _direction(rng),
+        rng.uniform(11, 15),
+    )
+    split_time = rng.uniform(0.5, 1.4)
 
-    def at(t: np.ndarray) -> Pose:
-        way = np.outer(apart * (1 - np.exp(-np.maximum(t - when, 0) / 0.35)), axis)
-        return _pose(np.outer(t, drift) + way, np.outer(t, drift) - way)
+    def pose_at(t: np.ndarray) -> Pose:
+        offset = np.outer(separation * (1 - np.exp(-np.maximum(t - split_time, 0) / 0.35)), axis)
+        return _pose(np.outer(t, drift) + offset, np.outer(t, drift) - offset)
 
-    return Motion(at, when, (when,), lively=when + 0.1)
+    return Motion(pose_at, split_time, (split_time,), visible_time=split_time + 0.1)
 
 
 MOTIONS = dict(
@@ -256,36 +264,36 @@ class Play:
     offset: np.ndarray
     jump: np.ndarray
     quirk: str | None
-    when: float  # seconds, of the quirk
+    quirk_time: float  # seconds, of the quirk
 
-    def at(self, times: np.ndarray) -> Pose:
+    def pose_at(self, times: np.ndarray) -> Pose:
         """The pose at times [T] of the clip, in pixels of the frame (before the camera shakes)."""
-        inner = (
-            np.minimum(times, np.maximum(self.when, times - FREEZE))
+        motion_times = (
+            np.minimum(times, np.maximum(self.quirk_time, times - FREEZE))
             if self.quirk == "freeze"
             else times
         )
-        pose = self.motion.at(inner)
-        shift = self.offset + np.outer(times >= self.when, self.jump)
-        return dataclasses.replace(pose, centres=pose.centres + shift)
+        pose = self.motion.pose_at(motion_times)
+        offset = self.offset + np.outer(times >= self.quirk_time, self.jump)
+        return dataclasses.replace(pose, centers=pose.centers + offset)
 
-    def clock(self, time: float) -> float:
+    def clip_time(self, time: float) -> float:
         """When in the clip the motion's own time comes."""
-        return time + FREEZE if self.quirk == "freeze" and time > self.when else time
+        return time + FREEZE if self.quirk == "freeze" and time > self.quirk_time else time
 
     @property
     def contacts(self) -> np.ndarray:
         """Seconds of the contacts that fall into the clip, float32 [contacts]."""
-        times = np.array([self.clock(time) for time in self.motion.contacts], np.float32)
+        times = np.array([self.clip_time(time) for time in self.motion.contacts], np.float32)
         return times[times < SECONDS]
 
     @property
     def moment(self) -> float:
         """Seconds of the action's key moment."""
         if self.motion.moment is not None:
-            return self.clock(self.motion.moment)
+            return self.clip_time(self.motion.moment)
         times = np.linspace(0, SECONDS, 201)[:-1]
-        return float(times[np.square(self.at(times).centres[0] - SIZE / 2).sum(-1).argmin()])
+        return float(times[np.square(self.pose_at(times).centers[0] - SIZE / 2).sum(-1).argmin()])
 
 
 def play(rng: np.random.Generator, action: str, radii: np.ndarray) -> Play:
@@ -293,19 +301,19 @@ def play(rng: np.random.Generator, action: str, radii: np.ndarray) -> Play:
     and maybe a quirk.
     """
     motion = MOTIONS[action](rng, radii)
-    pose = motion.at(np.linspace(0, SECONDS, 97))
-    reach = (radii[: len(pose.centres), None] * pose.scale)[..., None] + MARGIN
-    low, high = -(pose.centres - reach).min((0, 1)), SIZE - (pose.centres + reach).max((0, 1))
+    pose = motion.pose_at(np.linspace(0, SECONDS, 97))
+    margin = (radii[: len(pose.centers), None] * pose.scale)[..., None] + MARGIN
+    low, high = -(pose.centers - margin).min((0, 1)), SIZE - (pose.centers + margin).max((0, 1))
     # too large: the middle
     low, high = (np.minimum(low, (low + high) / 2), np.maximum(high, (low + high) / 2))
     offset = rng.uniform(low, high)
-    quirk, when, jump = None, SECONDS, np.zeros(2)
+    quirk, quirk_time, jump = None, SECONDS, np.zeros(2)
     if rng.random() < QUIRK_RATE:
-        quirk, when = str(rng.choice(QUIRKS)), rng.uniform(0.4, 1.6)
+        quirk, quirk_time = str(rng.choice(QUIRKS)), rng.uniform(0.4, 1.6)
     if quirk == "teleport":
         jumps = rng.uniform(low, high, (16, 2)) - offset
-        jumps[:, 0] *= not motion.floored  # a floor holds its height
+        jumps[:, 0] *= not motion.on_floor  # a floor holds its height
         jump = jumps[np.abs(jumps).sum(-1).argmax()]
     if quirk == "freeze":
-        when = rng.uniform(0.4, 1.4) if motion.lively is None else motion.lively
-    return Play(motion, offset, jump, quirk, float(when))
+        quirk_time = rng.uniform(0.4, 1.4) if motion.visible_time is None else motion.visible_time
+    return Play(motion, offset, jump, quirk, float(quirk_time))

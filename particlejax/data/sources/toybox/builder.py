@@ -54,8 +54,8 @@ class ToyboxConfig(tfds.core.BuilderConfig):
 
 def make_example(config: ToyboxConfig, split: str, index: int) -> Example:
     """Clip `index` of a split as TFDS stores it; the fields are those of `Toybox._info`."""
-    without = ("sight" if 2 * index < config.content[split] else "sound") if config.apart else ""
-    clip = render.render(config.seed, SPLITS.index(split), index, split, without)
+    omit = ("sight" if 2 * index < config.content[split] else "sound") if config.apart else ""
+    clip = render.render(config.seed, SPLITS.index(split), index, split, omit)
     return {
         "video": sound.encode(clip.frames, clip.audio),
         "label": clip.label,
@@ -138,7 +138,7 @@ class Toybox(tfds.core.GeneratorBasedBuilder):
 
 
 @contextlib.contextmanager
-def _alone(path: str) -> Iterator[None]:
+def _exclusive(path: str) -> Iterator[None]:
     # one process at a time; the lock goes when its holder dies, however it dies
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "w") as file:
@@ -148,12 +148,12 @@ def _alone(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_tfds_bars() -> Iterator[None]:
-    before = tqdm_utils._active  # TFDS has a setter but no getter
+    previous = tqdm_utils._active  # TFDS has a setter but no getter
     tfds.display_progress_bar(enable=False)
     try:
         yield
     finally:
-        tfds.display_progress_bar(enable=before)
+        tfds.display_progress_bar(enable=previous)
 
 
 def _open(config: str | ToyboxConfig, data_dir: str | os.PathLike[str] | None) -> Toybox:
@@ -173,10 +173,10 @@ def prepare(
     """
     builder = _open(config, data_dir)
     if not os.path.exists(builder.data_path / "dataset_info.json"):
-        home, version = os.path.split(os.fspath(builder.data_path))
-        with _alone(os.path.join(home, ".lock")):
+        parent_dir, version = os.path.split(os.fspath(builder.data_path))
+        with _exclusive(os.path.join(parent_dir, ".lock")):
             # what a killed run left: we hold the lock, so nobody writes there
-            for entry in os.scandir(home):
+            for entry in os.scandir(parent_dir):
                 if entry.name.startswith("incomplete.") and entry.name.endswith(f"_{version}"):
                     shutil.rmtree(entry.path)
             # afresh: another process may have finished while we waited
@@ -185,9 +185,10 @@ def prepare(
                 builder.download_and_prepare(
                     download_config=tfds.download.DownloadConfig(num_shards=1)
                 )
-    found, wanted = dict(builder.info.metadata), builder.builder_config.content
-    if found != wanted:
+    stored, requested = dict(builder.info.metadata), builder.builder_config.content
+    if stored != requested:
         raise ValueError(
-            f"{builder.data_path} holds {found}, not {wanted}: give the ToyboxConfig another name."
+            f"{builder.data_path} holds {stored}, not {requested}: give the ToyboxConfig another "
+            "name."
         )
     return builder

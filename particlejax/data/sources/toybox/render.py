@@ -18,7 +18,7 @@ PAD = 4  # pixels of world around the frame: what the shaking camera (2 pixels a
 RADII = (5.5, 9.5)  # pixels, of actors and bystanders alike
 SHAPES = ("disc", "square", "triangle", "star", "ring", "cross")
 TEXTURES = ("plain", "striped", "checkered", "dotted", "graded")
-COLOURS = dict(
+COLORS = dict(
     red=(0.9, 0.15, 0.15),
     orange=(1.0, 0.55, 0.1),
     yellow=(0.95, 0.9, 0.2),
@@ -52,23 +52,23 @@ TEMPLATES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Look:
+class Appearance:
     """How an object looks: radius in pixels, tilt in radians; back is the texture's second
     colour.
     """
 
     shape: str
     texture: str
-    colour: str
+    color: str
     front: np.ndarray
     back: np.ndarray
     radius: float
     tilt: float
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """Colour, texture and shape, for a caption."""
-        return f"{self.colour} {self.texture} {self.shape}"
+        return f"{self.color} {self.texture} {self.shape}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,23 +88,23 @@ class Clip:
     name: str
 
 
-def draw_look(rng: np.random.Generator, radius: float) -> Look:
+def draw_appearance(rng: np.random.Generator, radius: float) -> Appearance:
     """One object out of the one distribution of looks that actors and bystanders share."""
     shape, texture = str(rng.choice(SHAPES)), str(rng.choice(TEXTURES))
     if shape in ("disc", "ring") and texture == "plain":
         # a plain disc hides its turning, and were it only spinners that lack it, that would tell
         texture = "striped"
-    colour = str(rng.choice(list(COLOURS)))
-    front = np.clip(np.array(COLOURS[colour]) + rng.uniform(-0.06, 0.06, 3), 0, 1)
-    back = front * 0.3 if colour == "white" or rng.random() < 0.5 else 0.35 * front + 0.65
-    return Look(shape, texture, colour, front, back, radius, rng.uniform(0, 2 * np.pi))
+    color = str(rng.choice(list(COLORS)))
+    front = np.clip(np.array(COLORS[color]) + rng.uniform(-0.06, 0.06, 3), 0, 1)
+    back = front * 0.3 if color == "white" or rng.random() < 0.5 else 0.35 * front + 0.65
+    return Appearance(shape, texture, color, front, back, radius, rng.uniform(0, 2 * np.pi))
 
 
 def _hull(shape: str) -> np.ndarray:
     # corners float [corners, 2] of an outline around the unit shape, for boxes
     def ngon(n: int, radius: float) -> np.ndarray:
-        turn = 2 * np.pi * np.arange(n) / n
-        return radius * np.stack([np.sin(turn), np.cos(turn)], -1)
+        angles = 2 * np.pi * np.arange(n) / n
+        return radius * np.stack([np.sin(angles), np.cos(angles)], -1)
 
     cross = np.array([[a * 0.98, b * 0.36] for a in (-1, 1) for b in (-1, 1)])
     return {
@@ -127,20 +127,20 @@ def _distance(shape: str, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     if shape == "cross":
         x, y = np.abs(x), np.abs(y)
         return np.minimum(np.maximum(x - 0.98, y - 0.36), np.maximum(x - 0.36, y - 0.98))
-    far = np.sqrt(x * x + y * y)
+    radius = np.sqrt(x * x + y * y)
     if shape == "disc":
-        return far - 0.92
+        return radius - 0.92
     if shape == "ring":
-        return np.abs(far - 0.72) - 0.26
+        return np.abs(radius - 0.72) - 0.26
     sector = 2 * np.pi / (3 if shape == "triangle" else 5)
     # 0 at a corner, sector / 2 between two
-    turn = np.abs((np.arctan2(y, x) + sector / 2) % sector - sector / 2)
+    angle = np.abs((np.arctan2(y, x) + sector / 2) % sector - sector / 2)
     if shape == "triangle":
-        return far * np.cos(sector / 2 - turn) - 0.55
+        return radius * np.cos(sector / 2 - angle) - 0.55
     # the edge from the corner (1.1, 0) to the notch at radius 0.5, as a half plane
     notch = 0.5 * np.array([np.cos(sector / 2), np.sin(sector / 2)])
-    across = np.array([notch[1], 1.1 - notch[0]]) / np.hypot(notch[1], 1.1 - notch[0])
-    return far * (np.cos(turn) * across[0] + np.sin(turn) * across[1]) - 1.1 * across[0]
+    normal = np.array([notch[1], 1.1 - notch[0]]) / np.hypot(notch[1], 1.1 - notch[0])
+    return radius * (np.cos(angle) * normal[0] + np.sin(angle) * normal[1]) - 1.1 * normal[0]
 
 
 def _texture(texture: str, y: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -158,57 +158,67 @@ def _texture(texture: str, y: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def paint(
-    canvas: np.ndarray, look: Look, centres: np.ndarray, scale: np.ndarray, angle: np.ndarray
+    canvas: np.ndarray,
+    appearance: Appearance,
+    centers: np.ndarray,
+    scale: np.ndarray,
+    angle: np.ndarray,
 ) -> None:
     """Paints an object into canvas float32 [T, H, W, 3]; centres float [T, 2] pixels, scale and
     angle float [T].
     """
-    radius = (look.radius * scale).astype(np.float32)[:, None, None]
+    radius = (appearance.radius * scale).astype(np.float32)[:, None, None]
     reach = 1.15 * radius.max() + 2
-    top, left = np.maximum(np.floor(centres.min(0) - reach), 0).astype(int)
-    low, right = np.maximum(np.ceil(centres.max(0) + reach), 0).astype(int)
-    window = canvas[:, top:low, left:right]  # only where the object ever is
+    top, left = np.maximum(np.floor(centers.min(0) - reach), 0).astype(int)
+    bottom, right = np.maximum(np.ceil(centers.max(0) + reach), 0).astype(int)
+    window = canvas[:, top:bottom, left:right]  # only where the object ever is
     h, w = window.shape[1:3]
-    y = (np.arange(top, top + h, dtype=np.float32)[:, None] + 0.5 - centres[:, :1, None]).astype(
+    y = (np.arange(top, top + h, dtype=np.float32)[:, None] + 0.5 - centers[:, :1, None]).astype(
         np.float32
     )
-    x = (np.arange(left, left + w, dtype=np.float32) + 0.5 - centres[:, 1:, None]).astype(
+    x = (np.arange(left, left + w, dtype=np.float32) + 0.5 - centers[:, 1:, None]).astype(
         np.float32
     )
-    turn = (look.tilt + angle).astype(np.float32)[:, None, None]
+    rotation = (appearance.tilt + angle).astype(np.float32)[:, None, None]
     u, v = (
-        (np.cos(turn) * y - np.sin(turn) * x) / radius,
-        (np.sin(turn) * y + np.cos(turn) * x) / radius,
+        (np.cos(rotation) * y - np.sin(rotation) * x) / radius,
+        (np.sin(rotation) * y + np.cos(rotation) * x) / radius,
     )
-    distance = _distance(look.shape, u, v) * radius  # pixels
-    mix = _texture(look.texture, u, v)[..., None]
-    colour = look.front.astype(np.float32) * (1 - mix) + look.back.astype(np.float32) * mix
+    distance = _distance(appearance.shape, u, v) * radius  # pixels
+    texture_weight = _texture(appearance.texture, u, v)[..., None]
+    color = (
+        appearance.front.astype(np.float32) * (1 - texture_weight)
+        + appearance.back.astype(np.float32) * texture_weight
+    )
     # a dark rim keeps it apart from any background
-    colour *= 1 - 0.75 * np.clip(distance + 1.6, 0, 1)[..., None]
-    window += np.clip(0.5 - distance, 0, 1)[..., None] * (colour - window)
+    color *= 1 - 0.75 * np.clip(distance + 1.6, 0, 1)[..., None]
+    window += np.clip(0.5 - distance, 0, 1)[..., None] * (color - window)
 
 
-def boxes(look: Look, centres: np.ndarray, scale: np.ndarray, angle: np.ndarray) -> np.ndarray:
+def boxes(
+    appearance: Appearance, centers: np.ndarray, scale: np.ndarray, angle: np.ndarray
+) -> np.ndarray:
     """Exact boxes of an object, float [T, 4]: centre row, centre col, height, width in pixels."""
-    turn = look.tilt + angle
-    cos, sin = np.cos(turn), np.sin(turn)
+    rotation = appearance.tilt + angle
+    cos, sin = np.cos(rotation), np.sin(rotation)
     # paint maps a pixel offset to the unit shape by a rotation; this is its inverse
     inverse = np.stack([np.stack([cos, sin], -1), np.stack([-sin, cos], -1)], -2)
     corners = (
-        np.einsum("tij,cj->tci", inverse, HULLS[look.shape]) * (look.radius * scale)[:, None, None]
+        np.einsum("tij,cj->tci", inverse, HULLS[appearance.shape])
+        * (appearance.radius * scale)[:, None, None]
     )
     low, high = corners.min(1), corners.max(1)
-    return np.concatenate([centres + (low + high) / 2, high - low], -1)
+    return np.concatenate([centers + (low + high) / 2, high - low], -1)
 
 
-def _smooth(rng: np.random.Generator, cells: int, size: int) -> np.ndarray:
+def _smooth_noise(rng: np.random.Generator, cells: int, size: int) -> np.ndarray:
     # smooth noise float32 [size, size] in [-1, 1]: a coarse grid, interpolated
-    at = np.linspace(0, cells - 1, size)
-    weights = np.maximum(1 - np.abs(at[:, None] - np.arange(cells)), 0).astype(np.float32)
+    positions = np.linspace(0, cells - 1, size)
+    weights = np.maximum(1 - np.abs(positions[:, None] - np.arange(cells)), 0).astype(np.float32)
     return weights @ rng.uniform(-1, 1, (cells, cells)).astype(np.float32) @ weights.T
 
 
-def _muted(rng: np.random.Generator) -> np.ndarray:
+def _muted_color(rng: np.random.Generator) -> np.ndarray:
     return (rng.uniform(0.12, 0.5) + rng.uniform(-0.1, 0.1, 3)).astype(np.float32)
 
 
@@ -218,138 +228,163 @@ def background(rng: np.random.Generator, floor: float) -> np.ndarray:
     """
     size = SIZE + 2 * PAD
     y, x = np.mgrid[:size, :size].astype(np.float32) + 0.5
-    noise = 0.1 * _smooth(rng, 6, size) + 0.06 * _smooth(rng, 16, size)
-    world = _muted(rng) + noise[..., None] * rng.uniform(0.5, 1.0, 3).astype(np.float32)
+    noise = 0.1 * _smooth_noise(rng, 6, size) + 0.06 * _smooth_noise(rng, 16, size)
+    world = _muted_color(rng) + noise[..., None] * rng.uniform(0.5, 1.0, 3).astype(np.float32)
     for _ in range(rng.integers(4, 9)):
-        (row, col), (high, wide) = rng.uniform(0, size, 2), rng.uniform(2, 8, 2)
-        blob = np.clip(1.5 * (1 - ((y - row) / high) ** 2 - ((x - col) / wide) ** 2), 0, 1)[
+        (row, col), (height, width) = rng.uniform(0, size, 2), rng.uniform(2, 8, 2)
+        blob = np.clip(1.5 * (1 - ((y - row) / height) ** 2 - ((x - col) / width) ** 2), 0, 1)[
             ..., None
         ]
-        world += blob * (_muted(rng) - world)
+        world += blob * (_muted_color(rng) - world)
     for _ in range(rng.integers(2, 5)):
-        turn, away = rng.uniform(0, np.pi), rng.uniform(-size / 2, size / 2)
+        angle, distance = rng.uniform(0, np.pi), rng.uniform(-size / 2, size / 2)
         line = (
-            (y - size / 2) * np.float32(np.sin(turn))
-            + (x - size / 2) * np.float32(np.cos(turn))
-            - np.float32(away)
+            (y - size / 2) * np.float32(np.sin(angle))
+            + (x - size / 2) * np.float32(np.cos(angle))
+            - np.float32(distance)
         )
-        world += np.clip(1.4 - np.abs(line), 0, 1)[..., None] * 0.7 * (_muted(rng) - world)
+        world += np.clip(1.4 - np.abs(line), 0, 1)[..., None] * 0.7 * (_muted_color(rng) - world)
     if rng.random() < 0.5:
         world += np.clip(1.6 - np.abs(y - floor - PAD - 0.8), 0, 1)[..., None] * (0.6 - world)
     return world
 
 
-def _camera(rng: np.random.Generator) -> np.ndarray:
+def _camera_shake(rng: np.random.Generator) -> np.ndarray:
     # smooth shifts float [T, 2] of everything, at most 2 pixels
     rate, phase = rng.uniform(0.3, 1.0, (2, 1, 2)), rng.uniform(0, 2 * np.pi, (2, 1, 2))
     waves = np.sin(2 * np.pi * rate * FRAME_TIMES[:, None] + phase)
     return rng.uniform(0, 2) * waves.mean(0)
 
 
-def _film(world: np.ndarray, camera: np.ndarray) -> np.ndarray:
+def _view_world(world: np.ndarray, camera: np.ndarray) -> np.ndarray:
     # what the camera [T, 2] sees of the world [72, 72, 3]: float32 [T, 64, 64, 3], bilinear
     start = PAD - camera
-    whole = np.floor(start).astype(int)
-    part = (start - whole).astype(np.float32)[:, :, None, None, None]
+    integer_offset = np.floor(start).astype(int)
+    fraction = (start - integer_offset).astype(np.float32)[:, :, None, None, None]
     frames = np.empty((len(camera), SIZE, SIZE, 3), np.float32)
-    for t, (row, col) in enumerate(whole):
+    for t, (row, col) in enumerate(integer_offset):
         rows = (
-            world[row : row + SIZE] * (1 - part[t, 0, 0])
-            + world[row + 1 : row + 1 + SIZE] * part[t, 0, 0]
+            world[row : row + SIZE] * (1 - fraction[t, 0, 0])
+            + world[row + 1 : row + 1 + SIZE] * fraction[t, 0, 0]
         )
         frames[t] = (
-            rows[:, col : col + SIZE] * (1 - part[t, 1, 0])
-            + rows[:, col + 1 : col + 1 + SIZE] * part[t, 1, 0]
+            rows[:, col : col + SIZE] * (1 - fraction[t, 1, 0])
+            + rows[:, col + 1 : col + 1 + SIZE] * fraction[t, 1, 0]
         )
     return frames
 
 
 def _bystanders(
-    rng: np.random.Generator, actor: Look, pose: Pose, count: int
-) -> list[tuple[Look, np.ndarray]]:
+    rng: np.random.Generator, actor: Appearance, pose: Pose, count: int
+) -> list[tuple[Appearance, np.ndarray]]:
     # looks and fixed centres; each takes the freest of eight places so that the clutter does not
     # hide the play
-    taken, found = pose.centres.reshape(-1, 2), []
+    occupied, bystanders = pose.centers.reshape(-1, 2), []
     for _ in range(count):
-        look = draw_look(rng, rng.uniform(*RADII))
+        appearance = draw_appearance(rng, rng.uniform(*RADII))
         if rng.random() < 0.25:  # a double: two equal objects in one frame need not have split
-            look = dataclasses.replace(
+            appearance = dataclasses.replace(
                 actor, radius=actor.radius * pose.scale[0], tilt=rng.uniform(0, 2 * np.pi)
             )
-        places = rng.uniform(6, SIZE - 6, (8, 2))
-        place = places[np.linalg.norm(places[:, None] - taken, axis=-1).min(1).argmax()]
-        taken = np.concatenate([taken, place[None]])
-        found.append((look, place))
-    return found
+        candidates = rng.uniform(6, SIZE - 6, (8, 2))
+        position = candidates[
+            np.linalg.norm(candidates[:, None] - occupied, axis=-1).min(1).argmax()
+        ]
+        occupied = np.concatenate([occupied, position[None]])
+        bystanders.append((appearance, position))
+    return bystanders
 
 
-def _swapped(rng: np.random.Generator, look: Look, quirk: str | None) -> Look:
+def _after_quirk(rng: np.random.Generator, appearance: Appearance, quirk: str | None) -> Appearance:
     # what the object looks like after the quirk
     if quirk == "texture":
-        texture = rng.choice([t for t in TEXTURES if t not in (look.texture, "plain")])
-        return dataclasses.replace(look, texture=str(texture))
+        texture = rng.choice([t for t in TEXTURES if t not in (appearance.texture, "plain")])
+        return dataclasses.replace(appearance, texture=str(texture))
     if quirk == "colour":
-        return dataclasses.replace(look, front=1 - 0.9 * look.front, back=1 - look.back)
-    return look
+        return dataclasses.replace(
+            appearance, front=1 - 0.9 * appearance.front, back=1 - appearance.back
+        )
+    return appearance
 
 
-def _perform(
-    rng: np.random.Generator, frames: np.ndarray, looks: list[Look], staged: Play, pose: Pose
+def _paint_actors(
+    rng: np.random.Generator,
+    frames: np.ndarray,
+    appearances: list[Appearance],
+    play: Play,
+    pose: Pose,
 ) -> None:
     # paints the acting bodies, as they look before and after a quirk
-    split = int(np.searchsorted(FRAME_TIMES, staged.when))
-    for look, centres in zip(looks, pose.centres, strict=False):  # one body or two
-        after = _swapped(rng, look, staged.quirk)
-        for part, seen in ((slice(None, split), look), (slice(split, None), after)):
-            if len(centres[part]):
-                paint(frames[part], seen, centres[part], pose.scale[part], pose.angle[part])
+    split = int(np.searchsorted(FRAME_TIMES, play.quirk_time))
+    for appearance, centers in zip(appearances, pose.centers, strict=False):  # one body or two
+        changed = _after_quirk(rng, appearance, play.quirk)
+        for frame_range, visible_appearance in (
+            (slice(None, split), appearance),
+            (slice(split, None), changed),
+        ):
+            if len(centers[frame_range]):
+                paint(
+                    frames[frame_range],
+                    visible_appearance,
+                    centers[frame_range],
+                    pose.scale[frame_range],
+                    pose.angle[frame_range],
+                )
 
 
-def render(seed: int, split_id: int, index: int, split: str = "", without: str = "") -> Clip:
+def render(seed: int, split_id: int, index: int, split: str = "", omit: str = "") -> Clip:
     """Example `index` of a split, a pure function of its arguments; the label is index % 12.
 
-    without: 'sight' leaves out who acts, so that the sound alone tells what is done, 'sound' all
+    omit: 'sight' leaves out who acts, so that the sound alone tells what is done, 'sound' all
     but the room's noise.
     """
     rng = np.random.default_rng([seed, split_id, index])
     action = ACTIONS[index % len(ACTIONS)]
-    actor, second = (draw_look(rng, rng.uniform(*RADII)) for _ in range(2))
-    staged = actions.play(rng, action, np.array([actor.radius, second.radius]))
-    pose = staged.at(FRAME_TIMES)
-    camera = _camera(rng)
-    shaken = dataclasses.replace(pose, centres=pose.centres + camera)
-    seen = without != "sight"
+    actor, second = (draw_appearance(rng, rng.uniform(*RADII)) for _ in range(2))
+    play = actions.play(rng, action, np.array([actor.radius, second.radius]))
+    pose = play.pose_at(FRAME_TIMES)
+    camera = _camera_shake(rng)
+    shaken_pose = dataclasses.replace(pose, centers=pose.centers + camera)
+    actor_visible = omit != "sight"
     # the struck body of a collision is one of the bystanders that every action has
-    others = _bystanders(rng, actor, pose, rng.integers(1, 4) - (seen and action == "collide"))
-    foot = boxes(actor, staged.offset[None], np.ones(1), np.zeros(1))[0]
-    floor = foot[0] + foot[2] / 2 if seen and staged.motion.floored else rng.uniform(SIZE / 2, SIZE)
+    bystanders = _bystanders(
+        rng, actor, pose, rng.integers(1, 4) - (actor_visible and action == "collide")
+    )
+    foot_box = boxes(actor, play.offset[None], np.ones(1), np.zeros(1))[0]
+    floor = (
+        foot_box[0] + foot_box[2] / 2
+        if actor_visible and play.motion.on_floor
+        else rng.uniform(SIZE / 2, SIZE)
+    )
     world = background(rng, floor)[None]
-    still = np.ones(1), np.zeros(1)
-    for look, place in others:
-        paint(world, look, place[None] + PAD, *still)
-    frames = _film(world[0], camera)
-    looks = [actor, second if action == "collide" else actor]
-    if seen:
-        _perform(rng, frames, looks, staged, shaken)
+    at_rest = np.ones(1), np.zeros(1)
+    for appearance, position in bystanders:
+        paint(world, appearance, position[None] + PAD, *at_rest)
+    frames = _view_world(world[0], camera)
+    appearances = [actor, second if action == "collide" else actor]
+    if actor_visible:
+        _paint_actors(rng, frames, appearances, play, shaken_pose)
     tracks = [
-        boxes(look, c, pose.scale, pose.angle)
-        for look, c in zip(looks, shaken.centres, strict=False)
+        boxes(appearance, centers, pose.scale, pose.angle)
+        for appearance, centers in zip(appearances, shaken_pose.centers, strict=False)
     ]
     tracks += [
-        boxes(look, place + camera, np.ones(len(camera)), np.zeros(len(camera)))
-        for look, place in others
+        boxes(appearance, position + camera, np.ones(len(camera)), np.zeros(len(camera)))
+        for appearance, position in bystanders
     ]
-    caption = str(rng.choice(TEMPLATES)).format(look=actor.words, verb=rng.choice(VERBS[action]))
+    caption = str(rng.choice(TEMPLATES)).format(
+        look=actor.description, verb=rng.choice(VERBS[action])
+    )
     return Clip(
         frames=np.rint(np.clip(frames, 0, 1) * 255).astype(np.uint8),
-        audio=sound.synthesise(
-            rng, None if without == "sound" else staged, actor.radius, TEXTURES.index(actor.texture)
+        audio=sound.synthesize(
+            rng, None if omit == "sound" else play, actor.radius, TEXTURES.index(actor.texture)
         ),
         label=ACTIONS.index(action),
         caption=caption,
         tracks=(np.stack(tracks) / SIZE).astype(np.float32),
-        contacts=staged.contacts,
-        moment=float(staged.moment),
-        abnormal_time=staged.when if staged.quirk else -1.0,
+        contacts=play.contacts,
+        moment=float(play.moment),
+        abnormal_time=play.quirk_time if play.quirk else -1.0,
         name=f"{split or split_id}/{index:05d}",
     )

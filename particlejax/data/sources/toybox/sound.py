@@ -30,18 +30,18 @@ def _burst(
 def _hum(rng: np.random.Generator, play: Play, radius: float) -> np.ndarray:
     # a soft whirr, the louder the faster anything moves, turns or swells
     steps = np.arange(0, SECONDS, 0.02)
-    pose = play.at(steps)
-    parts = [
-        np.linalg.norm(np.gradient(pose.centres, axis=1), axis=-1).sum(0),
+    pose = play.pose_at(steps)
+    motions = [
+        np.linalg.norm(np.gradient(pose.centers, axis=1), axis=-1).sum(0),
         radius * np.abs(np.gradient(pose.angle)),
         radius * np.abs(np.gradient(pose.scale)),
     ]
-    speed = np.minimum(sum(parts) / 0.02, 80)  # pixels a second; a teleport is not a bang
+    speed = np.minimum(sum(motions) / 0.02, 80)  # pixels a second; a teleport is not a bang
     tone = np.sin(2 * np.pi * rng.uniform(90, 180) * TIMES) + 0.3 * rng.uniform(-1, 1, len(TIMES))
     return 0.015 * np.interp(TIMES, steps, speed / 80) * tone
 
 
-def synthesise(
+def synthesize(
     rng: np.random.Generator, play: Play | None, radius: float, material: int
 ) -> np.ndarray:
     """Sound float32 [32000] of a play: contacts ring higher for smaller bodies, hiss more for

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from particlejax.core.io import fresh_file
+from particlejax.core.io import atomic_file
 from particlejax.core.typing import UserError
 from particlejax.distributed import checkpoint
 from particlejax.models.zoo.convert import safetensors, torch_pickle
@@ -42,10 +42,10 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         )
     if not arrays:
         raise UserError(f"{path} holds no arrays: name the file with the weights.")
-    return _whole({name.replace("/", "."): array for name, array in arrays.items()})
+    return _dequantize({name.replace("/", "."): array for name, array in arrays.items()})
 
 
-def _whole(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _dequantize(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Dequantizes TFLite's int8 arrays: NAME.w times NAME.scale, if present, becomes NAME.w in
     float32.
 
@@ -78,11 +78,11 @@ def checkpoints_in(folder: Path) -> Path:
     return stages[0] if stages else folder
 
 
-def said_beside(path: str | os.PathLike[str]) -> dict[str, Any]:
+def saved_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Metadata of a particlejax checkpoint; {} for any other folder or file."""
     folder = checkpoints_in(Path(path).expanduser())
-    ours = folder.is_dir() and any(each.name.isdigit() for each in folder.iterdir())
-    return checkpoint.load_data(folder) if ours else {}
+    is_own = folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+    return checkpoint.load_data(folder) if is_own else {}
 
 
 def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
@@ -98,8 +98,8 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> Non
         return
     if any(array.dtype.kind == "V" for array in arrays.values()):
         raise UserError(_NPZ_LIMITS)
-    with fresh_file(path) as fresh:
-        np.savez(fresh, **dict(arrays))
+    with atomic_file(path) as temporary:
+        np.savez(temporary, **dict(arrays))
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:

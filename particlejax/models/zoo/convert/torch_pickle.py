@@ -36,7 +36,7 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first object of a file from before
 _NUMPY_TYPES = frozenset("f2 f4 f8 i1 i2 i4 i8 u1 u2 u4 u8 b1".split())
 
 
-class _Refused(Exception):
+class _ForbiddenObject(Exception):
     """A name outside the whitelist."""
 
 
@@ -46,11 +46,11 @@ def read(path: Path) -> dict[str, np.ndarray]:
     """
     try:
         if zipfile.is_zipfile(path):
-            found = _read_zip(path)
+            loaded = _read_zip(path)
         else:
             with open(path, "rb") as file:
-                found = _read_stream(file)
-    except _Refused as error:
+                loaded = _read_stream(file)
+    except _ForbiddenObject as error:
         raise UserError(
             f"{path} holds the Python object {error}, which could run code and is not loaded: save "
             "only "
@@ -63,7 +63,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
             "again, or give it the suffix of its format."
         ) from error
     arrays: dict[str, np.ndarray] = {}
-    _flatten("", found, arrays)
+    _flatten("", loaded, arrays)
     return arrays
 
 
@@ -102,13 +102,13 @@ def _read_stream(file: Any) -> Any:
         # filled below; tensors are views until then
         return stores.setdefault(key, np.zeros(count, dtype))
 
-    found = _Reader(file, storage, copy=False).load()
+    loaded = _Reader(file, storage, copy=False).load()
     for key in _Reader(file, None).load():
         count = int.from_bytes(file.read(8), "little")
         if count != stores[key].size:
             raise ValueError(f"{count} numbers where {stores[key].size} were announced")
         stores[key][:] = np.frombuffer(file.read(stores[key].nbytes), stores[key].dtype)
-    return found
+    return loaded
 
 
 class _Reader(pickle.Unpickler):
@@ -130,7 +130,7 @@ class _Reader(pickle.Unpickler):
         known: dict[str, Any] = {
             "collections.OrderedDict": OrderedDict,
             "torch._utils._rebuild_tensor_v2": self._tensor,
-            "torch._utils._rebuild_parameter": _first,
+            "torch._utils._rebuild_parameter": _first_argument,
             "torch.Size": tuple,
             "numpy._reconstruct": _Array,
             "numpy.ndarray": "ndarray",
@@ -142,7 +142,7 @@ class _Reader(pickle.Unpickler):
             module, module
         )
         if f"{short}.{name}" not in known:
-            raise _Refused(f"{module}.{name}")
+            raise _ForbiddenObject(f"{module}.{name}")
         return known[f"{short}.{name}"]
 
     def persistent_load(self, pid: Any) -> np.ndarray:
@@ -153,9 +153,9 @@ class _Reader(pickle.Unpickler):
         return self._storage(dtype, str(key), int(count))
 
     def _tensor(
-        self, storage: np.ndarray, offset: int, size: tuple, stride: tuple, *more: Any
+        self, storage: np.ndarray, offset: int, size: tuple, stride: tuple, *unused: Any
     ) -> np.ndarray:
-        del more  # requires_grad, hooks, metadata
+        del unused  # requires_grad, hooks, metadata
         last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
         if min(offset, *size, *stride, 0) < 0 or (0 not in size and last >= storage.size):
             raise ValueError(f"a tensor of shape {tuple(size)} beyond the end of its storage")
@@ -167,8 +167,8 @@ class _Reader(pickle.Unpickler):
 class _Type:
     """A numpy dtype: numeric ones only."""
 
-    def __init__(self, code: str, *more: Any) -> None:
-        del more
+    def __init__(self, code: str, *unused: Any) -> None:
+        del unused
         if str(code) not in _NUMPY_TYPES:
             raise ValueError(f"numbers of type {code}")
         self.dtype = np.dtype(str(code))
@@ -180,8 +180,8 @@ class _Type:
 class _Array:
     """A numpy array: shape, dtype and bytes, assembled by `_flatten`."""
 
-    def __init__(self, *more: Any) -> None:
-        del more
+    def __init__(self, *unused: Any) -> None:
+        del unused
         self.value: np.ndarray | None = None
 
     def __setstate__(self, state: tuple) -> None:
@@ -201,8 +201,8 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _first(data: Any, *more: Any) -> Any:
-    del more
+def _first_argument(data: Any, *unused: Any) -> Any:
+    del unused
     return data
 
 
@@ -212,12 +212,12 @@ def _typed(raw: np.ndarray, dtype: np.dtype, count: int) -> np.ndarray:
     return raw[: count * dtype.itemsize].view(dtype)
 
 
-def _flatten(prefix: str, value: Any, into: dict[str, np.ndarray]) -> None:
+def _flatten(prefix: str, value: Any, output: dict[str, np.ndarray]) -> None:
     """Arrays within nested mappings, by dotted names; ignores all else in a training state."""
     if isinstance(value, _Array):
         value = value.value
     if isinstance(value, np.ndarray):
-        into[prefix] = value
+        output[prefix] = value
     elif isinstance(value, Mapping):
-        for key, each in value.items():
-            _flatten(f"{prefix}.{key}" if prefix else str(key), each, into)
+        for key, item in value.items():
+            _flatten(f"{prefix}.{key}" if prefix else str(key), item, output)

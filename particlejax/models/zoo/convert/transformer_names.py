@@ -19,9 +19,9 @@ from particlejax.models.zoo.convert.layouts import (
     Layout,
     Names,
     Rules,
-    heads,
-    leading,
-    mixed,
+    leading_axes,
+    merge_heads,
+    split_heads,
 )
 
 _LEAVES = {
@@ -33,7 +33,7 @@ _LEAVES = {
 }
 
 # Names within a block, by five conventions.
-_OLD: Rules = (
+_HF4: Rules = (
     (r"attention_norm", "layernorm_before"),
     (r"mlp_norm", "layernorm_after"),
     (r"attention/(query|key|value)", r"attention.attention.\1"),
@@ -41,7 +41,7 @@ _OLD: Rules = (
     (r"mlp/up", "intermediate.dense"),
     (r"mlp/down", "output.dense"),
 )
-_NEW: Rules = (
+_HF5: Rules = (
     (r"attention_norm", "layernorm_before"),
     (r"mlp_norm", "layernorm_after"),
     (r"attention/(q|k|v|o)\w+", r"attention.\1_proj"),
@@ -73,33 +73,33 @@ _BERT: Rules = (
     (r"mlp_norm", "output.LayerNorm"),
 )
 _FUSED: Rules = tuple(
-    (f"{ours}attention/{name}", f"{theirs}attention.attention.qkv[{i}/3]")
-    for ours, theirs in (("", ""), ("time_", "temporal_"))
+    (f"{path}attention/{name}", f"{reference_name}attention.attention.qkv[{i}/3]")
+    for path, reference_name in (("", ""), ("time_", "temporal_"))
     for i, name in enumerate(("query", "key", "value"))
 )
 _DIVIDED: Rules = (
     *_FUSED,
-    *_OLD,
+    *_HF4,
     ("time_norm", "temporal_layernorm"),
     ("time_project", "temporal_dense"),
     ("time_attention/out", "temporal_attention.output.dense"),
 )
 
 
-def _blocks(ours: str, theirs: str, inner: Rules) -> Rules:
-    return tuple((f"{ours}/blocks/{a}", f"{theirs}.{b}") for a, b in inner)
+def _blocks(path: str, reference_name: str, inner: Rules) -> Rules:
+    return tuple((f"{path}/blocks/{a}", f"{reference_name}.{b}") for a, b in inner)
 
 
-def _within(ours: str, theirs: str, rules: Rules) -> Rules:
+def _with_prefix(path: str, reference_name: str, rules: Rules) -> Rules:
     """The rules of a part, given our names and theirs."""
-    return tuple((ours + a, theirs + b) for a, b in rules)
+    return tuple((path + a, reference_name + b) for a, b in rules)
 
 
 _PATCHES = "embeddings.patch_embeddings.projection"
 _HEAD: Rules = (("head", "classifier"),)
 _MAE: Rules = (
     ("patches", f"videomae.{_PATCHES}"),
-    *_blocks("encoder", "videomae.encoder.layer.{}", _OLD),
+    *_blocks("encoder", "videomae.encoder.layer.{}", _HF4),
 )
 _VIVIT: Rules = (
     ("class_token", "embeddings.cls_token[1, 1]"),
@@ -118,8 +118,8 @@ _PRISM: Rules = (
     ("positions", "spatial_embeddings.position_embeddings[1]"),
     ("time_norm", "layernorm2"),
     ("time_positions", "temporal_embeddings.position_embeddings[1]"),
-    *_blocks("encoder", "spatial_layers.{}", _NEW),
-    *_blocks("time", "temporal_layers.{}", _NEW),
+    *_blocks("encoder", "spatial_layers.{}", _HF5),
+    *_blocks("time", "temporal_layers.{}", _HF5),
 )
 _PRISM_POOL: Rules = (
     (r"pool/(q|k|v|o)\w+", r"head.\1_proj"),
@@ -149,16 +149,16 @@ _RULES: dict[str, Rules] = {
         ("mask_token", "mask_token[1, 1]"),
         ("decoder_norm", "decoder.norm"),
         ("decoder_head", "decoder.head"),
-        *_blocks("decoder", "decoder.decoder_layers.{}", _OLD),
+        *_blocks("decoder", "decoder.decoder_layers.{}", _HF4),
     ),
     "vivit": (
-        *_within(
-            "", "vivit.", (("patches", _PATCHES), *_VIVIT, *_blocks("encoder", "layers.{}", _NEW))
+        *_with_prefix(
+            "", "vivit.", (("patches", _PATCHES), *_VIVIT, *_blocks("encoder", "layers.{}", _HF5))
         ),
         *_HEAD,
     ),
     "timesformer": (
-        *_within(
+        *_with_prefix(
             "",
             "timesformer.",
             (
@@ -171,7 +171,7 @@ _RULES: dict[str, Rules] = {
         *_HEAD,
     ),
     "vjepa2": (
-        *_within("", "vjepa2.", _JEPA_ENCODER),
+        *_with_prefix("", "vjepa2.", _JEPA_ENCODER),
         *_HEAD,
         ("pool_query", "pooler.query_tokens[1, 1]"),
         *_blocks("pooler", "pooler.self_attention_layers.{}", _CLIP),
@@ -189,15 +189,15 @@ _RULES: dict[str, Rules] = {
         ("predictor_head", "predictor.proj"),
         *_blocks("predictor", "predictor.layer.{}", _JEPA),
     ),
-    "videoprism": (*_within("", "vision_model.", _PRISM), *_PRISM_POOL, *_HEAD),
+    "videoprism": (*_with_prefix("", "vision_model.", _PRISM), *_PRISM_POOL, *_HEAD),
     "videoprism_text": (
-        *_within("video/", "video_model.vision_model.", _PRISM),
-        *_within("video/", "video_model.", _PRISM_POOL),
-        *_blocks("video/auxiliary", "video_model.auxiliary_layers.{}", _NEW),
+        *_with_prefix("video/", "video_model.vision_model.", _PRISM),
+        *_with_prefix("video/", "video_model.", _PRISM_POOL),
+        *_blocks("video/auxiliary", "video_model.auxiliary_layers.{}", _HF5),
         ("table", "text_model.embeddings.token_embedding"),
         ("end_token", "text_model.embeddings.cls_emb[1, 1]"),
         ("text_norm", "text_model.layernorm"),
-        *_blocks("text", "text_model.layers.{}", _NEW),
+        *_blocks("text", "text_model.layers.{}", _HF5),
     ),
     "bert": (
         ("table", "embeddings.word_embeddings"),
@@ -208,18 +208,18 @@ _RULES: dict[str, Rules] = {
         *_blocks("encoder", "encoder.layer.{}", _BERT),
     ),
     "clip": (
-        *_within("text/", "text_model.", _TEXT),
+        *_with_prefix("text/", "text_model.", _TEXT),
         ("text/project", "text_projection"),
-        *_within("image/", "vision_model.", _IMAGE),
+        *_with_prefix("image/", "vision_model.", _IMAGE),
         ("image/project", "visual_projection"),
         ("image/class_token", "vision_model.embeddings.class_embedding"),
         ("logit_scale", "logit_scale"),
         ("image/embed_norm", "vision_model.pre_layrnorm"),
     ),  # sic
     "siglip": (
-        *_within("text/", "text_model.", (*_TEXT, ("project", "head"))),
+        *_with_prefix("text/", "text_model.", (*_TEXT, ("project", "head"))),
         ("logit_(scale|bias)", r"logit_\1[1]"),
-        *_within(
+        *_with_prefix(
             "image/",
             "vision_model.",
             (
@@ -237,14 +237,14 @@ _RULES: dict[str, Rules] = {
         ),
     ),
     "ast": (
-        *_within(
+        *_with_prefix(
             "",
             "audio_spectrogram_transformer.",
             (
                 ("patches", _PATCHES + "[2d]"),
                 *_VIVIT,
                 ("distillation_token", "embeddings.distillation_token[1, 1]"),
-                *_blocks("encoder", "layers.{}", _NEW),
+                *_blocks("encoder", "layers.{}", _HF5),
             ),
         ),
         ("head_norm", "classifier.layernorm"),
@@ -270,18 +270,22 @@ _QV: Rules = (
 )
 
 
-def _bare(base: str) -> tuple[Rules, ...]:
+def _encoder_only(base: str) -> tuple[Rules, ...]:
     """Names of files with the encoder alone, and of those with another base (image ViT)."""
     return ((("^", f"{base}."),), ((r"^vit\.", f"{base}."),))
 
 
 _DIALECTS: dict[str, tuple[Rules, ...]] = {
-    "videomae": (_QV, *_bare("videomae")),
-    "videomae_pretraining": (_QV, *_bare("videomae")),
-    "vivit": (_BEFORE_5, *_bare("vivit"), *(_BEFORE_5 + bare for bare in _bare("vivit"))),
-    "timesformer": _bare("timesformer"),
-    "vjepa2": _bare("vjepa2"),
-    "videoprism": _bare("vision_model"),
+    "videomae": (_QV, *_encoder_only("videomae")),
+    "videomae_pretraining": (_QV, *_encoder_only("videomae")),
+    "vivit": (
+        _BEFORE_5,
+        *_encoder_only("vivit"),
+        *(_BEFORE_5 + bare for bare in _encoder_only("vivit")),
+    ),
+    "timesformer": _encoder_only("timesformer"),
+    "vjepa2": _encoder_only("vjepa2"),
+    "videoprism": _encoder_only("vision_model"),
     "bert": (_GAMMA,),
     "ast": (_BEFORE_5,),
 }
@@ -303,33 +307,35 @@ def names_of(kind: str, flat: Mapping[str, Any], grids: Mapping[str, Grid]) -> N
 def _entries(kind: str, path: str, shape: tuple[int, ...], grid: Grid | None) -> list[Entry]:
     """One name per layer of a stack, else one."""
     module, _, leaf = path.rpartition("/")
-    template, mark = _theirs(kind, module if leaf in _LEAVES else path)
+    template, annotation = _reference_name(kind, module if leaf in _LEAVES else path)
     if leaf in _LEAVES:
         template += _LEAVES[leaf] if template.endswith("_") else f".{_LEAVES[leaf]}"
     stacked = "/blocks/" in path
-    layout = _layout(path, shape[1:] if stacked else shape, mark)
-    share = tuple(map(int, mark.split("/"))) if "/" in mark else (0, 1)
+    layout = _layout(path, shape[1:] if stacked else shape, annotation)
+    share = tuple(map(int, annotation.split("/"))) if "/" in annotation else (0, 1)
     layers = range(shape[0]) if stacked else [None]
     return [Entry(path, template.format(i), layout, i, share, grid) for i in layers]
 
 
-def _theirs(kind: str, path: str) -> tuple[str, str]:
+def _reference_name(kind: str, path: str) -> tuple[str, str]:
     """The name, and the content of its brackets."""
     template = next(
-        found.expand(theirs) for ours, theirs in _RULES[kind] if (found := re.fullmatch(ours, path))
+        match.expand(replacement)
+        for pattern, replacement in _RULES[kind]
+        if (match := re.fullmatch(pattern, path))
     )
-    name, _, mark = template.partition("[")
-    return name, mark.removesuffix("]")
+    name, _, annotation = template.partition("[")
+    return name, annotation.removesuffix("]")
 
 
-def _layout(path: str, shape: tuple[int, ...], mark: str) -> Layout:
+def _layout(path: str, shape: tuple[int, ...], annotation: str) -> Layout:
     module, _, leaf = path.rpartition("/")
-    if mark == ":, 1, 1":
+    if annotation == ":, 1, 1":
         return Layout(lambda a: a.reshape(a.shape[0], a.shape[-1]), lambda a: a[:, None, None])
     if leaf in ("kernel", "bias") and module.endswith(("/query", "/key", "/value")):
-        return heads(shape)
+        return split_heads(shape)
     if leaf == "kernel" and len(shape) == 3:
-        return mixed(shape)
+        return merge_heads(shape)
     if leaf == "kernel":
-        return DENSE if len(shape) == 2 else IMAGE if mark == "2d" else CONV
-    return leading(mark.count("1")) if mark in ("1", "1, 1") else SAME
+        return DENSE if len(shape) == 2 else IMAGE if annotation == "2d" else CONV
+    return leading_axes(annotation.count("1")) if annotation in ("1", "1, 1") else SAME
