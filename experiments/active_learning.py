@@ -14,8 +14,8 @@ two evaluations.
 
 from ml_collections import ConfigDict
 
-from particlejax.config.experiment import DataSpec, Experiment, arguments, section
-from particlejax.config.training import ActiveLearningSpec
+from particlejax.config.experiment import arguments, section
+from particlejax.config.job_specs import ActiveLearningJob, ActiveLearningSpec, LabeledDataSpec
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -23,9 +23,8 @@ def get_config(arg: str = "") -> ConfigDict:
     tiny = arguments(arg, "tiny")["tiny"]
     return ConfigDict(
         section(
-            Experiment,
-            job="active_learning",
-            data=section(DataSpec, source="", split="train", shots=1 if tiny else 0),
+            ActiveLearningJob,
+            data=section(LabeledDataSpec, source="", split="train", shots=1 if tiny else 0),
             active_learning=section(ActiveLearningSpec, num_clips=3 if tiny else 20),
         )
     )

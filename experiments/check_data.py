@@ -10,16 +10,13 @@ a file is config.data.decode_timeout_seconds for each minute of video.
 
 from ml_collections import ConfigDict
 
-from particlejax.config.experiment import DataSpec, Experiment, arguments, section
+from particlejax.config.experiment import DataSpec, arguments, section
+from particlejax.config.job_specs import CheckDataJob
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The experiment; arg: '' or 'tiny' (the tiny toybox)."""
     tiny = arguments(arg, "tiny")["tiny"]
     return ConfigDict(
-        section(
-            Experiment,
-            job="check_data",
-            data=section(DataSpec, source="toybox:tiny" if tiny else ""),
-        )
+        section(CheckDataJob, data=section(DataSpec, source="toybox:tiny" if tiny else ""))
     )

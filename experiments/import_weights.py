@@ -20,7 +20,7 @@ pickle files is never executed. Takes seconds.
 from ml_collections import ConfigDict
 
 from particlejax.config.experiment import arguments, section
-from particlejax.config.jobs import ImportSpec
+from particlejax.config.job_specs import ImportSpec
 
 
 def get_config(arg: str = "") -> ConfigDict:

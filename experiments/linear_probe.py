@@ -12,7 +12,7 @@ cores. `:tiny` probes a small Transformer with random weights.
 from ml_collections import ConfigDict
 
 from particlejax.config.experiment import arguments, section
-from particlejax.config.jobs import LinearProbeSpec
+from particlejax.config.job_specs import LinearProbeSpec
 
 
 def get_config(arg: str = "") -> ConfigDict:

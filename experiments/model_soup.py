@@ -12,7 +12,8 @@ empty source is the first run's. Takes as long as an evaluation of each run.
 
 from ml_collections import ConfigDict
 
-from particlejax.config.experiment import DataSpec, EvalSpec, Experiment, arguments, section
+from particlejax.config.experiment import arguments, section
+from particlejax.config.job_specs import MeasureSpec, ModelSoupJob, RunDataSpec
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -20,10 +21,9 @@ def get_config(arg: str = "") -> ConfigDict:
     tiny = arguments(arg, "tiny")["tiny"]
     return ConfigDict(
         section(
-            Experiment,
-            job="model_soup",
+            ModelSoupJob,
             runs=(),
-            data=section(DataSpec, source="", split="val"),
-            eval=section(EvalSpec, views=(1, 1) if tiny else (2, 3)),
+            data=section(RunDataSpec, source="", split="val"),
+            eval=section(MeasureSpec, views=(1, 1) if tiny else (2, 3)),
         )
     )

@@ -13,7 +13,7 @@ meshes: --config.meshes="({'data': 16, 'fsdp': 16},)".
 from ml_collections import ConfigDict
 
 from particlejax.config.experiment import MeshSpec, arguments, section
-from particlejax.config.jobs import PlanSpec
+from particlejax.config.job_specs import PlanSpec
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -12,7 +12,7 @@ runs a small network with random weights, whose predictions are meaningless.
 from ml_collections import ConfigDict
 
 from particlejax.config.experiment import arguments, section
-from particlejax.config.jobs import PredictSpec
+from particlejax.config.job_specs import PredictSpec
 
 
 def get_config(arg: str = "") -> ConfigDict:

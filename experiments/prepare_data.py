@@ -15,7 +15,8 @@ pipeline (pip install -e ".[beam]").
 
 from ml_collections import ConfigDict
 
-from particlejax.config.experiment import DataSpec, Experiment, PrepareSpec, arguments, section
+from particlejax.config.experiment import arguments, section
+from particlejax.config.job_specs import PrepareDataJob, PrepareDataSpec, PrepareSpec
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -23,9 +24,8 @@ def get_config(arg: str = "") -> ConfigDict:
     tiny = arguments(arg, "tiny")["tiny"]
     return ConfigDict(
         section(
-            Experiment,
-            job="prepare_data",
-            data=section(DataSpec, source="toybox:tiny" if tiny else ""),
+            PrepareDataJob,
+            data=section(PrepareDataSpec, source="toybox:tiny" if tiny else ""),
             prepare=section(PrepareSpec, num_workers=1 if tiny else 2),
         )
     )

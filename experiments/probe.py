@@ -14,7 +14,7 @@ head in a stage (finetune.method='attentive_probe', experiments/finetune.py).
 from ml_collections import ConfigDict
 
 from particlejax.config.experiment import arguments, section
-from particlejax.config.jobs import ProbeSpec
+from particlejax.config.job_specs import ProbeSpec
 
 
 def get_config(arg: str = "") -> ConfigDict:

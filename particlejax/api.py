@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from particlejax.config.experiment import EvalSpec, Experiment, MeshSpec
+from particlejax.config.experiment import Experiment
+from particlejax.config.training import EvalSpec, MeshSpec
 from particlejax.core.typing import Metrics, Params, UserError
 from particlejax.data import pipeline, sources
 from particlejax.data.sources.folder import VIDEO_SUFFIXES

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 from particlejax.config import help as config_help
 from particlejax.config import jobs, plugins
 from particlejax.config.experiment import Experiment
-from particlejax.config.model import OBJECTIVES
+from particlejax.config.job_specs import EvaluateJob
+from particlejax.config.objectives import OBJECTIVES
 from particlejax.core.errors import UserError
 from particlejax.core.suggest import did_you_mean
 from particlejax.jobs import config_files
@@ -91,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
     return _run(job, line, changed)
 
 
-def _run(job: jobs.Job, line: CommandLine, changed: Sequence[str]) -> int:
+def _run(job: Any, line: CommandLine, changed: Sequence[str]) -> int:
     """Runs the job in its folder; returns the exit code. changed: keys that the user set."""
     from absl import logging
 
@@ -101,8 +102,9 @@ def _run(job: jobs.Job, line: CommandLine, changed: Sequence[str]) -> int:
 
     logging.set_verbosity(logging.ERROR)  # Orbax and TFDS log internals as warnings
     try:
-        if isinstance(job, Experiment):
+        if isinstance(job, Experiment | EvaluateJob):
             cluster.initialize(job.distributed)
+        if isinstance(job, Experiment):
             job = stage.inherit_settings(job, set(changed))
         cpu_malloc.keep_heap()
         _cache_programs()
@@ -253,7 +255,7 @@ def _workdir(line: CommandLine) -> Path:
 def _exit(code: int) -> None:
     """Ends the process, through `cluster.exit_process` if a job may have joined other processes."""
     if cluster := sys.modules.get("particlejax.distributed.cluster"):
-        cluster.leave(code)
+        cluster.exit_process(code)
     sys.exit(code)
 
 

@@ -4,7 +4,7 @@
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from particlejax.config.jobs import ProbeSpec
+from particlejax.config.job_specs import ProbeSpec
 from particlejax.jobs import attentive_probe
 
 

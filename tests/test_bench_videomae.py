@@ -13,8 +13,9 @@ import pytest
 
 from particlejax.benchmarks import linen_videomae
 from particlejax.benchmarks import videomae as peer
-from particlejax.config.experiment import BenchSpec, Experiment
-from particlejax.config.model import MaskedAutoencoderSpec
+from particlejax.config.experiment import Experiment
+from particlejax.config.job_specs import BenchSpec
+from particlejax.config.objectives import MaskedAutoencoderSpec
 from particlejax.core.typing import UserError
 from particlejax.jobs import config_files
 

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from particlejax.config import experiment as specs
-from particlejax.config import jobs, model, training
-from particlejax.config.experiment import Experiment, MeshSpec, OptimSpec, ParticleSpec
+from particlejax.config import jobs, model, objectives, training
+from particlejax.config.experiment import Experiment, MeshSpec, ModelSpec, OptimSpec, ParticleSpec
 from particlejax.config.fields import Spec, make
-from particlejax.config.model import ModelSpec
 from particlejax.core.typing import UserError
 from particlejax.particles import policies
 
@@ -81,7 +80,7 @@ def test_whole_numbers_may_be_written_as_floats_and_tuples_as_lists() -> None:
 
 def test_stages_of_an_experiment_made_in_python_are_checked_too() -> None:
     stage = specs.StageSpec(
-        num_steps=2, objectives={"masked_autoencoder": model.MaskedAutoencoderSpec()}
+        num_steps=2, objectives={"masked_autoencoder": objectives.MaskedAutoencoderSpec()}
     )
     with pytest.raises(UserError, match="Experiment.stage_order is empty"):
         Experiment(stages={"a": stage, "b": stage})

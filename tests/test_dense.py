@@ -14,8 +14,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from particlejax.config.experiment import MeshSpec
-from particlejax.config.model import MaskedAutoencoderSpec, MaskedLmSpec, ModelSpec
+from particlejax.config.experiment import MeshSpec, ModelSpec
+from particlejax.config.objectives import MaskedAutoencoderSpec, MaskedLmSpec
 from particlejax.core import flops
 from particlejax.distributed import sharding
 from particlejax.models import particle_model as models

@@ -17,7 +17,7 @@ import pytest
 
 from particlejax import main as entry
 from particlejax.config.experiment import AugmentSpec, DataSpec, FeatureSpec, ParticleSpec
-from particlejax.config.jobs import ExtractFeaturesSpec
+from particlejax.config.job_specs import ExtractFeaturesSpec
 from particlejax.core.typing import UserError
 from particlejax.data import clips, pipeline, sources
 from particlejax.data.modalities import feature_reader

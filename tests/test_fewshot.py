@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from particlejax.config.training import ActiveLearningSpec, PseudoLabelSpec
+from particlejax.config.job_specs import ActiveLearningSpec
+from particlejax.config.objectives import PseudoLabelSpec
 from particlejax.core.typing import UserError
 from particlejax.distributed import checkpoint
 from particlejax.finetune import restore, weight_average

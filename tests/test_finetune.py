@@ -22,13 +22,14 @@ from particlejax import main as entry
 from particlejax.config.experiment import (
     DataSpec,
     Experiment,
+    FinetuneSpec,
     MeshSpec,
+    ModelSpec,
     OptimSpec,
     ParticleSpec,
     as_dict,
 )
-from particlejax.config.model import ClassifySpec, ModelSpec
-from particlejax.config.training import FinetuneSpec
+from particlejax.config.objectives import ClassifySpec
 from particlejax.core import tree
 from particlejax.core.typing import UserError
 from particlejax.data import pipeline, sources

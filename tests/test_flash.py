@@ -15,9 +15,8 @@ import pytest
 from jax import Array
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from particlejax.config.experiment import MeshSpec
+from particlejax.config.experiment import MeshSpec, ModelSpec
 from particlejax.config.fields import make
-from particlejax.config.model import ModelSpec
 from particlejax.core import hlo_cost
 from particlejax.core.typing import Params, UserError
 from particlejax.distributed import sharding

@@ -6,7 +6,7 @@ done by hand.
 import jax
 import jax.numpy as jnp
 
-from particlejax.config.model import ModelSpec
+from particlejax.config.experiment import ModelSpec
 from particlejax.core import flops
 from particlejax.models import particle_model as models
 from particlejax.models.modality import ModalitySpec

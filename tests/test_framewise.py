@@ -11,7 +11,7 @@ import pytest
 from test_objectives import MODEL, SLOTS, clip, make_batch, setup
 
 from particlejax.config.experiment import Experiment
-from particlejax.config.model import FramewiseSpec
+from particlejax.config.objectives import FramewiseSpec
 from particlejax.core.typing import UserError
 from particlejax.models import particle_model as models
 from particlejax.nn.token_reduction import Tokens

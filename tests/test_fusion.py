@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from particlejax.config.experiment import Experiment
-from particlejax.config.model import ModelSpec
+from particlejax.config.experiment import Experiment, ModelSpec
 from particlejax.core import tree
 from particlejax.core.typing import UserError
 from particlejax.models import particle_model as models

@@ -14,7 +14,7 @@ import pytest
 from particlejax import main as entry
 from particlejax.config import experiment as specs
 from particlejax.config import help as config_help
-from particlejax.config import jobs, model, synonyms, training
+from particlejax.config import jobs, model, objectives, synonyms, training
 from particlejax.config.experiment import Experiment
 from particlejax.config.fields import Spec
 from particlejax.core.errors import UserError
@@ -55,8 +55,10 @@ def test_every_key_of_every_spec_is_explained(spec: type) -> None:
 
 
 def test_the_comment_is_the_one_in_the_source() -> None:
-    comments = config_help.comments(model.MaskedAutoencoderSpec)
-    assert comments["mask_ratio"] == config_help.comments(model.MaskSpec)["mask_ratio"], "inherited"
+    comments = config_help.comments(objectives.MaskedAutoencoderSpec)
+    assert comments["mask_ratio"] == config_help.comments(objectives.MaskSpec)["mask_ratio"], (
+        "inherited"
+    )
     line = next(
         line
         for line in Path(model.__file__).read_text().splitlines()
@@ -217,7 +219,7 @@ def test_whole_numbers_may_be_written_as_1e3_and_1_000() -> None:
 
 def test_values_are_read_by_the_type_of_their_key() -> None:
     experiment = changed(
-        "run=123",
+        "init_from=123",
         "data.image_mean=1",
         "model.qk_norm",
         "data.modalities=vision,text",
@@ -225,7 +227,7 @@ def test_values_are_read_by_the_type_of_their_key() -> None:
         "stage_order=('finetune',)",
         "stages.finetune.init_from=",
     )
-    assert experiment.run == "123" and isinstance(experiment.data.image_mean, float)
+    assert experiment.init_from == "123" and isinstance(experiment.data.image_mean, float)
     assert experiment.model.qk_norm is True and experiment.data.modalities == ("vision", "text")
     assert experiment.eval.splits == ("val",) and experiment.stage_order == ("finetune",)
     assert experiment.stages["finetune"].init_from == ""
@@ -234,7 +236,7 @@ def test_values_are_read_by_the_type_of_their_key() -> None:
 def test_a_whole_objective_is_added_from_the_command_line() -> None:
     experiment = changed("stages.pretrain.objectives.contrastive.weight=2")
     assert set(experiment.stages["pretrain"].objectives) == {"masked_autoencoder", "contrastive"}
-    assert experiment.stages["pretrain"].objectives["contrastive"] == model.ContrastiveSpec(
+    assert experiment.stages["pretrain"].objectives["contrastive"] == objectives.ContrastiveSpec(
         weight=2.0
     )
     assert (
@@ -252,8 +254,10 @@ def test_what_a_stage_changes_of_a_section_is_set_alone() -> None:
     assert experiment.data_of(stage).augment.cutmix_alpha == 1.0
     with pytest.raises(UserError, match=r"config\.data is a section: set one of its keys"):
         changed("data=3")
-    with pytest.raises(UserError, match=r"config\.run has no value: write --config\.run=VALUE"):
-        changed("run")
+    with pytest.raises(
+        UserError, match=r"config\.init_from has no value: write --config\.init_from"
+    ):
+        changed("init_from")
 
 
 def test_flags_are_read_in_every_usual_way() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from particlejax import losses
 from particlejax.config.experiment import DataSpec, Experiment, ParticleSpec
-from particlejax.config.model import ClassifySpec
+from particlejax.config.objectives import ClassifySpec
 from particlejax.core.typing import UserError
 from particlejax.data import label_subset, pipeline, sources
 from particlejax.data.sources import folder

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from particlejax import main as entry
-from particlejax.config.jobs import LinearProbeSpec
+from particlejax.config.job_specs import LinearProbeSpec
 from particlejax.core.typing import UserError
 from particlejax.data.modalities import feature_store
 from particlejax.data.sources import Record

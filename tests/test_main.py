@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 from particlejax import main as entry
-from particlejax.config.experiment import DataSpec, Experiment, PrepareSpec, make
+from particlejax.config.experiment import DataSpec, Experiment
+from particlejax.config.fields import make
+from particlejax.config.job_specs import PrepareSpec
 from particlejax.core.typing import UserError
 from particlejax.data.sources.toybox import builder
 from particlejax.train import stage as run_parts

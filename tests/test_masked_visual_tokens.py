@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from particlejax.config.experiment import Experiment, MeshSpec
-from particlejax.config.model import MaskedVisualTokensSpec
+from particlejax.config.objectives import MaskedVisualTokensSpec
 from particlejax.core import tree
 from particlejax.core.typing import UserError
 from particlejax.data import sources

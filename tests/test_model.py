@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from particlejax.config.experiment import ParticleSpec
-from particlejax.config.model import ModelSpec
+from particlejax.config.experiment import ModelSpec, ParticleSpec
 from particlejax.core import tree
 from particlejax.models import particle_model as models
 from particlejax.models.heads import DecoderHead, classification

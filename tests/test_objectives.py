@@ -19,8 +19,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from particlejax import losses, masks
-from particlejax.config.experiment import Experiment, ParticleSpec, make
-from particlejax.config.model import OBJECTIVES, ModelSpec
+from particlejax.config.experiment import Experiment, ModelSpec, ParticleSpec
+from particlejax.config.fields import make
+from particlejax.config.objectives import OBJECTIVES
 from particlejax.core import tree
 from particlejax.core.typing import UserError
 from particlejax.models import particle_model as models

@@ -16,7 +16,8 @@ import pytest
 
 from particlejax.benchmarks import dataloader as bench
 from particlejax.benchmarks import decoders
-from particlejax.config.experiment import AugmentSpec, BenchSpec, DataSpec, Experiment, ParticleSpec
+from particlejax.config.experiment import AugmentSpec, DataSpec, Experiment, ParticleSpec
+from particlejax.config.job_specs import BenchSpec
 from particlejax.core.typing import UserError
 from particlejax.data import clips, frame_cache, pipeline, sources
 from particlejax.data.video.decode import Video

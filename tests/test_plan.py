@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from particlejax import main as entry
 from particlejax.config.experiment import MeshSpec
-from particlejax.config.jobs import PlanSpec
+from particlejax.config.job_specs import PlanSpec
 from particlejax.core import accelerators, flops, hlo_cost
 from particlejax.core.typing import UserError
 from particlejax.distributed import sharding

@@ -49,12 +49,12 @@ class BrightnessSpec(Spec):
 )
 def brightness(spec: BrightnessSpec):
     def objective(params, model, batch, key, train):
-        clips = batch.clip.shape[1]
+        clips = batch.clip_index.shape[1]
         tokens = model.encode(params, batch.particles, clips, key=key if train else None)
         told = model.head(params, "brightness_head", tokens, clips)[..., 0]
         vision = batch.particles["vision"]
         true = losses.clip_mean(vision.payload.mean(axis=-1), vision.segment, clips)
-        loss = losses.mean(jnp.square(told - spec.scale * true), batch.clip >= 0)
+        loss = losses.mean(jnp.square(told - spec.scale * true), batch.clip_index >= 0)
         return loss, {"loss": loss}
 
     return objective
@@ -91,8 +91,7 @@ EXPERIMENT = """
 from ml_collections import ConfigDict
 from particlejax.config import plugins
 from particlejax.config.experiment import (
-    DataSpec, Experiment, ModelSpec, ParticleSpec, StageSpec, section,
-)
+    DataSpec, Experiment, ModelSpec, ParticleSpec, StageSpec, section)
 
 PLUGINS = plugins.load("my_project.parts")
 

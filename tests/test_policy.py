@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from jax.extend import core
 
-from particlejax.config.experiment import ModelSpec, ParticleSpec, make
+from particlejax.config.experiment import ModelSpec, ParticleSpec
+from particlejax.config.fields import make
 from particlejax.core import flops, tree
 from particlejax.core.typing import Params, UserError
 from particlejax.models import particle_model as models

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from particlejax.config.training import RobustSpec
+from particlejax.config.experiment import RobustSpec
 from particlejax.particles.types import Batch, Particles
 from particlejax.train.gradient import make_gradient
 

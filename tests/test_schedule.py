@@ -16,8 +16,14 @@ import optax
 import pytest
 
 from particlejax import main as entry
-from particlejax.config.experiment import DataSpec, ParticleSpec, ScaleScheduleSpec, ScaleSpec
-from particlejax.config.model import ClassifySpec, ModelSpec
+from particlejax.config.experiment import (
+    DataSpec,
+    ModelSpec,
+    ParticleSpec,
+    ScaleScheduleSpec,
+    ScaleSpec,
+)
+from particlejax.config.objectives import ClassifySpec
 from particlejax.core.typing import UserError
 from particlejax.data import pipeline, sources
 from particlejax.data.packing_plan import Plan, PlanState

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from particlejax.config.experiment import MeshSpec, OptimSpec, ParticleSpec
-from particlejax.config.model import ClassifySpec, MaskedAutoencoderSpec, ModelSpec
+from particlejax.config.experiment import MeshSpec, ModelSpec, OptimSpec, ParticleSpec
+from particlejax.config.objectives import ClassifySpec, MaskedAutoencoderSpec
 from particlejax.core import tree
 from particlejax.core.typing import UserError
 from particlejax.distributed import sharding

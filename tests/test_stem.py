@@ -15,9 +15,16 @@ import numpy as np
 import pytest
 
 from particlejax import main as entry
-from particlejax.config.experiment import Experiment, OptimSpec, ParticleSpec, as_dict
-from particlejax.config.model import ClassifySpec, ModelSpec, StemSpec
-from particlejax.config.training import FinetuneSpec
+from particlejax.config.experiment import (
+    Experiment,
+    FinetuneSpec,
+    ModelSpec,
+    OptimSpec,
+    ParticleSpec,
+    StemSpec,
+    as_dict,
+)
+from particlejax.config.objectives import ClassifySpec
 from particlejax.core import tree
 from particlejax.core.typing import UserError
 from particlejax.distributed import checkpoint

@@ -15,6 +15,7 @@ import pytest
 from processes import DEADLINE, spawn
 
 from particlejax.config.experiment import Experiment, as_dict
+from particlejax.config.job_specs import SweepJob
 from particlejax.core import tree
 from particlejax.core.typing import UserError
 from particlejax.jobs import optuna_sweep, sweep
@@ -30,9 +31,9 @@ RUNS = {
 HAS_OPTUNA = importlib.util.find_spec("optuna") is not None
 
 
-def experiment(**more: object) -> Experiment:
+def experiment(**more: object) -> SweepJob:
     stage = {"num_steps": 1, "objectives": {"classify": {"label_smoothing": 0.1}}}
-    return Experiment.of(
+    return SweepJob.of(
         {
             "job": "sweep",
             "stages": {"finetune": stage},
@@ -175,7 +176,7 @@ storage, log = sys.argv[1:]
 def work(i):
     with open(log, "a") as file:
         file.write(f"{i}\\n")
-shared.each(storage, "s", [f"run{i}" for i in range(12)], work)
+shared.run_each(storage, "s", [f"run{i}" for i in range(12)], work)
 """
 
 
@@ -222,7 +223,7 @@ def test_every_setting_of_the_search_that_is_shipped_is_one_of_an_experiment() -
     config = runpy.run_path("experiments/finetune_sweep.py")["get_config"]("tiny,search")
     changed = {
         path: value
-        for each in sweep.plan_runs(Experiment.of(config.to_dict()))
+        for each in sweep.plan_runs(SweepJob.of(config.to_dict()))
         for path, value in tree.flatten(config.sweep.runs[each.name].to_dict()).items()
         if tree.flatten(as_dict(each.experiment))[path] == value
     }

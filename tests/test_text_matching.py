@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_objectives import BASES, CLASSES, MODEL, SLOTS, WORDS, clip
 
-from particlejax.config.model import TextMatchingSpec
+from particlejax.config.objectives import TextMatchingSpec
 from particlejax.models import particle_model as models
 from particlejax.models.modality import ModalitySpec
 from particlejax.objectives import pretext, registry, text_matching, time_utils

@@ -18,7 +18,7 @@ import transformer_references as references
 
 from particlejax import main as entry
 from particlejax.config.experiment import MeshSpec
-from particlejax.config.jobs import ImportSpec, PredictSpec
+from particlejax.config.job_specs import ImportSpec, PredictSpec
 from particlejax.core import tree
 from particlejax.core.typing import Params, UserError
 from particlejax.distributed import sharding

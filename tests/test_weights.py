@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from particlejax import main as entry
-from particlejax.config.jobs import PredictSpec
+from particlejax.config.job_specs import PredictSpec
 from particlejax.core.typing import UserError
 from particlejax.distributed import checkpoint
 from particlejax.jobs import predict

@@ -21,15 +21,14 @@ from particlejax.config.experiment import (
     AudioSpec,
     DataSpec,
     EvalSpec,
-    Experiment,
     ModelSpec,
     OptimSpec,
     ParticleSpec,
     StageSpec,
-    SweepSpec,
     arguments,
     section,
 )
+from particlejax.config.job_specs import SweepJob, SweepSpec
 
 
 def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -78,8 +77,7 @@ def get_config(arg: str = "") -> ConfigDict:
     splits = ("test", "test[:50%]", "test[50%:]") if toybox else ("val",)
     return ConfigDict(
         section(
-            Experiment,
-            job="sweep",
+            SweepJob,
             data=section(
                 DataSpec,
                 source="toybox:tiny" if tiny else "toybox:apart",

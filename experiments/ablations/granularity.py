@@ -17,7 +17,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from particlejax.config.experiment import SweepSpec, arguments, section
+from particlejax.config.experiment import arguments, section
+from particlejax.config.job_specs import SweepSpec
 
 HERE = Path(__file__).parent
 HALF = 128

@@ -19,13 +19,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from particlejax.config.experiment import (
-    ScaleScheduleSpec,
-    ScaleSpec,
-    SweepSpec,
-    arguments,
-    section,
-)
+from particlejax.config.experiment import ScaleScheduleSpec, ScaleSpec, arguments, section
+from particlejax.config.job_specs import SweepSpec
 
 HERE = Path(__file__).parent
 

@@ -19,15 +19,14 @@ from ml_collections import ConfigDict
 from particlejax.config.experiment import (
     DataSpec,
     EvalSpec,
-    Experiment,
     ModelSpec,
     OptimSpec,
     ParticleSpec,
     StageSpec,
-    SweepSpec,
     arguments,
     section,
 )
+from particlejax.config.job_specs import SweepJob, SweepSpec
 
 FULL = 256  # particles of the full grid
 FINE = {"patch_size": (4, 8, 8)}  # for 16 x 64 x 64; the payload size at every extent
@@ -86,8 +85,7 @@ def get_config(arg: str = "") -> ConfigDict:
     split = "val" if real else "test"
     return ConfigDict(
         section(
-            Experiment,
-            job="sweep",
+            SweepJob,
             data=data,
             particles=section(
                 ParticleSpec, policy="grid", patch_size=FINE["patch_size"], num_levels=3

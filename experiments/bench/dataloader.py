@@ -10,14 +10,8 @@ torchcodec (both seek modes) and decord are measured if they are installed and w
 
 from ml_collections import ConfigDict
 
-from particlejax.config.experiment import (
-    BenchSpec,
-    DataSpec,
-    Experiment,
-    ParticleSpec,
-    arguments,
-    section,
-)
+from particlejax.config.experiment import DataSpec, ParticleSpec, arguments, section
+from particlejax.config.job_specs import BenchJob, BenchSpec
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -25,7 +19,7 @@ def get_config(arg: str = "") -> ConfigDict:
     tiny = arguments(arg, "tiny")["tiny"]
     return ConfigDict(
         section(
-            Experiment,
+            BenchJob,
             job="bench_dataloader",
             data=section(
                 DataSpec,

@@ -10,12 +10,10 @@ instead. `:tiny` kills nothing and starts no pair of processes.
 from ml_collections import ConfigDict
 
 from particlejax.config.experiment import (
-    BenchSpec,
     CheckpointSpec,
     DataSpec,
     DistributedSpec,
     EvalSpec,
-    Experiment,
     LogSpec,
     ModelSpec,
     OptimSpec,
@@ -24,6 +22,7 @@ from particlejax.config.experiment import (
     arguments,
     section,
 )
+from particlejax.config.job_specs import BenchJob, BenchSpec
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -41,7 +40,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     return ConfigDict(
         section(
-            Experiment,
+            BenchJob,
             job="bench_fault_tolerance",
             data=section(
                 DataSpec,

@@ -8,15 +8,8 @@ Takes four minutes on 2 cores, which should be otherwise idle.
 
 from ml_collections import ConfigDict
 
-from particlejax.config.experiment import (
-    BenchSpec,
-    DataSpec,
-    Experiment,
-    ModelSpec,
-    ParticleSpec,
-    arguments,
-    section,
-)
+from particlejax.config.experiment import DataSpec, ModelSpec, ParticleSpec, arguments, section
+from particlejax.config.job_specs import BenchJob, BenchSpec
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -24,7 +17,7 @@ def get_config(arg: str = "") -> ConfigDict:
     tiny = arguments(arg, "tiny")["tiny"]
     return ConfigDict(
         section(
-            Experiment,
+            BenchJob,
             job="bench_particles",
             data=section(
                 DataSpec,

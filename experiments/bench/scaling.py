@@ -12,7 +12,7 @@ collectives. For ViT-g:
 from ml_collections import ConfigDict
 
 from particlejax.config.experiment import MeshSpec, arguments, section
-from particlejax.config.jobs import PlanSpec
+from particlejax.config.job_specs import PlanSpec
 
 _TINY = (
     "stages.pretrain.batch_size=8",

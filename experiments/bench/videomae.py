@@ -16,9 +16,7 @@ sizes, at 224 pixels.
 from ml_collections import ConfigDict
 
 from particlejax.config.experiment import (
-    BenchSpec,
     DataSpec,
-    Experiment,
     ModelSpec,
     OptimSpec,
     ParticleSpec,
@@ -26,6 +24,7 @@ from particlejax.config.experiment import (
     arguments,
     section,
 )
+from particlejax.config.job_specs import BenchJob, BenchSpec
 
 # (width, depth, heads) of encoder and decoder (arXiv:2203.12602, appendix)
 _SIZES = {
@@ -47,7 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
     optim = section(OptimSpec, learning_rate=1e-4, grad_clip_norm=0.0)
     return ConfigDict(
         section(
-            Experiment,
+            BenchJob,
             job="bench_videomae",
             data=section(
                 DataSpec, num_frames=16, image_size={"tiny": 32, "small": 112}.get(size, 224)

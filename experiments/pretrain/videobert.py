@@ -27,7 +27,7 @@ from particlejax.config.experiment import (
     arguments,
     section,
 )
-from particlejax.config.model import MaskedVisualTokensSpec
+from particlejax.config.objectives import MaskedVisualTokensSpec
 
 
 def get_config(arg: str = "") -> ConfigDict:

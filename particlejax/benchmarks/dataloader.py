@@ -18,7 +18,8 @@ import av
 import numpy as np
 
 from particlejax.benchmarks import decoders
-from particlejax.config.experiment import DataSpec, Experiment, ParticleSpec
+from particlejax.config.data import DataSpec, ParticleSpec
+from particlejax.config.job_specs import BenchJob
 from particlejax.core import io
 from particlejax.core.io import atomic_file
 from particlejax.data import clips, pipeline, sources
@@ -81,7 +82,7 @@ class Workload:
             return np.minimum(offset + times, length - 0.5 / video.fps)
 
 
-def bench(experiment: Experiment, workdir: Path, name: str) -> None:
+def bench(experiment: BenchJob, workdir: Path, name: str) -> None:
     """Job 'bench_dataloader': writes report.md and results.json."""
     del name
     repetitions = experiment.bench.repetitions
@@ -96,7 +97,7 @@ def bench(experiment: Experiment, workdir: Path, name: str) -> None:
     print(text)
 
 
-def _workloads(experiment: Experiment, workdir: Path) -> Iterator[tuple[str, Workload]]:
+def _workloads(experiment: BenchJob, workdir: Path) -> Iterator[tuple[str, Workload]]:
     data, spec = experiment.data, experiment.bench
     source = sources.open_source(data.source, data.split, data.cache_dir)
     batches = pipeline.TrainBatches(
@@ -262,7 +263,7 @@ def _decode_all(decode: Callable[..., Any], wanted: decoders.WantedFrames, threa
 # -- random access
 
 
-def _random_access(workdir: Path, repetitions: int, experiment: Experiment) -> dict[str, Any]:
+def _random_access(workdir: Path, repetitions: int, experiment: BenchJob) -> dict[str, Any]:
     frames, spec = experiment.data.num_frames, experiment.bench
     lengths = (_SHORT_SECONDS, _LONG_SECONDS) if spec.num_clips > 50 else (2, 6)
     milliseconds: dict[str, list[float]] = {}
@@ -353,7 +354,7 @@ def _repeat_video(path: Path, out: Path, num_repeats: int) -> None:
 # -- memory
 
 
-def _memory(experiment: Experiment) -> dict[str, Any]:
+def _memory(experiment: BenchJob) -> dict[str, Any]:
     """Resident memory in MiB by number of clips, of a worker process and of this process when it
     decodes.
     """

@@ -18,14 +18,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import particlejax
-from particlejax.config.experiment import Experiment, as_dict
+from particlejax.config.experiment import Experiment
+from particlejax.config.fields import as_dict
+from particlejax.config.job_specs import BenchJob
 from particlejax.core import io, tree
 from particlejax.distributed import checkpoint
 from particlejax.jobs.train import train
@@ -62,17 +64,21 @@ class FaultResult:
 
 @dataclass
 class Bench:
-    """Trains the victim, the experiment itself, in child processes; this process may resume it."""
+    """Trains the victim, the experiment as a training run, in child processes. This process may
+    resume it.
+    """
 
-    experiment: Experiment
+    experiment: BenchJob
     folder: Path
     rng: random.Random
 
     def __post_init__(self) -> None:
-        self.experiment = replace(self.experiment, job="train")
         self.stage = next(iter(self.experiment.stages))
         (self.folder / "victim.py").write_text(_EXPERIMENT, encoding="utf-8")
-        io.write_json(self.folder / "victim.json", as_dict(self.experiment))
+        victim = as_dict(self.experiment) | {"job": "train"}
+        del victim["bench"]
+        self.victim = Experiment.of(victim)
+        io.write_json(self.folder / "victim.json", victim)
 
     def start_process(
         self,
@@ -113,7 +119,7 @@ class Bench:
 
     def finish(self, workdir: Path) -> None:
         """Trains or resumes to the end."""
-        train(self.experiment, enter(workdir, self.experiment), workdir.name)
+        train(self.victim, enter(workdir, self.victim), workdir.name)
 
     def reference_run(self) -> Path:
         """The undisturbed run."""
@@ -157,7 +163,7 @@ class Bench:
         return partial or [p for p in _steps(folder) if not (p / "manifest.json").exists()]
 
 
-def bench(experiment: Experiment, workdir: Path, name: str) -> None:
+def bench(experiment: BenchJob, workdir: Path, name: str) -> None:
     """Job 'bench_fault_tolerance': writes report.md and results.json. Raises RuntimeError if
     anything was lost.
     """

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import jax
 
 from particlejax import masks
-from particlejax.config.model import MaskedAutoencoderSpec, ModelSpec
+from particlejax.config.model import ModelSpec
+from particlejax.config.objectives import MaskedAutoencoderSpec
 from particlejax.core.errors import install_line
 
 _PACKAGES = ("torch", "transformers")

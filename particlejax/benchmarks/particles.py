@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from particlejax.config.experiment import Experiment, MeshSpec, OptimSpec, ParticleSpec
-from particlejax.config.model import ClassifySpec
+from particlejax.config.data import ParticleSpec
+from particlejax.config.job_specs import BenchJob
+from particlejax.config.objectives import ClassifySpec
+from particlejax.config.training import MeshSpec, OptimSpec
 from particlejax.core import io
 from particlejax.data import clips, pipeline, sources
 from particlejax.distributed import sharding
@@ -31,7 +33,7 @@ _BATCH_SIZE = 2  # batch size of the timed steps
 _NUM_CLASSES = 10
 
 
-def bench(experiment: Experiment, workdir: Path, name: str) -> None:
+def bench(experiment: BenchJob, workdir: Path, name: str) -> None:
     """Job 'bench_particles': writes report.md and results.json."""
     del name
     loaded = _load_clips(experiment)
@@ -46,7 +48,7 @@ def bench(experiment: Experiment, workdir: Path, name: str) -> None:
     print(text)
 
 
-def _load_clips(experiment: Experiment) -> list[clips.Clip]:
+def _load_clips(experiment: BenchJob) -> list[clips.Clip]:
     data = experiment.data
     source = sources.open_source(data.source, data.split, data.cache_dir)
     indices = (
@@ -60,7 +62,7 @@ def _load_clips(experiment: Experiment) -> list[clips.Clip]:
 # -- what is kept
 
 
-def _psnr_table(experiment: Experiment, loaded: list[clips.Clip]) -> dict[str, dict[str, float]]:
+def _psnr_table(experiment: BenchJob, loaded: list[clips.Clip]) -> dict[str, dict[str, float]]:
     """Mean PSNR in dB of clips painted from their particles, by grid fraction and policy."""
     psnr: dict[str, dict[str, float]] = {}
     for share in _FRACTIONS:
@@ -74,7 +76,7 @@ def _psnr_table(experiment: Experiment, loaded: list[clips.Clip]) -> dict[str, d
     return psnr
 
 
-def _contenders(experiment: Experiment, divisor: int) -> Iterator[tuple[str, ParticleSpec]]:
+def _contenders(experiment: BenchJob, divisor: int) -> Iterator[tuple[str, ParticleSpec]]:
     spec, size = (
         experiment.particles,
         (experiment.data.num_frames, experiment.data.image_size, experiment.data.image_size),
@@ -126,7 +128,7 @@ def _psnr(clip: clips.Clip, spec: ParticleSpec) -> float:
 # -- what it costs
 
 
-def _cost(experiment: Experiment, loaded: list[clips.Clip]) -> dict[str, float]:
+def _cost(experiment: BenchJob, loaded: list[clips.Clip]) -> dict[str, float]:
     """Milliseconds a clip: training steps on the full grid and on half of it, and selecting that
     half.
     """
@@ -139,7 +141,7 @@ def _cost(experiment: Experiment, loaded: list[clips.Clip]) -> dict[str, float]:
     )
     videos, times = (
         np.stack([getattr(clip, field) for clip in loaded[:_BATCH_SIZE]])
-        for field in ("frames", "starts")
+        for field in ("frames", "frame_starts")
     )
     on_device = jax.jit(jax.vmap(lambda video, t: policies.cut_clip(video, t, half_spec)))
     steps = {
@@ -167,7 +169,7 @@ def _cost(experiment: Experiment, loaded: list[clips.Clip]) -> dict[str, float]:
     return {name: float(np.median(times)) for name, times in milliseconds.items()}
 
 
-def _train_step(experiment: Experiment, spec: ParticleSpec) -> Callable[[], Any]:
+def _train_step(experiment: BenchJob, spec: ParticleSpec) -> Callable[[], Any]:
     """A training step on random particles of the policy's count, as a function."""
     batch = _random_batch(experiment, spec)
     vision = batch.particles["vision"]
@@ -189,7 +191,7 @@ def _train_step(experiment: Experiment, spec: ParticleSpec) -> Callable[[], Any]
     return run_once
 
 
-def _random_batch(experiment: Experiment, spec: ParticleSpec) -> Batch:
+def _random_batch(experiment: BenchJob, spec: ParticleSpec) -> Batch:
     rng, row = (
         np.random.default_rng(0),
         pipeline.row_shape(replace(experiment.data, clips_per_row=1), spec),
@@ -209,7 +211,7 @@ def _random_batch(experiment: Experiment, spec: ParticleSpec) -> Batch:
     return replace(empty, particles={"vision": filled}, label=clip % _NUM_CLASSES, clip_index=clip)
 
 
-def _report(experiment: Experiment, results: dict[str, Any]) -> Iterator[str]:
+def _report(experiment: BenchJob, results: dict[str, Any]) -> Iterator[str]:
     data, model = experiment.data, experiment.model
     yield from (
         "# Particles",

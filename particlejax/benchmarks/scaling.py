@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from particlejax.config.jobs import PlanSpec
+from particlejax.config.job_specs import PlanSpec
 from particlejax.core import accelerators, io
 from particlejax.distributed import sharding
 from particlejax.jobs import plan

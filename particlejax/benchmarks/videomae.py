@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from particlejax.benchmarks import linen_videomae
-from particlejax.config.experiment import Experiment
+from particlejax.config.job_specs import BenchJob
 from particlejax.core import accelerators, flops, io
 from particlejax.core.typing import UserError
 from particlejax.data import clips as data_clips
@@ -41,7 +41,7 @@ class Workload(NamedTuple):
     dtype: str
 
 
-def bench(experiment: Experiment, workdir: Path, name: str) -> None:
+def bench(experiment: BenchJob, workdir: Path, name: str) -> None:
     """Job 'bench_videomae': writes report.md and results.json. Raises UserError for a stage without
     a baseline.
     """
@@ -69,7 +69,7 @@ def bench(experiment: Experiment, workdir: Path, name: str) -> None:
     print(text)
 
 
-def _select_dtypes(experiment: Experiment) -> tuple[Experiment, list[str]]:
+def _select_dtypes(experiment: BenchJob) -> tuple[BenchJob, list[str]]:
     """The experiment with the dtypes that pay here, and messages about skipped ones.
 
     CPUs without bfloat16 units are slower in bfloat16, with torch many times.
@@ -87,7 +87,7 @@ def _select_dtypes(experiment: Experiment) -> tuple[Experiment, list[str]]:
     return replace(experiment, bench=replace(experiment.bench, dtypes=fast_dtypes)), skipped
 
 
-def _tasks(experiment: Experiment) -> list[tuple[str, str, bool]]:
+def _tasks(experiment: BenchJob) -> list[tuple[str, str, bool]]:
     """(name, stage, train): a step of each stage, and the forward pass of classifiers."""
     steps = [(f"{stage}, a step", stage, True) for stage in experiment.stages]
     return steps + [
@@ -100,7 +100,7 @@ def _tasks(experiment: Experiment) -> list[tuple[str, str, bool]]:
 # -- what is measured
 
 
-def _workloads(experiment: Experiment, name: str, train: bool) -> dict[str, Workload]:
+def _workloads(experiment: BenchJob, name: str, train: bool) -> dict[str, Workload]:
     """particlejax on the grid and, for classifiers, on half as many adaptive particles, and the
     baseline, in each dtype.
     """
@@ -123,7 +123,7 @@ def _workloads(experiment: Experiment, name: str, train: bool) -> dict[str, Work
     return workloads
 
 
-def _baseline_task(experiment: Experiment, name: str, train: bool) -> linen_videomae.Task:
+def _baseline_task(experiment: BenchJob, name: str, train: bool) -> linen_videomae.Task:
     spec, data = experiment.stages[name], experiment.data
     if set(spec.objectives) not in ({"masked_autoencoder"}, {"classify"}):
         raise UserError(
@@ -145,7 +145,7 @@ def _baseline_task(experiment: Experiment, name: str, train: bool) -> linen_vide
     )
 
 
-def _own_workload(experiment: Experiment, name: str, train: bool) -> Workload:
+def _own_workload(experiment: BenchJob, name: str, train: bool) -> Workload:
     """The compiled program of the training loop, on particles as the data pipeline makes them."""
     stage, mesh = run.build_stage(experiment, name, _CLASSES), sharding.make_mesh(experiment.mesh)
     program, batch = (
@@ -180,7 +180,7 @@ def _own_workload(experiment: Experiment, name: str, train: bool) -> Workload:
     return Workload(run_repeatedly, flops_per_clip, num_params, experiment.model.dtype)
 
 
-def _forward_flops(experiment: Experiment, name: str, batch: Batch) -> int:
+def _forward_flops(experiment: BenchJob, name: str, batch: Batch) -> int:
     """FLOPs of a forward pass with plain attention, as fused kernels hide or recompute some."""
     reference_stage = run.build_stage(
         replace(experiment, model=replace(experiment.model, attention_impl="xla")), name, _CLASSES
@@ -220,7 +220,7 @@ def _batch(stage: run.Stage) -> Batch:
 
 
 def _measure(
-    experiment: Experiment, workloads: dict[str, Workload], batch_size: int, task: str
+    experiment: BenchJob, workloads: dict[str, Workload], batch_size: int, task: str
 ) -> dict[str, Any]:
     """Figures by work, from interleaved repetitions, matmuls first."""
     count = max(1, experiment.bench.num_clips // batch_size)
@@ -284,7 +284,7 @@ def _speedups(seconds: dict[str, list[float]], name: str) -> dict[str, dict[str,
     }
 
 
-def _report(experiment: Experiment, results: dict[str, Any]) -> Iterator[str]:
+def _report(experiment: BenchJob, results: dict[str, Any]) -> Iterator[str]:
     data, model, patch_size = (
         experiment.data,
         experiment.model,

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
-FORMAT = 2  # of config.json; a file without the key `format` has format 1
+FORMAT = 3  # of config.json; a file without the key `format` has format 1
 
 
 def _table(text: str) -> dict[str, str]:
@@ -45,12 +45,19 @@ _FILES = _table(
 FILES = {f"experiments/{old}.py": f"experiments/{new}.py" for old, new in _FILES.items()}
 
 _MASK = "mask mask_type, keep mask_ratio"
+_WORKERS = "threads num_threads, workers num_workers"
 _SPLITS = "train train_split, test test_split, rows batch_size, max_bad max_unreadable, penalty l2"
 KEYS: dict[str, dict[str, str]] = {
     spec: _table(text)
     for spec, text in {
-        "Experiment": "order stage_order, init init_from, evaluate eval, cluster distributed,"
-        "active active_learning, soup model_soup",
+        "Experiment": "order stage_order, init init_from, evaluate eval, cluster distributed",
+        "EvaluateJob": "evaluate eval, cluster distributed",
+        "FewshotPrototypesJob": "evaluate eval",
+        "ActiveLearningJob": "evaluate eval, active active_learning",
+        "ModelSoupJob": "evaluate eval, soup model_soup",
+        "RunDataSpec": f"{_WORKERS}, max_bad max_unreadable",
+        "LabeledDataSpec": "listed labelled_csv",
+        "PrepareDataSpec": "max_bad max_unreadable, time_limit decode_timeout_seconds",
         "AugmentSpec": "crop crop_scale, flip hflip_prob, directed no_flip_classes,"
         "speed speed_range, jitter color_jitter, operations randaug_num_ops,"
         "magnitude randaug_magnitude, erase random_erasing_prob, mixup mixup_alpha,"
@@ -79,7 +86,7 @@ KEYS: dict[str, dict[str, str]] = {
         "accumulate grad_accum_steps, init init_from, tune finetune, schedule scale_schedule,"
         "val val_split, val_every val_every_steps, ema ema_decay, select best_metric,"
         "select_mode best_mode, patience early_stopping_patience",
-        "EvalSpec": "rows batch_size",
+        "MeasureSpec": "rows batch_size",
         "DistributedSpec": "coordinator coordinator_address, processes num_processes,"
         "process process_id, heartbeat heartbeat_timeout_seconds, patience initialization_timeout",
         "CheckpointSpec": "every save_interval_steps, keep max_to_keep",

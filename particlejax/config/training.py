@@ -1,10 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tuning and robustness settings of a stage, and settings of related jobs."""
+"""One training stage, and what surrounds it: evaluation, devices, checkpoints, log."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-from particlejax.config.fields import Spec, at_least, between, one_of
+from particlejax.config.data import ScaleScheduleSpec, ScaleSpec
+from particlejax.config.fields import Spec, at_least, between, named, one_of
+from particlejax.config.objectives import OBJECTIVES
 from particlejax.core.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimSpec(Spec):
+    """The optimizer and its learning-rate schedule."""
+
+    name: str = one_of("adamw", "sgd")  # optimizer (train/optim.py)
+    # steps of warmup and decay, after which the rate stays constant; 0: all steps of the stage. Set
+    # it to the old number of steps to make a run longer without stretching its schedule
+    schedule_steps: int = at_least(0, 0)
+    learning_rate: float = at_least(1e-3, 0)  # peak learning rate
+    warmup_ratio: float = between(0.1, 0, 1)  # fraction of the steps for linear warmup
+    final_lr_ratio: float = between(0.01, 0, 1)  # final learning rate, as a fraction of the peak
+    # decoupled weight decay; not applied to norms, biases and single vectors
+    weight_decay: float = at_least(0.05, 0)
+    b1: float = between(0.9, 0, 1, open_at="most")  # decay of AdamW's first moment
+    # decay of AdamW's second moment; MAE pretraining uses 0.95
+    b2: float = between(0.95, 0, 1, open_at="most")
+    momentum: float = between(0.9, 0, 1, open_at="most")  # momentum of SGD
+    grad_clip_norm: float = at_least(1.0, 0)  # maximum global gradient norm; 0: no clipping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,21 +75,6 @@ class FinetuneSpec(Spec):
     gradual_unfreeze_fraction: float = between(0.0, 0, 1)
 
 
-def check_finetune(tune: FinetuneSpec, pool: str, key_path: str) -> None:
-    """Raises UserError if the frozen part would stay randomly initialized."""
-    if tune.method == "attentive_probe" and pool != "attention":
-        raise UserError(
-            f"{key_path}.finetune.method='attentive_probe' needs attention pooling, but "
-            f"model.pool_type is {pool!r}: set it to 'attention', or finetune.method to "
-            "'linear_probe'."
-        )
-    if tune.method == "linear_probe" and pool != "mean":
-        raise UserError(
-            f"{key_path}.finetune.method='linear_probe' needs mean pooling, but model.pool_type is "
-            f"{pool!r}: set it to 'mean', or finetune.method to 'attentive_probe'."
-        )
-
-
 @dataclasses.dataclass(frozen=True)
 class RobustSpec(Spec):
     """Adversarial training and sharpness-aware minimization. Payloads are in the model's normalized
@@ -82,40 +91,106 @@ class RobustSpec(Spec):
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelSoupSpec(Spec):
-    """Job model_soup: combine runs of one architecture into one model or one ensemble."""
+class StageSpec(Spec):
+    """One training stage. Set `num_steps` or `num_epochs`; the other is 0."""
 
-    # average of parameters (arXiv:2203.05482), greedy average, or average of probabilities
-    method: str = one_of("uniform", "greedy", "ensemble")
-    # newest checkpoints per run to average, of the config.checkpoint.max_to_keep kept ones
-    # (arXiv:1803.05407)
-    last_k_checkpoints: int = at_least(1, 1)
+    num_steps: int = at_least(0, 0)  # number of optimizer steps; 0: see `num_epochs`
+    # number of passes over the training clips; 0: see `num_steps`
+    num_epochs: float = at_least(0.0, 0)
+    batch_size: int = at_least(32, 1)  # packed rows per batch, over all devices
+    # number of micro-batches per optimizer step; their gradients are summed
+    grad_accum_steps: int = at_least(1, 1)
+    # initial parameters: name of an earlier stage, or RUN_DIR or RUN_DIR:STAGE of another run; '':
+    # the experiment's init_from for the first stage
+    init_from: str = ""
+    # training losses by name, with their settings; their weighted sum is minimized
+    objectives: Mapping[str, Any] = named(OBJECTIVES)
+    optim: OptimSpec = OptimSpec()
+    finetune: FinetuneSpec = FinetuneSpec()  # parameters to train
+    # adversarial training and sharpness-aware minimization
+    robust: RobustSpec = RobustSpec()
+    # overrides of the experiment's model section
+    model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # overrides of the experiment's data section
+    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # overrides of the experiment's particles section
+    particles: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    scale_schedule: ScaleScheduleSpec = ScaleScheduleSpec()  # scales of the training clips
+    val_split: str = "val"  # validation split; '': none
+    val_every_steps: int = at_least(0, 0)  # steps between validations; 0: ten a run
+    # decay of the parameters' moving average, which evaluation then uses; 0: none
+    ema_decay: float = between(0.0, 0, 1, open_at="most")
+    # validation metric that selects the best checkpoint; '': the last checkpoint
+    best_metric: str = ""
+    best_mode: str = one_of("max", "min")  # whether a larger or smaller `best_metric` is better
+    # validations without a better `best_metric` before the stage stops; 0: never
+    early_stopping_patience: int = at_least(0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
-class ActiveLearningSpec(Spec):
-    """Job active_learning: select unlabeled clips to label."""
+class MeasureSpec(Spec):
+    """How clips are measured."""
 
-    # highest entropy, smallest margin, core-set (arXiv:1708.00489), or random
-    strategy: str = one_of("entropy", "margin", "coreset", "random")
-    num_clips: int = at_least(20, 1)  # clips per round
+    scale: ScaleSpec = ScaleSpec()  # overrides of the stage's data and particles
+    # temporal clips and spatial crops per video; their probabilities are averaged
+    views: tuple[int, int] = at_least((1, 1), 1)
+    batch_size: int = at_least(32, 1)  # packed rows per batch, over all devices
 
 
 @dataclasses.dataclass(frozen=True)
-class PseudoLabelSpec(Spec):
-    """Pseudo-labels: unlabeled clips train on predictions from the unmasked clip (FixMatch,
-    arXiv:2001.07685).
+class EvalSpec(MeasureSpec):
+    """The evaluation at the end of a stage with objective classify."""
 
-    teacher 'ema' is a mean teacher (arXiv:1703.01780); with target 'soft' and threshold 0, the loss
-    is that paper's.
-    """
+    splits: tuple[str, ...] = ("val",)  # splits to evaluate on
 
-    weight: float = at_least(1.0, 0)  # weight of this loss
-    # teacher: the current parameters, or their moving average (stage's ema_decay)
-    teacher: str = one_of("self", "ema")
-    # hard: most likely class, cross-entropy; soft: all probabilities, squared error
-    target: str = one_of("hard", "soft")
-    threshold: float = between(0.95, 0, 1)  # minimum confidence; less confident clips are ignored
-    mask_ratio: float = between(0.5, 0, 0.99)  # fraction of particles masked for the student
-    # standard deviation of the noise added to the student's payloads
-    noise_std: float = at_least(0.2, 0)
+
+@dataclasses.dataclass(frozen=True)
+class MeshSpec(Spec):
+    """Devices per mesh axis; -1 (at most once): all remaining devices."""
+
+    data: int = at_least(-1, -1)  # devices for data parallelism
+    fsdp: int = at_least(1, -1)  # devices that shard the batch, parameters and optimizer state
+    tensor: int = at_least(1, -1)  # devices that shard layer widths
+    sequence: int = at_least(1, -1)  # devices that shard the tokens of a row
+
+    def check(self) -> None:
+        """Raises UserError for an axis without devices and for several axes of -1."""
+        sizes = dataclasses.asdict(self)
+        for axis, size in sizes.items():
+            if size == 0:
+                raise UserError(f"MeshSpec.{axis} is 0: use 1 or more devices, or -1 for the rest.")
+        if list(sizes.values()).count(-1) > 1:
+            raise UserError("MeshSpec.data and others are -1: only one axis can take the rest.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedSpec(Spec):
+    """Multi-process training (jax.distributed); empty settings are read from the environment."""
+
+    # auto: start jax.distributed if the settings or the environment name peers; off: one process
+    start: str = one_of("auto", "off")
+    coordinator_address: str = ""  # HOST:PORT of the first process; '': from the environment
+    num_processes: int = at_least(0, 0)  # number of processes; 0: from the environment
+    process_id: str = ""  # index of this process, from '0'; '': from the environment
+    # seconds without a heartbeat after which a process counts as lost and the others stop
+    heartbeat_timeout_seconds: int = at_least(100, 1)
+    initialization_timeout: int = at_least(300, 1)  # seconds to wait for all processes at startup
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSpec(Spec):
+    """When checkpoints are saved."""
+
+    save_interval_steps: int = at_least(200, 1)  # steps between checkpoints
+    # number of newest checkpoints to keep; at least 2, so one is intact during a save
+    max_to_keep: int = at_least(2, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSpec(Spec):
+    """Logging besides metrics.jsonl and TensorBoard."""
+
+    every_steps: int = at_least(20, 1)  # steps between log entries
+    # peak FLOP rate for utilization: the device's table entry, or measured matrix products
+    peak_flops: str = one_of("table", "measured")
+    wandb_project: str = ""  # Weights & Biases project; '': none

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from particlejax.config import plugins
-from particlejax.config.experiment import AUGMENTATIONS, AugmentSpec
+from particlejax.config.data import AUGMENTATIONS, AugmentSpec
 
 _FILL_GRAY = 115  # fill value of geometric operations and random erasing
 _ERASE_AREA = (0.02, 0.33)  # area range of random erasing, as a fraction of the frame

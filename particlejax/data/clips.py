@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from particlejax.config import modalities
-from particlejax.config.experiment import DataSpec, ParticleSpec
+from particlejax.config.data import DataSpec, ParticleSpec
 from particlejax.data import augment, frame_cache
 from particlejax.data.modalities import audio, feature_reader, timeseries, tokenizer
 from particlejax.data.sources import Record

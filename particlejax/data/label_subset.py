@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from particlejax.config.experiment import DataSpec
+from particlejax.config.data import DataSpec
 from particlejax.core.typing import UserError
 from particlejax.data.sources import ListSource, MixtureSource, Record, Source, TfdsSource, parts_of
 

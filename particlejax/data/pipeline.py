@@ -15,7 +15,7 @@ import absl.flags
 import grain
 import numpy as np
 
-from particlejax.config.experiment import DataSpec, ParticleSpec, ScaleScheduleSpec
+from particlejax.config.data import DataSpec, ParticleSpec, ScaleScheduleSpec
 from particlejax.core.typing import UserError
 from particlejax.data import augment, clips
 from particlejax.data.modalities import tokenizer

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from particlejax.config.experiment import DataSpec, ParticleSpec, ScaleScheduleSpec, ScaleSpec
+from particlejax.config.data import DataSpec, ParticleSpec, ScaleScheduleSpec, ScaleSpec
 from particlejax.config.modalities import MODALITIES
 from particlejax.core.typing import UserError
 from particlejax.data import clips

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from particlejax.config.experiment import DistributedSpec
+from particlejax.config.training import DistributedSpec
 from particlejax.core.typing import UserError
 
 # exit code (EX_TEMPFAIL) of a run that its supervisor should restart; 2 is a user's mistake

@@ -13,7 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from particlejax.config.experiment import MeshSpec
+from particlejax.config.training import MeshSpec
 from particlejax.core import tree
 from particlejax.core.typing import UserError
 

@@ -14,8 +14,8 @@ import optax
 from jax import Array
 
 from particlejax import losses
-from particlejax.config.experiment import MeshSpec
-from particlejax.config.jobs import ProbeSpec
+from particlejax.config.job_specs import ProbeSpec
+from particlejax.config.training import MeshSpec
 from particlejax.core.typing import Params
 from particlejax.data import pipeline, sources
 from particlejax.distributed import sharding

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from particlejax.config.experiment import DataSpec, Experiment
+from particlejax.config.data import DataSpec
+from particlejax.config.job_specs import CheckDataJob
 from particlejax.core import io
 from particlejax.core.typing import UserError
 from particlejax.data import inspect, sources
@@ -26,7 +27,7 @@ _MAX_LINES = 20  # lines of a list in the report
 ClipInfos = dict[str, list[inspect.ClipInfo]]
 
 
-def check_data(experiment: Experiment, workdir: Path, name: str) -> None:
+def check_data(experiment: CheckDataJob, workdir: Path, name: str) -> None:
     """Job 'check_data': decodes every clip of every split of `config.data.source`."""
     del name
     data = experiment.data

@@ -16,7 +16,7 @@ import ml_collections
 
 from particlejax.config import help as config_help
 from particlejax.config import jobs, plugins, renames, schema
-from particlejax.config.experiment import as_dict
+from particlejax.config.fields import as_dict
 from particlejax.core.errors import UserError
 from particlejax.core.suggest import did_you_mean
 

@@ -4,7 +4,8 @@
 from dataclasses import replace
 from pathlib import Path
 
-from particlejax.config.experiment import Experiment, as_dict
+from particlejax.config.fields import as_dict
+from particlejax.config.job_specs import EvaluateJob
 from particlejax.core.typing import UserError
 from particlejax.data import sources
 from particlejax.distributed import cluster, sharding
@@ -15,7 +16,7 @@ from particlejax.train import stage as run
 from particlejax.train.log import MetricLog, log_info
 
 
-def evaluate(experiment: Experiment, workdir: Path, name: str) -> None:
+def evaluate(experiment: EvaluateJob, workdir: Path, name: str) -> None:
     """Job 'evaluate': evaluates `config.run` on `config.data.source`, with the run's frames and
     particles.
     """

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from particlejax.config.experiment import DataSpec, TextSpec
-from particlejax.config.jobs import ExtractFeaturesSpec
+from particlejax.config.data import DataSpec, TextSpec
+from particlejax.config.job_specs import ExtractFeaturesSpec
 from particlejax.core.typing import UserError
 from particlejax.data import clips, pipeline, sources
 from particlejax.data.modalities import audio, feature_reader

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from particlejax.config.experiment import Experiment
+from particlejax.config.data import DataSpec
+from particlejax.config.job_specs import ActiveLearningJob, FewshotPrototypesJob
 from particlejax.core.typing import UserError
 from particlejax.data import label_subset, sources
 from particlejax.distributed import sharding
@@ -21,7 +22,7 @@ from particlejax.train.log import log_info
 class _TrainedRun:
     """A trained run, and the source to evaluate it on."""
 
-    def __init__(self, experiment: Experiment) -> None:
+    def __init__(self, experiment: FewshotPrototypesJob | ActiveLearningJob) -> None:
         if not experiment.run:
             raise UserError("config.run is empty: set the trained run with --config.run=RUN_DIR.")
         self.spec, self.mesh = experiment.eval, sharding.make_mesh(experiment.mesh)
@@ -51,7 +52,7 @@ class _TrainedRun:
         )
 
 
-def fewshot_prototypes(experiment: Experiment, workdir: Path, name: str) -> None:
+def fewshot_prototypes(experiment: FewshotPrototypesJob, workdir: Path, name: str) -> None:
     """Job 'fewshot_prototypes': nearest class mean of the features of `data.shots` clips a class
     from `data.split` (prototypical networks, arXiv:1703.05175).
 
@@ -61,7 +62,9 @@ def fewshot_prototypes(experiment: Experiment, workdir: Path, name: str) -> None
     trained = _TrainedRun(experiment)
     predict = eval.jit_features(trained.stage.model, trained.mesh)
     labeled = label_subset.limit_labels(
-        trained.open(experiment.data.split, None), experiment.data, experiment.seed
+        trained.open(experiment.data.split, None),
+        DataSpec(shots=experiment.data.shots, labelled_csv=experiment.data.labelled_csv),
+        experiment.seed,
     )
     if not labeled.classes:
         raise UserError(
@@ -96,7 +99,7 @@ def fewshot_prototypes(experiment: Experiment, workdir: Path, name: str) -> None
     log_info(f"report: {markdown.write(workdir)}")
 
 
-def active_learning(experiment: Experiment, workdir: Path, name: str) -> None:
+def active_learning(experiment: ActiveLearningJob, workdir: Path, name: str) -> None:
     """Job 'active_learning': selects the clips of `data.split` to label next, best first.
 
     Labelled clips (of `data.labelled_csv` or `data.shots`, else of the source) are excluded.
@@ -151,7 +154,7 @@ def active_learning(experiment: Experiment, workdir: Path, name: str) -> None:
     log_info(f"report: {markdown.write(workdir)}")
 
 
-def _labeled_indices(source: sources.Source, experiment: Experiment) -> np.ndarray:
+def _labeled_indices(source: sources.Source, experiment: ActiveLearningJob) -> np.ndarray:
     data, label = experiment.data, label_subset.labels(source)
     if data.labelled_csv:
         return label_subset.read_list(source, data.labelled_csv)

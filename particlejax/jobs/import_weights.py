@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from particlejax.config.jobs import ImportSpec
+from particlejax.config.job_specs import ImportSpec
 from particlejax.core import io, tree
 from particlejax.core.typing import Params, UserError
 from particlejax.distributed import checkpoint

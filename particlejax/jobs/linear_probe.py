@@ -15,8 +15,8 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from particlejax.config.experiment import DataSpec
-from particlejax.config.jobs import ExtractFeaturesSpec, LinearProbeSpec
+from particlejax.config.data import DataSpec
+from particlejax.config.job_specs import ExtractFeaturesSpec, LinearProbeSpec
 from particlejax.core import io, tree
 from particlejax.core.typing import Params, UserError
 from particlejax.data import clips, pipeline, sources

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from particlejax.config import jobs
-from particlejax.config.experiment import Experiment
+from particlejax.config.job_specs import ModelSoupJob
 from particlejax.core import io, tree
 from particlejax.core.typing import Params, UserError
 from particlejax.data import sources
@@ -28,7 +28,7 @@ MODEL = "model"  # folder of the resulting run
 _RANKING_METRICS = ("top1", "mAP", "r2")  # runs are ranked by the first of these that exists
 
 
-def model_soup(experiment: Experiment, workdir: Path, name: str) -> None:
+def model_soup(experiment: ModelSoupJob, workdir: Path, name: str) -> None:
     """Job 'model_soup': evaluates `config.runs` one by one and combined; results.json, report.md,
     model/.
     """
@@ -65,7 +65,7 @@ def model_soup(experiment: Experiment, workdir: Path, name: str) -> None:
 
 
 def _load_members(
-    experiment: Experiment, mesh: Any, overrides: dict[str, Any]
+    experiment: ModelSoupJob, mesh: Any, overrides: dict[str, Any]
 ) -> tuple[run.Stage, dict[str, Params]]:
     """The stage, and parameters by run and step. Raises UserError if they are incompatible."""
     stages, params_by_label = [], {}
@@ -105,7 +105,7 @@ class _Members:
 
     def __init__(
         self,
-        experiment: Experiment,
+        experiment: ModelSoupJob,
         workdir: Path,
         mesh: Any,
         stage: run.Stage,

@@ -20,8 +20,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from particlejax.config.experiment import Experiment, MeshSpec
-from particlejax.config.jobs import PlanSpec
+from particlejax.config import jobs
+from particlejax.config.experiment import Experiment
+from particlejax.config.job_specs import PlanSpec
+from particlejax.config.training import MeshSpec
 from particlejax.core import accelerators, flops, hlo_cost, io
 from particlejax.core.errors import UserError, install_line
 from particlejax.data import pipeline, sources
@@ -105,7 +107,12 @@ def load_stage(spec: PlanSpec, attention: str) -> tuple[run.Stage, Any]:
         )
     config = config_files.load(spec.experiment)
     config_files.apply_overrides(config, spec.overrides)
-    experiment = Experiment.of(config.to_dict())
+    experiment = jobs.parse_job(config.to_dict())
+    if not isinstance(experiment, Experiment):
+        raise UserError(
+            f"{spec.experiment} trains nothing (its job is {experiment.job}): set "
+            "config.experiment to a file with stages."
+        )
     if experiment.model.attention_impl == "auto":
         experiment = replace(experiment, model=replace(experiment.model, attention_impl=attention))
     name = spec.stage or next(iter(experiment.stages), "")

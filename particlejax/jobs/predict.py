@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from particlejax.config.jobs import PredictSpec
+from particlejax.config.job_specs import PredictSpec
 from particlejax.core import io, tree
 from particlejax.core.typing import Params, UserError
 from particlejax.data.sources.folder import VIDEO_SUFFIXES

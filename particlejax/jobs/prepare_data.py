@@ -8,14 +8,14 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from particlejax.config.experiment import Experiment
+from particlejax.config.job_specs import PrepareDataJob
 from particlejax.core.errors import UserError, install_line
 from particlejax.data import tfds_export as data
 from particlejax.train import stage
 from particlejax.train.log import Progress, log_info
 
 
-def prepare_data(experiment: Experiment, workdir: Path, name: str) -> None:
+def prepare_data(experiment: PrepareDataJob, workdir: Path, name: str) -> None:
     """Job 'prepare_data': writes `config.data.source` to OUT/NAME/1.0.0; keeps existing shards."""
     del name
     spec = experiment.prepare

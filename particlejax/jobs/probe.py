@@ -17,9 +17,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from particlejax.config.experiment import MeshSpec
-from particlejax.config.jobs import ProbeSpec
+from particlejax.config.job_specs import ProbeSpec
 from particlejax.config.modalities import ordered
+from particlejax.config.training import MeshSpec
 from particlejax.core import io
 from particlejax.core.typing import Params, UserError
 from particlejax.data import sources

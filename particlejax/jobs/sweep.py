@@ -7,7 +7,6 @@ folders, so it is complete whichever process trained them. Optuna's storage, if 
 among processes.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from particlejax.config.experiment import Experiment, as_dict
+from particlejax.config.experiment import Experiment
+from particlejax.config.fields import as_dict
+from particlejax.config.job_specs import SweepJob
 from particlejax.core import io, tree
 from particlejax.core.suggest import did_you_mean
 from particlejax.core.typing import UserError
@@ -39,14 +40,14 @@ class SweepRun(NamedTuple):
 
     name: str
     seed: int
-    experiment: Experiment
+    experiment: SweepJob
 
     def folder(self, sweep_dir: Path) -> Path:
         """The run's folder."""
         return sweep_dir / "runs" / self.name / f"seed{self.seed}"
 
 
-def sweep(experiment: Experiment, sweep_dir: Path, name: str) -> None:
+def sweep(experiment: SweepJob, sweep_dir: Path, name: str) -> None:
     """Job 'sweep': all runs of config.sweep, or config.sweep.num_trials trials; results.json,
     report.md.
     """
@@ -105,7 +106,7 @@ def _check_metric(runs: list[SweepRun], metric: str) -> None:
             )
 
 
-def plan_runs(experiment: Experiment) -> list[SweepRun]:
+def plan_runs(experiment: SweepJob) -> list[SweepRun]:
     """All runs, ordered by seed, so that a stopped sweep has complete seeds. Raises UserError if
     one is invalid.
     """
@@ -116,8 +117,8 @@ def plan_runs(experiment: Experiment) -> list[SweepRun]:
     ]
 
 
-def _run(experiment: Experiment, name: str, changes: Mapping[str, Any], seed: int) -> SweepRun:
-    settings = as_dict(dataclasses.replace(experiment, job="train", seed=seed))
+def _run(experiment: SweepJob, name: str, changes: Mapping[str, Any], seed: int) -> SweepRun:
+    settings = as_dict(experiment) | {"job": "train", "seed": seed}
     del settings["sweep"]
     return SweepRun(name, seed, Experiment.of(_merge_settings(settings, changes)))
 
@@ -131,7 +132,7 @@ def _merge_settings(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> 
     return {**settings, **changes, **inner}
 
 
-def _search(experiment: Experiment, sweep_dir: Path) -> list[SweepRun]:
+def _search(experiment: SweepJob, sweep_dir: Path) -> list[SweepRun]:
     """Trials that combine all values which each differing setting has in any of the runs."""
     spec = experiment.sweep
     space: dict[str, list[Any]] = {}
@@ -235,7 +236,7 @@ def collect(runs: list[SweepRun], metric: str, sweep_dir: Path) -> dict[str, dic
 
 
 def _report(
-    experiment: Experiment, metrics: dict[str, dict[str, Any]], sweep_dir: Path
+    experiment: SweepJob, metrics: dict[str, dict[str, Any]], sweep_dir: Path
 ) -> Iterator[str]:
     spec = experiment.sweep
     finished = {name: row for name, row in metrics.items() if row["values"]}

@@ -3,7 +3,8 @@
 
 from pathlib import Path
 
-from particlejax.config.experiment import Experiment, as_dict
+from particlejax.config.experiment import Experiment
+from particlejax.config.fields import as_dict
 from particlejax.distributed import cluster, sharding
 from particlejax.reports import markdown, visualize
 from particlejax.train import loop

@@ -9,7 +9,7 @@ import optax
 from jax import Array
 
 from particlejax import losses
-from particlejax.config.model import ClassifySpec
+from particlejax.config.objectives import ClassifySpec
 from particlejax.core.typing import Metrics, Params
 from particlejax.models.heads import classification
 from particlejax.models.particle_model import Model

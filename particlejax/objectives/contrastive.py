@@ -12,7 +12,7 @@ from jax import Array
 
 from particlejax import losses, masks
 from particlejax.config.modalities import ordered
-from particlejax.config.model import ContrastiveSpec, TemporalAlignmentSpec
+from particlejax.config.objectives import ContrastiveSpec, TemporalAlignmentSpec
 from particlejax.core.typing import Metrics, Params
 from particlejax.models.heads import ParticleHead, ProjectionHead
 from particlejax.models.particle_model import Model

@@ -6,7 +6,7 @@ import optax
 from jax import Array
 
 from particlejax import losses, masks
-from particlejax.config.model import FeatureDistillationSpec
+from particlejax.config.objectives import FeatureDistillationSpec
 from particlejax.core.typing import Metrics, Params
 from particlejax.models.heads import DecoderHead
 from particlejax.models.particle_model import Model

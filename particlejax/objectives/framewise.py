@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from particlejax import losses
-from particlejax.config.model import FramewiseSpec
+from particlejax.config.objectives import FramewiseSpec
 from particlejax.core.typing import Metrics, Params, UserError
 from particlejax.models.heads import FramewiseHead
 from particlejax.models.particle_model import Model

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from particlejax import losses
-from particlejax.config.model import JepaSpec
+from particlejax.config.objectives import JepaSpec
 from particlejax.core.typing import Metrics, Params
 from particlejax.models.heads import FeatureDecoderHead, modality_tokens
 from particlejax.models.particle_model import Model

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from particlejax import losses
-from particlejax.config.model import ClassifySpec
+from particlejax.config.objectives import ClassifySpec
 from particlejax.core.typing import Array, UserError
 
 MULTI_LABEL_SEPARATOR = "|"  # separator of the classes of a multi-label clip

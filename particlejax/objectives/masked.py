@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from particlejax import losses, masks
-from particlejax.config.model import FuturePredictionSpec, MaskedAutoencoderSpec, MaskSpec
+from particlejax.config.objectives import FuturePredictionSpec, MaskedAutoencoderSpec, MaskSpec
 from particlejax.core.typing import Metrics, Params
 from particlejax.models.heads import DecoderHead
 from particlejax.models.modality import ModalitySpec

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from particlejax import losses, masks
-from particlejax.config.model import MaskedLmSpec, MaskedVisualTokensSpec
+from particlejax.config.objectives import MaskedLmSpec, MaskedVisualTokensSpec
 from particlejax.core.typing import Metrics, Params
 from particlejax.models.heads import CodebookHead, DecoderHead, FeatureDecoderHead, QueryHead
 from particlejax.models.particle_model import Model

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from particlejax.config.model import (
+from particlejax.config.objectives import (
     ArrowOfTimeSpec,
     ClipOrderSpec,
     PlaybackSpeedSpec,

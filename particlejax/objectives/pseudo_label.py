@@ -12,7 +12,7 @@ from jax import Array
 
 from particlejax import losses, masks
 from particlejax.config.modalities import ordered
-from particlejax.config.training import PseudoLabelSpec
+from particlejax.config.objectives import PseudoLabelSpec
 from particlejax.core.typing import Metrics, Params
 from particlejax.models.heads import classification
 from particlejax.models.particle_model import Model

@@ -17,7 +17,7 @@ from jax import Array
 from particlejax.config import plugins
 from particlejax.config.fields import Spec
 from particlejax.config.modalities import ordered
-from particlejax.config.model import OBJECTIVES
+from particlejax.config.objectives import OBJECTIVES
 from particlejax.core.typing import Metrics, Params, UserError
 from particlejax.models.heads import HeadSpec
 from particlejax.models.particle_model import Model

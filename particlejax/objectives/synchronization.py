@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from particlejax import losses
-from particlejax.config.model import SynchronizationSpec
+from particlejax.config.objectives import SynchronizationSpec
 from particlejax.core.typing import Metrics, Params
 from particlejax.models.heads import ClipHead, HeadSpec, TokenProjectionHead
 from particlejax.models.particle_model import Model

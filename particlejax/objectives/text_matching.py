@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from particlejax import losses
-from particlejax.config.model import TextMatchingSpec
+from particlejax.config.objectives import TextMatchingSpec
 from particlejax.core.typing import Metrics, Params
 from particlejax.models.heads import ClipHead
 from particlejax.models.particle_model import Model

@@ -23,7 +23,7 @@ import numpy as np
 from einops import rearrange, reduce
 from jaxtyping import Bool, Float, Int, Num
 
-from particlejax.config.experiment import ParticleSpec
+from particlejax.config.data import ParticleSpec
 from particlejax.core.typing import Array
 from particlejax.particles.cuboids import Shape, Tube, edges, lattice
 from particlejax.particles.types import Particles, array_namespace

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from particlejax.config.experiment import ParticleSpec
+from particlejax.config.data import ParticleSpec
 from particlejax.core.typing import UserError
 from particlejax.particles import painting, policies
 from particlejax.particles.types import Particles

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from particlejax.config import plugins
-from particlejax.config.experiment import POLICIES, ParticleSpec
+from particlejax.config.data import POLICIES, ParticleSpec
 from particlejax.core.typing import Array
 from particlejax.particles import adaptive, run_length
 from particlejax.particles.cuboids import Tube, cut_cuboids, lattice

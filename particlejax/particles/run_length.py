@@ -7,7 +7,7 @@ Legend: T frames, H rows, W columns, C channels; t, n cuboids in time and in the
 import numpy as np
 from jaxtyping import Float, Num
 
-from particlejax.config.experiment import ParticleSpec
+from particlejax.config.data import ParticleSpec
 from particlejax.core.typing import Array
 from particlejax.particles.adaptive import compact_slots, unsort
 from particlejax.particles.cuboids import Tube, cut_cuboids

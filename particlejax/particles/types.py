@@ -49,8 +49,8 @@ class Batch:
     """The input of one step: `particles` by modality, and data per clip [B, S].
 
     label: int32, -1 if unlabeled. clip_index: int32 index in the source, -1 for an empty position.
-    share, second_label: float32 and int32, for mixed clips: label has weight `label_weight` and
-    label `second_label` the rest; else 1 and -1.
+    label_weight, second_label: float32 and int32, for mixed clips: `label` has the weight
+    `label_weight` and `second_label` the rest; else 1 and -1.
     """
 
     particles: Mapping[str, Particles]

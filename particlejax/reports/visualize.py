@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from particlejax.config.experiment import DataSpec
+from particlejax.config.data import DataSpec
 from particlejax.core.typing import Params
 from particlejax.data import clips, pipeline, sources
 from particlejax.data.video.decode import Unreadable

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from sklearn.cluster import MiniBatchKMeans
 
-from particlejax.config.model import MaskedVisualTokensSpec
+from particlejax.config.objectives import MaskedVisualTokensSpec
 from particlejax.core import tree
 from particlejax.core.typing import UserError
 from particlejax.data import pipeline

@@ -16,7 +16,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 
 from particlejax.config import renames
-from particlejax.config.experiment import LogSpec
+from particlejax.config.training import LogSpec
 from particlejax.core import io
 from particlejax.core.errors import UserError, install_line
 from particlejax.distributed import cluster

@@ -18,7 +18,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from particlejax.config.experiment import EvalSpec, Experiment
+from particlejax.config.experiment import Experiment
+from particlejax.config.job_specs import EvaluateJob
+from particlejax.config.training import EvalSpec
 from particlejax.core import tree
 from particlejax.core.typing import UserError
 from particlejax.data import pipeline, sources
@@ -45,7 +47,7 @@ class Context:
     none.
     """
 
-    experiment: Experiment
+    experiment: Experiment | EvaluateJob
     workdir: Path
     mesh: Mesh
     log: MetricLog

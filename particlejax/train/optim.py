@@ -8,9 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from particlejax.config.experiment import OptimSpec
 from particlejax.config.renames import old_parameter
-from particlejax.config.training import FinetuneSpec
+from particlejax.config.training import FinetuneSpec, OptimSpec
 from particlejax.core import tree
 from particlejax.core.typing import Array, Params
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 
-from particlejax.config.jobs import ImportSpec
+from particlejax.config.job_specs import ImportSpec
 from particlejax.core import tree
 from particlejax.core.typing import Params, UserError
 from particlejax.models import cnn_stem

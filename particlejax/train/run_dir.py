@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from particlejax.config import jobs
-from particlejax.config.experiment import as_dict
-from particlejax.config.jobs import Job
+from particlejax.config.fields import Spec, as_dict
 from particlejax.core import io
 from particlejax.core.typing import UserError
 from particlejax.distributed import cluster
@@ -40,7 +39,7 @@ _LONGER = ("num_steps", "num_epochs")
 _SCHEDULE = "schedule_steps"
 
 
-def enter(workdir: Path, experiment: Job) -> Path:
+def enter(workdir: Path, experiment: Spec) -> Path:
     """Creates the folder and writes config.json, or checks that it holds this experiment. Raises
     UserError.
 
@@ -60,7 +59,7 @@ def enter(workdir: Path, experiment: Job) -> Path:
             cluster.barrier(f"enter {workdir}")
 
 
-def _enter(workdir: Path, experiment: Job) -> Path:
+def _enter(workdir: Path, experiment: Spec) -> Path:
     path = workdir / CONFIG
     new = json.loads(json.dumps(as_dict(experiment)))
     if path.exists() and _has_something(workdir):

@@ -12,8 +12,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from particlejax.config import jobs, renames
-from particlejax.config.experiment import DataSpec, Experiment, ParticleSpec, ScaleSpec, StageSpec
-from particlejax.config.model import ClassifySpec, ModelSpec
+from particlejax.config.data import DataSpec, ParticleSpec, ScaleSpec
+from particlejax.config.experiment import Experiment
+from particlejax.config.job_specs import RunDataSpec
+from particlejax.config.model import ModelSpec
+from particlejax.config.objectives import ClassifySpec
+from particlejax.config.training import StageSpec
 from particlejax.core import io
 from particlejax.core.suggest import did_you_mean
 from particlejax.core.typing import Params, UserError
@@ -292,8 +296,13 @@ def split_run(text: str) -> tuple[Path, str]:
 
 
 def read_experiment(run: Path) -> Experiment:
-    """Reads the experiment of a run."""
-    return Experiment.of(jobs.upgraded(json.loads((run / CONFIG).read_text(encoding="utf-8"))))
+    """Reads the experiment of a training run. Raises UserError for the folder of another job."""
+    config = jobs.upgraded(json.loads((run / CONFIG).read_text(encoding="utf-8")))
+    if config.get("job", "train") != "train":
+        raise UserError(
+            f"{run} holds no training run (its job is {config['job']}): give the --workdir of one."
+        )
+    return Experiment.of(config)
 
 
 def read_results(workdir: Path) -> dict[str, Any]:
@@ -321,7 +330,7 @@ def add_results(
     io.write_json(Path(workdir) / RESULTS, results)
 
 
-def data_overrides(data: DataSpec) -> dict[str, Any]:
+def data_overrides(data: RunDataSpec) -> dict[str, Any]:
     """Data settings for `load_trained`: another source, if one is named."""
     return {key: getattr(data, key) for key in _OVERRIDABLE_DATA_KEYS} | (
         {"source": data.source} if data.source else {}

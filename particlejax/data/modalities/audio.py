@@ -11,7 +11,7 @@ import av
 import numpy as np
 from av.audio.resampler import AudioResampler
 
-from particlejax.config.experiment import AudioSpec
+from particlejax.config.data import AudioSpec
 from particlejax.data.video.decode import Unreadable, open_file
 
 _MIN_SEEK_SECONDS = 2.0  # start in seconds above which seeking is faster

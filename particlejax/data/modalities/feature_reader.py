@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from particlejax.config.experiment import FeatureSpec
+from particlejax.config.data import FeatureSpec
 from particlejax.core.io import write_text
 from particlejax.core.typing import UserError
 from particlejax.data.modalities import feature_store

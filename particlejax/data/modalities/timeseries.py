@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from particlejax.config.experiment import TimeseriesSpec
+from particlejax.config.data import TimeseriesSpec
 from particlejax.data.video.decode import Unreadable
 
 

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from particlejax.config.experiment import TextSpec
+from particlejax.config.data import TextSpec
 from particlejax.core.errors import UserError, install_line
 
 MASK, _FIRST_ID = 1, 2  # 0 is padding; byte ids start at _FIRST

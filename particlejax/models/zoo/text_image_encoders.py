@@ -306,7 +306,7 @@ class AST(nn.Module):
 
     def with_size(self, frames: int, size: int) -> "AST":
         """The same spec for another length and number of bands; 0: unchanged."""
-        return self.clone(frames=frames or self.num_frames, bands=size or self.num_bands)
+        return self.clone(num_frames=frames or self.num_frames, num_bands=size or self.num_bands)
 
     @nn.compact
     def __call__(self, x_BTF: Array) -> tuple[Array, Endpoints]:
