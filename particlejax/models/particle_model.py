@@ -188,47 +188,16 @@ class Encoder(nn.Module):
     def __call__(
         self, particles: Mapping[str, Particles], num_clips: int | None = None
     ) -> tuple[Tokens, dict[str, tuple[Array, ...]]]:
-        spec, dtype = self.spec, precision.PRECISIONS[self.spec.dtype].compute
-        place = embed.PositionEmbed(spec.width, dtype, name="place")
-        embeddings = []
-        for name, payload in self.payloads:
-            if name in particles:
-                modality_particles = particles[name]
-                if spec.stem.model and name == cnn_stem.VISION:
-                    payload_embed = cnn_stem.CNNStem(
-                        spec.stem, payload.patch_size, spec.width, dtype, name=f"payload_{name}"
-                    )
-                else:
-                    payload_embed = embed.PayloadEmbed(
-                        spec.width, payload.vocabulary, dtype, name=f"payload_{name}"
-                    )
-                embedded = payload_embed(modality_particles.payload)
-                # A parameter per modality name, so that a stage may start from a run with other
-                # modalities.
-                modality_vector = embed.LearnedTokens(spec.width, 1, name=f"modality_{name}")()
-                embeddings.append(
-                    (
-                        embedded
-                        + place(modality_particles.place, modality_particles.extent)
-                        + modality_vector[None]
-                    ).astype(dtype)
-                )
         names = tuple(name for name, _ in self.payloads if name in particles)
-        places = jnp.concatenate([particles[name].place for name in names], axis=1)
-        segments = [particles[name].segment for name in names]
-        if spec.modality_dropout and self.has_rng("dropout"):
-            segments = fusion.drop_modalities(
-                self.make_rng("dropout"),
-                segments,
-                self._require_num_clips(num_clips),
-                spec.modality_dropout,
-            )
-        tokens = Tokens(
-            jnp.concatenate(embeddings, axis=1), places, jnp.concatenate(segments, axis=1)
+        segments = self._visible_segments([particles[name].segment for name in names], num_clips)
+        tokens = Tokens(  # x [B, L, D], place [B, L, 3], segment [B, L]
+            jnp.concatenate(self._embed(particles), axis=1),
+            jnp.concatenate([particles[name].place for name in names], axis=1),
+            jnp.concatenate(segments, axis=1),
         )
         parts = self._row_parts(names, [segment.shape[1] for segment in segments])
+        num_prompts = num_special = 0
         prompts = self.get_variable("params", "prompts")  # present only if fine-tuning added it
-        num_special = num_prompts = 0
         if prompts is not None:
             tokens, num_prompts = self._prepend_learned(tokens, prompts["token"], num_clips)
             parts = parts and parts._replace(
@@ -236,14 +205,61 @@ class Encoder(nn.Module):
             )
         if parts:
             tokens, parts, num_special = self._prepend_special_tokens(tokens, parts, num_clips)
-        reduction = (
-            token_reduction.TokenReduction(
+        tokens, blocks = self._transformer()(tokens, parts=parts)
+        if parts:
+            tokens = self._strip_special_tokens(tokens, num_special, num_clips)
+        if num_prompts:
+            tokens = tokens._replace(
+                **{key: getattr(tokens, key)[:, num_prompts:] for key in ("x", "place", "segment")}
+            )
+        if parts:
+            tokens = tokens._replace(modality_id=self._modality_ids(names, segments))
+        num_prepended = num_special + num_prompts
+        return tokens, {"blocks": tuple(block[:, :, num_prepended:] for block in blocks)}
+
+    def _embed(self, particles: Mapping[str, Particles]) -> list[Array]:
+        """The embeddings of each modality's particles, [B, L, D] each."""
+        spec, dtype = self.spec, precision.PRECISIONS[self.spec.dtype].compute
+        place = embed.PositionEmbed(spec.width, dtype, name="place")
+        embeddings = []
+        for name, payload in self.payloads:
+            if name not in particles:
+                continue
+            embedded = self._payload_embed(name, payload)(particles[name].payload)
+            # A parameter per modality name, so that a stage may start from a run with other
+            # modalities.
+            modality_vector = embed.LearnedTokens(spec.width, 1, name=f"modality_{name}")()
+            position = place(particles[name].place, particles[name].extent)
+            embeddings.append((embedded + position + modality_vector[None]).astype(dtype))
+        return embeddings
+
+    def _payload_embed(self, name: str, payload: ModalitySpec) -> nn.Module:
+        spec, dtype = self.spec, precision.PRECISIONS[self.spec.dtype].compute
+        if spec.stem.model and name == cnn_stem.VISION:
+            return cnn_stem.CNNStem(
+                spec.stem, payload.patch_size, spec.width, dtype, name=f"payload_{name}"
+            )
+        return embed.PayloadEmbed(spec.width, payload.vocabulary, dtype, name=f"payload_{name}")
+
+    def _visible_segments(self, segments: list[Array], num_clips: int | None) -> list[Array]:
+        """Segments after modality dropout, which empties the slots of a clip's modality."""
+        if not (self.spec.modality_dropout and self.has_rng("dropout")):
+            return segments
+        return fusion.drop_modalities(
+            self.make_rng("dropout"),
+            segments,
+            self._require_num_clips(num_clips),
+            self.spec.modality_dropout,
+        )
+
+    def _transformer(self) -> transformer.Transformer:
+        spec = self.spec
+        reduction = None
+        if spec.token_reduction_layers:
+            reduction = token_reduction.TokenReduction(
                 spec.token_reduction, spec.token_reduction_layers, spec.token_keep_rate
             )
-            if spec.token_reduction_layers
-            else None
-        )
-        stack = transformer.Transformer(
+        return transformer.Transformer(
             spec.depth,
             spec.num_heads,
             spec.mlp_ratio * spec.width,
@@ -254,20 +270,6 @@ class Encoder(nn.Module):
             spec.remat_policy,
             name="transformer",
         )
-        tokens, blocks = stack(tokens, parts=parts)
-        if parts:
-            tokens, blocks = (
-                self._strip_special_tokens(tokens, num_special, num_clips),
-                tuple(block[:, :, num_special:] for block in blocks),
-            )
-        if num_prompts:
-            tokens = tokens._replace(
-                **{key: getattr(tokens, key)[:, num_prompts:] for key in ("x", "place", "segment")}
-            )
-            blocks = tuple(block[:, :, num_prompts:] for block in blocks)
-        if parts:
-            tokens = tokens._replace(modality_id=self._modality_ids(names, segments))
-        return tokens, {"blocks": blocks}
 
     def _row_parts(self, names: tuple[str, ...], lengths: list[int]) -> fusion.Parts | None:
         """The parts of the row; None if all tokens attend to all and share their blocks."""
@@ -352,7 +354,7 @@ class Encoder(nn.Module):
         )
 
     def _require_num_clips(self, num_clips: int | None) -> int:
-        assert num_clips is not None, "encode needs `clips`, the maximum number of clips in a row"
+        assert num_clips is not None, "encode needs num_clips, the maximum number of clips in a row"
         return num_clips
 
 
