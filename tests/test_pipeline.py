@@ -17,7 +17,7 @@ import pytest
 from particlejax.benchmarks import dataloader as bench
 from particlejax.benchmarks import decoders
 from particlejax.config.experiment import AugmentSpec, DataSpec, Experiment, ParticleSpec
-from particlejax.config.job_specs import BenchSpec
+from particlejax.config.job_specs import BenchJob, BenchSpec
 from particlejax.core.typing import UserError
 from particlejax.data import clips, frame_cache, pipeline, sources
 from particlejax.data.video.decode import Video
@@ -339,7 +339,7 @@ class VideoReader:
 
 
 def test_the_benchmark_measures_a_worker_process(cache_dir: str) -> None:
-    experiment = Experiment(
+    experiment = BenchJob(
         data=DataSpec(cache_dir=cache_dir, num_threads=1),
         bench=BenchSpec(batch_size=2, memory_clips=20),
     )
