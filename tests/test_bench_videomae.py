@@ -13,20 +13,19 @@ import pytest
 
 from particlejax.benchmarks import linen_videomae
 from particlejax.benchmarks import videomae as peer
-from particlejax.config.experiment import Experiment
-from particlejax.config.job_specs import BenchSpec
+from particlejax.config.job_specs import BenchJob, BenchSpec
 from particlejax.config.objectives import MaskedAutoencoderSpec
 from particlejax.core.typing import UserError
 from particlejax.jobs import config_files
 
 
 @pytest.fixture(scope="module")
-def experiment() -> Experiment:
+def experiment() -> BenchJob:
     config = config_files.load("experiments/bench/videomae.py:tiny").to_dict()
-    return Experiment.of(config | {"stage_order": ("pretrain", "finetune")})
+    return BenchJob.of(config | {"stage_order": ("pretrain", "finetune")})
 
 
-def test_the_peer_and_ours_count_the_same_products(experiment: Experiment) -> None:
+def test_the_peer_and_ours_count_the_same_products(experiment: BenchJob) -> None:
     """Where all tokens go through the encoder the formula for VideoMAE is what our forward pass
     asks for, but for its places.
     """
@@ -44,7 +43,7 @@ def test_the_peer_and_ours_count_the_same_products(experiment: Experiment) -> No
     ) == 3 * linen_videomae.flops_per_clip(model, task)
 
 
-def test_of_a_masked_task_the_encoder_sees_little(experiment: Experiment) -> None:
+def test_of_a_masked_task_the_encoder_sees_little(experiment: BenchJob) -> None:
     task = peer._baseline_task(experiment, "pretrain", True)
     assert task.hidden == 29 and isinstance(task.masked, MaskedAutoencoderSpec)
     deep = replace(experiment.model, depth=experiment.model.depth + 1)
@@ -56,14 +55,14 @@ def test_of_a_masked_task_the_encoder_sees_little(experiment: Experiment) -> Non
     )
 
 
-def test_half_as_many_adaptive_particles_are_at_most_half(experiment: Experiment) -> None:
+def test_half_as_many_adaptive_particles_are_at_most_half(experiment: BenchJob) -> None:
     half = replace(experiment.particles, policy="adaptive", budget=16)
     stage = peer.run.build_stage(replace(experiment, particles=half), "finetune", peer._CLASSES)
     filled = (peer._batch(stage).particles["vision"].segment > 0).sum(axis=1)
     assert (filled <= 16).all() and (filled >= 15).all()
 
 
-def test_works_take_turns(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_works_take_turns(experiment: BenchJob, monkeypatch: pytest.MonkeyPatch) -> None:
     turns: list[tuple[str, int]] = []
     monkeypatch.setattr(peer, "_matmul_rate", lambda dtype: 100e9)
     works = {
@@ -102,7 +101,7 @@ def test_ratios_are_of_the_same_repetition() -> None:
     ],
 )
 def test_what_videomae_does_not_do_is_said(
-    experiment: Experiment, change: dict, sentence: str
+    experiment: BenchJob, change: dict, sentence: str
 ) -> None:
     stages = {"finetune": replace(experiment.stages["finetune"], **change)}
     with pytest.raises(UserError, match=sentence):
@@ -112,7 +111,7 @@ def test_what_videomae_does_not_do_is_said(
 
 
 def test_a_type_that_does_not_pay_is_left_out(
-    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+    experiment: BenchJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linen_videomae, "_PACKAGES", ())
     both = replace(experiment, bench=BenchSpec(dtypes=("float32", "bfloat16")))
@@ -150,7 +149,7 @@ def test_torch_without_the_devices_of_jax_is_no_peer(monkeypatch: pytest.MonkeyP
         )
 
 
-def test_the_peer_trains_and_answers_where_it_is_installed(experiment: Experiment) -> None:
+def test_the_peer_trains_and_answers_where_it_is_installed(experiment: BenchJob) -> None:
     """Its parameters move, and its own counter of products agrees with the formula for
     classifying.
     """

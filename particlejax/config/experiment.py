@@ -167,7 +167,11 @@ def _check_objectives(experiment: Experiment, stage: StageSpec, key_path: str) -
         stage.objectives.get("synchronization"),
         stage.objectives.get("masked_visual_tokens"),
     )
-    if sync and "vision" in sync.laid and particles.patch_size[0] >= data.num_frames:
+    if (
+        sync
+        and "vision" in sync.correlated_modalities
+        and particles.patch_size[0] >= data.num_frames
+    ):
         raise UserError(
             f"{key_path}.objectives.synchronization needs at least 2 time steps, but "
             f"particles.patch_size[0]={particles.patch_size[0]} covers all {data.num_frames} "
@@ -209,7 +213,7 @@ def _check_model(
         if (
             name in objectives
             and model.token_reduction_layers
-            and (name != "synchronization" or objectives[name].laid)
+            and (name != "synchronization" or objectives[name].correlated_modalities)
         ):
             raise UserError(
                 f"{key_path}.objectives.{name} predicts for every particle: leave "

@@ -130,7 +130,7 @@ class SynchronizationSpec(Spec):
     mismatch_prob: float = between(0.2, 0, 1)
 
     @property
-    def laid(self) -> tuple[str, ...]:
+    def correlated_modalities(self) -> tuple[str, ...]:
         """Modalities whose time steps are correlated; () for method joint."""
         return self.modalities if self.method == "correlation" else ()
 

@@ -223,8 +223,8 @@ def _select_rows(mismatched_BS: Array, own: Particles, other: Particles) -> Part
 
 def _heads(spec: SynchronizationSpec, classes: int) -> dict[str, HeadSpec]:
     del classes
-    if spec.laid:
-        return {PROJECTION: TokenProjectionHead(tuple(sorted(set(spec.laid))))}
+    if spec.correlated_modalities:
+        return {PROJECTION: TokenProjectionHead(tuple(sorted(set(spec.correlated_modalities))))}
     return {HEAD: ClipHead(2 * spec.max_shift + 1 + (spec.mismatch_prob > 0))}
 
 
