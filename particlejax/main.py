@@ -26,28 +26,6 @@ from particlejax.core.errors import UserError
 from particlejax.core.suggest import did_you_mean
 from particlejax.jobs import config_files
 
-# job: module and function, imported when the job runs
-JOBS = {
-    "train": "particlejax.jobs.train:train",
-    "sweep": "particlejax.jobs.sweep:sweep",
-    "evaluate": "particlejax.jobs.evaluate:evaluate",
-    "prepare_data": "particlejax.jobs.prepare_data:prepare_data",
-    "check_data": "particlejax.jobs.check_data:check_data",
-    "bench_dataloader": "particlejax.benchmarks.dataloader:bench",
-    "bench_particles": "particlejax.benchmarks.particles:bench",
-    "bench_fault_tolerance": "particlejax.benchmarks.fault_tolerance:bench",
-    "bench_videomae": "particlejax.benchmarks.videomae:bench",
-    "import_weights": "particlejax.jobs.import_weights:import_weights",
-    "predict": "particlejax.jobs.predict:predict",
-    "probe": "particlejax.jobs.probe:probe",
-    "linear_probe": "particlejax.jobs.linear_probe:linear_probe",
-    "extract_features": "particlejax.jobs.extract_features:extract_features",
-    "model_soup": "particlejax.jobs.model_soup:model_soup",
-    "fewshot_prototypes": "particlejax.jobs.fewshot:fewshot_prototypes",
-    "active_learning": "particlejax.jobs.fewshot:active_learning",
-    "plan": "particlejax.jobs.plan:plan",
-    "bench_scaling": "particlejax.benchmarks.scaling:bench",
-}
 _USAGE = """\
 python -m particlejax.main --config NAME[:ARGUMENT,...] [--config.KEY=VALUE ...] [--workdir DIR]
 
@@ -132,8 +110,8 @@ def _run(job: Any, line: CommandLine, changed: Sequence[str]) -> int:
 
 def _function(job: str) -> Callable[[Any, Path, str], None]:
     """The function of a job; imports its module."""
-    module, _, name = JOBS[job].partition(":")
-    return getattr(importlib.import_module(module), name)
+    module, _, name = jobs.JOBS[job].function.partition(":")
+    return getattr(importlib.import_module(f"particlejax.{module}"), name)
 
 
 def _cache_programs() -> None:

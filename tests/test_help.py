@@ -116,12 +116,16 @@ def test_a_job_imports_no_other_job() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     loaded = set(done.stdout.split())
-    others = {place.partition(":")[0] for name, place in entry.JOBS.items() if name != "train"}
+    others = {
+        f"particlejax.{job.function.partition(':')[0]}"
+        for name, job in jobs.JOBS.items()
+        if name != "train"
+    }
     assert not others & loaded
 
 
 def test_every_job_has_its_function() -> None:
-    assert all(callable(entry._function(job)) for job in entry.JOBS)
+    assert all(callable(entry._function(job)) for job in jobs.JOBS)
 
 
 def test_help_of_an_experiment_shows_values_defaults_and_what_is_allowed(

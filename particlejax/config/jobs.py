@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings class of each job, and the config.json of a run: reading, upgrading, writing."""
+"""All jobs, and the config.json of a run: reading, upgrading, writing."""
 
 import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from particlejax.config import job_specs, plugins, renames
 from particlejax.config.experiment import Experiment
@@ -13,32 +13,43 @@ from particlejax.config.fields import Spec, as_dict, make
 from particlejax.core.errors import UserError
 from particlejax.core.suggest import did_you_mean
 
-SPECS: dict[str, type[Spec]] = {
-    "train": Experiment,
-    "sweep": job_specs.SweepJob,
-    **dict.fromkeys(
-        ("bench_dataloader", "bench_particles", "bench_fault_tolerance", "bench_videomae"),
-        job_specs.BenchJob,
+
+class Job(NamedTuple):
+    """A job: its settings class, and the module and function that run it, imported when it runs."""
+
+    spec: type[Spec]
+    function: str
+
+
+JOBS = {
+    "train": Job(Experiment, "jobs.train:train"),
+    "sweep": Job(job_specs.SweepJob, "jobs.sweep:sweep"),
+    "evaluate": Job(job_specs.EvaluateJob, "jobs.evaluate:evaluate"),
+    "probe": Job(job_specs.ProbeSpec, "jobs.probe:probe"),
+    "fewshot_prototypes": Job(job_specs.FewshotPrototypesJob, "jobs.fewshot:fewshot_prototypes"),
+    "active_learning": Job(job_specs.ActiveLearningJob, "jobs.fewshot:active_learning"),
+    "model_soup": Job(job_specs.ModelSoupJob, "jobs.model_soup:model_soup"),
+    "import_weights": Job(job_specs.ImportSpec, "jobs.import_weights:import_weights"),
+    "predict": Job(job_specs.PredictSpec, "jobs.predict:predict"),
+    "linear_probe": Job(job_specs.LinearProbeSpec, "jobs.linear_probe:linear_probe"),
+    "extract_features": Job(
+        job_specs.ExtractFeaturesSpec, "jobs.extract_features:extract_features"
     ),
-    "evaluate": job_specs.EvaluateJob,
-    "probe": job_specs.ProbeSpec,
-    "fewshot_prototypes": job_specs.FewshotPrototypesJob,
-    "active_learning": job_specs.ActiveLearningJob,
-    "model_soup": job_specs.ModelSoupJob,
-    "import_weights": job_specs.ImportSpec,
-    "predict": job_specs.PredictSpec,
-    "linear_probe": job_specs.LinearProbeSpec,
-    "extract_features": job_specs.ExtractFeaturesSpec,
-    "prepare_data": job_specs.PrepareDataJob,
-    "check_data": job_specs.CheckDataJob,
-    "plan": job_specs.PlanSpec,
-    "bench_scaling": job_specs.PlanSpec,
+    "prepare_data": Job(job_specs.PrepareDataJob, "jobs.prepare_data:prepare_data"),
+    "check_data": Job(job_specs.CheckDataJob, "jobs.check_data:check_data"),
+    "plan": Job(job_specs.PlanSpec, "jobs.plan:plan"),
+    "bench_dataloader": Job(job_specs.BenchJob, "benchmarks.dataloader:bench"),
+    "bench_particles": Job(job_specs.BenchJob, "benchmarks.particles:bench"),
+    "bench_fault_tolerance": Job(job_specs.BenchJob, "benchmarks.fault_tolerance:bench"),
+    "bench_videomae": Job(job_specs.BenchJob, "benchmarks.videomae:bench"),
+    "bench_scaling": Job(job_specs.PlanSpec, "benchmarks.scaling:bench"),
 }
 
 
 def spec_of(job: str) -> type[Spec]:
     """Returns the settings class of a job; that of job train for an unknown one."""
-    return SPECS.get(renames.JOBS.get(job, job), Experiment)
+    job = renames.JOBS.get(job, job)
+    return JOBS[job].spec if job in JOBS else Experiment
 
 
 def parse_job(config: Mapping[str, Any]) -> Any:
@@ -47,12 +58,12 @@ def parse_job(config: Mapping[str, Any]) -> Any:
     Raises UserError for an unknown job and for an invalid key or value.
     """
     job = config.get("job", "train")
-    if job not in SPECS and job not in renames.JOBS:
-        raise UserError(f"config.job is {job!r}: {did_you_mean(job, SPECS)}")
+    if job not in JOBS and job not in renames.JOBS:
+        raise UserError(f"config.job is {job!r}: {did_you_mean(job, JOBS)}")
     plugins.load(*config.get("plugins", ()))
     spec = spec_of(job)
     for key in config:
-        readers = [name for name, other in SPECS.items() if _has(other, key)]
+        readers = [name for name, other in JOBS.items() if _has(other.spec, key)]
         if readers and not _has(spec, key):
             raise UserError(
                 f"config.{key} is not read by job {job} but by {', '.join(readers[:4])}: remove "
