@@ -209,10 +209,8 @@ def evaluate(stage: stages.Stage, params: Params, mesh: Mesh, spec: EvalSpec) ->
     if not stage.classes or stage.targets is None:
         raise UserError(f"stage {stage.name} does not classify: load one that does.")
     class_names = stage.classes if stage.targets.loss == "softmax" else None
-    source = sources.open_source(
-        stage.data.source, stage.data.split, stage.data.cache_dir, class_names
-    )
-    targets = label_targets.remap_to_source(stage.targets, source.classes)
+    source = sources.open_split(stage.data, classes=class_names, key="split")
+    targets = label_targets.remap_to_source(stage.targets, source.classes, stage.data.source)
     stage = replace(stage, classes=source.classes, targets=targets)
     unreadable = stages.UnreadableClips(stage.data.max_unreadable)
     return loop.score(stage, params, source, mesh, spec, unreadable.record, stage.name, None)

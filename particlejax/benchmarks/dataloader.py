@@ -99,7 +99,7 @@ def bench(experiment: BenchJob, workdir: Path, name: str) -> None:
 
 def _workloads(experiment: BenchJob, workdir: Path) -> Iterator[tuple[str, Workload]]:
     data, spec = experiment.data, experiment.bench
-    source = sources.open_source(data.source, data.split, data.cache_dir)
+    source = sources.open_split(data)
     batches = pipeline.TrainBatches(
         source, data, experiment.particles, experiment.seed, spec.batch_size
     )

@@ -50,7 +50,7 @@ def bench(experiment: BenchJob, workdir: Path, name: str) -> None:
 
 def _load_clips(experiment: BenchJob) -> list[clips.Clip]:
     data = experiment.data
-    source = sources.open_source(data.source, data.split, data.cache_dir)
+    source = sources.open_split(data)
     indices = (
         np.linspace(0, len(source) - 1, min(experiment.bench.num_clips, len(source)))
         .round()

@@ -3,6 +3,7 @@
 
 import dataclasses
 
+from particlejax.config import label_map
 from particlejax.config.fields import (
     Spec,
     above,
@@ -15,6 +16,7 @@ from particlejax.config.fields import (
     some_of,
 )
 from particlejax.config.modalities import MODALITIES
+from particlejax.core import text
 from particlejax.core.errors import UserError
 
 # Plugins may add names; particles/policies.py and data/augment.py hold the implementations.
@@ -56,6 +58,10 @@ class AugmentSpec(Spec):
     # number of time masks and of frequency masks of SpecAugment (arXiv:1904.08779)
     specaugment_num_masks: int = at_least(0, 0)
 
+    def check(self) -> None:
+        """Composes the names of classes, as sources do."""
+        object.__setattr__(self, "no_flip_classes", tuple(map(text.nfc, self.no_flip_classes)))
+
 
 @dataclasses.dataclass(frozen=True)
 class AudioSpec(Spec):
@@ -90,6 +96,9 @@ class TimeseriesSpec(Spec):
     """
 
     channels: tuple[str, ...] = ()  # CSV columns to read
+    # values that are missing (empty, nan, NA): interpolate: from the values around them; missing:
+    # no particle where one is missing; refuse: the clip counts as unreadable
+    gaps: str = one_of("interpolate", "missing", "refuse")
     sample_rate: float = at_least(30.0, 1e-3)  # values per second; channels are interpolated to it
     patch_length: int = at_least(15, 1)  # number of values per particle
     max_seconds: float = at_least(0.0, 0)  # maximum series length in seconds; 0: data.clip_seconds
@@ -131,6 +140,11 @@ class DataSpec(Spec):
     frame_sampling: str = one_of("uniform", "dense", "segment")
     # range of the frame stride for dense sampling, drawn per clip
     frame_stride: tuple[int, int] = interval((2, 2), 1)
+    # classes to learn, after `label_map`; clips of other classes are left out; (): all
+    classes: tuple[str, ...] = ()
+    # pairs (from, to) of labels to rename or merge, or a CSV file with the columns `from,to`, which
+    # is read once: config.json keeps its pairs
+    label_map: tuple = ()
     # fraction of training clips to use; the subset does not depend on the seed
     train_fraction: float = between(1.0, 0, 1, open_at="least")
     shots: int = at_least(0, 0)  # labeled training clips per class, drawn by the seed; 0: all
@@ -168,6 +182,11 @@ class DataSpec(Spec):
     decode_timeout_seconds: float = at_least(60.0, 0)
     num_threads: int = at_least(2, 1)  # decoder threads per worker
     num_workers: int = at_least(0, 0)  # decoder processes; 0: threads of the main process
+
+    def check(self) -> None:
+        """Reads the label map. Raises UserError if it is not one."""
+        object.__setattr__(self, "classes", tuple(map(text.nfc, self.classes)))
+        object.__setattr__(self, "label_map", label_map.pairs(self.label_map))
 
 
 @dataclasses.dataclass(frozen=True)

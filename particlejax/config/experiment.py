@@ -119,6 +119,10 @@ class Experiment(Spec):
         for name, stage in self.stages.items():
             _check_lengths(stage, f"Experiment.stages.{name}")
             _check_objectives(self, stage, f"Experiment.stages.{name}")
+            if stage.data.get("label_map"):  # a file is read once: config.json keeps its pairs
+                label_pairs = self.data_of(stage).label_map
+                data = {**stage.data, "label_map": label_pairs}
+                self.stages[name] = dataclasses.replace(stage, data=data)
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Experiment":

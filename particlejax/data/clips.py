@@ -257,9 +257,11 @@ def _audio_particles(sound: np.ndarray, data: DataSpec, rng: np.random.Generator
 def _series_particles(channels: np.ndarray, data: DataSpec) -> Particles:
     patch_size = (data.timeseries.patch_length, 1, 1)
     times = (np.arange(len(channels)) / data.timeseries.sample_rate).astype(np.float32)
-    return cuboids.cut_cuboids(
+    particles = cuboids.cut_cuboids(
         channels[:, None, None, :], times, cuboids.Tube(patch_size, patch_size), patch_size
     )
+    whole = np.isfinite(particles.payload).all(axis=-1)  # NaN: values are missing
+    return particles if whole.all() else particles.take(np.flatnonzero(whole))
 
 
 def _text_particles(ids: np.ndarray, seconds: float) -> Particles:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Few labels: some clips keep their labels; the others are left out or used without labels."""
 
-import csv
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,8 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from particlejax.config.data import DataSpec
+from particlejax.core import csv_table, text
+from particlejax.core.suggest import did_you_mean
 from particlejax.core.typing import UserError
-from particlejax.data.sources import ListSource, MixtureSource, Record, Source, TfdsSource, parts_of
+from particlejax.data.sources import MixtureSource, Record, Source, labels, parts_of
 
 _SHOTS_SEED = 0x5407  # separates this random stream from others of the same seed
 
@@ -35,25 +36,15 @@ class Subset:
         record = self.source[self.indices[i]]
         return record if self.labeled else replace(record, label=-1)
 
+    def clip_labels(self) -> np.ndarray:
+        """Labels int [N], -1 if unlabeled."""
+        inner = labels(self.source)[list(self.indices)]
+        return inner if self.labeled else np.full(len(self), -1)
 
-def labels(source: Source) -> np.ndarray:
-    """Returns the label of every record, int [N], -1 if unlabeled; no video is decoded."""
-    if isinstance(source, Subset):
-        return (
-            labels(source.source)[list(source.indices)]
-            if source.labeled
-            else np.full(len(source), -1)
-        )
-    if isinstance(source, MixtureSource):
-        return np.concatenate([labels(part) for part in source.parts])
-    if isinstance(source, TfdsSource) and "label" not in source.fields:
-        return np.full(len(source), -1)
-    records = (
-        source.records
-        if isinstance(source, ListSource)
-        else (source[i] for i in range(len(source)))
-    )
-    return np.array([record.label for record in records], int)
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for the log, of the source."""
+        return tuple(getattr(self.source, "notes", ()))
 
 
 def limit_labels(source: Source, data: DataSpec, seed: int) -> Source:
@@ -128,21 +119,21 @@ def read_list(source: Source, path: str) -> np.ndarray:
     unknown clip.
     """
     try:
-        with open(os.path.expanduser(path), encoding="utf-8-sig", newline="") as file:
-            lines = list(csv.DictReader(file))
+        table = csv_table.read_file(os.path.expanduser(path), "path")
     except OSError as error:
         raise UserError(
             f"config.data.labelled_csv={path!r} cannot be read ({error.strerror}): check the path."
         ) from error
-    if not lines or "path" not in lines[0]:
-        raise UserError(
-            f"config.data.labelled_csv={path!r} has no column 'path' with clips: add it."
-        )
-    index_by_name = {source[i].name: i for i in range(len(source))}
-    for line in lines:
-        if line["path"] not in index_by_name:
+    if not table.rows:
+        raise UserError(f"{table.name} lists no clip: add a line per clip.")
+    index_by_name = {text.escape(source[i].name): i for i in range(len(source))}
+    indices = []
+    for row in table.rows:
+        name = row.cells["path"]
+        if name not in index_by_name:
             raise UserError(
-                f"config.data.labelled_csv={path!r} has clip {line['path']!r}, which is not in "
-                "the source: correct the path."
+                f"{table.place(row)}: config.data.labelled_csv has clip {name!r}, which is not in "
+                f"the source: {did_you_mean(name, index_by_name)}"
             )
-    return np.unique([index_by_name[line["path"]] for line in lines])
+        indices.append(index_by_name[name])
+    return np.unique(indices)

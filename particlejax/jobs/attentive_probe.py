@@ -35,6 +35,11 @@ class ClipTokens(NamedTuple):
     x: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
+def split_key(spec: ProbeSpec, split: str) -> str:
+    """The setting that names a split, for errors."""
+    return "config.train_split" if split == spec.train_split else "config.test_split"
+
+
 def collect_tokens(
     stage: run.Stage,
     params: Params,
@@ -47,7 +52,7 @@ def collect_tokens(
     together.
     """
     mesh = sharding.make_mesh(MeshSpec())
-    source = sources.open_source(stage.data.source, split, stage.data.cache_dir, stage.classes)
+    source = sources.open_split(stage.data, split, stage.classes, split_key(spec, split))
     names = {"" if name == "all" else name: name for name in inputs}
     compute = eval.jit_tokens(stage.model, mesh, tuple(names))
     views, clip_tokens = stage.eval_batches(source, spec.batch_size), {}

@@ -31,13 +31,12 @@ def evaluate(experiment: EvaluateJob, workdir: Path, name: str) -> None:
         )
     # other losses accept new values and combinations of labels
     run_classes = stage.classes if stage.targets.loss == "softmax" else None
-    source = sources.open_source(
-        stage.data.source, stage.data.split, stage.data.cache_dir, run_classes
-    )
+    source = sources.open_split(stage.data, classes=run_classes)
+    run.log_source(stage.name, stage.data.source, {stage.data.split: source})
     stage = replace(
         stage,
         classes=source.classes,
-        targets=label_targets.remap_to_source(stage.targets, source.classes),
+        targets=label_targets.remap_to_source(stage.targets, source.classes, stage.data.source),
     )
     unreadable = run.UnreadableClips(stage.data.max_unreadable)
     context = loop.Context(

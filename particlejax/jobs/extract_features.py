@@ -91,7 +91,7 @@ def extract_features(spec: ExtractFeaturesSpec, workdir: Path, name: str) -> Non
     )
     counts: dict[str, Any] = {}
     for split in spec.splits:
-        source = sources.open_source(spec.source, split, spec.cache_dir)
+        source = sources.open_source(spec.source, split, spec.cache_dir, key="config.splits")
         computed, moments = _extract_split(work, source, spec, unreadable)
         if not moments.count:
             raise UserError(

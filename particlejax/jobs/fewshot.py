@@ -32,11 +32,9 @@ class _TrainedRun:
         )
         self.unreadable = stage.UnreadableClips(self.stage.data.max_unreadable)
 
-    def open(self, split: str, classes: tuple[str, ...] | None) -> sources.Source:
-        """A split of the source."""
-        return sources.open_source(
-            self.stage.data.source, split, self.stage.data.cache_dir, classes
-        )
+    def open(self, split: str, classes: tuple[str, ...] | None, key: str) -> sources.Source:
+        """A split of the source; `key` is the setting that names it."""
+        return sources.open_split(self.stage.data, split, classes, key)
 
     def evaluate_clips(
         self, source: sources.Source, predict: Any, name: str
@@ -62,7 +60,7 @@ def fewshot_prototypes(experiment: FewshotPrototypesJob, workdir: Path, name: st
     trained = _TrainedRun(experiment)
     predict = eval.jit_features(trained.stage.model, trained.mesh)
     labeled = label_subset.limit_labels(
-        trained.open(experiment.data.split, None),
+        trained.open(experiment.data.split, None, "config.data.split"),
         DataSpec(shots=experiment.data.shots, labelled_csv=experiment.data.labelled_csv),
         experiment.seed,
     )
@@ -78,7 +76,7 @@ def fewshot_prototypes(experiment: FewshotPrototypesJob, workdir: Path, name: st
         "known": {"num_clips": len(clip_indices), "classes": len(labeled.classes)}
     }
     for split in experiment.eval.splits:
-        source = trained.open(split, labeled.classes)
+        source = trained.open(split, labeled.classes, "config.eval.splits")
         clip_indices, features = trained.evaluate_clips(source, predict, f"features of {split}")
         probabilities, label = (
             sample_selection.nearest_center_probs(features[""], centers),
@@ -113,7 +111,7 @@ def active_learning(experiment: ActiveLearningJob, workdir: Path, name: str) -> 
             f"stage {trained.stage.name} of {experiment.run} is not a single-label classifier: "
             "name one that is, as RUN_DIR:STAGE."
         )
-    source = trained.open(experiment.data.split, trained.stage.classes)
+    source = trained.open(experiment.data.split, trained.stage.classes, "config.data.split")
     labeled = _labeled_indices(source, experiment)
     model, mesh = trained.stage.model, trained.mesh
     clip_indices, features = trained.evaluate_clips(

@@ -57,8 +57,12 @@ def linear_probe(spec: LinearProbeSpec, workdir: Path, name: str) -> None:
     del name
     start = time.perf_counter()
     frozen, unreadable = load_backbone(spec), stage.UnreadableClips(spec.max_unreadable)
-    train = sources.open_source(spec.source, spec.train_split, spec.cache_dir)
-    test = sources.open_source(spec.source, spec.test_split, spec.cache_dir, train.classes)
+    train = sources.open_source(
+        spec.source, spec.train_split, spec.cache_dir, key="config.train_split"
+    )
+    test = sources.open_source(
+        spec.source, spec.test_split, spec.cache_dir, train.classes, key="config.test_split"
+    )
     train_features, test_features = (
         compute_features(frozen, source, spec, unreadable) for source in (train, test)
     )

@@ -119,9 +119,7 @@ class _Members:
             mesh,
         )
         self.unreadable = run.UnreadableClips(stage.data.max_unreadable)
-        self.source = sources.open_source(
-            stage.data.source, stage.data.split, stage.data.cache_dir, stage.classes
-        )
+        self.source = sources.open_split(stage.data, classes=stage.classes)
         spec = experiment.eval
         self._views = stage.eval_batches(self.source, spec.batch_size, spec.views, spec.scale)
         self._predict = eval.jit_predict(stage.model, mesh, stage.targets.activate)

@@ -126,7 +126,7 @@ def load_stage(spec: PlanSpec, attention: str) -> tuple[run.Stage, Any]:
         stage = run.build_stage(experiment, name, ())
         return stage, stage.targets
     data = experiment.data_of(stage_spec)
-    source = sources.open_source(data.source, data.split, data.cache_dir)
+    source = sources.open_split(data)
     stage = run.build_stage(experiment, name, source.classes)
     return stage, run.class_weighted_targets(stage, source)
 

@@ -102,7 +102,9 @@ def compute_features(
 ) -> SplitFeatures:
     """Features of every readable clip of a split. Raises UserError if there is none."""
     mesh = sharding.make_mesh(MeshSpec())
-    source = sources.open_source(stage.data.source, split, stage.data.cache_dir, stage.classes)
+    source = sources.open_split(
+        stage.data, split, stage.classes, attentive_probe.split_key(spec, split)
+    )
     names = ordered(stage.example.particles)
     inputs = ("", *(names if spec.per_modality and len(names) > 1 else ()))
     heads = registry.heads(stage.spec.objectives)
@@ -179,9 +181,7 @@ def objective_metrics(
 ) -> dict[str, float]:
     """The objectives' own metrics on the test split."""
     mesh = sharding.make_mesh(MeshSpec())
-    source = sources.open_source(
-        stage.data.source, spec.test_split, stage.data.cache_dir, stage.classes
-    )
+    source = sources.open_split(stage.data, spec.test_split, stage.classes, "config.test_split")
     eval_step = eval.jit_eval_step(registry.combine(stage.spec.objectives), stage.model, mesh)
     return eval.evaluate_metrics(
         eval_step, params, stage.eval_batches(source, spec.batch_size), mesh, unreadable.record

@@ -14,7 +14,9 @@ import numpy as np
 
 from particlejax import losses
 from particlejax.config.objectives import ClassifySpec
+from particlejax.core import csv_table
 from particlejax.core.typing import Array, UserError
+from particlejax.data import sources
 
 MULTI_LABEL_SEPARATOR = "|"  # separator of the classes of a multi-label clip
 
@@ -41,13 +43,15 @@ class Targets(NamedTuple):
         return jax.nn.sigmoid(logits) if self.loss == "sigmoid" else jax.nn.softmax(logits)
 
 
-def build_targets(spec: ClassifySpec, labels: tuple[str, ...]) -> Targets:
-    """The targets of all labels. Raises UserError for a regression label that is not a number."""
+def build_targets(spec: ClassifySpec, labels: tuple[str, ...], source: str = "") -> Targets:
+    """The targets of all labels. Raises UserError for a regression label that is not a finite
+    number, with its place in `source`.
+    """
     uniform_weight = np.ones(len(labels), np.float32)
     if spec.loss == "softmax":
         return Targets(spec.loss, labels, np.eye(len(labels), dtype=np.float32), uniform_weight)
     if spec.loss == "regression":
-        values = np.array([_parse_number(label) for label in labels], np.float32)
+        values = _parse_numbers(labels, source)
         mean, std = float(values.mean()), float(values.std()) or 1.0
         return Targets(
             spec.loss, ("value",), ((values - mean) / std)[:, None], uniform_weight, mean, std
@@ -56,17 +60,17 @@ def build_targets(spec: ClassifySpec, labels: tuple[str, ...]) -> Targets:
     return Targets(spec.loss, names, _multi_hot(labels, names), uniform_weight)
 
 
-def remap_to_source(targets: Targets, labels: tuple[str, ...]) -> Targets:
+def remap_to_source(targets: Targets, labels: tuple[str, ...], source: str = "") -> Targets:
     """The same head's targets for labels of another source: other numbers, other combinations of
     classes.
 
-    Raises UserError for an unknown class.
+    Raises UserError for an unknown class and a number that is none, with its place in `source`.
     """
     if targets.loss == "softmax":
         return targets
     uniform_weight = np.ones(len(labels), np.float32)
     if targets.loss == "regression":
-        values = np.array([_parse_number(label) for label in labels], np.float32)
+        values = _parse_numbers(labels, source)
         return targets._replace(
             table=((values - targets.mean) / targets.std)[:, None], weight=uniform_weight
         )
@@ -100,11 +104,16 @@ def with_class_weights(targets: Targets, spec: ClassifySpec, counts: Sequence[in
     )
 
 
-def _parse_number(label: str) -> float:
-    try:
-        return float(label)
-    except ValueError:
-        raise UserError(
-            f"label {label!r} is not a number, which loss='regression' needs: name a numeric "
-            "column, as in config.data.source=folder:PATH#COLUMN, or use another loss."
-        ) from None
+def _parse_numbers(labels: Sequence[str], source: str) -> np.ndarray:
+    """Numbers float32 [L]. Raises UserError for one that is not finite."""
+    numbers = [csv_table.number(label) for label in labels]
+    for label, value in zip(labels, numbers, strict=True):
+        if value is None or not np.isfinite(np.float32(value)):
+            place = f"{sources.locate_label(source, label)}: " if source else ""
+            kind = "a number" if value is None else "a finite number"
+            raise UserError(
+                f"{place}label {label!r} is not {kind}, which loss='regression' needs: name a "
+                "numeric column, as in config.data.source=folder:PATH#COLUMN, use another loss, or "
+                "leave the label of that clip empty."
+            )
+    return np.array(numbers, np.float32)

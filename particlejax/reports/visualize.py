@@ -51,7 +51,7 @@ def draw_reconstructions(workdir: Path, name: str, mesh: Mesh) -> None:
     if not drawers:  # pictures of other modalities say nothing
         return
     split = stage.spec.val_split or stage.data.split
-    source = sources.open_source(stage.data.source, split, stage.data.cache_dir)
+    source = sources.open_split(stage.data, split)
     clip = _first_readable(source, stage.data)
     if clip is None:
         return

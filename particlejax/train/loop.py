@@ -217,7 +217,7 @@ def _announce(setup: Setup, position: _Position) -> None:
     measured = {"val": setup.val} if setup.val else {}
     if "classify" in setup.stage.spec.objectives:
         splits = setup.stage.experiment.eval.splits
-        measured |= {split: setup.open(split) for split in splits if split != "val"}
+        measured |= {split: setup.open(split, "") for split in splits if split != "val"}
     counts = ", ".join(f"{len(source)} of {split}" for split, source in measured.items())
     log_info(
         f"{setup.name}: {setup.clips} clips to train on"
@@ -440,7 +440,12 @@ def _write_figures(loop: _Loop, seconds: float) -> None:
         params = _result_params(loop)
         for split in context.experiment.eval.splits:
             classification = evaluate_classification(
-                stage, params, setup.open(split), context, f"{name}_{split}", loop.watch
+                stage,
+                params,
+                setup.open(split, "config.eval.splits"),
+                context,
+                f"{name}_{split}",
+                loop.watch,
             )
             figures[split] = figures.get(split, {}) | classification
     run.add_results(context.workdir, name, figures, position.bad.gather_all())
@@ -536,7 +541,7 @@ def expected_metrics(experiment: Experiment, name: str) -> dict[str, tuple[str, 
     """
     spec = experiment.stages[name]
     data = experiment.data_of(spec)
-    source = sources.open_source(data.source, data.split, data.cache_dir)
+    source = sources.open_split(data)
     stage = run.build_stage(experiment, name, source.classes)
     names: dict[str, tuple[str, ...]] = {"train": ()}
     if spec.val_split:

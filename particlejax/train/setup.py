@@ -2,6 +2,7 @@
 """Everything about a stage that is fixed before its first step."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,10 +83,11 @@ class Setup:
             return state.eval_params
         return self.merge(state.eval_params, state.frozen)
 
-    def open(self, split: str) -> sources.Source:
-        """A split of the stage's source, with labels indexed by the stage's classes."""
-        data = self.stage.data
-        return sources.open_source(data.source, split, data.cache_dir, self.stage.classes)
+    def open(self, split: str, key: str) -> sources.Source:
+        """A split of the stage's source, with labels indexed by the stage's classes. key: the
+        setting that names the split.
+        """
+        return sources.open_split(self.stage.data, split, self.stage.classes, key)
 
     def operations(self) -> int:
         """Model FLOPs of a step, from shapes; recomputation by remat does not count."""
@@ -118,7 +120,7 @@ def set_up(experiment: Experiment, name: str, mesh: Mesh) -> Setup:
         f"config.stages.{name}.batch_size / accumulate",
     )
     source = label_subset.limit_labels(
-        sources.open_source(data.source, data.split, data.cache_dir), data, experiment.seed
+        sources.open_split(data, key=_split_key(name, spec.data), check=True), data, experiment.seed
     )
     stage = run.build_stage(experiment, name, source.classes, mesh)
     clips = len(pipeline.subset_indices(len(source), data.train_fraction))
@@ -144,18 +146,30 @@ def set_up(experiment: Experiment, name: str, mesh: Mesh) -> Setup:
         eval.jit_eval_step(program.objective, stage.model, mesh),
         jax.jit(lambda params, frozen: partition.merge(spec.finetune, params, frozen)),
     )
-    _check_measuring(setup)
-    return replace(setup, val=setup.open(spec.val_split) if spec.val_split else None)
+    opened = {data.split: source} | _check_measuring(setup)
+    if spec.val_split:
+        val_key = f"config.stages.{name}.val_split"
+        opened[spec.val_split] = setup.open(spec.val_split, val_key)
+    run.log_source(name, data.source, opened)
+    return replace(setup, val=opened[spec.val_split] if spec.val_split else None)
 
 
-def _check_measuring(setup: Setup) -> None:
-    """Raises UserError for unknown splits or metrics, before training starts."""
+def _split_key(name: str, overrides: Mapping[str, Any]) -> str:
+    """The setting that names the training split of a stage."""
+    return f"config.stages.{name}.data.split" if "split" in overrides else "config.data.split"
+
+
+def _check_measuring(setup: Setup) -> dict[str, sources.Source]:
+    """Opens the splits to evaluate. Raises UserError for unknown splits or metrics, before training
+    starts.
+    """
     spec, name = setup.stage.spec, setup.name
+    opened = {}
     if "classify" in spec.objectives:
         for split in setup.stage.experiment.eval.splits:
-            setup.open(split)
+            opened[split] = setup.open(split, "config.eval.splits")
     if not spec.best_metric:
-        return
+        return opened
     if not spec.val_split:
         raise UserError(
             f"config.stages.{name}.best_metric={spec.best_metric!r} is measured on the val "
@@ -167,3 +181,4 @@ def _check_measuring(setup: Setup) -> None:
             f"config.stages.{name}.best_metric={spec.best_metric!r} is not measured: choose "
             f"one of {', '.join(known)}."
         )
+    return opened

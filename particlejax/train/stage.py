@@ -31,6 +31,7 @@ from particlejax.particles.types import Batch
 from particlejax.train.log import log_info, log_info_local
 
 CONFIG, RESULTS = "config.json", "results.json"
+_MAX_LISTED = 30  # classes in the log
 # data settings that may differ from those of the training run
 _OVERRIDABLE_DATA_KEYS = ("split", "cache_dir", "max_unreadable", "num_threads", "num_workers")
 _INHERITED = {
@@ -150,7 +151,9 @@ def build_stage(
     }
     _check_objectives(spec, experiment.model_of(spec), f"config.stages.{name}")
     targets = (
-        label_targets.build_targets(spec.objectives.get("classify", ClassifySpec()), classes)
+        label_targets.build_targets(
+            spec.objectives.get("classify", ClassifySpec()), classes, data.source
+        )
         if needs_labels
         else None
     )
@@ -335,6 +338,21 @@ def data_overrides(data: RunDataSpec) -> dict[str, Any]:
     return {key: getattr(data, key) for key in _OVERRIDABLE_DATA_KEYS} | (
         {"source": data.source} if data.source else {}
     )
+
+
+def log_source(name: str, source: str, opened: Mapping[str, sources.Source]) -> None:
+    """Logs the classes of a source, and what was made of its splits or left out of them."""
+    classes = next((part.classes for part in opened.values() if part.classes), ())
+    listed = ", ".join(classes[:_MAX_LISTED]) + ", ..." * (len(classes) > _MAX_LISTED)
+    noun = "class" if len(classes) == 1 else "classes"
+    log_info(f"{name}: {source} has {len(classes)} {noun}" + (f": {listed}" if listed else ""))
+    for note in dict.fromkeys(note for part in opened.values() for note in sources.notes(part)):
+        log_info(f"{name}: {note}")
+    for split, part in opened.items():
+        if classes and isinstance(part, sources.ListSource):  # labels of others are read slowly
+            unlabeled = int((sources.labels(part) < 0).sum())
+            if unlabeled:
+                log_info(f"{name}: {unlabeled} of {len(part)} clips of {split} have no label")
 
 
 def load_trained(

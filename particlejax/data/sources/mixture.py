@@ -4,8 +4,10 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from particlejax.core.typing import UserError
-from particlejax.data.sources.records import Record, Source
+from particlejax.data.sources.records import Record, Source, labels
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,15 @@ class MixtureSource:
             if first <= i < first + count:
                 return part[i - first]
         raise IndexError(i)
+
+    def clip_labels(self) -> np.ndarray:
+        """Labels int [N], -1 if unlabeled."""
+        return np.concatenate([labels(part) for part in self.parts])
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for the log, of all parts."""
+        return tuple(note for part in self.parts for note in getattr(part, "notes", ()))
 
 
 def parts_of(source: Source) -> tuple[tuple[int, int, float], ...]:

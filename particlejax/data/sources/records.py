@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
+from particlejax.core import text
 from particlejax.core.suggest import did_you_mean
 from particlejax.core.typing import UserError
 from particlejax.data.video.decode import Unreadable
-
-SPLIT_NAMES = {"valid": "val", "validation": "val"}  # aliases of splits
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class ListSource:
 
     classes: tuple[str, ...]
     records: tuple[Record, ...]
+    notes: tuple[str, ...] = ()  # sentences for the log: what was made or left out
 
     def __len__(self) -> int:
         return len(self.records)
@@ -62,15 +64,31 @@ class ListSource:
     def __getitem__(self, i: int) -> Record:
         return self.records[i]
 
+    def clip_labels(self) -> np.ndarray:
+        """Labels int [N], -1 if unlabeled."""
+        return np.array([record.label for record in self.records], int)
+
+
+def labels(source: Source) -> np.ndarray:
+    """Returns the label of every record, int [N], -1 if unlabeled; no video is decoded.
+
+    A source with a method `clip_labels` is not read record by record.
+    """
+    if hasattr(source, "clip_labels"):
+        return source.clip_labels()
+    return np.array([source[i].label for i in range(len(source))], int)
+
 
 def match_classes(labels: Sequence[str], classes: tuple[str, ...], source: str) -> tuple[int, ...]:
-    """Returns the index of each label in `classes`. Raises UserError for an unknown label."""
-    index = {name: i for i, name in enumerate(classes)}
-    for label in labels:
+    """Returns the index of each label in `classes`, compared in NFC. Raises UserError for an
+    unknown label.
+    """
+    index = {name: i for i, name in reversed(list(enumerate(map(text.nfc, classes))))}
+    for label in map(text.nfc, labels):
         if label not in index:
             raise UserError(
                 f"label {label!r} of {source} is not a class of the trained run: "
                 f"{did_you_mean(label, classes, max_matches=3)} Rename it, or leave these clips "
                 "out."
             )
-    return tuple(index[label] for label in labels)
+    return tuple(index[text.nfc(label)] for label in labels)

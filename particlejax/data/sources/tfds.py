@@ -3,15 +3,16 @@
 
 import importlib
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from particlejax.core import text
 from particlejax.core.errors import UserError, install_line
-from particlejax.data.sources.records import SPLIT_NAMES, Record, match_classes
+from particlejax.data.sources import split_names
+from particlejax.data.sources.records import Record, match_classes
 from particlejax.data.video.decode import raw_file
 
 _VIDEO_NAMES = (
@@ -64,6 +65,12 @@ class TfdsSource:
         record_fields["name"] = record_fields.get("name") or f"{self.split}/{i:05d}"
         label = self.labels[label] if label >= 0 else -1
         return Record(video=_file(example[self.fields["video"]]), label=label, **record_fields)
+
+    def clip_labels(self) -> np.ndarray:
+        """Labels int [N], -1 if unlabeled."""
+        if "label" not in self.fields:
+            return np.full(len(self), -1)
+        return np.array([self[i].label for i in range(len(self))], int)
 
 
 def toybox(config: str, data_dir: str) -> Any:
@@ -129,9 +136,10 @@ def open_builder(
     builder: Any, source: str, split: str, classes: tuple[str, ...] | None
 ) -> TfdsSource:
     fields = _fields(builder.info.features, source)
-    names = tuple(builder.info.features[fields["label"]].names) if "label" in fields else ()
+    names = builder.info.features[fields["label"]].names if "label" in fields else ()
+    names = tuple(map(text.nfc, names))
     labels = tuple(range(len(names))) if classes is None else match_classes(names, classes, source)
-    split = _translate_split(split, list(builder.info.splits), source)
+    split = _translate_split(split, builder, source)
     try:
         examples = builder.as_data_source(split=split)
     except NotImplementedError as error:
@@ -140,27 +148,31 @@ def open_builder(
             "again with `--file_format array_record`."
         ) from error
     except ValueError as error:
-        raise UserError(
+        raise split_names.UnknownSplit(
             f"{source} has no split {split!r}: write a split like 'train[:90%]'."
         ) from error
     return TfdsSource(names if classes is None else classes, examples, fields, labels, split)
 
 
-def _translate_split(split: str, split_names: list[str], source: str) -> str:
-    """Translates `split` to the data set's own split names."""
-    own_names = {SPLIT_NAMES.get(name, name): name for name in split_names} | {
-        name: name for name in split_names
-    }
+def builder_splits(builder: Any) -> tuple[str, ...]:
+    """Returns the splits of a data set; the words of train, val and test are written so."""
+    words = split_names.of_names(builder.info.splits)
+    ours = {name: split_names.canonical(name) for name in builder.info.splits}
+    return tuple(split if words.get(split) == name else name for name, split in ours.items())
 
-    def translate(match: re.Match[str]) -> str:
-        name = SPLIT_NAMES.get(match[0], match[0]) if match[0] not in own_names else match[0]
-        if name not in own_names:
-            raise UserError(
-                f"{source} has no split {match[0]!r}: use one of {', '.join(split_names)}."
-            )
-        return own_names[name]
 
-    return re.sub(r"(?:(?<=^)|(?<=\+))\w+", translate, split.replace(" ", ""))
+def _translate_split(split: str, builder: Any, source: str) -> str:
+    """Translates `split` to the data set's own split names; 'all' becomes all of them."""
+    names = list(builder.info.splits)
+    words = split_names.of_names(names)
+
+    def translate(part: str) -> str:
+        name, bracket, bounds = part.partition("[")
+        found = split_names.find(name, names, words, source)
+        chosen = [found] if found in names else names
+        return "+".join(f"{name}{bracket}{bounds}" for name in chosen)
+
+    return "+".join(map(translate, split.replace(" ", "").split("+")))
 
 
 def _fields(features: Mapping[str, Any], source: str) -> dict[str, str]:
@@ -209,7 +221,7 @@ def _file(video: Any) -> bytes:
 
 
 def _text(value: Any) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    return text.nfc(value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value))
 
 
 def needs_tensorflow(source: str, error: ImportError) -> UserError:
