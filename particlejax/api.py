@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 
 from particlejax.config.experiment import Experiment
 from particlejax.config.training import EvalSpec, MeshSpec
+from particlejax.core import csv_table
 from particlejax.core.typing import Metrics, Params, UserError
 from particlejax.data import pipeline, sources
 from particlejax.data.sources.folder import VIDEO_SUFFIXES
@@ -351,8 +352,7 @@ def _labels(labels: str | Path, weights: Path | None, params: Params) -> tuple[s
     path = Path(labels).expanduser() if str(labels) else beside if beside.is_file() else kinetics
     if not path.is_file():
         raise UserError(f"{path} does not exist: name a file with a label a line.")
-    names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-    names = tuple(name for name in names if name)
+    names = csv_table.read_names(path)
     if len(names) == bias.size:
         return names
     if str(labels):

@@ -31,9 +31,9 @@ def atomic_file(path: str | os.PathLike[str], sync: bool = False) -> Iterator[Pa
 
 
 def write_text(path: str | os.PathLike[str], text: str, sync: bool = False) -> None:
-    """Writes a UTF-8 text file atomically."""
+    r"""Writes a UTF-8 text file atomically; bytes of names that are not UTF-8 become `\udcXX`."""
     with atomic_file(path, sync) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

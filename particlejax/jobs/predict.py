@@ -5,6 +5,8 @@ Legend: T frames, H rows, W columns.
 """
 
 import dataclasses
+import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +15,7 @@ import jax
 import numpy as np
 
 from particlejax.config.job_specs import PredictSpec
-from particlejax.core import io, tree
+from particlejax.core import csv_table, io, text, tree
 from particlejax.core.typing import Params, UserError
 from particlejax.data.sources.folder import VIDEO_SUFFIXES
 from particlejax.data.video.decode import Unreadable, Video
@@ -29,6 +31,7 @@ from particlejax.train.log import Progress, log_info
 _KINETICS = Path(zoo.__file__).with_name("kinetics400.txt")
 _LABELS = "label_map.txt"
 _MOST_PICTURES = 50
+_UNPRINTABLE = re.compile("[\udc80-\udcff]")  # bytes of a file name that are not UTF-8
 
 
 class Predictor(NamedTuple):
@@ -61,23 +64,25 @@ def predict(spec: PredictSpec, workdir: Path, name: str) -> None:
     unreadable: dict[str, str] = {}
     progress = Progress("predict", len(files), unit="video")
     for i, path in enumerate(files):
+        shown = text.escape(str(path))
         try:
             views, times = read_views(path, spec, predictor.backbone.spec.size)
         except Unreadable as error:
-            unreadable[str(path)] = error.reason
-            log_info(f"{path} is unreadable ({error.reason}): skipped.")
+            unreadable[shown] = error.reason
+            log_info(f"{shown} is unreadable ({error.reason}): skipped.")
         else:
             view_probs = [
                 jax.nn.softmax(classify(predictor.params, view[None]))[0] for view in views
             ]
             probs = _top_classes(np.mean(view_probs, axis=0), predictor.class_names, spec.top_k)
-            log_info(f"{path}: " + ", ".join(f"{label} {p:.3f}" for label, p in probs.items()))
-            middle_view, picture = len(views) // 2, f"report/{i:03d}_{path.stem}.png"
+            log_info(f"{shown}: " + ", ".join(f"{label} {p:.3f}" for label, p in probs.items()))
+            stem = _UNPRINTABLE.sub("_", path.stem)
+            middle_view, picture = len(views) // 2, f"report/{i:03d}_{stem}.png"
             if i < _MOST_PICTURES:
                 plots.plot_prediction(
                     views[middle_view], times[middle_view], probs, workdir / picture
                 )
-            predictions[str(path)] = VideoPrediction(probs, picture if i < _MOST_PICTURES else "")
+            predictions[shown] = VideoPrediction(probs, picture if i < _MOST_PICTURES else "")
         progress.update()
     progress.close()
     stage.add_results(
@@ -159,12 +164,12 @@ def _top_classes(
     }
 
 
-def _files(text: str) -> list[Path]:
-    if not text:
+def _files(videos: str) -> list[Path]:
+    if not videos:
         raise UserError(
             "config.videos is empty: set a video, or a folder of them, with --config.videos=PATH."
         )
-    path = Path(text).expanduser()
+    path = Path(text.find_path(os.path.expanduser(videos)))
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
         if not files:
@@ -187,9 +192,7 @@ def _class_names(spec: PredictSpec, weights: Path | None, params: Params) -> tup
     )
     if not path.is_file():
         raise UserError(f"{path} does not exist: check config.class_names.")
-    class_names = tuple(
-        line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
-    )
+    class_names = csv_table.read_names(path)
     if len(class_names) == num_classes:
         return class_names
     if spec.class_names:

@@ -191,7 +191,7 @@ def _run_one(sweep_run: SweepRun, sweep_dir: Path) -> Path:
         train(sweep_run.experiment, folder, f"{sweep_run.name}-seed{sweep_run.seed}")
     except UserError as problem:
         log_info(f"{folder}: {problem}")
-        error.write_text(str(problem), encoding="utf-8")
+        error.write_text(str(problem), encoding="utf-8", errors="backslashreplace")
     return folder
 
 

@@ -109,8 +109,11 @@ def write_predictions(
 
 
 def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Writes a CSV atomically."""
-    with atomic_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    r"""Writes a CSV atomically; bytes of names that are not UTF-8 become `\udcXX`."""
+    with (
+        atomic_file(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         csv.writer(file).writerows([header, *rows])
 
 

@@ -221,7 +221,7 @@ def _file(video: Any) -> bytes:
 
 
 def _text(value: Any) -> str:
-    return text.nfc(value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value))
+    return text.escape(os.fsdecode(value) if isinstance(value, bytes) else str(value))
 
 
 def needs_tensorflow(source: str, error: ImportError) -> UserError:
