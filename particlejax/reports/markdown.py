@@ -13,7 +13,7 @@ from particlejax.core import io
 from particlejax.reports import plots
 from particlejax.train import classification_metrics
 
-_MAX_UNREADABLE, _MAX_CONFUSED = 20, 5  # maximum lengths of lists
+_MAX_UNREADABLE, _MAX_CONFUSED, _MAX_CLASSES = 20, 5, 20  # maximum lengths of lists
 _METRIC_TITLES = {
     "mAP": "mean average precision",
     "f1_micro": "F1 (micro)",
@@ -226,7 +226,9 @@ def _evaluation(workdir: Path, name: str, split: str, metrics: dict[str, Any]) -
         "Classes, lowest F1 first:",
         "",
     )
-    order = sorted(classes, key=lambda class_name: metrics["per_class"][class_name]["f1"])
+    # a class without clips is not the worst one; older results have 0 for it
+    measured = [name for name in classes if metrics["per_class"][name]["support"]]
+    order = sorted(measured, key=lambda class_name: metrics["per_class"][class_name]["f1"])
     yield from table(
         ["class", "precision", "recall", "F1", "clips"],
         [
@@ -241,9 +243,16 @@ def _evaluation(workdir: Path, name: str, split: str, metrics: dict[str, Any]) -
             for class_name in order
         ],
     )
+    if unmeasured := [name for name in classes if name not in measured]:
+        yield from ("", f"No clip of {_listed(unmeasured)}.")
     pairs = _confused(np.asarray(metrics["confusion"]), classes)
     if pairs:
         yield from ("", "Most often confused: " + ", ".join(pairs) + ".", "")
+
+
+def _listed(names: list[str]) -> str:
+    rest = f" and {len(names) - _MAX_CLASSES} other classes" * (len(names) > _MAX_CLASSES)
+    return ", ".join(names[:_MAX_CLASSES]) + rest
 
 
 def _confused(counts: np.ndarray, classes: list[str]) -> list[str]:

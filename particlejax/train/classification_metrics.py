@@ -27,7 +27,7 @@ def compute_metrics(
 
     top1, top5, mean_class_accuracy (mean recall of the classes that occur), ece (expected
     calibration error), chance and per_class are fractions; confusion counts clips, rows are the
-    true classes.
+    true classes. A class without clips has no recall and no F1 (None).
     """
     label = np.asarray(label)
     if not (label >= 0).any():
@@ -117,10 +117,12 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]
         csv.writer(file).writerows([header, *rows])
 
 
-def _per_class(class_report: dict[str, float]) -> dict[str, float]:
+def _per_class(class_report: dict[str, float]) -> dict[str, float | None]:
+    """Figures of a class; recall and F1 are None without a clip of it."""
+    support = int(class_report["support"])
     return {
         "precision": float(class_report["precision"]),
-        "recall": float(class_report["recall"]),
-        "f1": float(class_report["f1-score"]),
-        "support": int(class_report["support"]),
+        "recall": float(class_report["recall"]) if support else None,
+        "f1": float(class_report["f1-score"]) if support else None,
+        "support": support,
     }
