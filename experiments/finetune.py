@@ -7,7 +7,8 @@
 Trains on the split 'train' and evaluates on 'val'. `:pretrain` first pretrains on the training
 clips without labels. To pretrain on other clips too, make a separate run
 (--config.stage_order="('pretrain',)" --config.data.source=mix:...) and pass it as
---config.init_from. `:tiny` is a smoke run on the toybox. experiments/README.md has the figures.
+--config.init_from. The default source is the toybox; `:tiny` is a smoke run on it.
+experiments/README.md has the figures.
 """
 
 from ml_collections import ConfigDict
@@ -28,7 +29,7 @@ from particlejax.config.experiment import (
 def get_config(arg: str = "") -> ConfigDict:
     """The experiment; arg: '', 'pretrain', 'tiny' or 'tiny,pretrain'."""
     args = arguments(arg, "tiny", "pretrain")
-    tiny, source = args["tiny"], "toybox:tiny" if args["tiny"] else "folder:../shared/data/jhmdb21"
+    tiny = args["tiny"]
     finetune = section(
         StageSpec,
         num_steps=4 if tiny else 0,
@@ -66,7 +67,7 @@ def get_config(arg: str = "") -> ConfigDict:
             Experiment,
             data=section(
                 DataSpec,
-                source=source,
+                source="toybox:tiny" if tiny else "toybox",
                 num_frames=16,
                 image_size=32 if tiny else 64,
                 decode_short_side=0 if tiny else 80,

@@ -58,7 +58,7 @@ def get_config(arg: str = "") -> ConfigDict:
             Experiment,
             data=section(
                 DataSpec,
-                source="toybox:tiny" if tiny else "folder:../shared/data/jhmdb21",
+                source="toybox:tiny" if tiny else "toybox",
                 num_frames=8 if tiny else 16,
                 image_size=32 if tiny else 160,
                 decode_short_side=0 if tiny else 180,

@@ -140,7 +140,7 @@ def get_config(arg: str = "") -> ConfigDict:
             job="sweep" if args["sweep"] or args["shots"] else "train",
             data=section(
                 DataSpec,
-                source="toybox:tiny" if tiny else "folder:../shared/data/jhmdb21",
+                source="toybox:tiny" if tiny else "toybox",
                 modalities=("video_features",),
                 video_features=section(FeatureSpec, normalization="rms"),
             ),

@@ -2,7 +2,7 @@
 """Ablates adaptive particles at half the particle count: split axes, depth and criterion.
 
     python -m particlejax.main --config experiments/ablations/granularity.py:jhmdb \
-        --workdir runs/granularity-jhmdb
+        --config.data.source=folder:JHMDB --workdir runs/granularity-jhmdb
     python -m particlejax.main --config experiments/ablations/granularity.py:toybox \
         --workdir runs/granularity-toybox
 
@@ -43,7 +43,9 @@ def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The experiment; arg: 'jhmdb', 'toybox' or 'tiny' (one run of the tiny toybox)."""
+    """The experiment; arg: 'jhmdb' (with data.source), 'toybox' or 'tiny' (one run of the tiny
+    toybox).
+    """
     tiny = arguments(arg, "jhmdb", "toybox", "tiny")["tiny"]
     config = runpy.run_path(str(HERE / "particles.py"))["get_config"](arg)
     runs = dict(sweep())

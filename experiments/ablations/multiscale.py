@@ -2,7 +2,7 @@
 """Compares scale schedules with training at the largest scale throughout.
 
     python -m particlejax.main --config experiments/ablations/multiscale.py:jhmdb \
-        --workdir runs/multiscale-jhmdb
+        --config.data.source=folder:JHMDB --workdir runs/multiscale-jhmdb
     python -m particlejax.main --config experiments/ablations/multiscale.py:toybox \
         --workdir runs/multiscale-toybox
 
@@ -81,7 +81,9 @@ def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The experiment; arg: 'jhmdb', 'toybox' or 'tiny' (one run of the tiny toybox)."""
+    """The experiment; arg: 'jhmdb' (with data.source), 'toybox' or 'tiny' (one run of the tiny
+    toybox).
+    """
     tiny = arguments(arg, "jhmdb", "toybox", "tiny")["tiny"]
     config = runpy.run_path(str(HERE / "particles.py"))["get_config"](arg)
     runs = dict(sweep())

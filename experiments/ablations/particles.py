@@ -2,7 +2,7 @@
 """Compares particle policies by accuracy against particles per clip, from scratch.
 
     python -m particlejax.main --config experiments/ablations/particles.py:jhmdb \
-        --workdir runs/particles-jhmdb
+        --config.data.source=folder:JHMDB --workdir runs/particles-jhmdb
     python -m particlejax.main --config experiments/ablations/particles.py:toybox \
         --workdir runs/particles-toybox
 
@@ -56,7 +56,9 @@ def sweep(base: tuple[int, int, int] = FINE["patch_size"]) -> Iterator[tuple[str
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The experiment; arg: 'jhmdb', 'toybox' or 'tiny' (one run of the tiny toybox)."""
+    """The experiment; arg: 'jhmdb' (with data.source), 'toybox' or 'tiny' (one run of the tiny
+    toybox).
+    """
     args = arguments(arg, "jhmdb", "toybox", "tiny")
     tiny, real = args["tiny"], args["jhmdb"]
     runs = dict(sweep())
@@ -64,7 +66,7 @@ def get_config(arg: str = "") -> ConfigDict:
         runs = {"adaptive-64": runs["adaptive-64"]}
     data = section(
         DataSpec,
-        source="folder:../shared/data/jhmdb21" if real else "toybox:tiny" if tiny else "toybox",
+        source="" if real else "toybox:tiny" if tiny else "toybox",
         num_frames=16,
         image_size=64,
         decode_short_side=80 if real else 0,

@@ -2,7 +2,7 @@
 """Measures the data loader: clip throughput, decoders, random access and memory.
 
     python -m particlejax.main --config experiments/bench/dataloader.py \
-        --config.data.source=folder:../shared/data/jhmdb21
+        --config.data.source=folder:PATH
 
 Measures short clips and 1080p videos; takes six to eight minutes on 2 otherwise idle cores.
 torchcodec (both seek modes) and decord are measured if they are installed and work.
@@ -23,7 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
             job="bench_dataloader",
             data=section(
                 DataSpec,
-                source="toybox:tiny" if tiny else "folder:../shared/data/jhmdb21",
+                source="toybox:tiny" if tiny else "toybox",
                 num_frames=16,
                 image_size=112,
                 decode_short_side=128,

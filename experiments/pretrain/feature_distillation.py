@@ -58,7 +58,7 @@ def get_config(arg: str = "") -> ConfigDict:
             Experiment,
             data=section(
                 DataSpec,
-                source="toybox:tiny" if tiny else "folder:../shared/data/jhmdb21",
+                source="toybox:tiny" if tiny else "toybox",
                 num_frames=16,
                 modalities=("vision", "video_features"),
                 image_size=32 if tiny else 64,
