@@ -5,6 +5,7 @@ sentence.
 
 import csv
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -174,6 +175,50 @@ def test_finetune_on_a_folder_from_a_run_then_evaluate(
         "p:slide",
         "p:spin",
     ]
+
+
+def test_labels_and_names_of_a_folder_are_those_of_all_its_jobs(
+    clips_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    data = tmp_path / "data"
+    for i, path in enumerate(sorted(clips_folder.rglob("[0-9]*.mp4"))):
+        target = data / path.parent.name / os.fsdecode(b"b\xfcrste%d.mp4" % i)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copy(path, target)
+        except OSError:
+            pytest.skip("the file system takes UTF-8 names only")
+    (data / "spin" / os.fsdecode(b"d\xe9faut.mp4")).write_bytes(b"not a video")
+    code, said = run(
+        capfd,
+        "--config=experiments/finetune.py:tiny",
+        f"--config.data.source=folder:{data}",
+        "--config.data.classes=moves,spin",
+        "--config.data.label_map=(('slide','moves'),('bounce','moves'))",
+        f"--workdir={tmp_path / 'f'}",
+    )
+    assert code == 0, said
+    assert "has 2 classes: moves, spin" in said
+    assert "a fifth becomes val" in said and "config.data.classes leaves out" in said
+    code, said = run(
+        capfd,
+        "--config=experiments/evaluate.py:tiny",
+        f"--config.run={tmp_path / 'f'}",
+        "--config.eval.splits=all",
+        f"--workdir={tmp_path / 'e'}",
+    )
+    assert code == 0, said
+    rows = read_csv(tmp_path / "e" / "predictions.csv")
+    merged = {"spin": "spin", "slide": "moves", "bounce": "moves"}
+    wanted = {
+        str(path.relative_to(data)).replace("\udcfc", r"\udcfc"): merged[path.parent.name]
+        for path in data.rglob("b*.mp4")
+        if path.parent.name in merged
+    }
+    assert {row["path"]: row["label"] for row in rows} == wanted
+    results = json.loads((tmp_path / "e" / "results.json").read_text())
+    assert results["finetune"]["all"]["num_clips"] == len(wanted)
+    assert [bad["path"] for bad in results["unreadable"]] == [r"spin/d\udce9faut.mp4"]
 
 
 @pytest.mark.parametrize(

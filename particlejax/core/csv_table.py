@@ -23,6 +23,7 @@ _MARKS = {  # byte order marks; UTF-32 first, because UTF-16's is a prefix of it
     codecs.BOM_UTF16_BE: "UTF-16-BE",
 }
 _DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
+_FLOAT32_MAX = 3.4e38
 _CLOSE_MATCH = 0.8  # least similarity of a misspelt column
 
 
@@ -109,6 +110,11 @@ def number(cell: str) -> float | None:
         return float(cell) if cell.isascii() and "_" not in cell else None
     except ValueError:
         return None
+
+
+def is_finite(value: float) -> bool:
+    """Whether a number is finite as float32."""
+    return abs(value) <= _FLOAT32_MAX
 
 
 def decode(data: bytes, name: str) -> str:

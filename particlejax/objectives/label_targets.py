@@ -108,7 +108,7 @@ def _parse_numbers(labels: Sequence[str], source: str) -> np.ndarray:
     """Numbers float32 [L]. Raises UserError for one that is not finite."""
     numbers = [csv_table.number(label) for label in labels]
     for label, value in zip(labels, numbers, strict=True):
-        if value is None or not np.isfinite(np.float32(value)):
+        if value is None or not csv_table.is_finite(value):
             place = f"{sources.locate_label(source, label)}: " if source else ""
             kind = "a number" if value is None else "a finite number"
             raise UserError(

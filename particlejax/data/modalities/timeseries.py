@@ -78,7 +78,7 @@ def _number(
             raise Unreadable(f"{series.place(row, column)}: the value is missing: {remedy}")
         return math.nan
     value = csv_table.number(cell)
-    if value is None or not math.isfinite(value):
+    if value is None or not csv_table.is_finite(value):
         kind = "a number" if value is None else "a finite number"
         raise Unreadable(
             f"{series.place(row, column)}: {cell!r} is not {kind}: correct it, or leave it empty"

@@ -85,9 +85,8 @@ def _open(
     if kind == "mix" and location:
         return _open_mix(source, split, cache_dir, classes, rules)
     if rules:
-        relabeled = label_rules.relabel(
-            _open(source, split, cache_dir, None, NO_RULES), rules, source
-        )
+        whole = _open(source, split, cache_dir, None, NO_RULES)
+        relabeled = label_rules.relabel(whole, rules, f"split {split!r} of {source}")
         return _with_classes(relabeled, classes, source)
     if kind == "folder" and location:
         return folder.open_folder(location, split, classes)

@@ -111,10 +111,7 @@ def relabel(source: Source, rules: LabelRules, where: str) -> Source:
     notes = tuple(getattr(source, "notes", ()))
     if counts:
         sizes = ", ".join(f"{name} {count}" for name, count in counts.most_common(20))
-        notes += (
-            f"{where}: {sum(counts.values())} clips are left out, because config.data.classes does "
-            f"not name their classes ({sizes})",
-        )
+        notes += (f"{where}: config.data.classes leaves out {counts.total()} clips ({sizes})",)
     kept = tuple(np.flatnonzero(~dropped).tolist())
     if not kept:
         raise UserError(
