@@ -127,7 +127,7 @@ class Splits(NamedTuple):
                 f"split {part!r} of {self.where} is malformed: write a name, or a part like "
                 "'train[:90%]' or 'train[10:20]'."
             )
-        own = set(self.of_clip)
+        own = sorted(set(self.of_clip))
         name = find(match[1], own, self.words, self.where)
         clips = [i for i in self.order if name not in own or self.of_clip[i] == name]
         return clips[_bound(match[2], len(clips)) : _bound(match[3], len(clips))]
@@ -148,7 +148,7 @@ def find(name: str, splits: Collection[str], words: Mapping[str, str], where: st
         return by_fold[folded]
     if folded in _SYNONYMS and "val" in splits:
         return "val"
-    raise UnknownSplit(f"{where} has no split {name!r}: use one of {', '.join(sorted(splits))}.")
+    raise UnknownSplit(f"{where} has no split {name!r}: use one of {', '.join(splits)}.")
 
 
 def _bound(bound: str | None, count: int) -> int | None:
