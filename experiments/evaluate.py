@@ -4,11 +4,11 @@
     python -m particlejax.main --config experiments/evaluate.py --config.run=RUN_DIR \
         --config.data.source=folder:PATH --config.data.split=test
 
-Writes results.json, predictions.csv and report.md; --config.eval.splits=train,test evaluates
-several splits, and the split 'all' is every clip. Frames, sizes and particles are the run's;
-config.eval.scale (num_frames, image_size, clip_seconds, policy, budget, ...) changes them without
-new parameters. Of config.data only source, split, cache_dir, max_unreadable, num_threads and
-num_workers are used. An empty source is the run's. Takes seconds for a hundred short clips.
+Writes results.json, predictions.csv and report.md. The split 'all' is every clip of every split.
+Frames, sizes, particles, classes and label map are the run's; config.eval.scale (num_frames,
+image_size, clip_seconds, policy, budget, ...) changes them without new parameters. Of config.data
+only source, split, cache_dir, max_unreadable, num_threads and num_workers are used. An empty source
+is the run's. Takes seconds for a hundred short clips.
 """
 
 from ml_collections import ConfigDict

@@ -204,7 +204,7 @@ def test_labels_and_names_of_a_folder_are_those_of_all_its_jobs(
         capfd,
         "--config=experiments/evaluate.py:tiny",
         f"--config.run={tmp_path / 'f'}",
-        "--config.eval.splits=all",
+        "--config.data.split=all",
         f"--workdir={tmp_path / 'e'}",
     )
     assert code == 0, said
