@@ -253,7 +253,9 @@ def test_made_splits_are_stratified_and_keep_groups(tmp_path: Path) -> None:
         assert len(open_source(source, "val", "")) == 8
 
 
-def test_a_split_that_is_not_there_names_its_key(tmp_path: Path, cache_dir: str) -> None:
+def test_a_split_that_is_not_there_names_its_key_and_all_is_every_clip(
+    tmp_path: Path, cache_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = touch(tmp_path, "train/a/1.mp4", "train/b/2.mp4")
     for split, key in (("test", "config.eval.splits"), ("train[:0]", "config.data.split")):
         sentence = f"{key}='{re.escape(split)}': .*(has no split 'test': use|selects no clip)"
@@ -262,6 +264,13 @@ def test_a_split_that_is_not_there_names_its_key(tmp_path: Path, cache_dir: str)
     everything = open_source("toybox:tiny", "all", cache_dir)
     names = sources.splits("toybox:tiny", cache_dir)
     assert len(everything) == sum(len(open_source("toybox:tiny", s, cache_dir)) for s in names)
+
+    def own(rest: str, split: str) -> ListSource:
+        return ListSource((split, "z"), (Record(split, "", 0), Record(split, "", 1)))
+
+    monkeypatch.setitem(sources.CUSTOM, "own", sources.CustomSource(own, ("x", "y")))
+    found = open_source("own", "all", "")
+    assert found.classes == ("x", "y", "z") and sources.labels(found).tolist() == [0, 2, 1, 2]
 
 
 # -- names and classes
@@ -326,7 +335,7 @@ def test_classes_and_label_maps(tmp_path: Path, cache_dir: str) -> None:
     kept = open_split(data, "train", check=True)
     assert kept.classes == ("run", "walk")
     assert labels(kept) == {"a": "run", "b": "run", "c": "walk", "e": "", "f": "run"}
-    assert any("leaves out 1 clips (sit 1)" in note for note in kept.notes)
+    assert any("leaves out 1 clip (sit 1)" in note for note in kept.notes)
     # a trained run takes other clips by the same rules
     assert labels(open_split(data, "val", ("run", "walk"))) == {"h": "run"}
     mixed = open_split(DataSpec(source=f"mix:{source},0.5*{source}", classes=("run",)), "train")

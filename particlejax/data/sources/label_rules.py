@@ -111,7 +111,8 @@ def relabel(source: Source, rules: LabelRules, where: str) -> Source:
     notes = tuple(getattr(source, "notes", ()))
     if counts:
         sizes = ", ".join(f"{name} {count}" for name, count in counts.most_common(20))
-        notes += (f"{where}: config.data.classes leaves out {counts.total()} clips ({sizes})",)
+        noun = "clip" if counts.total() == 1 else "clips"
+        notes += (f"{where}: config.data.classes leaves out {counts.total()} {noun} ({sizes})",)
     kept = tuple(np.flatnonzero(~dropped).tolist())
     if not kept:
         raise UserError(
