@@ -216,6 +216,10 @@ def test_split_words_are_splits_and_nothing_else_is_guessed(tmp_path: Path) -> N
                 assert found.classes == ("run", "walk") and len(found) == 2
     both = table(tmp_path, "path,split\na,val\nb,dev\nc,valid\n")
     assert [len(open_source(both, split, "")) for split in ("val", "dev", "all")] == [2, 1, 3]
+    odd = table(tmp_path, "path,split\na,train\nb,tr ain\nc,train+x\nd,a[1]\n")
+    for split in sources.splits(odd, ""):
+        assert len(open_source(odd, split, "")) == 1, split
+    assert len(open_source(odd, "train [ : 50% ] + tr ain", "")) == 1
     refused = {
         ("train/a/b.mp4", "val/a/c.mp4", "samples/d.mp4"): "folders train, val, which mean splits, "
         "beside samples, which would be classes: move the other folders out",

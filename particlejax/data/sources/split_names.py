@@ -110,9 +110,12 @@ class Splits(NamedTuple):
         """Returns the sorted clips of an expression: NAME or NAME[from:to], joined by +. Raises
         UnknownSplit.
         """
+        expression = text.nfc(expression)
+        if expression in self.of_clip:  # also a name with '+' or a bracket
+            return [i for i, split in enumerate(self.of_clip) if split == expression]
         selected: set[int] = set()
-        for part in expression.replace(" ", "").split("+"):
-            selected |= set(self._part(part))
+        for part in expression.split("+"):
+            selected |= set(self._part(part.strip()))
         if not selected:
             raise UnknownSplit(
                 f"split {expression!r} of {self.where} selects no clip: widen the range in "
@@ -121,7 +124,7 @@ class Splits(NamedTuple):
         return sorted(selected)
 
     def _part(self, part: str) -> Sequence[int]:
-        match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", part)
+        match = re.fullmatch(r"([^\[\]]+?)\s*(?:\[\s*(-?\d+%?)?\s*:\s*(-?\d+%?)?\s*\])?", part)
         if not match:
             raise UnknownSplit(
                 f"split {part!r} of {self.where} is malformed: write a name, or a part like "
