@@ -1,44 +1,76 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Summarizes a source: decodes every file once, records size, frame rate, length and audio, and
-finds near-duplicates.
+"""Summarizes a source: decodes every file once, records size, frame rate, length and audio, what
+does not fit, and what makes equal and like clips findable.
 
-Legend: N clips, B bytes of a fingerprint.
+Legend: N frames.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import av
 import numpy as np
-from PIL import Image
 
+from particlejax.data.fingerprint import NUM_MOMENTS, Averages, Fingerprint, fingerprint, small_gray
 from particlejax.data.sources.records import Record
 from particlejax.data.video.decode import Unreadable, Video, open_file
 
 _SHORT_SIDE = 64  # short side of decoded frames, in pixels
-_NUM_FRAMES = 4  # frames per fingerprint
-_FINGERPRINT_SIDE = 8  # rows and columns of a frame's differences
-# maximum fraction of different bits between near-duplicates; unrelated clips differ in about half
-_MAX_BIT_DISTANCE = 0.08
-# fingerprints with a smaller fraction of set or unset bits are nearly uniform and not compared
-_MIN_SET_FRACTION = 0.1
+_CHUNK_BYTES = 2**20  # of a file that is hashed
+_MAX_STEP_CHANGE = 0.5  # relative change of the time between frames that is no jitter
+_MAX_UNEVEN = 0.05  # fraction of such changes at a constant frame rate
+_MAX_DURATION_ERROR = 0.05  # relative, and more than two frames
+_MAX_RATE_ERROR = 0.1  # relative, and more than two frames
+_MIN_GAP = 1.0  # seconds without a frame that are a gap, if longer than five frames
+
+
+class Problem(NamedTuple):
+    """Something in a file that is readable but does not fit. kind: clock, duration, gap, rate,
+    size, sound or span.
+    """
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """A file that holds one or more clips. digest: SHA-256 of its bytes. seconds: as announced by
+    the container.
+    """
+
+    digest: str
+    seconds: float
+    fingerprint: Fingerprint
+    problems: tuple[Problem, ...]
 
 
 @dataclass(frozen=True)
 class ClipInfo:
-    """One clip: width and height in pixels, seconds, frames per second, number of decoded frames,
-    fingerprint [B].
+    """One clip: width and height in pixels, start and seconds (its length), frames per second,
+    number of decoded frames.
+
+    digest: SHA-256 of the decoded small frames; clips with equal frames have equal digests,
+    whatever their container.
     """
 
     name: str
     label: int
+    group: str
     width: int
     height: int
+    start: float
     seconds: float
     fps: float
     frames: int
     audio: bool
     captioned: bool
-    fingerprint: np.ndarray
+    digest: bytes
+    fingerprint: Fingerprint
+    file: FileInfo
+    problems: tuple[Problem, ...] = ()
 
 
 InspectionResult = ClipInfo | tuple[str, str]  # or the clip's name and why it is unreadable
@@ -53,7 +85,7 @@ def duration(file: str | bytes) -> float:
 def inspect_file(records: Sequence[Record]) -> list[InspectionResult]:
     """Decodes a file once for all these clips of it, one frame at a time. Raises Unreadable."""
     file = records[0].video
-    sound = _has_sound(file)
+    sound = _inspect_sound(file)
     with Video(file) as video:
         ends = [_end(record, video.duration) for record in records]
         spans = [
@@ -61,34 +93,33 @@ def inspect_file(records: Sequence[Record]) -> list[InspectionResult]:
             for record, end in zip(records, ends, strict=True)
             if isinstance(end, float)
         ]
-        spans = np.array(spans).reshape(-1, 2)
-        frame_times = spans[:, :1] + (np.arange(_NUM_FRAMES) + 0.5) / _NUM_FRAMES * (
-            spans[:, 1:] - spans[:, :1]
-        )
-        order = np.argsort(frame_times, axis=None, kind="stable")
-        frames, times = _frames_at(video, frame_times.reshape(-1)[order])
-        fingerprints = iter(
-            frames[np.argsort(order)].reshape(
-                -1, _NUM_FRAMES, _FINGERPRINT_SIDE, _FINGERPRINT_SIDE + 1
-            )
+        frames = _decode(video, [*spans, (0.0, video.duration)])
+        info = FileInfo(
+            digest(file),
+            video.duration,
+            frames.fingerprint(0.0, video.duration),
+            (*_timing(frames.times, video.duration, video.fps), *frames.size_changes, *sound[1]),
         )
         return [
             (record.name, end)
             if isinstance(end, str)
-            else ClipInfo(
-                record.name,
-                record.label,
-                video.width,
-                video.height,
-                end - record.start,
-                video.fps,
-                _count_frames(times, record),
-                sound,
-                bool(record.caption),
-                _fingerprint(next(fingerprints)),
-            )
+            else _inspect_clip(record, end, video, frames, info, sound[0])
             for record, end in zip(records, ends, strict=True)
         ]
+
+
+def digest(file: str | bytes) -> str:
+    """Returns the SHA-256 of a file's bytes, reading a path in chunks. Raises Unreadable."""
+    if isinstance(file, bytes):
+        return hashlib.sha256(file).hexdigest()
+    sha256 = hashlib.sha256()
+    try:
+        with open(file, "rb") as opened:
+            while chunk := opened.read(_CHUNK_BYTES):
+                sha256.update(chunk)
+    except OSError as error:
+        raise Unreadable(f"cannot be read ({error.strerror})") from error
+    return sha256.hexdigest()
 
 
 def _end(record: Record, duration: float) -> float | str:
@@ -99,61 +130,164 @@ def _end(record: Record, duration: float) -> float | str:
         return error.reason
 
 
-def _count_frames(times: np.ndarray, record: Record) -> int:
-    """Returns the number of frames that start within a clip."""
-    last = len(times) if record.end is None else np.searchsorted(times, record.end)
-    return int(last - np.searchsorted(times, record.start))
-
-
-def _frames_at(video: Video, frame_times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns small gray frames at ascending moments (seconds), and the times of all frames."""
-    frames: list[np.ndarray] = []
-    times: list[float] = []
-    previous = None
-    for frame, time in video.iter_frames(_SHORT_SIDE):
-        while len(frames) < len(frame_times) and frame_times[len(frames)] < time:
-            frames.append(_small_gray(previous))
-        previous = frame
-        times.append(time)
-    return np.array(
-        frames + [_small_gray(previous)] * (len(frame_times) - len(frames))
-    ), np.asarray(times)
-
-
-def _has_sound(file: str | bytes) -> bool:
-    with open_file(file) as container:
-        return any(stream.codec_context is not None for stream in container.streams.audio)
-
-
-def _small_gray(frame: np.ndarray) -> np.ndarray:
-    gray = Image.fromarray(frame).convert("L")
-    return np.asarray(
-        gray.resize((_FINGERPRINT_SIDE + 1, _FINGERPRINT_SIDE), Image.Resampling.BOX), int
+def _inspect_clip(
+    record: Record, end: float, video: Video, frames: "_Frames", info: FileInfo, audio: bool
+) -> ClipInfo:
+    first = int(np.searchsorted(frames.times, record.start))
+    last = len(frames.times)
+    if record.end is not None:
+        last = int(np.searchsorted(frames.times, record.end))
+    # a span between two frames shows the one before
+    shown = frames.digests[first:last] or frames.digests[max(first - 1, 0) : first]
+    is_whole = record.start == 0 and end == video.duration
+    return ClipInfo(
+        record.name,
+        record.label,
+        record.group,
+        video.width,
+        video.height,
+        record.start,
+        end - record.start,
+        video.fps,
+        last - first,
+        audio,
+        bool(record.caption),
+        hashlib.sha256(b"".join(shown)).digest(),
+        info.fingerprint if is_whole else frames.fingerprint(record.start, end),
+        info,
+        tuple(_span_problems(record, video, last - first)),
     )
 
 
-def _fingerprint(small: np.ndarray) -> np.ndarray:
-    """Packs the signs of brightness differences between neighbors in small gray frames (dHash)."""
-    return np.packbits(np.diff(small, axis=-1) > 0)
+def _span_problems(record: Record, video: Video, num_frames: int) -> Iterator[Problem]:
+    if record.end is not None and record.end > video.duration + 1.5 / video.fps:
+        yield Problem(
+            "span", f"ends at {record.end:g} s, but the file lasts {video.duration:.2f} s"
+        )
+    if not num_frames:
+        yield Problem("span", f"no frame starts after {record.start:g} s and before its end")
 
 
-def near_duplicates(fingerprints: np.ndarray, split: Sequence[str]) -> list[tuple[int, int]]:
-    """Returns pairs of clips in different splits whose fingerprints [N, B] nearly agree:
-    near-duplicates.
+# -- frames
+
+
+class _Frames(NamedTuple):
+    """All frames of a file: times float [N] in seconds, a digest of each small frame."""
+
+    times: np.ndarray
+    digests: list[bytes]
+    averages: Averages
+    size_changes: tuple[Problem, ...]
+
+    def fingerprint(self, start: float, end: float) -> Fingerprint:
+        moments = _moments(start, end)
+        return fingerprint(self.averages.between(moments[:-1], moments[1:]))
+
+
+def _moments(start: float, end: float) -> np.ndarray:
+    return np.linspace(start, end, NUM_MOMENTS + 1)
+
+
+def _decode(video: Video, spans: Sequence[tuple[float, float]]) -> _Frames:
+    """Decodes all frames; fingerprints can be had of the given spans."""
+    averages = Averages(np.unique([_moments(start, end) for start, end in spans]))
+    times: list[float] = []
+    digests: list[bytes] = []
+    changes = _Changes("size", "the size changes")
+    for frame, time in video.iter_frames(_SHORT_SIDE):
+        averages.add(small_gray(frame), time)
+        times.append(time)
+        digests.append(hashlib.blake2b(frame.tobytes(), digest_size=16).digest())
+        # Video scales all frames to one size, and hides that of the stored frame
+        stored = video._current.frame
+        changes.add(f"{stored.width}x{stored.height}", time)
+    return _Frames(np.asarray(times), digests, averages, changes.problems())
+
+
+class _Changes:
+    """Changes of a stream's format midway."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        self._kind, self._text, self._last = kind, text, ""
+        self._found: list[str] = []
+
+    def add(self, value: str, time: float) -> None:
+        if self._last and value != self._last:
+            self._found.append(f"from {self._last} to {value} at {time:.2f} s")
+        self._last = value
+
+    def problems(self) -> tuple[Problem, ...]:
+        if not self._found:
+            return ()
+        more = f" and {len(self._found) - 1} times more" if len(self._found) > 1 else ""
+        return (Problem(self._kind, f"{self._text} {self._found[0]}{more}"),)
+
+
+def _timing(times: np.ndarray, seconds: float, fps: float) -> Iterator[Problem]:
+    """Yields what does not fit among the times of all frames [N] in seconds, the announced duration
+    and the nominal frame rate.
     """
-    fingerprints, split = np.asarray(fingerprints), np.asarray(split)
-    set_fraction = np.unpackbits(fingerprints, axis=1).mean(axis=1)
-    informative = (set_fraction > _MIN_SET_FRACTION) & (set_fraction < 1 - _MIN_SET_FRACTION)
-    pairs = []
-    for i in range(len(fingerprints) - 1):
-        if informative[i]:
-            bit_distance = np.bitwise_count(fingerprints[i + 1 :] ^ fingerprints[i]).sum(axis=1) / (
-                8 * fingerprints.shape[1]
-            )
-            matches = np.flatnonzero(
-                (bit_distance <= _MAX_BIT_DISTANCE)
-                & (split[i + 1 :] != split[i])
-                & informative[i + 1 :]
-            )
-            pairs += [(i, i + 1 + int(j)) for j in matches]
-    return pairs
+    steps = np.diff(times)
+    repeated = int((steps <= 0).sum())
+    if repeated:
+        yield Problem(
+            "clock",
+            f"{repeated} frames have no time of their own: its time stamps repeat or restart",
+        )
+    starts, steps = times[:-1][steps > 0], steps[steps > 0]
+    step = float(np.median(steps)) if len(steps) else 1 / fps
+    end = float(times[-1]) + step
+    if abs(seconds - end) > max(2 * step, _MAX_DURATION_ERROR * seconds):
+        yield Problem("duration", f"announces {seconds:.2f} s, but its frames end at {end:.2f} s")
+    if len(steps) and steps.max() > max(_MIN_GAP, 5 * step):
+        start = float(starts[steps.argmax()])
+        yield Problem("gap", f"no frame between {start:.2f} and {start + steps.max():.2f} s")
+    if len(steps) and (np.abs(steps - step) > _MAX_STEP_CHANGE * step).mean() > _MAX_UNEVEN:
+        yield Problem(
+            "rate",
+            f"variable frame rate: {1000 * steps.min():.0f} to {1000 * steps.max():.0f} ms between "
+            "frames",
+        )
+    elif abs(len(times) - end * fps) > max(2, _MAX_RATE_ERROR * end * fps):
+        yield Problem(
+            "rate",
+            f"{len(times)} frames in {end:.2f} s are {len(times) / end:.3g} frames/s, but it "
+            f"announces {fps:.3g}",
+        )
+
+
+# -- sound
+
+
+def _inspect_sound(file: str | bytes) -> tuple[bool, tuple[Problem, ...]]:
+    """Returns whether a file has sound that can be decoded, and changes of its format."""
+    with open_file(file) as container:
+        streams = [s for s in container.streams.audio if s.codec_context is not None]
+        if not streams:
+            return False, ()
+        best = container.streams.best("audio")
+        stream = best if best in streams else streams[0]
+        changes = _Changes("sound", "the sound changes")
+        for packet in _packets(container, stream):
+            for frame in _frames(packet.decode):
+                # never the frame's layout: PyAV shares the memory of unusual ones
+                channels = stream.codec_context.channels
+                changes.add(f"{frame.sample_rate} Hz, {channels} channels", frame.time or 0.0)
+        return True, changes.problems()
+
+
+def _packets(
+    container: av.container.InputContainer, stream: av.audio.stream.AudioStream
+) -> Iterator[av.Packet]:
+    # a truncated file: keep the packets before the error
+    try:
+        yield from container.demux(stream)
+    except av.FFmpegError:
+        pass
+
+
+def _frames(decode: Callable[[], list[av.AudioFrame]]) -> list[av.AudioFrame]:
+    try:
+        return decode()
+    except (av.FFmpegError, ValueError):
+        return []
