@@ -4,6 +4,7 @@ checks find faults.
 """
 
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ from particlejax import main as entry
 from particlejax.config.experiment import DataSpec, ParticleSpec
 from particlejax.core.typing import UserError
 from particlejax.data import inspect, pipeline, sources, tfds_export
+from particlejax.data.fingerprint import fingerprint, small_gray
 from particlejax.data.sources.toybox import builder
 from particlejax.data.video import timeout
 from particlejax.data.video.decode import Video
@@ -328,7 +330,10 @@ def test_a_check_finds_damage_and_what_stands_on_both_sides(folder: Path, tmp_pa
         results["check"]["val"]["seconds"]["least"], 1.0
     )
     report = (tmp_path / "run" / "report.md").read_text()
-    assert "1 near-duplicates" in report and (tmp_path / "run" / "report" / "classes.png").exists()
+    assert (
+        "Across splits: 2 (1 same file, 1 same group" in report
+        and (tmp_path / "run" / "report" / "classes.png").exists()
+    )
 
 
 def slow_film(path: Path) -> str:
@@ -364,18 +369,26 @@ def test_clips_of_one_file_are_looked_at_together(
     assert inspect.inspect_file(clips[3:]) == [late] and len(decoded) == 2
     assert late[0] == "999.0" and late[1].startswith("starts at 999 s but lasts ")
     with Video(file) as video:
-        times = np.array([time for _, time in plain(video)])
-        for found, (start, end) in zip(seen, spans, strict=False):
-            end = end or video.duration
-            shown, _ = video.frames_at(start + (np.arange(4) + 0.5) / 4 * (end - start), 64)
-            np.testing.assert_array_equal(
-                found.fingerprint,
-                inspect._fingerprint(np.stack([inspect._small_gray(p) for p in shown])),
+        small, times = zip(*((small_gray(f), time) for f, time in plain(video, 64)), strict=True)
+        small, times, length = np.stack(small), np.array(times), video.duration
+    for found, (start, end) in zip(seen, spans, strict=False):
+        end = end or length
+        moments = np.linspace(start, end, 9)
+        means = []
+        for first, last in itertools.pairwise(moments):
+            inside = (times >= first) & (times < last)
+            # where no frame starts, the one before is shown
+            means.append(
+                small[inside].mean(0) if inside.any() else small[(times <= first).nonzero()[0][-1]]
             )
-            assert (
-                found.seconds == pytest.approx(end - start)
-                and found.frames == ((times >= start) & (times < end)).sum()
-            )
+        wanted = fingerprint(np.stack(means))
+        assert found.fingerprint.gain == pytest.approx(wanted.gain, rel=1e-5)
+        assert np.abs(found.fingerprint.frames - wanted.frames.astype(int)).max() <= 1
+        assert (
+            found.seconds == pytest.approx(end - start)
+            and found.frames == ((times >= start) & (times < end)).sum()
+        )
+    assert len({found.digest for found in seen}) == 3 and len({f.file for f in seen}) == 1
 
 
 def test_a_long_film_has_the_time_of_a_clip_for_each_minute(

@@ -30,7 +30,7 @@ _MIN_LABEL_OVERLAP = 0.5  # part of the shorter segment from which on both shoul
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SplitClip:
     """A clip with its split, the name of its label ('': unlabelled), and the part of a mixture that
     it is from.
@@ -93,7 +93,7 @@ def find_pairs(clips: Sequence[SplitClip]) -> list[Pair]:
     and the surest kind first. Each pair of clips is listed once, by its surest kind.
     """
     found: dict[tuple[int, int], Pair] = {}
-    clip_index = {id(clip): i for i, clip in enumerate(clips)}
+    clip_index = {clip: i for i, clip in enumerate(clips)}
     copies = _group_by(clips, lambda clip: clip.info.digest)
     originals = [members[0] for members in copies.values()]
     for pair in (
@@ -101,7 +101,7 @@ def find_pairs(clips: Sequence[SplitClip]) -> list[Pair]:
         *_overlaps(clips),
         *_like_clips(originals, copies),
     ):
-        one, other = clip_index[id(pair.one)], clip_index[id(pair.other)]
+        one, other = clip_index[pair.one], clip_index[pair.other]
         if one > other:
             one, other, pair = other, one, pair._replace(one=pair.other, other=pair.one)
         found.setdefault((one, other), pair)
@@ -129,8 +129,7 @@ def _sample(clips: Sequence[SplitClip]) -> list[SplitClip]:
         first_of.setdefault((clip.split, clip.label), clip)
     # a clip of each split before other labels
     splits = {clip.split: clip for clip in reversed(first_of.values())}
-    sample = {id(clip): clip for clip in (*splits.values(), *first_of.values())}
-    return list(sample.values())[:MAX_LISTED]
+    return list(dict.fromkeys((*splits.values(), *first_of.values())))[:MAX_LISTED]
 
 
 # -- equal content

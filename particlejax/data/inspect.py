@@ -35,7 +35,7 @@ class Problem(NamedTuple):
     text: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FileInfo:
     """A file that holds one or more clips. digest: SHA-256 of its bytes. seconds: as announced by
     the container.
@@ -47,7 +47,7 @@ class FileInfo:
     problems: tuple[Problem, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ClipInfo:
     """One clip: width and height in pixels, start and seconds (its length), frames per second,
     number of decoded frames.
@@ -200,7 +200,7 @@ def _decode(video: Video, spans: Sequence[tuple[float, float]]) -> _Frames:
         digests.append(hashlib.blake2b(frame.tobytes(), digest_size=16).digest())
         # Video scales all frames to one size, and hides that of the stored frame
         stored = video._current.frame
-        changes.add(f"{stored.width}x{stored.height}", time)
+        changes.add(f"{stored.width}x{stored.height}", f" at {time:.2f} s")
     return _Frames(np.asarray(times), digests, averages, changes.problems())
 
 
@@ -211,15 +211,15 @@ class _Changes:
         self._kind, self._text, self._last = kind, text, ""
         self._found: list[str] = []
 
-    def add(self, value: str, time: float) -> None:
+    def add(self, value: str, place: str = "") -> None:
         if self._last and value != self._last:
-            self._found.append(f"from {self._last} to {value} at {time:.2f} s")
+            self._found.append(f"from {self._last} to {value}{place}")
         self._last = value
 
     def problems(self) -> tuple[Problem, ...]:
         if not self._found:
             return ()
-        more = f" and {len(self._found) - 1} times more" if len(self._found) > 1 else ""
+        more = f"; {len(self._found)} changes in all" if len(self._found) > 1 else ""
         return (Problem(self._kind, f"{self._text} {self._found[0]}{more}"),)
 
 
@@ -237,7 +237,7 @@ def _timing(times: np.ndarray, seconds: float, fps: float) -> Iterator[Problem]:
     starts, steps = times[:-1][steps > 0], steps[steps > 0]
     step = float(np.median(steps)) if len(steps) else 1 / fps
     end = float(times[-1]) + step
-    if abs(seconds - end) > max(2 * step, _MAX_DURATION_ERROR * seconds):
+    if abs(seconds - end) > max(2 * step, 2 / fps, _MAX_DURATION_ERROR * seconds):
         yield Problem("duration", f"announces {seconds:.2f} s, but its frames end at {end:.2f} s")
     if len(steps) and steps.max() > max(_MIN_GAP, 5 * step):
         start = float(starts[steps.argmax()])
@@ -269,10 +269,11 @@ def _inspect_sound(file: str | bytes) -> tuple[bool, tuple[Problem, ...]]:
         stream = best if best in streams else streams[0]
         changes = _Changes("sound", "the sound changes")
         for packet in _packets(container, stream):
-            for frame in _frames(packet.decode):
-                # never the frame's layout: PyAV shares the memory of unusual ones
-                channels = stream.codec_context.channels
-                changes.add(f"{frame.sample_rate} Hz, {channels} channels", frame.time or 0.0)
+            for _ in _frames(packet.decode):
+                # Not the frame's rate, which is that before a change; and never its layout, because
+                # PyAV shares the memory of unusual ones.
+                decoder = stream.codec_context
+                changes.add(f"{decoder.sample_rate} Hz, {decoder.channels} channels")
         return True, changes.problems()
 
 

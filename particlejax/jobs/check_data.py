@@ -183,8 +183,8 @@ def _problems(clips: Sequence[SplitClip]) -> Iterator[ClipProblem]:
             text = "black or of one color: it is compared by exact equality alone"
             yield ClipProblem(clip.split, clip.info.name, "no content", text)
         problems = clip.info.problems
-        if id(clip.info.file) not in seen:
-            seen.add(id(clip.info.file))
+        if clip.info.file not in seen:
+            seen.add(clip.info.file)
             problems = (*clip.info.file.problems, *problems)
         for problem in problems:
             yield ClipProblem(clip.split, clip.info.name, *problem)

@@ -66,8 +66,8 @@ def _enter(workdir: Path, experiment: Spec) -> Path:
     new = json.loads(json.dumps(as_dict(experiment)))
     if path.exists() and _has_something(workdir):
         old = jobs.read(path)
-        is_repeatable = {old.get("job"), new.get("job")} <= _REPEATABLE
-        changed = [] if is_repeatable else _differences(old, new)
+        repeats = old.get("job") == new.get("job") and new.get("job") in _REPEATABLE
+        changed = [] if repeats else _differences(old, new)
         longer = _longer_stages(old, new)
         if changed:
             raise UserError(_refusal(workdir, changed))
