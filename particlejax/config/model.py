@@ -18,8 +18,8 @@ class StemSpec(Spec):
     # c3d, i3d, i3d_r50 or x3d_xs to x3d_l (models/zoo); '': a linear patch embedding
     model: str = ""
     endpoint: str = ""  # feature map whose mean is the token; '': the last one
-    # initial weights: a file, or the workdir of import_weights; '': from a Python package;
-    # 'random': untrained
+    # initial weights: a file or the workdir of import_weights; '': from a Python package; 'random':
+    # untrained
     weights: str = ""
 
 

@@ -28,9 +28,11 @@ from particlejax.data.modalities import audio, feature_reader
 from particlejax.data.modalities import feature_store as files
 from particlejax.data.modalities import tokenizer as tokens
 from particlejax.data.video import decode
+from particlejax.data.video.frame_ops import center_crop
 from particlejax.jobs import linear_probe
 from particlejax.models.zoo import backbones
-from particlejax.models.zoo.convert import packages
+from particlejax.models.zoo.convert import packages, pretrained_folder
+from particlejax.models.zoo.convert.description import DEFAULT_MODEL
 from particlejax.models.zoo.networks import BackboneSpec
 from particlejax.train import stage
 from particlejax.train.log import Progress, log_info
@@ -95,7 +97,8 @@ def extract_features(spec: ExtractFeaturesSpec, workdir: Path, name: str) -> Non
         computed, moments = _extract_split(work, source, spec, unreadable)
         if not moments.count:
             raise UserError(
-                f"{spec.source} has no readable clip in {split} with the input of {spec.model}: "
+                f"{spec.source} has no readable clip in {split} with the input of "
+                f"{work.frozen.backbone.spec.name}: "
                 "set other splits with config.splits."
             )
         # written once, so that trained models keep their normalization
@@ -132,15 +135,15 @@ def prepare_extraction(spec: ExtractFeaturesSpec, folder: Path) -> Extraction:
         return backbones.features(frozen.backbone, params, pixels, spec.endpoint, pool=False)
 
     map_shape = jax.eval_shape(feature_maps, frozen.params, example)
-    cells = _cells(spec, map_shape.shape[1:-1])
+    cells = _cells(spec, frozen.backbone.spec.name, map_shape.shape[1:-1])
     sampling["cells"] = list(cells)
     stored = feature_reader.read_description(folder)
     if stored and (stored.network, stored.sampling) != (frozen.identity, sampling):
-        stored_settings = stored.network | stored.sampling
+        settings, stored_settings = frozen.identity | sampling, stored.network | stored.sampling
         changed_key = next(
             key
-            for key, value in (frozen.identity | sampling).items()
-            if stored_settings.get(key) != value
+            for key in settings | stored_settings
+            if stored_settings.get(key) != settings.get(key)
         )
         raise UserError(
             f"{folder} holds features of another network or sampling ({changed_key} differs): set "
@@ -172,16 +175,17 @@ def _sampling(spec: ExtractFeaturesSpec, network: BackboneSpec) -> dict[str, Any
     if not network.sound:
         # a Transformer has position embeddings for a fixed number of frames
         frames = network.frames if network.inputs or not spec.num_frames else spec.num_frames
-        return {
+        sampling = {
             "frames": frames,
             "size": network.size,
             "seconds": float(spec.window_seconds),
             "stride": float(spec.stride_seconds or spec.window_seconds),
         }
+        return sampling | ({"short_side": network.short_side} if network.short_side else {})
     seconds = network.net.samples / network.net.rate
     if spec.window_seconds not in (0, seconds):
         raise UserError(
-            f"{spec.model} reads windows of {seconds:g} s: leave config.window_seconds at 0, and "
+            f"{network.name} reads windows of {seconds:g} s: leave config.window_seconds at 0, and "
             "set the stride with config.stride_seconds."
         )
     return {
@@ -204,15 +208,13 @@ def _tokenizer_path(spec: ExtractFeaturesSpec) -> Path:
     """Path of tokenizer.json. Raises UserError if it does not exist."""
     name = spec.tokenizer
     if not name and spec.weights != "random":
-        name = str(
-            Path(spec.weights or packages.find_weights(spec.model, "weights")).with_name(
-                "tokenizer.json"
-            )
-        )
+        weights = spec.weights or packages.find_weights(spec.model or DEFAULT_MODEL, "weights")
+        path = pretrained_folder.snapshot(Path(weights).expanduser())
+        name = str((path if path.is_dir() else path.parent) / "tokenizer.json")
     path = Path(name).expanduser()
     if not path.is_file():
         raise UserError(
-            f"{spec.model} reads text, but there is no tokenizer at {name!r}: set "
+            f"the network reads text, but there is no tokenizer at {name!r}: set "
             "config.tokenizer to its tokenizer.json."
         )
     return path
@@ -229,12 +231,12 @@ def modality_of(frozen: linear_probe.FrozenBackbone) -> str:
     )
 
 
-def _cells(spec: ExtractFeaturesSpec, shape: tuple[int, ...]) -> tuple[int, int, int]:
+def _cells(spec: ExtractFeaturesSpec, name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
     """Cells (t, h, w) of a feature map of this shape; tokens and vectors have one."""
     if len(shape) != 3:
         if spec.pool_grid not in ((1, 1, 1), (0, 0, 0)):
             raise UserError(
-                f"{spec.model} has no feature map of time, rows and columns: leave "
+                f"{name} has no feature map of time, rows and columns: leave "
                 "config.pool_grid at (1, 1, 1)."
             )
         return 1, 1, 1
@@ -244,7 +246,7 @@ def _cells(spec: ExtractFeaturesSpec, shape: tuple[int, ...]) -> tuple[int, int,
     if any(count > available for count, available in zip(cells, shape, strict=True)):
         raise UserError(
             f"config.pool_grid={spec.pool_grid} has more cells than the feature map of "
-            f"{spec.model}, {shape}: use these or fewer."
+            f"{name}, {shape}: use these or fewer."
         )
     return cells
 
@@ -371,7 +373,9 @@ def _read_inputs(
         if text_spec:
             return _text_inputs(record.caption, seconds, text_spec)
         data = DataSpec(
-            num_frames=sampling["frames"], image_size=sampling["size"], clip_seconds=seconds
+            num_frames=sampling["frames"],
+            image_size=sampling.get("short_side", sampling["size"]),
+            clip_seconds=seconds,
         )
         ends = record.start + np.minimum(start_times + seconds, length)
         subclips = (
@@ -381,7 +385,14 @@ def _read_inputs(
         return ClipInputs(
             start_times,
             seconds,
-            np.stack([clips.load(subclip, data, clips.CENTER_VIEW).frames for subclip in subclips]),
+            np.stack(
+                [
+                    center_crop(
+                        clips.load(subclip, data, clips.CENTER_VIEW).frames, sampling["size"]
+                    )
+                    for subclip in subclips
+                ]
+            ),
         )
     except decode.Unreadable as error:
         unreadable.record(

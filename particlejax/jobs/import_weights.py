@@ -16,7 +16,8 @@ from particlejax.core import io, tree
 from particlejax.core.typing import Params, UserError
 from particlejax.distributed import checkpoint
 from particlejax.models.zoo import backbones
-from particlejax.models.zoo.convert import formats, names, packages
+from particlejax.models.zoo.convert import description, formats, names, packages
+from particlejax.models.zoo.vit_blocks import StackSize
 from particlejax.reports.markdown import table
 from particlejax.train import pretrained, stage
 from particlejax.train.log import log_info
@@ -30,27 +31,35 @@ def import_weights(spec: ImportSpec, workdir: Path, name: str) -> None:
     `config.export_path` if it is set.
     """
     del name
-    if not spec.model:
+    if not spec.model and not spec.weights:
         raise UserError(
-            "config.weights or config.model is empty: add --config.weights=PATH "
-            "--config.model=NAME."
+            "config.weights or config.model is empty: add --config.weights=PATH, and "
+            "--config.model=NAME unless a config.json beside the weights says what they are."
         )
     spec = dataclasses.replace(
         spec, weights=spec.weights or str(packages.find_weights(spec.model, "weights"))
     )
-    backbone, params, name_map, report = pretrained.load_pretrained(spec.weights, spec.model, spec)
+    backbone, params, name_map, report = pretrained.load_pretrained(
+        spec.weights, spec.model, spec, whole=True
+    )
+    found = description.describe(spec.weights)
+    network = backbone.spec
     if report.missing:
         params = _fill_missing(backbone, params, spec.seed)
-    num_classes = getattr(backbone.spec.net, "classes", 0)
+    num_classes = getattr(network.net, "classes", 0)
+    class_names = pretrained.names_beside(backbone, spec.weights)
+    if class_names != network.class_names:
+        backbone = backbone._replace(spec=dataclasses.replace(network, class_names=class_names))
     checkpoints = checkpoint.Checkpoints(stage.checkpoint_folder(workdir, STAGE), 2)
     checkpoints.save(
         0,
         {"params": params},
         {
-            "model": spec.model,
+            "model": network.name,
             "cast": report.cast,
             "counters": report.counters,
             "renamed": report.renamed,
+            **description.to_keep(found, backbone.spec, report.missing),
         },
     )
     checkpoints.close()
@@ -59,8 +68,9 @@ def import_weights(spec: ImportSpec, workdir: Path, name: str) -> None:
         log_info(f"exported under the reference's names: {spec.export_path}")
     summary = {
         "weights": spec.weights,
-        "model": spec.model,
+        "model": network.name,
         "num_classes": num_classes,
+        "class_names": list(class_names),
         "num_params": tree.count(params),
         "matched": len(report.matched),
         "missing": report.missing,
@@ -99,17 +109,24 @@ def _summary(report: names.Report) -> str:
 def _report(
     spec: ImportSpec, backbone: backbones.Backbone, summary: Mapping[str, Any]
 ) -> Iterator[str]:
-    yield from (f"# {spec.model} from {Path(spec.weights).name}", "")
+    name = backbone.spec.name
+    yield from (f"# {name} from {Path(spec.weights).name}", "")
     yield from table(
         ["", ""],
         [
             [
                 "model",
                 (
-                    f"{spec.model}, {summary['num_classes'] or 'no'} classes, input "
+                    f"{name}, {summary['num_classes'] or 'no'} classes, input "
                     f"{_describe_inputs(backbone)}"
                 ),
             ],
+            *(
+                [["classes", ", ".join(summary["class_names"][:_MAX_LINES])]]
+                if summary["class_names"]
+                else []
+            ),
+            *_sizes(backbone),
             ["parameters", f"{summary['num_params']:,}"],
             ["arrays matched", summary["matched"]],
             ["cast to float32", len(summary["cast"])],
@@ -130,7 +147,24 @@ def _report(
         if len(names) > _MAX_LINES:
             yield f"- and {len(names) - _MAX_LINES} others, in [results.json](results.json)"
         yield ""
-    yield (f"The checkpoint is in `checkpoints/{STAGE}`; `--config.weights` accepts this folder.")
+    yield (
+        f"The checkpoint is in `checkpoints/{STAGE}`. This folder can be named wherever weights "
+        "are asked for: `--config.weights`, `--config.model.stem.weights` and `pj.load_backbone`."
+    )
+
+
+def _sizes(backbone: backbones.Backbone) -> list[list[str]]:
+    """A Transformer's sizes and pixel normalization, as rows of the report."""
+    spec, size = backbone.spec, getattr(backbone.spec.net, "size", None)
+    if not isinstance(size, StackSize):
+        return []
+    rows = [
+        ["sizes", f"width {size.width}, depth {size.depth}, {size.heads} heads, MLP {size.mlp}"]
+    ]
+    if spec.video:
+        scaled = f", short side {spec.short_side} before the crop" if spec.short_side else ""
+        rows.append(["pixels", f"mean {spec.mean}, deviation {spec.std}{scaled}"])
+    return rows
 
 
 def _describe_inputs(backbone: backbones.Backbone) -> str:

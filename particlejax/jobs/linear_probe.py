@@ -22,8 +22,10 @@ from particlejax.core.typing import Params, UserError
 from particlejax.data import clips, pipeline, sources
 from particlejax.data.modalities import feature_store
 from particlejax.data.video.decode import Unreadable
+from particlejax.data.video.frame_ops import center_crop
 from particlejax.models.zoo import backbones
-from particlejax.models.zoo.convert import packages
+from particlejax.models.zoo.convert import description
+from particlejax.models.zoo.networks import BackboneSpec
 from particlejax.reports.markdown import table
 from particlejax.train import pretrained, stage
 from particlejax.train.classification_metrics import compute_metrics
@@ -81,7 +83,7 @@ def linear_probe(spec: LinearProbeSpec, workdir: Path, name: str) -> None:
         workdir,
         "linear_probe",
         {
-            "model": spec.model,
+            "model": frozen.identity["model"],
             spec.test_split: metrics,
             "width": train_features.features.shape[1],
             "computed": computed,
@@ -90,13 +92,14 @@ def linear_probe(spec: LinearProbeSpec, workdir: Path, name: str) -> None:
         },
         unreadable.gather_all(),
     )
+    name = frozen.identity["model"]
     log_info(
-        f"{spec.model} on {len(test_features.label)} clips of {spec.source} ({spec.test_split}): "
+        f"{name} on {len(test_features.label)} clips of {spec.source} ({spec.test_split}): "
         f"top-1 {metrics.get('top1', float('nan')):.3f}; features of {computed} clips computed, "
         f"{clips_seen - computed} cached"
     )
     path = workdir / "report.md"
-    io.write_text(path, "\n".join(_report(spec, metrics, train_features, computed)))
+    io.write_text(path, "\n".join(_report(frozen, spec, metrics, train_features, computed)))
     log_info(f"report: {path}")
 
 
@@ -104,40 +107,27 @@ def load_backbone(spec: LinearProbeSpec | ExtractFeaturesSpec) -> FrozenBackbone
     """The network. Raises UserError if its weights are missing, do not fit or lack more than a
     head.
     """
-    published = backbones.find_backbone(spec.model)
-    if not published.video and not (
-        (published.sound or published.text) and isinstance(spec, ExtractFeaturesSpec)
-    ):
-        raise UserError(
-            f"{spec.model} does not take video: choose a video model with config.model, such as "
-            "i3d."
-        )
+
+    def check(network: BackboneSpec) -> None:
+        has_features = network.sound or network.text
+        if not network.video and not (has_features and isinstance(spec, ExtractFeaturesSpec)):
+            raise UserError(
+                f"{network.name} does not take video: choose a video model with config.model, such "
+                "as i3d."
+            )
+
     if spec.weights == "random":
         log_info("weights are random: the features are of an untrained network.")
-        backbone = backbones.build_backbone(published)
-        params = jax.jit(backbone.init)(jax.random.key(0))
-    else:
-        path = spec.weights or str(packages.find_weights(spec.model, "weights"))
-        backbone, params, _, report = pretrained.load_pretrained(path, spec.model)
-        missing = [name for name in report.missing if not name.startswith("head")]
-        if missing:
-            raise UserError(
-                f"{path} lacks {len(missing)} parameters of {spec.model} ({missing[0]}, ...): set "
-                "config.model to the model of these weights, or use other config.weights."
-            )
-        params = jax.tree.map(
-            lambda leaf: leaf if isinstance(leaf, np.ndarray) else np.zeros(leaf.shape, leaf.dtype),
-            params,
-        )
-    return FrozenBackbone(
-        backbone,
-        jax.device_put(params),
-        {
-            "model": spec.model,
-            "weights": digest(params),
-            "endpoint": spec.endpoint or backbone.spec.default_endpoint,
-        },
-    )
+    backbone, params, _ = pretrained.load_network(spec.model, spec.weights, check)
+    network = backbone.spec
+    identity = {
+        "model": network.name,
+        "weights": digest(params),
+        "endpoint": spec.endpoint or network.default_endpoint,
+    }
+    if settings := description.own_settings(network):
+        identity["settings"] = settings
+    return FrozenBackbone(backbone, params, identity)
 
 
 def digest(params: Params) -> str:
@@ -162,8 +152,14 @@ def compute_features(
     )
     # a Transformer has position embeddings for a fixed number of frames
     num_frames = network.frames if network.inputs or not spec.num_frames else spec.num_frames
-    data = DataSpec(num_frames=num_frames, image_size=network.size, clip_seconds=spec.clip_seconds)
-    sampling = {"frames": data.num_frames, "size": data.image_size, "seconds": data.clip_seconds}
+    data = DataSpec(
+        num_frames=num_frames,
+        image_size=network.short_side or network.size,
+        clip_seconds=spec.clip_seconds,
+    )
+    sampling = {"frames": num_frames, "size": network.size, "seconds": data.clip_seconds}
+    if network.short_side:
+        sampling["short_side"] = network.short_side
     apply = jax.jit(
         lambda params, pixels: backbones.features(frozen.backbone, params, pixels, spec.endpoint)
     )
@@ -183,7 +179,7 @@ def compute_features(
     for start in range(0, len(pending), spec.batch_size):
         chunk = pending[start : start + spec.batch_size]
         frames_by_index = {
-            index: frames
+            index: center_crop(frames, network.size)
             for index in chunk
             if (frames := _read_frames(index, source[index], data, unreadable)) is not None
         }
@@ -278,9 +274,13 @@ def load_stored(folder: Path | None, name: str) -> np.ndarray | None:
 
 
 def _report(
-    spec: LinearProbeSpec, metrics: dict[str, Any], train_features: SplitFeatures, computed: int
+    frozen: FrozenBackbone,
+    spec: LinearProbeSpec,
+    metrics: dict[str, Any],
+    train_features: SplitFeatures,
+    computed: int,
 ) -> Iterator[str]:
-    yield from (f"# Linear probe of {spec.model} on {spec.source}", "")
+    yield from (f"# Linear probe of {frozen.identity['model']} on {spec.source}", "")
     entries: Sequence[tuple[str, Any]] = (
         ("training clips", len(train_features.label)),
         ("feature width", train_features.features.shape[1]),

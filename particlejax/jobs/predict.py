@@ -14,22 +14,21 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from particlejax import api
 from particlejax.config.job_specs import PredictSpec
-from particlejax.core import csv_table, io, text, tree
+from particlejax.core import io, text
 from particlejax.core.typing import Params, UserError
 from particlejax.data.sources.folder import VIDEO_SUFFIXES
-from particlejax.data.video.decode import Unreadable, Video
-from particlejax.models import zoo
+from particlejax.data.video.decode import Unreadable
 from particlejax.models.zoo import backbones
 from particlejax.models.zoo.convert import packages
+from particlejax.models.zoo.convert.description import DEFAULT_MODEL
+from particlejax.models.zoo.networks import BackboneSpec
 from particlejax.reports import plots
 from particlejax.reports.markdown import table
 from particlejax.train import pretrained, stage
 from particlejax.train.log import Progress, log_info
 
-# Kinetics-400's class names in the order of its published label map, which is alphabetical.
-_KINETICS = Path(zoo.__file__).with_name("kinetics400.txt")
-_LABELS = "label_map.txt"
 _MOST_PICTURES = 50
 _UNPRINTABLE = re.compile("[\udc80-\udcff]")  # bytes of a file name that are not UTF-8
 
@@ -66,7 +65,8 @@ def predict(spec: PredictSpec, workdir: Path, name: str) -> None:
     for i, path in enumerate(files):
         shown = text.escape(str(path))
         try:
-            views, times = read_views(path, spec, predictor.backbone.spec.size)
+            network = predictor.backbone.spec
+            views, times = read_views(path, spec, network.size, network.short_side)
         except Unreadable as error:
             unreadable[shown] = error.reason
             log_info(f"{shown} is unreadable ({error.reason}): skipped.")
@@ -92,7 +92,8 @@ def predict(spec: PredictSpec, workdir: Path, name: str) -> None:
         unreadable,
     )
     report = workdir / "report.md"
-    io.write_text(report, "\n".join(_report(spec, predictions, unreadable)))
+    name = predictor.backbone.spec.name
+    io.write_text(report, "\n".join(_report(spec, name, predictions, unreadable)))
     log_info(f"report: {report}")
 
 
@@ -100,59 +101,43 @@ def load_predictor(spec: PredictSpec) -> Predictor:
     """The network with its weights. Raises UserError if they are missing or incomplete, or if it
     does not classify actions.
     """
-    if not backbones.find_backbone(spec.model).video or not getattr(
-        backbones.find_backbone(spec.model).net, "classes", 0
-    ):
-        raise UserError(
-            f"{spec.model} does not classify actions: choose another config.model, such as i3d."
-        )
     if spec.weights == "random":
         log_info("weights are random: predictions are meaningless.")
-        backbone = backbones.build_backbone(backbones.find_backbone(spec.model))
-        params = jax.jit(backbone.init)(jax.random.key(0))
-        return Predictor(backbone, params, _class_names(spec, None, params))
-    path = find_weights(spec)
-    backbone, params, _, report = pretrained.load_pretrained(str(path), spec.model)
-    if report.missing:
+    network = pretrained.load_network(spec.model, spec.weights, _check_network)
+    backbone = network.backbone
+    if not network.has_head:
         raise UserError(
-            f"{path} lacks {len(report.missing)} parameters of {spec.model} ({report.missing[0]}, "
-            "...): set config.model to the model of these weights, or use other config.weights."
+            f"{spec.weights} holds {backbone.spec.name} without a trained classification head: "
+            "name fine-tuned weights, or train on its features with experiments/linear_probe.py."
         )
-    return Predictor(backbone, jax.device_put(params), _class_names(spec, path, params))
+    return Predictor(
+        backbone,
+        network.params,
+        pretrained.class_names(network, spec.weights or str(find_weights(spec)), spec.class_names),
+    )
+
+
+def _check_network(spec: BackboneSpec) -> None:
+    """Raises UserError for a network that does not classify clips."""
+    if not spec.video or not getattr(spec.net, "classes", 0):
+        raise UserError(
+            f"{spec.name} does not classify actions: choose another config.model, such as i3d."
+        )
 
 
 def find_weights(spec: PredictSpec) -> Path:
     """config.weights, else those of the installed package. Raises UserError if neither exists."""
     if spec.weights:
         return Path(spec.weights).expanduser()
-    return packages.find_weights(spec.model, "weights")
+    return packages.find_weights(spec.model or DEFAULT_MODEL, "weights")
 
 
 def read_views(
-    path: Path, spec: PredictSpec, size: int
+    path: Path, spec: PredictSpec, size: int, short_side: int = 0
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Evenly spaced windows of a video, each uint8 [T, size, size, 3] center crops, and frame times
-    [T] in seconds.
-
-    A video shorter than a window repeats its last frame.
-    """
-    view_seconds = spec.num_frames / spec.fps
-    with Video(str(path)) as video:
-        num_views = min(spec.num_views, max(1, round(video.duration / view_seconds)))
-        starts = (
-            np.linspace(0, max(video.duration - view_seconds, 0), num_views)
-            if num_views > 1
-            else ([max(video.duration - view_seconds, 0) / 2])
-        )
-        clips = [
-            video.frames_at(start + np.arange(spec.num_frames) / spec.fps, size) for start in starts
-        ]
-    return [_center_crop(frames, size) for frames, _ in clips], [times for _, times in clips]
-
-
-def _center_crop(frames_THWC: np.ndarray, size: int) -> np.ndarray:
-    top, left = ((n - size) // 2 for n in frames_THWC.shape[1:3])
-    return frames_THWC[:, top : top + size, left : left + size]
+    """Evenly spaced windows of a video and their frame times; see `api.windows`."""
+    found = api.windows(str(path), spec.num_frames, size, spec.num_views, spec.fps, short_side)
+    return [frames for frames, _ in found], [times for _, times in found]
 
 
 def _top_classes(
@@ -180,33 +165,13 @@ def _files(videos: str) -> list[Path]:
     return [path]
 
 
-def _class_names(spec: PredictSpec, weights: Path | None, params: Params) -> tuple[str, ...]:
-    num_classes = tree.flatten(params)["head/bias"].size
-    default_path = weights.parent / _LABELS if weights else _KINETICS
-    path = (
-        Path(spec.class_names).expanduser()
-        if spec.class_names
-        else default_path
-        if default_path.is_file()
-        else _KINETICS
-    )
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: check config.class_names.")
-    class_names = csv_table.read_names(path)
-    if len(class_names) == num_classes:
-        return class_names
-    if spec.class_names:
-        raise UserError(
-            f"{path} has {len(class_names)} names but the model has {num_classes} classes: use its "
-            "label map."
-        )
-    return tuple(f"class {i}" for i in range(num_classes))
-
-
 def _report(
-    spec: PredictSpec, predictions: dict[str, VideoPrediction], unreadable: dict[str, str]
+    spec: PredictSpec,
+    name: str,
+    predictions: dict[str, VideoPrediction],
+    unreadable: dict[str, str],
 ) -> Iterator[str]:
-    yield from (f"# Predictions of {spec.model}", "")
+    yield from (f"# Predictions of {name}", "")
     if spec.weights == "random":
         yield from ("The weights are random: predictions are meaningless.", "")
     for path, (probs, picture) in predictions.items():

@@ -28,6 +28,12 @@ class Region(NamedTuple):
     flip: bool = False
 
 
+def center_crop(frames_THWC: np.ndarray, size: int) -> np.ndarray:
+    """The square of `size` pixels in the center of each frame."""
+    top, left = ((n - size) // 2 for n in frames_THWC.shape[1:3])
+    return frames_THWC[:, top : top + size, left : left + size]
+
+
 def is_fine(width: int, height: int) -> bool:
     """Whether a frame is large enough to be cropped at even pixels."""
     return min(width, height) >= _MIN_FINE_SIDE

@@ -38,7 +38,7 @@ def find_backbone(name: str) -> BackboneSpec:
     """The variant of this name. Raises UserError for an unknown name."""
     if name not in VARIANTS:
         raise UserError(f"there is no model {name!r}: {did_you_mean(name, VARIANTS)}")
-    return VARIANTS[name]
+    return dataclasses.replace(VARIANTS[name], name=name)
 
 
 def build_backbone(

@@ -49,6 +49,10 @@ class BackboneSpec:
     std: Channels = 0.225
     # shapes and dtypes of one example's inputs, if it takes more than a clip
     inputs: Inputs = ()
+    name: str = ""  # as `VARIANTS` has it, or its kind where the sizes are others
+    # of the classes in order, where the weights name them
+    class_names: tuple[str, ...] = ()
+    short_side: int = 0  # pixels to which frames are scaled before the center crop; 0: size
 
     @property
     def examples(self) -> Inputs:
@@ -81,16 +85,23 @@ def with_size(spec: BackboneSpec, frames: int, size: int) -> BackboneSpec:
             "config.image_size at "
             "0."
         )
-    return _transformer(spec.kind, spec.net.with_size(frames, size), spec.mean, spec.std)
+    net = spec.net.with_size(frames, size)
+    resized = transformer_spec(spec.kind, net, spec.mean, spec.std)
+    return dataclasses.replace(
+        resized,
+        name=spec.name,
+        class_names=spec.class_names,
+        short_side=round(spec.short_side * resized.size / spec.size) if spec.short_side else 0,
+    )
 
 
-def _transformer(
+def transformer_spec(
     kind: str,
     net: Any,
     mean: Channels = (0.485, 0.456, 0.406),
     std: Channels = (0.229, 0.224, 0.225),
 ) -> BackboneSpec:
-    """Spec of a Transformer; normalization defaults to ImageNet's mean and deviation."""
+    """The spec of a Transformer; normalization defaults to ImageNet's mean and deviation."""
     return BackboneSpec(
         kind, net, getattr(net, "frames", 0), getattr(net, "rows", 0), "last", mean, std, net.inputs
     )
@@ -144,25 +155,27 @@ def _tiny(
 
 
 _TRANSFORMERS: dict[str, BackboneSpec] = {
-    "videomae_base": _transformer("videomae", VideoMAE(400)),
-    "videomae_large": _transformer("videomae", VideoMAE(400, size=StackSize(1024, 24, 16, 4096))),
-    "videomae_pretraining_base": _transformer("videomae_pretraining", VideoMAEPretraining()),
-    "vivit_base": _transformer("vivit", ViViT(400), 0.5, 0.5),
-    "timesformer_base": _transformer("timesformer", TimeSformer(400), 0.45, 0.225),
-    "vjepa2_large": _transformer("vjepa2", VJEPA2(174, 16)),  # 174: Something-Something v2
-    "vjepa2_pretraining_large": _transformer("vjepa2_pretraining", VJEPA2Pretraining()),
-    "videoprism_base": _transformer("videoprism", VideoPrism(400), 0.0, 1.0),
-    "videoprism_text_base": _transformer(
+    "videomae_base": transformer_spec("videomae", VideoMAE(400)),
+    "videomae_large": transformer_spec(
+        "videomae", VideoMAE(400, size=StackSize(1024, 24, 16, 4096))
+    ),
+    "videomae_pretraining_base": transformer_spec("videomae_pretraining", VideoMAEPretraining()),
+    "vivit_base": transformer_spec("vivit", ViViT(400), 0.5, 0.5),
+    "timesformer_base": transformer_spec("timesformer", TimeSformer(400), 0.45, 0.225),
+    "vjepa2_large": transformer_spec("vjepa2", VJEPA2(174, 16)),  # 174: Something-Something v2
+    "vjepa2_pretraining_large": transformer_spec("vjepa2_pretraining", VJEPA2Pretraining()),
+    "videoprism_base": transformer_spec("videoprism", VideoPrism(400), 0.0, 1.0),
+    "videoprism_text_base": transformer_spec(
         "videoprism_text", VideoText(VideoPrism(0, auxiliary=2)), 0.0, 1.0
     ),
-    "ast_base": _transformer("ast", AST()),
-    "bert_base": _transformer("bert", Bert()),
-    "minilm": _transformer("bert", Bert(size=StackSize(384, 6, 12, 1536))),
-    "clip_base_32": _transformer("clip", ImageText(ImageTower(), TextTower()), *_CLIP_PIXELS),
-    "clip_base_16": _transformer(
+    "ast_base": transformer_spec("ast", AST()),
+    "bert_base": transformer_spec("bert", Bert()),
+    "minilm": transformer_spec("bert", Bert(size=StackSize(384, 6, 12, 1536))),
+    "clip_base_32": transformer_spec("clip", ImageText(ImageTower(), TextTower()), *_CLIP_PIXELS),
+    "clip_base_16": transformer_spec(
         "clip", ImageText(ImageTower(patch=16), TextTower()), *_CLIP_PIXELS
     ),
-    "siglip_base_16": _transformer(
+    "siglip_base_16": transformer_spec(
         "siglip",
         ImageText(
             ImageTower(0, patch=16, style=_SIGLIP_STYLE),
@@ -172,34 +185,34 @@ _TRANSFORMERS: dict[str, BackboneSpec] = {
         0.5,
         0.5,
     ),
-    "videomae_tiny": _transformer("videomae", _tiny(VideoMAE)),
-    "videomae_pretraining_tiny": _transformer(
+    "videomae_tiny": transformer_spec("videomae", _tiny(VideoMAE)),
+    "videomae_pretraining_tiny": transformer_spec(
         "videomae_pretraining", _tiny(VideoMAEPretraining, classes=0, decoder_size=_TINY_DECODER)
     ),
-    "vivit_tiny": _transformer("vivit", _tiny(ViViT), 0.5, 0.5),
-    "timesformer_tiny": _transformer("timesformer", _tiny(TimeSformer, (1, 8, 8)), 0.45, 0.225),
-    "vjepa2_tiny": _transformer("vjepa2", _tiny(VJEPA2, pooler_depth=1)),
-    "vjepa2_pretraining_tiny": _transformer(
+    "vivit_tiny": transformer_spec("vivit", _tiny(ViViT), 0.5, 0.5),
+    "timesformer_tiny": transformer_spec("timesformer", _tiny(TimeSformer, (1, 8, 8)), 0.45, 0.225),
+    "vjepa2_tiny": transformer_spec("vjepa2", _tiny(VJEPA2, pooler_depth=1)),
+    "vjepa2_pretraining_tiny": transformer_spec(
         "vjepa2_pretraining",
         _tiny(VJEPA2Pretraining, classes=0, predictor_size=StackSize(24, 1, 2, 48), mask_tokens=3),
     ),
-    "videoprism_tiny": _transformer(
+    "videoprism_tiny": transformer_spec(
         "videoprism", _tiny(VideoPrism, (1, 8, 8), time_depth=1), 0.0, 1.0
     ),
-    "videoprism_text_tiny": _transformer(
+    "videoprism_text_tiny": transformer_spec(
         "videoprism_text",
         VideoText(_tiny(VideoPrism, (1, 8, 8), classes=0, time_depth=1, auxiliary=1), 40, 8, _TINY),
         0.0,
         1.0,
     ),
-    "ast_tiny": _transformer("ast", AST(5, 24, 16, 8, 5, _TINY)),
-    "bert_tiny": _transformer("bert", Bert(40, 12, 2, _TINY)),
-    "clip_tiny": _transformer(
+    "ast_tiny": transformer_spec("ast", AST(5, 24, 16, 8, 5, _TINY)),
+    "bert_tiny": transformer_spec("bert", Bert(40, 12, 2, _TINY)),
+    "clip_tiny": transformer_spec(
         "clip",
         ImageText(ImageTower(16, 16, 16, 8, _TINY), TextTower(16, 40, 8, 39, size=_TINY)),
         *_CLIP_PIXELS,
     ),
-    "siglip_tiny": _transformer(
+    "siglip_tiny": transformer_spec(
         "siglip",
         ImageText(
             ImageTower(0, 16, 16, 8, _TINY, _SIGLIP_STYLE),

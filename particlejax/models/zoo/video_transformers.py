@@ -112,15 +112,23 @@ def _with_token(token_D: Array, x_BND: Array) -> Array:
 
 
 class VideoMAE(VideoTransformer):
-    """arXiv:2203.12602, fine-tuned: fixed positions, classifies the mean token."""
+    """arXiv:2203.12602, fine-tuned: fixed positions, classifies the mean token.
+
+    Where not `mean_pool`, the tokens are normalized and the first one is classified.
+    """
 
     style: BlockStyle = _NO_KEY_BIAS
+    mean_pool: bool = True
 
     @nn.compact
     def __call__(self, x_BTHWC: Array) -> tuple[Array, Endpoints]:
         x = self.tokens(x_BTHWC)
         x, blocks = self.stack()(x + sinusoidal_positions(x.shape[1], self.size.width)[None])
-        pooled = Norm(name="head_norm")(jnp.mean(x, axis=1))
+        if self.mean_pool:
+            pooled = Norm(name="head_norm")(jnp.mean(x, axis=1))
+        else:
+            x = Norm(self.style.epsilon, name="norm")(x)
+            pooled = x[:, 0]
         return self.logits(pooled), endpoints(blocks, x)
 
 
@@ -148,6 +156,7 @@ class VideoMAEPretraining(Pretraining):
 
     style: BlockStyle = _NO_KEY_BIAS
     decoder_size: StackSize = StackSize(384, 4, 6, 1536)
+    mean_pool: bool = False  # as VideoMAE's: whether the encoder has no final norm
 
     @nn.compact
     def __call__(
@@ -156,7 +165,8 @@ class VideoMAEPretraining(Pretraining):
         x = self.tokens(x_BTHWC)
         x = _take_tokens(x + sinusoidal_positions(x.shape[1], self.size.width)[None], visible_BV)
         x, blocks = self.stack()(x)
-        x = Norm(self.style.epsilon, name="norm")(x)
+        if not self.mean_pool:
+            x = Norm(self.style.epsilon, name="norm")(x)
         decoder_size, num_tokens = self.decoder_size, np.prod(self.grid)
         table = sinusoidal_positions(int(num_tokens), decoder_size.width)
         visible = nn.Dense(
@@ -262,12 +272,13 @@ class VJEPA2(VideoTransformer):
         x = last = Norm(self.style.epsilon, name="norm")(x)
         width, heads = self.size.width, self.size.heads
         pooler = StackSize(width, self.pooler_depth, heads, 4 * width)
-        x, _ = BlockStack(pooler, self.style, dtype=self.dtype, name="pooler")(x)
+        style = dataclasses.replace(self.style, bias=(True, True, True))
+        x, _ = BlockStack(pooler, style, dtype=self.dtype, name="pooler")(x)
         query = jnp.broadcast_to(
             self.param("pool_query", _INIT, (width,))[None, None], (x.shape[0], 1, width)
         )
         normalized = Norm(self.style.epsilon, name="pool_norm")(x)
-        y = query + Attention(heads, self.style, out=False, dtype=self.dtype, name="pool")(
+        y = query + Attention(heads, style, out=False, dtype=self.dtype, name="pool")(
             query, normalized
         )
         y += Mlp(4 * width, self.style, self.dtype, name="pool_mlp")(

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weight files to {dotted name: array}, and back: safetensors, PyTorch, npz, numpy pickles, Orbax
-folders.
+"""Weight files to {dotted name: array}, and back: safetensors, PyTorch, npz, numpy pickles, folders
+of `save_pretrained` and of Orbax.
 """
 
 import os
@@ -13,9 +13,15 @@ import numpy as np
 from particlejax.core.io import atomic_file
 from particlejax.core.typing import UserError
 from particlejax.distributed import checkpoint
-from particlejax.models.zoo.convert import safetensors, torch_pickle
+from particlejax.models.zoo.convert import pretrained_folder, safetensors, torch_pickle
 
 _PICKLES = (".pt", ".pth", ".pyth", ".bin", ".ckpt", ".pkl", ".tar")
+SUFFIXES = (".safetensors", ".npz", *_PICKLES)
+ACCEPTED = (
+    f"a file ({', '.join(SUFFIXES)}), a folder that transformers' save_pretrained wrote "
+    "(config.json beside model.safetensors or pytorch_model.bin, whole or in shards), the workdir "
+    "of import_weights, or an Orbax folder"
+)
 _NPZ_LIMITS = "npz holds no bfloat16 or float8: name a file that ends in .safetensors."
 
 
@@ -23,26 +29,59 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The arrays of a file or folder, without running code from it. Raises UserError if it cannot
     be read.
     """
-    path = Path(path).expanduser()
+    path = located(path)
     if path.is_dir():
-        arrays = checkpoint.load_arrays(checkpoints_in(path))
-    elif not path.is_file():
-        raise UserError(f"{path} does not exist: check the path of the weights.")
-    elif path.suffix == ".safetensors":
-        arrays = safetensors.read(path)
-    elif path.suffix == ".npz":
-        arrays = _read_npz(path)
-    elif path.suffix in _PICKLES:
-        arrays = torch_pickle.read(path)
+        arrays = _read_checkpoint(path)
+    elif path.name.endswith(pretrained_folder.INDEX_SUFFIX):
+        arrays = {}
+        for shard, listed in pretrained_folder.shards_of(path).items():
+            part = _read_file(shard)
+            pretrained_folder.check_shard(path, shard, listed, part)
+            arrays |= part
     else:
-        raise UserError(
-            f"{path} has none of the suffixes .safetensors, .npz, {', '.join(_PICKLES)}: rename it "
-            "after "
-            "its format, or name an Orbax folder."
-        )
+        arrays = _read_file(path)
     if not arrays:
         raise UserError(f"{path} holds no arrays: name the file with the weights.")
     return _dequantize({name.replace("/", "."): array for name, array in arrays.items()})
+
+
+def located(path: str | os.PathLike[str]) -> Path:
+    """The file or index with the weights that a path names, or else the folder of a checkpoint.
+
+    Raises UserError if the path does not exist.
+    """
+    path = pretrained_folder.snapshot(Path(path).expanduser())
+    if not path.exists():
+        raise UserError(f"{path} does not exist: check the path of the weights, {ACCEPTED}.")
+    if not path.is_dir():
+        return path
+    folder = checkpoints_in(path)
+    return (folder == path and pretrained_folder.weights_in(path)) or folder
+
+
+def _read_file(path: Path) -> dict[str, np.ndarray]:
+    if path.suffix not in SUFFIXES:
+        raise UserError(
+            f"{path} has none of the suffixes {', '.join(SUFFIXES)}: rename it after its format, "
+            "or name a folder of save_pretrained or of Orbax."
+        )
+    pretrained_folder.refuse_other_content(path)
+    if path.suffix == ".safetensors":
+        return safetensors.read(path)
+    return _read_npz(path) if path.suffix == ".npz" else torch_pickle.read(path)
+
+
+def _read_checkpoint(folder: Path) -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint. Raises UserError for a folder without one, with what it holds."""
+    try:
+        return checkpoint.load_arrays(folder)
+    except UserError as error:
+        names = sorted(p.name for p in folder.iterdir())
+        held = f"it holds {pretrained_folder.listing(names)}" if names else "it is empty"
+        raise UserError(
+            f"{folder} has no valid checkpoint and no weights under the names of save_pretrained "
+            f"({held}): name {ACCEPTED}."
+        ) from error
 
 
 def _dequantize(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

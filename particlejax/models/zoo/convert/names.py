@@ -192,7 +192,7 @@ def import_params(
             f"({names.entries[0].reference_name}, ...): set config.model to the model of these "
             "weights."
         )
-    report.unused.extend(sorted(set(arrays) - used))
+    report.unused.extend(sorted(originals.get(name, name) for name in set(arrays) - used))
     return tree.map_named(lambda path, leaf: imported.get(path, leaf), params), report
 
 
@@ -225,15 +225,26 @@ def export_params(params: Params, names: Names, report: Report) -> dict[str, np.
 
 def head_classes(arrays: Mapping[str, np.ndarray], names: Names) -> int:
     """Number of classes of the head among the arrays, 0 if there is none."""
-    arrays, _ = _translate_dialect(arrays, names)
+    bias = _head_names(arrays, names).get("head/bias")
+    return arrays[bias].size if bias in arrays else 0
+
+
+def without_head(arrays: Mapping[str, np.ndarray], names: Names) -> dict[str, np.ndarray]:
+    """The arrays without those of the head."""
+    head = set(_head_names(arrays, names).values())
+    return {name: array for name, array in arrays.items() if name not in head}
+
+
+def _head_names(arrays: Mapping[str, np.ndarray], names: Names) -> dict[str, str]:
+    """The names that the head's parameters have in a file, by our path."""
+    arrays, originals = _translate_dialect(arrays, names)
     prefix, own_names = _prefix(arrays, names)
-    bias = next((e for e in names.entries if e.path == "head/bias"), None)
-    array = (
-        arrays.get(prefix + (bias.path.replace("/", ".") if own_names else bias.reference_name))
-        if bias
-        else None
-    )
-    return 0 if array is None else array.size
+    found = {
+        e.path: prefix + (e.path.replace("/", ".") if own_names else e.reference_name)
+        for e in names.entries
+        if e.path.startswith("head/")
+    }
+    return {path: originals.get(name, name) for path, name in found.items()}
 
 
 def _entry(kind: str, path: str, flat: Mapping[str, Any]) -> Entry:

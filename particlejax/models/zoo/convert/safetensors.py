@@ -45,9 +45,13 @@ def read(path: Path) -> dict[str, np.ndarray]:
     try:
         header = json.loads(bytes(data[8 : 8 + length]))
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = 8 + length + max((e["data_offsets"][1] for e in entries.values()), default=0)
+        if end > len(data):
+            raise ValueError(f"it is truncated: {len(data):,} of {end:,} bytes")
         return {name: _array(data[8 + length :], entry) for name, entry in entries.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise _read_error(path, f"{type(error).__name__}: {error}") from error
+        reason = str(error) if "truncated" in str(error) else f"{type(error).__name__}: {error}"
+        raise _read_error(path, reason) from error
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

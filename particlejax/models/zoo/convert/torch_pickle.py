@@ -33,6 +33,7 @@ _STORAGES = {
     "BoolStorage": np.bool_,
 }
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first object of a file from before PyTorch 1.6
+_ZIP = b"PK\x03\x04"  # how a file of PyTorch 1.6 or later begins
 _NUMPY_TYPES = frozenset("f2 f4 f8 i1 i2 i4 i8 u1 u2 u4 u8 b1".split())
 
 
@@ -49,6 +50,9 @@ def read(path: Path) -> dict[str, np.ndarray]:
             loaded = _read_zip(path)
         else:
             with open(path, "rb") as file:
+                if file.read(len(_ZIP)) == _ZIP:
+                    raise ValueError("its zip archive is truncated")
+                file.seek(0)
                 loaded = _read_stream(file)
     except _ForbiddenObject as error:
         raise UserError(
@@ -59,8 +63,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
     except Exception as error:  # a damaged file can make zipfile and pickle raise anything
         raise UserError(
             f"{path} cannot be read as a pickle of arrays ({type(error).__name__}: {error}): fetch "
-            "it "
-            "again, or give it the suffix of its format."
+            "it again, or give it the suffix of its format."
         ) from error
     arrays: dict[str, np.ndarray] = {}
     _flatten("", loaded, arrays)

@@ -141,7 +141,12 @@ _IMAGE: Rules = (
 )
 
 _RULES: dict[str, Rules] = {
-    "videomae": (*_MAE, *_HEAD, ("head_norm", "fc_norm")),
+    "videomae": (
+        *_MAE,
+        *_HEAD,
+        ("head_norm", "fc_norm"),
+        ("norm", "videomae.layernorm"),  # of files that classify the first token
+    ),
     "videomae_pretraining": (
         *_MAE,
         ("norm", "videomae.layernorm"),
@@ -275,19 +280,20 @@ def _encoder_only(base: str) -> tuple[Rules, ...]:
     return ((("^", f"{base}."),), ((r"^vit\.", f"{base}."),))
 
 
+def _encoder_only_or(rules: Rules, base: str) -> tuple[Rules, ...]:
+    """Names of files with these rules, with the encoder alone, and with both."""
+    return (rules, *_encoder_only(base), *(rules + bare for bare in _encoder_only(base)))
+
+
 _DIALECTS: dict[str, tuple[Rules, ...]] = {
-    "videomae": (_QV, *_encoder_only("videomae")),
-    "videomae_pretraining": (_QV, *_encoder_only("videomae")),
-    "vivit": (
-        _BEFORE_5,
-        *_encoder_only("vivit"),
-        *(_BEFORE_5 + bare for bare in _encoder_only("vivit")),
-    ),
+    "videomae": _encoder_only_or(_QV, "videomae"),
+    "videomae_pretraining": _encoder_only_or(_QV, "videomae"),
+    "vivit": _encoder_only_or(_BEFORE_5, "vivit"),
     "timesformer": _encoder_only("timesformer"),
     "vjepa2": _encoder_only("vjepa2"),
     "videoprism": _encoder_only("vision_model"),
     "bert": (_GAMMA,),
-    "ast": (_BEFORE_5,),
+    "ast": _encoder_only_or(_BEFORE_5, "audio_spectrogram_transformer"),
 }
 KINDS = tuple(_RULES)
 

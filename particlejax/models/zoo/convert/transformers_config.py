@@ -1,0 +1,505 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From config.json of the library transformers to a `BackboneSpec`.
+
+Every published architecture of `transformer_names` is recognized, at any width and depth; a setting
+that a network does not have is refused. A key that is not there has the library's default.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+
+from particlejax.core.errors import UserError
+from particlejax.core.suggest import did_you_mean
+from particlejax.models.zoo.networks import VARIANTS, BackboneSpec, transformer_spec
+from particlejax.models.zoo.text_image_encoders import AST, Bert, ImageText, TextTower, VideoText
+from particlejax.models.zoo.vit_blocks import BlockStyle, StackSize
+
+Triple = tuple[int, int, int]
+IMAGE_VIT = "vit"  # model_type of an image network whose weights become a ViViT's
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+}
+# of networks that agree in all else: a clip's size, the classes, how tokens are pooled
+_FREE_FIELDS = (
+    "parent name dtype style classes frames rows columns num_frames num_bands mean_pool "
+    "end_token_id"
+).split()
+_OLD_END_TOKEN = 2  # of the first CLIP configs, whose texts end with the highest id
+_UNNAMED = "LABEL_"  # class names of a config without class names
+
+
+class Settings(NamedTuple):
+    """The values of a config.json or of a section of it; `file` stands in errors."""
+
+    file: str
+    values: Mapping[str, Any]
+
+    def section(self, key: str) -> "Settings":
+        """The settings under a key, none if it is missing."""
+        values = self.values.get(key) or {}
+        return Settings(f"{self.file} ({key})", values if isinstance(values, Mapping) else {})
+
+    def get(self, key: str, default: Any, kind: type | tuple[type, ...] = int) -> Any:
+        """A value of a type, positive if it is a number. Raises UserError for another value."""
+        value = self.values.get(key)
+        value = default if value is None else value
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+            raise self.error(key, f"fetch {self.file} again")
+        if is_number and value <= 0:
+            raise self.error(key, "it must be above zero")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """A positive number."""
+        return float(self.get(key, default, (int, float)))
+
+    def side(self, key: str, default: int) -> int:
+        """The side of a square, which may be given as both sides."""
+        value = self.values.get(key)
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            if len(value) != 2 or value[0] != value[1]:
+                raise self.error(key, "only squares are read")
+            return Settings(self.file, {key: value[0]}).get(key, default)
+        return self.get(key, default)
+
+    def triple(self, key: str, default: Triple) -> Triple:
+        """Frames, rows and columns of a cuboid."""
+        value = self.values.get(key) or default
+        if not isinstance(value, Sequence) or len(value) != 3:
+            raise self.error(key, "frames, rows and columns are needed")
+        return tuple(Settings(self.file, {key: n}).get(key, 1) for n in value)
+
+    def require(self, key: str, *supported: Any) -> None:
+        """Raises UserError for another value than the first of `supported`, its default."""
+        if (value := self.values.get(key)) is not None and value not in supported:
+            choices = " or ".join(map(repr, supported))
+            raise self.error(key, f"the network here has {choices} alone")
+
+    def error(self, key: str, remedy: str) -> UserError:
+        """An error about the value of a key."""
+        return UserError(f"{self.file} has {key}={self.values.get(key)!r}: {remedy}.")
+
+    def stack(
+        self, heads: int = 12, mlp: int = 3072, width: int = 768, depth: int = 12
+    ) -> StackSize:
+        """The sizes of the blocks; defaults are the library's. Raises UserError for heads that do
+        not divide the width.
+        """
+        return self.checked(
+            StackSize(
+                self.get("hidden_size", width),
+                self.get("num_hidden_layers", depth),
+                self.get("num_attention_heads", heads),
+                self.get("intermediate_size", mlp),
+            )
+        )
+
+    def checked(self, size: StackSize) -> StackSize:
+        """Raises UserError for heads that do not divide the width."""
+        if size.width % size.heads:
+            raise UserError(
+                f"{self.file} says {size.heads} attention heads for a width of {size.width}, which "
+                "is no multiple: fetch it again."
+            )
+        return size
+
+    def style(self, style: BlockStyle, activation: str, bias_key: str = "") -> BlockStyle:
+        """The style with this config's activation, epsilon and biases; `activation` and the style's
+        epsilon are the library's defaults.
+        """
+        name = self.get("hidden_act", activation, str)
+        if name not in _ACTIVATIONS:
+            raise self.error("hidden_act", f"choose one of {', '.join(_ACTIVATIONS)}")
+        has_bias = not bias_key or self.get(bias_key, True, bool)
+        if not bias_key:
+            self.require("qkv_bias", True)
+        return dataclasses.replace(
+            style,
+            activation=_ACTIVATIONS[name],
+            epsilon=self.number("layer_norm_eps", style.epsilon),
+            bias=tuple(bias and has_bias for bias in style.bias),
+        )
+
+
+class Family(NamedTuple):
+    """An architecture: its kinds in `networks`, and the network of a config of a kind.
+
+    base: the published variant whose other settings and pixel normalization it has.
+    """
+
+    kind: str
+    base: str
+    build: Callable[[Settings, Any], nn.Module]
+    # architecture: (kind, variant) of networks with more than an encoder and its head
+    others: Mapping[str, tuple[str, str]] = {}
+
+
+def _clip_sizes(settings: Settings, frames: int, side: int, patch: Triple) -> dict[str, Any]:
+    return {"frames": frames, "rows": side, "columns": side, "patch": patch}
+
+
+def _square_patch(settings: Settings) -> Triple:
+    side = settings.side("patch_size", 16)
+    return (settings.get("tubelet_size", 2), side, side)
+
+
+def _videomae(settings: Settings, net: Any) -> nn.Module:
+    settings.require("num_channels", 3)
+    sizes = {
+        **_clip_sizes(
+            settings,
+            settings.get("num_frames", 16),
+            settings.side("image_size", 224),
+            _square_patch(settings),
+        ),
+        "size": settings.stack(),
+        "style": settings.style(
+            net.style, "gelu", "qkv_bias" if "qkv_bias" in settings.values else "qv_bias"
+        ),
+        "mean_pool": settings.get("use_mean_pooling", True, bool),
+    }
+    if hasattr(net, "decoder_size"):
+        sizes["decoder_size"] = settings.checked(
+            StackSize(
+                settings.get("decoder_hidden_size", 384),
+                settings.get("decoder_num_hidden_layers", 4),
+                settings.get("decoder_num_attention_heads", 6),
+                settings.get("decoder_intermediate_size", 1536),
+            )
+        )
+    return net.clone(**sizes)
+
+
+def _vivit(settings: Settings, net: Any) -> nn.Module:
+    settings.require("num_channels", 3)
+    return net.clone(
+        **_clip_sizes(
+            settings,
+            settings.get("num_frames", 32),
+            settings.side("image_size", 224),
+            settings.triple("tubelet_size", (2, 16, 16)),
+        ),
+        size=settings.stack(),
+        style=settings.style(net.style, "gelu_fast", "qkv_bias"),
+    )
+
+
+def _image_vit(settings: Settings, net: Any) -> nn.Module:
+    """A ViViT whose cuboids have the base's frames, for the weights of an image ViT."""
+    settings.require("num_channels", 3)
+    rows = settings.side("patch_size", 16)
+    return net.clone(
+        **_clip_sizes(
+            settings, net.frames, settings.side("image_size", 224), (net.patch[0], rows, rows)
+        ),
+        size=settings.stack(),
+    )
+
+
+def _timesformer(settings: Settings, net: Any) -> nn.Module:
+    settings.require("num_channels", 3)
+    settings.require("attention_type", "divided_space_time")
+    side = settings.side("patch_size", 16)
+    return net.clone(
+        **_clip_sizes(
+            settings,
+            settings.get("num_frames", 8),
+            settings.side("image_size", 224),
+            (1, side, side),
+        ),
+        size=settings.stack(),
+        style=settings.style(net.style, "gelu", "qkv_bias"),
+    )
+
+
+def _vjepa2(settings: Settings, net: Any) -> nn.Module:
+    settings.require("in_chans", 3)
+    size = settings.stack(heads=16, width=1024, depth=24)
+    mlp = int(size.width * settings.number("mlp_ratio", 4.0))
+    sizes = {
+        **_clip_sizes(
+            settings,
+            settings.get("frames_per_clip", 64),
+            settings.side("crop_size", 256),
+            _square_patch(settings),
+        ),
+        "size": dataclasses.replace(size, mlp=mlp),
+        "style": settings.style(net.style, "gelu", "qkv_bias"),
+    }
+    if hasattr(net, "predictor_size"):
+        width = settings.get("pred_hidden_size", 384)
+        sizes["predictor_size"] = settings.checked(
+            StackSize(
+                width,
+                settings.get("pred_num_hidden_layers", 12),
+                settings.get("pred_num_attention_heads", 12),
+                int(width * settings.number("pred_mlp_ratio", 4.0)),
+            )
+        )
+        sizes["mask_tokens"] = settings.get("pred_num_mask_tokens", 10)
+    else:
+        sizes["pooler_depth"] = settings.get("num_pooler_layers", 3)
+    return net.clone(**sizes)
+
+
+def _videoprism(settings: Settings, net: Any) -> nn.Module:
+    settings.require("num_channels", 3)
+    style = settings.style(net.style, "gelu_python")
+    softcap = settings.number("attn_logit_softcapping", 50.0)
+    return net.clone(
+        **_clip_sizes(
+            settings,
+            settings.get("num_frames", 16),
+            settings.side("image_size", 288),
+            settings.triple("tubelet_size", (1, 18, 18)),
+        ),
+        size=dataclasses.replace(settings.stack(), depth=settings.get("num_spatial_layers", 12)),
+        style=dataclasses.replace(style, softcap=softcap),
+        time_depth=settings.get("num_temporal_layers", 4),
+    )
+
+
+def _videoprism_text(settings: Settings, net: VideoText) -> nn.Module:
+    text, vision = settings.section("text_config"), settings.section("vision_config")
+    for part in (text, vision):
+        part.require("apply_l2norm", True)
+    style = text.style(net.style, "relu")
+    softcap = text.number("attn_logit_softcapping", 50.0)
+    return net.clone(
+        video=_videoprism(vision, net.video).clone(auxiliary=vision.get("num_auxiliary_layers", 2)),
+        vocab_size=text.get("vocab_size", 32000),
+        max_positions=text.get("max_position_embeddings", 64),
+        size=text.stack(),
+        style=dataclasses.replace(style, softcap=softcap),
+    )
+
+
+def _bert(settings: Settings, net: Bert) -> nn.Module:
+    settings.require("position_embedding_type", "absolute")
+    settings.require("is_decoder", False)
+    return net.clone(
+        vocab_size=settings.get("vocab_size", 30522),
+        max_positions=settings.get("max_position_embeddings", 512),
+        num_segment_types=settings.get("type_vocab_size", 2),
+        size=settings.stack(),
+        style=settings.style(net.style, "gelu"),
+    )
+
+
+def _ast(settings: Settings, net: AST) -> nn.Module:
+    stride = settings.get("frequency_stride", 10)
+    settings.require("time_stride", stride)
+    return net.clone(
+        num_frames=settings.get("max_length", 1024),
+        num_bands=settings.get("num_mel_bins", 128),
+        patch=settings.side("patch_size", 16),
+        stride=stride,
+        size=settings.stack(),
+        style=settings.style(net.style, "gelu"),
+    )
+
+
+def _text_tower(
+    text: Settings, tower: TextTower, embed_dim: int, mlp: int, heads: int
+) -> TextTower:
+    vocabulary = text.get("vocab_size", tower.vocab_size)
+    end = tower.end_token_id
+    if end >= 0:
+        end = text.get("eos_token_id", end)
+        end = vocabulary - 1 if end == _OLD_END_TOKEN else end
+    activation = tower.style.activation.replace("gelu_tanh", "gelu_pytorch_tanh")
+    return tower.clone(
+        embed_dim=embed_dim,
+        vocab_size=vocabulary,
+        max_positions=text.get("max_position_embeddings", tower.max_positions),
+        end_token_id=end,
+        size=text.stack(heads, mlp, tower.size.width),
+        style=text.style(tower.style, activation),
+    )
+
+
+def _image_text(settings: Settings, net: ImageText) -> nn.Module:
+    text, vision = settings.section("text_config"), settings.section("vision_config")
+    vision.require("num_channels", 3)
+    vision.require("vision_use_head", True)
+    is_clip, side = net.image.embed_dim > 0, vision.side("image_size", 224)
+    width = text.get("hidden_size", net.text.size.width)
+    embed_dim = (
+        settings.get("projection_dim", 512) if is_clip else text.get("projection_size", width)
+    )
+    activation = "quick_gelu" if is_clip else "gelu_pytorch_tanh"
+    return net.clone(
+        image=net.image.clone(
+            embed_dim=embed_dim if is_clip else 0,
+            rows=side,
+            columns=side,
+            patch=vision.side("patch_size", 32 if is_clip else 16),
+            size=vision.stack(),
+            style=vision.style(net.image.style, activation),
+        ),
+        text=_text_tower(text, net.text, embed_dim, net.text.size.mlp, net.text.size.heads),
+    )
+
+
+_FAMILIES: dict[str, Family] = {
+    "videomae": Family(
+        "videomae",
+        "videomae_base",
+        _videomae,
+        {"VideoMAEForPreTraining": ("videomae_pretraining", "videomae_pretraining_base")},
+    ),
+    "vivit": Family("vivit", "vivit_base", _vivit),
+    "timesformer": Family("timesformer", "timesformer_base", _timesformer),
+    "vjepa2": Family(
+        "vjepa2",
+        "vjepa2_large",
+        _vjepa2,
+        {"VJEPA2Model": ("vjepa2_pretraining", "vjepa2_pretraining_large")},
+    ),
+    "videoprism_vision_model": Family("videoprism", "videoprism_base", _videoprism),
+    "videoprism": Family("videoprism_text", "videoprism_text_base", _videoprism_text),
+    "audio-spectrogram-transformer": Family("ast", "ast_base", _ast),
+    "bert": Family("bert", "bert_base", _bert),
+    "clip": Family("clip", "clip_base_32", _image_text),
+    "siglip": Family("siglip", "siglip_base_16", _image_text),
+}
+_OF_IMAGE_VIT = Family("vivit", "vivit_base", _image_vit)
+
+
+def is_supported(config: Mapping[str, Any]) -> bool:
+    """Whether the architecture of a config.json is one of those here."""
+    return config.get("model_type") in _FAMILIES
+
+
+def network_of(
+    config: Mapping[str, Any], file: str, model: str = "", model_key: str = "", whole: bool = False
+) -> BackboneSpec:
+    """The network that a config.json describes, with the class names.
+
+    model: a published variant or an architecture that the user named with `model_key`; '': the
+    architecture of the config, of pretraining weights the encoder alone unless `whole`. Raises
+    UserError for an unknown architecture, a setting without support, and for a `model` that the
+    config contradicts.
+    """
+    settings = Settings(file, config)
+    family = _family(settings, model, model_key)
+    kind, base = family.kind, family.base
+    for architecture, (other_kind, other_base) in family.others.items():
+        named = VARIANTS[model].kind if model in VARIANTS else model
+        if named == other_kind or (whole and not model and architecture in _architectures(config)):
+            kind, base = other_kind, other_base
+    published = VARIANTS[base]
+    net = family.build(settings, published.net)
+    class_names = class_names_of(settings)
+    if class_names and getattr(net, "classes", 0):
+        net = net.clone(classes=len(class_names))
+    _check_cuboids(settings, net)
+    spec = transformer_spec(kind, net, published.mean, published.std)
+    variant = VARIANTS.get(model)
+    if variant is not None and (difference := next(differences(variant.net, net), None)):
+        field, ours, theirs = difference
+        raise UserError(
+            f"{model_key}={model!r} has {field}={ours} but {file} says {theirs}: leave {model_key} "
+            "empty, so that the sizes of the weights hold."
+        )
+    same = (
+        name
+        for name, other in VARIANTS.items()
+        if other.kind == kind and not any(differences(other.net, net))
+    )
+    unnamed = class_names and all(name.startswith(_UNNAMED) for name in class_names)
+    return dataclasses.replace(
+        spec,
+        name=(model if variant is not None else "") or next(same, kind),
+        class_names=() if unnamed else class_names,
+    )
+
+
+def class_names_of(settings: Settings) -> tuple[str, ...]:
+    """The names of `id2label` in order, () if there are none. Raises UserError for other keys than
+    0, 1, ...
+    """
+    listed = settings.values.get("id2label")
+    if not listed:
+        return ()
+    keys = (
+        sorted(listed, key=lambda key: (len(str(key)), str(key)))
+        if (isinstance(listed, Mapping))
+        else []
+    )
+    if [str(key) for key in keys] != [str(i) for i in range(len(listed))]:
+        raise settings.error("id2label", "its keys must be 0, 1, ... in the order of the classes")
+    return tuple(str(listed[key]) for key in keys)
+
+
+def differences(a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Fields in which two networks differ, with both values; clip sizes and classes are free."""
+    if type(a) is not type(b):
+        yield "the network", type(a).__name__, type(b).__name__
+        return
+    for field in dataclasses.fields(a):
+        if field.name in _FREE_FIELDS:
+            continue
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        if dataclasses.is_dataclass(x):
+            yield from differences(x, y)
+        elif x != y:
+            yield field.name, x, y
+
+
+def _family(settings: Settings, model: str, model_key: str) -> Family:
+    """The family of a config. Raises UserError for an unknown one, and where the model is of
+    another.
+    """
+    kind = settings.values.get("model_type") or ""
+    named = VARIANTS[model].kind if model in VARIANTS else model
+    if kind == IMAGE_VIT:
+        if named == "vivit":
+            return _OF_IMAGE_VIT
+        raise UserError(
+            f"{settings.file} is of an image ViT, which becomes a video network as a ViViT: set "
+            f"{model_key}=vivit."
+        )
+    if kind not in _FAMILIES:
+        architectures = ", ".join(_architectures(settings.values)) or "no architecture"
+        raise UserError(
+            f"{settings.file} is of model_type {kind!r} ({architectures}), which is not known: "
+            f"{did_you_mean(str(kind), _FAMILIES)}"
+        )
+    family = _FAMILIES[kind]
+    kinds = {family.kind, *(other for other, _ in family.others.values())}
+    if named and named not in kinds:
+        raise UserError(
+            f"{model_key}={model!r} is another architecture than that of {settings.file}, {kind}: "
+            f"leave {model_key} empty, or name other weights."
+        )
+    return family
+
+
+def _architectures(config: Mapping[str, Any]) -> list[str]:
+    listed = config.get("architectures")
+    return [str(name) for name in listed] if isinstance(listed, Sequence) else []
+
+
+def _check_cuboids(settings: Settings, net: Any) -> None:
+    """Raises UserError if clips are no multiple of their cuboids."""
+    video = getattr(net, "video", net)
+    if isinstance(getattr(video, "patch", None), tuple):
+        clip = (video.frames, video.rows, video.columns)
+        if any(n % k for n, k in zip(clip, video.patch, strict=True)):
+            raise UserError(
+                f"{settings.file} says clips of {' x '.join(map(str, clip))}, which are no "
+                f"multiple of its patches of {' x '.join(map(str, video.patch))}: fetch it again."
+            )
