@@ -10,6 +10,7 @@ from particlejax.config.fields import Spec, as_dict
 from particlejax.core import io
 from particlejax.core.typing import UserError
 from particlejax.distributed import cluster
+from particlejax.models.zoo.convert.description import DEFAULT_MODEL
 from particlejax.train.log import log_info
 from particlejax.train.stage import CONFIG, RESULTS, read_results
 
@@ -149,4 +150,6 @@ def _differences(old: Any, new: Any, key_path: str = "config") -> list[str]:
         return differences
     if key_path.endswith(".ram_cache_gib") and (old > 0) == (new > 0):
         return []  # results depend on whether clips are cached, not on how many
+    if key_path == "config.model" and [old, new] in (["", DEFAULT_MODEL], [DEFAULT_MODEL, ""]):
+        return []  # of weights that do not say what they are; the name was the default once
     return [] if old == new else [f"{key_path} was {old!r}, is {new!r}"]

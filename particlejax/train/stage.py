@@ -26,12 +26,14 @@ from particlejax.distributed import checkpoint, cluster, sharding
 from particlejax.finetune import partition, restore
 from particlejax.models import particle_model as models
 from particlejax.models.modality import ModalitySpec
+from particlejax.models.zoo.networks import BackboneSpec
 from particlejax.objectives import label_targets, registry
 from particlejax.particles.types import Batch
+from particlejax.train import published
 from particlejax.train.log import log_info, log_info_local
 
-CONFIG, RESULTS = "config.json", "results.json"
 _MAX_LISTED = 30  # classes in the log
+CONFIG, RESULTS = published.CONFIG, "results.json"
 # data settings that may differ from those of the training run
 _OVERRIDABLE_DATA_KEYS = ("split", "cache_dir", "max_unreadable", "num_threads", "num_workers")
 _INHERITED = {
@@ -256,12 +258,15 @@ def find_init(experiment: Experiment, name: str, workdir: Path) -> Path | None:
 
 
 def inherit_settings(experiment: Experiment, overridden: Collection[str] = ()) -> Experiment:
-    """The experiment with the payload and encoder settings of the run that `init_from` names.
+    """The experiment with the payload and encoder settings of the run that `init_from` names; of
+    a published 3D CNN with its weights in the stem.
 
     overridden: settings given explicitly, such as 'model.width', which are kept.
     """
     if not experiment.init_from:
         return experiment
+    if network := published.network_at(experiment.init_from):
+        return _as_stem_weights(experiment, network, overridden)
     run, _ = split_run(experiment.init_from)
     source_experiment, changed = read_experiment(run), []
     for section, names in _INHERITED.items():
@@ -279,10 +284,30 @@ def inherit_settings(experiment: Experiment, overridden: Collection[str] = ()) -
     return experiment
 
 
+def _as_stem_weights(
+    experiment: Experiment, network: BackboneSpec, overridden: Collection[str]
+) -> Experiment:
+    """The experiment with the published weights of `init_from` in its stem. Raises UserError unless
+    they are of a 3D CNN and the model has a stem.
+    """
+    stem, weights = experiment.model.stem, experiment.init_from
+    if not stem.model or network.inputs:
+        published.refuse(weights)
+    if "model.stem.weights" in overridden and stem.weights != weights:
+        raise UserError(
+            f"config.init_from={weights!r} and config.model.stem.weights={stem.weights!r} both "
+            "name weights of the stem: leave one of them empty."
+        )
+    log_info(f"{weights} holds {network.name}: read as config.model.stem.weights")
+    model = replace(experiment.model, stem=replace(stem, weights=weights))
+    return replace(experiment, model=model, init_from="")
+
+
 def split_run(text: str) -> tuple[Path, str]:
     """Splits RUN_DIR or RUN_DIR:STAGE into folder and stage; default: the last trained stage."""
     run, _, name = (text, "", "") if Path(text).is_dir() else text.rpartition(":")
     run = Path(run or text)
+    published.refuse(str(run))
     if not (run / CONFIG).exists():
         raise UserError(
             f"{run} is not a run (it has no {CONFIG}): give the --workdir of a run, or "
