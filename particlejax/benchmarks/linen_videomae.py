@@ -110,7 +110,7 @@ def build_runner(
     import torch
 
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-    torch.manual_seed(seed)
+    torch.manual_seed(seed % 2**32)
     model = _model(spec, task).to(device).train(task.train)
     num_params = sum(parameter.numel() for parameter in model.parameters())
     optimizer = torch.optim.AdamW(

@@ -131,7 +131,7 @@ def _train_probe(
             step, (params, optimizer.init(params)), jax.random.split(key, spec.attentive_steps)
         )[0][0]
 
-    return fit(x, segment, label, jax.random.key(spec.seed))
+    return fit(x, segment, label, jax.random.key(spec.seed % 2**32))
 
 
 def _predict(

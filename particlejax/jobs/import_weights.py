@@ -86,7 +86,7 @@ def import_weights(spec: ImportSpec, workdir: Path, name: str) -> None:
 
 
 def _fill_missing(backbone: backbones.Backbone, params: Params, seed: int) -> Params:
-    random_params = jax.jit(backbone.init)(jax.random.key(seed))
+    random_params = jax.jit(backbone.init)(jax.random.key(seed % 2**32))
     return jax.tree.map(
         lambda imported, random_leaf: (
             imported if isinstance(imported, np.ndarray) else np.asarray(random_leaf)

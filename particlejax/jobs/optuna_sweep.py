@@ -60,7 +60,7 @@ def search(
         study_name=name,
         direction="maximize",
         load_if_exists=True,
-        sampler=optuna.samplers.TPESampler(seed=seed),
+        sampler=optuna.samplers.TPESampler(seed=seed % 2**32),
     )
 
     def objective(trial: Any) -> float:

@@ -59,7 +59,7 @@ def probe(spec: ProbeSpec, workdir: Path, name: str) -> None:
     }
     stage, params = run.load_trained(spec.run, mesh, overrides)
     if spec.weights == "random":
-        params = jax.jit(stage.model.init)(jax.random.key(spec.seed), stage.example)
+        params = jax.jit(stage.model.init)(jax.random.key(spec.seed % 2**32), stage.example)
     unreadable = run.UnreadableClips(spec.max_unreadable)
     train_features, test_features = (
         compute_features(stage, params, spec, split, unreadable)
