@@ -59,14 +59,12 @@ def main(argv: Sequence[str]) -> int:
         if line.help is not None or len(argv) == 1:
             _print(_help_text(line))
             return 0
-        config = config_files.load(line.file)
-        changed = config_files.apply_overrides(config, line.settings)
+        config, changed = config_files.configure(line.file, line.settings)
         job = jobs.parse_job(config.to_dict())
     except UserError as error:
         if isinstance(error, config_files.UnknownExperiment):
             print(config_files.listing(_width()), file=sys.stderr)
-        print(f"particlejax: {error}", file=sys.stderr)
-        return 2
+        return _report(error)
     return _run(job, line, changed)
 
 
@@ -89,8 +87,7 @@ def _run(job: Any, line: CommandLine, changed: Sequence[str]) -> int:
         folder = run_dir.enter(_workdir(line), job)
         _function(job.job)(job, folder, folder.name)
     except UserError as error:
-        print(f"particlejax: {error}", file=sys.stderr)
-        return 2
+        return _report(error)
     except loop.Stopped as stop:
         log_info(str(stop))
         return 130 if str(stop).startswith("SIGINT") else 0
@@ -106,6 +103,14 @@ def _run(job: Any, line: CommandLine, changed: Sequence[str]) -> int:
             raise
         return cluster.report_failure(error)
     return 0
+
+
+def _report(error: UserError) -> int:
+    """Prints a user's mistake, after the traceback of an experiment file's own exception."""
+    if isinstance(error, config_files.ExperimentFailed):
+        print(error.trace, end="", file=sys.stderr)
+    print(f"particlejax: {error}", file=sys.stderr)
+    return 2
 
 
 def _function(job: str) -> Callable[[Any, Path, str], None]:
@@ -192,8 +197,7 @@ def _help_text(line: CommandLine) -> str:
         return config_help.render(config_help.find(sections, line.help), width)
     if not line.file:
         return f"{_USAGE}\n{config_files.listing(width)}"
-    config = config_files.load(line.file)
-    config_files.apply_overrides(config, line.settings)
+    config, _ = config_files.configure(line.file, line.settings)
     plugins.load(*config.get("plugins", ()))
     sections = config_help.sections(config_files.spec_of(config), config.to_dict())
     if line.help:

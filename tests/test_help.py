@@ -183,7 +183,8 @@ PLACES = {
     "optim.weight_decay": "config.stages.pretrain.optim.weight_decay",
     "stages.pretrian.optim.weight_decay": "config.stages.pretrain.optim.weight_decay?",
     "stages.finetune.optim.wd": "config.stages.finetune.optim.weight_decay?",
-    "stages.pretrain.objectives.contrst.weight": "config.stages.pretrain.objectives.contrastive",
+    "stages.pretrain.objectives.contrst.weight": "config.stages.pretrain.objectives.contrastive?",
+    "stages.pretrain.objectives.mae.weight": "config.stages.pretrain.objectives.masked_autoencoder",
     "data.sorce": "config.data.source?",
     "dat.source": "config.data.source?",
     "img_size": "config.data.",
@@ -295,17 +296,63 @@ def test_experiments_are_found_by_name(tmp_path: Path, monkeypatch: pytest.Monke
     assert config_files.load("quickstart") == "mine", "the working directory's comes first"
 
 
+NO_EXPERIMENTS = {
+    "broken.py": ("a = 1\ndef get_config(:\n", "{file}, line 2: invalid syntax"),
+    "empty.py": ("a = 1\n", "{file} is not an experiment file: it has no function get_config"),
+    "imports.py": ("import no_such_losses", "{file}, line 1: No module named 'no_such_losses': "),
+    "broken_import.py": ("import broken", "broken.py, line 2: .*; correct the file, which {file}"),
+    "nothing.py": ("def get_config():\n    pass", "get_config of {file} returns NoneType: return"),
+    "latin.py": ("def get_config():\n    'caf\udce9'", "{file}, line 2: .*codec can't decode"),
+    "no_arg.py:tiny": ("def get_config(): return {{}}", "get_config of {file}: .*out ':tiny'"),
+    "arg.py": ("def get_config(arg): return {{}}", "get_config of {file}: .*'arg': write --config"),
+    "dots.py": (
+        "from ml_collections import ConfigDict\n"
+        "def get_config(): return ConfigDict({{'sweep': {{'runs': {{'lr-0.1': {{}}}}}}}})",
+        "{file}, line 2: a ConfigDict takes no name with a dot: give names with dots to `section`",
+    ),
+    "folder": ("", "{file} is a folder, not an experiment file: give a Python file, such as "),
+}
+
+
 def test_what_is_no_experiment_gets_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "folder").mkdir()
+    cases = {"README.md": "README.md is not an experiment file: give a Python file"}
+    for name, (text, sentence) in NO_EXPERIMENTS.items():
+        file = tmp_path / name.partition(":")[0]
+        if file.suffix:
+            file.write_bytes(text.format().encode(errors="surrogateescape"))
+        cases[str(tmp_path / name)] = sentence.format(file=re.escape(str(file)))
+    for file, sentence in cases.items():
+        code, out, err = command(capsys, "--config", file)
+        assert code == 2 and not out and len(err.splitlines()) == 1, err
+        assert re.match(f"particlejax: .*{sentence}", err), err
+    code, _, err = command(capsys, "--config", "experiments/pretrain")
+    assert code == 2 and "such as experiments/pretrain/" in err
+
+
+def test_an_exception_in_an_experiment_file_keeps_its_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    broken, empty = tmp_path / "broken.py", tmp_path / "empty.py"
-    broken.write_text("a = 1\ndef get_config(:\n")
-    empty.write_text("a = 1\n")
-    for file, sentence in (
-        ("README.md", "README.md is not an experiment file: give a Python file"),
-        (str(broken), f"{broken}, line 2: invalid syntax"),
-        (str(empty), f"{empty} is not an experiment file: it has no function get_config"),
-    ):
-        code, out, err = command(capsys, "--config", file)
-        assert code == 2 and not out and err.startswith(f"particlejax: {sentence}"), err
-        assert len(err.splitlines()) == 1
+    file = tmp_path / "own.py"
+    file.write_text("def get_config():\n    return 1 / 0\n")
+    code, _, err = command(capsys, "--config", str(file))
+    lines = err.splitlines()
+    assert code == 2 and lines[:2] == [
+        "Traceback (most recent call last):",
+        f'  File "{file}", line 2, in get_config',
+    ]
+    assert lines[-1] == (
+        f"particlejax: {file}, line 2: ZeroDivisionError: division by zero: correct the file."
+    )
+
+
+def test_an_experiment_file_may_return_a_dict(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "a.py").write_text("def get_config(): return {'sweep': {'runs': {'lr-0.1': {}}}}")
+    config, changed = config_files.configure(str(tmp_path / "a.py"), ["seed=3"])
+    assert config.to_dict() == {"sweep": {"runs": {"lr-0.1": {}}}, "seed": 3}
+    assert changed == ["seed"]

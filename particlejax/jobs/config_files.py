@@ -6,17 +6,20 @@ in the experiments folder of the checkout.
 """
 
 import ast
+import inspect
 import runpy
 import textwrap
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any, get_args, get_origin
 
 import ml_collections
 
 from particlejax.config import help as config_help
 from particlejax.config import jobs, plugins, renames, schema
-from particlejax.config.fields import as_dict
+from particlejax.config.fields import as_dict, unknown_key
 from particlejax.core.errors import UserError
 from particlejax.core.suggest import did_you_mean
 
@@ -27,6 +30,17 @@ _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0"
 
 class UnknownExperiment(UserError):
     """No experiment file has this name; the command line then lists all experiments."""
+
+
+class ExperimentFailed(UserError):
+    """The code of an experiment file raised an exception of its own.
+
+    trace: its traceback from the file on.
+    """
+
+    def __init__(self, sentence: str, trace: str) -> None:
+        super().__init__(sentence)
+        self.trace = trace
 
 
 # -- finding them
@@ -45,13 +59,16 @@ def folders() -> list[Path]:
 def find(name: str) -> Path:
     """Path of an experiment, from a path or a name such as 'pretrain/mae'.
 
-    Raises UnknownExperiment if there is none, and UserError if the file is not Python.
+    Raises UnknownExperiment if there is none, and UserError for a folder or a file that is not
+    Python.
     """
     path = Path(name)
     tried = [path, _CHECKOUT / path]
     tried += [folder / file for folder in folders() for file in (name, f"{name}.py")]
     file = next((file for file in tried if file.is_file()), None)
     if file is None:
+        if folder := next((file for file in tried if file.is_dir()), None):
+            raise UserError(_folder_sentence(name, folder))
         raise UnknownExperiment(f"there is no experiment {name!r}: {_closest(name)}")
     if file.suffix != ".py":
         raise UserError(
@@ -59,6 +76,13 @@ def find(name: str) -> Path:
             f"such as {FOLDER}/quickstart.py."
         )
     return file
+
+
+def _folder_sentence(name: str, folder: Path) -> str:
+    """The error for a folder in place of a file."""
+    inside = [file for file in sorted(folder.glob("*.py")) if _get_config(_tree(file))]
+    remedy = f"such as {inside[0]}" if inside else f"such as {FOLDER}/quickstart.py"
+    return f"{name} is a folder, not an experiment file: give a Python file, {remedy}."
 
 
 def _closest(name: str) -> str:
@@ -108,10 +132,14 @@ def describe(file: str) -> tuple[str, str]:
     """
     path = find(file.partition(":")[0])
     tree = _tree(path)
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    get_config = next((node for node in functions if node.name == "get_config"), None)
+    get_config = _get_config(tree)
     arguments = ast.get_docstring(get_config) if get_config else ""
     return _paragraph(ast.get_docstring(tree)), _paragraph(arguments)
+
+
+def _get_config(tree: ast.Module) -> ast.FunctionDef | None:
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return next((node for node in functions if node.name == "get_config"), None)
 
 
 def _summary(path: Path) -> str:
@@ -132,10 +160,29 @@ def _paragraph(text: str | None) -> str:
 # -- loading and changing them
 
 
+def configure(file: str, overrides: Sequence[str]) -> tuple[ml_collections.ConfigDict, list[str]]:
+    """The config of FILE or FILE:ARGUMENT with overrides, and the overridden keys.
+
+    Raises UserError like `load` and `apply_overrides`, and if the file gives no config.
+    """
+    config = load(file)
+    if isinstance(config, ml_collections.FrozenConfigDict):
+        config = ml_collections.ConfigDict(config)
+    if isinstance(config, dict):
+        config = ml_collections.ConfigDict(config, allow_dotted_keys=True)
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(
+            f"get_config of {find(file.partition(':')[0])} returns {type(config).__name__}: "
+            "return a ConfigDict, such as ConfigDict(section(Experiment, ...))."
+        )
+    return config, apply_overrides(config, overrides)
+
+
 def load(file: str) -> ml_collections.ConfigDict:
     """The config of FILE or FILE:ARGUMENT without overrides; FILE is a path or a name.
 
-    Raises UserError for an unknown argument, a missing file or a file that is not an experiment.
+    Raises UserError for an unknown argument, a missing file or a file that is not an experiment,
+    and ExperimentFailed for an exception in the code of the file.
     """
     name, _, arg = file.partition(":")
     if not name:
@@ -145,16 +192,68 @@ def load(file: str) -> ml_collections.ConfigDict:
     path = find(name)
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
-    except SyntaxError as error:
-        if error.filename != str(path):
-            raise
-        raise UserError(f"{path}, line {error.lineno}: {error.msg}; correct the file.") from error
-    if not callable(get_config):
-        raise UserError(
-            f"{path} is not an experiment file: it has no function get_config that returns a "
-            "ConfigDict; add one, or give another file."
+        if not callable(get_config):
+            raise UserError(
+                f"{path} is not an experiment file: it has no function get_config that returns a "
+                "ConfigDict; add one, or give another file."
+            )
+        args = (arg,) if arg else ()
+        _check_arguments(path, get_config, args)
+        return get_config(*args)
+    except UserError:
+        raise
+    except Exception as error:
+        raise _failure(path, error) from error
+
+
+def _check_arguments(path: Path, get_config: Callable[..., Any], args: Sequence[str]) -> None:
+    """Raises UserError if get_config cannot be called with these arguments."""
+    try:
+        inspect.signature(get_config).bind(*args)
+    except TypeError as error:
+        remedy = (
+            f"leave out ':{args[0]}', or write `def get_config(arg: str = \"\")`"
+            if args
+            else f"write --config {path}:ARGUMENT, or give its parameter a default"
         )
-    return get_config(arg) if arg else get_config()
+        raise UserError(f"get_config of {path}: {error}: {remedy}.") from error
+
+
+def _failure(path: Path, error: Exception) -> UserError:
+    """The error of an experiment file that cannot be run: one sentence for syntax, imports and
+    reading; other exceptions keep the traceback of the user's code.
+    """
+    if isinstance(error, SyntaxError) and Path(error.filename or path).is_file():
+        by = "" if error.filename in (None, str(path)) else f", which {path} imports"
+        line = f", line {error.lineno}" if error.lineno else ""
+        return UserError(f"{error.filename or path}{line}: {error.msg}; correct the file{by}.")
+    trace = _from_file(error.__traceback__, path)
+    if trace is None:
+        return UserError(f"{path} cannot be read ({error}): check the file.")
+    place, reason = f"{path}, line {trace.tb_lineno}", " ".join(str(error).split())
+    if isinstance(error, ImportError):
+        *_, last = (f for f in traceback.extract_tb(trace) if not f.filename.startswith("<"))
+        deeper = "" if last.filename == str(path) else f" (in {last.filename}, line {last.lineno})"
+        return UserError(
+            f"{place}: {reason}{deeper}: correct the import, install its package, or run from "
+            "the folder that contains it."
+        )
+    if isinstance(error, ValueError) and "dots in field names" in str(error):
+        return UserError(
+            f"{place}: a ConfigDict takes no name with a dot: give names with dots to `section`, "
+            "or return a plain dict."
+        )
+    return ExperimentFailed(
+        f"{place}: {type(error).__name__}: {reason}: correct the file.",
+        "".join(traceback.format_exception(error.with_traceback(trace))),
+    )
+
+
+def _from_file(trace: TracebackType | None, path: Path) -> TracebackType | None:
+    """The traceback from the first frame of a file on; None without one."""
+    while trace is not None and trace.tb_frame.f_code.co_filename != str(path):
+        trace = trace.tb_next
+    return trace
 
 
 def apply_overrides(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> list[str]:
@@ -205,10 +304,11 @@ def _put(config: ml_collections.ConfigDict, key: str, text: str | None, changed:
             _put(config, f"{key}.{name}", item if isinstance(item, str) else repr(item), changed)
         return
     if below.spec or below.table is not None:
-        known = ", ".join(schema.names(below)[:6])
+        known = schema.names(below)
+        example = known[0] if below.spec else f"{known[0]}.weight"
         raise UserError(
-            f"{where}.{last} is a section: set one of its keys ({known}, ...), such as "
-            f"--{where}.{last}.{schema.names(below)[0]}=VALUE."
+            f"{where}.{last} is a section: set one of its keys ({', '.join(known[:6])}, ...), "
+            f"such as --{where}.{last}.{example}=VALUE."
         )
     with node.unlocked(), node.ignore_type():
         node[last] = value
@@ -229,6 +329,8 @@ def _below(
         return below
     if part in node or (place.is_mapping and not place.item_spec and place.table is None):
         return _FREE
+    if place.table is not None and part not in renames.OBJECTIVES:
+        raise UserError(unknown_key(part, where, place.table))
     raise UserError(_unknown(config, f"{config_help.TOP}.{key}", where))
 
 

@@ -105,8 +105,7 @@ def load_stage(spec: PlanSpec, attention: str) -> tuple[run.Stage, Any]:
             "config.experiment is empty: set the file to plan with "
             "--config.experiment=experiments/NAME.py."
         )
-    config = config_files.load(spec.experiment)
-    config_files.apply_overrides(config, spec.overrides)
+    config, _ = config_files.configure(spec.experiment, spec.overrides)
     experiment = jobs.parse_job(config.to_dict())
     if not isinstance(experiment, Experiment):
         raise UserError(
