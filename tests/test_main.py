@@ -238,11 +238,13 @@ def test_every_experiment_file_runs_shrunk(
     cache = [f"--config.data.cache_dir={cache_dir}"]
     video = [f"--config.videos={next((clips_folder / 'train').rglob('*.mp4'))}"]
     trained = [*cache, f"--config.run={quickstart}"]
+    huge = "--config.seed=99999999999999999999"  # more than 64 bits
     more = {
         "evaluate.py": trained,
         "fewshot_prototypes.py": trained,
         "active_learning.py": trained,
-        "import_weights.py": [],
+        "import_weights.py": [huge],
+        "pretrain/mae.py": [*cache, huge],
         "model_soup.py": [*cache, f"--config.runs=('{quickstart}',)"],
         "predict.py": video,
         "plan.py": [],
@@ -257,7 +259,11 @@ def test_every_experiment_file_runs_shrunk(
             f"--config.data.video_features.folder={tmp_path / 'kept'}",
         ],
         "linear_probe.py": [f"--config.cache_dir={cache_dir}"],
-        "probe.py": [f"--config.cache_dir={cache_dir}", f"--config.run={quickstart}:pretrain"],
+        "probe.py": [
+            f"--config.cache_dir={cache_dir}",
+            f"--config.run={quickstart}:pretrain",
+            huge,
+        ],
         "finetune_sweep.py": [*cache, f"--config.init_from={quickstart}:pretrain"],
     }
     # which reads what another job wrote
@@ -400,6 +406,28 @@ def mistakes(clips: Path, run_dir: Path, tmp: Path) -> dict[str, tuple[list[str]
             "objectives.masked_autoencoder.mask_type is 'tubes': choose one of tube, random",
         ),
         "wrong type": ([*quick, "--config.seed=zero"], "seed"),
+        "negative seed": ([*quick, "--config.seed=-1"], "config.seed is -1: use a number of 0 or"),
+        "unknown stage": (
+            [*quick, "--config.stage_order=pretrian"],
+            "config.stage_order names 'pretrian', which config.stages lacks: did you mean pretrain",
+        ),
+        "stage twice": (
+            [*quick, "--config.stage_order=finetune,finetune"],
+            "config.stage_order names 'finetune' twice: name each stage once",
+        ),
+        "no order": (
+            [*quick, "--config.stage_order="],
+            r"config.stage_order is empty: .* order \(finetune, pretrain\)",
+        ),
+        "order against init": (
+            [*quick, "--config.stage_order=finetune,pretrain"],
+            "stages.finetune.init_from='pretrain' does not run before finetune: change config.st",
+        ),
+        "init without run": (
+            [*quick, "--config.stages.finetune.init_from=pretrian"],
+            "config.stages.finetune.init_from='pretrian' is not an earlier stage, and pretrian is",
+        ),
+        "no stage": ([*evaluate, "--config.job=train"], "config.stages is empty: give"),
         "no experiment": ([], "no experiment: add --config experiments/quickstart.py"),
         "missing experiment": (
             ["--config=experiments/quikstart.py"],

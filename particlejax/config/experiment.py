@@ -47,6 +47,7 @@ from particlejax.config.training import (
     StageSpec,
 )
 from particlejax.core.errors import UserError
+from particlejax.core.suggest import did_you_mean
 
 __all__ = (
     "AudioSpec",
@@ -113,7 +114,14 @@ class Experiment(Spec):
             )
         for name in self.stage_order:
             if name not in self.stages:
-                raise UserError(unknown_key(name, "Experiment.stages", self.stages))
+                raise UserError(
+                    f"Experiment.stage_order names {name!r}, which Experiment.stages lacks: "
+                    f"{did_you_mean(str(name), self.stages)}"
+                )
+            if self.stage_order.count(name) > 1:
+                raise UserError(
+                    f"Experiment.stage_order names {name!r} twice: name each stage once."
+                )
         order = self.stage_order or tuple(self.stages)
         object.__setattr__(self, "stages", {name: self.stages[name] for name in order})
         for name, stage in self.stages.items():

@@ -94,7 +94,15 @@ class Context:
 
 
 def train(context: Context) -> None:
-    """Runs all stages missing from results.json, in order. Raises Stopped after saving."""
+    """Runs all stages missing from results.json, in order. Raises Stopped after saving, and
+    UserError if there is no stage or one has nothing to start from.
+    """
+    if not context.experiment.stages:
+        raise UserError(
+            "config.stages is empty: give an experiment file with a stage to train, such as "
+            "experiments/finetune.py."
+        )
+    run.check_init_from(context.experiment, context.workdir)
     for name in context.experiment.stages:
         if _is_done(context, name):
             log_info(f"{name}: already done, see {context.workdir / run.RESULTS}")

@@ -152,4 +152,11 @@ def _differences(old: Any, new: Any, key_path: str = "config") -> list[str]:
         return []  # results depend on whether clips are cached, not on how many
     if key_path == "config.model" and [old, new] in (["", DEFAULT_MODEL], [DEFAULT_MODEL, ""]):
         return []  # of weights that do not say what they are; the name was the default once
-    return [] if old == new else [f"{key_path} was {old!r}, is {new!r}"]
+    return [] if old == new else [f"{key_path} was {_short(old)}, is {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    """A value for a sentence; a section that only one side has is called so."""
+    if value is None:
+        return "not set"
+    return "set" if isinstance(value, dict) else repr(value)

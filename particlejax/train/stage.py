@@ -253,8 +253,31 @@ def find_init(experiment: Experiment, name: str, workdir: Path) -> Path | None:
         wanted = experiment.init_from
     if not wanted:
         return None
-    run, name = split_run(wanted)
-    return result_folder(run, name)
+    try:
+        return result_folder(*split_run(wanted))
+    except UserError as error:
+        if wanted != experiment.stages[name].init_from:
+            raise
+        raise UserError(
+            f"config.stages.{name}.init_from={wanted!r} is not an earlier stage, and {error}"
+        ) from error
+
+
+def check_init_from(experiment: Experiment, workdir: Path) -> None:
+    """Raises UserError, before the first stage trains, if a later one would have nothing to start
+    from. Stages with checkpoints of their own continue from these.
+    """
+    names = list(experiment.stages)
+    for position, name in enumerate(names):
+        wanted = experiment.stages[name].init_from
+        if checkpoint_folder(workdir, name).is_dir():
+            continue
+        if wanted in names[position:]:
+            raise UserError(
+                f"config.stages.{name}.init_from={wanted!r} does not run before {name}: change "
+                "config.stage_order, or name an earlier stage."
+            )
+        find_init(experiment, name, workdir)
 
 
 def inherit_settings(experiment: Experiment, overridden: Collection[str] = ()) -> Experiment:
