@@ -65,7 +65,7 @@ def space() -> Iterator[tuple[str, dict[str, Any]]]:
         ("final_lr_ratio", (0.01, 0.1, 1.0)),
         ("weight_decay", (0.0, 0.05, 0.2)),
     ):
-        for i, value in enumerate(values):  # no name may have a dot
+        for i, value in enumerate(values):
             yield f"{name}-{i}", finetune(optim={name: value})
     for i, value in enumerate((0.6, 0.8, 1.0)):
         yield f"layer_decay-{i}", finetune(finetune={"layer_decay": value})

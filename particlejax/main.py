@@ -140,7 +140,9 @@ def parse(args: Sequence[str]) -> CommandLine:
     words = list(args)
     while words:
         word = words.pop(0)
-        match = re.fullmatch(r"--?([A-Za-z][\w.\[\]]*)(?:=(.*))?", word, re.DOTALL)
+        match = re.fullmatch(
+            r"--?((?:no)?config\.[^=]+|[A-Za-z][\w.\[\]]*)(?:=(.*))?", word, re.DOTALL
+        )
         if not match:
             raise UserError(f"{word!r} is not a flag: write settings as --config.key=value.")
         flag, value = match.groups()

@@ -5,6 +5,7 @@ says what the runs said.
 
 import importlib.util
 import json
+import re
 import runpy
 import sys
 from collections import Counter
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from processes import DEADLINE, spawn
 
+from particlejax import main as entry
 from particlejax.config.experiment import Experiment, as_dict
 from particlejax.config.job_specs import SweepJob
 from particlejax.core import tree
@@ -114,6 +116,55 @@ def test_a_sweep_runs_every_seed_tables_what_came_of_it_and_goes_on_where_it_sto
         config["job"] == "train"
         and config["stages"]["finetune"]["objectives"]["classify"]["label_smoothing"] == 0.1
     )
+
+
+NAMES = {  # with a pattern of the folder's name
+    "lr-1e-3_wd=0.05": r"lr-1e-3_wd=0\.05",
+    "folder:/clips/a.b": r"folder_clips_a\.b_[0-9a-f]{8}",
+    "folder:/clips/a,b": r"folder_clips_a_b_[0-9a-f]{8}",
+    "folder_clips_a_b": "folder_clips_a_b",
+    "../../up": "up_[0-9a-f]{8}",
+    "/top$^$": "top_[0-9a-f]{8}",  # no formula
+    "..": "[0-9a-f]{8}",
+    "many " * 60: "(many_){20}[0-9a-f]{8}",
+}
+
+
+def test_runs_of_any_name_have_folders_of_their_own_inside_the_sweep(
+    trained: list[str], tmp_path: Path, cache_dir: str
+) -> None:
+    file, workdir = tmp_path / "names.py", tmp_path / "up" / "up" / "sweep"
+    file.write_text(
+        "import runpy\n"
+        "from ml_collections import ConfigDict\n"
+        "from particlejax.config.job_specs import SweepSpec\n"
+        "from particlejax.config.experiment import section\n"
+        "def get_config():\n"
+        "    config = runpy.run_path('experiments/finetune_sweep.py')['get_config']('tiny')\n"
+        f"    runs = {{name: {{'model': {{'depth': 1}}}} for name in {list(NAMES)!r}}}\n"
+        "    config.sweep = ConfigDict(section(SweepSpec, runs=runs, seeds=(0,)))\n"
+        "    return config\n"
+    )
+    command = [
+        "main",
+        f"--config={file}",
+        f"--config.data.cache_dir={cache_dir}",
+        "--config.sweep.runs.folder:/clips/a.b.model.depth=2",
+        f"--workdir={workdir}",
+    ]
+    assert entry.main(command) == 0 and len(trained) == len(NAMES)
+    rows = run.read_results(workdir)["sweep"]
+    assert rows.keys() == NAMES.keys()
+    for name, pattern in NAMES.items():
+        assert re.fullmatch(f"runs/{pattern}", rows[name]["folder"]), name
+        config = json.loads((workdir / rows[name]["folder"] / "seed0/config.json").read_text())
+        assert config["model"]["depth"] == (2 if name == "folder:/clips/a.b" else 1)
+    assert len(list((workdir / "runs").iterdir())) == len(NAMES), "none outside, none shared"
+    assert (
+        f"| folder:/clips/a,b ({rows['folder:/clips/a,b']['folder']}) | "
+        in (workdir / "report.md").read_text()
+    )
+    assert entry.main(command) == 0 and len(trained) == len(NAMES), "done before"
 
 
 def test_the_front_is_what_nothing_cheaper_matches() -> None:

@@ -10,6 +10,8 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any, get_args, get_origin
 
+from ml_collections import ConfigDict
+
 from particlejax.config import plugins, renames
 from particlejax.config.synonyms import last_part, synonyms
 from particlejax.core.errors import UserError
@@ -101,6 +103,9 @@ def section(spec: type, **values: Any) -> dict[str, Any]:
             if isinstance(every, Mapping):
                 missing = every.keys() - kept.keys()
                 kept |= {name: as_dict(every[name]) for name in every if name in missing}
+            if any("." in str(name) for name in kept):
+                # a ConfigDict around it takes names with dots, such as 'lr-0.1', only this way
+                config[field.name] = ConfigDict(kept, allow_dotted_keys=True)
     return config
 
 

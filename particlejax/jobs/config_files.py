@@ -282,7 +282,7 @@ def spec_of(config: Mapping[str, Any]) -> type:
 def _put(config: ml_collections.ConfigDict, key: str, text: str | None, changed: list[str]) -> None:
     top = spec_of(config)
     node, place, where = config, schema.Place(spec=top), config_help.TOP
-    *parents, last = key.split(".")
+    *parents, last = _parts(config, key)
     for part in parents:
         below = _below(config, node, place, part, key, where)
         if part not in node:
@@ -310,9 +310,23 @@ def _put(config: ml_collections.ConfigDict, key: str, text: str | None, changed:
             f"{where}.{last} is a section: set one of its keys ({', '.join(known[:6])}, ...), "
             f"such as --{where}.{last}.{example}=VALUE."
         )
+    if isinstance(value, dict):
+        value = ml_collections.ConfigDict(value, allow_dotted_keys=True)
     with node.unlocked(), node.ignore_type():
         node[last] = value
     changed.append(key)
+
+
+def _parts(config: ml_collections.ConfigDict, key: str) -> list[str]:
+    """The names of a dotted path; a name that the config has may itself hold dots."""
+    parts, rest, node = [], key.split("."), config
+    while rest:
+        lengths = range(len(rest), 1, -1) if isinstance(node, ml_collections.ConfigDict) else ()
+        length = next((n for n in lengths if ".".join(rest[:n]) in node), 1)
+        part, rest = ".".join(rest[:length]), rest[length:]
+        node = node.get(part) if isinstance(node, ml_collections.ConfigDict) else None
+        parts.append(part)
+    return parts
 
 
 def _below(

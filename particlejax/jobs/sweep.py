@@ -7,7 +7,9 @@ folders, so it is complete whichever process trained them. Optuna's storage, if 
 among processes.
 """
 
+import hashlib
 import itertools
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +37,9 @@ _COSTS = {
 }
 
 
+_LONGEST_NAME = 100  # bytes of a folder's name, of 255 that file systems allow
+
+
 class SweepRun(NamedTuple):
     """One run of a sweep."""
 
@@ -44,7 +49,20 @@ class SweepRun(NamedTuple):
 
     def folder(self, sweep_dir: Path) -> Path:
         """The run's folder."""
-        return sweep_dir / "runs" / self.name / f"seed{self.seed}"
+        return sweep_dir / "runs" / folder_name(self.name) / f"seed{self.seed}"
+
+
+def folder_name(name: str) -> str:
+    """A file name for a run of any name, readable and different for different names.
+
+    Letters, digits and _ . + = @ - stay; runs of other characters become one _, and part of a hash
+    of the name follows.
+    """
+    if re.fullmatch(r"\w[\w.+=@-]*", name) and len(name.encode()) <= _LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(name.encode(errors="backslashreplace")).hexdigest()[:8]
+    readable = re.sub(r"[^\w.+=@-]+", "_", name).encode()[:_LONGEST_NAME].decode(errors="ignore")
+    return f"{readable.strip('_.-')}_{digest}".lstrip("_")
 
 
 def sweep(experiment: SweepJob, sweep_dir: Path, name: str) -> None:
@@ -203,6 +221,7 @@ def collect(runs: list[SweepRun], metric: str, sweep_dir: Path) -> dict[str, dic
         row = rows.setdefault(
             sweep_run.name,
             {
+                "folder": f"runs/{folder_name(sweep_run.name)}",
                 "seeds": [],
                 "values": [],
                 "error": "",
@@ -261,7 +280,7 @@ def _report(
         ],
         [
             [
-                name,
+                name if row["folder"] == f"runs/{name}" else f"{name} ({row['folder']})",
                 f"{row['mean']:.3f} ± {row['std']:.3f}",
                 len(row["values"]),
                 f"{np.mean(row['particles']):.0f}",

@@ -19,6 +19,7 @@ _MAX_FRAMES = 8  # in a strip
 _DPI = 100
 _MOST_CLASSES = 25  # a confusion matrix shows counts up to this many classes
 _DIMMED = 0.25  # brightness outside all particles
+_LONGEST_LABEL = 40  # characters of a name
 
 
 def visible_strip(
@@ -169,10 +170,14 @@ def pareto(
             name: point for name, point in points.items() if name.split("-")[0] == family
         }
         x, y, spread = np.array(list(family_points.values())).T
-        ax.errorbar(x, y, spread, fmt="o", capsize=3, color=f"C{i}", label=family)
+        ax.errorbar(x, y, spread, fmt="o", capsize=3, color=f"C{i}", label=_label(family))
         for name, (cost_value, mean, _) in family_points.items():
             ax.annotate(
-                name, (cost_value, mean), fontsize=7, xytext=(4, 4), textcoords="offset points"
+                _label(name),
+                (cost_value, mean),
+                fontsize=7,
+                xytext=(4, 4),
+                textcoords="offset points",
             )
     ax.plot(
         [points[name][0] for name in front_names],
@@ -185,6 +190,12 @@ def pareto(
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
     _save(canvas, path)
+
+
+def _label(name: str) -> str:
+    """A name for a picture: not too long, and no formula."""
+    short = name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 3]}..."
+    return short.replace("$", r"\$")
 
 
 def histograms(series: Mapping[str, Sequence[float]], path: Path, title: str, unit: str) -> None:
