@@ -31,7 +31,6 @@ from particlejax.config.fields import (
     one_of,
     replaced,
     section,
-    unknown_key,
 )
 from particlejax.config.model import ModelSpec, StemSpec
 from particlejax.config.objectives import OBJECTIVES
