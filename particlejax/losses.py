@@ -5,10 +5,31 @@ rows.
 Legend: B rows, L slots, S clips of a row, P numbers of a payload, C classes.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Shaped
+
+
+class Mean(NamedTuple):
+    """A mean, and the number of clips (particles, pairs ...) that it was taken over.
+
+    Parts of a whole (micro-batches, validation batches) have different numbers of them, so only the
+    weights tell how their means recombine. The value of a mean over nothing is 0.
+    """
+
+    value: Float[Array, ""]
+    weight: Float[Array, ""]
+
+
+Means = dict[str, Mean]  # by name of the metric
+
+
+def mean_over(values: Shaped[Array, "..."], mask: Bool[Array, "..."]) -> Mean:
+    """Mean of the values where the mask holds, weighted by how many these are."""
+    return Mean(mean(values, mask), jnp.sum(mask, dtype=jnp.float32))
 
 
 def membership(segment: Int[Array, "B L"], num_clips: int) -> Float[Array, "B L S"]:
@@ -34,7 +55,7 @@ def clip_mean(
 
 
 def mean(values: Shaped[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, ""]:
-    """Mean of the values where it holds; 0 where it holds nowhere."""
+    """Mean of the values where the mask holds; 0 where it holds nowhere."""
     return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
 
 

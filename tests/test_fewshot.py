@@ -14,6 +14,7 @@ from particlejax.config.objectives import PseudoLabelSpec
 from particlejax.core.typing import UserError
 from particlejax.distributed import checkpoint
 from particlejax.finetune import restore, weight_average
+from particlejax.objectives import base
 from particlejax.objectives.pseudo_label import TEACHER, augmented_view, pseudo_label
 from particlejax.particles.types import Batch, Particles
 from particlejax.train import sample_selection
@@ -111,6 +112,9 @@ class Linear:
             ), {}
         raise NotImplementedError(method)
 
+    def normalize(self, batch: Batch) -> Batch:
+        return batch
+
     def head(self, params: dict, name: str, tokens: object, clips: int = 1) -> object:
         return tokens.sum(axis=1, keepdims=True)
 
@@ -137,9 +141,8 @@ KEY = jax.random.key(0)
 
 
 def loss(spec: PseudoLabelSpec, params: dict, made: Batch) -> tuple[jax.Array, dict]:
-    return jax.jit(lambda params, made: pseudo_label(spec)(params, Linear(), made, KEY, True))(
-        params, made
-    )
+    objective = base.single(pseudo_label(spec))
+    return jax.jit(lambda params, made: objective(params, Linear(), made, KEY, True))(params, made)
 
 
 def test_clips_without_a_label_are_taught_by_the_whole_of_themselves() -> None:

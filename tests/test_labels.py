@@ -18,7 +18,7 @@ from particlejax.config.objectives import ClassifySpec
 from particlejax.core.typing import UserError
 from particlejax.data import label_subset, pipeline, sources
 from particlejax.data.sources import folder
-from particlejax.objectives import label_targets
+from particlejax.objectives import base, label_targets
 from particlejax.objectives.classify import classify
 from particlejax.particles.types import Batch
 from particlejax.train import predictions, stage
@@ -53,7 +53,7 @@ def loss(
 ) -> tuple[float, dict]:
     goal = label_targets.build_targets(spec, labels)
     goal = goal if weight is None else goal._replace(weight=weight)
-    found, metrics = classify(spec, goal)(
+    found, metrics = base.single(classify(spec, goal))(
         {"shift": 0.0}, Fixed(logits), made, jax.random.key(0), True
     )
     return float(found), metrics
@@ -154,7 +154,7 @@ def test_two_draws_that_agree_cost_nothing_more(kind: str, size: int) -> None:
     one, other = LOGITS[:2, :, :size], LOGITS[1:, :, :size] + 1.0
 
     def found(*logits: np.ndarray, train: bool = True) -> tuple[float, dict]:
-        objective = classify(spec, label_targets.build_targets(spec, labels))
+        objective = base.single(classify(spec, label_targets.build_targets(spec, labels)))
         value, metrics = objective(
             {"shift": 0.0}, Fixed(*logits), batch([0, 1]), jax.random.key(0), train
         )

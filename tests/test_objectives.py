@@ -9,6 +9,7 @@ answer off places, extents or numbers of particles.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +22,19 @@ from jax.sharding import PartitionSpec as P
 from particlejax import losses, masks
 from particlejax.config.experiment import Experiment, ModelSpec, ParticleSpec
 from particlejax.config.fields import make
+from particlejax.config.modalities import ordered
 from particlejax.config.objectives import OBJECTIVES
 from particlejax.core import tree
 from particlejax.core.typing import UserError
 from particlejax.models import particle_model as models
 from particlejax.models.modality import ModalitySpec
+from particlejax.nn.token_reduction import Tokens
 from particlejax.objectives import contrastive, feature_distillation, masked, registry
 from particlejax.objectives import masked_tokens as hidden_words
 from particlejax.objectives.base import TEACHER
 from particlejax.particles import cuboids, packing, policies
 from particlejax.particles.types import Batch, Particles
+from particlejax.train import eval
 
 # compiles sooner
 MODEL = ModelSpec(
@@ -328,6 +332,122 @@ def test_rows_without_a_clip_count_for_nothing(name: str) -> None:
         np.testing.assert_allclose(
             loss(partly), loss(jax.tree.map(lambda x: x[:5], partly)), rtol=1e-5
         )
+
+
+def constant_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws that are the same for every row, so that a row's loss does not depend on its batch."""
+
+    def uniform(
+        key: jax.Array,
+        shape: tuple[int, ...] = (),
+        dtype: type = jnp.float32,
+        minval: float = 0.0,
+        maxval: float = 1.0,
+    ) -> jax.Array:
+        steps = (jnp.arange(shape[-1]) + 0.5) / shape[-1]
+        return jnp.broadcast_to(minval + (maxval - minval) * steps, shape).astype(dtype)
+
+    def zeros(key: jax.Array, *args: object, dtype: type = jnp.float32) -> jax.Array:
+        shape = next(arg for arg in args if isinstance(arg, tuple))
+        return jnp.zeros(shape, dtype)
+
+    monkeypatch.setattr(jax.random, "uniform", uniform)
+    monkeypatch.setattr(jax.random, "bernoulli", functools.partial(zeros, dtype=bool))
+    monkeypatch.setattr(jax.random, "randint", functools.partial(zeros, dtype=jnp.int32))
+    monkeypatch.setattr(jax.random, "normal", lambda key, shape, dtype: jnp.zeros(shape, dtype))
+
+
+# rows that lack a modality or a label: of each half of the batch another number
+LACKING = {
+    "vision": (0, 1, 2, 4),
+    "text": (0, 2, 3, 5),
+    "audio": (1, 2, 3, 6),
+    "timeseries": (0, 1, 3, 7),
+    "video_features": (1, 2, 3, 4),
+    "label": (0, 1, 2, 5),
+}
+INEXACT = {
+    "contrastive/loss",
+    "contrastive/batch_recall_at_1",
+    "jepa/feature_std",
+    "masked_visual_tokens/codebook_perplexity",
+}
+
+
+def without_blocks(model: models.Model) -> models.Model:
+    """The model with fixed functions as its encoder and decoders: compiles sooner, and each clip
+    has its own loss.
+    """
+
+    def project(*values: jax.Array, width: int) -> jax.Array:
+        x = jnp.concatenate(values, axis=-1)
+        return jnp.sin(x @ np.random.default_rng(0).normal(size=(x.shape[-1], width)))
+
+    def apply(params: dict, method: str, *args: Any, key: jax.Array | None = None) -> Any:
+        if method == "encode":
+            particles = [args[0][name] for name in ordered(args[0])]
+            parts = [
+                (project(p.payload, p.place, width=MODEL.width), p.place, p.segment)
+                for p in particles
+            ]
+            return Tokens(*(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))), {}
+        if args[0] in ("decoder", "predictor"):
+            name, _, query, modality = args
+            outputs = WORDS if modality == "text" else SLOTS[modality].payload_size
+            width = MODEL.width if name == "predictor" else outputs
+            return project(query.payload, query.place, width=width)
+        return model.apply(params, method, *args, key=key)
+
+    return model._replace(apply=apply)
+
+
+def partly_lacking() -> Batch:
+    batch = make_batch(tuple(SLOTS))
+    lacks = {name: np.isin(np.arange(ROWS), rows)[:, None] for name, rows in LACKING.items()}
+    particles = {
+        name: dataclasses.replace(p, segment=jnp.where(lacks[name], 0, p.segment))
+        for name, p in batch.particles.items()
+    }
+    label = jnp.where(lacks["label"], -1, batch.label)
+    return dataclasses.replace(batch, particles=particles, label=label)
+
+
+@pytest.mark.parametrize("method", ["joint", "correlation"])
+def test_every_mean_is_over_the_clips_that_it_applies_to(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the rows of a split lie in batches, and however few of a batch's clips count."""
+    constant_draws(monkeypatch)
+    names = (
+        [name for name in CASES if ":" not in name] if method == "joint" else ["synchronization"]
+    )
+    specs = {
+        name: make(OBJECTIVES[name], CASES[name].spec | {"weight": 0.5}, name) for name in names
+    }
+    specs["synchronization"] = dataclasses.replace(specs["synchronization"], method=method)
+    whole_model = models.build(
+        MODEL, payloads_of(tuple(SLOTS)), registry.heads(specs, CLASSES), registry.unseen(specs)
+    )
+    model = without_blocks(whole_model)
+    objective, batch, rng = registry.combine(specs), partly_lacking(), np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype),
+        jax.eval_shape(whole_model.init, jax.random.key(0), batch),
+    )
+    measure = jax.jit(lambda rows: objective.measure(params, model, rows, jax.random.key(0), False))
+
+    def split_into(*batches: list[int]) -> dict[str, float]:
+        parts = [jax.tree.map(lambda x, rows=rows: x[np.array(rows)], batch) for rows in batches]
+        return eval.recombined(objective, [jax.device_get(measure(part)) for part in parts])
+
+    expected = split_into([0, 1, 2, 3], [4, 5, 6, 7])
+    assert all(np.isfinite(value) for value in expected.values())
+    for order in ([0, 1, 2, 4], [3, 5, 6, 7]), ([7, 0, 5, 2], [1, 6, 3, 4]):
+        found = split_into(*order)
+        for name in expected.keys() - INEXACT - {"loss"}:
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, err_msg=name)
+        total = sum(0.5 * found[f"{name}/loss"] for name in names)
+        np.testing.assert_allclose(found["loss"], total, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def brightness(spec: BrightnessSpec):
         told = model.head(params, "brightness_head", tokens, clips)[..., 0]
         vision = batch.particles["vision"]
         true = losses.clip_mean(vision.payload.mean(axis=-1), vision.segment, clips)
-        loss = losses.mean(jnp.square(told - spec.scale * true), batch.clip_index >= 0)
+        loss = losses.mean_over(jnp.square(told - spec.scale * true), batch.clip_index >= 0)
         return loss, {"loss": loss}
 
     return objective

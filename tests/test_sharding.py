@@ -3,13 +3,18 @@
 name the key.
 """
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import test_fewshot
 
 from particlejax.config.experiment import MeshSpec, ModelSpec, OptimSpec, ParticleSpec
-from particlejax.config.objectives import ClassifySpec, MaskedAutoencoderSpec
-from particlejax.core import tree
+from particlejax.config.objectives import ClassifySpec, MaskedAutoencoderSpec, PseudoLabelSpec
+from particlejax.core import flops, tree
 from particlejax.core.typing import UserError
 from particlejax.distributed import sharding
 from particlejax.models import particle_model as models
@@ -19,7 +24,13 @@ from particlejax.objectives import registry
 from particlejax.particles import packing, policies
 from particlejax.particles.types import Batch
 from particlejax.train import optim
-from particlejax.train.train_state import TrainState, initialize, jit_step, make_step
+from particlejax.train.train_state import (
+    TrainState,
+    abstract_state,
+    initialize,
+    jit_step,
+    make_step,
+)
 
 # compiles sooner
 MODEL = ModelSpec(
@@ -42,7 +53,7 @@ MESHES = {
 }
 
 
-def batch(missing: tuple[int, ...] = ()) -> Batch:
+def batch() -> Batch:
     rng, clips = np.random.default_rng(0), []
     for i in range(16):
         video = rng.normal(size=(4, 8, 8, 3)).astype(np.float32)
@@ -50,31 +61,25 @@ def batch(missing: tuple[int, ...] = ()) -> Batch:
             video, np.arange(4, dtype=np.float32), ParticleSpec("grid", (2, 4, 4))
         )
         clips.append(packing.Clip({"vision": cut}, i % 3, i))
-    whole = packing.pack(clips, range(len(clips)), {"vision": packing.SlotSpec(8, 96)}, 16, 1)
-    vision = whole.particles["vision"]
-    for row in missing:
-        vision.segment[row], whole.clip_index[row], whole.label[row] = 0, -1, -1
-    return whole
+    return packing.pack(clips, range(len(clips)), {"vision": packing.SlotSpec(8, 96)}, 16, 1)
 
 
 def one_device() -> jax.sharding.Mesh:
     return jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), sharding.AXES)
 
 
-def losses(
-    mesh: jax.sharding.Mesh, accumulate: int = 1, specs: dict = BOTH, missing: tuple[int, ...] = ()
-) -> tuple[list[float], TrainState]:
+def losses(mesh: jax.sharding.Mesh) -> tuple[list[float], TrainState]:
     model = models.build(
         MODEL, {"vision": ModalitySpec(96)}, heads={"decoder": DecoderHead(), **classification(3)}
     )
     optimizer = optim.build_optimizer(OptimSpec(learning_rate=1e-2, warmup_ratio=0), 10)
     state = initialize(model, optimizer, jax.tree.map(lambda x: x[:1], batch()), 0, 0.9, mesh)
-    step = make_step(model, registry.combine(specs), optimizer, ema=0.9, accumulate=accumulate)
+    step = make_step(model, registry.combine(BOTH), optimizer, ema=0.9, accumulate=1)
     found = []
     with jax.set_mesh(mesh):
         jitted = jit_step(step, state, mesh)
         for _ in range(3):
-            state, metrics = jitted(state, sharding.shard_batch(batch(missing), mesh))
+            state, metrics = jitted(state, sharding.shard_batch(batch(), mesh))
             found.append(float(metrics["loss"]))
     assert jitted._cache_size() == 1
     return found, state
@@ -115,11 +120,50 @@ def test_an_axis_that_divides_next_to_nothing_is_told() -> None:
         assert parts(12) == (2, 12, 20)
 
 
-def test_accumulation_equals_the_whole_batch_also_with_clips_missing() -> None:
-    only = {"classify": ClassifySpec()}
-    whole, _ = losses(one_device(), 1, only, missing=(1, 5, 9, 10))
-    parts, _ = losses(one_device(), 4, only, missing=(1, 5, 9, 10))
-    np.testing.assert_allclose(parts, whole, rtol=1e-5)
+def test_objectives_that_apply_to_some_clips_accumulate_over_devices() -> None:
+    """The micro-batches have 2, 0, 1 and 0 of the labeled clips, and one is of no clip at all."""
+    label = [2, -1, -1, -1, 1, -1, 0, -1]
+    rows = test_fewshot.batch(label, [*range(7), -1])
+    pseudo = PseudoLabelSpec(0.5, threshold=0.0, mask_ratio=0.0, noise_std=0.0)
+    specs = {"classify": ClassifySpec(label_smoothing=0.0), "pseudo_label": pseudo}
+    optimizer, params = optax.sgd(1.0), test_fewshot.PARAMS
+    state = TrainState(jnp.zeros((), int), jnp.uint32(0), params, optimizer.init(params), ())
+    objective, model = registry.combine(specs), test_fewshot.Linear()
+
+    def found(mesh: jax.sharding.Mesh, accumulate: int, *batches: Batch) -> list:
+        step = jax.jit(make_step(model, objective, optimizer, ema=0, accumulate=accumulate))
+        with jax.set_mesh(mesh):
+            return [step(state, sharding.shard_batch(batch, mesh)) for batch in batches]
+
+    [expected] = found(one_device(), 1, rows)
+    logits = jnp.einsum("blp,pc->bc", rows.particles["vision"].payload, params["w"])
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, np.array(label) % 4)
+    labeled, unlabeled = np.array([0, 4, 6]), np.array([1, 2, 3, 5])
+    own = optax.softmax_cross_entropy_with_integer_labels(logits, logits.argmax(-1))
+    total = loss[labeled].mean() + 0.5 * own[unlabeled].mean()
+    np.testing.assert_allclose(expected[1]["loss"], total, rtol=1e-5)
+    two = jax.sharding.Mesh(np.array(jax.devices()[:2]).reshape(2, 1, 1, 1), sharding.AXES)
+    none = dataclasses.replace(rows, label=jnp.full_like(rows.label, -1))
+    whole, (_, without) = found(two, 4, rows, none)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), whole, expected)
+    assert np.isnan(without["classify/top1"]) and without["finite"] == 1
+    np.testing.assert_allclose(without["loss"], 0.5 * own[:7].mean(), rtol=1e-5)
+
+
+def test_the_weights_of_micro_batches_cost_no_operations() -> None:
+    specs = {"classify": ClassifySpec()}
+    model = models.build(MODEL, {"vision": ModalitySpec(96)}, registry.heads(specs, 3))
+    optimizer = optim.build_optimizer(OptimSpec(), 10)
+    state = abstract_state(model, optimizer, batch(), 0, one_device())
+    counts = [
+        flops.count(
+            jax.make_jaxpr(
+                make_step(model, registry.combine(specs), optimizer, ema=0, accumulate=accumulate)
+            )(state, batch())
+        )
+        for accumulate in (1, 4)
+    ]
+    assert counts[0] == counts[1] > 1e6
 
 
 def test_weight_decay_spares_norms_biases_and_tokens() -> None:

@@ -179,12 +179,16 @@ def retrieval(features: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
 def objective_metrics(
     stage: run.Stage, params: Params, spec: ProbeSpec, unreadable: run.UnreadableClips
 ) -> dict[str, float]:
-    """The objectives' own metrics on the test split."""
+    """The objectives' own metrics on the test split, measured as in training."""
     mesh = sharding.make_mesh(MeshSpec())
     source = sources.open_split(stage.data, spec.test_split, stage.classes, "config.test_split")
-    eval_step = eval.jit_eval_step(registry.combine(stage.spec.objectives), stage.model, mesh)
+    objective = registry.combine(stage.spec.objectives, stage.targets)
     return eval.evaluate_metrics(
-        eval_step, params, stage.eval_batches(source, spec.batch_size), mesh, unreadable.record
+        eval.jit_evaluation(objective, stage.model, mesh),
+        params,
+        stage.eval_batches(source, spec.batch_size),
+        mesh,
+        unreadable.record,
     )
 
 

@@ -10,7 +10,8 @@ from jax import Array
 
 from particlejax import losses
 from particlejax.config.objectives import ClassifySpec
-from particlejax.core.typing import Metrics, Params
+from particlejax.core.typing import Params
+from particlejax.losses import Mean, Means
 from particlejax.models.heads import classification
 from particlejax.models.particle_model import Model
 from particlejax.objectives.base import Objective, ObjectiveType
@@ -27,7 +28,7 @@ def classify(spec: ClassifySpec, targets: Targets | None = None) -> Objective:
 
     def objective(
         params: Params, model: Model, batch: Batch, key: Array, train: bool
-    ) -> tuple[Array, Metrics]:
+    ) -> tuple[Mean, Means]:
         def compute_logits(key: Array) -> Array:
             tokens, _ = model.apply(
                 params,
@@ -39,14 +40,15 @@ def classify(spec: ClassifySpec, targets: Targets | None = None) -> Objective:
             return model.head(params, "head", tokens, batch.label.shape[1])
 
         logits, labeled = compute_logits(key), batch.label >= 0
-        loss = losses.mean(_mixed_loss(spec, targets, logits, batch), labeled)
+        loss = losses.mean_over(_mixed_loss(spec, targets, logits, batch), labeled)
         metrics = _metrics(targets, logits, batch.label, labeled)
         if spec.rdrop_weight and train:
             second_logits = compute_logits(jax.random.fold_in(key, 1))
-            kl = losses.mean(_rdrop_divergence(spec, logits, second_logits), labeled)
-            loss = (
-                loss + losses.mean(_mixed_loss(spec, targets, second_logits, batch), labeled)
-            ) / 2 + spec.rdrop_weight * kl
+            kl = losses.mean_over(_rdrop_divergence(spec, logits, second_logits), labeled)
+            second_loss = losses.mean(_mixed_loss(spec, targets, second_logits, batch), labeled)
+            loss = loss._replace(
+                value=(loss.value + second_loss) / 2 + spec.rdrop_weight * kl.value
+            )
             metrics["rdrop_kl"] = kl
         return loss, {"loss": loss} | metrics
 
@@ -91,15 +93,20 @@ def _rdrop_divergence(spec: ClassifySpec, first_logits: Array, second_logits: Ar
     return losses.symmetric_kl(first_logits, second_logits)
 
 
-def _metrics(targets: Targets | None, logits: Array, label: Array, labeled: Array) -> Metrics:
+def _metrics(targets: Targets | None, logits: Array, label: Array, labeled: Array) -> Means:
     safe_label = jnp.maximum(label, 0)
     if targets is not None and targets.loss != "softmax":
         target = jnp.asarray(targets.table)[safe_label]
         if targets.loss == "regression":
-            return {"mae": losses.mean(jnp.abs(logits - target)[..., 0] * targets.std, labeled)}
-        return {"exact_match": losses.mean(((logits > 0) == (target > 0.5)).all(axis=-1), labeled)}
+            error = jnp.abs(logits - target)[..., 0] * targets.std
+            return {"mae": losses.mean_over(error, labeled)}
+        exact = ((logits > 0) == (target > 0.5)).all(axis=-1)
+        return {"exact_match": losses.mean_over(exact, labeled)}
     rank = jnp.sum(logits > jnp.take_along_axis(logits, safe_label[..., None], -1), axis=-1)
-    return {"top1": losses.mean(rank < 1, labeled), "top5": losses.mean(rank < 5, labeled)}
+    return {
+        "top1": losses.mean_over(rank < 1, labeled),
+        "top5": losses.mean_over(rank < 5, labeled),
+    }
 
 
 CLASSIFY = ObjectiveType(

@@ -13,7 +13,8 @@ from jax import Array
 from particlejax import losses, masks
 from particlejax.config.modalities import ordered
 from particlejax.config.objectives import ContrastiveSpec, TemporalAlignmentSpec
-from particlejax.core.typing import Metrics, Params
+from particlejax.core.typing import Params
+from particlejax.losses import Mean, Means
 from particlejax.models.heads import ParticleHead, ProjectionHead
 from particlejax.models.particle_model import Model
 from particlejax.objectives import time_utils
@@ -34,7 +35,7 @@ def temporal_alignment(spec: TemporalAlignmentSpec) -> Objective:
 
     def objective(
         params: Params, model: Model, batch: Batch, key: Array, train: bool
-    ) -> tuple[Array, Metrics]:
+    ) -> tuple[Mean, Means]:
         particles, num_clips = batch.particles[spec.modality], batch.clip_index.shape[1]
         first, last = (
             time_utils.gather_clip_value(bound, particles)
@@ -56,7 +57,7 @@ def temporal_alignment(spec: TemporalAlignmentSpec) -> Objective:
         predicted_bin = logits.argmax(axis=-1)
         error_seconds = jnp.abs(first + (predicted_bin + 0.5) / spec.num_bins * length - time)
         loss, accuracy, seconds = (
-            losses.mean(losses.clip_mean(values, query_segment, num_clips), valid)
+            losses.mean_over(losses.clip_mean(values, query_segment, num_clips), valid)
             for values in (
                 losses.cross_entropy(logits, label),
                 (predicted_bin == label).astype(jnp.float32),
@@ -75,11 +76,15 @@ def contrastive(spec: ContrastiveSpec) -> Objective:
     Negatives are all clips of the batch (or micro-batch) over the whole mesh: arrays are global
     under jit and the compiler gathers them. Clips that lack a modality are ignored. Metrics: loss;
     batch_recall_at_1, the fraction of clips whose nearest neighbor is their own.
+
+    As the number of negatives is that of the batch, the mean over several batches, weighted by
+    their matching pairs, is not the value over all of their clips at once: it depends on the batch
+    size, as in CLIP.
     """
 
     def objective(
         params: Params, model: Model, batch: Batch, key: Array, train: bool
-    ) -> tuple[Array, Metrics]:
+    ) -> tuple[Mean, Means]:
         view_key, *keys = jax.random.split(key, 3)
         views = _views(spec, batch, view_key)
         num_clips = batch.clip_index.shape[1]
@@ -105,10 +110,12 @@ def contrastive(spec: ContrastiveSpec) -> Objective:
         correct = jnp.where(valid[None], similarity, -jnp.inf).argmax(axis=1) == jnp.arange(
             len(valid)
         )
+        recall = losses.mean_over(correct, valid)
+        loss = recall._replace(value=loss)
         return loss, {
             "loss": loss,
-            "batch_recall_at_1": losses.mean(correct, valid),
-            "logit_scale": logit_scale,
+            "batch_recall_at_1": recall,
+            "logit_scale": recall._replace(value=logit_scale),
         }
 
     return objective

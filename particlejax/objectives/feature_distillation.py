@@ -7,7 +7,8 @@ from jax import Array
 
 from particlejax import losses, masks
 from particlejax.config.objectives import FeatureDistillationSpec
-from particlejax.core.typing import Metrics, Params
+from particlejax.core.typing import Params
+from particlejax.losses import Mean, Means
 from particlejax.models.heads import DecoderHead
 from particlejax.models.particle_model import Model
 from particlejax.objectives import masked
@@ -27,7 +28,7 @@ def feature_distillation(spec: FeatureDistillationSpec) -> Objective:
 
     def objective(
         params: Params, model: Model, batch: Batch, key: Array, train: bool
-    ) -> tuple[Array, Metrics]:
+    ) -> tuple[Mean, Means]:
         mask_key, dropout_key = jax.random.split(key)
         query, num_clips = batch.particles[spec.teacher_modality], batch.clip_index.shape[1]
         inputs = {
@@ -53,8 +54,8 @@ def feature_distillation(spec: FeatureDistillationSpec) -> Objective:
         )
         valid = losses.membership(query.segment, num_clips).any(axis=1) & (batch.clip_index >= 0)
 
-        def mean_over_clips(values: Array) -> Array:
-            return losses.mean(losses.clip_mean(values, query.segment, num_clips), valid)
+        def mean_over_clips(values: Array) -> Mean:
+            return losses.mean_over(losses.clip_mean(values, query.segment, num_clips), valid)
 
         return mean_over_clips(error), {
             "loss": mean_over_clips(error),

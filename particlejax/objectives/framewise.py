@@ -10,7 +10,8 @@ from jax import Array
 
 from particlejax import losses
 from particlejax.config.objectives import FramewiseSpec
-from particlejax.core.typing import Metrics, Params, UserError
+from particlejax.core.typing import Params, UserError
+from particlejax.losses import Mean, Means
 from particlejax.models.heads import FramewiseHead
 from particlejax.models.particle_model import Model
 from particlejax.objectives import time_utils
@@ -33,7 +34,7 @@ def framewise(spec: FramewiseSpec) -> Objective:
 
     def objective(
         params: Params, model: Model, batch: Batch, key: Array, train: bool
-    ) -> tuple[Array, Metrics]:
+    ) -> tuple[Mean, Means]:
         predicted, target, segment = predict_framewise(
             spec, params, model, batch, key if train else None
         )
@@ -51,7 +52,7 @@ def framewise(spec: FramewiseSpec) -> Objective:
             )
         frame_metrics = {"loss": error, **metric}
         metrics = {
-            name: losses.mean(losses.clip_mean(values, segment, num_clips), valid)
+            name: losses.mean_over(losses.clip_mean(values, segment, num_clips), valid)
             for name, values in frame_metrics.items()
         }
         return metrics["loss"], metrics

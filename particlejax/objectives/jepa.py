@@ -7,7 +7,8 @@ from jax import Array
 
 from particlejax import losses
 from particlejax.config.objectives import JepaSpec
-from particlejax.core.typing import Metrics, Params
+from particlejax.core.typing import Params
+from particlejax.losses import Mean, Means
 from particlejax.models.heads import FeatureDecoderHead, modality_tokens
 from particlejax.models.particle_model import Model
 from particlejax.objectives import masked
@@ -26,7 +27,7 @@ def jepa(spec: JepaSpec) -> Objective:
 
     def objective(
         params: Params, model: Model, batch: Batch, key: Array, train: bool
-    ) -> tuple[Array, Metrics]:
+    ) -> tuple[Mean, Means]:
         mask_key, dropout_key = jax.random.split(key)
         num_clips, particles = batch.clip_index.shape[1], batch.particles[spec.modality]
         visible, query_slots = masked.mask_particles(spec, model, particles, mask_key)
@@ -44,7 +45,7 @@ def jepa(spec: JepaSpec) -> Objective:
         )
         error = jnp.abs(predicted - target).mean(axis=-1)
         valid = losses.membership(query.segment, num_clips).any(axis=1) & (batch.clip_index >= 0)
-        loss = losses.mean(losses.clip_mean(error, query.segment, num_clips), valid)
+        loss = losses.mean_over(losses.clip_mean(error, query.segment, num_clips), valid)
         return loss, {"loss": loss, "feature_std": feature_std(target, query.segment)}
 
     return objective
@@ -63,14 +64,15 @@ def teacher_features(params: Params, model: Model, batch: Batch, modality: str) 
     )
 
 
-def feature_std(features_BQD: Array, segment: Array) -> Array:
-    """Standard deviation of each feature over all particles of the batch, averaged over
-    features.
+def feature_std(features_BQD: Array, segment: Array) -> Mean:
+    """Standard deviation of each feature over all particles of the batch, averaged over features;
+    weighted by the number of particles, as it has no exact recombination.
     """
     occupied = (segment > 0)[..., None]
     count = jnp.maximum(occupied.sum(), 1)
     mean = jnp.sum(features_BQD * occupied, axis=(0, 1), keepdims=True) / count
-    return jnp.sqrt(jnp.sum(jnp.square(features_BQD - mean) * occupied, axis=(0, 1)) / count).mean()
+    variance = jnp.sum(jnp.square(features_BQD - mean) * occupied, axis=(0, 1)) / count
+    return Mean(jnp.sqrt(variance).mean(), jnp.sum(occupied, dtype=jnp.float32))
 
 
 JEPA = ObjectiveType(jepa, heads=lambda spec, classes: {"predictor": FeatureDecoderHead()})

@@ -14,7 +14,8 @@ from jax import Array
 
 from particlejax import losses, masks
 from particlejax.config.objectives import FuturePredictionSpec, MaskedAutoencoderSpec, MaskSpec
-from particlejax.core.typing import Metrics, Params
+from particlejax.core.typing import Params
+from particlejax.losses import Mean, Means
 from particlejax.models.heads import DecoderHead
 from particlejax.models.modality import ModalitySpec
 from particlejax.models.particle_model import Model
@@ -41,7 +42,7 @@ def masked_autoencoder(spec: MaskedAutoencoderSpec) -> Objective:
 
     def objective(
         params: Params, model: Model, batch: Batch, key: Array, train: bool
-    ) -> tuple[Array, Metrics]:
+    ) -> tuple[Mean, Means]:
         loss = masked_mse(predict_masked(spec, params, model, batch, key, train), batch)
         return loss, {"loss": loss}
 
@@ -55,19 +56,19 @@ def future_prediction(spec: FuturePredictionSpec) -> Objective:
 
     def objective(
         params: Params, model: Model, batch: Batch, key: Array, train: bool
-    ) -> tuple[Array, Metrics]:
+    ) -> tuple[Mean, Means]:
         loss = masked_mse(predict_future(spec, params, model, batch, key, train), batch)
         return loss, {"loss": loss}
 
     return objective
 
 
-def masked_mse(prediction: Prediction, batch: Batch) -> Array:
+def masked_mse(prediction: Prediction, batch: Batch) -> Mean:
     """Squared error of the predicted particles, averaged over clips that have any."""
     num_clips = batch.clip_index.shape[1]
     error = losses.squared_error(prediction.predicted, prediction.target)
     has_query = losses.membership(prediction.query.segment, num_clips).any(axis=1)
-    return losses.mean(
+    return losses.mean_over(
         losses.clip_mean(error, prediction.query.segment, num_clips),
         has_query & (batch.clip_index >= 0),
     )

@@ -9,7 +9,8 @@ from jax import Array
 
 from particlejax import losses, masks
 from particlejax.config.objectives import MaskedLmSpec, MaskedVisualTokensSpec
-from particlejax.core.typing import Metrics, Params
+from particlejax.core.typing import Params
+from particlejax.losses import Mean, Means
 from particlejax.models.heads import CodebookHead, DecoderHead, FeatureDecoderHead, QueryHead
 from particlejax.models.particle_model import Model
 from particlejax.objectives.base import Objective, ObjectiveType
@@ -37,7 +38,7 @@ def masked_lm(spec: MaskedLmSpec) -> Objective:
 
     def objective(
         params: Params, model: Model, batch: Batch, key: Array, train: bool
-    ) -> tuple[Array, Metrics]:
+    ) -> tuple[Mean, Means]:
         mask_key, dropout_key = jax.random.split(key)
         particles = batch.particles[spec.modality]
         visible = masks.visible_ratio(spec.mask_ratio)
@@ -66,7 +67,7 @@ def masked_visual_tokens(spec: MaskedVisualTokensSpec) -> Objective:
 
     def objective(
         params: Params, model: Model, batch: Batch, key: Array, train: bool
-    ) -> tuple[Array, Metrics]:
+    ) -> tuple[Mean, Means]:
         prediction = predict_codes(spec, params, model, batch, key, train)
         loss, metrics = _token_loss(prediction, batch)
         return loss, metrics | {
@@ -106,18 +107,19 @@ def predict_codes(
     )
 
 
-def perplexity(codes_BQ: Array, segment: Array, num_codes: int) -> Array:
-    """Perplexity of the code distribution, exp(entropy): the effective number of codes, 1 on
-    collapse.
+def perplexity(codes_BQ: Array, segment: Array, num_codes: int) -> Mean:
+    """Perplexity of the code distribution of a batch, exp(entropy): the effective number of codes,
+    1 on collapse; weighted by the number of particles, as it has no exact recombination.
     """
     counts = jnp.einsum(
         "bqc,bq->c", jax.nn.one_hot(codes_BQ, num_codes), (segment > 0).astype(jnp.float32)
     )
     probs = counts / jnp.maximum(counts.sum(), 1)
-    return jnp.exp(-jnp.sum(jax.scipy.special.xlogy(probs, probs)))
+    entropy = -jnp.sum(jax.scipy.special.xlogy(probs, probs))
+    return Mean(jnp.exp(entropy), jnp.sum(segment > 0, dtype=jnp.float32))
 
 
-def _token_loss(prediction: Prediction, batch: Batch) -> tuple[Array, Metrics]:
+def _token_loss(prediction: Prediction, batch: Batch) -> tuple[Mean, Means]:
     """Cross-entropy of the masked tokens; metrics: loss, top1."""
     segment, num_clips = prediction.query.segment, batch.clip_index.shape[1]
     clip_loss = losses.clip_mean(
@@ -129,8 +131,8 @@ def _token_loss(prediction: Prediction, batch: Batch) -> tuple[Array, Metrics]:
         num_clips,
     )
     valid = losses.membership(segment, num_clips).any(axis=1) & (batch.clip_index >= 0)
-    loss = losses.mean(clip_loss, valid)
-    return loss, {"loss": loss, "top1": losses.mean(accuracy, valid)}
+    loss = losses.mean_over(clip_loss, valid)
+    return loss, {"loss": loss, "top1": losses.mean_over(accuracy, valid)}
 
 
 MASKED_LM = ObjectiveType(masked_lm, heads=lambda spec, classes: {"decoder": DecoderHead()})

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from particlejax import losses
-from particlejax.core.typing import Metrics, Params
+from particlejax.core.typing import Params
+from particlejax.losses import Mean, Means
 from particlejax.models.particle_model import Model
 from particlejax.particles.types import Batch, Particles
 
@@ -24,7 +25,7 @@ def encode_and_score(
     valid: Array,
     key: Array | None,
     num_ordered: int = 0,
-) -> tuple[Array, Metrics]:
+) -> tuple[Mean, Means]:
     """Encodes the particles, applies the head `head`, and returns the loss and metrics of
     `classification_loss`.
     """
@@ -37,7 +38,7 @@ def encode_and_score(
 
 def classification_loss(
     logits: Array, batch: Batch, label: Array, valid: Array, num_ordered: int = 0
-) -> tuple[Array, Metrics]:
+) -> tuple[Mean, Means]:
     """Cross-entropy of the label [B, S] over valid clips; metrics: loss, top1, valid_fraction (of
     all clips).
 
@@ -46,15 +47,15 @@ def classification_loss(
     """
     is_clip = batch.clip_index >= 0
     valid &= is_clip
-    loss = losses.mean(losses.cross_entropy(logits, label), valid)
+    loss = losses.mean_over(losses.cross_entropy(logits, label), valid)
     predicted = logits.argmax(axis=-1)
     metrics = {
         "loss": loss,
-        "top1": losses.mean(predicted == label, valid),
-        "valid_fraction": losses.mean(valid, is_clip),
+        "top1": losses.mean_over(predicted == label, valid),
+        "valid_fraction": losses.mean_over(valid, is_clip),
     }
     if num_ordered:
-        metrics["acc_within_1"] = losses.mean(
+        metrics["acc_within_1"] = losses.mean_over(
             (predicted < num_ordered) & (jnp.abs(predicted - label) <= 1),
             valid & (label < num_ordered),
         )

@@ -23,7 +23,8 @@ from particlejax.config.objectives import (
     PlaybackSpeedSpec,
     RotationFlipSpec,
 )
-from particlejax.core.typing import Metrics, Params, UserError
+from particlejax.core.typing import Params, UserError
+from particlejax.losses import Mean, Means
 from particlejax.models.heads import ClipHead
 from particlejax.models.particle_model import Model
 from particlejax.objectives import pretext, time_utils
@@ -93,7 +94,7 @@ def _pretext_objective(
 
     def objective(
         params: Params, model: Model, batch: Batch, key: Array, train: bool
-    ) -> tuple[Array, Metrics]:
+    ) -> tuple[Mean, Means]:
         label_key, transform_key, key = jax.random.split(key, 3)
         particles, label = (
             batch.particles[VISION],

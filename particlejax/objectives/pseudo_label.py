@@ -13,7 +13,8 @@ from jax import Array
 from particlejax import losses, masks
 from particlejax.config.modalities import ordered
 from particlejax.config.objectives import PseudoLabelSpec
-from particlejax.core.typing import Metrics, Params
+from particlejax.core.typing import Params
+from particlejax.losses import Mean, Means
 from particlejax.models.heads import classification
 from particlejax.models.particle_model import Model
 from particlejax.objectives.base import TEACHER, Objective, ObjectiveType
@@ -29,7 +30,7 @@ def pseudo_label(spec: PseudoLabelSpec, targets: Targets | None = None) -> Objec
 
     def objective(
         params: Params, model: Model, batch: Batch, key: Array, train: bool
-    ) -> tuple[Array, Metrics]:
+    ) -> tuple[Mean, Means]:
         view_key, dropout_key = jax.random.split(key)
         num_clips = batch.label.shape[1]
         teacher = params.get(TEACHER, params) if spec.teacher == "ema" else params
@@ -50,8 +51,8 @@ def pseudo_label(spec: PseudoLabelSpec, targets: Targets | None = None) -> Objec
             clip_loss = losses.cross_entropy(logits, teacher_probs.argmax(axis=-1))
         unlabeled = (batch.label < 0) & (batch.clip_index >= 0)
         confident = (teacher_probs.max(axis=-1) >= spec.threshold).astype(jnp.float32)
-        loss = losses.mean(clip_loss * confident, unlabeled)
-        return loss, {"loss": loss, "confident_fraction": losses.mean(confident, unlabeled)}
+        loss = losses.mean_over(clip_loss * confident, unlabeled)
+        return loss, {"loss": loss, "confident_fraction": losses.mean_over(confident, unlabeled)}
 
     return objective
 

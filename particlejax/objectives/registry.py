@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Registry of objectives: pure functions (params, model, batch, key, train) -> (loss, metrics).
 
-Loss and metrics are means over valid clips; `train` enables dropout, the key also drives masks. The
-objectives are grouped by theme in the files of this folder.
+Loss and metrics are means over the clips that the objective applies to, each a `losses.Mean` with
+its weight; `train` enables dropout, the key also drives masks. The objectives are grouped by theme
+in the files of this folder.
 """
 
 import typing
@@ -11,14 +12,13 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from particlejax.config import plugins
 from particlejax.config.fields import Spec
 from particlejax.config.modalities import ordered
 from particlejax.config.objectives import OBJECTIVES
-from particlejax.core.typing import Metrics, Params, UserError
+from particlejax.core.typing import Params, UserError
 from particlejax.models.heads import HeadSpec
 from particlejax.models.particle_model import Model
 from particlejax.objectives import (
@@ -34,7 +34,7 @@ from particlejax.objectives import (
     synchronization,
     text_matching,
 )
-from particlejax.objectives.base import Objective, ObjectiveType
+from particlejax.objectives.base import Measured, Objective, ObjectiveType, WeightedSum, declared
 from particlejax.objectives.label_targets import Targets
 from particlejax.particles.types import Batch
 
@@ -73,8 +73,10 @@ def register_objective(
 
     The function is (spec) -> objective, where `spec` is annotated with its settings class (a
     dataclass that inherits `Spec` and has a `weight`); the objective is (params, model, batch, key,
-    train) -> (loss, metrics). See `ObjectiveType` for the other arguments. Raises ValueError for a
-    duplicate name, TypeError without the annotation.
+    train) -> (loss, metrics). A loss or metric that does not apply to every clip of the batch must
+    be a `losses.Mean` (`losses.mean_over(values, mask)` makes one): a plain scalar counts as a mean
+    over all clips. See `ObjectiveType` for the other arguments. Raises ValueError for a duplicate
+    name, TypeError without the annotation.
     """
 
     def register(make: Make) -> Make:
@@ -92,7 +94,7 @@ def register_objective(
     return register
 
 
-def combine(specs: Mapping[str, Any], targets: Targets | None = None) -> Objective:
+def combine(specs: Mapping[str, Any], targets: Targets | None = None) -> WeightedSum:
     """The weighted sum of objectives; metrics are 'loss' and, for each objective, 'name/metric'.
 
     targets: maps labels to head targets; None: each label is a class.
@@ -103,20 +105,21 @@ def combine(specs: Mapping[str, Any], targets: Targets | None = None) -> Objecti
     }
     hidden = set(unseen(specs))
 
-    def objective(
-        params: Params, model: Model, batch: Batch, key: Array, train: bool
-    ) -> tuple[Array, Metrics]:
-        total, metrics, batch = jnp.zeros(()), {}, model.normalize(batch)
+    def measure(params: Params, model: Model, batch: Batch, key: Array, train: bool) -> Measured:
+        losses, metrics, batch = {}, {}, model.normalize(batch)
         for i, (name, objective_fn) in enumerate(objectives.items()):
             inputs = _without(batch, hidden - set(TABLE[name].unseen(specs[name])))
             loss, objective_metrics = objective_fn(
                 params, model, inputs, jax.random.fold_in(key, i), train
             )
-            total += specs[name].weight * loss
-            metrics |= {f"{name}/{metric}": value for metric, value in objective_metrics.items()}
-        return total, {"loss": total} | metrics
+            losses[name] = declared(loss, batch)
+            metrics |= {
+                f"{name}/{metric}": declared(value, batch)
+                for metric, value in objective_metrics.items()
+            }
+        return Measured(losses, metrics)
 
-    return objective
+    return WeightedSum(measure, {name: spec.weight for name, spec in specs.items()})
 
 
 def heads(specs: Mapping[str, Any], classes: int = 0) -> dict[str, HeadSpec]:

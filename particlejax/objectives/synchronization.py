@@ -12,7 +12,8 @@ from jax import Array
 
 from particlejax import losses
 from particlejax.config.objectives import SynchronizationSpec
-from particlejax.core.typing import Metrics, Params
+from particlejax.core.typing import Params
+from particlejax.losses import Mean, Means
 from particlejax.models.heads import ClipHead, HeadSpec, TokenProjectionHead
 from particlejax.models.particle_model import Model
 from particlejax.objectives import pretext, time_utils
@@ -36,7 +37,7 @@ def synchronization(spec: SynchronizationSpec) -> Objective:
 
     def objective(
         params: Params, model: Model, batch: Batch, key: Array, train: bool
-    ) -> tuple[Array, Metrics]:
+    ) -> tuple[Mean, Means]:
         label_key, mismatch_key, key = jax.random.split(key, 3)
         num_clips = batch.clip_index.shape[1]
         fixed, moving = _split_pair(spec, batch)

@@ -12,7 +12,8 @@ from jax import Array
 
 from particlejax import losses
 from particlejax.config.objectives import TextMatchingSpec
-from particlejax.core.typing import Metrics, Params
+from particlejax.core.typing import Params
+from particlejax.losses import Mean, Means
 from particlejax.models.heads import ClipHead
 from particlejax.models.particle_model import Model
 from particlejax.objectives import pretext, time_utils
@@ -33,7 +34,7 @@ def text_matching(spec: TextMatchingSpec) -> Objective:
 
     def objective(
         params: Params, model: Model, batch: Batch, key: Array, train: bool
-    ) -> tuple[Array, Metrics]:
+    ) -> tuple[Mean, Means]:
         mismatch_key, draw_key, key = jax.random.split(key, 3)
         num_clips, text = batch.clip_index.shape[1], batch.particles[spec.modality]
         other_modalities = {

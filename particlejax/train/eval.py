@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluation: an objective's metrics over a split, and the class probabilities of each clip."""
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,11 @@ from particlejax import losses
 from particlejax.core.typing import Metrics, Params
 from particlejax.data import pipeline
 from particlejax.distributed import sharding
+from particlejax.losses import Mean
 from particlejax.models.particle_model import Model
 from particlejax.nn.token_reduction import Tokens
 from particlejax.objectives import registry
-from particlejax.objectives.base import Objective
+from particlejax.objectives.base import Measured, WeightedSum
 from particlejax.particles.types import Batch
 from particlejax.train.log import Progress
 from particlejax.train.stage import Stage
@@ -28,36 +30,65 @@ _KEY = 17  # seed of the evaluation masks, the same at every step so that curves
 BatchCallback = Callable[[pipeline.LoadedBatch], None]
 
 
-def jit_eval_step(
-    objective: Objective, model: Model, mesh: Mesh
-) -> Callable[[Params, Batch, int], tuple[Metrics, Any]]:
-    """(params, batch, number) -> (metrics, clips in the batch), replicated over all processes."""
+class Evaluation(NamedTuple):
+    """A stage's objectives and their compiled step (params, batch, number) -> Measured, which is
+    replicated over all processes.
+    """
 
-    def eval_step(params: Params, batch: Batch, batch_index: int) -> tuple[Metrics, Any]:
+    objective: WeightedSum
+    step: Callable[[Params, Batch, int], Measured]
+
+
+def jit_evaluation(objective: WeightedSum, model: Model, mesh: Mesh) -> Evaluation:
+    """The evaluation of the objectives, compiled at its first batch."""
+
+    def eval_step(params: Params, batch: Batch, batch_index: int) -> Measured:
         key = jax.random.fold_in(jax.random.key(_KEY), batch_index)
-        _, metrics = objective(params, model, batch, key, False)
-        return metrics, jnp.sum(batch.clip_index >= 0)
+        return objective.measure(params, model, batch, key, False)
 
-    return jax.jit(sharding.with_mesh(mesh, eval_step), out_shardings=NamedSharding(mesh, P()))
+    step = jax.jit(sharding.with_mesh(mesh, eval_step), out_shardings=NamedSharding(mesh, P()))
+    return Evaluation(objective, step)
 
 
 def evaluate_metrics(
-    eval_step: Callable,
+    evaluation: Evaluation,
     params: Params,
     views: pipeline.EvalBatches,
     mesh: Mesh,
     on_batch: BatchCallback,
 ) -> dict[str, float]:
-    """Means of all metrics over the clips of a split, with the same masks every time."""
-    totals: dict[str, float] = {}
-    num_clips = 0.0
+    """The loss and all metrics over the clips of a split, with the same masks every time.
+
+    Each is the mean over all clips of the split that it applies to, however they lie in batches;
+    NaN where it applies to none.
+    """
+    parts: list[Measured] = []
     for batch_index, loaded in enumerate(pipeline.read_batches(views, 0, len(views), views.data)):
         on_batch(loaded)
-        metrics, count = eval_step(params, sharding.shard_batch(loaded.batch, mesh), batch_index)
-        num_clips += float(count)
-        for name, value in metrics.items():
-            totals[name] = totals.get(name, 0.0) + float(value) * float(count)
-    return {name: value / max(num_clips, 1.0) for name, value in totals.items()}
+        batch = sharding.shard_batch(loaded.batch, mesh)
+        parts.append(jax.device_get(evaluation.step(params, batch, batch_index)))
+    return recombined(evaluation.objective, parts)
+
+
+def recombined(objective: WeightedSum, parts: Sequence[Measured]) -> dict[str, float]:
+    """The loss and all metrics of a whole from those of its parts, in float64."""
+    if not parts:
+        return {}
+    terms, metrics = (
+        {name: _pooled([means[name] for means in by_part]) for name in by_part[0]}
+        for by_part in zip(*parts, strict=True)
+    )
+    applied = [objective.weights[name] * mean.value for name, mean in terms.items() if mean.weight]
+    return {"loss": sum(applied) if applied else math.nan} | {
+        name: mean.value if mean.weight else math.nan for name, mean in metrics.items()
+    }
+
+
+def _pooled(means: Sequence[Mean]) -> Mean:
+    """The mean over all parts of a whole, of those that it applies to."""
+    weighted = [(float(value), float(weight)) for value, weight in means if weight > 0]
+    total = sum(weight for _, weight in weighted)
+    return Mean(sum(value * weight for value, weight in weighted) / (total or 1.0), total)
 
 
 def metric_names(stage: Stage) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 """Gradients of a training step: plain, adversarial (payloads perturbed), or sharpness-aware (SAM).
 
 All are pure functions (params, batch, key) -> (gradient, metrics) of one loss (params, batch, key)
--> (loss, metrics).
+-> (loss, metrics); metrics is any tree of scalars.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,12 +16,12 @@ from jax import Array
 
 from particlejax.config.modalities import ordered
 from particlejax.config.training import RobustSpec
-from particlejax.core.typing import Metrics, Params
+from particlejax.core.typing import Params
 from particlejax.particles.types import Batch
 from particlejax.train import optim
 
-Loss = Callable[[Params, Batch, Array], tuple[Array, Metrics]]
-Gradient = Callable[[Params, Batch, Array], tuple[Params, Metrics]]
+Loss = Callable[[Params, Batch, Array], tuple[Array, Any]]
+Gradient = Callable[[Params, Batch, Array], tuple[Params, Any]]
 Noise = Mapping[str, Array]  # perturbations by modality, shaped like its payload
 
 _FGSM_STEP = 1.25  # length of the single step, in epsilons (arXiv:2001.03994)
@@ -38,7 +38,7 @@ def clean(loss: Loss, spec: RobustSpec) -> Gradient:
     """The gradient of the loss."""
     del spec
 
-    def gradient(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
+    def gradient(params: Params, batch: Batch, key: Array) -> tuple[Params, Any]:
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
         return grads, metrics
 
@@ -50,7 +50,7 @@ def sharpness_aware(gradient: Gradient, radius: float) -> Gradient:
     that point.
     """
 
-    def sam_gradient(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
+    def sam_gradient(params: Params, batch: Batch, key: Array) -> tuple[Params, Any]:
         uphill, _ = gradient(params, batch, key)
         scale = radius / jnp.maximum(optax.tree.norm(list(optim.in_order(uphill).values())), 1e-12)
         return gradient(jax.tree.map(lambda p, g: p + scale * g, params, uphill), batch, key)
@@ -66,7 +66,7 @@ def adversarial(loss: Loss, spec: RobustSpec) -> Gradient:
         else (spec.attack_steps, _PGD_TOTAL_STEP * spec.epsilon / spec.attack_steps)
     )
 
-    def gradient(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
+    def gradient(params: Params, batch: Batch, key: Array) -> tuple[Params, Any]:
         def ascent_step(noise: Noise, i: Array) -> tuple[Noise, None]:
             del i
             uphill, _ = jax.grad(lambda n: loss(params, _perturb(batch, n), key), has_aux=True)(
@@ -90,7 +90,7 @@ def free_adversarial(loss: Loss, spec: RobustSpec) -> Gradient:
     """
     step_size = _PGD_TOTAL_STEP * spec.epsilon / spec.attack_steps
 
-    def gradient(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
+    def gradient(params: Params, batch: Batch, key: Array) -> tuple[Params, Any]:
         def ascent_step(noise: Noise, i: Array) -> tuple[Noise, Any]:
             del i
             grad_fn = jax.grad(

@@ -3,6 +3,7 @@
 results.json.
 """
 
+import math
 import os
 import signal
 import time
@@ -383,8 +384,16 @@ class _Loop:
         setup, position = self.setup, self.position
         views = setup.stage.eval_batches(setup.val, setup.stage.spec.batch_size)
         params = setup.eval_params(position.state)
-        values = eval.evaluate_metrics(setup.measure, params, views, self.context.mesh, self.watch)
+        values = eval.evaluate_metrics(
+            setup.evaluation, params, views, self.context.mesh, self.watch
+        )
         self.context.log.write(setup.name, position.done, "val", values)
+        if math.isnan(values.get(setup.stage.spec.best_metric, 0.0)):
+            log_info(
+                f"{setup.name}: {setup.stage.spec.best_metric} is NaN at step {position.done} and "
+                f"is never the best: no clip of {setup.stage.spec.val_split} has what it "
+                "measures, or the model diverged."
+            )
         if self.selected() and self._best_step() == position.done:
             self.store.best.save(position.done, without_frozen(position.state), self._data())
 
@@ -394,11 +403,12 @@ class _Loop:
         self._stop_if_told()
 
     def selected(self) -> list[tuple[float, int]]:
-        """(value, step) of every evaluation of the selected metric; larger is better."""
+        """(value, step) of every evaluation of the selected metric but NaN; larger is better."""
         spec = self.setup.stage.spec
         lines = self.context.log.read_metrics(self.setup.name, "val") if spec.best_metric else []
         sign = 1.0 if spec.best_mode == "max" else -1.0
-        return [(sign * float(line[spec.best_metric]), line["step"]) for line in lines]
+        measured = [(sign * float(line[spec.best_metric]), line["step"]) for line in lines]
+        return [(value, step) for value, step in measured if not math.isnan(value)]
 
     def _best_step(self) -> int:
         return max(self.selected(), key=lambda measured: (measured[0], -measured[1]))[1]

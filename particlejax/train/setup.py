@@ -35,7 +35,7 @@ class Setup:
     """A stage with its data, its compiled programs and its length.
 
     batches: from the first step on. step: (state, batch) -> (state, metrics), jitted, state
-    donated. measure: from `eval.jit_eval_step`. merge: (trained, frozen) -> the model's parameters.
+    donated. evaluation: on the val split. merge: (trained, frozen) -> the model's parameters.
     shapes: of the state, with shardings.
     """
 
@@ -50,7 +50,7 @@ class Setup:
     program: train_step.TrainProgram
     shapes: TrainState
     step: Step
-    measure: Any
+    evaluation: eval.Evaluation
     merge: Any
 
     @property
@@ -143,7 +143,7 @@ def set_up(experiment: Experiment, name: str, mesh: Mesh) -> Setup:
         program,
         shapes,
         jit_step(program.step, shapes, mesh),
-        eval.jit_eval_step(program.objective, stage.model, mesh),
+        eval.jit_evaluation(program.objective, stage.model, mesh),
         jax.jit(lambda params, frozen: partition.merge(spec.finetune, params, frozen)),
     )
     opened = {data.split: source} | _check_measuring(setup)

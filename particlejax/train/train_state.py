@@ -10,14 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.extend import core
+from jax.interpreters import partial_eval
 from jax.sharding import Mesh
 
 from particlejax.config.training import FinetuneSpec, RobustSpec
 from particlejax.core.typing import Metrics, Params
 from particlejax.distributed import sharding
 from particlejax.finetune import partition
+from particlejax.losses import Mean
 from particlejax.models.particle_model import Model
-from particlejax.objectives.base import TEACHER, Objective
+from particlejax.objectives import base
+from particlejax.objectives.base import TEACHER, Measured, Objective
 from particlejax.particles.types import Batch
 from particlejax.train import optim
 from particlejax.train.gradient import make_gradient
@@ -134,13 +138,15 @@ def make_step(
     """(state, batch) -> (state, metrics), pure; the random key is fold_in(seed, step).
 
     Metrics hold global and per-group norms of gradients and parameters, and 'finite': 1 if the
-    loss, the gradients and the new parameters are finite, else 0. With on_nan='skip' a non-finite
-    step changes only the step number. Attacks perturb normalized pixels. With `accumulate` > 1 the
-    rows are split into that many micro-batches under a scan, weighted by their number of clips.
+    loss, the gradients and the new parameters are finite, else 0. A metric that applies to no clip
+    of the batch is NaN. With on_nan='skip' a non-finite step changes only the step number. Attacks
+    perturb normalized pixels. With `accumulate` > 1 the rows are split into that many micro-batches
+    under a scan; see `accumulate_gradients`.
     """
+    objective = base.single(objective)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        def loss(params: Params, batch: Batch, key: Array) -> tuple[Array, Metrics]:
+        def measure(params: Params, batch: Batch, key: Array) -> Measured:
             model_params = partition.merge(tuning, params, state.frozen)
             if ema:  # for objectives with an EMA teacher
                 model_params = {
@@ -149,15 +155,26 @@ def make_step(
                         tuning, jax.lax.stop_gradient(state.average), state.frozen
                     ),
                 }
-            return objective(model_params, model, batch, key, True)
+            return objective.measure(model_params, model, batch, key, True)
 
-        def gradient(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
+        def gradient(
+            params: Params, batch: Batch, key: Array, shares: Measured | None
+        ) -> tuple[Params, Measured]:
+            def loss(params: Params, batch: Batch, key: Array) -> tuple[Array, Measured]:
+                measured = measure(params, batch, key)
+                return objective.loss(measured, shares), measured
+
             if robust.attack != "none":  # attacks perturb normalized pixels
                 batch = model.normalize(batch)
             return make_gradient(loss, robust)(params, batch, key)
 
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-        grads, metrics = accumulate_gradients(gradient, accumulate)(state.params, batch, key)
+        grads, measured = (
+            accumulate_gradients(gradient, measure, accumulate)(state.params, batch, key)
+            if accumulate > 1
+            else gradient(state.params, batch, key, None)
+        )
+        metrics = objective.metrics(measured)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = state.average
@@ -202,14 +219,19 @@ def norms(name: str, params: Params) -> Metrics:
     }
 
 
-def accumulate_gradients(gradient: Callable, num_micro_batches: int) -> Callable:
-    """`gradient` averaged over `num_micro_batches` micro-batches of the rows, weighted by their
-    number of clips.
-    """
-    if num_micro_batches == 1:
-        return gradient
+def accumulate_gradients(
+    gradient: Callable[[Params, Batch, Array, Measured], tuple[Params, Measured]],
+    measure: Callable[[Params, Batch, Array], Measured],
+    num_micro_batches: int,
+) -> Callable[[Params, Batch, Array], tuple[Params, Measured]]:
+    """The gradient and the means of a batch, from `num_micro_batches` micro-batches of its rows.
 
-    def accumulated_gradient(params: Params, batch: Batch, key: Array) -> tuple[Params, Metrics]:
+    Each mean has the share of the whole batch's weight that it has in `measure`, so that the loss
+    is a mean over the clips it applies to, wherever they lie. gradient: (params, batch, key, shares
+    of the means) -> the gradient of the loss with these shares, and the means.
+    """
+
+    def accumulated_gradient(params: Params, batch: Batch, key: Array) -> tuple[Params, Measured]:
         # Row r goes to part r mod parts, so that rows stay on their devices.
         micro_batches = jax.tree.map(
             lambda x: x.reshape(
@@ -217,19 +239,40 @@ def accumulate_gradients(gradient: Callable, num_micro_batches: int) -> Callable
             ).swapaxes(0, 1),
             batch,
         )
-        num_clips = jnp.sum(micro_batches.clip_index >= 0, axis=(1, 2)).astype(jnp.float32)
-        weights = num_clips / jnp.maximum(num_clips.sum(), 1.0)
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_micro_batches))
+        weights = jax.lax.map(
+            lambda micro_batch: _weights(measure, params, *micro_batch), (micro_batches, keys)
+        )
+        totals = jax.tree.map(lambda w: w.sum(), weights)
+        shares = jax.tree.map(lambda w, t: jnp.where(t > 0, w / t, 0.0), weights, totals)
 
-        def add(totals: Any, micro_batch: tuple[Batch, Array, Array]) -> tuple[Any, None]:
-            rows, weight, i = micro_batch
-            gradient_and_metrics = gradient(params, rows, jax.random.fold_in(key, i))
-            return jax.tree.map(lambda t, x: t + weight * x, totals, gradient_and_metrics), None
+        def add(sums: Any, micro_batch: tuple[Batch, Array, Measured]) -> tuple[Any, None]:
+            rows, key, shares = micro_batch
+            grads, measured = gradient(params, rows, key, shares)
+            parts = jax.tree.map(lambda share, mean: share * mean.value, shares, measured)
+            return jax.tree.map(jnp.add, sums, (grads, parts)), None
 
-        shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], micro_batches), key)
-        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(add, zero, (micro_batches, weights, jnp.arange(num_micro_batches)))[0]
+        zeros = jax.tree.map(jnp.zeros_like, (params, totals))
+        (grads, values), _ = jax.lax.scan(add, zeros, (micro_batches, keys, shares))
+        return grads, jax.tree.map(Mean, values, totals)
 
     return accumulated_gradient
+
+
+def _weights(measure: Callable[..., Measured], *args: Any) -> Measured:
+    """The weights alone of the means that `measure` gives; computes nothing else, as they depend on
+    masks and labels, not on the network.
+    """
+    jaxpr, shapes = jax.make_jaxpr(
+        lambda *args: jax.tree.map(
+            lambda mean: mean.weight, measure(*args), is_leaf=lambda x: isinstance(x, Mean)
+        ),
+        return_shape=True,
+    )(*args)
+    pruned, used = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.out_avals))
+    inputs = [x for x, is_used in zip(jax.tree.leaves(args), used, strict=True) if is_used]
+    weights = core.jaxpr_as_fun(jaxpr.replace(jaxpr=pruned))(*inputs)
+    return jax.tree.unflatten(jax.tree.structure(shapes), weights)
 
 
 def jit_step(step: Step, state: TrainState, mesh: Mesh) -> Step:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import optax
 
 from particlejax.objectives import label_targets, registry
-from particlejax.objectives.base import Objective
+from particlejax.objectives.base import WeightedSum
 from particlejax.train import optim
 from particlejax.train.stage import Stage
 from particlejax.train.train_state import Step, make_step
@@ -18,7 +18,7 @@ class TrainProgram(NamedTuple):
     step: pure, (state, batch) -> (state, metrics).
     """
 
-    objective: Objective
+    objective: WeightedSum
     optimizer: optax.GradientTransformation
     step: Step
 
