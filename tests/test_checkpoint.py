@@ -115,6 +115,47 @@ def test_parameters_start_from_a_checkpoint(saved: Path, mesh: jax.sharding.Mesh
     assert "randomly initialized: head" in sentence
 
 
+@pytest.mark.parametrize(
+    "data, outputs, kept, sentence",
+    [
+        ({"outputs": ["a", "b", "c"]}, "abc", (0, 1, 2), "arrays from"),
+        ({"outputs": ["a", "b", "c"]}, "cab", (2, 0, 1), "the head by class name for 3 of 3"),
+        ({"outputs": ["a", "b", "c"]}, "xcya", (-1, 2, -1, 0), "for 2 of 4 classes, new for x, y"),
+        ({"outputs": ["a", "b", "c"]}, "xyz", (-1, -1, -1), "a new head, as no class is one of a"),
+        # older versions recorded labels alone
+        ({"classes": ["a", "b", "c"]}, "bca", (1, 2, 0), "the head by class name for 3 of 3"),
+        ({"classes": ["a|b", "c"]}, "ca", (2, 0), "the head by class name for 2 of 2"),
+        ({"classes": ["a|b", "c|a", "b"]}, "abc", (0, 1, 2), "arrays from"),
+        ({"classes": ["a"]}, "abc", (0, 1, 2), "the head by position, as its class names are unkn"),
+    ],
+)
+def test_a_head_is_taken_over_by_class_name(
+    data: dict, outputs: str, kept: tuple[int, ...], sentence: str, tmp_path: Path
+) -> None:
+    mesh = sharding.make_mesh(MeshSpec(data=2, fsdp=4))
+
+    def params(width: int, start: float) -> dict:
+        kernel = start + np.arange(64 * width, dtype=np.float32).reshape(64, width)
+        head = {"kernel": kernel, "bias": kernel[0]}
+        made = {"encoder": {"kernel": np.full((64, 64), start, np.float32)}, "head": head}
+        return jax.tree.map(jax.device_put, made, sharding.param_shardings(made, mesh))
+
+    stored, fresh = params(3, 1000.0), params(len(outputs), -5000.0)
+    checkpoints = Checkpoints(tmp_path, 1)
+    checkpoints.save(1, {"params": stored}, data)
+    checkpoints.close()
+    found, said = restore.from_checkpoint(fresh, tmp_path, outputs=tuple(outputs))
+    assert sentence in said and ("initialized: head" in said) == (set(kept) == {-1})
+    for name, leaf in found["head"].items():
+        for i, source in enumerate(kept):
+            expected = (
+                fresh["head"][name][..., i] if source < 0 else stored["head"][name][..., source]
+            )
+            np.testing.assert_array_equal(leaf[..., i], expected)
+        assert leaf.sharding == fresh["head"][name].sharding
+    np.testing.assert_array_equal(found["encoder"]["kernel"], stored["encoder"]["kernel"])
+
+
 def test_a_checkpoint_of_another_shape_is_refused(saved: Path, mesh: jax.sharding.Mesh) -> None:
     with pytest.raises(
         UserError,

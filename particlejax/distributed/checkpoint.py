@@ -188,6 +188,13 @@ class Checkpoints:
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         return step, restored[_STATE], restored[_DATA]
 
+    def read_data(self) -> dict[str, Any]:
+        """The JSON data of the newest checkpoint, {} if there is none."""
+        if not self.steps():
+            return {}
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            return reader.restore(self.folder / str(self.steps()[-1]) / _DATA)
+
     def _saved_names(self, step: int) -> set[str]:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             saved = reader.metadata(self.folder / str(step) / _STATE).item_metadata.tree

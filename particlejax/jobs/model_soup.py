@@ -161,7 +161,11 @@ class _Members:
         folder.mkdir(exist_ok=True)
         io.write_json(folder / run.CONFIG, jobs.written(model_experiment))
         checkpoints = checkpoint.Checkpoints(run.checkpoint_folder(folder, stage.name), 2)
-        checkpoints.save(0, {"params": params}, {"classes": list(stage.classes), "of": names})
+        checkpoints.save(
+            0,
+            {"params": params},
+            {"classes": list(stage.classes), "outputs": list(stage.targets.names), "of": names},
+        )
         checkpoints.close()
         log_info(
             f"the model: {folder}, {tree.count(params) / 1e6:.2f} M parameters of "

@@ -79,9 +79,8 @@ def recombined(objective: WeightedSum, parts: Sequence[Measured]) -> dict[str, f
         for by_part in zip(*parts, strict=True)
     )
     applied = [objective.weights[name] * mean.value for name, mean in terms.items() if mean.weight]
-    return {"loss": sum(applied) if applied else math.nan} | {
-        name: mean.value if mean.weight else math.nan for name, mean in metrics.items()
-    }
+    values = {name: mean.value if mean.weight else math.nan for name, mean in metrics.items()}
+    return dict(sorted(({"loss": sum(applied) if applied else math.nan} | values).items()))
 
 
 def _pooled(means: Sequence[Mean]) -> Mean:

@@ -168,6 +168,7 @@ def _restore(
 ) -> tuple[_Position, pipeline.TrainBatches]:
     """The position to continue from, and the batches that follow."""
     state, unreadable = setup.init_state(), run.UnreadableClips(setup.stage.data.max_unreadable)
+    _check_classes(setup, store.latest.read_data())
     restored = store.latest.restore(as_abstract(without_frozen(state)))
     batches = setup.batches
     if restored:
@@ -186,6 +187,18 @@ def _restore(
     later = tuple(stages[stages.index(setup.name) + 1 :])
     context.log.truncate(setup.name, position.done, later)
     return position, batches
+
+
+def _check_classes(setup: Setup, data: dict[str, Any]) -> None:
+    """Raises UserError if the head that a resumed stage has trained is of other classes."""
+    saved = tuple(data.get("outputs", ()))
+    if setup.stage.targets and saved and saved != setup.stage.targets.names:
+        changed = sorted(set(saved) ^ set(setup.stage.targets.names)) or saved
+        raise UserError(
+            f"{setup.name} was trained on other classes of {setup.stage.data.source} than it has "
+            f"now (changed: {', '.join(changed[:5])}): restore the labels, or use another "
+            "--workdir."
+        )
 
 
 def _initialize(
@@ -209,8 +222,11 @@ def _initialize(
         own_folder = run.checkpoint_folder(context.workdir, name)
         reference = base or {restore.BASE_KEY: restore.reference(folder, own_folder, tuning)}
         folder = restore.base_folder(own_folder, reference[restore.BASE_KEY])
+    targets = setup.stage.targets
     start, summary = restore.from_checkpoint(
-        partition.base_params(state.params, state.frozen), folder
+        partition.base_params(state.params, state.frozen),
+        folder,
+        outputs=targets.names if targets else None,
     )
     log_info(f"{name}: {'builds on' if base else 'loaded'} {summary}")
     params, frozen = partition.replace_values(state.params, state.frozen, start)
@@ -357,11 +373,15 @@ class _Loop:
             )
 
     def _data(self) -> dict[str, Any]:
+        targets = self.setup.targets
+        weighted = targets is not None and (targets.weight != 1).any()
         return {
             "stand": self.batches.plan.data_state(self.position.done),
             "seed": self.context.experiment.seed,
             "bad": self.position.bad.gather_all(),
             "classes": list(self.setup.stage.classes),
+            "outputs": list(targets.names) if targets else [],
+            "label_weights": targets.weight.tolist() if weighted else [],
             **self.position.base,
         }
 

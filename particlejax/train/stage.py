@@ -413,15 +413,17 @@ def load_trained(
     run, name = split_run(text)
     folder = result_folder(run, name)
     experiment = read_experiment(run)
-    classes = tuple(checkpoint.load_data(folder)["classes"])
-    stage = build_stage(experiment, name, classes, mesh)
+    data = checkpoint.load_data(folder)
+    stage = build_stage(experiment, name, tuple(data["classes"]), mesh)
     stage = replace(stage, data=replace(stage.data, **source))
+    if stage.targets and data.get("label_weights"):
+        weight = np.array(data["label_weights"], np.float32)
+        stage = replace(stage, targets=stage.targets._replace(weight=weight))
     shapes = models.parameter_shapes(stage.model, stage.example)
     shardings = sharding.param_shardings(shapes, mesh)
     params = jax.tree.map(
         lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings
     )
-    data = checkpoint.load_data(folder)
     # merged: includes adapters and prefixes
     if restore.BASE_KEY not in data and stage.spec.finetune.method != "full":
         merged = jax.eval_shape(
@@ -435,5 +437,6 @@ def load_trained(
             merged,
             sharding.param_shardings(merged, mesh),
         )
-    params, _ = restore.from_checkpoint(params, folder, step)
+    outputs = stage.targets.names if stage.targets else None
+    params, _ = restore.from_checkpoint(params, folder, step, outputs)
     return stage, params
