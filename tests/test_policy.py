@@ -12,16 +12,19 @@ import numpy as np
 import pytest
 from jax.extend import core
 
+from particlejax.config import jobs
 from particlejax.config.experiment import ModelSpec, ParticleSpec
 from particlejax.config.fields import make
 from particlejax.core import flops, tree
 from particlejax.core.typing import Params, UserError
+from particlejax.distributed import sharding
 from particlejax.models import particle_model as models
 from particlejax.models.heads import classification
 from particlejax.models.modality import ModalitySpec
 from particlejax.nn import precision
 from particlejax.particles import packing, policies
 from particlejax.particles.types import Batch
+from particlejax.train.setup import set_up
 
 
 def batch() -> Batch:
@@ -86,6 +89,28 @@ def test_what_is_made_twice_is_what_the_name_says(plain: tuple) -> None:
     attention = 2 * 2 * 4 * 8 * 8 * 16 * 2
     assert made["dots"] == made["none"] and made["dots_no_batch"] - made["none"] == attention
     assert made["full"] > made["dots_no_batch"]
+
+
+def test_what_is_made_twice_does_not_count_as_operations_of_a_step(cache_dir: str) -> None:
+    def operations(policy: str) -> int:
+        experiment = jobs.parse_job(
+            {
+                "data": {"source": "toybox:tiny", "cache_dir": cache_dir, "image_size": 16},
+                "particles": {"patch_size": (4, 8, 8)},
+                "model": {"width": 16, "depth": 1, "num_heads": 2},
+                "stages": {
+                    "finetune": {
+                        "num_steps": 1,
+                        "batch_size": 8,
+                        "objectives": {"classify": {}},
+                        "model": {"remat_policy": policy},
+                    }
+                },
+            }
+        )
+        return set_up(experiment, "finetune", sharding.make_mesh(experiment.mesh)).operations()
+
+    assert operations("full") == operations("none")
 
 
 def remembered(loss: Any, params: Params) -> int:

@@ -101,7 +101,7 @@ class Setup:
         state = as_abstract(self.shapes)
         if stage.experiment.model_of(stage.spec).remat_policy == "none":
             return flops.count(self.step.trace(state, batch).jaxpr)
-        spec = replace(stage.spec, model={**stage.spec.model, "remat": "none"})
+        spec = replace(stage.spec, model={**stage.spec.model, "remat_policy": "none"})
         plain_experiment = replace(
             stage.experiment, stages={self.name: spec}, stage_order=(self.name,), init_from=""
         )
@@ -117,7 +117,7 @@ def set_up(experiment: Experiment, name: str, mesh: Mesh) -> Setup:
     sharding.check_rows(
         spec.batch_size // spec.grad_accum_steps,
         mesh,
-        f"config.stages.{name}.batch_size / accumulate",
+        f"config.stages.{name}.batch_size / grad_accum_steps",
     )
     source = label_subset.limit_labels(
         sources.open_split(data, key=_split_key(name, spec.data), check=True), data, experiment.seed
