@@ -234,12 +234,18 @@ def results(found: Mapping[str, Any]) -> dict[str, Any]:
     """Renames the keys of results.json."""
     if "bad" not in found:
         return dict(found)
-    stages = {
-        stage: {k: figures(v) if isinstance(v, Mapping) else v for k, v in splits.items()}
-        for stage, splits in found.items()
-        if stage != "bad"
-    }
+    stages = {stage: _splits(splits) for stage, splits in found.items() if stage != "bad"}
     return stages | {"unreadable": found["bad"]}
+
+
+def _splits(splits: Mapping[str, Any]) -> dict[str, Any]:
+    """Renames the figures of each split of a stage, and those of each member of a soup."""
+    renamed = {k: figures(v) if isinstance(v, Mapping) else v for k, v in splits.items()}
+    if "ingredients" in splits:
+        members = splits["ingredients"]
+        renamed["members"] = {label: figures(metrics) for label, metrics in members.items()}
+        del renamed["ingredients"]
+    return renamed
 
 
 def _complement(share: float) -> float:
@@ -378,3 +384,10 @@ def path(spec: type | None, text: str) -> str:
             spec = spec if table is not None else inner
         parts.append(new)
     return ".".join(parts)
+
+
+def command(spec: type, text: str) -> str:
+    """Renames the experiment file and the keys of a command line; `spec` is its config's class."""
+    for old, new in FILES.items():
+        text = text.replace(f"--config {old} ", f"--config {new} ")
+    return re.sub(r"--config\.([\w.]+)", lambda match: f"--config.{path(spec, match[1])}", text)

@@ -87,8 +87,10 @@ def _folder_sentence(name: str, folder: Path) -> str:
 
 def _closest(name: str) -> str:
     """The suggestion for a wrong name: a path for a path, a name for a name."""
-    if (new := renames.FILES.get(name)) and Path(new).is_file():
+    if new := renames.FILES.get(name):
         return f"it is now {new}."
+    if new := renames.FILES.get(f"{FOLDER}/{name}.py"):
+        return f"it is now {_name(Path(FOLDER), Path(new))}."
     written = [(folder, file) for folder in folders() for file in _files(folder)]
     if name.endswith(".py") or name.startswith(f"{FOLDER}/"):
         return did_you_mean(name, [str(file) for _, file in written])

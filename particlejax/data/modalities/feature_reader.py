@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from particlejax.config import renames
 from particlejax.config.data import FeatureSpec
+from particlejax.config.job_specs import ExtractFeaturesSpec
 from particlejax.core.io import write_text
 from particlejax.core.typing import UserError
 from particlejax.data.modalities import feature_store
@@ -72,8 +74,10 @@ def read_description(folder: Path) -> FeatureSet | None:
     if not path.is_file():
         return None
     try:
-        return FeatureSet(**json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
+        found = FeatureSet(**json.loads(path.read_text(encoding="utf-8")))
+        command = renames.command(ExtractFeaturesSpec, found.command)
+        return dataclasses.replace(found, command=command)
+    except (AttributeError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} is damaged ({error}): delete it and run extract_features again, which reuses "
             "the saved features."
