@@ -608,9 +608,11 @@ def test_a_long_film_that_cannot_be_sought_in_says_so(
     monkeypatch.setattr(Video, "_convert", slow)
     reasons = []
     for suffix in ("avi", "mp4"):
-        path = str(write(tmp_path / f"a.{suffix}"))
+        path, slow = str(write(tmp_path / f"a.{suffix}")), []
         with pytest.raises(Unreadable) as caught:
-            timeout.run_with_timeout(0.3, lambda p=path: Video(p).frames_at([7.0]), path)
+            timeout.run_with_timeout(
+                0.3, lambda p=path, s=slow: Video(p, s).frames_at([7.0]), path, slow
+            )
         reasons.append(caught.value.reason)
     never.set()
     assert reasons == [

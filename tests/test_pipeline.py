@@ -5,10 +5,13 @@ out and named.
 
 import dataclasses
 import multiprocessing
+import pickle
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +22,8 @@ from particlejax.benchmarks import decoders
 from particlejax.config.experiment import AugmentSpec, DataSpec, Experiment, ParticleSpec
 from particlejax.config.job_specs import BenchJob, BenchSpec
 from particlejax.core.typing import UserError
-from particlejax.data import clips, frame_cache, pipeline, sources
+from particlejax.data import clips, pipeline, sources
+from particlejax.data.frame_cache import FrameCache
 from particlejax.data.video.decode import Video
 from particlejax.particles.types import Particles
 from particlejax.train import run_dir
@@ -125,22 +129,50 @@ def test_an_unreadable_clip_leaves_its_place_empty(source: sources.Source) -> No
     )
 
 
+def test_whatever_a_decoder_raises_leaves_out_its_clip_alone(
+    source: sources.Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # an error of another kind in each place where a decoder is at work
+    raised = {
+        "_decode": ValueError("no such layout"),
+        "_convert": MemoryError(),
+        "_rewind": IndexError("list index out of range"),
+    }
+    damaged = source[batches(source).clip_indices(0)[3]]
+    for where, error in raised.items():
+        plain = getattr(Video, where)
+
+        def broken(self: Video, *args: object, fn: Callable = plain, e: Exception = error) -> Any:
+            if self._source == damaged.video:
+                raise e
+            return fn(self, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Video, where, broken)
+            loaded = batches(source)[0]
+        assert [clip.name for clip in loaded.unreadable] == [damaged.name], where
+        assert loaded.unreadable[0].reason.startswith(f"damaged: {type(error).__name__}: ")
+        assert np.sum(loaded.batch.clip_index == -1) == 1
+
+
 def test_clips_from_memory_are_the_decoded_ones(source: sources.Source) -> None:
-    record = source[7]
+    record, cache = source[7], FrameCache()
     for seed in range(4):
         fresh = clips.load(record, DATA, np.random.default_rng(seed))
-        kept = clips.load(
-            record, dataclasses.replace(DATA, ram_cache_gib=0.1), np.random.default_rng(seed)
-        )
+        data = dataclasses.replace(DATA, ram_cache_gib=0.1)
+        kept = clips.load(record, data, np.random.default_rng(seed), cache=cache)
         np.testing.assert_array_equal(fresh.frames, kept.frames)
         np.testing.assert_array_equal(fresh.frame_starts, kept.frame_starts)
-    assert (record.video, 32) in frame_cache._frame_cache
+    assert (record.video, 32) in cache
+    made = batches(source, data=data, num_rows=48, cache=cache)
+    assert [made[0], made[0]] and all((source[i].video, 32) in cache for i in range(48))
+    assert (record.video, 32) not in pickle.loads(pickle.dumps(cache)), "a worker fills its own"
 
 
 def test_memory_and_decoder_agree_on_what_is_on_display(source: sources.Source) -> None:
     with (
-        frame_cache.open_frames(source[3].video, 16, 0.0) as decoding,
-        frame_cache.open_frames(source[3].video, 16, 0.1) as kept,
+        FrameCache().open_frames(source[3].video, 16, 0.0) as decoding,
+        FrameCache().open_frames(source[3].video, 16, 0.1) as kept,
     ):
         starts = np.arange(0, 1.9, 1 / kept.fps)
         for shift in (-6e-4, -4e-4, -3e-5, 0.0, 4e-4):

@@ -15,7 +15,8 @@ from PIL import Image
 
 from particlejax.config import modalities
 from particlejax.config.data import DataSpec, ParticleSpec
-from particlejax.data import augment, frame_cache
+from particlejax.data import augment
+from particlejax.data.frame_cache import FrameCache, Frames
 from particlejax.data.modalities import audio, feature_reader, timeseries, tokenizer
 from particlejax.data.sources import Record
 from particlejax.data.video import timeout
@@ -72,12 +73,23 @@ class Clip:
         return (np.arange(count) * (self.seconds / max(count, 1))).astype(np.float32)
 
 
-def load(record: Record, spec: DataSpec, view_or_rng: ViewOrRng, may_flip: bool = True) -> Clip:
-    """Decodes the data of the spec's modalities. Raises decode.Unreadable, also on a timeout."""
+def load(
+    record: Record,
+    spec: DataSpec,
+    view_or_rng: ViewOrRng,
+    may_flip: bool = True,
+    cache: FrameCache | None = None,
+) -> Clip:
+    """Decodes the data of the spec's modalities. Raises decode.Unreadable, also on a timeout.
+
+    cache: keeps decoded frames and sound for later calls, within `spec.ram_cache_gib`.
+    """
+    slow_reasons: list[str] = []
     return timeout.run_with_timeout(
         spec.decode_timeout_seconds,
-        partial(_load, record, spec, view_or_rng, may_flip),
+        partial(_load, record, spec, view_or_rng, may_flip, cache or FrameCache(), slow_reasons),
         record.video,
+        slow_reasons,
     )
 
 
@@ -88,12 +100,19 @@ def needs_decoding(spec: DataSpec) -> bool:
     )
 
 
-def _load(record: Record, spec: DataSpec, view_or_rng: ViewOrRng, may_flip: bool) -> Clip:
+def _load(
+    record: Record,
+    spec: DataSpec,
+    view_or_rng: ViewOrRng,
+    may_flip: bool,
+    cache: FrameCache,
+    slow_reasons: list[str],
+) -> Clip:
     if not needs_decoding(spec):
         return _load_without_frames(record, spec, view_or_rng)
     side = spec.decode_short_side or spec.image_size
-    with frame_cache.open_frames(
-        record.video, side, spec.ram_cache_gib, record.whole_frames
+    with cache.open_frames(
+        record.video, side, spec.ram_cache_gib, record.whole_frames, slow_reasons
     ) as video:
         length = max(record.until(video.duration) - record.start, 1 / video.fps)
         offset, times, span = sample_times(length, 1 / video.fps, spec, view_or_rng)
@@ -104,9 +123,8 @@ def _load(record: Record, spec: DataSpec, view_or_rng: ViewOrRng, may_flip: bool
     start, remaining = record.start + offset, min(span, length - offset)
     clip = Clip(frames, span)
     if AUDIO in spec.modalities:
-        clip = replace(
-            clip, sound=_read_sound(record, spec, view_or_rng, (origin, start, remaining, duration))
-        )
+        timing = (origin, start, remaining, duration)
+        clip = replace(clip, sound=_read_sound(record, spec, view_or_rng, timing, cache))
     if TEXT in spec.modalities and record.caption:
         clip = replace(clip, token_ids=tokenizer.encode(record.caption, spec.text))
     if TIMESERIES in spec.modalities and record.series:
@@ -153,11 +171,7 @@ def _slice_features(
 
 
 def _read_frames(
-    video: frame_cache.Frames,
-    times: np.ndarray,
-    spec: DataSpec,
-    view_or_rng: ViewOrRng,
-    may_flip: bool,
+    video: Frames, times: np.ndarray, spec: DataSpec, view_or_rng: ViewOrRng, may_flip: bool
 ) -> np.ndarray:
     is_random = isinstance(view_or_rng, np.random.Generator)
     height, width = video.size
@@ -182,13 +196,14 @@ def _read_sound(
     spec: DataSpec,
     view_or_rng: ViewOrRng,
     timing: tuple[float, float, float, float],
+    cache: FrameCache,
 ) -> np.ndarray | None:
     origin, start, seconds, duration = timing
     is_random = isinstance(view_or_rng, np.random.Generator)
     if is_random and spec.augment.audio_shift_seconds:
         start = max(0.0, start + view_or_rng.uniform(-1, 1) * spec.augment.audio_shift_seconds)
     seconds = min(seconds, max_seconds(spec, spec.audio.max_seconds))
-    sound = frame_cache.read_sound(
+    sound = cache.read_sound(
         record.video, origin, start, seconds, spec.audio.sample_rate, spec.ram_cache_gib, duration
     )
     if sound is not None and is_random and spec.augment.audio_gain_db:

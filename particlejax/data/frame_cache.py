@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """In-memory cache of decoded clips, for data sets of short clips that are read over many epochs."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,72 +86,89 @@ class _CachedFrames:
         return self.frames[np.clip(index, 0, len(self.times) - 1)]
 
 
-# per process; the first clips that fit stay
-_frame_cache: dict[tuple[str | bytes, int], _CachedFrames] = {}
-_sound_cache: dict[tuple[str | bytes, int], np.ndarray | None] = {}  # whole audio tracks
-_used_bytes = 0
+class FrameCache:
+    """Decoded frames and audio tracks of the first clips that fit in memory.
 
-
-@contextmanager
-def open_frames(
-    source: str | bytes, side: int, gib: float, whole_frames: bool = False
-) -> Iterator[Frames]:
-    """Opens a clip with short side `side` pixels; cached in memory if `gib` leaves room for it.
-
-    whole_frames: full-size RGB frames, without cropping or scaling by the decoder. Raises
-    decode.Unreadable.
+    Whoever reads batches owns one. A pickled one is empty, so each worker process fills its own.
     """
-    if gib > 0 and (source, side) in _frame_cache:
-        yield _frame_cache[source, side]
-        return
-    with Video(source) as video:
-        if whole_frames:
-            yield _DecodedOnDemand(video, min(video.width, video.height), True)
-        elif _fits(video, side, gib):
-            yield _decode_into_cache(source, side, video)
-        else:
-            yield _DecodedOnDemand(video, side, gib > 0)
 
+    def __init__(self) -> None:
+        self._frames: dict[tuple[str | bytes, int], _CachedFrames] = {}
+        self._sounds: dict[tuple[str | bytes, int], np.ndarray | None] = {}  # whole tracks
+        self._used_bytes = 0
+        self._lock = threading.Lock()  # threads share it
 
-def _fits(video: Video, side: int, gib: float) -> bool:
-    aspect = max(video.width, video.height) / max(min(video.width, video.height), 1)
-    return _used_bytes + video.duration * video.fps * side * side * aspect * 3 < gib * _GIB
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return FrameCache, ()
 
+    def __contains__(self, source_and_side: tuple[str | bytes, int]) -> bool:
+        return source_and_side in self._frames
 
-def _decode_into_cache(source: str | bytes, side: int, video: Video) -> _CachedFrames:
-    global _used_bytes
-    decoded, times = zip(*video.iter_frames(side), strict=True)
-    frames = np.stack(decoded)
-    cached = _CachedFrames(
-        frames, np.array(times), video.tolerance, video.duration, video.fps, video.origin
-    )
-    _frame_cache[source, side] = cached
-    _used_bytes += frames.nbytes
-    return cached
+    @contextmanager
+    def open_frames(
+        self,
+        source: str | bytes,
+        side: int,
+        gib: float,
+        whole_frames: bool = False,
+        slow_reasons: list[str] | None = None,
+    ) -> Iterator[Frames]:
+        """Opens a clip with short side `side` pixels; cached in memory if `gib` leaves room for it.
 
+        whole_frames: full-size RGB frames, without cropping or scaling by the decoder.
+        slow_reasons: see `Video`. Raises decode.Unreadable.
+        """
+        if gib > 0 and (source, side) in self._frames:
+            yield self._frames[source, side]
+            return
+        with Video(source, slow_reasons) as video:
+            if whole_frames:
+                yield _DecodedOnDemand(video, min(video.width, video.height), True)
+            elif self._fits(video, side, gib):
+                yield self._decode_into_cache(source, side, video)
+            else:
+                yield _DecodedOnDemand(video, side, gib > 0)
 
-def read_sound(
-    source: str | bytes,
-    origin: float,
-    start: float,
-    seconds: float,
-    rate: int,
-    gib: float,
-    track_seconds: float,
-) -> np.ndarray | None:
-    """`audio.read` with a cache, if `gib` leaves room for the whole track of `track_seconds`
-    seconds.
-    """
-    global _used_bytes
-    key = (source, rate)
-    if key not in _sound_cache:
-        if _used_bytes + track_seconds * rate * 4 >= gib * _GIB:
-            return audio.read(source, origin, start, seconds, rate)
-        track = _sound_cache[key] = audio.read(source, origin, 0.0, track_seconds, rate)
-        _used_bytes += 0 if track is None else track.nbytes
-    track = _sound_cache[key]
-    if track is None:
-        return None
-    first = max(0, round(start * rate))
-    samples = track[first : first + audio.num_samples(seconds, rate)]
-    return samples if len(samples) else None
+    def _fits(self, video: Video, side: int, gib: float) -> bool:
+        aspect = max(video.width, video.height) / max(min(video.width, video.height), 1)
+        num_bytes = video.duration * video.fps * side * side * aspect * 3
+        return self._used_bytes + num_bytes < gib * _GIB
+
+    def _decode_into_cache(self, source: str | bytes, side: int, video: Video) -> _CachedFrames:
+        decoded, times = zip(*video.iter_frames(side), strict=True)
+        frames = np.stack(decoded)
+        cached = _CachedFrames(
+            frames, np.array(times), video.tolerance, video.duration, video.fps, video.origin
+        )
+        with self._lock:
+            self._used_bytes += 0 if (source, side) in self._frames else frames.nbytes
+            self._frames[source, side] = cached
+        return cached
+
+    def read_sound(
+        self,
+        source: str | bytes,
+        origin: float,
+        start: float,
+        seconds: float,
+        rate: int,
+        gib: float,
+        track_seconds: float,
+    ) -> np.ndarray | None:
+        """`audio.read` with a cache, if `gib` leaves room for the whole track of `track_seconds`
+        seconds.
+        """
+        key = (source, rate)
+        if key not in self._sounds:
+            if self._used_bytes + track_seconds * rate * 4 >= gib * _GIB:
+                return audio.read(source, origin, start, seconds, rate)
+            track = audio.read(source, origin, 0.0, track_seconds, rate)
+            with self._lock:
+                self._used_bytes += 0 if track is None or key in self._sounds else track.nbytes
+                self._sounds[key] = track
+        track = self._sounds[key]
+        if track is None:
+            return None
+        first = max(0, round(start * rate))
+        samples = track[first : first + audio.num_samples(seconds, rate)]
+        return samples if len(samples) else None

@@ -7,7 +7,7 @@ yields identical batches. Legend: B rows, S clips of a row.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ import numpy as np
 from particlejax.config.data import DataSpec, ParticleSpec, ScaleScheduleSpec
 from particlejax.core.typing import UserError
 from particlejax.data import augment, clips
+from particlejax.data.frame_cache import FrameCache
 from particlejax.data.modalities import tokenizer
 from particlejax.data.packing_plan import Plan, PlanState
 from particlejax.data.scale_schedule import FIXED_SCHEDULE, RowShape, Scale, ScaleSchedule
@@ -67,6 +68,7 @@ class TrainBatches:
     steps: int = 0  # training steps, for the schedule's progress; 0: use `positions`
     positions: int = 0  # number of clips after which the data ends; 0: never
     start_state: PlanState = PlanState(0, 0)  # state of the plan to resume from
+    cache: FrameCache = field(default_factory=FrameCache, compare=False, repr=False)
 
     def __len__(self) -> int:
         return 2**62
@@ -85,7 +87,7 @@ class TrainBatches:
             for position, row, scale in self.plan.batch(k)
             if row in own_rows
         ]
-        return _load_batch(self.source, requests, self.plan.schedule.row, num_rows)
+        return _load_batch(self.source, requests, self.plan.schedule.row, num_rows, self.cache)
 
     @cached_property
     def plan(self) -> Plan:
@@ -137,6 +139,7 @@ class EvalBatches:
     views: tuple[int, int] = (1, 1)
     process_index: int = 0
     num_processes: int = 1
+    cache: FrameCache = field(default_factory=FrameCache, compare=False, repr=False)
 
     def __len__(self) -> int:
         return -(-self._num_views() // (self.num_rows * self.data.clips_per_row))
@@ -152,7 +155,8 @@ class EvalBatches:
             )
             for position in positions
         ]
-        return _load_batch(self.source, requests, row_shape(self.data, self.particles), num_rows)
+        row = row_shape(self.data, self.particles)
+        return _load_batch(self.source, requests, row, num_rows, self.cache)
 
     def _num_views(self) -> int:
         return len(self.source) * self.views[0] * self.views[1]
@@ -250,7 +254,7 @@ class _LoadedClip(NamedTuple):
 
 
 def _load_batch(
-    source: Source, requests: list[_ClipRequest], row: RowShape, num_rows: int
+    source: Source, requests: list[_ClipRequest], row: RowShape, num_rows: int, cache: FrameCache
 ) -> LoadedBatch:
     loaded, unreadable = [], []
     for request in requests:
@@ -259,11 +263,8 @@ def _load_batch(
             record.label < 0 or source.classes[record.label] not in data.augment.no_flip_classes
         )
         try:
-            loaded.append(
-                _LoadedClip(
-                    request, clips.load(record, data, request.view_or_rng, may_flip), record.label
-                )
-            )
+            clip = clips.load(record, data, request.view_or_rng, may_flip, cache)
+            loaded.append(_LoadedClip(request, clip, record.label))
         except Unreadable as error:
             unreadable.append(UnreadableClip(request.index, record.name, error.reason))
     packed = [_to_packed_clip(loaded, i) for i in range(len(loaded))]

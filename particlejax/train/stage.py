@@ -22,6 +22,7 @@ from particlejax.core import io
 from particlejax.core.suggest import did_you_mean
 from particlejax.core.typing import Params, UserError
 from particlejax.data import clips, label_subset, pipeline, sources
+from particlejax.data.frame_cache import FrameCache
 from particlejax.distributed import checkpoint, cluster, sharding
 from particlejax.finetune import partition, restore
 from particlejax.models import particle_model as models
@@ -90,6 +91,7 @@ class Stage:
     example: Batch  # zeros, shaped like a batch of one row
     # (i, n): this process reads the i-th of n parts of each batch's rows
     process_slice: tuple[int, int]
+    cache: FrameCache = field(default_factory=FrameCache)  # of the clips of all splits
 
     def eval_batches(
         self,
@@ -101,7 +103,14 @@ class Stage:
         """All clips of a source once, for evaluation; `scale` overrides the default scale."""
         data, particles = (scale or ScaleSpec()).applied(self.data, self.particles)
         return pipeline.EvalBatches(
-            source, data, particles, self.experiment.seed, rows, views, *self.process_slice
+            source,
+            data,
+            particles,
+            self.experiment.seed,
+            rows,
+            views,
+            *self.process_slice,
+            cache=self.cache,
         )
 
     def train_batches(self, source: sources.Source, clips: int) -> pipeline.TrainBatches:
@@ -116,6 +125,7 @@ class Stage:
             self.spec.scale_schedule,
             self.spec.num_steps,
             clips,
+            cache=self.cache,
         )
 
 

@@ -3,24 +3,33 @@
 reason if there is none.
 """
 
+import functools
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import av
+import numpy as np
 from av.stream import Disposition
 
-from particlejax.data.video import diagnose
+from particlejax.data.video import continuous_clock, diagnose
+from particlejax.data.video.continuous_clock import ContinuousClock
 
 MP4 = "mov,mp4,m4a,3gp,3g2,mj2"  # FFmpeg's name of the demuxer
 # maximum reordering of packets; H.264 and HEVC reorder by at most 16
 REORDER = 32
 NO_RATE = 25.0  # default frames per second
 _TAIL_SECONDS = 10.0  # seconds before the end to search for the last packet
+# Where a long file is searched for restarts of its clock, as fractions of its bytes: evenly, and
+# closer to the start, because a short recording may stand before a long one.
+_SAMPLED_PLACES = np.union1d(np.linspace(0, 0.97, 17), 0.5 ** np.arange(5, 13))
+_MAX_GAP_RATIO = 4.0  # a gap this many times longer than usual between samples may be a jump
 # no network access, for example by a playlist with a video's file name
 _IO = {"protocol_whitelist": "file"}
 _IMAGE_DEMUXERS = ("_pipe", "image2")  # suffixes of demuxers for still images
+P, T = ParamSpec("P"), TypeVar("T")
 
 
 class Unreadable(Exception):
@@ -90,16 +99,16 @@ def frame_rate(stream: av.video.stream.VideoStream) -> float:
     return float(stream.average_rate or stream.guessed_rate or stream.base_rate or NO_RATE)
 
 
-def duration(stream: av.video.stream.VideoStream, source: str | bytes, start: float) -> float:
-    """Returns seconds from the start of the first frame, at `start` on the container's clock, to
-    the end of the last.
+def stated_duration(stream: av.video.stream.VideoStream) -> float | None:
+    """Returns seconds from the start of the first frame to the end of the last; None for containers
+    that do not state it.
     """
-    frame = 1 / frame_rate(stream)
     # In these containers, the muxer writes the duration of each stream; elsewhere FFmpeg estimates
     # it from the bit rate, or it is the audio's.
     if stream.duration and stream.container.format.name in (MP4, "avi", "gif"):
+        frame = 1 / frame_rate(stream)
         return max(stream.duration * float(stream.time_base), index_length(stream) + frame)
-    return max(_last_end(source, stream.index, 1 / frame) - start, frame)
+    return None
 
 
 def index_length(stream: av.video.stream.VideoStream) -> float:
@@ -123,35 +132,106 @@ def _first_timestamps(stream: av.video.stream.VideoStream, order: Sequence[int])
     return list(islice((entry.timestamp for entry in entries if not entry.is_discard), 2 * REORDER))
 
 
-def _last_end(source: str | bytes, index: int, fps: float) -> float:
-    """Returns the end of the last frame on the container's clock in seconds, from packets alone."""
+class Timeline(NamedTuple):
+    """end: of the last frame in seconds, on the container's clock made continuous. restarts:
+    whether that clock restarts or jumps.
+    """
+
+    end: float
+    restarts: bool
+
+
+def timeline(source: str | bytes) -> Timeline:
+    """Returns the timeline of a file's video stream, from packets alone. Raises Unreadable."""
+    if isinstance(source, bytes):
+        return _timeline(source)
+    status = os.stat(source)
+    return _timeline_of_file(os.path.abspath(source), status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _timeline_of_file(path: str, size: int, modified: int) -> Timeline:
+    del size, modified  # of a file that has changed since, nothing is known
+    return _timeline(path)
+
+
+def _timeline(source: str | bytes) -> Timeline:
     with open_file(source) as container:
-        stream = container.streams[index]
-        length = (container.duration or 0) / av.time_base
-        if length > 2 * _TAIL_SECONDS:
-            container.seek(
-                int((length - _TAIL_SECONDS) * av.time_base) + (container.start_time or 0)
-            )
-        end = _packets_end(container, stream, fps)
-    if end is not None or length <= 2 * _TAIL_SECONDS:
-        return end or 0.0
-    with open_file(source) as container:  # no packet of this stream near the end
-        return _packets_end(container, container.streams[index], fps) or 0.0
+        stream = video_stream(container)
+        length, clock = (container.duration or 0) / av.time_base, ContinuousClock()
+        may_restart = continuous_clock.may_restart(container)
+        is_long = length > 2 * _TAIL_SECONDS
+        if is_long and not (may_restart and _seems_to_restart(container, stream, source)):
+            end = _packets_end(_last_packets(container, stream, length), stream)
+            if end is not None:
+                return Timeline(end, False)
+    with open_file(source) as container:  # all packets
+        stream = video_stream(container)
+        packets = clock.packets(container, stream) if may_restart else container.demux(stream)
+        return Timeline(_packets_end(packets, stream) or 0.0, clock.num_jumps > 0)
 
 
-def _packets_end(
-    container: av.container.InputContainer, stream: av.stream.Stream, fps: float
-) -> float | None:
-    end, tick = None, float(stream.time_base)
+def _seems_to_restart(
+    container: av.container.InputContainer, stream: av.video.stream.VideoStream, source: str | bytes
+) -> bool:
+    """Whether timestamps, sampled over the file, decrease or jump."""
+    size = len(source) if isinstance(source, bytes) else os.stat(source).st_size
+    places, times = [], []
+    for place in _SAMPLED_PLACES:
+        try:
+            container.seek(int(place * size), unsupported_byte_offset=True)
+            stamps = (packet.dts for packet in container.demux(stream) if packet.dts is not None)
+            stamp = next(stamps, None)
+        except av.FFmpegError:
+            continue
+        if stamp is not None:
+            places.append(place)
+            times.append(stamp * float(stream.time_base))
+    gaps = np.diff(times)
+    if len(gaps) < 2:
+        return False
+    usual = np.median(gaps / np.diff(places)) * np.diff(places)
+    limit = _MAX_GAP_RATIO * usual + continuous_clock.MAX_FORWARD
+    return bool((gaps < 0).any() or (gaps > limit).any())
+
+
+def _last_packets(
+    container: av.container.InputContainer, stream: av.video.stream.VideoStream, length: float
+) -> Iterator[av.Packet]:
+    container.seek(int((length - _TAIL_SECONDS) * av.time_base) + (container.start_time or 0))
+    yield from container.demux(stream)
+
+
+def _packets_end(packets: Iterator[av.Packet], stream: av.video.stream.VideoStream) -> float | None:
+    end, tick, frame = None, float(stream.time_base), 1 / frame_rate(stream)
     # a truncated file: keep the packets before the error
     try:
-        for packet in container.demux(stream):
+        for packet in packets:
             stamp = packet.pts if packet.pts is not None else packet.dts
             if stamp is not None:
                 end = max(
                     end or 0.0,
-                    stamp * tick + (packet.duration * tick if packet.duration else 1 / fps),
+                    stamp * tick + (packet.duration * tick if packet.duration else frame),
                 )
     except av.FFmpegError:
         pass
     return end
+
+
+def named_errors(fn: Callable[P, T]) -> Callable[P, T]:
+    """Decorator: whatever a decoder raises becomes Unreadable, because one file must not end a run.
+
+    PyAV raises ValueError, IndexError, MemoryError and others beside av.FFmpegError.
+    """
+
+    @functools.wraps(fn)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return fn(*args, **kwargs)
+        except Unreadable:
+            raise
+        except Exception as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise Unreadable(f"damaged: {type(error).__name__}: {reason}") from error
+
+    return call

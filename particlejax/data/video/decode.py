@@ -7,7 +7,6 @@ Frames are uint8 [T, H, W, 3] (RGB), times are seconds from the presentation of 
 
 import io
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from fractions import Fraction
 from functools import cached_property
 from itertools import dropwhile
@@ -18,7 +17,9 @@ import numpy as np
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 
 from particlejax.data.video import container as opening
-from particlejax.data.video.container import Unreadable, open_file
+from particlejax.data.video import continuous_clock
+from particlejax.data.video.container import Unreadable, named_errors, open_file
+from particlejax.data.video.continuous_clock import ContinuousClock
 from particlejax.data.video.frame_ops import (
     Region,
     RegionExtractor,
@@ -39,8 +40,6 @@ _UNINDEXED_SEEK_GAIN = 4.0  # the same if keyframes are unknown: longer than mos
 _SEEK_RETRIES = (0.0, 2.0, 8.0)
 # Codecs whose decoders skip non-reference frames exactly; others decode every frame.
 _FRAME_DROPPING_CODECS = frozenset({"h264", "hevc"})
-# A list for explanations of slow decoding, set by the thread that waits.
-slow_reasons: ContextVar[list[str] | None] = ContextVar("excuses", default=None)
 
 
 class _TimedFrame(NamedTuple):
@@ -57,12 +56,15 @@ class Video:
 
     fps: nominal frames per second. width, height: of the displayed frame, upright and with square
     pixels. Only MP4, Matroska and MPEG-TS support seeking; other containers (AVI, FLV, MPEG, ...)
-    are decoded from the start to the last requested frame. Raises Unreadable if no frame can be
-    decoded.
+    are decoded from the start to the last requested frame, and so are files whose clock restarts.
+    slow_reasons: a list to which explanations of slow decoding are added, for another thread that
+    waits. Raises Unreadable if no frame can be decoded.
     """
 
-    def __init__(self, source: str | bytes) -> None:
+    @named_errors
+    def __init__(self, source: str | bytes, slow_reasons: list[str] | None = None) -> None:
         self._source = source
+        self._slow_reasons = [] if slow_reasons is None else slow_reasons
         self._container: av.container.InputContainer | None = None
         self._error_reason = ""
         self._wanted_times: np.ndarray | None = (
@@ -70,6 +72,7 @@ class Video:
         )
         self._interlaced = False  # interlaced frames may be two packets, so none is skipped
         self._scaler = VideoReformatter()
+        self._restarts = False  # whether the container's clock does, so that no time can be sought
         self._rewind()
         first = self._current
         self._interlaced = first.frame.interlaced_frame
@@ -102,17 +105,24 @@ class Video:
         return self._start
 
     @cached_property
+    @named_errors
     def duration(self) -> float:
-        """Seconds from the start of the first frame to the end of the last, as announced by the
-        container.
+        """Seconds from the start of the first frame to the end of the last, as stated by the
+        container or its packets.
         """
-        return opening.duration(self._stream, self._source, self._start)
+        stated = opening.stated_duration(self._stream)
+        return stated or max(self._timeline.end - self._start, 1 / self.fps)
+
+    @cached_property
+    def _timeline(self) -> opening.Timeline:
+        return opening.timeline(self._source)
 
     @property
     def tolerance(self) -> float:
         """Seconds by which a requested time may precede its frame (see `frames_at`)."""
         return min(self._tick / 2, 5e-4)
 
+    @named_errors
     def frames_at(
         self, times: Sequence[float], short_side: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -129,6 +139,7 @@ class Video:
         frames, timestamps = self._frames_at(times, lambda frame: self._convert(frame, size))
         return self._stack(frames, size), timestamps
 
+    @named_errors
     def regions_at(self, times: Sequence[float], region: Region) -> tuple[np.ndarray, np.ndarray]:
         """Returns a crop of each frame of `frames_at`, uint8 [T, size, size, 3], and their own
         times, float32 [T].
@@ -160,6 +171,12 @@ class Video:
 
     def iter_frames(self, short_side: int | None = None) -> Iterator[tuple[np.ndarray, float]]:
         """Yields every frame, uint8 [H, W, 3], and its time in seconds, one at a time."""
+        frames = self._iter_frames(short_side)
+        next_frame = named_errors(lambda: next(frames, None))
+        while (frame_and_time := next_frame()) is not None:
+            yield frame_and_time
+
+    def _iter_frames(self, short_side: int | None) -> Iterator[tuple[np.ndarray, float]]:
         self._wanted_times = None
         self._rewind()
         size = resized_size(self._size, short_side)
@@ -178,6 +195,8 @@ class Video:
         self.close()
         self._container = open_file(self._source)
         self._stream = opening.video_stream(self._container)
+        self._restarts = continuous_clock.may_restart(self._container) and self._timeline.restarts
+        self._can_seek = self._container.format.name in _SEEKABLE and not self._restarts
         self._tick = float(self._stream.time_base)
         self._can_drop = (
             self._container.format.name in _SEEKABLE
@@ -247,7 +266,10 @@ class Video:
     def _packets(self) -> Iterator[av.Packet | None]:
         # None flushes the decoder
         try:
-            yield from self._container.demux(self._stream)
+            if self._restarts:
+                yield from ContinuousClock().packets(self._container, self._stream)
+            else:
+                yield from self._container.demux(self._stream)
         except av.FFmpegError as error:  # a truncated file: keep the frames before the error
             self._error_reason = self._error_reason or f"damaged: {error.strerror}"
             yield None
@@ -255,10 +277,7 @@ class Video:
     def _seek_to(self, wanted_time: float) -> None:
         if self._start < self._current.time > wanted_time:
             self._rewind()
-        if (
-            wanted_time - self._current.time > _UNINDEXED_SEEK_GAIN
-            and self._container.format.name not in _SEEKABLE
-        ):
+        if wanted_time - self._current.time > _UNINDEXED_SEEK_GAIN and not self._can_seek:
             self._note_slow_container()
         if self._seek_saves(wanted_time) and not any(
             self._try_seek(wanted_time, retry) for retry in _SEEK_RETRIES
@@ -268,16 +287,15 @@ class Video:
             self._advance()
 
     def _note_slow_container(self) -> None:
-        reasons = slow_reasons.get()
-        if reasons is not None:
-            reasons.append(
-                f"{self._container.format.name} files can only be read from their start, so "
-                "convert it to mp4 or raise config.data.decode_timeout_seconds"
-            )
+        kind = f"{self._container.format.name} files"
+        self._slow_reasons.append(
+            f"{f'{kind} whose clock restarts' if self._restarts else kind} can only be read from "
+            "their start, so convert it to mp4 or raise config.data.decode_timeout_seconds"
+        )
 
     def _seek_saves(self, wanted_time: float) -> bool:
         distance = wanted_time - self._current.time
-        if distance < _SEEK_GAIN or self._container.format.name not in _SEEKABLE:
+        if distance < _SEEK_GAIN or not self._can_seek:
             return False
         index, target = self._stream.index_entries, int(wanted_time / self._tick)
         if len(index) == 0 or index[len(index) - 1].timestamp < target:

@@ -3,12 +3,11 @@
 
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-from particlejax.data.video import decode
-from particlejax.data.video.decode import Unreadable
+from particlejax.data.video.container import Unreadable
 
 T = TypeVar("T")
 
@@ -32,29 +31,30 @@ class _Worker:
 
 
 def _work(tasks: SimpleQueue, results: SimpleQueue) -> None:
-    while (task := tasks.get()) is not None:
-        fn, slow_reasons = task
-        decode.slow_reasons.set(slow_reasons)
+    while (fn := tasks.get()) is not None:
         try:
             results.put((fn(), None))
         except BaseException as error:  # noqa: BLE001 - passed to the caller
             results.put((None, error))
-        del fn, task  # frees the decoded data
+        del fn  # frees the decoded data
 
 
-def run_with_timeout(seconds: float, fn: Callable[[], T], file: str | bytes) -> T:
-    """Returns `work()`, or raises Unreadable if it takes longer than `seconds` (0: no limit).
+def run_with_timeout(
+    seconds: float, fn: Callable[[], T], file: str | bytes, slow_reasons: Sequence[str] = ()
+) -> T:
+    """Returns `fn()`, or raises Unreadable if it takes longer than `seconds` (0: no limit).
 
     file: the file being read, as a path or bytes. A file that timed out is not tried again, because
-    each try waits as long and leaves another thread running until the process ends.
+    each try waits as long and leaves another thread running until the process ends. slow_reasons:
+    explanations that `fn` adds while it runs (see `Video`); the first one completes the reason.
     """
     if not seconds:
         return fn()
     # hash a file's bytes only if some file timed out
     if _timed_out and _key(file) in _timed_out:
         raise Unreadable(_timed_out[_key(file)])
-    worker, slow_reasons = _worker(), []
-    worker.tasks.put((fn, slow_reasons))
+    worker = _worker()
+    worker.tasks.put(fn)
     try:
         value, error = worker.results.get(timeout=seconds)
     except BaseException as interruption:
