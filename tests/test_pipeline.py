@@ -5,7 +5,9 @@ out and named.
 
 import dataclasses
 import multiprocessing
+import os
 import pickle
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from deadly_source import DeadlySource
 
 from particlejax.benchmarks import dataloader as bench
 from particlejax.benchmarks import decoders
@@ -82,6 +85,24 @@ def test_a_worker_that_is_killed_ends_in_a_sentence(source: sources.Source) -> N
     with pytest.raises(UserError, match="worker was killed.* fewer config.data.num_workers"):
         for _ in range(10**3):
             next(stream)
+
+
+def test_a_clip_that_ends_its_worker_is_left_out_and_the_run_goes_on(
+    source: sources.Source,
+) -> None:
+    order = batches(source).clip_indices(0) + batches(source).clip_indices(1)
+    bad = {source[order[i]].name: of for i, of in ((2, signal.SIGSEGV), (14, signal.SIGABRT))}
+    records = tuple(source[i] for i in range(len(source)))
+    raising = [dataclasses.replace(r, video=b"no film") if r.name in bad else r for r in records]
+    expected = batches(sources.ListSource(source.classes, tuple(raising)))
+    made = batches(DeadlySource(source.classes, records, bad, os.getpid()))
+    found = list(pipeline.read_batches(made, 0, 3, dataclasses.replace(DATA, num_workers=1)))
+    assert [(clip.name, clip.reason) for loaded in found for clip in loaded.unreadable] == [
+        (name, f"its decoder ended the process with {signal.Signals(of).name}")
+        for name, of in bad.items()
+    ]
+    for k, loaded in enumerate(found):
+        same(loaded, expected[k])
 
 
 def test_processes_of_a_pod_share_one_global_batch(source: sources.Source) -> None:

@@ -181,7 +181,9 @@ class DataSpec(Spec):
     # seconds after which decoding a clip fails; 0: no limit
     decode_timeout_seconds: float = at_least(60.0, 0)
     num_threads: int = at_least(2, 1)  # decoder threads per worker
-    num_workers: int = at_least(0, 0)  # decoder processes; 0: threads of the main process
+    # decoder processes; 0: threads of the main process, which a crash of a native decoder ends. A
+    # crashed process names its clip and is started again
+    num_workers: int = at_least(0, 0)
 
     def check(self) -> None:
         """Reads the label map. Raises UserError if it is not one."""

@@ -3,30 +3,34 @@
 one integer.
 
 Grain prefetches in threads or processes; resuming, or a different number of workers or hosts,
-yields identical batches. Legend: B rows, S clips of a row.
+yields identical batches. A clip that ends its process is left out like any unreadable one. Legend:
+B rows, S clips of a row.
 """
 
+import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
-import absl.flags
 import grain
 import numpy as np
 
 from particlejax.config.data import DataSpec, ParticleSpec, ScaleScheduleSpec
 from particlejax.core.typing import UserError
-from particlejax.data import augment, clips
+from particlejax.data import augment, clips, worker_crashes
 from particlejax.data.frame_cache import FrameCache
 from particlejax.data.modalities import tokenizer
 from particlejax.data.packing_plan import Plan, PlanState
 from particlejax.data.scale_schedule import FIXED_SCHEDULE, RowShape, Scale, ScaleSchedule
-from particlejax.data.sources import Source, parts_of
+from particlejax.data.sources import Record, Source, parts_of
 from particlejax.data.video.decode import Unreadable
+from particlejax.data.worker_crashes import Notes, Suspect
 from particlejax.particles import packing
 from particlejax.particles.types import Batch
 
+_MAX_UNEXPLAINED = 3  # crashes of workers that no clip explains, before the run stops
 _PREFETCH = 8  # prefetched batches; they are loaded while the first step compiles
 _SUBSET_SEED = (
     0x5EED  # seed of the `train_fraction` subset, the same for all runs so that they compare
@@ -69,15 +73,21 @@ class TrainBatches:
     positions: int = 0  # number of clips after which the data ends; 0: never
     start_state: PlanState = PlanState(0, 0)  # state of the plan to resume from
     cache: FrameCache = field(default_factory=FrameCache, compare=False, repr=False)
+    # clips that ended a data worker, by index; they are not read again
+    crashed: dict[int, UnreadableClip] = field(default_factory=dict, compare=False, repr=False)
 
     def __len__(self) -> int:
         return 2**62
 
     def __getitem__(self, k: int) -> LoadedBatch:
+        return _load_batch(self, k)
+
+    def requests(self, k: int) -> list["_ClipRequest"]:
+        """Returns the clips of batch k in this process's rows."""
         num_rows = self.num_rows // self.num_processes
         own_rows = range(self.process_index * num_rows, (self.process_index + 1) * num_rows)
         scales = self.plan.schedule.scales
-        requests = [
+        return [
             _ClipRequest(
                 int(self.order[position]),
                 np.random.default_rng((self.seed, position)),
@@ -87,7 +97,11 @@ class TrainBatches:
             for position, row, scale in self.plan.batch(k)
             if row in own_rows
         ]
-        return _load_batch(self.source, requests, self.plan.schedule.row, num_rows, self.cache)
+
+    @property
+    def row(self) -> RowShape:
+        """The shape of a row."""
+        return self.plan.schedule.row
 
     @cached_property
     def plan(self) -> Plan:
@@ -140,23 +154,32 @@ class EvalBatches:
     process_index: int = 0
     num_processes: int = 1
     cache: FrameCache = field(default_factory=FrameCache, compare=False, repr=False)
+    # clips that ended a data worker, by index; they are not read again
+    crashed: dict[int, UnreadableClip] = field(default_factory=dict, compare=False, repr=False)
 
     def __len__(self) -> int:
         return -(-self._num_views() // (self.num_rows * self.data.clips_per_row))
 
     def __getitem__(self, k: int) -> LoadedBatch:
+        return _load_batch(self, k)
+
+    def requests(self, k: int) -> list["_ClipRequest"]:
+        """Returns the views of batch k in this process's rows."""
         num_rows = self.num_rows // self.num_processes
         first = (k * self.num_rows + self.process_index * num_rows) * self.data.clips_per_row
         positions = range(first, min(first + num_rows * self.data.clips_per_row, self._num_views()))
         scale = Scale(self.data, self.particles)
-        requests = [
+        return [
             _ClipRequest(
                 *self._view(position), scale, (position - first) // self.data.clips_per_row
             )
             for position in positions
         ]
-        row = row_shape(self.data, self.particles)
-        return _load_batch(self.source, requests, row, num_rows, self.cache)
+
+    @property
+    def row(self) -> RowShape:
+        """The shape of a row."""
+        return row_shape(self.data, self.particles)
 
     def _num_views(self) -> int:
         return len(self.source) * self.views[0] * self.views[1]
@@ -199,32 +222,82 @@ def read_batches(
 ) -> Iterator[LoadedBatch]:
     """Yields batches start..stop-1 in order, prefetched by `data.num_threads` threads or
     `data.num_workers` processes.
+
+    A clip that ends its worker process is unreadable, as if its decoder had raised: the workers are
+    started again, without it. Without worker processes it ends this one. Raises UserError if a
+    worker is killed or dies for no clip.
     """
-    dataset = grain.MapDataset.source(_BatchRange(batches, start, stop))
-    options = grain.ReadOptions(
+    if not data.num_workers:
+        dataset = grain.MapDataset.source(_BatchRange(batches, start, stop))
+        yield from _iterate(dataset.to_iter_dataset(_read_options(data)))
+        return
+    num_unexplained = 0  # crashes since the last batch that no clip explains
+    while True:
+        with tempfile.TemporaryDirectory() as folder:
+            notes = Notes(folder)
+            dataset = grain.MapDataset.source(_BatchRange(batches, start, stop, notes))
+            stream = worker_crashes.processes(dataset, data.num_workers, _read_options(data))
+            try:
+                for loaded in _iterate(stream):
+                    start, num_unexplained = start + 1, 0
+                    yield loaded
+                return
+            except RuntimeError as error:
+                exit_code = worker_crashes.death(error)
+                if exit_code is None:
+                    raise
+                suspects = notes.suspects()
+        if not _exclude_crashing(batches, exit_code, suspects):
+            num_unexplained += 1
+            if num_unexplained > _MAX_UNEXPLAINED:
+                raise UserError(
+                    f"data workers ended {num_unexplained} times in a row with exit code "
+                    f"{exit_code} while they read {_names(batches, suspects)}, which reads well "
+                    "alone: check the installation of av and numpy, and the memory of this machine."
+                )
+
+
+def _read_options(data: DataSpec) -> grain.ReadOptions:
+    return grain.ReadOptions(
         num_threads=data.num_threads, prefetch_buffer_size=data.num_threads + _PREFETCH
     )
-    stream = dataset.to_iter_dataset(options)
-    if data.num_workers:
-        if not absl.flags.FLAGS.is_parsed():
-            # Grain's processes read a flag, but a notebook parses none
-            absl.flags.FLAGS.mark_as_parsed()
-        stream = stream.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=data.num_workers, per_worker_buffer_size=2)
-        )
+
+
+def _iterate(stream: grain.IterDataset) -> Iterator[LoadedBatch]:
     iterator = iter(stream)
     # close it: otherwise Grain's workers and shared memory outlive it
     try:
         yield from iterator
-    except RuntimeError as error:
-        if "terminated unexpectedly" not in str(error):
-            raise
-        raise UserError(
-            "a data worker was killed, probably because memory was short: run the same command "
-            "again with fewer config.data.num_workers; it resumes from the last checkpoint."
-        ) from error
     finally:
         iterator.close()
+
+
+def _exclude_crashing(
+    batches: TrainBatches | EvalBatches, exit_code: int, suspects: list[Suspect]
+) -> bool:
+    """Adds the clip that ended a worker to `batches.crashed`; returns False if none is found.
+    Raises UserError if the worker was killed.
+    """
+    if worker_crashes.was_killed(exit_code):
+        raise UserError(
+            f"a data worker was killed while it read {_names(batches, suspects)}, probably because "
+            "memory was short: run the same command again with fewer config.data.num_workers; it "
+            "resumes from the last checkpoint."
+        )
+    found = worker_crashes.find_crashing(partial(_load_request, batches), suspects)
+    if found is None:
+        return False
+    suspect, exit_code = found
+    index = batches.requests(suspect.batch)[suspect.position].index
+    reason = worker_crashes.reason(exit_code)
+    batches.crashed[index] = UnreadableClip(index, batches.source[index].name, reason)
+    return True
+
+
+def _names(batches: TrainBatches | EvalBatches, suspects: list[Suspect]) -> str:
+    """The names of the clips that were being read."""
+    indices = [batches.requests(s.batch)[s.position].index for s in suspects if s.in_work]
+    return ", ".join(batches.source[index].name for index in indices) or "no clip"
 
 
 @dataclass(frozen=True)
@@ -232,12 +305,13 @@ class _BatchRange:
     batches: TrainBatches | EvalBatches
     start: int
     stop: int
+    notes: Notes | None = None
 
     def __len__(self) -> int:
         return self.stop - self.start
 
     def __getitem__(self, i: int) -> LoadedBatch:
-        return self.batches[self.start + i]
+        return _load_batch(self.batches, self.start + i, self.notes)
 
 
 class _ClipRequest(NamedTuple):
@@ -254,30 +328,48 @@ class _LoadedClip(NamedTuple):
 
 
 def _load_batch(
-    source: Source, requests: list[_ClipRequest], row: RowShape, num_rows: int, cache: FrameCache
+    batches: TrainBatches | EvalBatches, k: int, notes: Notes | None = None
 ) -> LoadedBatch:
     loaded, unreadable = [], []
-    for request in requests:
-        record, data = source[request.index], request.scale.data
-        may_flip = (
-            record.label < 0 or source.classes[record.label] not in data.augment.no_flip_classes
-        )
-        try:
-            clip = clips.load(record, data, request.view_or_rng, may_flip, cache)
-            loaded.append(_LoadedClip(request, clip, record.label))
-        except Unreadable as error:
-            unreadable.append(UnreadableClip(request.index, record.name, error.reason))
+    for position, request in enumerate(batches.requests(k)):
+        if request.index in batches.crashed:
+            unreadable.append(batches.crashed[request.index])
+            continue
+        with notes.reading(k, position) if notes else nullcontext():
+            record = batches.source[request.index]
+            try:
+                loaded.append(_load_clip(batches, request, record))
+            except Unreadable as error:
+                unreadable.append(UnreadableClip(request.index, record.name, error.reason))
     packed = [_to_packed_clip(loaded, i) for i in range(len(loaded))]
     return LoadedBatch(
         packing.pack(
             packed,
             [loaded_clip.request.row for loaded_clip in loaded],
-            row.slots,
-            num_rows,
-            row.max_clips,
+            batches.row.slots,
+            batches.num_rows // batches.num_processes,
+            batches.row.max_clips,
         ),
         tuple(unreadable),
     )
+
+
+def _load_request(batches: TrainBatches | EvalBatches, k: int, position: int) -> None:
+    """Loads one clip of batch k, for the effects on this process alone."""
+    request = batches.requests(k)[position]
+    try:
+        _load_clip(batches, request, batches.source[request.index])
+    except Unreadable:
+        pass
+
+
+def _load_clip(
+    batches: TrainBatches | EvalBatches, request: _ClipRequest, record: Record
+) -> _LoadedClip:
+    data, classes = request.scale.data, batches.source.classes
+    may_flip = record.label < 0 or classes[record.label] not in data.augment.no_flip_classes
+    clip = clips.load(record, data, request.view_or_rng, may_flip, batches.cache)
+    return _LoadedClip(request, clip, record.label)
 
 
 def _to_packed_clip(loaded: list[_LoadedClip], i: int) -> packing.Clip:

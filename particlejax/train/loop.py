@@ -273,6 +273,7 @@ class _Loop:
         experiment, stage = context.experiment, setup.stage
         self.finite = NanGuard(context.workdir, setup.name, experiment.on_nan, self._clip_names)
         peak = peak_flops(experiment.log.peak_flops, experiment.model_of(stage.spec).dtype)
+        self.views = stage.eval_batches(setup.val, stage.spec.batch_size) if setup.val else None
         self.gauge = StepTimer(setup.operations, peak, stage.process_slice[1])
         # (step, metrics) in flight: read one step late, so that the device never waits
         self.pending: tuple[int, Any] | None = None
@@ -402,10 +403,9 @@ class _Loop:
 
     def _measure_now(self) -> None:
         setup, position = self.setup, self.position
-        views = setup.stage.eval_batches(setup.val, setup.stage.spec.batch_size)
         params = setup.eval_params(position.state)
         values = eval.evaluate_metrics(
-            setup.evaluation, params, views, self.context.mesh, self.watch
+            setup.evaluation, params, self.views, self.context.mesh, self.watch
         )
         self.context.log.write(setup.name, position.done, "val", values)
         if math.isnan(values.get(setup.stage.spec.best_metric, 0.0)):
