@@ -14,13 +14,14 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from particlejax.config import help as config_help
 from particlejax.config import jobs, plugins
 from particlejax.config.experiment import Experiment
-from particlejax.config.job_specs import EvaluateJob
+from particlejax.config.job_specs import EvaluateJob, SweepJob
 from particlejax.config.objectives import OBJECTIVES
 from particlejax.core.errors import UserError
 from particlejax.core.suggest import did_you_mean
@@ -84,8 +85,9 @@ def _run(job: Any, line: CommandLine, changed: Sequence[str]) -> int:
             job = stage.inherit_settings(job, set(changed))
         cpu_malloc.keep_heap()
         _cache_programs()
-        folder = run_dir.enter(_workdir(line), job)
-        _function(job.job)(job, folder, folder.name)
+        with _lock(_workdir(line), job):
+            folder = run_dir.enter(_workdir(line), job)
+            _function(job.job)(job, folder, folder.name)
     except UserError as error:
         return _report(error)
     except loop.Stopped as stop:
@@ -103,6 +105,14 @@ def _run(job: Any, line: CommandLine, changed: Sequence[str]) -> int:
             raise
         return cluster.report_failure(error)
     return 0
+
+
+def _lock(workdir: Path, job: Any) -> AbstractContextManager[None]:
+    """The lock of the run folder; processes that share a sweep lock each run of it instead."""
+    from particlejax.train import run_lock
+
+    is_shared = isinstance(job, SweepJob) and job.sweep.storage
+    return nullcontext() if is_shared else run_lock.hold(workdir)
 
 
 def _report(error: UserError) -> int:
@@ -225,6 +235,11 @@ def _workdir(line: CommandLine) -> Path:
     """The given folder, else runs/NAME with a hash of the overrides, so that other settings use
     another folder.
     """
+    if "://" in line.workdir:
+        raise UserError(
+            f"--workdir {line.workdir} is not a folder of this machine: mount the remote folder, "
+            "such as with gcsfuse, and give its path."
+        )
     if line.workdir:
         return Path(os.path.expanduser(line.workdir))
     path, _, arg = line.file.partition(":")

@@ -87,10 +87,12 @@ def test_killed_and_stopped_run_equals_an_undisturbed_one(
     workdir = tmp_path / "run"
     for moment in sorted(random.Random(0).sample(range(1, STEPS - 4), KILLS)):
         assert interrupt(workdir, cache_dir, moment, signal.SIGKILL) == -signal.SIGKILL
+        assert (workdir / "lock.json").exists(), "which stops no later run on this host"
     assert interrupt(workdir, cache_dir, steps_done(workdir) + 1, signal.SIGTERM) == 0
     stopped = steps_done(workdir)
     said = Path(f"{workdir}.log").read_text()
     assert "SIGTERM: finetune is saved at step" in said and "continuing at step" in said
+    assert said.count("is taken over") == KILLS and not (workdir / "lock.json").exists()
     assert stopped < STEPS, "it stopped before the end"
     process = start(workdir, cache_dir)
     assert process.wait(timeout=DEADLINE) == 0

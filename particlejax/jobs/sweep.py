@@ -26,7 +26,7 @@ from particlejax.jobs import optuna_sweep
 from particlejax.jobs.train import train
 from particlejax.reports import plots
 from particlejax.reports.markdown import table
-from particlejax.train import loop, run_dir
+from particlejax.train import loop, run_dir, run_lock
 from particlejax.train import stage as run
 from particlejax.train.log import log_info
 
@@ -202,14 +202,15 @@ def _run_one(sweep_run: SweepRun, sweep_dir: Path) -> Path:
     if all("train" in stages.get(stage, {}) for stage in sweep_run.experiment.stages):
         log_info(f"{folder}: already done")
         return folder
-    run_dir.enter(folder, sweep_run.experiment)
-    error = folder / "error.txt"
-    error.unlink(missing_ok=True)
-    try:
-        train(sweep_run.experiment, folder, f"{sweep_run.name}-seed{sweep_run.seed}")
-    except UserError as problem:
-        log_info(f"{folder}: {problem}")
-        error.write_text(str(problem), encoding="utf-8", errors="backslashreplace")
+    with run_lock.hold(folder):
+        run_dir.enter(folder, sweep_run.experiment)
+        error = folder / "error.txt"
+        error.unlink(missing_ok=True)
+        try:
+            train(sweep_run.experiment, folder, f"{sweep_run.name}-seed{sweep_run.seed}")
+        except UserError as problem:
+            log_info(f"{folder}: {problem}")
+            error.write_text(str(problem), encoding="utf-8", errors="backslashreplace")
     return folder
 
 
