@@ -30,7 +30,8 @@ import pytest
 
 from particlejax import main
 from particlejax.config import jobs, renames
-from particlejax.config.experiment import Experiment, MeshSpec, as_dict
+from particlejax.config.experiment import Experiment, MeshSpec
+from particlejax.config.fields import as_dict
 from particlejax.core import tree
 from particlejax.core.errors import UserError
 from particlejax.data.modalities import feature_reader
@@ -247,7 +248,10 @@ def test_converted_values_of_an_old_config(old_runs: Path) -> None:
         "hflip_prob": 0.5,
     }
     assert classify.model_of(classify.stages["finetune"]).remat_policy == "full"
-    assert classify.sweep.runs["fast"]["stages"]["finetune"] == {
+    config = json.loads(Path("classify", "config.json").read_text())
+    sweep = jobs.parse_job(jobs.upgraded({**config, "job": "sweep"})).sweep
+    assert sweep.metric == "finetune/val/top5"
+    assert sweep.runs["fast"]["stages"]["finetune"] == {
         "optim": {"learning_rate": 0.01},
         "finetune": {"method": "linear_probe"},
     }
@@ -304,7 +308,7 @@ def test_an_old_experiment_file_is_answered_with_the_new_one(name: str) -> None:
 
 
 def test_every_old_name_has_a_new_one_that_exists() -> None:
-    specs = set(_specs(Experiment)).union(*map(_specs, jobs._OWN.values()))
+    specs = set().union(*(_specs(job.spec) for job in jobs.JOBS.values()))
     for name, keys in renames.KEYS.items():
         fields = {
             field
@@ -315,13 +319,13 @@ def test_every_old_name_has_a_new_one_that_exists() -> None:
         assert fields, f"{name} is no section of any config"
         assert set(keys.values()) <= fields, name
         assert not set(keys) & fields, f"{name} has an old name among its own"
-    assert set(renames.JOBS.values()) <= main.JOBS.keys()
+    assert set(renames.JOBS.values()) <= jobs.JOBS.keys()
     root = Path(__file__).parents[1]
     assert all((root / file).is_file() for file in renames.FILES.values())
 
 
 def test_every_new_value_may_be_written() -> None:
-    for spec in set(_specs(Experiment)).union(*map(_specs, jobs._OWN.values())):
+    for spec in set().union(*(_specs(job.spec) for job in jobs.JOBS.values())):
         for field in spec.__dataclass_fields__.values():
             table, names = renames.values_of(spec, field.name), field.metadata.get("names", ())
             if names and table not in (renames.JOBS, renames.MODALITIES):
