@@ -86,15 +86,16 @@ def fewshot_prototypes(experiment: FewshotPrototypesJob, workdir: Path, name: st
         classification_metrics.write_predictions(
             workdir / f"predictions_{split}.csv", names, label, probabilities, labeled.classes
         )
-        metrics[split] = classification_metrics.compute_metrics(
-            probabilities, label, labeled.classes
+        figures = classification_metrics.compute_metrics(probabilities, label, labeled.classes)
+        metrics[split] = classification_metrics.write_confusion(
+            workdir / f"confusion_{split}.csv", figures, labeled.classes
         )
         log_info(
-            f"prototypes of {metrics['known']['num_clips']} clips on {split}: top-1 "
-            f"{metrics[split].get('top1', float('nan')):.3f}"
+            f"prototypes of {metrics['known']['num_clips']} clips on {split}: "
+            f"{classification_metrics.top1_sentence(figures)}"
         )
     stage.add_results(workdir, "fewshot_prototypes", metrics, trained.unreadable.gather_all())
-    log_info(f"report: {markdown.write(workdir)}")
+    markdown.write_report(workdir)
 
 
 def active_learning(experiment: ActiveLearningJob, workdir: Path, name: str) -> None:
@@ -149,7 +150,7 @@ def active_learning(experiment: ActiveLearningJob, workdir: Path, name: str) -> 
         workdir, "active_learning", {"round": counts}, trained.unreadable.gather_all()
     )
     log_info(f"{len(rows)} clips to label next, by {spec.strategy}: {workdir / 'next.csv'}")
-    log_info(f"report: {markdown.write(workdir)}")
+    markdown.write_report(workdir)
 
 
 def _labeled_indices(source: sources.Source, experiment: ActiveLearningJob) -> np.ndarray:

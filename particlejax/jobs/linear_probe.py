@@ -28,7 +28,12 @@ from particlejax.models.zoo.convert import description
 from particlejax.models.zoo.networks import BackboneSpec
 from particlejax.reports.markdown import table
 from particlejax.train import pretrained, stage
-from particlejax.train.classification_metrics import compute_metrics
+from particlejax.train.classification_metrics import (
+    compute_metrics,
+    top1_sentence,
+    with_interval,
+    write_confusion,
+)
 from particlejax.train.log import Progress, log_info
 
 _MAX_STEPS = 2000  # maximum iterations of the regression
@@ -74,6 +79,7 @@ def linear_probe(spec: LinearProbeSpec, workdir: Path, name: str) -> None:
         test_features.label,
         train.classes,
     )
+    metrics = write_confusion(workdir / f"confusion_{spec.test_split}.csv", metrics, train.classes)
     seconds["regression"] = time.perf_counter() - start - seconds["features"]
     computed, clips_seen = (
         train_features.computed + test_features.computed,
@@ -95,7 +101,7 @@ def linear_probe(spec: LinearProbeSpec, workdir: Path, name: str) -> None:
     name = frozen.identity["model"]
     log_info(
         f"{name} on {len(test_features.label)} clips of {spec.source} ({spec.test_split}): "
-        f"top-1 {metrics.get('top1', float('nan')):.3f}; features of {computed} clips computed, "
+        f"{top1_sentence(metrics)}; features of {computed} clips computed, "
         f"{clips_seen - computed} cached"
     )
     path = workdir / "report.md"
@@ -250,15 +256,15 @@ def predict_probabilities(
     train_features: SplitFeatures, test_ND: np.ndarray, num_classes: int, l2: float
 ) -> np.ndarray:
     """Class probabilities [N, C] of a logistic regression on standardized features."""
-    scaler = StandardScaler().fit(train_features.features)
-    if len(set(train_features.label)) < 2:
+    labeled = train_features.label >= 0
+    features, label = train_features.features[labeled], train_features.label[labeled]
+    if len(set(label)) < 2:
         raise UserError(
             "the training clips have a single class: set config.train_split to a split with more "
             "classes."
         )
-    model = LogisticRegression(C=1 / l2, max_iter=_MAX_STEPS).fit(
-        scaler.transform(train_features.features), train_features.label
-    )
+    scaler = StandardScaler().fit(features)
+    model = LogisticRegression(C=1 / l2, max_iter=_MAX_STEPS).fit(scaler.transform(features), label)
     probs = np.zeros((len(test_ND), num_classes))
     probs[:, model.classes_] = model.predict_proba(scaler.transform(test_ND))
     return probs
@@ -287,12 +293,14 @@ def _report(
         ("test clips", metrics.get("num_clips", 0)),
         ("features computed now", computed),
         *(
-            (f"{spec.test_split} {key}", metrics[key])
+            (
+                f"{spec.test_split} {key}",
+                with_interval(metrics[key], metrics["num_clips"])
+                if key.startswith("top")
+                else f"{metrics[key]:.3f}",
+            )
             for key in ("top1", "top5", "mean_class_accuracy", "ece")
-            if key in metrics
+            if key in metrics and (key != "top5" or len(metrics["per_class"]) > 5)
         ),
     )
-    yield from table(
-        ["", ""],
-        [[name, f"{value:.3f}" if isinstance(value, float) else value] for name, value in entries],
-    )
+    yield from table(["", ""], [list(entry) for entry in entries])

@@ -60,8 +60,10 @@ def model_soup(experiment: ModelSoupJob, workdir: Path, name: str) -> None:
         },
         members.unreadable.gather_all(),
     )
-    log_info(f"{experiment.model_soup.method} of {len(member_metrics)}: {_scalars(soup_metrics)}")
-    log_info(f"report: {markdown.write(workdir)}")
+    log_info(f"{experiment.model_soup.method} of {len(member_metrics)}:")
+    for line in markdown.headlines({members.stage.name: {split: soup_metrics}}):
+        log_info(line)
+    markdown.write_report(workdir)
 
 
 def _load_members(

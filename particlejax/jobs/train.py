@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains every stage of an experiment, then writes pictures and the report."""
 
+from functools import partial
 from pathlib import Path
 
 from particlejax.config.experiment import Experiment
@@ -22,8 +23,9 @@ def train(experiment: Experiment, workdir: Path, name: str) -> None:
     finally:
         log.close()
     for stage in experiment.stages:
-        visualize.draw_reconstructions(workdir, stage, mesh)
+        draw = partial(visualize.draw_reconstructions, workdir, stage, mesh)
+        markdown.draw(f"reconstructions of {stage}", draw)
+    markdown.write_report(workdir)
     if cluster.is_primary():
-        log_info(f"report: {markdown.write(workdir)}")
         for line in markdown.headlines(read_results(workdir)):
             log_info(line)

@@ -2,7 +2,9 @@
 """Writes report.md of a run: results, curves and pictures, from the files in its folder."""
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,13 @@ import numpy as np
 
 from particlejax.config import renames
 from particlejax.core import io
+from particlejax.distributed import cluster
 from particlejax.reports import plots
 from particlejax.train import classification_metrics
+from particlejax.train.log import log_info
 
-_MAX_UNREADABLE, _MAX_CONFUSED, _MAX_CLASSES = 20, 5, 20  # maximum lengths of lists
+# maximum lengths of lists
+_MAX_UNREADABLE, _MAX_CONFUSED, _MAX_CLASSES, _MAX_ABSENT = 20, 5, 200, 20
 _METRIC_TITLES = {
     "mAP": "mean average precision",
     "f1_micro": "F1 (micro)",
@@ -35,6 +40,31 @@ _CAPTIONS = {
     "rollout": "The second half of a clip, predicted step by step from the first half; each "
     "step reads the previous predictions.",
 }
+
+
+def write_report(workdir: Path) -> None:
+    """`write` on the first process. A report that cannot be written is one line in the log: all
+    figures are in results.json before.
+    """
+    if not cluster.is_primary():
+        return
+    try:
+        log_info(f"report: {write(workdir)}")
+    except Exception as error:
+        log_info(
+            f"{Path(workdir) / 'report.md'} cannot be written ({type(error).__name__}: {error}); "
+            "all figures are in results.json."
+        )
+
+
+def draw(name: str | Path, plot: Callable[[], None]) -> bool:
+    """Whether `plot` succeeds in drawing; a picture that fails is one line in the log."""
+    try:
+        plot()
+    except Exception as error:
+        log_info(f"{name} cannot be drawn ({type(error).__name__}: {error}): left out.")
+        return False
+    return True
 
 
 def write(workdir: Path) -> Path:
@@ -73,7 +103,7 @@ def _classified_splits(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {
         split: split_metrics
         for split, split_metrics in metrics.items()
-        if "confusion" in split_metrics
+        if "chance" in split_metrics
     }
 
 
@@ -100,13 +130,9 @@ def _headlines_of_stage(metrics: dict[str, Any]) -> Iterator[str]:
     evaluated, answered = _classified_splits(metrics), _other_splits(metrics)
     for split, split_metrics in evaluated.items():
         count = split_metrics["num_clips"]
-        low, high = classification_metrics.wilson_interval(
-            round(split_metrics["top1"] * count), count
-        )
         yield (
-            f"top-1 accuracy {100 * split_metrics['top1']:.1f} % (95 % interval {100 * low:.1f} to "
-            f"{100 * high:.1f}) on `{split}` ({count} clips, chance "
-            f"{100 * split_metrics['chance']:.1f} %)"
+            f"{classification_metrics.top1_sentence(split_metrics)} on `{split}` "
+            f"({count} clips, chance {100 * split_metrics['chance']:.1f} %)"
         )
     for split, split_metrics in answered.items():
         key = next(key for key in _METRIC_TITLES if key in split_metrics)
@@ -120,7 +146,12 @@ def _headlines_of_stage(metrics: dict[str, Any]) -> Iterator[str]:
             for split, split_metrics in metrics.items()
             if "loss" in split_metrics
         }
-        yield from (f"loss {_number(loss)} on `{split}`" for split, loss in losses.items())
+        yield from (
+            f"no clip of `{split}` has what the loss needs"
+            if math.isnan(float(loss))
+            else f"loss {_number(loss)} on `{split}`"
+            for split, loss in losses.items()
+        )
 
 
 def _stage_table(results: dict[str, Any]) -> Iterator[str]:
@@ -162,15 +193,17 @@ def _stage(
         for split, split_lines in lines_by_split.items()
         if split_lines
     }
-    if series:
-        plots.curves(series, workdir / "report" / f"{stage}_loss.png", stage)
+    folder = workdir / "report"
+    path = folder / f"{stage}_loss.png"
+    if series and draw(path, partial(plots.curves, series, path, stage)):
         yield from (f"![loss of {stage}](report/{stage}_loss.png)", "")
-    if curves := {
+    curves = {
         f"{name}, {split}": curve
         for split, split_lines in lines_by_split.items()
         for name, curve in _metric_curves(split_lines).items()
-    }:
-        plots.curves(curves, workdir / "report" / f"{stage}_shares.png", stage, is_fraction=True)
+    }
+    path = folder / f"{stage}_shares.png"
+    if curves and draw(path, partial(plots.curves, curves, path, stage, is_fraction=True)):
         yield from (f"![accuracy and feature std during training](report/{stage}_shares.png)", "")
     for kind, caption in _CAPTIONS.items():
         if (workdir / "report" / f"{stage}_{kind}.png").exists():
@@ -182,9 +215,23 @@ def _stage(
         keys = [key for key in _METRIC_TITLES if key in split_metrics]
         yield from table(
             ["clips", *(_METRIC_TITLES[key] for key in keys)],
-            [[split_metrics["num_clips"], *(_number(split_metrics[key]) for key in keys)]],
+            [
+                [
+                    split_metrics["num_clips"],
+                    *(
+                        classification_metrics.with_interval(
+                            split_metrics[key], split_metrics["num_clips"]
+                        )
+                        if key == "exact_match"
+                        else _number(split_metrics[key])
+                        for key in keys
+                    ),
+                ]
+            ],
         )
         yield ""
+        if "per_class" in split_metrics:
+            yield from _class_table(split_metrics["per_class"], "average_precision")
 
 
 def _metric_curves(lines: list[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
@@ -204,59 +251,84 @@ def _metric_curves(lines: list[dict[str, Any]]) -> dict[str, tuple[list[int], li
 
 
 def _evaluation(workdir: Path, name: str, split: str, metrics: dict[str, Any]) -> Iterator[str]:
-    classes = list(metrics["per_class"])
+    classes, count = list(metrics["per_class"]), metrics["num_clips"]
+    shares = {"top-1": "top1"} | ({"top-5": "top5"} if len(classes) > 5 else {})
+    others = {
+        "mean class accuracy": "mean_class_accuracy",
+        "calibration error": "ece",
+        "chance": "chance",
+    }
     yield from (f"### Measured on `{split}`", "")
     yield from table(
-        ["clips", "top-1", "top-5", "mean class accuracy", "calibration error", "chance"],
+        ["clips", *(f"{title} (95 % interval)" for title in shares), *others],
         [
             [
-                metrics["num_clips"],
+                count,
                 *(
-                    _number(metrics[key])
-                    for key in ("top1", "top5", "mean_class_accuracy", "ece", "chance")
+                    classification_metrics.with_interval(metrics[key], count)
+                    for key in shares.values()
                 ),
+                *(_number(metrics[key]) for key in others.values()),
             ]
         ],
     )
-    plots.confusion(metrics["confusion"], classes, workdir / "report" / f"{name}_confusion.png")
-    yield from (
-        "",
-        f"![confusion on {split}](report/{name}_confusion.png)",
-        "",
-        "Classes, lowest F1 first:",
-        "",
+    yield ""
+    file = metrics.get("confusion_file", "")
+    confusion = (
+        np.asarray(metrics["confusion"])
+        if "confusion" in metrics
+        else classification_metrics.read_confusion(workdir / file)
     )
-    # a class without clips is not the worst one; older results have 0 for it
-    measured = [name for name in classes if metrics["per_class"][name]["support"]]
-    order = sorted(measured, key=lambda class_name: metrics["per_class"][class_name]["f1"])
-    yield from table(
-        ["class", "precision", "recall", "F1", "clips"],
+    path = workdir / "report" / f"{name}_confusion.png"
+    if draw(path, partial(plots.confusion, confusion, classes, path)):
+        yield from (f"![confusion on {split}](report/{name}_confusion.png)", "")
+        if len(classes) > plots.MOST_CLASSES:
+            yield from (f"The {plots.MOST_CLASSES} of {len(classes)} classes with most errors.", "")
+    if file:
+        yield from (f"All counts, rows are the true classes: [{file}]({file}).", "")
+    yield from _class_table(metrics["per_class"], "f1")
+    if pairs := _confused(confusion, classes):
+        yield from ("Most often confused: " + ", ".join(pairs) + ".", "")
+
+
+def _class_table(per_class: dict[str, dict[str, Any]], order_by: str) -> Iterator[str]:
+    """The classes that have clips, worst first; the others have no figures to judge them by."""
+    measured = {name: figures for name, figures in per_class.items() if figures["support"]}
+    worst_first = sorted(measured, key=lambda name: measured[name][order_by])
+    rows = [
         [
-            [
-                class_name,
-                *(
-                    _number(metrics["per_class"][class_name][key])
-                    for key in ("precision", "recall", "f1")
-                ),
-                metrics["per_class"][class_name]["support"],
-            ]
-            for class_name in order
-        ],
-    )
-    if unmeasured := [name for name in classes if name not in measured]:
-        yield from ("", f"No clip of {_listed(unmeasured)}.")
-    pairs = _confused(np.asarray(metrics["confusion"]), classes)
-    if pairs:
-        yield from ("", "Most often confused: " + ", ".join(pairs) + ".", "")
-
-
-def _listed(names: list[str]) -> str:
-    rest = f" and {len(names) - _MAX_CLASSES} other classes" * (len(names) > _MAX_CLASSES)
-    return ", ".join(names[:_MAX_CLASSES]) + rest
+            name,
+            *(
+                [_number(measured[name]["average_precision"])]
+                if "average_precision" in measured[name]
+                else []
+            ),
+            _number(measured[name]["precision"]),
+            classification_metrics.with_interval(
+                measured[name]["recall"], measured[name]["support"]
+            ),
+            _number(measured[name]["f1"]),
+            measured[name]["support"],
+        ]
+        for name in worst_first[:_MAX_CLASSES]
+    ]
+    precision = ["average precision"] if order_by == "average_precision" else []
+    title = (precision or ["F1"])[0]
+    yield from (f"Classes, lowest {title} first:", "")
+    header = ["class", *precision, "precision", "recall (95 % interval)", "F1", "clips"]
+    yield from table(header, rows)
+    yield ""
+    if len(worst_first) > _MAX_CLASSES:
+        left = len(worst_first) - _MAX_CLASSES
+        yield from (f"{left} more classes are in results.json.", "")
+    absent = [name for name in per_class if name not in measured]
+    if absent:
+        listed = ", ".join(absent[:_MAX_ABSENT]) + (", ..." if len(absent) > _MAX_ABSENT else "")
+        yield from (f"Without a clip here, and so not judged ({len(absent)}): {listed}.", "")
 
 
 def _confused(counts: np.ndarray, classes: list[str]) -> list[str]:
-    errors = counts * (1 - np.eye(len(classes), dtype=int))
+    errors = counts - np.diag(np.diag(counts))
     order = np.argsort(-errors, axis=None, kind="stable")[:_MAX_CONFUSED]
     pairs = [np.unravel_index(i, errors.shape) for i in order]
     return [f"{classes[i]} as {classes[j]} ({errors[i, j]})" for i, j in pairs if errors[i, j]]
@@ -275,7 +347,8 @@ def _unreadable_table(unreadable: list[dict[str, str]]) -> Iterator[str]:
 def table(header: list[str], rows: list[list[Any]]) -> Iterator[str]:
     """Yields the lines of a Markdown table."""
     for row in (header, ["---"] * len(header), *rows):
-        yield "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |"
+        cells = (" ".join(str(cell).splitlines()).replace("|", "\\|") for cell in row)
+        yield "| " + " | ".join(cells) + " |"
 
 
 def _number(value: float | str | None) -> str:

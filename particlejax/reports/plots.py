@@ -4,6 +4,7 @@
 Legend: T frames, H rows, W columns, N particles, P payload size.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +18,10 @@ from particlejax.particles.painting import TIME_EPS, inside
 
 _MAX_FRAMES = 8  # in a strip
 _DPI = 100
-_MOST_CLASSES = 25  # a confusion matrix shows counts up to this many classes
+_MOST_COUNTS = 25  # a confusion matrix shows counts up to this many classes
+MOST_CLASSES = 60  # of a confusion matrix
+_MOST_BARS = 200  # of a bar chart
+_MOST_LETTERS = 40  # of a name
 _DIMMED = 0.25  # brightness outside all particles
 _LONGEST_LABEL = 40  # characters of a name
 
@@ -92,11 +96,13 @@ def plot_prediction(
         ax.imshow(frames[index], interpolation="nearest")
         ax.set_xlabel(f"{times[index]:.2f} s", fontsize=8)
     best = max(probs, key=probs.__getitem__)
-    frames_figure.suptitle(f"{best}, {probs[best]:.1%}", fontsize=11)
+    frames_figure.suptitle(f"{_plain(best)}, {probs[best]:.1%}", fontsize=11)
     ax = bars_figure.subplots()
     ax.barh(range(len(probs)), list(probs.values()))
     ax.set_yticks(
-        range(len(probs)), [f"{name} {prob:.3f}" for name, prob in probs.items()], fontsize=8
+        range(len(probs)),
+        [f"{_plain(name)} {prob:.3f}" for name, prob in probs.items()],
+        fontsize=8,
     )
     ax.set(xlim=(0, 1), xlabel="probability")
     ax.invert_yaxis()
@@ -125,19 +131,27 @@ def curves(
     _save(figure, path)
 
 
-def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], path: Path) -> None:
-    """Counts [C, C], rows are true classes, colored by fraction of the row."""
+def confusion(matrix: np.ndarray, classes: Sequence[str], path: Path) -> None:
+    """Counts [C, C], rows are true classes, colored by fraction of the row; of more than 60 classes
+    those with most errors.
+    """
     counts = np.asarray(matrix, float)
     row_fraction = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    if len(classes) > MOST_CLASSES:
+        errors = counts.sum(axis=0) + counts.sum(axis=1) - 2 * np.diag(counts)
+        shown = np.sort(np.argsort(-errors, kind="stable")[:MOST_CLASSES])
+        counts, row_fraction = (x[np.ix_(shown, shown)] for x in (counts, row_fraction))
+        classes = [classes[i] for i in shown]
     side = 2.0 + 0.32 * len(classes)
     figure = Figure(figsize=(side + 0.6, side), layout="constrained")
     ax = figure.subplots()
     ax.imshow(row_fraction, vmin=0, vmax=1, cmap="Blues")
-    ax.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
-    ax.set_yticks(range(len(classes)), classes, fontsize=7)
+    names = [_plain(name) for name in classes]
+    ax.set_xticks(range(len(classes)), names, rotation=90, fontsize=7)
+    ax.set_yticks(range(len(classes)), names, fontsize=7)
     ax.set(xlabel="predicted", ylabel="true")
     for (i, j), count in np.ndenumerate(
-        counts if len(classes) <= _MOST_CLASSES else np.zeros((0, 0))
+        counts if len(classes) <= _MOST_COUNTS else np.zeros((0, 0))
     ):
         if count:
             ax.text(
@@ -213,14 +227,18 @@ def histograms(series: Mapping[str, Sequence[float]], path: Path, title: str, un
 
 
 def bars(series: Mapping[str, Sequence[int]], names: Sequence[str], path: Path, title: str) -> None:
-    """A stacked bar of counts for each name."""
+    """A stacked bar of counts for each name; of more than 200 names, for the first ones."""
+    if len(names) > _MOST_BARS:
+        title = f"{title}, {_MOST_BARS} of {len(names)}"
+        names = names[:_MOST_BARS]
+        series = {name: counts[:_MOST_BARS] for name, counts in series.items()}
     figure = Figure(figsize=(6, 1.0 + 0.22 * len(names)), layout="constrained")
     ax = figure.subplots()
     left = np.zeros(len(names))
     for name, counts in series.items():
         ax.barh(range(len(names)), counts, left=left, label=name)
         left += np.asarray(counts)
-    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.set_yticks(range(len(names)), [_plain(name) for name in names], fontsize=8)
     ax.invert_yaxis()
     ax.set(title=title, xlabel="clips")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the bars, never over them
@@ -244,7 +262,15 @@ def _hide_ticks(ax: Axes) -> None:
     ax.set_yticks([])
 
 
+def _plain(name: str) -> str:
+    """A name as it stands, shortened: '$' begins no formula."""
+    short = name if len(name) <= _MOST_LETTERS else name[: _MOST_LETTERS - 1] + "…"
+    return short.replace("$", r"\$")
+
+
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=_DPI)
+    with warnings.catch_warnings():  # a letter that the font lacks is a box
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        figure.savefig(path, dpi=_DPI)

@@ -31,13 +31,18 @@ def score_predictions(
     outputs: np.ndarray,
     classes: tuple[str, ...],
 ) -> dict[str, Any]:
-    """Metrics of outputs float [N, O] for labels int [N] (-1: unlabeled); writes one CSV line per
-    clip to `path`, if given.
+    """Metrics of outputs float [N, O] for labels int [N] (-1: unlabeled).
+
+    Writes one CSV line per clip to `path` (predictions*.csv), if given, and the confusion matrix of
+    one class per clip beside it, to confusion*.csv.
     """
     if targets.loss == "softmax":
-        if path is not None:
-            classification_metrics.write_predictions(path, names, label, outputs, classes)
-        return classification_metrics.compute_metrics(outputs, label, classes)
+        figures = classification_metrics.compute_metrics(outputs, label, classes)
+        if path is None:
+            return figures
+        classification_metrics.write_predictions(path, names, label, outputs, classes)
+        beside = path.with_name(path.name.replace("predictions", "confusion"))
+        return classification_metrics.write_confusion(beside, figures, classes)
     if path is not None:
         _write(targets, path, names, [classes[n] if n >= 0 else "" for n in label], outputs)
     labeled = np.asarray(label) >= 0
@@ -53,7 +58,8 @@ def multilabel_metrics(
     probabilities: np.ndarray, target: np.ndarray, names: Sequence[str]
 ) -> dict[str, Any]:
     """Multi-label metrics of [N, O]: mean average precision (over classes that occur), F1 at
-    threshold 0.5, exact match.
+    threshold 0.5, exact match; per_class: average precision (None for a class that does not occur),
+    precision, recall, F1 and support, which is the number of clips that have the class.
     """
     predicted, occurs = probabilities > 0.5, target.any(axis=0)
     precision = {
@@ -61,13 +67,19 @@ def multilabel_metrics(
         for i, name in enumerate(names)
         if occurs[i]
     }
+    counts = ((predicted & target).sum(axis=0), predicted.sum(axis=0), target.sum(axis=0))
+    by_class = classification_metrics.per_class(names, *counts)
     return {
         "num_clips": len(target),
         "mAP": float(np.mean(list(precision.values()))) if precision else 0.0,
-        "f1_micro": float(metrics.f1_score(target, predicted, average="micro", zero_division=0)),
-        "f1_macro": float(metrics.f1_score(target, predicted, average="macro", zero_division=0)),
+        "f1_micro": float(classification_metrics.f1_scores(*(x.sum() for x in counts))),
+        "f1_macro": float(classification_metrics.f1_scores(*counts).mean()),
         "exact_match": float((predicted == target).all(axis=1).mean()),
         "average_precision": precision,
+        "per_class": {
+            name: {"average_precision": precision.get(name)} | figures
+            for name, figures in by_class.items()
+        },
     }
 
 
