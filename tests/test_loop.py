@@ -7,6 +7,7 @@ import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from particlejax.core.typing import UserError
 from particlejax.data import pipeline
 from particlejax.distributed import sharding
 from particlejax.particles.types import Batch
-from particlejax.train import log, optim, train_step
+from particlejax.train import log, loop, optim, train_step
 from particlejax.train.train_state import Step, TrainState, make_step
 
 TINY = "--config=experiments/finetune.py:tiny"
@@ -129,6 +130,26 @@ def test_the_average_follows_the_parameters() -> None:
             average = decay * average + (1 - decay) * np.asarray(state.params["w"])
     np.testing.assert_allclose(state.average["w"], average, rtol=1e-5)
     assert state.eval_params is state.average and tree.count(state.params) == 2
+
+
+def test_what_a_stage_took_is_counted_over_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [5.0]
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    bad = (pipeline.UnreadableClip(1, "b", "damaged"),)
+    clips = np.array([[0, -1], [2, 3]])
+    batch = Batch({}, clips, clips, clips, clips)
+    counts = loop._Counts.restored({}, clips=0)
+    for _ in range(2):
+        counts.record(pipeline.LoadedBatch(batch, bad))
+    now[0] += 10.0
+    saved = counts.gather_all()
+    assert saved == {"seconds": 10.0, "clips": 6, "unreadable": ["b"]}, "the clip unread is none"
+    now[0] += 1000.0  # until it was started again
+    again = loop._Counts.restored({"counts": saved}, clips=99)
+    again.record(pipeline.LoadedBatch(batch, ()))
+    now[0] += 3.0
+    assert again.gather_all() == {"seconds": 13.0, "clips": 9, "unreadable": ["b"]}
+    assert loop._Counts.restored({"bad": {}}, clips=99).clips == 99, "of an older version"
 
 
 def test_weights_and_biases_without_a_network(

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from processes import DEADLINE, spawn
 
+from particlejax.distributed import checkpoint
+
 ROOT = Path(__file__).parents[1]
 STEPS, KILLS = 24, 3
 OVERRIDES = [
@@ -94,6 +96,7 @@ def test_killed_and_stopped_run_equals_an_undisturbed_one(
     assert "SIGTERM: finetune is saved at step" in said and "continuing at step" in said
     assert said.count("is taken over") == KILLS and not (workdir / "lock.json").exists()
     assert stopped < STEPS, "it stopped before the end"
+    before = checkpoint.load_data(workdir / "checkpoints/finetune/latest")["counts"]
     process = start(workdir, cache_dir)
     assert process.wait(timeout=DEADLINE) == 0
     assert f"continuing at step {stopped}" in Path(f"{workdir}.log").read_text(), (
@@ -105,6 +108,8 @@ def test_killed_and_stopped_run_equals_an_undisturbed_one(
         for each in (workdir, undisturbed)
     )
     assert mine["val"] == theirs["val"]
+    assert mine["train"]["clips_seen"] == theirs["train"]["clips_seen"], "of all sessions"
+    assert mine["train"]["wall_seconds"] > before["seconds"] > 0, "of all sessions"
     assert (workdir / "predictions_finetune_val.csv").read_bytes() == (
         undisturbed / "predictions_finetune_val.csv"
     ).read_bytes()

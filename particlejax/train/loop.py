@@ -7,9 +7,9 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,13 +123,50 @@ def _is_done(context: Context, name: str) -> bool:
 class _Position:
     """Position of a run: exactly what its checkpoints hold.
 
-    base: reference to the frozen parameters, if the checkpoint does not hold them.
+    base: reference to the frozen parameters, if the checkpoint does not hold them. counts: of the
+    steps so far, by all sessions.
     """
 
     state: TrainState
     done: int
     bad: run.UnreadableClips
     base: dict[str, Any]
+    counts: "_Counts"
+
+
+@dataclass
+class _Counts:
+    """What the steps of a stage have taken, in this session and all before it.
+
+    seconds: of earlier sessions. clips: that this process's steps have read; those of earlier
+    sessions are counted by the first process. unreadable: names of clips that no step could read.
+    """
+
+    seconds: float = 0.0
+    clips: int = 0
+    unreadable: set[str] = field(default_factory=set)
+    start: float = field(default_factory=lambda: time.monotonic())
+
+    @classmethod
+    def restored(cls, data: Mapping[str, Any], clips: int) -> "_Counts":
+        """From a checkpoint's data; `clips` are those of an older version's checkpoint."""
+        saved = data.get("counts", {"seconds": 0.0, "clips": clips, "unreadable": []})
+        own = saved["clips"] if cluster.is_primary() else 0
+        return cls(saved["seconds"], own, set(saved["unreadable"]))
+
+    def record(self, loaded: pipeline.LoadedBatch) -> None:
+        """Counts the clips of a batch that a step takes."""
+        self.clips += int((loaded.batch.clip_index >= 0).sum())
+        self.unreadable |= {clip.name for clip in loaded.unreadable}
+
+    def gather_all(self) -> dict[str, Any]:
+        """The counts of all processes; every process must call it."""
+        parts = cluster.gather_json({"clips": self.clips, "unreadable": sorted(self.unreadable)})
+        return {
+            "seconds": self.seconds + time.monotonic() - self.start,
+            "clips": sum(part["clips"] for part in parts),
+            "unreadable": sorted({name for part in parts for name in part["unreadable"]}),
+        }
 
 
 @dataclass(frozen=True)
@@ -154,13 +191,12 @@ def _train_stage(context: Context, name: str) -> None:
     position, batches = _restore(context, setup, store)
     _announce(setup, position)
     loop = _Loop(context, setup, store, position, batches)
-    start = time.monotonic()
     with context.signals(), closing(store.best), closing(store.latest):
         loop.steps()
         loop.save()
         store.best.finish()
         store.latest.finish()
-        _write_figures(loop, time.monotonic() - start)
+        _write_figures(loop)
 
 
 def _restore(
@@ -176,12 +212,13 @@ def _restore(
         base = {restore.BASE_KEY: data[restore.BASE_KEY]} if restore.BASE_KEY in data else {}
         frozen = _initialize(context, setup, state, base)[0].frozen if base else ()
         unreadable.reasons.update(data["bad"])
-        position = _Position(replace(kept, frozen=frozen), done, unreadable, base)
+        counts = _Counts.restored(data, batches.plan.clips_before(done))
+        position = _Position(replace(kept, frozen=frozen), done, unreadable, base, counts)
         batches = replace(batches, start_state=PlanState.from_json(data["stand"]))
     else:
         state = codebook.fit_codebook(state, setup.stage, batches)
         state, base = _initialize(context, setup, state, {})
-        position = _Position(state, 0, unreadable, base)
+        position = _Position(state, 0, unreadable, base, _Counts())
     store.best.delete_after(position.done)
     stages = list(context.experiment.stages)
     later = tuple(stages[stages.index(setup.name) + 1 :])
@@ -297,6 +334,7 @@ class _Loop:
                 with self.gauge.measure_time("data", skip_if=partial(_is_running, loss)):
                     loaded = self._next(stream)
                 position.bad.record(loaded)
+                position.counts.record(loaded)
                 trace.before_step(position.done + 1)
                 batch = sharding.shard_batch(loaded.batch, context.mesh)
                 position.state, metrics = setup.step(position.state, batch)
@@ -375,14 +413,14 @@ class _Loop:
 
     def _data(self) -> dict[str, Any]:
         targets = self.setup.targets
-        weighted = targets is not None and (targets.weight != 1).any()
         return {
             "stand": self.batches.plan.data_state(self.position.done),
             "seed": self.context.experiment.seed,
             "bad": self.position.bad.gather_all(),
+            "counts": self.position.counts.gather_all(),
             "classes": list(self.setup.stage.classes),
             "outputs": list(targets.names) if targets else [],
-            "label_weights": targets.weight.tolist() if weighted else [],
+            "weights": targets.weights if targets else {},
             **self.position.base,
         }
 
@@ -455,7 +493,7 @@ def _is_running(result: Any) -> bool:
 # -- after the last step
 
 
-def _write_figures(loop: _Loop, seconds: float) -> None:
+def _write_figures(loop: _Loop) -> None:
     """Evaluates the result on the splits of config.eval and writes results.json."""
     context, setup, position = loop.context, loop.setup, loop.position
     name, state, stage = setup.name, position.state, setup.stage
@@ -463,16 +501,17 @@ def _write_figures(loop: _Loop, seconds: float) -> None:
     figures: dict[str, Any] = {
         split: _metric_values(lines[0]) for split, lines in last.items() if lines
     }
+    counts = position.counts.gather_all()
     figures["train"] = figures.get("train", {}) | {
         "steps": position.done,
-        "wall_seconds": round(seconds, 1),
-        "clips_seen": setup.batches.plan.clips_before(position.done),
-        "num_clips": setup.clips,
+        "wall_seconds": round(counts["seconds"], 1),
+        "clips_seen": counts["clips"],
+        "num_clips": setup.clips - len(counts["unreadable"]),
         "num_params": tree.count(partition.base_params(state.params, state.frozen)),
         "num_trainable_params": partition.count_trainable(stage.spec.finetune, state.params),
         "num_saved_params": tree.count(without_frozen(state).eval_params),
         "compilations": setup.step._cache_size(),
-        **_costs(context, setup, position.done),
+        **_costs(context, setup, position.done, counts["clips"]),
     }
     if "classify" in stage.spec.objectives:
         params = _result_params(loop)
@@ -491,7 +530,7 @@ def _write_figures(loop: _Loop, seconds: float) -> None:
     cluster.barrier(f"{name} is done")
 
 
-def _costs(context: Context, setup: Setup, done: int) -> dict[str, float]:
+def _costs(context: Context, setup: Setup, done: int, clips: int) -> dict[str, float]:
     """Training costs: timings are medians over the whole run, resumed or not; FLOPs follow from
     shapes.
     """
@@ -512,8 +551,13 @@ def _costs(context: Context, setup: Setup, done: int) -> dict[str, float]:
     return {
         "train_seconds": medians.pop("seconds_per_step") * done,
         **medians,
-        "particles_per_clip": float(np.mean([line["particles_per_clip"] for line in lines])),
-        "flops_per_clip": setup.operations() * done / max(setup.batches.plan.clips_before(done), 1),
+        "particles_per_clip": float(
+            np.average(
+                [line["particles_per_clip"] for line in lines],
+                weights=[max(line.get("num_clips", 1), 1e-9) for line in lines],
+            )
+        ),
+        "flops_per_clip": setup.operations() * done / max(clips, 1),
     }
 
 

@@ -89,6 +89,7 @@ class StepTimer:
             "data_wait_fraction": data / seconds_per_step,
             "clips_per_second": self.num_clips * self.num_parts / elapsed,
             "particles_per_second": self.filled_slots * self.num_parts / elapsed,
+            "num_clips": self.num_clips,
             "packing_efficiency": self.filled_slots / self.total_slots,
             "particles_per_clip": self.filled_slots / max(self.num_clips, 1),
         }
