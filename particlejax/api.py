@@ -31,7 +31,6 @@ from particlejax.data.video.frame_ops import center_crop
 from particlejax.distributed import sharding
 from particlejax.models.zoo import backbones, networks
 from particlejax.models.zoo.convert.description import Keys
-from particlejax.objectives import label_targets
 from particlejax.particles.types import Batch
 from particlejax.train import eval, loop, pretrained
 from particlejax.train import stage as stages
@@ -202,15 +201,10 @@ def load_run(path: str | Path, mesh: MeshSpec | None = None) -> Run:
 def evaluate(stage: stages.Stage, params: Params, mesh: Mesh, spec: EvalSpec) -> dict[str, Any]:
     """Figures of a stage on the source and split of its data, `spec` says how; no file is written.
 
-    Raises UserError where the stage does not classify, and past data.max_unreadable unreadable
-    clips.
+    Raises UserError where the stage does not classify or no clip has a label, and past
+    data.max_unreadable unreadable clips.
     """
-    if not stage.classes or stage.targets is None:
-        raise UserError(f"stage {stage.name} does not classify: load one that does.")
-    class_names = stage.classes if stage.targets.loss == "softmax" else None
-    source = sources.open_split(stage.data, classes=class_names, key="split")
-    targets = label_targets.remap_to_source(stage.targets, source.classes, stage.data.source)
-    stage = replace(stage, classes=source.classes, targets=targets)
+    stage, source = stages.on_labeled_source(stage)
     unreadable = stages.UnreadableClips(stage.data.max_unreadable)
     return loop.score(stage, params, source, mesh, spec, unreadable.record, stage.name, None)
 

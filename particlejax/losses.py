@@ -94,14 +94,19 @@ def soft_cross_entropy(
 
 
 def binary_cross_entropy(
-    logits: Float[Array, "... C"], target: Float[Array, "... C"], focal_gamma: float = 0.0
+    logits: Float[Array, "... C"],
+    target: Float[Array, "... C"],
+    focal_gamma: float = 0.0,
+    pos_weight: Float[Array, " C"] | float = 1.0,
 ) -> Float[Array, "..."]:
     """Mean over classes that each hold or not; times (1 - p of what is true)^focus
-    (arXiv:1708.02002).
+    (arXiv:1708.02002), and times `pos_weight` where a class holds.
     """
     log_p, log_not_p = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
+    if not isinstance(pos_weight, float):  # [C] to the rank of the logits
+        pos_weight = jnp.broadcast_to(pos_weight, target.shape)
     return -(
-        target * log_p * _focal_factor(log_p, focal_gamma)
+        pos_weight * target * log_p * _focal_factor(log_p, focal_gamma)
         + (1 - target) * log_not_p * _focal_factor(log_not_p, focal_gamma)
     ).mean(axis=-1)
 
@@ -131,9 +136,9 @@ def symmetric_kl(
 
 
 def class_weights(counts: Float[Array, " C"], beta: float) -> Float[Array, " C"]:
-    """1 over the effective number of clips of each class, mean 1 over the clips (arXiv:1901.05555);
-    0 for an absent class.
+    """1 over the effective number of clips of each class, which at beta 1 is their number; mean 1
+    over the clips (arXiv:1901.05555); 0 for an absent class.
     """
-    effective = (1 - beta**counts) / (1 - beta)
+    effective = counts if beta == 1 else (1 - beta**counts) / (1 - beta)
     weights = jnp.where(counts > 0, 1 / jnp.maximum(effective, 1e-9), 0.0)
     return weights * counts.sum() / jnp.maximum(jnp.sum(weights * counts), 1e-9)

@@ -27,6 +27,9 @@ from particlejax.train import predictions, stage
 class Fixed:
     """A model whose logits are given, another time another where there are two."""
 
+    def normalize(self, batch: Batch) -> Batch:
+        return batch
+
     def __init__(self, *logits: np.ndarray) -> None:
         self.logits = [jnp.asarray(each, jnp.float32) for each in logits]
         self.calls = 0
@@ -183,6 +186,48 @@ def test_rare_classes_count_more_and_all_clips_together_as_before() -> None:
     )
     np.testing.assert_allclose((weights * counts).sum(), counts.sum(), rtol=1e-5)
     assert weights[2] == 0
+    inverse = np.asarray(losses.class_weights(counts, 1.0))
+    np.testing.assert_allclose(inverse, np.array([1 / 100, 1 / 10, 0]) * 110 / 2, rtol=1e-6)
+
+
+def test_positives_weigh_as_the_clips_without_the_class_over_those_with_it() -> None:
+    labels, counts = ("a|b", "b", "c", ""), (1, 5, 2, 2)
+    for pos_weight, expected in ((0.0, [9 / 1, 4 / 6, 8 / 2]), (3.0, [3, 3, 3])):
+        spec = ClassifySpec(loss="sigmoid", pos_weight=pos_weight)
+        targets = label_targets.with_class_weights(
+            label_targets.build_targets(spec, labels), spec, counts
+        )
+        np.testing.assert_allclose(targets.pos_weight, expected, rtol=1e-6)
+        objective = base.single(classify(spec, targets))
+        found, _ = objective(
+            {"shift": 0.0}, Fixed(LOGITS), batch([0, 1, -1]), jax.random.key(0), True
+        )
+        log_p, log_not_p = (np.asarray(jax.nn.log_sigmoid(z * LOGITS[:2, 0])) for z in (1, -1))
+        table = targets.table[:2]
+        by_hand = -(expected * table * log_p + (1 - table) * log_not_p).mean()
+        np.testing.assert_allclose(found, by_hand, rtol=1e-5)
+        assert targets.weights == {"pos_weight": targets.pos_weight.tolist()}
+    everywhere = label_targets.build_targets(spec, ("a", "a|b"))
+    balanced = ClassifySpec(loss="sigmoid", pos_weight=0.0)
+    found = label_targets.with_class_weights(everywhere, balanced, (3, 1))
+    assert found.pos_weight.tolist() == [1, 3], "a class of all clips has nothing to weigh against"
+
+
+def test_clips_without_a_label_are_predicted_and_not_evaluated(tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.mp4").touch()
+    experiment = Experiment.of(
+        {
+            "data": {"source": f"folder:{tmp_path}"},
+            "stages": {"s": {"num_steps": 1, "objectives": {"classify": {}}}},
+        }
+    )
+    built = stage.build_stage(experiment, "s", ("a", "b"))
+    with pytest.raises(UserError, match=r"no clip of .*\(train\) has a label .* job 'predict'"):
+        stage.on_labeled_source(built)
+    (tmp_path / "clips.csv").write_text("path,label\n0.mp4,b\n1.mp4,\n2.mp4,b\n")
+    found, source = stage.on_labeled_source(built)
+    assert found.classes == ("a", "b") and {source[i].label for i in range(len(source))} <= {1, -1}
 
 
 CLIPS = [("k", 6), ("l", 4), ("", 3)]
@@ -255,6 +300,7 @@ def test_the_rest_comes_without_labels_as_often_as_asked_for(tmp_path: Path) -> 
             {"objectives": {"classify": {"loss": "sigmoid"}, "pseudo_label": {}}},
             "needs one class per clip",
         ),
+        ({"objectives": {"classify": {"pos_weight": 2.0}}}, "pos_weight needs loss='sigmoid'"),
         ({"objectives": {"classify": {"loss": "regression"}}}, "label 'a' is not a number"),
     ],
 )

@@ -40,10 +40,14 @@ class ClassifySpec(Spec):
     label_smoothing: float = between(0.0, 0, 1, open_at="most")  # label smoothing
     # gamma of the focal loss (arXiv:1708.02002); 0: cross-entropy
     focal_gamma: float = at_least(0.0, 0)
-    # beta of class-balanced weights, such as 0.999 (arXiv:1901.05555); 0: equal weights
-    class_balance_beta: float = between(0.0, 0, 0.9999999)
+    # weights of the classes by their number of clips n: 0: equal; 1: 1 / n; between, such as 0.999:
+    # (1 - beta) / (1 - beta^n) (arXiv:1901.05555); with softmax
+    class_balance_beta: float = between(0.0, 0, 1)
     # weight of R-Drop, the KL divergence of two dropout samples (arXiv:2106.14448); 0: none
     rdrop_weight: float = at_least(0.0, 0)
+    # weight of a clip that has a class against one that has not, with sigmoid; 0: for each class,
+    # the number of training clips without it over those with it
+    pos_weight: float = at_least(1.0, 0)
 
 
 @dataclasses.dataclass(frozen=True)

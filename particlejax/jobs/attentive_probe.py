@@ -17,7 +17,7 @@ from particlejax import losses
 from particlejax.config.job_specs import ProbeSpec
 from particlejax.config.training import MeshSpec
 from particlejax.core.typing import Params
-from particlejax.data import pipeline, sources
+from particlejax.data import pipeline
 from particlejax.distributed import sharding
 from particlejax.nn import heads
 from particlejax.train import eval
@@ -52,7 +52,7 @@ def collect_tokens(
     together.
     """
     mesh = sharding.make_mesh(MeshSpec())
-    source = sources.open_split(stage.data, split, stage.classes, split_key(spec, split))
+    stage, source = run.on_source(stage, split, split_key(spec, split))
     names = {"" if name == "all" else name: name for name in inputs}
     compute = eval.jit_tokens(stage.model, mesh, tuple(names))
     views, clip_tokens = stage.eval_batches(source, spec.batch_size), {}

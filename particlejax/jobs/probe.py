@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.base import clone
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -22,26 +23,29 @@ from particlejax.config.modalities import ordered
 from particlejax.config.training import MeshSpec
 from particlejax.core import io
 from particlejax.core.typing import Params, UserError
-from particlejax.data import sources
 from particlejax.distributed import sharding
 from particlejax.jobs import attentive_probe
 from particlejax.objectives import registry
+from particlejax.objectives.label_targets import Targets
 from particlejax.reports.markdown import table
-from particlejax.train import eval
+from particlejax.train import eval, predictions
 from particlejax.train import stage as run
+from particlejax.train.classification_metrics import with_interval
 from particlejax.train.log import log_info
 
 _MAX_ITERATIONS = 2000  # maximum iterations of the regression
 _RECALL_RANKS = (1, 5, 10)
+_METRIC = {"softmax": "top1", "sigmoid": "mAP", "regression": "r2"}  # of probes, by the run's loss
 
 
 class SplitFeatures(NamedTuple):
-    """Labels int [N] of a split, -1 for unlabelled, and features float64 [N, D] by the names of
-    `eval.jit_features`.
+    """Labels int [N] of a split, -1 for unlabelled, features float64 [N, D] by the names of
+    `eval.jit_features`, and the head targets of the split's labels, None for a run without a head.
     """
 
     label: np.ndarray
     features: dict[str, np.ndarray]
+    targets: Targets | None = None
 
 
 def probe(spec: ProbeSpec, workdir: Path, name: str) -> None:
@@ -66,7 +70,10 @@ def probe(spec: ProbeSpec, workdir: Path, name: str) -> None:
         for split in (spec.train_split, spec.test_split)
     )
     accuracies = classify_probes(train_features, test_features, spec)
-    if accuracies and spec.attentive_steps:
+    metric = _METRIC[_loss(test_features)]
+    if accuracies and spec.attentive_steps and metric != "top1":
+        log_info("the attentive probe is for one class per clip and is left out.")
+    elif accuracies and spec.attentive_steps:
         tokens = (
             attentive_probe.collect_tokens(
                 stage, params, spec, split, tuple(accuracies), unreadable
@@ -76,6 +83,8 @@ def probe(spec: ProbeSpec, workdir: Path, name: str) -> None:
         for inputs, top1 in attentive_probe.accuracy(*tokens, spec).items():
             accuracies[inputs]["attentive"] = top1
     metrics = {
+        "metric": metric,
+        "num_labeled_clips": int((test_features.label >= 0).sum()),
         "classes": accuracies,
         "retrieval": retrieval(test_features.features),
         "objectives": objective_metrics(stage, params, spec, unreadable),
@@ -91,7 +100,7 @@ def probe(spec: ProbeSpec, workdir: Path, name: str) -> None:
         },
         unreadable.gather_all(),
     )
-    lines = list(_report(spec, metrics))
+    lines = list(_report(spec, metrics, len(stage.classes)))
     log_info("\n".join(lines[2:]))
     io.write_text(workdir / "report.md", "\n".join(lines))
     log_info(f"report: {workdir / 'report.md'}")
@@ -102,9 +111,7 @@ def compute_features(
 ) -> SplitFeatures:
     """Features of every readable clip of a split. Raises UserError if there is none."""
     mesh = sharding.make_mesh(MeshSpec())
-    source = sources.open_split(
-        stage.data, split, stage.classes, attentive_probe.split_key(spec, split)
-    )
+    stage, source = run.on_source(stage, split, attentive_probe.split_key(spec, split))
     names = ordered(stage.example.particles)
     inputs = ("", *(names if spec.per_modality and len(names) > 1 else ()))
     heads = registry.heads(stage.spec.objectives)
@@ -123,42 +130,94 @@ def compute_features(
             f"no clip of {stage.data.source} ({split}) is readable: set other splits with "
             "config.train_split and config.test_split."
         )
-    return SplitFeatures(
-        np.array([source[int(index)].label for index in clip_indices], int), features
-    )
+    label = np.array([source[int(index)].label for index in clip_indices], int)
+    return SplitFeatures(label, features, stage.targets)
 
 
 def classify_probes(
     train: SplitFeatures, test: SplitFeatures, spec: ProbeSpec
 ) -> dict[str, dict[str, float]]:
-    """Accuracy of each probe, by modality; {} if the clips have fewer than two classes."""
+    """The figure of each probe, by modality: accuracy, or mean average precision for several
+    classes a clip, or R^2 for numbers; {} if the clips have fewer than two labels.
+    """
     train_labeled, test_labeled = train.label >= 0, test.label >= 0
     if len(set(train.label[train_labeled])) < 2 or not test_labeled.any():
         return {}
-    probes = {
-        "linear": make_pipeline(
-            StandardScaler(), LogisticRegression(C=1 / spec.l2, max_iter=_MAX_ITERATIONS)
-        ),
-        "knn": KNeighborsClassifier(min(spec.knn_k, int(train_labeled.sum())), metric="cosine"),
-    }
+    loss, neighbors = _loss(train), min(spec.knn_k, int(train_labeled.sum()))
+    logistic = make_pipeline(
+        StandardScaler(), LogisticRegression(C=1 / spec.l2, max_iter=_MAX_ITERATIONS)
+    )
+    linear, neighbor_probe = {
+        "softmax": (logistic, KNeighborsClassifier),
+        "sigmoid": (_OneByOne(logistic), KNeighborsRegressor),  # the share of neighbors
+        "regression": (make_pipeline(StandardScaler(), Ridge(spec.l2)), KNeighborsRegressor),
+    }[loss]
+    probes = {"linear": linear, "knn": neighbor_probe(neighbors, metric="cosine")}
+    target = _target(train)[train_labeled]
     return {
         name or "all": {
-            method: float(
-                probe_model.fit(
-                    train.features[name][train_labeled], train.label[train_labeled]
-                ).score(test.features[name][test_labeled], test.label[test_labeled])
+            method: _score(
+                probe_model.fit(train.features[name][train_labeled], target).predict(
+                    test.features[name][test_labeled]
+                ),
+                _target(test)[test_labeled],
+                loss,
             )
             for method, probe_model in probes.items()
         }
         for name in train.features
-        if not name.startswith("embed/")
+        if not name.startswith(("embed/", "present/"))
     }
 
 
-def retrieval(features: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """Recall at R = 1, 5, 10 and median rank (from 1) between each pair of embedded modalities.
+def _loss(split: SplitFeatures) -> str:
+    return split.targets.loss if split.targets else "softmax"
 
-    A clip without a modality has the embedding of empty input, and so counts as not found.
+
+def _target(split: SplitFeatures) -> np.ndarray:
+    """Labels [N], or what the head of several classes or a number is to predict, [N, O]."""
+    if _loss(split) == "softmax":
+        return split.label
+    return split.targets.table[np.maximum(split.label, 0)]
+
+
+def _score(predicted: np.ndarray, target: np.ndarray, loss: str) -> float:
+    if loss == "softmax":
+        return float((predicted == target).mean())
+    if loss == "sigmoid":
+        names = [str(i) for i in range(target.shape[1])]
+        return predictions.multilabel_metrics(predicted, target > 0.5, names)["mAP"]
+    return predictions.regression_metrics(predicted.reshape(-1), target[:, 0])["r2"]
+
+
+class _OneByOne:
+    """A classifier of each class by itself that predicts probabilities [N, O]; a class that all or
+    none of the clips have is constant.
+    """
+
+    def __init__(self, classifier: Any) -> None:
+        self.classifier, self.fitted = classifier, []
+
+    def fit(self, x_ND: np.ndarray, target_NO: np.ndarray) -> "_OneByOne":
+        self.fitted = [
+            clone(self.classifier).fit(x_ND, column) if len(set(column)) > 1 else column[0]
+            for column in target_NO.T > 0.5
+        ]
+        return self
+
+    def predict(self, x_ND: np.ndarray) -> np.ndarray:
+        columns = [
+            np.full(len(x_ND), float(one))
+            if isinstance(one, np.bool_)
+            else one.predict_proba(x_ND)[:, 1]
+            for one in self.fitted
+        ]
+        return np.stack(columns, axis=1)
+
+
+def retrieval(features: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """Recall at R = 1, 5, 10 and median rank (from 1) between two embedded modalities, over the
+    clips that have both.
     """
     embeddings = {
         name.removeprefix("embed/"): embedding
@@ -167,12 +226,15 @@ def retrieval(features: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
     }
     metrics = {}
     for query, target in itertools.permutations(embeddings, 2):
-        similarity = embeddings[query] @ embeddings[target].T
+        both = (features[f"present/{query}"] > 0) & (features[f"present/{target}"] > 0)
+        if not both.any():
+            continue
+        similarity = embeddings[query][both] @ embeddings[target][both].T
         # ties rank the correct clip last
         rank = (similarity >= np.diag(similarity)[:, None]).sum(axis=1)
         metrics[f"{query} to {target}"] = {
             f"R@{rank_limit}": float((rank <= rank_limit).mean()) for rank_limit in _RECALL_RANKS
-        } | {"median rank": float(np.median(rank))}
+        } | {"median rank": float(np.median(rank)), "clips": int(both.sum())}
     return metrics
 
 
@@ -181,7 +243,7 @@ def objective_metrics(
 ) -> dict[str, float]:
     """The objectives' own metrics on the test split, measured as in training."""
     mesh = sharding.make_mesh(MeshSpec())
-    source = sources.open_split(stage.data, spec.test_split, stage.classes, "config.test_split")
+    stage, source = run.on_source(stage, spec.test_split, "config.test_split")
     objective = registry.combine(stage.spec.objectives, stage.targets)
     return eval.evaluate_metrics(
         eval.jit_evaluation(objective, stage.model, mesh),
@@ -192,13 +254,22 @@ def objective_metrics(
     )
 
 
-def _report(spec: ProbeSpec, metrics: dict[str, Any]) -> Iterator[str]:
+def _report(spec: ProbeSpec, metrics: dict[str, Any], num_classes: int) -> Iterator[str]:
     yield from (f"# Probes of the encoder of {spec.run} ({spec.weights} weights)", "")
     if metrics["classes"]:
+        count, metric = metrics["num_labeled_clips"], metrics["metric"]
+        titles = {"top1": "top-1 accuracy (95 % interval)", "mAP": "mean average precision"}
+        yield from (f"{titles.get(metric, 'variance explained')} on {count} clips:", "")
         yield from table(
             ["input", *next(iter(metrics["classes"].values()))],
             [
-                [name, *(f"{value:.3f}" for value in row.values())]
+                [
+                    name,
+                    *(
+                        with_interval(value, count) if metric == "top1" else f"{value:.3f}"
+                        for value in row.values()
+                    ),
+                ]
                 for name, row in metrics["classes"].items()
             ],
         )
@@ -207,13 +278,17 @@ def _report(spec: ProbeSpec, metrics: dict[str, Any]) -> Iterator[str]:
         yield from table(
             ["from, to", *next(iter(metrics["retrieval"].values()))],
             [
-                [direction, *(f"{value:.3f}" for value in row.values())]
+                [direction, *(f"{value:.4g}" for value in row.values())]
                 for direction, row in metrics["retrieval"].items()
             ],
         )
         yield ""
     yield from table(
         ["objective on unseen clips", ""],
-        [[name, f"{value:.4f}"] for name, value in metrics["objectives"].items()],
+        [
+            [name, f"{value:.4f}"]
+            for name, value in metrics["objectives"].items()
+            if num_classes > 5 or not name.endswith("/top5")
+        ],
     )
     yield ""

@@ -72,7 +72,9 @@ def _clip_loss(spec: ClassifySpec, targets: Targets | None, logits: Array, label
         loss = losses.squared_error(logits, target)
     elif spec.loss == "sigmoid":
         smoothed = target * (1 - spec.label_smoothing) + spec.label_smoothing / 2
-        loss = losses.binary_cross_entropy(logits, smoothed, spec.focal_gamma)
+        weighted = targets is not None and targets.pos_weight is not None
+        pos_weight = jnp.asarray(targets.pos_weight) if weighted else 1.0
+        loss = losses.binary_cross_entropy(logits, smoothed, spec.focal_gamma, pos_weight)
     else:
         loss = losses.soft_cross_entropy(
             logits, optax.smooth_labels(target, spec.label_smoothing), spec.focal_gamma

@@ -26,7 +26,7 @@ class Targets(NamedTuple):
     loss weight.
 
     mean, std: mean and standard deviation of regression targets, which the head predicts
-    normalized.
+    normalized. pos_weight: float32 [O], weight of an output that holds (sigmoid); None: 1.
     """
 
     loss: str
@@ -35,6 +35,13 @@ class Targets(NamedTuple):
     weight: np.ndarray
     mean: float = 0.0
     std: float = 1.0
+    pos_weight: np.ndarray | None = None
+
+    @property
+    def weights(self) -> dict[str, list[float]]:
+        """The weights that are not 1, by field, as a checkpoint keeps them."""
+        weights = {"weight": self.weight, "pos_weight": self.pos_weight}
+        return {name: x.tolist() for name, x in weights.items() if x is not None and (x != 1).any()}
 
     def activate(self, logits: Array) -> Array:
         """Class probabilities [..., O], or the denormalized number [..., 1]."""
@@ -94,7 +101,17 @@ def _multi_hot(labels: Sequence[str], names: Sequence[str]) -> np.ndarray:
 
 
 def with_class_weights(targets: Targets, spec: ClassifySpec, counts: Sequence[int]) -> Targets:
-    """Adds class-balanced weights from label frequencies, if the spec asks for them."""
+    """Adds class-balanced weights and the weight of positives from label frequencies, if the spec
+    asks for them. counts: training clips of each label.
+    """
+    if spec.loss == "sigmoid" and spec.pos_weight != 1:
+        positives = np.asarray(counts, np.float32) @ targets.table
+        negatives = sum(counts) - positives
+        both = (positives > 0) & (negatives > 0)
+        balanced = np.where(both, negatives / np.maximum(positives, 1), 1)
+        fixed = np.full(len(targets.names), spec.pos_weight)
+        weight = fixed if spec.pos_weight else balanced
+        return targets._replace(pos_weight=weight.astype(np.float32))
     if not spec.class_balance_beta:
         return targets
     return targets._replace(

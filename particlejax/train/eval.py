@@ -19,7 +19,7 @@ from particlejax.distributed import sharding
 from particlejax.losses import Mean
 from particlejax.models.particle_model import Model
 from particlejax.nn.token_reduction import Tokens
-from particlejax.objectives import registry
+from particlejax.objectives import registry, time_utils
 from particlejax.objectives.base import Measured, WeightedSum
 from particlejax.particles.types import Batch
 from particlejax.train.log import Progress
@@ -124,7 +124,7 @@ def jit_features(
 
     For each of `modalities` ('': all together) the mean token float32 [B, S, D] with only that
     input; under 'embed/NAME', for each of `compared`, the contrastive embeddings [B, S, E] (unit
-    length).
+    length), and under 'present/NAME' whether the clip has that modality, float32 [B, S].
     """
 
     def compute_features(params: Params, batch: Batch) -> tuple[dict[str, Any], Any]:
@@ -140,6 +140,9 @@ def jit_features(
                 features[f"embed/{name}"], *_ = model.head(
                     params, "projection", tokens, num_clips, name
                 )
+                features[f"present/{name}"] = time_utils.present(
+                    batch.particles[name], num_clips
+                ).astype(jnp.float32)
         return features, batch.clip_index
 
     return jax.jit(

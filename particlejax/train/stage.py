@@ -207,6 +207,11 @@ def _check_objectives(spec: StageSpec, model: ModelSpec, key_path: str) -> None:
             f"{key_path}.objectives.classify.class_balance_beta needs loss='softmax' but it is "
             f"{classify.loss!r}: set it to 0."
         )
+    if classify and classify.pos_weight != 1 and classify.loss != "sigmoid":
+        raise UserError(
+            f"{key_path}.objectives.classify.pos_weight needs loss='sigmoid' but it is "
+            f"{classify.loss!r}: set it to 1."
+        )
     if classify and classify.rdrop_weight and not (model.dropout or model.drop_path_rate):
         raise UserError(
             f"{key_path}.objectives.classify.rdrop_weight compares two dropout samples but there "
@@ -217,7 +222,7 @@ def _check_objectives(spec: StageSpec, model: ModelSpec, key_path: str) -> None:
 def class_weighted_targets(stage: Stage, source: sources.Source) -> label_targets.Targets | None:
     """The stage's targets, weighted by training label frequencies if the spec asks for it."""
     spec = stage.spec.objectives.get("classify")
-    if stage.targets is None or spec is None or not spec.class_balance_beta:
+    if stage.targets is None or not spec or not (spec.class_balance_beta or spec.pos_weight != 1):
         return stage.targets
     label = label_subset.labels(source)[
         pipeline.subset_indices(len(source), stage.data.train_fraction)
@@ -225,6 +230,42 @@ def class_weighted_targets(stage: Stage, source: sources.Source) -> label_target
     return label_targets.with_class_weights(
         stage.targets, spec, np.bincount(label[label >= 0], minlength=len(stage.classes))
     )
+
+
+def on_source(
+    stage: Stage, split: str, key: str = "config.data.split"
+) -> tuple[Stage, sources.Source]:
+    """A trained stage with the labels of its data's source, and one split of that source.
+
+    One class per clip: labels are the stage's classes, by name. Several classes or numbers: other
+    combinations and values are fine. Without a head, any labels are. key: the setting of the
+    split, for errors. Raises UserError for a label that the head does not know.
+    """
+    data = stage.data
+    matched = stage.classes if stage.targets and stage.targets.loss == "softmax" else None
+    source = sources.open_split(data, split, matched, key)
+    targets = stage.targets and label_targets.remap_to_source(
+        stage.targets, source.classes, data.source
+    )
+    return replace(stage, classes=source.classes, targets=targets), source
+
+
+def on_labeled_source(stage: Stage) -> tuple[Stage, sources.Source]:
+    """`on_source` for the data's split. Raises UserError if the stage does not classify or no clip
+    has a label.
+    """
+    if stage.targets is None:
+        raise UserError(
+            f"stage {stage.name} is not a classifier: name one that is, as RUN_DIR:STAGE."
+        )
+    stage, source = on_source(stage, stage.data.split)
+    if not (label_subset.labels(source) >= 0).any():
+        raise UserError(
+            f"no clip of {stage.data.source} ({stage.data.split}) has a label to measure with: "
+            "give clips.csv a column 'label', put the clips into one folder per class, or predict "
+            "them with the job 'predict' (experiments/predict.py)."
+        )
+    return stage, source
 
 
 def _check_directed(data: DataSpec, classes: tuple[str, ...]) -> None:
@@ -426,9 +467,9 @@ def load_trained(
     data = checkpoint.load_data(folder)
     stage = build_stage(experiment, name, tuple(data["classes"]), mesh)
     stage = replace(stage, data=replace(stage.data, **source))
-    if stage.targets and data.get("label_weights"):
-        weight = np.array(data["label_weights"], np.float32)
-        stage = replace(stage, targets=stage.targets._replace(weight=weight))
+    if stage.targets:
+        weights = {name: np.array(x, np.float32) for name, x in data.get("weights", {}).items()}
+        stage = replace(stage, targets=stage.targets._replace(**weights))
     shapes = models.parameter_shapes(stage.model, stage.example)
     shardings = sharding.param_shardings(shapes, mesh)
     params = jax.tree.map(
