@@ -179,9 +179,12 @@ def test_the_time_left_has_no_compilation_in_it(
     now = [0.0]
     monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
     progress = log.Progress("train", 10)
+    now[0] += 1.0
+    log.Progress("once", 1).update()
     for seconds in (100.0, *[2.0] * 9):  # the first step compiles
         now[0] += seconds
         progress.update()
     progress.close()
     said = capfd.readouterr().err
+    assert "once: step 1/1  \n" in said and "train: step 1/10  \n" in said, "no rate is known yet"
     assert "step 10/10, 0.50/s, 0:00 left" in said and "step 9/10, 0.50/s, 0:02 left" in said

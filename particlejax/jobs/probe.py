@@ -31,7 +31,7 @@ from particlejax.reports.markdown import table
 from particlejax.train import eval, predictions
 from particlejax.train import stage as run
 from particlejax.train.classification_metrics import with_interval
-from particlejax.train.log import log_info
+from particlejax.train.log import json_ready, log_info
 
 _MAX_ITERATIONS = 2000  # maximum iterations of the regression
 _RECALL_RANKS = (1, 5, 10)
@@ -87,7 +87,7 @@ def probe(spec: ProbeSpec, workdir: Path, name: str) -> None:
         "num_labeled_clips": int((test_features.label >= 0).sum()),
         "classes": accuracies,
         "retrieval": retrieval(test_features.features),
-        "objectives": objective_metrics(stage, params, spec, unreadable),
+        "objectives": json_ready(objective_metrics(stage, params, spec, unreadable)),
     }
     run.add_results(
         workdir,
@@ -286,7 +286,7 @@ def _report(spec: ProbeSpec, metrics: dict[str, Any], num_classes: int) -> Itera
     yield from table(
         ["objective on unseen clips", ""],
         [
-            [name, f"{value:.4f}"]
+            [name, f"{float(value):.4f}"]
             for name, value in metrics["objectives"].items()
             if num_classes > 5 or not name.endswith("/top5")
         ],

@@ -45,13 +45,13 @@ class MetricLog:
 
     def write(self, stage: str, step: int, split: str, values: Mapping[str, float]) -> None:
         """Writes one line of metrics; NaN and infinities become strings, which JSON can hold."""
-        self._records.append({"stage": stage, "step": step, "split": split, **_json_ready(values)})
+        self._records.append({"stage": stage, "step": step, "split": split, **json_ready(values)})
         self._append(self._metrics, self._records[-1])
         self._show(f"{stage}/{split}", step, values)
 
     def write_timing(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Writes one line of timings."""
-        self._append(self._timing, {"stage": stage, "step": step, **_json_ready(values)})
+        self._append(self._timing, {"stage": stage, "step": step, **json_ready(values)})
         self._show(f"{stage}/timing", step, values)
 
     def read_metrics(self, stage: str, split: str) -> list[dict[str, Any]]:
@@ -147,12 +147,12 @@ class Progress:
             or self._done == self._total
         ):
             self._last_print = time.monotonic()
-            rate = (self._done - self._initial) / max(self._last_print - self._start_time, 1e-6)
-            remaining = (self._total - self._done) / max(rate, 1e-6)
-            log_info(
-                f"{self._name}: {self._unit} {self._done}/{self._total}, {rate:.2f}/s, "
-                f"{_format_duration(remaining)} left  {self._note}"
-            )
+            line = f"{self._name}: {self._unit} {self._done}/{self._total}"
+            if self._done > self._initial:  # the rate of the first one is unknown
+                rate = (self._done - self._initial) / max(self._last_print - self._start_time, 1e-6)
+                remaining = _format_duration((self._total - self._done) / max(rate, 1e-6))
+                line += f", {rate:.2f}/s, {remaining} left"
+            log_info(f"{line}  {self._note}")
 
     def close(self) -> None:
         """Closes the bar and leaves it visible."""
@@ -185,7 +185,8 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 continue
 
 
-def _json_ready(values: Mapping[str, float]) -> dict[str, float | str]:
+def json_ready(values: Mapping[str, float]) -> dict[str, float | str]:
+    """Values that JSON can hold: NaN and infinities are strings."""
     return {name: float(v) if math.isfinite(v) else str(float(v)) for name, v in values.items()}
 
 

@@ -608,7 +608,7 @@ def score(
     views = stage.eval_batches(source, spec.batch_size, spec.views, spec.scale)
     predict = eval.jit_predict(stage.model, mesh, stage.targets.activate)
     clip_indices, probs = eval.predict_probabilities(
-        predict, params, views, mesh, watch, f"evaluate {name}"
+        predict, params, views, mesh, watch, f"evaluate {name}".strip()
     )
     records = [source[int(index)] for index in clip_indices]
     label = np.array([record.label for record in records], int)
