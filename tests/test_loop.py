@@ -6,6 +6,7 @@ without a network.
 import importlib.util
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,6 +94,9 @@ def test_what_was_trained_is_saved_when_the_data_fails(
         for k, loaded in enumerate(read(batches, start, stop, data), start):
             if k == 3:
                 raise UserError("a process that decodes was killed")
+            if k == 1:
+                empty = np.full_like(loaded.batch.clip_index, -1)
+                loaded = loaded._replace(batch=replace(loaded.batch, clip_index=empty))
             yield loaded
 
     command = ["main", TINY, f"--config.data.cache_dir={cache_dir}", "--workdir", str(tmp_path)]
@@ -100,7 +104,9 @@ def test_what_was_trained_is_saved_when_the_data_fails(
         patch.setattr(pipeline, "read_batches", failing)
         assert entry.main(command) == 2
     assert entry.main(command) == 0
-    assert "continuing at step 3" in capfd.readouterr().err
+    log = capfd.readouterr().err
+    assert "no clip of step 2 can be read, so the step is skipped" in log
+    assert "continuing at step 3" in log
     assert len(traced) == 2, "once a run, though its operations are counted, too"
 
 

@@ -478,6 +478,13 @@ def mistakes(clips: Path, run_dir: Path, tmp: Path) -> dict[str, tuple[list[str]
             ],
             "more than config.data.max_unreadable=0: repair the data or raise the limit",
         ),
+        "all missing": (
+            [
+                "--config=experiments/finetune.py:tiny",
+                f"--config.data.source=folder:{missing(tmp)}",
+            ],
+            r"none of the 6 clips can be read \(v\d.mp4 \(missing\), .*: check the paths",
+        ),
         "steps and epochs": ([*quick, "--config.stages.pretrain.num_epochs=2"], "set one of them"),
         "mesh": ([*quick, "--config.mesh.data=3"], "there are 8 devices"),
         "no labels": (
@@ -488,6 +495,13 @@ def mistakes(clips: Path, run_dir: Path, tmp: Path) -> dict[str, tuple[list[str]
             "classifies but .* has no labels: give clips.csv",
         ),
     }
+
+
+def missing(tmp: Path) -> Path:
+    (tmp / "missing").mkdir()
+    rows = [f"v{i}.mp4,{'train' if i < 6 else 'val'},{'ab'[i % 2]}\n" for i in range(8)]
+    (tmp / "missing" / "clips.csv").write_text("path,split,label\n" + "".join(rows))
+    return tmp / "missing"
 
 
 def flat(clips: Path, tmp: Path) -> Path:

@@ -176,6 +176,24 @@ def test_whatever_a_decoder_raises_leaves_out_its_clip_alone(
         assert np.sum(loaded.batch.clip_index == -1) == 1
 
 
+def test_too_many_unreadable_clips_are_judged_once_enough_were_tried(
+    source: sources.Source,
+) -> None:
+    def tally(readable: int, unreadable: int, num_clips: int = 1000) -> pipeline.Tally:
+        tried = range(readable + unreadable)
+        parts = set(tried[:readable]), set(tried[readable:])
+        return pipeline.Tally(num_clips, 0.5, *parts)
+
+    assert tally(0, 3, 3).is_nothing_readable() and tally(0, 20).is_nothing_readable()
+    assert not (tally(0, 19).is_nothing_readable() or tally(1, 2, 3).is_nothing_readable())
+    assert not tally(1, 2, 3).is_over_limit(), "a few clips are no share"
+    assert tally(19, 21, 40).is_over_limit() and not tally(20, 20, 40).is_over_limit()
+    assert not tally(19, 21).is_over_limit() and tally(2, 19).is_over_limit(), "chance"
+    made = batches(source, data=dataclasses.replace(DATA, train_fraction=0.5))
+    *_, last = pipeline.read_batches(made, 0, 3, made.data)
+    assert (last.tally.num_clips, last.tally.num_tried) == (24, 24)
+
+
 def test_clips_from_memory_are_the_decoded_ones(source: sources.Source) -> None:
     record, cache = source[7], FrameCache()
     for seed in range(4):

@@ -176,6 +176,8 @@ class DataSpec(Spec):
     temporal_mean_scale: float = between(1.0, 0, 1)
     clips_per_row: int = at_least(1, 1)  # number of largest-scale clips that fit in a packed row
     max_unreadable: int = at_least(100, 0)  # number of unreadable clips after which the run stops
+    # fraction of unreadable clips, of 20 or more, above which the run stops
+    max_unreadable_fraction: float = between(0.5, 0, 1)
     # GiB of memory per worker for a cache of decoded clips; 0: no cache
     ram_cache_gib: float = at_least(0.0, 0)
     # seconds after which decoding a clip fails; 0: no limit

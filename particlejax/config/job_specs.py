@@ -10,7 +10,7 @@ from typing import Any
 
 from particlejax.config.data import DataSpec
 from particlejax.config.experiment import Experiment
-from particlejax.config.fields import Spec, above, at_least, one_of
+from particlejax.config.fields import Spec, above, at_least, between, one_of
 from particlejax.config.training import DistributedSpec, EvalSpec, LogSpec, MeasureSpec, MeshSpec
 
 # -- several training runs
@@ -81,6 +81,8 @@ class RunDataSpec(Spec):
     split: str = "val"  # split of the source
     cache_dir: str = "~/.cache/particlejax"  # directory for rendered toybox clips and TFDS data
     max_unreadable: int = at_least(100, 0)  # number of unreadable clips after which the job stops
+    # fraction of unreadable clips, of 20 or more, above which the job stops
+    max_unreadable_fraction: float = between(0.5, 0, 1)
     num_threads: int = at_least(2, 1)  # decoder threads per worker
     num_workers: int = at_least(0, 0)  # decoder processes; 0: threads of the main process
 

@@ -9,7 +9,7 @@ B rows, S clips of a row.
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -31,6 +31,7 @@ from particlejax.particles import packing
 from particlejax.particles.types import Batch
 
 _MAX_UNEXPLAINED = 3  # crashes of workers that no clip explains, before the run stops
+_MIN_TRIED = 20  # clips to try before the fraction of unreadable ones is judged
 _PREFETCH = 8  # prefetched batches; they are loaded while the first step compiles
 _SUBSET_SEED = (
     0x5EED  # seed of the `train_fraction` subset, the same for all runs so that they compare
@@ -45,11 +46,51 @@ class UnreadableClip(NamedTuple):
     reason: str
 
 
+@dataclass
+class Tally:
+    """The distinct clips of a source that this process has tried to read so far.
+
+    Whether too many of them are unreadable is judged after `_MIN_TRIED`: exactly once all are
+    tried, before that with a margin of three standard deviations.
+    """
+
+    num_clips: int  # in the source
+    max_fraction: float  # of unreadable clips
+    readable: set[int] = field(default_factory=set)
+    unreadable: set[int] = field(default_factory=set)
+
+    def add(self, loaded: "LoadedBatch") -> None:
+        """Counts the clips of a batch."""
+        indices = np.unique(loaded.batch.clip_index)
+        self.readable.update(indices[indices >= 0].tolist())
+        self.unreadable.update(clip.index for clip in loaded.unreadable)
+
+    @property
+    def num_tried(self) -> int:
+        """Number of clips so far."""
+        return len(self.readable | self.unreadable)
+
+    def is_nothing_readable(self) -> bool:
+        """Whether no clip is readable, of all or of enough clips."""
+        is_enough = self.num_tried >= min(self.num_clips, _MIN_TRIED)
+        return is_enough and not self.readable and bool(self.unreadable)
+
+    def is_over_limit(self) -> bool:
+        """Whether more than the maximum fraction is unreadable."""
+        tried = self.num_tried
+        # three standard deviations of the number of unreadable clips, at most
+        margin = 0.0 if tried >= self.num_clips else 1.5 * tried**0.5
+        return tried >= _MIN_TRIED and len(self.unreadable) > self.max_fraction * tried + margin
+
+
 class LoadedBatch(NamedTuple):
-    """A batch and the unreadable clips that are missing from it."""
+    """A batch, the unreadable clips that are missing from it, and the tally of its source, if it
+    was read by `read_batches`.
+    """
 
     batch: Batch
     unreadable: tuple[UnreadableClip, ...]
+    tally: Tally | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +143,12 @@ class TrainBatches:
     def row(self) -> RowShape:
         """The shape of a row."""
         return self.plan.schedule.row
+
+    @property
+    def num_clips(self) -> int:
+        """Number of distinct clips."""
+        fraction = self.data.train_fraction
+        return sum(len(subset_indices(count, fraction)) for _, count, _ in parts_of(self.source))
 
     @cached_property
     def plan(self) -> Plan:
@@ -181,6 +228,11 @@ class EvalBatches:
         """The shape of a row."""
         return row_shape(self.data, self.particles)
 
+    @property
+    def num_clips(self) -> int:
+        """Number of distinct clips."""
+        return len(self.source)
+
     def _num_views(self) -> int:
         return len(self.source) * self.views[0] * self.views[1]
 
@@ -220,13 +272,23 @@ def zero_batch(row: RowShape, num_rows: int) -> Batch:
 def read_batches(
     batches: TrainBatches | EvalBatches, start: int, stop: int, data: DataSpec
 ) -> Iterator[LoadedBatch]:
-    """Yields batches start..stop-1 in order, prefetched by `data.num_threads` threads or
-    `data.num_workers` processes.
+    """Yields batches start..stop-1 in order, with their tally, prefetched by `data.num_threads`
+    threads or `data.num_workers` processes.
 
     A clip that ends its worker process is unreadable, as if its decoder had raised: the workers are
     started again, without it. Without worker processes it ends this one. Raises UserError if a
     worker is killed or dies for no clip.
     """
+    tally = Tally(batches.num_clips, data.max_unreadable_fraction)
+    with closing(_read_batches(batches, start, stop, data)) as stream:
+        for loaded in stream:
+            tally.add(loaded)
+            yield loaded._replace(tally=tally)
+
+
+def _read_batches(
+    batches: TrainBatches | EvalBatches, start: int, stop: int, data: DataSpec
+) -> Iterator[LoadedBatch]:
     if not data.num_workers:
         dataset = grain.MapDataset.source(_BatchRange(batches, start, stop))
         yield from _iterate(dataset.to_iter_dataset(_read_options(data)))

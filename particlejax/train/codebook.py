@@ -18,7 +18,7 @@ from particlejax.core.typing import UserError
 from particlejax.data import pipeline
 from particlejax.objectives.masked_tokens import codebook_name
 from particlejax.train.log import log_info
-from particlejax.train.stage import Stage
+from particlejax.train.stage import Stage, UnreadableClips
 from particlejax.train.train_state import TrainState
 
 _NUM_BATCHES = 8  # an equal number of particles is taken from each batch
@@ -58,9 +58,11 @@ def sample_payloads(
     """
     rng, samples = np.random.default_rng(stage.experiment.seed), []
     all_rows = replace(batches, process_index=0, num_processes=1)
+    unreadable = UnreadableClips(stage.data.max_unreadable)
     for loaded in pipeline.read_batches(
         all_rows, 0, min(_NUM_BATCHES, batches.steps or batches.plan.num_batches()), stage.data
     ):
+        unreadable.record(loaded)
         particles = stage.model.normalize(loaded.batch).particles[spec.modality]
         payload = np.asarray(particles.payload)[np.asarray(particles.segment) > 0]
         sample = rng.permutation(len(payload))[: -(-spec.kmeans_samples // _NUM_BATCHES)]

@@ -23,12 +23,13 @@ from particlejax.config.experiment import Experiment
 from particlejax.config.job_specs import EvaluateJob
 from particlejax.config.training import EvalSpec
 from particlejax.core import tree
-from particlejax.core.typing import UserError
+from particlejax.core.typing import Metrics, UserError
 from particlejax.data import pipeline, sources
 from particlejax.data.packing_plan import PlanState
 from particlejax.distributed import cluster, sharding
 from particlejax.distributed.checkpoint import Checkpoints
 from particlejax.finetune import partition, restore
+from particlejax.particles.types import Batch
 from particlejax.train import codebook, eval, optim, predictions, pretrained
 from particlejax.train import stage as run
 from particlejax.train.log import MetricLog, Progress, log_info
@@ -336,18 +337,18 @@ class _Loop:
                 position.bad.record(loaded)
                 position.counts.record(loaded)
                 trace.before_step(position.done + 1)
-                batch = sharding.shard_batch(loaded.batch, context.mesh)
-                position.state, metrics = setup.step(position.state, batch)
+                metrics = self._step(loaded.batch)
                 position.done += 1
-                loss = metrics["loss"]
+                loss = metrics["loss"] if metrics else loss
                 compilations.check(position.done)
                 self.finite.check()  # of the previous step
-                self.finite.record(position.done, metrics.pop("finite"))
+                if metrics:
+                    self.finite.record(position.done, metrics.pop("finite"))
                 note = self._flush()
                 self.gauge.add_batch(loaded.batch)
                 trace.after_step(position.done, loss)
                 last = position.done == setup.steps
-                if position.done % experiment.log.every_steps == 0 or last:
+                if metrics and (position.done % experiment.log.every_steps == 0 or last):
                     self.pending = (position.done, metrics)
                 progress.update(note)
                 if self._is_due(position.done):
@@ -361,6 +362,25 @@ class _Loop:
             stream.close()
             progress.close()
             trace.stop(loss)
+        if not int(position.state.step):
+            raise UserError(
+                f"{setup.name}: no step was taken, because none of its clips can be read: check "
+                "the paths and the files; experiments/check_data.py lists every reason."
+            )
+
+    def _step(self, batch: Batch) -> Metrics | None:
+        """Takes one step; skips a batch without clips and returns None."""
+        # several processes do not know each other's rows: there, the step itself keeps its state
+        if not cluster.is_multiprocess() and (batch.clip_index < 0).all():
+            log_info(
+                f"{self.setup.name}: no clip of step {self.position.done + 1} can be read, so the "
+                "step is skipped."
+            )
+            return None
+        self.position.state, metrics = self.setup.step(
+            self.position.state, sharding.shard_batch(batch, self.context.mesh)
+        )
+        return metrics
 
     def _next(self, stream: Iterator[pipeline.LoadedBatch]) -> pipeline.LoadedBatch:
         try:

@@ -21,6 +21,7 @@ _MAY_CHANGE = frozenset(
         "num_workers",
         "num_threads",
         "max_unreadable",
+        "max_unreadable_fraction",
         "decode_timeout_seconds",
         "cache_dir",
         "log",

@@ -36,7 +36,14 @@ from particlejax.train.log import log_info, log_info_local
 _MAX_LISTED = 30  # classes in the log
 CONFIG, RESULTS = published.CONFIG, "results.json"
 # data settings that may differ from those of the training run
-_OVERRIDABLE_DATA_KEYS = ("split", "cache_dir", "max_unreadable", "num_threads", "num_workers")
+_OVERRIDABLE_DATA_KEYS = (
+    "split",
+    "cache_dir",
+    "max_unreadable",
+    "max_unreadable_fraction",
+    "num_threads",
+    "num_workers",
+)
 _INHERITED = {
     "model": ("width", "depth", "num_heads", "distance_bias", "mlp_ratio", "stem"),
     "data": ("image_mean", "image_std", "temporal_mean_scale"),
@@ -46,25 +53,43 @@ _INHERITED = {
 
 @dataclass
 class UnreadableClips:
-    """Unreadable clips so far; more than `limit` of them end the run."""
+    """Unreadable clips so far; more than `limit` of them, or of the tally's fraction, end the
+    run.
+    """
 
     limit: int
     reasons: dict[str, str] = field(default_factory=dict)
 
     def record(self, loaded: pipeline.LoadedBatch) -> None:
-        """Reports each new clip once. Raises UserError past the limit."""
+        """Reports each new clip once. Raises UserError past a limit, and if nothing is readable."""
         for clip in loaded.unreadable:
             if clip.name not in self.reasons:
                 self.reasons[clip.name] = clip.reason
                 log_info_local(f"clip {clip.name} cannot be read ({clip.reason}) and is skipped.")
         if len(self.reasons) > self.limit:
-            examples = ", ".join(
-                f"{name} ({reason})" for name, reason in list(self.reasons.items())[:3]
-            )
             raise UserError(
-                f"{len(self.reasons)} clips cannot be read ({examples}, ...), more than "
+                f"{len(self.reasons)} clips cannot be read ({self._examples()}, ...), more than "
                 f"config.data.max_unreadable={self.limit}: repair the data or raise the limit."
             )
+        if tally := loaded.tally:
+            self._check(tally)
+
+    def _check(self, tally: pipeline.Tally) -> None:
+        if tally.is_nothing_readable():
+            raise UserError(
+                f"none of the {tally.num_tried} clips can be read ({self._examples()}, ...): check "
+                "the paths and the files; experiments/check_data.py lists every reason."
+            )
+        if tally.is_over_limit():
+            raise UserError(
+                f"{len(tally.unreadable)} of {tally.num_tried} clips cannot be read "
+                f"({self._examples()}, ...), a larger fraction than "
+                f"config.data.max_unreadable_fraction={tally.max_fraction:g}: repair the data or "
+                "raise the limit."
+            )
+
+    def _examples(self) -> str:
+        return ", ".join(f"{name} ({reason})" for name, reason in list(self.reasons.items())[:3])
 
     def gather_all(self) -> dict[str, str]:
         """The unreadable clips of all processes; every process must call it."""

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 
 from particlejax.config.training import FinetuneSpec, RobustSpec
 from particlejax.core.typing import Metrics, Params
-from particlejax.distributed import sharding
+from particlejax.distributed import cluster, sharding
 from particlejax.finetune import partition
 from particlejax.losses import Mean
 from particlejax.models.particle_model import Model
@@ -191,9 +192,16 @@ def make_step(
         new_state = replace(
             state, step=state.step + 1, params=params, opt_state=opt_state, average=average
         )
+        keeps = []  # conditions to take the step
         if on_nan == "skip":
+            keeps.append(finite)
+        if cluster.is_multiprocess():  # one process alone leaves out such a step by itself
+            keeps.append(jnp.any(batch.clip_index >= 0))
+        if keeps:
             new_state = jax.tree.map(
-                lambda a, b: jnp.where(finite, a, b), new_state, replace(state, step=new_state.step)
+                partial(jnp.where, reduce(jnp.logical_and, keeps)),
+                new_state,
+                replace(state, step=new_state.step),
             )
         return new_state, metrics | {"finite": finite.astype(jnp.float32)}
 
