@@ -4,6 +4,7 @@
 import csv
 import dataclasses
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,8 @@ import pytest
 from PIL import Image
 
 from particlejax import main as entry
-from particlejax.data import duplicates, fingerprint, inspect
+from particlejax.config.data import DataSpec
+from particlejax.data import duplicates, fingerprint, inspect, inspect_source, sources
 from particlejax.data.duplicates import SplitClip
 from particlejax.data.fingerprint import Fingerprint
 
@@ -277,6 +279,22 @@ def test_a_check_is_run_again_in_its_folder_also_for_other_data(
     (workdir / "config.json").write_text(json.dumps({"format": config["format"], "job": "train"}))
     assert entry.main(["main", "--config=experiments/check_data.py:tiny", f"--workdir={workdir}"])
     assert "holds a run with other settings" in capfd.readouterr().err
+
+
+class Deadly(str):
+    """The path of a file that ends the process that reads it, as some damaged files do."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (3,)
+
+
+def test_a_file_that_ends_its_process_is_named(folder: Path) -> None:
+    records = [sources.Record(name, str(folder / f"{name}.mp4")) for name in ("a", "b", "c")]
+    records[1] = sources.Record("b", Deadly(records[1].video))
+    source = sources.ListSource((), tuple(records))
+    first, deadly, last = inspect_source.inspect_clips(source, DataSpec(num_workers=1))
+    assert deadly == ("b", "its decoder ended the process")
+    assert first.name == "a" and last.name == "c"
 
 
 def clip(seed: int, split: str, still: bool = False, **known: Any) -> SplitClip:

@@ -25,12 +25,11 @@ import pytest
 from particlejax import main as entry
 from particlejax.config.experiment import DataSpec, ParticleSpec
 from particlejax.core.typing import UserError
-from particlejax.data import inspect, pipeline, sources, tfds_export
+from particlejax.data import inspect, inspect_source, pipeline, sources, tfds_export
 from particlejax.data.fingerprint import fingerprint, small_gray
 from particlejax.data.sources.toybox import builder
 from particlejax.data.video import timeout
 from particlejax.data.video.decode import Video
-from particlejax.jobs import check_data
 
 LINES = 10
 
@@ -401,7 +400,7 @@ def test_a_long_film_has_the_time_of_a_clip_for_each_minute(
         "run_with_timeout",
         lambda limit, *more: limits.append(limit) or plain(limit, *more),
     )
-    assert isinstance(check_data._inspect_clips_of_file([clip], 60.0)[0], inspect.ClipInfo)
+    assert isinstance(inspect_source._inspect_clips_of_file([clip], 60.0)[0], inspect.ClipInfo)
     assert limits == [60.0, pytest.approx(600, rel=0.1)]
 
 

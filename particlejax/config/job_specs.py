@@ -337,7 +337,7 @@ class PrepareDataJob(Spec):
 
 @dataclasses.dataclass(frozen=True)
 class CheckDataJob(Spec):
-    """Job check_data: summarize a source, and list its unreadable files and near-duplicates."""
+    """Job check_data: summarize a source; find equal and like clips, and unreadable files."""
 
     job: str = one_of("check_data")  # job of these settings
     # Python modules that register sources

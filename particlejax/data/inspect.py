@@ -229,7 +229,7 @@ def _timing(times: np.ndarray, seconds: float, fps: float) -> Iterator[Problem]:
     """
     steps = np.diff(times)
     repeated = int((steps <= 0).sum())
-    if repeated:
+    if repeated:  # which also makes the frame rate uneven
         yield Problem(
             "clock",
             f"{repeated} frames have no time of their own: its time stamps repeat or restart",
@@ -242,6 +242,8 @@ def _timing(times: np.ndarray, seconds: float, fps: float) -> Iterator[Problem]:
     if len(steps) and steps.max() > max(_MIN_GAP, 5 * step):
         start = float(starts[steps.argmax()])
         yield Problem("gap", f"no frame between {start:.2f} and {start + steps.max():.2f} s")
+    if repeated:
+        return
     if len(steps) and (np.abs(steps - step) > _MAX_STEP_CHANGE * step).mean() > _MAX_UNEVEN:
         yield Problem(
             "rate",

@@ -4,11 +4,8 @@ does not fit.
 """
 
 import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +15,8 @@ from particlejax.config.data import DataSpec
 from particlejax.config.job_specs import CheckDataJob
 from particlejax.core import io
 from particlejax.core.typing import UserError
-from particlejax.data import duplicates, inspect, sources
+from particlejax.data import duplicates, inspect, inspect_source, sources
 from particlejax.data.duplicates import SplitClip
-from particlejax.data.video import timeout
-from particlejax.data.video.decode import Unreadable
 from particlejax.distributed import cluster
 from particlejax.objectives.label_targets import MULTI_LABEL_SEPARATOR
 from particlejax.reports import data_check
@@ -97,7 +92,7 @@ def _log(findings: Findings, counts: Mapping[str, Mapping[str, int]], path: Path
     log_info(f"{num_clips} clips are readable, {len(findings.unreadable)} are not")
     for note in findings.notes:
         log_info(note)
-    log_info(f"frames, seconds and streams: {len(findings.misfits)} findings")
+    log_info(f"files and clips that do not fit: {data_check.count_kinds(findings.misfits)}")
     log_info(f"pairs within one split: {data_check.summary(counts['within_one_split'])}")
     log_info(f"pairs across splits: {data_check.summary(counts['across_splits'])}")
     log_info(f"report: {path}; all pairs: {path.with_name(data_check.PAIRS)}")
@@ -124,7 +119,7 @@ def _inspect_source(data: DataSpec) -> _Inspected:
         parts = np.cumsum([count for _, count, _ in sources.parts_of(source)])
         clips_by_split[split] = []
         progress = Progress(split, len(source), unit="clip")
-        for i, result in enumerate(_inspect_clips(source, data)):
+        for i, result in enumerate(inspect_source.inspect_clips(source, data)):
             if isinstance(result, inspect.ClipInfo):
                 label = source.classes[result.label] if result.label >= 0 else ""
                 part = int(np.searchsorted(parts, i, side="right"))
@@ -135,41 +130,6 @@ def _inspect_source(data: DataSpec) -> _Inspected:
             progress.update()
         progress.close()
     return _Inspected(clips_by_split, unreadable)
-
-
-def _inspect_clips(source: sources.Source, data: DataSpec) -> Iterator[inspect.InspectionResult]:
-    """Yields the findings of each clip in order; consecutive clips of one file are decoded
-    together.
-    """
-    pending: deque[Future[list[inspect.InspectionResult]]] = deque()
-    with ThreadPoolExecutor(data.num_threads) as pool:
-        for _, clips in groupby(
-            map(source.__getitem__, range(len(source))), lambda record: record.video
-        ):
-            pending.append(
-                pool.submit(_inspect_clips_of_file, list(clips), data.decode_timeout_seconds)
-            )
-            if len(pending) > 2 * data.num_threads:  # bounds memory: records may hold whole files
-                yield from pending.popleft().result()
-        for future in pending:
-            yield from future.result()
-
-
-def _inspect_clips_of_file(
-    clips: Sequence[sources.Record], limit: float
-) -> list[inspect.InspectionResult]:
-    """Findings of the clips of one file; its time limit is `limit` seconds per minute of video."""
-    file = clips[0].video
-    try:
-        minutes = timeout.run_with_timeout(limit, partial(inspect.duration, file), file) / 60
-        return timeout.run_with_timeout(
-            limit * max(1.0, minutes), partial(inspect.inspect_file, clips), file
-        )
-    except Unreadable as error:
-        reason = error.reason
-    except Exception as error:  # noqa: BLE001 - whatever a decoder raises, the check goes on
-        reason = f"{type(error).__name__}: {error}"
-    return [(clip.name, reason) for clip in clips]
 
 
 # -- findings of single clips, and of all

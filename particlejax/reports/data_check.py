@@ -5,6 +5,7 @@ what to do about them.
 
 import csv
 import io as text_io
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -156,8 +157,8 @@ def _limited(header: list[str], rows: Sequence[Sequence[Any]], file: str) -> Ite
     """Yields a table of the first rows, and where the others are."""
     if rows:
         yield from table(header, [list(row) for row in rows[:MAX_LINES]])
-        more = f"{len(rows) - MAX_LINES} more are in " if len(rows) > MAX_LINES else "Also in "
-        yield from ("", f"{more}[{file}]({file}).", "")
+        number = "Also" if len(rows) <= MAX_LINES else f"All {len(rows)} are"
+        yield from ("", f"{number} in [{file}]({file}).", "")
 
 
 def _split_table(splits: Sequence[str], findings: Findings) -> Iterator[str]:
@@ -239,8 +240,15 @@ def _pair_table(pairs: Sequence[Pair]) -> Iterator[str]:
 # -- problems of files, and of the settings
 
 
+def count_kinds(problems: Sequence[ClipProblem]) -> str:
+    """Returns '3 (2 rate, 1 size)' of problems."""
+    counts = Counter(problem.kind for problem in problems).most_common()
+    kinds = ", ".join(f"{count} {kind}" for kind, count in counts)
+    return f"{len(problems)} ({kinds})" if kinds else "0"
+
+
 def _problems(findings: Findings) -> Iterator[str]:
-    yield from (f"## Frames, seconds and streams: {len(findings.misfits)} findings", "")
+    yield from (f"## Files and clips that do not fit: {count_kinds(findings.misfits)}", "")
     yield from (f"- {note}." for note in findings.notes)
     if findings.notes:
         yield ""
@@ -289,7 +297,7 @@ def _few_clips(split: str, statistics: Mapping[str, Any], num_classes: int) -> I
     rows = [[name, count, interval(count)] for name, count in few[:MAX_LINES]]
     yield from table(["class", "clips", "recall if half of them are right"], rows)
     if len(few) > MAX_LINES:
-        yield from ("", f"{len(few) - MAX_LINES} more are in [results.json](results.json).")
+        yield from ("", f"All {len(few)} are in [results.json](results.json).")
     yield ""
 
 
