@@ -95,7 +95,7 @@ def test_a_clip_that_ends_its_worker_is_left_out_and_the_run_goes_on(
     records = tuple(source[i] for i in range(len(source)))
     raising = [dataclasses.replace(r, video=b"no film") if r.name in bad else r for r in records]
     expected = batches(sources.ListSource(source.classes, tuple(raising)))
-    made = batches(DeadlySource(source.classes, records, bad, os.getpid()))
+    made = batches(DeadlySource(source.classes, records, deadly=bad, home=os.getpid()))
     found = list(pipeline.read_batches(made, 0, 3, dataclasses.replace(DATA, num_workers=1)))
     assert [(clip.name, clip.reason) for loaded in found for clip in loaded.unreadable] == [
         (name, f"its decoder ended the process with {signal.Signals(of).name}")

@@ -85,7 +85,7 @@ def test_labels_of_several_are_scored_each_by_itself() -> None:
     probabilities = np.array([[0.9, 0.2, 0.1], [0.6, 0.8, 0.1], [0.2, 0.7, 0.3]])
     target = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0]]) > 0
     found = predictions.multilabel_metrics(probabilities, target, CLASSES)
-    known = {"a": (5 / 6, 0.5, 0.5, 0.5, 2), "b": (1, 1, 1, 1, 2), "c": (None, 0, 0, 0, 0)}
+    known = {"a": (5 / 6, 0.5, 0.5, 0.5, 2), "b": (1, 1, 1, 1, 2), "c": (None, 0, None, None, 0)}
     for name, figures in known.items():
         assert tuple(found["per_class"][name].values()) == pytest.approx(figures)
     assert found["f1_micro"] == pytest.approx(2 * 3 / (4 + 4))

@@ -368,4 +368,4 @@ def test_a_class_without_clips_is_not_the_worst(tmp_path: Path) -> None:
     assert found["per_class"]["b"] == {"precision": 0.0, "recall": None, "f1": None, "support": 0}
     report = list(markdown._evaluation(tmp_path, "s_val", "val", found))
     assert not any(line.startswith("| b") for line in report)
-    assert "No clip of b, c." in report
+    assert "Without a clip here, and so not judged (2): b, c." in report

@@ -184,7 +184,9 @@ def _output_names(data: dict[str, Any], outputs: tuple[str, ...], count: int) ->
     labels = data.get("classes", ())
     parts = sorted({part.strip() for label in labels for part in label.split("|")} - {""})
     candidates = [tuple(names) for names in (labels, parts, ("value",)) if len(names) == count]
-    return max(candidates, key=lambda names: len(set(names) & set(outputs)), default=())
+    return max(
+        candidates, key=lambda names: (len(set(names) & set(outputs)), names == outputs), default=()
+    )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -513,6 +513,5 @@ def load_trained(
             merged,
             sharding.param_shardings(merged, mesh),
         )
-    outputs = stage.targets.names if stage.targets else None
-    params, _ = restore.from_checkpoint(params, folder, step, outputs)
+    params, _ = restore.from_checkpoint(params, folder, step)
     return stage, params
