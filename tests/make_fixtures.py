@@ -143,6 +143,34 @@ def main() -> None:
         print(f"{path.name}: {path.stat().st_size / 1e3:.0f} kB")
     write_pickles(FOLDER)
     write_transformers(FOLDER)
+    write_pretrained(FOLDER)
+
+
+def write_pretrained(folder: Path) -> None:
+    """config.json, names and shapes of folders that `save_pretrained` wrote, and what networks
+    loaded from them answer.
+    """
+    import tempfile
+
+    from safetensors.numpy import load_file, save_file
+
+    found = {}
+    for kind, make in transformer_references.odd().items():
+        with tempfile.TemporaryDirectory() as saved:
+            net, file = make(), Path(saved) / "model.safetensors"
+            net.save_pretrained(saved)
+            shapes = {key: value.shape for key, value in load_file(file).items()}
+            weights = transformer_references.weights(shapes, gain=False)
+            save_file(weights, file, metadata={"format": "pt"})
+            net = type(net).from_pretrained(saved).eval()
+            config = json.loads((Path(saved) / "config.json").read_text())
+        reference = transformer_references.Reference(net, transformer_references.answer(kind))
+        examples = transformer_references.inputs((((6, 24, 24, 3), "float32"),), kind)
+        said = transformer_references.ask(reference, examples)["answer"]
+        answer = np.round(np.float64(said), 7).tolist()
+        found[kind] = {"config": config, "shapes": shapes, "answer": answer}
+    text = json.dumps(found, separators=(",", ":")).replace('},"', '},\n"')
+    (folder / "pretrained_odd.json").write_text(text, encoding="utf-8")
 
 
 def write_transformers(folder: Path) -> None:

@@ -256,6 +256,43 @@ def _tiny() -> dict[str, tuple[Callable[[], Any], Callable[..., dict[str, Any]]]
     }
 
 
+def odd() -> dict[str, Callable[[], Any]]:
+    """Networks of sizes that nobody published, with class names, by our kinds."""
+    import transformers as hf
+
+    names = ["walk", "run, fast", "jump", "sit", "wave", "clap", "fall"]
+    labels = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+    wide = {
+        "hidden_size": 36,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 3,
+        "intermediate_size": 50,
+    }
+    clip = {"image_size": 24, "num_frames": 6, **labels}
+    tubes = {"patch_size": 6, "tubelet_size": 3}
+    jepa = {"crop_size": 24, "frames_per_clip": 6, "mlp_ratio": 2.0, "num_pooler_layers": 1}
+    small = {
+        "pred_hidden_size": 12,
+        "pred_num_hidden_layers": 1,
+        "pred_num_attention_heads": 1,
+        "pred_num_mask_tokens": 2,
+    }
+    return {
+        "videomae": lambda: hf.VideoMAEForVideoClassification(
+            hf.VideoMAEConfig(**wide | {"num_hidden_layers": 3}, **clip, **tubes, hidden_act="relu")
+        ),
+        "vivit": lambda: hf.VivitForVideoClassification(
+            hf.VivitConfig(**wide, **clip, tubelet_size=[3, 6, 6])
+        ),
+        "timesformer": lambda: hf.TimesformerForVideoClassification(
+            hf.TimesformerConfig(**wide, **clip, patch_size=6)
+        ),
+        "vjepa2": lambda: hf.VJEPA2ForVideoClassification(
+            hf.VJEPA2Config(**wide, **jepa, **tubes, **small, **labels)
+        ),
+    }
+
+
 def _channels(video: Any) -> Any:
     """Channels where torch has them."""
     return video.movedim(-1, -3)

@@ -314,6 +314,13 @@ def load_arrays(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     return tree.flatten(restored) if branch_name is None else _renamed(restored[branch_name])
 
 
+def is_checkpoint(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds checkpoints, whole or damaged, or is one of Orbax."""
+    folder = Path(folder)
+    is_plain_orbax = any((folder / name).exists() for name in _ORBAX_FILES)
+    return is_plain_orbax or bool(_step_folders(folder))
+
+
 def valid_steps(folder: str | os.PathLike[str]) -> list[int]:
     """Steps of the valid checkpoints in a folder, ascending."""
     folder = Path(folder)

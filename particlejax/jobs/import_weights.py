@@ -86,14 +86,16 @@ def import_weights(spec: ImportSpec, workdir: Path, name: str) -> None:
 
 
 def _fill_missing(backbone: backbones.Backbone, params: Params, seed: int) -> Params:
-    random_params = jax.jit(backbone.init)(jax.random.key(seed % 2**32))
-    return jax.tree.map(
-        lambda imported, random_leaf: (
-            imported if isinstance(imported, np.ndarray) else np.asarray(random_leaf)
-        ),
-        params,
-        random_params,
-    )
+    flat = tree.flatten(params)
+    missing = [name for name, leaf in flat.items() if not isinstance(leaf, np.ndarray)]
+
+    @jax.jit
+    def draw(key: jax.Array) -> dict[str, jax.Array]:  # XLA leaves out what nobody reads
+        drawn = tree.flatten(backbone.init(key))
+        return {name: drawn[name] for name in missing}
+
+    random_params = jax.tree.map(np.asarray, draw(jax.random.key(seed % 2**32)))
+    return tree.map_named(lambda name, leaf: random_params.get(name, leaf), params)
 
 
 def _summary(report: names.Report) -> str:

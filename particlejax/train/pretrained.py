@@ -15,7 +15,8 @@ from particlejax.core.typing import Params, UserError
 from particlejax.models import cnn_stem, zoo
 from particlejax.models.zoo import backbones
 from particlejax.models.zoo.convert import description, formats, names, packages
-from particlejax.models.zoo.convert.description import DEFAULT_MODEL, Description, Keys
+from particlejax.models.zoo.convert.config_settings import Keys
+from particlejax.models.zoo.convert.description import DEFAULT_MODEL, Description
 from particlejax.models.zoo.convert.pretrained_folder import listing
 from particlejax.models.zoo.networks import BackboneSpec
 from particlejax.train import stage as run
@@ -23,7 +24,7 @@ from particlejax.train.log import log_info
 from particlejax.train.train_state import TrainState
 
 _AS_PUBLISHED = ImportSpec()
-_STEM = Keys("config.model.stem.model", "config.model.stem.weights")
+_STEM = Keys("config.model.stem.model", "config.model.stem.weights", may_be_empty=False)
 # Kinetics-400's class names in the order of its published label map, which is alphabetical.
 _KINETICS = Path(zoo.__file__).with_name("kinetics400.txt")
 _LABELS = "label_map.txt"
@@ -111,7 +112,16 @@ def _load(source: str, found: Description, published: BackboneSpec, spec: Import
             f"the weights for {stored_classes}"
         )
     grid = spec.source_grid or description.grid_of(found, published)
-    params, report = names.import_params(shapes, arrays, name_map, grid)
+    try:
+        params, report = names.import_params(shapes, arrays, name_map, grid)
+    except UserError as error:
+        if not found.config or found.kept:
+            raise
+        problem, _, _ = str(error).rpartition(": ")  # whose remedy is another model
+        raise UserError(
+            f"the weights in {source} do not fit {found.file} ({problem}): fetch both again, from "
+            "one place."
+        ) from error
     report.cast.update(found.kept.get("cast", {}))
     report.counters.update(found.kept.get("counters", {}))
     report.renamed.update(found.kept.get("renamed", {}))
@@ -146,6 +156,9 @@ def _report_differences(
     """
     known, unused = description.left_out(spec.kind, report.unused)
     missing = description.without_head(report.missing)
+    head = [name for name in report.missing if name not in missing]
+    if len({"head/kernel", "head/bias"}.intersection(head)) == 1:  # half a head is none
+        missing, head = report.missing, []
     if found.strict and (missing or unused):
         problems = [
             f"{len(found_names)} {text} ({listing(found_names)})"
@@ -164,8 +177,8 @@ def _report_differences(
         log_info(f"{source}: {len(left_out)} arrays left out, {reason}")
     if unused:
         log_info(f"{source}: {len(unused)} arrays are not used ({listing(unused)})")
-    if len(missing) < len(report.missing):
-        log_info(f"{source}: no trained classification head in it")
+    if head:
+        log_info(f"{source}: the head is not in it ({listing(head)}), its features are")
 
 
 def class_names(

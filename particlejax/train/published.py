@@ -4,9 +4,9 @@
 import json
 from pathlib import Path
 
-from particlejax.config import jobs
 from particlejax.core.errors import UserError
 from particlejax.models.zoo.convert import description, formats, pretrained_folder
+from particlejax.models.zoo.convert.config_settings import Keys
 from particlejax.models.zoo.networks import VARIANTS, BackboneSpec
 
 CONFIG = "config.json"
@@ -22,26 +22,26 @@ def network_at(text: str) -> BackboneSpec | None:
         is_weights = path.suffix in formats.SUFFIXES
         is_weights = is_weights or path.name.endswith(pretrained_folder.INDEX_SUFFIX)
     else:
-        is_weights = job_of(path) == "import_weights" or pretrained_folder.weights_in(path)
+        is_weights = _is_import(path) or pretrained_folder.weights_in(path)
     if not is_weights:
         return None
     found = description.describe(path)
     if not found.config and found.model not in VARIANTS:
         return BackboneSpec("", None, 0, 0, "", name="unknown architecture")
-    return description.network_of(found, "", description.Keys())
+    return description.network_of(found, "", Keys())
 
 
-def job_of(folder: Path) -> str:
-    """The job whose workdir a folder is, '' if it is none."""
+def _is_import(folder: Path) -> bool:
+    """Whether a folder is the workdir of the job import_weights."""
     try:
         content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return ""
-    return content.get("job", "") if isinstance(content, dict) and "job" in content else ""
+        return False
+    return isinstance(content, dict) and content.get("job") == "import_weights"
 
 
 def refuse(text: str) -> None:
-    """Raises UserError for published weights and for the workdir of a job that trains nothing."""
+    """Raises UserError for published weights."""
     network = network_at(text)
     if network is not None:
         other = (
@@ -53,10 +53,4 @@ def refuse(text: str) -> None:
             f"{text} holds published weights ({network.name}), not a run of training: name it in "
             "config.weights of the jobs predict, linear_probe, extract_features and "
             f"import_weights, or in pj.load_backbone(weights=...){other}."
-        )
-    job = job_of(Path(text).expanduser())
-    if job and jobs.spec_of(job) is not jobs.Experiment:
-        raise UserError(
-            f"{text} is the folder of the job {job}, not a run of training: give the --workdir of "
-            "a run, or RUN_DIR:STAGE."
         )

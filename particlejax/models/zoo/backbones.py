@@ -8,6 +8,7 @@ columns, D width of features, C classes.
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -153,4 +154,9 @@ def features(
 
 def parameter_shapes(backbone: Backbone) -> Any:
     """Shapes of the parameters, without computing them."""
-    return jax.eval_shape(backbone.init, jax.random.key(0))
+    return _parameter_shapes(backbone.spec)
+
+
+@lru_cache(maxsize=64)  # traces the network, half a second
+def _parameter_shapes(spec: BackboneSpec) -> Any:
+    return jax.eval_shape(build_backbone(spec).init, jax.random.key(0))

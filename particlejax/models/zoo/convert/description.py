@@ -22,6 +22,7 @@ from particlejax.models.zoo.convert import (
     transformer_names,
     transformers_config,
 )
+from particlejax.models.zoo.convert.config_settings import Keys
 from particlejax.models.zoo.convert.transformers_config import IMAGE_VIT
 from particlejax.models.zoo.networks import VARIANTS, BackboneSpec, with_size
 
@@ -52,13 +53,6 @@ _LEFT_OUT: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 _CONSTANTS = (r"(.*\.)?position_ids$", "constants")
-
-
-class Keys(NamedTuple):
-    """Names of the settings for a model and its weights, for errors."""
-
-    model: str = "config.model"
-    weights: str = "config.weights"
 
 
 class Description(NamedTuple):
@@ -135,8 +129,9 @@ def network_of(
     if found.config:
         if found.config.get("model_type") == IMAGE_VIT:  # of an import: the ViViT that it became
             model = model or found.model
-        spec = transformers_config.network_of(found.config, found.file, model, keys.model, whole)
-        spec = preprocessor_config.with_preprocessing(spec, found.preprocessor, found.file)
+        spec = transformers_config.network_of(found.config, found.file, model, keys, whole)
+        preprocessor = str(Path(found.file).with_name("preprocessor_config.json"))
+        spec = preprocessor_config.with_preprocessing(spec, found.preprocessor, preprocessor)
     elif found.model in VARIANTS:
         spec = backbones.find_backbone(model or found.model)
         _check_import(found, spec, keys)
@@ -161,7 +156,7 @@ def _check_import(found: Description, spec: BackboneSpec, keys: Keys) -> None:
     if kinds[0] != kinds[1]:
         raise UserError(
             f"{keys.model}={spec.name!r} is another architecture than that of {found.file}, which "
-            f"holds {found.model}: leave {keys.model} empty, or name other weights."
+            f"holds {found.model}: {keys.remedy}."
         )
 
 

@@ -31,7 +31,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """
     path = located(path)
     if path.is_dir():
-        arrays = _read_checkpoint(path)
+        arrays = checkpoint.load_arrays(path)
     elif path.name.endswith(pretrained_folder.INDEX_SUFFIX):
         arrays = {}
         for shard, listed in pretrained_folder.shards_of(path).items():
@@ -48,15 +48,27 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 def located(path: str | os.PathLike[str]) -> Path:
     """The file or index with the weights that a path names, or else the folder of a checkpoint.
 
-    Raises UserError if the path does not exist.
+    Raises UserError if the path does not exist, and for a folder that holds neither.
     """
     path = pretrained_folder.snapshot(Path(path).expanduser())
     if not path.exists():
-        raise UserError(f"{path} does not exist: check the path of the weights, {ACCEPTED}.")
+        hub = "; a name on a hub is not fetched, download its folder first"
+        is_hub_name = len(path.parts) == 2 and not path.parent.exists()
+        raise UserError(
+            f"{path} does not exist: check the path of the weights, {ACCEPTED}{hub * is_hub_name}."
+        )
     if not path.is_dir():
         return path
     folder = checkpoints_in(path)
-    return (folder == path and pretrained_folder.weights_in(path)) or folder
+    found = (pretrained_folder.weights_in(path) if folder == path else None) or folder
+    if found.is_dir() and not checkpoint.is_checkpoint(found):
+        names = sorted(p.name for p in found.iterdir())
+        held = f"it holds {pretrained_folder.listing(names)}" if names else "it is empty"
+        raise UserError(
+            f"{found} has no valid checkpoint and no weights under the names of save_pretrained "
+            f"({held}): name {ACCEPTED}."
+        )
+    return found
 
 
 def _read_file(path: Path) -> dict[str, np.ndarray]:
@@ -69,19 +81,6 @@ def _read_file(path: Path) -> dict[str, np.ndarray]:
     if path.suffix == ".safetensors":
         return safetensors.read(path)
     return _read_npz(path) if path.suffix == ".npz" else torch_pickle.read(path)
-
-
-def _read_checkpoint(folder: Path) -> dict[str, np.ndarray]:
-    """The arrays of a checkpoint. Raises UserError for a folder without one, with what it holds."""
-    try:
-        return checkpoint.load_arrays(folder)
-    except UserError as error:
-        names = sorted(p.name for p in folder.iterdir())
-        held = f"it holds {pretrained_folder.listing(names)}" if names else "it is empty"
-        raise UserError(
-            f"{folder} has no valid checkpoint and no weights under the names of save_pretrained "
-            f"({held}): name {ACCEPTED}."
-        ) from error
 
 
 def _dequantize(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from particlejax.models.zoo.convert.transformers_config import Settings
+from particlejax.models.zoo.convert.config_settings import Settings
 from particlejax.models.zoo.networks import BackboneSpec
 
 

@@ -13,124 +13,20 @@ import flax.linen as nn
 
 from particlejax.core.errors import UserError
 from particlejax.core.suggest import did_you_mean
+from particlejax.models.zoo.convert.config_settings import Keys, Settings, Triple
 from particlejax.models.zoo.networks import VARIANTS, BackboneSpec, transformer_spec
 from particlejax.models.zoo.text_image_encoders import AST, Bert, ImageText, TextTower, VideoText
-from particlejax.models.zoo.vit_blocks import BlockStyle, StackSize
+from particlejax.models.zoo.vit_blocks import StackSize
 
-Triple = tuple[int, int, int]
 IMAGE_VIT = "vit"  # model_type of an image network whose weights become a ViViT's
-_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_accurate": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-}
 # of networks that agree in all else: a clip's size, the classes, how tokens are pooled
 _FREE_FIELDS = (
     "parent name dtype style classes frames rows columns num_frames num_bands mean_pool "
     "end_token_id"
 ).split()
 _OLD_END_TOKEN = 2  # of the first CLIP configs, whose texts end with the highest id
+_MAX_LISTED = 4  # differences in an error
 _UNNAMED = "LABEL_"  # class names of a config without class names
-
-
-class Settings(NamedTuple):
-    """The values of a config.json or of a section of it; `file` stands in errors."""
-
-    file: str
-    values: Mapping[str, Any]
-
-    def section(self, key: str) -> "Settings":
-        """The settings under a key, none if it is missing."""
-        values = self.values.get(key) or {}
-        return Settings(f"{self.file} ({key})", values if isinstance(values, Mapping) else {})
-
-    def get(self, key: str, default: Any, kind: type | tuple[type, ...] = int) -> Any:
-        """A value of a type, positive if it is a number. Raises UserError for another value."""
-        value = self.values.get(key)
-        value = default if value is None else value
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-            raise self.error(key, f"fetch {self.file} again")
-        if is_number and value <= 0:
-            raise self.error(key, "it must be above zero")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        """A positive number."""
-        return float(self.get(key, default, (int, float)))
-
-    def side(self, key: str, default: int) -> int:
-        """The side of a square, which may be given as both sides."""
-        value = self.values.get(key)
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            if len(value) != 2 or value[0] != value[1]:
-                raise self.error(key, "only squares are read")
-            return Settings(self.file, {key: value[0]}).get(key, default)
-        return self.get(key, default)
-
-    def triple(self, key: str, default: Triple) -> Triple:
-        """Frames, rows and columns of a cuboid."""
-        value = self.values.get(key) or default
-        if not isinstance(value, Sequence) or len(value) != 3:
-            raise self.error(key, "frames, rows and columns are needed")
-        return tuple(Settings(self.file, {key: n}).get(key, 1) for n in value)
-
-    def require(self, key: str, *supported: Any) -> None:
-        """Raises UserError for another value than the first of `supported`, its default."""
-        if (value := self.values.get(key)) is not None and value not in supported:
-            choices = " or ".join(map(repr, supported))
-            raise self.error(key, f"the network here has {choices} alone")
-
-    def error(self, key: str, remedy: str) -> UserError:
-        """An error about the value of a key."""
-        return UserError(f"{self.file} has {key}={self.values.get(key)!r}: {remedy}.")
-
-    def stack(
-        self, heads: int = 12, mlp: int = 3072, width: int = 768, depth: int = 12
-    ) -> StackSize:
-        """The sizes of the blocks; defaults are the library's. Raises UserError for heads that do
-        not divide the width.
-        """
-        return self.checked(
-            StackSize(
-                self.get("hidden_size", width),
-                self.get("num_hidden_layers", depth),
-                self.get("num_attention_heads", heads),
-                self.get("intermediate_size", mlp),
-            )
-        )
-
-    def checked(self, size: StackSize) -> StackSize:
-        """Raises UserError for heads that do not divide the width."""
-        if size.width % size.heads:
-            raise UserError(
-                f"{self.file} says {size.heads} attention heads for a width of {size.width}, which "
-                "is no multiple: fetch it again."
-            )
-        return size
-
-    def style(self, style: BlockStyle, activation: str, bias_key: str = "") -> BlockStyle:
-        """The style with this config's activation, epsilon and biases; `activation` and the style's
-        epsilon are the library's defaults.
-        """
-        name = self.get("hidden_act", activation, str)
-        if name not in _ACTIVATIONS:
-            raise self.error("hidden_act", f"choose one of {', '.join(_ACTIVATIONS)}")
-        has_bias = not bias_key or self.get(bias_key, True, bool)
-        if not bias_key:
-            self.require("qkv_bias", True)
-        return dataclasses.replace(
-            style,
-            activation=_ACTIVATIONS[name],
-            epsilon=self.number("layer_norm_eps", style.epsilon),
-            bias=tuple(bias and has_bias for bias in style.bias),
-        )
 
 
 class Family(NamedTuple):
@@ -384,17 +280,17 @@ def is_supported(config: Mapping[str, Any]) -> bool:
 
 
 def network_of(
-    config: Mapping[str, Any], file: str, model: str = "", model_key: str = "", whole: bool = False
+    config: Mapping[str, Any], file: str, model: str, keys: Keys, whole: bool = False
 ) -> BackboneSpec:
     """The network that a config.json describes, with the class names.
 
-    model: a published variant or an architecture that the user named with `model_key`; '': the
+    model: a published variant or an architecture that the user named with `keys`; '': the
     architecture of the config, of pretraining weights the encoder alone unless `whole`. Raises
     UserError for an unknown architecture, a setting without support, and for a `model` that the
     config contradicts.
     """
     settings = Settings(file, config)
-    family = _family(settings, model, model_key)
+    family = _family(settings, model, keys)
     kind, base = family.kind, family.base
     for architecture, (other_kind, other_base) in family.others.items():
         named = VARIANTS[model].kind if model in VARIANTS else model
@@ -408,11 +304,13 @@ def network_of(
     _check_cuboids(settings, net)
     spec = transformer_spec(kind, net, published.mean, published.std)
     variant = VARIANTS.get(model)
-    if variant is not None and (difference := next(differences(variant.net, net), None)):
-        field, ours, theirs = difference
+    if variant is not None and (found := list(differences(variant.net, net))):
+        ours, theirs = (
+            ", ".join(f"{field} {values[i]}" for field, *values in found[:_MAX_LISTED])
+            for i in (0, 1)
+        )
         raise UserError(
-            f"{model_key}={model!r} has {field}={ours} but {file} says {theirs}: leave {model_key} "
-            "empty, so that the sizes of the weights hold."
+            f"{keys.model}={model!r} has {ours} but {file} says {theirs}: {keys.remedy}."
         )
     same = (
         name
@@ -459,7 +357,7 @@ def differences(a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
             yield field.name, x, y
 
 
-def _family(settings: Settings, model: str, model_key: str) -> Family:
+def _family(settings: Settings, model: str, keys: Keys) -> Family:
     """The family of a config. Raises UserError for an unknown one, and where the model is of
     another.
     """
@@ -470,7 +368,7 @@ def _family(settings: Settings, model: str, model_key: str) -> Family:
             return _OF_IMAGE_VIT
         raise UserError(
             f"{settings.file} is of an image ViT, which becomes a video network as a ViViT: set "
-            f"{model_key}=vivit."
+            f"{keys.model}=vivit."
         )
     if kind not in _FAMILIES:
         architectures = ", ".join(_architectures(settings.values)) or "no architecture"
@@ -482,8 +380,8 @@ def _family(settings: Settings, model: str, model_key: str) -> Family:
     kinds = {family.kind, *(other for other, _ in family.others.values())}
     if named and named not in kinds:
         raise UserError(
-            f"{model_key}={model!r} is another architecture than that of {settings.file}, {kind}: "
-            f"leave {model_key} empty, or name other weights."
+            f"{keys.model}={model!r} is another architecture than that of {settings.file}, {kind}: "
+            f"{keys.remedy}."
         )
     return family
 
