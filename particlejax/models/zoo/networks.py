@@ -2,7 +2,7 @@
 """Registry of published networks, used by import, prediction and feature extraction."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import flax.linen as nn
@@ -34,6 +34,11 @@ from particlejax.models.zoo.yamnet import YAMNet
 
 Describe = TypeVar("Describe", bound=Callable[[], "BackboneSpec"])
 Channels = float | tuple[float, float, float]
+# of networks that agree in all else: a clip's size, the classes, how tokens are pooled
+_FREE_FIELDS = (
+    "parent name dtype style classes frames rows columns num_frames num_bands mean_pool "
+    "end_token_id"
+).split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +236,21 @@ _SOUND: dict[str, BackboneSpec] = {
     }.items()
 }
 VARIANTS: dict[str, BackboneSpec] = _CNNS | _TRANSFORMERS | _SOUND
+
+
+def differences(a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Fields in which two networks differ, with both values; clip sizes and classes are free."""
+    if type(a) is not type(b):
+        yield "the network", type(a).__name__, type(b).__name__
+        return
+    for field in dataclasses.fields(a):
+        if field.name in _FREE_FIELDS:
+            continue
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        if dataclasses.is_dataclass(x):
+            yield from differences(x, y)
+        elif x != y:
+            yield field.name, x, y
 
 
 def register_network(name: str) -> Callable[[Describe], Describe]:

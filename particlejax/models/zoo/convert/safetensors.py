@@ -49,7 +49,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
         if end > len(data):
             raise ValueError(f"it is truncated: {len(data):,} of {end:,} bytes")
         return {name: _array(data[8 + length :], entry) for name, entry in entries.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         reason = str(error) if "truncated" in str(error) else f"{type(error).__name__}: {error}"
         raise _read_error(path, reason) from error
 

@@ -6,7 +6,7 @@ that a network does not have is refused. A key that is not there has the library
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,16 +14,11 @@ import flax.linen as nn
 from particlejax.core.errors import UserError
 from particlejax.core.suggest import did_you_mean
 from particlejax.models.zoo.convert.config_settings import Keys, Settings, Triple
-from particlejax.models.zoo.networks import VARIANTS, BackboneSpec, transformer_spec
+from particlejax.models.zoo.networks import VARIANTS, BackboneSpec, differences, transformer_spec
 from particlejax.models.zoo.text_image_encoders import AST, Bert, ImageText, TextTower, VideoText
 from particlejax.models.zoo.vit_blocks import StackSize
 
 IMAGE_VIT = "vit"  # model_type of an image network whose weights become a ViViT's
-# of networks that agree in all else: a clip's size, the classes, how tokens are pooled
-_FREE_FIELDS = (
-    "parent name dtype style classes frames rows columns num_frames num_bands mean_pool "
-    "end_token_id"
-).split()
 _OLD_END_TOKEN = 2  # of the first CLIP configs, whose texts end with the highest id
 _MAX_LISTED = 4  # differences in an error
 _UNNAMED = "LABEL_"  # class names of a config without class names
@@ -271,12 +266,36 @@ _FAMILIES: dict[str, Family] = {
     "clip": Family("clip", "clip_base_32", _image_text),
     "siglip": Family("siglip", "siglip_base_16", _image_text),
 }
+_BY_ARCHITECTURE = {  # how class names begin, the longer ones first
+    "VideoMAE": "videomae",
+    "Vivit": "vivit",
+    "Timesformer": "timesformer",
+    "VJEPA2": "vjepa2",
+    "VideoPrismClip": "videoprism",
+    "VideoPrism": "videoprism_vision_model",
+    "AST": "audio-spectrogram-transformer",
+    "Bert": "bert",
+    "CLIPModel": "clip",
+    "SiglipModel": "siglip",
+    "ViT": IMAGE_VIT,
+}
 _OF_IMAGE_VIT = Family("vivit", "vivit_base", _image_vit)
 
 
 def is_supported(config: Mapping[str, Any]) -> bool:
     """Whether the architecture of a config.json is one of those here."""
-    return config.get("model_type") in _FAMILIES
+    return model_type_of(config) in _FAMILIES
+
+
+def model_type_of(config: Mapping[str, Any]) -> str:
+    """The model_type of a config.json, or else that of its architecture, or ''."""
+    if config.get("model_type"):
+        return str(config["model_type"])
+    for architecture in _architectures(config):
+        for prefix, model_type in _BY_ARCHITECTURE.items():
+            if architecture.startswith(prefix):
+                return model_type
+    return ""
 
 
 def network_of(
@@ -332,36 +351,22 @@ def class_names_of(settings: Settings) -> tuple[str, ...]:
     listed = settings.values.get("id2label")
     if not listed:
         return ()
-    keys = (
-        sorted(listed, key=lambda key: (len(str(key)), str(key)))
+    names = (
+        {str(key): str(name) for key, name in listed.items()}
         if (isinstance(listed, Mapping))
-        else []
+        else {}
     )
-    if [str(key) for key in keys] != [str(i) for i in range(len(listed))]:
+    order = [str(i) for i in range(len(names))]
+    if not names or names.keys() != set(order):
         raise settings.error("id2label", "its keys must be 0, 1, ... in the order of the classes")
-    return tuple(str(listed[key]) for key in keys)
-
-
-def differences(a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Fields in which two networks differ, with both values; clip sizes and classes are free."""
-    if type(a) is not type(b):
-        yield "the network", type(a).__name__, type(b).__name__
-        return
-    for field in dataclasses.fields(a):
-        if field.name in _FREE_FIELDS:
-            continue
-        x, y = getattr(a, field.name), getattr(b, field.name)
-        if dataclasses.is_dataclass(x):
-            yield from differences(x, y)
-        elif x != y:
-            yield field.name, x, y
+    return tuple(names[key] for key in order)
 
 
 def _family(settings: Settings, model: str, keys: Keys) -> Family:
     """The family of a config. Raises UserError for an unknown one, and where the model is of
     another.
     """
-    kind = settings.values.get("model_type") or ""
+    kind = model_type_of(settings.values)
     named = VARIANTS[model].kind if model in VARIANTS else model
     if kind == IMAGE_VIT:
         if named == "vivit":
@@ -374,7 +379,7 @@ def _family(settings: Settings, model: str, keys: Keys) -> Family:
         architectures = ", ".join(_architectures(settings.values)) or "no architecture"
         raise UserError(
             f"{settings.file} is of model_type {kind!r} ({architectures}), which is not known: "
-            f"{did_you_mean(str(kind), _FAMILIES)}"
+            f"{did_you_mean(kind, _FAMILIES)}"
         )
     family = _FAMILIES[kind]
     kinds = {family.kind, *(other for other, _ in family.others.values())}
@@ -388,7 +393,7 @@ def _family(settings: Settings, model: str, keys: Keys) -> Family:
 
 def _architectures(config: Mapping[str, Any]) -> list[str]:
     listed = config.get("architectures")
-    return [str(name) for name in listed] if isinstance(listed, Sequence) else []
+    return [str(name) for name in listed] if isinstance(listed, list) else []
 
 
 def _check_cuboids(settings: Settings, net: Any) -> None:
