@@ -49,6 +49,12 @@ def ball(seed: int, num_frames: int) -> np.ndarray:
     return frames
 
 
+def recolored(frames: np.ndarray) -> np.ndarray:
+    """The same brightness in the opposite colors."""
+    brightness = frames @ np.array([0.299, 0.587, 0.114])
+    return np.clip(2 * brightness[..., None] - frames, 0, 255).astype(np.uint8)
+
+
 def encode(
     path: Path,
     frames: np.ndarray,
@@ -103,6 +109,7 @@ TABLE = (
     Row("a.mkv", "val"),
     Row("a_half.mp4", "test"),
     Row("a_mirrored.mp4", "test"),
+    Row("a_colored.mp4", "test"),
     Row("b.mp4", "train"),
     Row("b_copy.mp4", "val", "run"),
     Row("c.mp4", "train", "jump"),
@@ -172,6 +179,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         encode(folder / f"{name}.mp4", scene(seed, 20), **faststart)
     encode(folder / "a_half.mp4", scene(1, 20), scale=2, crf=30)
     encode(folder / "a_mirrored.mp4", scene(1, 20)[:, :, ::-1])
+    encode(folder / "a_colored.mp4", recolored(scene(1, 20)))
     encode(folder / "film_half.mkv", scene(4, 20), scale=2, crf=30)
     dark, half_dark = scene(8, 14, (16, 24)), scene(8, 14, (16, 24))
     encode(folder / "dark.mp4", dark)
@@ -248,8 +256,8 @@ def test_a_check_names_pairs_and_what_does_not_fit(
     assert val["few_clips"] == {"run": 2, "walk": 7}
     assert train["few_clips"] == {}, "nothing is measured on it"
     few_frames, short = results["check"]["notes"]
-    assert few_frames.startswith("9 of 29 clips have fewer than config.data.num_frames=11 frames")
-    assert re.match(r"config.data.clip_seconds=1.9 is longer than most clips \(1\d of 29, ", short)
+    assert few_frames.startswith("9 of 30 clips have fewer than config.data.num_frames=11 frames")
+    assert re.match(r"config.data.clip_seconds=1.9 is longer than most clips \(1\d of 30, ", short)
     assert lines[-1].startswith("check failed: pairs across splits: 11, ")
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
     first = "| same file, contradictory labels | train: b.mp4 (walk) | val: b_copy.mp4 (run) |"
@@ -301,7 +309,7 @@ def clip(seed: int, split: str, still: bool = False, **known: Any) -> SplitClip:
     """A clip that was never decoded; equal seeds give equal content."""
     rng = np.random.default_rng(seed)
     frames = rng.integers(-100, 100, (1 if still else 8, 16, 16)).repeat(8 if still else 1, 0)
-    print_ = Fingerprint(frames.astype(np.int8), 1.0, 128.0)
+    print_ = Fingerprint(frames.astype(np.int8), 1.0, np.zeros((2, 8, 8), np.int8))
     file = inspect.FileInfo(f"{seed}", 10.0, print_, ())
     info = inspect.ClipInfo(
         f"{seed}", 0, "", 64, 64, 0.0, 10.0, 10.0, 100, False, False, b"%d" % seed, print_, file
@@ -337,6 +345,10 @@ def test_like_clips_are_found_among_many(one_scene: bool) -> None:
     picture = rng.normal(0, 30, (1 if one_scene else count, 1, 16, 16))
     frames = picture + rng.normal(0, 6, (count, 8, 16, 16))
     twins = frames[:num_twins] + rng.normal(0, 0.7, (num_twins, 8, 16, 16))
-    prints = [fingerprint.fingerprint(frame) for frame in np.concatenate([frames, twins])]
+    gray = np.zeros((8, 2 * 8 * 8))
+    prints = [
+        fingerprint.fingerprint(np.concatenate([clip.reshape(8, -1), gray], axis=1))
+        for clip in np.concatenate([frames, twins])
+    ]
     found = fingerprint.like_pairs(prints, np.ones(len(prints)))
     assert found.tolist() == [[i, count + i] for i in range(num_twins)]

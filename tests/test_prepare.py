@@ -26,7 +26,7 @@ from particlejax import main as entry
 from particlejax.config.experiment import DataSpec, ParticleSpec
 from particlejax.core.typing import UserError
 from particlejax.data import inspect, inspect_source, pipeline, sources, tfds_export
-from particlejax.data.fingerprint import fingerprint, small_gray
+from particlejax.data.fingerprint import fingerprint, small_frame
 from particlejax.data.sources.toybox import builder
 from particlejax.data.video import timeout
 from particlejax.data.video.decode import Video
@@ -368,7 +368,7 @@ def test_clips_of_one_file_are_looked_at_together(
     assert inspect.inspect_file(clips[3:]) == [late] and len(decoded) == 2
     assert late[0] == "999.0" and late[1].startswith("starts at 999 s but lasts ")
     with Video(file) as video:
-        small, times = zip(*((small_gray(f), time) for f, time in plain(video, 64)), strict=True)
+        small, times = zip(*((small_frame(f), time) for f, time in plain(video, 64)), strict=True)
         small, times, length = np.stack(small), np.array(times), video.duration
     for found, (start, end) in zip(seen, spans, strict=False):
         end = end or length

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Likeness of clips: a fingerprint of a few small gray frames, and a search for like pairs.
+"""Likeness of clips: a fingerprint of a few small frames, and a search for like pairs.
 
-Scaling, another container and stronger compression hardly change a fingerprint; another scene, or
-another motion before the same camera, does. A mirrored clip is not alike. Legend: N clips, T
-moments, S side of a small frame, D = T * S * S, W words of a hash.
+Scaling, another container and stronger compression hardly change a fingerprint; another scene,
+other colors, or another motion before the same camera do. A mirrored clip is not alike. Legend: N
+clips, T moments, S side of a small gray frame, C side of a small color frame, D = T * S * S, V = S
+* S + 2 * C * C, W words of a hash.
 """
 
 from typing import NamedTuple
@@ -12,15 +13,17 @@ import numpy as np
 from PIL import Image
 
 NUM_MOMENTS = 8  # T: a clip is divided into this many spans, whose frames are averaged
-_SIDE = 16  # S: rows and columns of a small frame
+_SIDE, _COLOR_SIDE = 16, 8  # S, C: rows and columns of small frames
 _MIN_CONTRAST = 0.5  # gray levels (RMS) below which a clip has no content to compare
-# Thresholds were set on 462 re-encoded clips: none is missed at half and quarter size and in
-# MPEG-4, 4 of 95 at CRF 38, 7 of 95 at 12 frames/s. Among 1.1 million pairs of other clips 55 are
-# found: repetitions before one camera, and drawn figures in front of white.
+# Thresholds were set on 230 re-encodings of 48 real clips: none is missed in MPEG-4 and at half and
+# quarter size, 1 of 48 at CRF 38 and 2 of 48 at 12 frames/s. Of 290,000 pairs of other clips in
+# seven data sets 31 are found: most are repetitions before one camera.
 _NOISE = 1.0  # gray levels (RMS) by which strong compression changes small frames
 _MAX_NOISE_RATIO = 0.25  # of the contrast (variances): dark clips are compressed more finely
-_MAX_MOTION_CHANGE = 0.4  # relative difference of what moves (variances)
-_MAX_PICTURE_CHANGE = 0.04  # relative difference of the mean frame (variances)
+_MAX_MOTION_CHANGE = 0.5  # relative difference of what moves (variances)
+_MAX_PICTURE_CHANGE = 0.05  # relative difference of the mean frame (variances)
+_MAX_COLOR_CHANGE = 0.12  # relative difference of the mean colors (variances)
+_COLOR_NOISE = 2.0  # levels (RMS) by which compression and conversion change colors
 _MAX_LENGTH_CHANGE = 0.1  # relative difference of the lengths
 _NUM_BITS = 256  # of a hash
 _MAX_BITS = 80  # different bits of like pairs; unrelated ones differ in half of the bits
@@ -31,13 +34,14 @@ _CHUNK = 4096  # clips or pairs handled at once
 
 
 class Fingerprint(NamedTuple):
-    """Mean gray frames of the spans of a clip, int8 [T, S, S]: gray level minus `brightness`, times
-    `gain`. Dark clips have a large gain.
+    """frames: mean gray frames of the spans of a clip, int8 [T, S, S]: gray levels minus their
+    mean, times `gain`, which is large for dark clips. color: mean color (Cb, Cr) of the clip, int8
+    [2, C, C].
     """
 
     frames: np.ndarray
     gain: float
-    brightness: float
+    color: np.ndarray
 
     @property
     def has_content(self) -> bool:
@@ -51,10 +55,12 @@ class Fingerprint(NamedTuple):
         return float(_variance(motion)[0]) > 2 * _NOISE**2
 
 
-def small_gray(frame: np.ndarray) -> np.ndarray:
-    """Returns a frame uint8 [H, W, 3] as a small gray one, float32 [S, S]."""
-    gray = Image.fromarray(frame).convert("L").convert("F")
-    return np.asarray(gray.resize((_SIDE, _SIDE), Image.Resampling.BOX))
+def small_frame(frame: np.ndarray) -> np.ndarray:
+    """Returns a frame uint8 [H, W, 3] as small frames of gray and color, float32 [V]."""
+    gray, *colors = Image.fromarray(frame).convert("YCbCr").split()
+    small = [gray.convert("F").resize((_SIDE, _SIDE), Image.Resampling.BOX)]
+    small += [color.resize((_COLOR_SIDE, _COLOR_SIDE), Image.Resampling.BOX) for color in colors]
+    return np.concatenate([np.asarray(plane, np.float32).reshape(-1) for plane in small])
 
 
 class Averages:
@@ -65,10 +71,11 @@ class Averages:
 
     def __init__(self, times: np.ndarray) -> None:
         self._times = times
-        self._sums = np.zeros((len(times), _SIDE, _SIDE))  # of the frames before each time
+        size = _SIDE**2 + 2 * _COLOR_SIDE**2
+        self._sums = np.zeros((len(times), size))  # of the frames before each time
         self._counts = np.zeros(len(times), int)
-        self._shown = np.zeros((len(times), _SIDE, _SIDE), np.float32)  # frames at each time
-        self._sum, self._count, self._next = np.zeros((_SIDE, _SIDE)), 0, 0
+        self._shown = np.zeros((len(times), size), np.float32)  # frames at each time
+        self._sum, self._count, self._next = np.zeros(size), 0, 0
         self._frame: np.ndarray | None = None
 
     def add(self, small: np.ndarray, time: float) -> None:
@@ -87,23 +94,26 @@ class Averages:
         self._next = max(self._next, int(stop))
 
     def between(self, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
-        """Returns the mean frames between pairs of the given times, float [..., S, S]; where no
+        """Returns the mean small frames between pairs of the given times, float [..., V]; where no
         frame starts, the frame that is shown.
         """
         if self._frame is not None:
             self._pass_times(len(self._times), np.inf, self._frame)
         first, last = np.searchsorted(self._times, start), np.searchsorted(self._times, stop)
-        count = (self._counts[last] - self._counts[first])[..., None, None]
+        count = (self._counts[last] - self._counts[first])[..., None]
         mean = (self._sums[last] - self._sums[first]) / np.maximum(count, 1)
         return np.where(count > 0, mean, self._shown[first])
 
 
 def fingerprint(mean_frames: np.ndarray) -> Fingerprint:
-    """Returns the fingerprint of mean gray frames, float [T, S, S]."""
-    brightness = float(mean_frames.mean())
-    difference = mean_frames - brightness
+    """Returns the fingerprint of mean small frames, float [T, V]."""
+    gray = mean_frames[:, : _SIDE**2].reshape(-1, _SIDE, _SIDE)
+    color = mean_frames[:, _SIDE**2 :].mean(axis=0).reshape(2, _COLOR_SIDE, _COLOR_SIDE)
+    difference = gray - gray.mean()
     gain = float(np.clip(127 / max(np.abs(difference).max(), 1e-6), 0.5, 32))
-    return Fingerprint(np.round(difference * gain).astype(np.int8), gain, brightness)
+    return Fingerprint(
+        np.round(difference * gain).astype(np.int8), gain, np.round(color - 128).astype(np.int8)
+    )
 
 
 def like_pairs(fingerprints: list[Fingerprint], seconds: np.ndarray) -> np.ndarray:
@@ -111,24 +121,33 @@ def like_pairs(fingerprints: list[Fingerprint], seconds: np.ndarray) -> np.ndarr
 
     seconds: lengths of the clips, [N]. The time grows with N log N, not with its square: hashes of
     256 bits are sorted 32 times, and neighbors are compared. One core searches 100,000 synthetic
-    clips in 8 s (640 million pairs a second), and in 30 s if all of them show one scene.
+    clips in 8 s (640 million pairs a second), and in 22 s if all of them show one scene.
     """
     chosen = np.array([i for i, print_ in enumerate(fingerprints) if print_.has_content], int)
     if len(chosen) < 2:
         return np.zeros((0, 2), int)
     frames = np.stack([fingerprints[i].frames for i in chosen])
     gain = np.array([fingerprints[i].gain for i in chosen], np.float32)
+    color = np.stack([fingerprints[i].color for i in chosen]).reshape(len(chosen), -1)
     seconds = np.asarray(seconds, float)[chosen]
     candidates = _candidates(*_hashes(frames, gain))
     lengths = seconds[candidates]
     candidates = candidates[
         np.abs(lengths[:, 0] - lengths[:, 1]) <= _MAX_LENGTH_CHANGE * lengths.max(axis=1)
     ]
+    candidates = candidates[_have_like_colors(color, candidates)]
     alike = [
         _are_alike(frames, gain, candidates[k : k + _CHUNK])
         for k in range(0, len(candidates), _CHUNK)
     ]
     return np.sort(chosen[candidates[np.concatenate(alike or [np.zeros(0, bool)])]], axis=1)
+
+
+def _have_like_colors(color: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Whether pairs of clips [P, 2] have like colors int8 [N, 2 * C * C], bool [P]."""
+    one, other = (color[index].astype(np.float32) for index in pairs.T)
+    level = np.sqrt(_variance(one) * _variance(other))
+    return _variance(one - other) <= _MAX_COLOR_CHANGE * level + _COLOR_NOISE**2
 
 
 def _are_alike(frames: np.ndarray, gain: np.ndarray, pairs: np.ndarray) -> np.ndarray:

@@ -13,7 +13,13 @@ from typing import NamedTuple
 import av
 import numpy as np
 
-from particlejax.data.fingerprint import NUM_MOMENTS, Averages, Fingerprint, fingerprint, small_gray
+from particlejax.data.fingerprint import (
+    NUM_MOMENTS,
+    Averages,
+    Fingerprint,
+    fingerprint,
+    small_frame,
+)
 from particlejax.data.sources.records import Record
 from particlejax.data.video.decode import Unreadable, Video, open_file
 
@@ -195,7 +201,7 @@ def _decode(video: Video, spans: Sequence[tuple[float, float]]) -> _Frames:
     digests: list[bytes] = []
     changes = _Changes("size", "the size changes")
     for frame, time in video.iter_frames(_SHORT_SIDE):
-        averages.add(small_gray(frame), time)
+        averages.add(small_frame(frame), time)
         times.append(time)
         digests.append(hashlib.blake2b(frame.tobytes(), digest_size=16).digest())
         # Video scales all frames to one size, and hides that of the stored frame

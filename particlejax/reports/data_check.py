@@ -27,7 +27,7 @@ _ACROSS = {  # kind: what to do about a pair in two splits
     duplicates.SAME_FILE: "delete one of them, or give both one split",
     duplicates.SAME_FRAMES: "delete one of them, or give both one split",
     duplicates.OVERLAP: "give all segments of a film one split",
-    duplicates.ALIKE: "look at both; if they show the same, give both one split",
+    duplicates.ALIKE: "give both one split",
     duplicates.SAME_GROUP: "give all clips of a group one split",
     duplicates.SAME_FILM: "give all segments of a film one split",
 }
@@ -68,10 +68,11 @@ class Findings(NamedTuple):
 
 def remedy(pair: Pair) -> str:
     """Returns what to do about a pair."""
-    words = [_CONTRADICTORY] if pair.is_contradictory else []
+    steps = [_CONTRADICTORY] if pair.is_contradictory else []
     if pair.is_across:
-        words.append(_ACROSS[pair.kind])
-    return "; ".join(words) or _WITHIN
+        steps.append(_ACROSS[pair.kind])
+    condition = "look at both; if they show the same: " if pair.kind == duplicates.ALIKE else ""
+    return condition + ("; ".join(steps) or _WITHIN)
 
 
 def count_pairs(pairs: Iterable[Pair]) -> dict[str, dict[str, int]]:
