@@ -427,11 +427,9 @@ def mistakes(clips: Path, run_dir: Path, tmp: Path) -> dict[str, tuple[list[str]
             [*quick, "--config.stages.finetune.init_from=pretrian"],
             "config.stages.finetune.init_from='pretrian' is not an earlier stage, and pretrian is",
         ),
-        "no stage": ([*evaluate, "--config.job=train"], "config.stages is empty: give"),
-        "no experiment": ([], "no experiment: add --config experiments/quickstart.py"),
-        "missing experiment": (
-            ["--config=experiments/quikstart.py"],
-            "did you mean experiments/quickstart.py?",
+        "no stage": (
+            [*evaluate, "--config.job=train"],
+            "config.run is not read by job train but by",
         ),
         "unknown argument": (
             ["--config=experiments/quickstart.py:tinny"],

