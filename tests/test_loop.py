@@ -148,14 +148,19 @@ def test_what_a_stage_took_is_counted_over_sessions(monkeypatch: pytest.MonkeyPa
     for _ in range(2):
         counts.record(pipeline.LoadedBatch(batch, bad))
     now[0] += 10.0
-    saved = counts.gather_all()
+    saved = counts.gather_all(0)
     assert saved == {"seconds": 10.0, "clips": 6, "unreadable": ["b"]}, "the clip unread is none"
     now[0] += 1000.0  # until it was started again
     again = loop._Counts.restored({"counts": saved}, clips=99)
     again.record(pipeline.LoadedBatch(batch, ()))
     now[0] += 3.0
-    assert again.gather_all() == {"seconds": 13.0, "clips": 9, "unreadable": ["b"]}
+    assert again.gather_all(0) == {"seconds": 13.0, "clips": 9, "unreadable": ["b"]}
     assert loop._Counts.restored({"bad": {}}, clips=99).clips == 99, "of an older version"
+    others = [
+        {"part": i, "clips": n, "unreadable": []} for i, n in ((0, 9), (1, 4), (0, 3), (1, 4))
+    ]
+    monkeypatch.setattr(loop.cluster, "gather_json", lambda own: others)
+    assert again.gather_all(0)["clips"] == 9 + 4, "two processes read each half of a batch"
 
 
 def test_weights_and_biases_without_a_network(

@@ -4,6 +4,7 @@
 Legend: T frames, H rows, W columns, N particles, P payload size.
 """
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -120,7 +121,7 @@ def curves(
     ax = figure.subplots()
     for name, (steps, values) in series.items():
         ax.plot(steps, values, marker="o" if len(steps) < 15 else None, markersize=3, label=name)
-    values = [value for _, series_values in series.values() for value in series_values]
+    values = [value for _, ys in series.values() for value in ys if not math.isnan(value)]
     if is_fraction:
         ax.set_ylim(0, max(1, *values) + 0.02)
     elif values and min(values) > 0 and max(values) > 10 * min(values):

@@ -160,13 +160,18 @@ class _Counts:
         self.clips += int((loaded.batch.clip_index >= 0).sum())
         self.unreadable |= {clip.name for clip in loaded.unreadable}
 
-    def gather_all(self) -> dict[str, Any]:
-        """The counts of all processes; every process must call it."""
-        parts = cluster.gather_json({"clips": self.clips, "unreadable": sorted(self.unreadable)})
+    def gather_all(self, part: int) -> dict[str, Any]:
+        """The counts of all processes; every process must call it.
+
+        part: of each batch that this process reads; processes that read the same part count once.
+        """
+        own = {"part": part, "clips": self.clips, "unreadable": sorted(self.unreadable)}
+        counts = cluster.gather_json(own)
+        clips = {other["part"]: other["clips"] for other in reversed(counts)}
         return {
             "seconds": self.seconds + time.monotonic() - self.start,
-            "clips": sum(part["clips"] for part in parts),
-            "unreadable": sorted({name for part in parts for name in part["unreadable"]}),
+            "clips": sum(clips.values()),
+            "unreadable": sorted({name for other in counts for name in other["unreadable"]}),
         }
 
 
@@ -437,7 +442,7 @@ class _Loop:
             "stand": self.batches.plan.data_state(self.position.done),
             "seed": self.context.experiment.seed,
             "bad": self.position.bad.gather_all(),
-            "counts": self.position.counts.gather_all(),
+            "counts": self.position.counts.gather_all(self.setup.stage.process_slice[0]),
             "classes": list(self.setup.stage.classes),
             "outputs": list(targets.names) if targets else [],
             "weights": targets.weights if targets else {},
@@ -521,7 +526,7 @@ def _write_figures(loop: _Loop) -> None:
     figures: dict[str, Any] = {
         split: _metric_values(lines[0]) for split, lines in last.items() if lines
     }
-    counts = position.counts.gather_all()
+    counts = position.counts.gather_all(stage.process_slice[0])
     figures["train"] = figures.get("train", {}) | {
         "steps": position.done,
         "wall_seconds": round(counts["seconds"], 1),
