@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import av
+import fuzz_media
 import make_odd_files
 import numpy as np
 import pytest
@@ -670,6 +671,20 @@ def test_odd_files(row: dict[str, str]) -> None:
         assert abs(coarse(part) - coarse(same)).mean() < 4, (
             "of 255: the same colours, whatever they are stored as"
         )
+
+
+def test_a_damaged_file_is_read_as_far_as_a_plain_loop_reads_it_or_named() -> None:
+    files = fuzz_media.samples()
+    small = sorted(fuzz_media.odd_files().items(), key=lambda file: len(file[1]))
+    places = [(name, file, 10) for name, file in files.items()]
+    places += [(name, file, 2) for name, file in small[:20]]
+    cases = (case for args in places for case in fuzz_media.damaged(*args))
+    found = [(case.name, *outcome) for case, outcome in fuzz_media.outcomes(cases)]
+    assert not [case for case in found if case[1] not in ("read", "named")]
+    assert {kind for _, kind, _ in found} == {"read", "named"}
+    # what a child dies of is seen, and the next case is read
+    deadly = [fuzz_media.Case("deadly", fuzz_media.DEADLY), fuzz_media.Case("empty", b"")]
+    assert [o.kind for _, o in fuzz_media.outcomes(deadly)] == ["crash", "named"]
 
 
 @pytest.mark.skipif(not (SHARED / "jhmdb21").exists(), reason="shared/data/jhmdb21 is absent")

@@ -14,7 +14,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from av.stream import Disposition
+from make_media import recording
 
 from particlejax.config.experiment import (
     AudioSpec,
@@ -94,33 +94,6 @@ def test_sound_stands_where_the_frames_stand(container: str) -> None:
     assert abs(np.flatnonzero(np.abs(half) > 0.2)[0] / (RATE // 2) - 0.5) < 0.015, "any rate"
 
 
-def recording(
-    container: str, *tracks: tuple[str, str, int, float], default: int = 0, seconds: float = 1.0
-) -> bytes:
-    """Frames, and tracks of a 440 Hz tone: (codec, layout, rate, amplitude of every channel)."""
-    file = io.BytesIO()
-    with av.open(file, "w", format=container) as out:
-        video = out.add_stream("mpeg4", rate=FPS)
-        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
-        streams = [out.add_stream(codec, rate=rate, layout=of) for codec, of, rate, _ in tracks]
-        for i, stream in enumerate(streams):
-            stream.disposition = Disposition.default if i == default else Disposition(0)
-        picture = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 90, np.uint8), format="rgb24")
-        for i in range(round(seconds * FPS)):
-            picture.pts, picture.time_base = i, Fraction(1, FPS)
-            out.mux(video.encode(picture))
-        out.mux(video.encode(None))
-        for stream, (_, layout, rate, amplitude) in zip(streams, tracks, strict=True):
-            wave = amplitude * np.sin(2 * np.pi * 440 * np.arange(round(seconds * rate)) / rate)
-            channels = np.repeat(wave[:, None], stream.codec_context.layout.nb_channels, 1)
-            samples = np.round(32767 * channels).astype(np.int16).reshape(1, -1)
-            frame = av.AudioFrame.from_ndarray(samples, format="s16", layout=layout)
-            frame.sample_rate, frame.time_base, frame.pts = rate, Fraction(1, rate), 0
-            out.mux(stream.encode(frame))
-            out.mux(stream.encode(None))
-    return file.getvalue()
-
-
 def loudness(sound: np.ndarray) -> float:
     """The amplitude of a tone, without its ends."""
     return float(np.sqrt(2 * np.mean(np.square(sound[RATE // 10 : -RATE // 10]))))
@@ -152,8 +125,8 @@ def test_a_recording_goes_on_where_its_clock_restarts_and_its_sound_changes(tmp_
     for file in (str(path), path.read_bytes()):
         with Video(file) as video:
             assert video.duration == pytest.approx(5.0, abs=0.11)
-            _, times = video.frames_at(np.arange(50) / FPS + 0.01)
-            np.testing.assert_allclose(times, np.arange(50) / FPS, atol=0.02)
+            _, times = video.frames_at(np.arange(50) / 10 + 0.01)
+            np.testing.assert_allclose(times, np.arange(50) / 10, atol=0.02)
             origin = video.origin
         for start in (0.0, 2.5, 3.5):
             sound = audio.read(file, origin, start, 1.5, RATE)

@@ -29,6 +29,8 @@ _MAX_GAP_RATIO = 4.0  # a gap this many times longer than usual between samples 
 # no network access, for example by a playlist with a video's file name
 _IO = {"protocol_whitelist": "file"}
 _IMAGE_DEMUXERS = ("_pipe", "image2")  # suffixes of demuxers for still images
+_MAX_TIMELINES = 4096  # that are kept
+_timelines: dict[object, "Timeline"] = {}  # of the latest files, per process
 P, T = ParamSpec("P"), TypeVar("T")
 
 
@@ -144,31 +146,40 @@ class Timeline(NamedTuple):
 def timeline(source: str | bytes) -> Timeline:
     """Returns the timeline of a file's video stream, from packets alone. Raises Unreadable."""
     if isinstance(source, bytes):
-        return _timeline(source)
-    status = os.stat(source)
-    return _timeline_of_file(os.path.abspath(source), status.st_size, status.st_mtime_ns)
+        key = hash(source)  # Python keeps it with the bytes
+    else:
+        status = os.stat(source)
+        key = (os.path.abspath(source), status.st_size, status.st_mtime_ns)
+    found = _timelines.get(key)
+    if found is None:
+        if len(_timelines) >= _MAX_TIMELINES:
+            _timelines.clear()
+        found = _timelines[key] = _read_timeline(source)
+    return found
 
 
-@functools.lru_cache(maxsize=4096)
-def _timeline_of_file(path: str, size: int, modified: int) -> Timeline:
-    del size, modified  # of a file that has changed since, nothing is known
-    return _timeline(path)
-
-
-def _timeline(source: str | bytes) -> Timeline:
+def _read_timeline(source: str | bytes) -> Timeline:
     with open_file(source) as container:
-        stream = video_stream(container)
-        length, clock = (container.duration or 0) / av.time_base, ContinuousClock()
+        stream, length = video_stream(container), (container.duration or 0) / av.time_base
+        if length <= 2 * _TAIL_SECONDS:
+            return _whole_timeline(container, stream)
         may_restart = continuous_clock.may_restart(container)
-        is_long = length > 2 * _TAIL_SECONDS
-        if is_long and not (may_restart and _seems_to_restart(container, stream, source)):
+        if not (may_restart and _seems_to_restart(container, stream, source)):
             end = _packets_end(_last_packets(container, stream, length), stream)
             if end is not None:
                 return Timeline(end, False)
-    with open_file(source) as container:  # all packets
-        stream = video_stream(container)
-        packets = clock.packets(container, stream) if may_restart else container.demux(stream)
-        return Timeline(_packets_end(packets, stream) or 0.0, clock.num_jumps > 0)
+    with open_file(source) as container:
+        return _whole_timeline(container, video_stream(container))
+
+
+def _whole_timeline(
+    container: av.container.InputContainer, stream: av.video.stream.VideoStream
+) -> Timeline:
+    clock, packets = ContinuousClock(), container.demux(stream)
+    if continuous_clock.may_restart(container):
+        packets = clock.packets(container, stream)
+    end = _packets_end(packets, stream) or 0.0
+    return Timeline(end, clock.num_jumps > 0)
 
 
 def _seems_to_restart(
